@@ -1,0 +1,1 @@
+"""MiLoRA for PyTorch Lightning."""

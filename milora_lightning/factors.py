@@ -1,0 +1,82 @@
+"""The arithmetic of an adapter's factors, as pure functions of tensors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from milora_lightning.config import Init
+from milora_lightning.decomposition import Slice, singular_slice
+
+SLICES: dict[Init, Slice] = {"milora": "minor", "pissa": "principal", "middle": "middle", "random": "random"}
+
+
+def initial_factors(
+    weight: Tensor, r: int, scaling: float = 1.0, init: Init = "milora", generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute where the factors of one weight start.
+
+    For the singular triplets (U, S, Vᵀ) that ``init`` chooses, A = √(S/s) Vᵀ and B = U √(S/s), so that s·B A is
+    their part of the weight (MiLoRA, arXiv 2406.09044, section 3; PiSSA, arXiv 2404.02948, section 3). A
+    component whose singular value is zero would never receive a gradient that way; it starts as LoRA does, with
+    its right vector in A and zeros in B.
+
+    Args:
+        weight: Weight of shape (out, in).
+        r: Number of triplets.
+        scaling: The scale s = lora_alpha / r, positive.
+        init: Which triplets, or ``"lora"`` for A Kaiming-uniform and B zero.
+        generator: CPU generator for the random choices.
+
+    Returns:
+        ``lora_A`` (r, in) and ``lora_B`` (out, r), float32 on the weight's device.
+
+    Raises:
+        ValueError: If the weight is not a finite matrix, or r is out of range.
+
+    >>> A, B = initial_factors(torch.diag(torch.tensor([4.0, 2.0, 1.0])), r=1)
+    >>> (B @ A).abs()
+    tensor([[0., 0., 0.],
+            [0., 0., 0.],
+            [0., 0., 1.]])
+    """
+    if init == "lora":
+        bound = 1 / math.sqrt(weight.shape[1])  # what kaiming_uniform_(a=√5) comes to
+        lora_A = torch.empty(r, weight.shape[1]).uniform_(-bound, bound, generator=generator)
+        return lora_A.to(weight.device), torch.zeros(weight.shape[0], r, device=weight.device)
+    U, S, Vh = singular_slice(weight, r, SLICES[init], generator)
+    vanishing = S <= torch.finfo(S.dtype).eps * max(weight.shape) * torch.linalg.matrix_norm(weight.detach().to(S.dtype))
+    root = (S / scaling).sqrt()
+    lora_A = torch.where(vanishing, 1.0, root)[:, None] * Vh
+    lora_B = U * torch.where(vanishing, 0.0, root)
+    return lora_A.float(), lora_B.float()
+
+
+def stack_factors(
+    lora_A: Tensor, lora_B: Tensor, initial_A: Tensor | None, initial_B: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Write the update B A − B₀A₀ as one product of two factors.
+
+    [ΔB, B₀] [A; ΔA] with ΔA = A − A₀ and ΔB = B − B₀ equals B A − B₀A₀, is exactly zero at the start, and its
+    rounding in a lower precision is relative to the update rather than to the initial product.
+
+    Args:
+        lora_A: Factor of shape (r, in).
+        lora_B: Factor of shape (out, r).
+        initial_A: Its initial value, or None where the initial product is zero (LoRA's own start).
+        initial_B: Likewise.
+
+    Returns:
+        The stacked factors of shapes (2r, in) and (out, 2r), or ``lora_A`` and ``lora_B`` themselves where there
+        are no initial factors.
+
+    >>> A, B = torch.randn(2, 5), torch.randn(3, 2)
+    >>> A2, B2 = stack_factors(A, B, A, B)
+    >>> (B2 @ A2).abs().max().item()
+    0.0
+    """
+    if initial_A is None or initial_B is None:
+        return lora_A, lora_B
+    return torch.cat([lora_A, lora_A - initial_A]), torch.cat([lora_B - initial_B, initial_B], dim=1)

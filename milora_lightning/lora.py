@@ -1,0 +1,264 @@
+"""The adapter layer: a frozen linear layer plus a trainable low-rank update of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from milora_lightning.config import Init
+from milora_lightning.factors import stack_factors
+
+PLAIN_LAYERS = (nn.Linear, NonDynamicallyQuantizableLinear, Conv1D)
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with a low-rank update that starts at zero.
+
+    Computes, for the frozen weight W of ``base_layer`` and s = lora_alpha / r,
+
+        y = W x + s (B A − B₀A₀) x + bias
+
+    with the initial factors A₀, B₀ frozen beside the trainable A, B. This is MiLoRA's layer (arXiv 2406.09044,
+    equation 5, with W − s·B₀A₀ as the frozen principal part) without the rounding that writing W − s·B₀A₀ into a
+    half-precision weight would cost: the weight is never written, and the layer starts at the pretrained one
+    exactly. With ``init="lora"`` there are no initial factors, as B₀A₀ is zero.
+
+    The factors are float32 (float64 in a float64 model) whatever the dtype of the base layer; products are formed
+    in the dtype of the input, or autocast's.
+
+    Args:
+        base_layer: ``nn.Linear`` or a subclass of it, or Hugging Face's ``Conv1D``.
+        r: Rank of the factors.
+        lora_alpha: Numerator of the scale; defaults to ``r``.
+        lora_dropout: Probability with which features of the update's input are dropped in training.
+        init: Where the factors will start; filled by :func:`milora_lightning.initialize`. Until then they are
+            zero and the layer computes what ``base_layer`` does.
+
+    Attributes:
+        lora_A: Trainable factor (r, in).
+        lora_B: Trainable factor (out, r).
+        initial_A: Frozen initial value of ``lora_A``, or None.
+        initial_B: Frozen initial value of ``lora_B``, or None.
+        enabled: Whether the update is applied; see :func:`milora_lightning.adapters_disabled`.
+        initialized: Whether the factors have their initial values.
+
+    Raises:
+        TypeError: If ``base_layer`` is no linear layer.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        r: int,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        init: Init = "milora",
+    ) -> None:
+        super().__init__()
+        if not isinstance(base_layer, (nn.Linear, Conv1D)):
+            raise TypeError(f"LoRALinear adapts nn.Linear or Conv1D layers, not {type(base_layer).__name__}.")
+        self.base_layer = base_layer
+        self.r = r
+        self.lora_alpha = float(r if lora_alpha is None else lora_alpha)
+        self.scaling = self.lora_alpha / r
+        self.lora_dropout = lora_dropout
+        self.init = init
+        self.enabled = True
+        self.initialized = False
+        self.transposed = isinstance(base_layer, Conv1D)
+        self.out_features, self.in_features = linear_shape(base_layer)
+        shape_A, shape_B = (r, self.in_features), (self.out_features, r)
+        options = {"dtype": torch.float32, "device": base_layer.weight.device}
+        self.lora_A = nn.Parameter(torch.zeros(shape_A, **options))
+        self.lora_B = nn.Parameter(torch.zeros(shape_B, **options))
+        self.initial_A: nn.Parameter | None = None
+        self.initial_B: nn.Parameter | None = None
+        if init != "lora":
+            # Parameters, not buffers: DDP would broadcast buffers at every step.
+            self.initial_A = nn.Parameter(torch.zeros(shape_A, **options), requires_grad=False)
+            self.initial_B = nn.Parameter(torch.zeros(shape_B, **options), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the layer's output of shape (..., out) for an input of shape (..., in)."""
+        if not self.enabled:
+            return cast(Tensor, self.base_layer(x))
+        if self.training and torch.is_grad_enabled() and not self.initialized:
+            raise RuntimeError(
+                "This LoRALinear has no initial factors yet and would not train: call "
+                "milora_lightning.initialize(model) after inject, or add the MiLoRAInit callback to the Trainer."
+            )
+        if not self._base_is_plain():
+            y = self.base_layer(x)
+            return cast(Tensor, y + self.update(x).to(y.dtype))
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        mask, scaling = self._dropout_mask(x)
+        base = self.base_layer
+        factors = self.lora_A, self.lora_B, self.initial_A, self.initial_B
+        return cast(Tensor, _FusedLoRA.apply(x, base.weight, base.bias, *factors, mask, scaling, self.transposed))
+
+    def update(self, x: Tensor) -> Tensor:
+        """Compute the update's part of the output, s (B A − B₀A₀) x, of shape (..., out).
+
+        This is the formula of the class in plain differentiable operations: the reference for the fused path, and
+        what is added to the output of a base layer that only its own code can evaluate (a quantised one).
+        """
+        mask, scaling = self._dropout_mask(x)
+        x = x if mask is None else x * mask
+        A, B = stack_factors(self.lora_A, self.lora_B, self.initial_A, self.initial_B)
+        return F.linear(F.linear(x, A.to(x.dtype)), (scaling * B).to(x.dtype))
+
+    def delta_weight(self) -> Tensor:
+        """Compute ΔW = s (B A − B₀A₀), of shape (out, in), in the factors' precision."""
+        A, B = stack_factors(self.lora_A, self.lora_B, self.initial_A, self.initial_B)
+        return self.scaling * B @ A
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the function this layer computes, in the base layer's layout and dtype.
+
+        Lets modules that read ``layer.weight`` instead of calling the layer (``nn.MultiheadAttention``, the fast
+        path of ``nn.TransformerEncoderLayer``) compute with the update, and train it. Dropout does not apply to
+        this use, and a half-precision weight rounds the update.
+        """
+        weight: Tensor = self.base_layer.weight
+        if not self.enabled:
+            return weight
+        delta = self.delta_weight()
+        return (weight + (delta.T if self.transposed else delta)).to(weight.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the base layer."""
+        return cast("Tensor | None", self.base_layer.bias)
+
+    @torch.no_grad()
+    def set_initial_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Start training from these factors, of shapes (r, in) and (out, r): the update is zero here."""
+        self.lora_A.copy_(lora_A)
+        self.lora_B.copy_(lora_B)
+        if self.initial_A is not None and self.initial_B is not None:
+            self.initial_A.copy_(self.lora_A)
+            self.initial_B.copy_(self.lora_B)
+        self.initialized = True
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, lora_alpha={self.lora_alpha:g}, lora_dropout={self.lora_dropout:g}, init={self.init!r}"
+
+    def _dropout_mask(self, x: Tensor) -> tuple[Tensor | None, float]:
+        """Draw the features to keep, and return the scale that makes up for the dropped ones."""
+        if not self.training or self.lora_dropout == 0:
+            return None, self.scaling
+        keep = 1 - self.lora_dropout
+        return torch.empty_like(x, dtype=torch.bool).bernoulli_(keep), self.scaling / keep
+
+    def _base_is_plain(self) -> bool:
+        """Whether the base layer does nothing but multiply by its weight and add its bias."""
+        base = self.base_layer
+        changed = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base)
+        return type(base) in PLAIN_LAYERS and not changed
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
+        # Half-precision plugins cast whole models; the factors and their optimizer state stay in full precision.
+        def in_full_precision(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if result.dtype.itemsize < tensor.dtype.itemsize:
+                return tensor.to(result.device)
+            return result
+
+        if recurse:
+            self.base_layer._apply(fn)
+        super()._apply(in_full_precision, recurse=False)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}lora_A" in state_dict:
+            self.initialized = True
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """Return (out, in) of a linear layer, from its attributes: a quantised weight has another shape."""
+    if isinstance(layer, Conv1D):
+        return layer.nf, layer.nx
+    return cast(int, layer.out_features), cast(int, layer.in_features)
+
+
+class _FusedLoRA(torch.autograd.Function):
+    """Base product and update as one operation.
+
+    The update is accumulated into the base product's output, and saved for backward are only the input, its
+    projection (tokens, r) and the dropout mask; the stacked factors are formed anew, being small.
+    With g the output's gradient: ∂A = s Bᵀ g xᵀ, ∂B = s g (A x)ᵀ, ∂x = Wᵀ g + s (B A − B₀A₀)ᵀ g.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        initial_A: Tensor | None,
+        initial_B: Tensor | None,
+        mask: Tensor | None,
+        scaling: float,
+        transposed: bool,
+    ) -> Tensor:
+        A, B = _stack(lora_A, lora_B, initial_A, initial_B, scaling, x.dtype)
+        W, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
+        if transposed:  # the very call that Conv1D makes
+            y = torch.addmm(b, rows, W).view(*x.shape[:-1], B.shape[0])
+        else:
+            y = F.linear(x, W, b)
+        hidden = _masked(rows, mask) @ A.T  # (tokens, 2r)
+        y.view(-1, B.shape[0]).addmm_(hidden, B.T)
+        projection = hidden[:, : lora_A.shape[0]].contiguous()
+        ctx.save_for_backward(x, weight, lora_A, lora_B, initial_A, initial_B, mask, projection)
+        ctx.scaling, ctx.transposed = scaling, transposed
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_A, lora_B, initial_A, initial_B, mask, projection = ctx.saved_tensors
+        A, B = _stack(lora_A, lora_B, initial_A, initial_B, ctx.scaling, x.dtype)
+        r = lora_A.shape[0]
+        rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        grad_hidden = grad_rows @ B  # (tokens, 2r), the scale included
+        grad_x = grad_A = grad_B = None
+        if ctx.needs_input_grad[3]:
+            # A enters both halves of the stack: s ΔBᵀg + s B₀ᵀg = s Bᵀg
+            to_A = grad_hidden if initial_A is None else grad_hidden[:, :r] + grad_hidden[:, r:]
+            grad_A = (to_A.T @ _masked(rows, mask)).to(lora_A.dtype)
+        if ctx.needs_input_grad[4]:
+            grad_B = (grad_rows.T @ projection).to(lora_B.dtype) * ctx.scaling
+        if ctx.needs_input_grad[0]:
+            W = weight.to(x.dtype)
+            grad_x = grad_rows @ (W.T if ctx.transposed else W)
+            if mask is None:
+                grad_x.addmm_(grad_hidden, A)
+            else:
+                grad_x += _masked(grad_hidden @ A, mask)
+            grad_x = grad_x.view_as(x)
+        return grad_x, None, None, grad_A, grad_B, None, None, None, None, None
+
+
+def _stack(
+    lora_A: Tensor, lora_B: Tensor, initial_A: Tensor | None, initial_B: Tensor | None, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    A, B = stack_factors(lora_A, lora_B, initial_A, initial_B)
+    return A.to(dtype), (scaling * B).to(dtype)
+
+
+def _masked(rows: Tensor, mask: Tensor | None) -> Tensor:
+    return rows if mask is None else rows * mask.reshape(rows.shape)

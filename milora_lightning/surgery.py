@@ -1,0 +1,284 @@
+"""Surgery on a model: find the target layers, inject adapters, initialize their factors."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from milora_lightning.config import LoRAConfig
+from milora_lightning.factors import initial_factors
+from milora_lightning.lora import LoRALinear, linear_shape
+
+ALL_LINEAR = "all-linear"
+
+
+def inject(module: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
+    """Put a :class:`LoRALinear` around every target layer, and freeze everything else.
+
+    No arithmetic is done, so it works on the meta device; the module's function does not change. Everything is
+    checked before anything is changed. Layers that have an adapter of the same configuration already are left as
+    they are, so injecting twice is injecting once. Follow it with :func:`initialize`.
+
+    Args:
+        module: Any module; changed in place.
+        config: Which layers, which rank, which start.
+
+    Returns:
+        All adapters of the module by name.
+
+    Raises:
+        ValueError: If a target name matches nothing or no linear layer, ``r`` exceeds a target's size, a target's
+            weight is tied to another layer's, or there are adapters of another configuration.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    >>> sorted(inject(model, LoRAConfig(r=2, target_modules=["0"])))
+    ['0']
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]
+    ['0.lora_A', '0.lora_B']
+    """
+    targets = find_targets(module, config.target_modules)
+    present = lora_layers(module)
+    _check_same_config(present, config)
+    for name, layer in targets.items():
+        _check_rank(name, layer, config.r)
+    _check_not_tied(module, targets)
+    kept = _modules_to_save(module, config.modules_to_save)
+
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    for saved in kept:
+        for parameter in saved.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+    _replace(module, targets, config)
+    adapters = lora_layers(module)
+    for adapter in adapters.values():
+        adapter.lora_A.requires_grad_(True)
+        adapter.lora_B.requires_grad_(True)
+    return adapters
+
+
+def initialize(
+    module: nn.Module,
+    seed: int = 0,
+    track: Callable[[Sequence[tuple[str, LoRALinear]]], Iterable[tuple[str, LoRALinear]]] = iter,
+) -> int:
+    """Fill the adapters' factors from the weights they adapt, one weight at a time, on the weight's device.
+
+    Adapters that have their factors already (initialized before, or restored from a checkpoint) are left alone.
+
+    Args:
+        module: A module with injected adapters.
+        seed: What random starts (``"random"``, ``"lora"``) derive from, together with the layer's name: neither
+            the order of layers nor other random draws matter.
+        track: Wraps the work list, to show progress.
+
+    Returns:
+        The number of weights initialized.
+
+    Raises:
+        ValueError: If a weight has non-finite entries; names the layer.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8))
+    >>> _ = inject(model, LoRAConfig(r=2))
+    >>> initialize(model), initialize(model)
+    (1, 0)
+    """
+    pending = [(name, layer) for name, layer in lora_layers(module).items() if not layer.initialized]
+    for name, layer in track(pending):
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+        try:
+            factors = initial_factors(dense_weight(layer), layer.r, layer.scaling, layer.init, generator)
+        except ValueError as error:
+            raise ValueError(f"The weight of layer {name!r} cannot be decomposed: {error}") from error
+        layer.set_initial_factors(*factors)
+    return len(pending)
+
+
+def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
+    """Return the adapters of a module by name.
+
+    >>> lora_layers(nn.Linear(2, 2))
+    {}
+    """
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoRALinear)}
+
+
+@contextmanager
+def adapters_disabled(module: nn.Module) -> Iterator[None]:
+    """Within this context, the module computes what it did before surgery, bit for bit.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8))
+    >>> with adapters_disabled(model):
+    ...     pass
+    """
+    layers = list(lora_layers(module).values())
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+
+
+def dense_weight(layer: LoRALinear) -> Tensor:
+    """Return the frozen weight of an adapter's base layer as a matrix of shape (out, in)."""
+    weight: Tensor = layer.base_layer.weight.detach()
+    return weight.T if layer.transposed else weight
+
+
+def find_targets(module: nn.Module, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
+    """Find the linear layers that are to get an adapter and have none yet.
+
+    A layer that is registered under several names counts under its first.
+
+    Args:
+        module: Any module.
+        target_modules: As in :class:`LoRAConfig`.
+
+    Returns:
+        The layers by name; empty only if all targets have adapters already.
+
+    Raises:
+        ValueError: If something in ``target_modules`` matches no linear layer; lists what there is.
+
+    >>> model = nn.ModuleDict({"q_proj": nn.Linear(2, 2), "mlp": nn.ModuleDict({"up": nn.Linear(2, 2)})})
+    >>> sorted(find_targets(model, ["up"])), sorted(find_targets(model, r"q_.*")), sorted(find_targets(model, ALL_LINEAR))
+    (['mlp.up'], ['q_proj'], ['mlp.up', 'q_proj'])
+    """
+    layers = _adaptable_layers(module)
+    if target_modules == ALL_LINEAR:
+        heads = _heads(module)
+        found = {n: m for n, m in layers.items() if _base(m) not in heads and not _ends_with(n, "lm_head")}
+        if not found:
+            raise ValueError(_no_match(module, f'target_modules="{ALL_LINEAR}"', layers))
+    elif isinstance(target_modules, str):
+        found = {name: layer for name, layer in layers.items() if re.fullmatch(target_modules, name)}
+        if not found:
+            raise ValueError(_no_match(module, f"the regular expression target_modules={target_modules!r}", layers))
+    else:
+        found = {}
+        for target in target_modules:
+            matches = {name: layer for name, layer in layers.items() if _ends_with(name, target)}
+            if not matches:
+                raise ValueError(_no_match(module, f"target_modules entry {target!r}", layers, target))
+            found |= matches
+    return {name: layer for name, layer in found.items() if not isinstance(layer, LoRALinear)}
+
+
+def _adaptable_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """All linear layers by name, those with adapters as their LoRALinear."""
+    layers: dict[str, nn.Module] = {}
+    for name, child in module.named_modules():
+        if isinstance(child, LoRALinear) or (
+            isinstance(child, (nn.Linear, Conv1D)) and not name.endswith("base_layer")
+        ):
+            layers[name] = child
+    return layers
+
+
+def _heads(module: nn.Module) -> set[nn.Module | None]:
+    """The output embeddings of all language models within a module."""
+    models = (m for m in module.modules() if hasattr(m, "get_output_embeddings"))
+    return {_base(head) for m in models if isinstance(head := m.get_output_embeddings(), nn.Module)}
+
+
+def _base(layer: nn.Module) -> nn.Module:
+    return layer.base_layer if isinstance(layer, LoRALinear) else layer
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _no_match(module: nn.Module, what: str, layers: dict[str, nn.Module], target: str | None = None) -> str:
+    others = {type(m).__name__ for n, m in module.named_modules() if target and _ends_with(n, target)}
+    if others:
+        return (
+            f"The {what} matches only modules of type {', '.join(sorted(others))}; adapters fit nn.Linear and Conv1D. "
+            "Name linear layers instead."
+        )
+    endings = sorted({name.rsplit(".", 1)[-1] for name in layers})
+    close = difflib.get_close_matches(target or "", endings, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    exists = f"Its linear layers end in: {', '.join(endings)}." if endings else "It has no linear layers at all."
+    return f"The {what} matches no linear layer of {type(module).__name__}. {exists}{hint}"
+
+
+def _check_same_config(present: dict[str, LoRALinear], config: LoRAConfig) -> None:
+    for name, layer in present.items():
+        for key, has, wants in (
+            ("r", layer.r, config.r),
+            ("lora_alpha / r", layer.scaling, config.scaling),
+            ("lora_dropout", layer.lora_dropout, config.lora_dropout),
+            ("init", layer.init, config.init),
+        ):
+            if has != wants:
+                raise ValueError(
+                    f"Layer {name!r} has an adapter with {key}={has} already, and {key}={wants} is asked for. "
+                    "Start from a fresh model, or use the configuration it was injected with."
+                )
+
+
+def _check_rank(name: str, layer: nn.Module, r: int) -> None:
+    out_features, in_features = linear_shape(layer)
+    if r > min(out_features, in_features):
+        raise ValueError(
+            f"r={r} is larger than layer {name!r} allows, whose weight is {out_features}×{in_features}. "
+            f"Choose r of at most {min(out_features, in_features)}, or leave the layer out of target_modules."
+        )
+
+
+def _check_not_tied(module: nn.Module, targets: dict[str, nn.Module]) -> None:
+    users = defaultdict(set)
+    for name, child in module.named_modules():
+        for key, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
+            users[_storage(parameter)].add(f"{name}.{key}".lstrip("."))
+    for name, layer in targets.items():
+        others = users[_storage(layer.weight)] - {f"{name}.weight"}
+        if others:
+            raise ValueError(
+                f"The weight of target {name!r} is tied to {', '.join(sorted(others))}: an adapter would change one "
+                "and not the other. Leave it out of target_modules, or untie the weights."
+            )
+
+
+def _storage(parameter: Tensor) -> tuple[object, ...]:
+    """What two parameters have in common if and only if they are one memory (or one object, without memory)."""
+    if parameter.is_meta or parameter.numel() == 0 or parameter.data_ptr() == 0:
+        return ("object", id(parameter))
+    return (parameter.device, parameter.data_ptr())
+
+
+def _modules_to_save(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    kept = []
+    for wanted in names:
+        matches = [child for name, child in module.named_modules() if _ends_with(name, wanted)]
+        if not matches:
+            raise ValueError(f"modules_to_save names {wanted!r}, but {type(module).__name__} has no such module.")
+        kept += matches
+    return kept
+
+
+def _replace(module: nn.Module, targets: dict[str, nn.Module], config: LoRAConfig) -> None:
+    """Swap each target for its adapter wherever it is registered (a layer may be in several places)."""
+    options = (config.r, config.lora_alpha, config.lora_dropout, config.init)
+    adapters = {}
+    for layer in targets.values():
+        adapters[layer] = LoRALinear(layer, *options)
+        adapters[layer].train(layer.training)
+    for parent in list(module.modules()):
+        if isinstance(parent, LoRALinear):
+            continue
+        for key, child in list(parent.named_children()):
+            if child in adapters:
+                setattr(parent, key, adapters[child])
