@@ -14,7 +14,11 @@ SLICES: dict[Init, Slice] = {"milora": "minor", "pissa": "principal", "middle": 
 
 
 def initial_factors(
-    weight: Tensor, r: int, scaling: float = 1.0, init: Init = "milora", generator: torch.Generator | None = None
+    weight: Tensor,
+    r: int,
+    scaling: float = 1.0,
+    init: Init = "milora",
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute where the factors of one weight start.
 
@@ -47,7 +51,9 @@ def initial_factors(
         lora_A = torch.empty(r, weight.shape[1]).uniform_(-bound, bound, generator=generator)
         return lora_A.to(weight.device), torch.zeros(weight.shape[0], r, device=weight.device)
     U, S, Vh = singular_slice(weight, r, SLICES[init], generator)
-    vanishing = S <= torch.finfo(S.dtype).eps * max(weight.shape) * torch.linalg.matrix_norm(weight.detach().to(S.dtype))
+    vanishing = S <= torch.finfo(S.dtype).eps * max(weight.shape) * torch.linalg.matrix_norm(
+        weight.detach().to(S.dtype)
+    )
     root = (S / scaling).sqrt()
     lora_A = torch.where(vanishing, 1.0, root)[:, None] * Vh
     lora_B = U * torch.where(vanishing, 0.0, root)

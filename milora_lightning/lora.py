@@ -102,7 +102,9 @@ class LoRALinear(nn.Module):
         mask, scaling = self._dropout_mask(x)
         base = self.base_layer
         factors = self.lora_A, self.lora_B, self.initial_A, self.initial_B
-        return cast(Tensor, _FusedLoRA.apply(x, base.weight, base.bias, *factors, mask, scaling, self.transposed))
+        return cast(
+            Tensor, _FusedLoRA.apply(x, base.weight, base.bias, *factors, mask, scaling, self.transposed)
+        )
 
     def update(self, x: Tensor) -> Tensor:
         """Compute the update's part of the output, s (B A − B₀A₀) x, of shape (..., out).
@@ -162,7 +164,9 @@ class LoRALinear(nn.Module):
     def _base_is_plain(self) -> bool:
         """Whether the base layer does nothing but multiply by its weight and add its bias."""
         base = self.base_layer
-        changed = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base)
+        changed = (
+            base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base)
+        )
         return type(base) in PLAIN_LAYERS and not changed
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
@@ -254,7 +258,12 @@ class _FusedLoRA(torch.autograd.Function):
 
 
 def _stack(
-    lora_A: Tensor, lora_B: Tensor, initial_A: Tensor | None, initial_B: Tensor | None, scaling: float, dtype: torch.dtype
+    lora_A: Tensor,
+    lora_B: Tensor,
+    initial_A: Tensor | None,
+    initial_B: Tensor | None,
+    scaling: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     A, B = stack_factors(lora_A, lora_B, initial_A, initial_B)
     return A.to(dtype), (scaling * B).to(dtype)

@@ -20,6 +20,10 @@ from milora_lightning.lora import LoRALinear, linear_shape
 ALL_LINEAR = "all-linear"
 
 
+class TargetNotFoundError(ValueError):
+    """Something in ``target_modules`` matches no linear layer of the model."""
+
+
 def inject(module: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
     """Put a :class:`LoRALinear` around every target layer, and freeze everything else.
 
@@ -44,13 +48,15 @@ def inject(module: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lora_A', '0.lora_B']
     """
+    kept = _modules_to_save(module, config.modules_to_save)
     targets = find_targets(module, config.target_modules)
+    inside_kept = {child for saved in kept for child in saved.modules()}
+    targets = {name: layer for name, layer in targets.items() if layer not in inside_kept}
     present = lora_layers(module)
     _check_same_config(present, config)
     for name, layer in targets.items():
         _check_rank(name, layer, config.r)
     _check_not_tied(module, targets)
-    kept = _modules_to_save(module, config.modules_to_save)
 
     for parameter in module.parameters():
         parameter.requires_grad_(False)
@@ -149,7 +155,7 @@ def find_targets(module: nn.Module, target_modules: str | Sequence[str]) -> dict
         The layers by name; empty only if all targets have adapters already.
 
     Raises:
-        ValueError: If something in ``target_modules`` matches no linear layer; lists what there is.
+        TargetNotFoundError: If something in ``target_modules`` matches no linear layer; lists what there is.
 
     >>> model = nn.ModuleDict({"q_proj": nn.Linear(2, 2), "mlp": nn.ModuleDict({"up": nn.Linear(2, 2)})})
     >>> sorted(find_targets(model, ["up"])), sorted(find_targets(model, r"q_.*")), sorted(find_targets(model, ALL_LINEAR))
@@ -160,30 +166,33 @@ def find_targets(module: nn.Module, target_modules: str | Sequence[str]) -> dict
         heads = _heads(module)
         found = {n: m for n, m in layers.items() if _base(m) not in heads and not _ends_with(n, "lm_head")}
         if not found:
-            raise ValueError(_no_match(module, f'target_modules="{ALL_LINEAR}"', layers))
+            raise TargetNotFoundError(_no_match(module, f'target_modules="{ALL_LINEAR}"', layers))
     elif isinstance(target_modules, str):
         found = {name: layer for name, layer in layers.items() if re.fullmatch(target_modules, name)}
         if not found:
-            raise ValueError(_no_match(module, f"the regular expression target_modules={target_modules!r}", layers))
+            raise TargetNotFoundError(
+                _no_match(module, f"the regular expression target_modules={target_modules!r}", layers)
+            )
     else:
         found = {}
         for target in target_modules:
             matches = {name: layer for name, layer in layers.items() if _ends_with(name, target)}
             if not matches:
-                raise ValueError(_no_match(module, f"target_modules entry {target!r}", layers, target))
+                raise TargetNotFoundError(
+                    _no_match(module, f"target_modules entry {target!r}", layers, target)
+                )
             found |= matches
     return {name: layer for name, layer in found.items() if not isinstance(layer, LoRALinear)}
 
 
 def _adaptable_layers(module: nn.Module) -> dict[str, nn.Module]:
     """All linear layers by name, those with adapters as their LoRALinear."""
-    layers: dict[str, nn.Module] = {}
-    for name, child in module.named_modules():
-        if isinstance(child, LoRALinear) or (
-            isinstance(child, (nn.Linear, Conv1D)) and not name.endswith("base_layer")
-        ):
-            layers[name] = child
-    return layers
+    bases = {layer.base_layer for layer in lora_layers(module).values()}
+    return {
+        name: child
+        for name, child in module.named_modules()
+        if name and isinstance(child, (LoRALinear, nn.Linear, Conv1D)) and child not in bases
+    }
 
 
 def _heads(module: nn.Module) -> set[nn.Module | None]:
@@ -210,7 +219,9 @@ def _no_match(module: nn.Module, what: str, layers: dict[str, nn.Module], target
     endings = sorted({name.rsplit(".", 1)[-1] for name in layers})
     close = difflib.get_close_matches(target or "", endings, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    exists = f"Its linear layers end in: {', '.join(endings)}." if endings else "It has no linear layers at all."
+    exists = (
+        f"Its linear layers end in: {', '.join(endings)}." if endings else "It has no linear layers at all."
+    )
     return f"The {what} matches no linear layer of {type(module).__name__}. {exists}{hint}"
 
 
@@ -264,7 +275,9 @@ def _modules_to_save(module: nn.Module, names: Sequence[str]) -> list[nn.Module]
     for wanted in names:
         matches = [child for name, child in module.named_modules() if _ends_with(name, wanted)]
         if not matches:
-            raise ValueError(f"modules_to_save names {wanted!r}, but {type(module).__name__} has no such module.")
+            raise ValueError(
+                f"modules_to_save names {wanted!r}, but {type(module).__name__} has no such module."
+            )
         kept += matches
     return kept
 
@@ -279,6 +292,6 @@ def _replace(module: nn.Module, targets: dict[str, nn.Module], config: LoRAConfi
     for parent in list(module.modules()):
         if isinstance(parent, LoRALinear):
             continue
-        for key, child in list(parent.named_children()):
+        for key, child in list(parent._modules.items()):  # named_children would skip a second registration
             if child in adapters:
                 setattr(parent, key, adapters[child])

@@ -1,0 +1,143 @@
+"""The callback that turns any Lightning run into a MiLoRA run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from milora_lightning.config import Init, LoRAConfig
+from milora_lightning.lora import LoRALinear
+from milora_lightning.surgery import TargetNotFoundError, initialize, inject, lora_layers
+
+
+class MiLoRAInit(Callback):
+    """Fine-tune through low-rank adapters that start from each weight's own singular triplets.
+
+    Add it to a Trainer; nothing else in a project changes. Adapters are injected as soon as the model exists, be it
+    built in ``__init__``, ``setup`` or ``configure_model``; their factors are computed when fitting starts, on the
+    device the strategy has put the weights on, unless a checkpoint has brought them. Everything else is frozen,
+    the model computes at the start exactly what it did before, and the factors stay in float32 whatever the
+    Trainer's precision.
+
+    Args:
+        r: Rank of each adapter.
+        lora_alpha: Numerator of the scale ``lora_alpha / r``. Defaults to ``r``, the paper's setting.
+        lora_dropout: Probability with which an adapter's input features are dropped in training.
+        target_modules: Name endings of linear layers, one regular expression for full names, or
+            ``"all-linear"`` (every linear layer but the language-model head).
+        init: Start of the factors: ``"milora"`` (smallest singular triplets), ``"pissa"`` (largest), ``"middle"``,
+            ``"random"``, or ``"lora"`` (A Kaiming-uniform, B zero).
+        modules_to_save: Name endings of modules to train in full beside the adapters.
+        seed: What the random starts derive from. Defaults to the run's seed.
+
+    Raises:
+        ValueError: In the constructor for values out of range; in ``setup`` if the targets do not fit the model.
+
+    >>> from lightning.pytorch import Trainer
+    >>> trainer = Trainer(callbacks=[MiLoRAInit(r=8)], logger=False, enable_progress_bar=False)
+    """
+
+    def __init__(
+        self,
+        r: int = 32,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        target_modules: str | list[str] = "all-linear",
+        init: Init = "milora",
+        modules_to_save: list[str] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self.config = LoRAConfig(
+            r, lora_alpha, lora_dropout, target_modules, init, tuple(modules_to_save or ())
+        )
+        self.seed = seed
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Inject into what exists now, and into what the module's own ``setup`` and ``configure_model`` build."""
+        # Now, because configure_model may shard the model, and parameters cannot be added after that. Targets that
+        # are missing now may come with setup or configure_model; the second call insists on them.
+        with suppress(TargetNotFoundError):
+            inject(pl_module, self.config)
+        _call_after_configure_model(pl_module, lambda: inject(pl_module, self.config))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute the factors that no checkpoint has brought, and say what was done."""
+        started = time.monotonic()
+        seed = torch.initial_seed() if self.seed is None else self.seed
+        number = initialize(pl_module, seed, _progress if trainer.is_global_zero else iter)
+        if number and trainer.is_global_zero:
+            Console().print(_summary(pl_module, self.config, number, time.monotonic() - started))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Turn the adapters' dropout on: pretrained models come in eval mode, and Lightning keeps it."""
+        for layer in lora_layers(pl_module).values():
+            layer.train()
+
+
+def _call_after_configure_model(pl_module: LightningModule, action: Callable[[], object]) -> None:
+    """Have ``action`` run once, right after the module's ``configure_model``, overridden or not.
+
+    No callback hook lies between ``configure_model`` and the strategy's wrapping of the model.
+    """
+    own = pl_module.configure_model
+
+    def configure_model() -> None:
+        vars(pl_module).pop("configure_model", None)
+        own()
+        action()
+
+    pl_module.configure_model = configure_model  # type: ignore[method-assign]
+
+
+def _progress(layers: Sequence[tuple[str, LoRALinear]]) -> Iterator[tuple[str, LoRALinear]]:
+    columns = TextColumn("Initializing adapters"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, TextColumn("{task.fields[layer]}"), disable=not layers) as bar:
+        task = bar.add_task("", total=len(layers), layer="")
+        for name, layer in layers:
+            bar.update(task, layer=name)
+            yield name, layer
+            bar.advance(task)
+        bar.update(task, layer="")
+
+
+def _summary(module: LightningModule, config: LoRAConfig, number: int, seconds: float) -> Table:
+    parameters = list(module.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    frozen_copies = sum(
+        l.initial_A.numel() + l.initial_B.numel()
+        for l in lora_layers(module).values()
+        if l.initial_A is not None and l.initial_B is not None
+    )
+    total = sum(p.numel() for p in parameters) - frozen_copies
+    table = Table(title=f"Adapters initialized: {config.init}", title_justify="left", show_header=False)
+    for key, value in (
+        ("matrices", f"{number}"),
+        (
+            "r, lora_alpha, lora_dropout",
+            f"{config.r}, {config.scaling * config.r:g}, {config.lora_dropout:g}",
+        ),
+        ("trainable parameters", f"{trainable:,} of {total:,} ({trainable / total:.2%})"),
+        ("time", f"{seconds:.1f} s"),
+        ("largest change of an output", f"{_largest_change(module):g}"),
+    ):
+        table.add_row(key, value)
+    return table
+
+
+@torch.no_grad()
+def _largest_change(module: LightningModule) -> float:
+    """How far any adapted layer's output is from its base layer's, for normal random input: zero, if all is well."""
+    largest = 0.0
+    for layer in lora_layers(module).values():
+        x = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0)).to(
+            layer.lora_A.device
+        )
+        largest = max(largest, layer.update(x).abs().max().item())
+    return largest

