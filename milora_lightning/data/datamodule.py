@@ -1,0 +1,208 @@
+"""The LightningDataModule for supervised fine-tuning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from milora_lightning.data.batching import (
+    Collator,
+    EvaluationSampler,
+    FilledDataset,
+    LengthGroupedSampler,
+    PromptCollator,
+)
+from milora_lightning.data.sources import Source, Split
+from milora_lightning.data.templates import TemplateName
+from milora_lightning.data.tokenizing import tokenize_dataset
+
+# Which splits each stage loads, and which it cannot do without.
+SPLITS: dict[str | None, tuple[Split, ...]] = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+    "predict": ("test",),
+    None: ("train", "validation", "test"),
+}
+NEEDED: dict[str | None, Split] = {"fit": "train", "validate": "validation", "test": "test", "predict": "test"}
+
+
+class SFTDataModule(LightningDataModule):
+    r"""Prompts and responses for supervised fine-tuning of a causal language model.
+
+    Training and loss batches are dicts of ``input_ids``, ``attention_mask`` and ``labels``, each int64 of shape
+    (batch, length), where only the tokens of the response, its EOS included, have labels. Validation and test have a
+    second loader of prompts to generate from, whose batches hold ``input_ids`` and ``attention_mask`` padded on the
+    left and the lists ``prompt`` and ``reference``. Under several ranks each gets its share, and evaluation counts
+    every example once.
+
+    Args:
+        source: Where examples come from.
+        tokenizer: The model's name (see :func:`milora_lightning.pretrained.load_tokenizer`), or its tokenizer.
+        template: Prompt template: ``"alpaca"`` as in the paper, ``"chat"`` for the tokenizer's own chat template, or
+            ``"plain"`` for the bare prompt and a line break.
+        prompt_suffix: What every prompt ends in, after the template, taken as it is; for example
+            ``"Let's think step by step.\n"``.
+        max_length: Most tokens of an example; longer prompts lose their beginning, longer responses their end.
+        batch_size: Training examples per rank and batch.
+        eval_batch_size: Examples per rank and batch in validation and test; None for ``batch_size``.
+        generation_batch_size: Prompts per rank and batch to generate from; None for ``eval_batch_size``.
+        num_generation_examples: Number of validation or test examples, the first ones, to generate answers for; 0 for
+            none. Prediction takes all of test.
+        pad_to_multiple_of: Batch lengths are rounded up to a multiple of this.
+        num_proc: Number of processes that tokenize; None or 0 for the main one alone (whose tokenizer has threads).
+        num_workers: Number of processes that load batches.
+        seed: Seed of the training order.
+
+    Raises:
+        ValueError: If a size is out of range, or in ``setup`` if a needed split is missing.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: str | PreTrainedTokenizerBase = "",
+        template: TemplateName = "alpaca",
+        prompt_suffix: str = "",
+        max_length: int = 1024,
+        batch_size: int = 16,
+        eval_batch_size: int | None = None,
+        generation_batch_size: int | None = None,
+        num_generation_examples: int = 64,
+        pad_to_multiple_of: int = 8,
+        num_proc: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.source = source
+        self.tokenizer = tokenizer
+        self.template: TemplateName = template
+        self.prompt_suffix = prompt_suffix
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.generation_batch_size = self.eval_batch_size if generation_batch_size is None else generation_batch_size
+        self.num_generation_examples = num_generation_examples
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.num_proc = num_proc
+        self.num_workers = num_workers
+        self.seed = seed
+        self._splits: dict[Split, datasets.Dataset | None] = {}
+        sizes = ("batch_size", "eval_batch_size", "generation_batch_size", "pad_to_multiple_of")
+        for name, least in [*((size, 1) for size in sizes), ("num_generation_examples", 0)]:
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}.")
+
+    def prepare_data(self) -> None:
+        """Fill the caches in one process of each machine, before the others come to read them."""
+        if self.trainer is not None and self.trainer.world_size > 1:
+            for split in SPLITS[self.trainer.state.fn and self.trainer.state.fn.value]:
+                self._tokenized(split)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load and tokenize what a stage needs, unless that has been done.
+
+        Args:
+            stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``; None for everything there is.
+
+        Raises:
+            ValueError: If the source lacks a needed split, or its data cannot be used.
+        """
+        for split in SPLITS[stage]:
+            if split not in self._splits:
+                self._splits[split] = self._tokenized(split)
+        if stage is not None:
+            self._examples(NEEDED[stage])
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return training batches, shuffled anew each epoch and grouped by length."""
+        examples = self._examples("train")
+        sampler = LengthGroupedSampler(
+            examples["length"][:], self.batch_size, shuffle=True, seed=self.seed, **self._rank()
+        )
+        # Without the texts, which only generation needs.
+        columns = examples.select_columns(["input_ids", "prompt_length"])
+        return self._loader(columns, sampler, self.batch_size, Collator)
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """Return the loss batches and the generation batches of validation; nothing if there is no such split."""
+        return self._evaluation("validation") if self._splits.get("validation") is not None else []
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """Return the loss batches and the generation batches of test."""
+        return self._evaluation("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Return generation batches of all test examples, in their order."""
+        return self._generation("test", len(self._examples("test")))
+
+    def _tokenized(self, split: Split) -> datasets.Dataset | None:
+        dataset = self.source.load(split)
+        if dataset is None:
+            return None
+        return tokenize_dataset(
+            dataset,
+            self._tokenizer(),
+            self.template,
+            self.prompt_suffix,
+            self.max_length,
+            self.num_proc,
+            split,
+        )
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if isinstance(self.tokenizer, str):
+            if not self.tokenizer:
+                raise ValueError("SFTDataModule needs a tokenizer: pass the model's name, or a tokenizer object.")
+            from milora_lightning.pretrained import load_tokenizer
+
+            self.tokenizer = load_tokenizer(self.tokenizer)
+        return self.tokenizer
+
+    def _examples(self, split: Split) -> datasets.Dataset:
+        examples = self._splits.get(split)
+        if examples is None:
+            raise ValueError(
+                f"There is no {split} data. Give the source some"
+                + ("." if split in self._splits else f", and call setup() for a stage that uses {split}.")
+            )
+        return examples
+
+    def _evaluation(self, split: Split) -> list[DataLoader[Any]]:
+        examples = self._examples(split)
+        # Longest first: little padding, and a lack of memory shows at once.
+        lengths = examples["length"][:]
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        sampler = EvaluationSampler(order, **self._rank())
+        loaders = [self._loader(FilledDataset(examples), sampler, self.eval_batch_size, Collator)]
+        if self.num_generation_examples:
+            loaders.append(self._generation(split, min(self.num_generation_examples, len(examples))))
+        return loaders
+
+    def _generation(self, split: Split, size: int) -> DataLoader[Any]:
+        sampler = EvaluationSampler(range(size), **self._rank())
+        examples = FilledDataset(self._examples(split))
+        return self._loader(examples, sampler, self.generation_batch_size, PromptCollator)
+
+    def _loader(
+        self, examples: Any, sampler: Any, batch_size: int, collator: type[Collator] | type[PromptCollator]
+    ) -> DataLoader[Any]:
+        return DataLoader(
+            examples,
+            batch_size=batch_size,
+            sampler=sampler,
+            collate_fn=collator(self._tokenizer().pad_token_id, self.pad_to_multiple_of),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _rank(self) -> dict[str, int]:
+        """Return how the data is shared out: not by the world's size alone, tensor-parallel ranks share batches."""
+        return (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}

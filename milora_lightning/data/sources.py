@@ -1,0 +1,97 @@
+"""What a source of examples is, and how sources keep their rows on disk."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol, cast
+
+import datasets
+from datasets.exceptions import DatasetGenerationError
+
+Split = Literal["train", "validation", "test"]
+Row = dict[str, str]
+COLUMNS = ("prompt", "input", "response", "reference")
+
+
+class Source(Protocol):
+    """Anything that loads examples; :class:`Files` and :class:`WordProblems` are two.
+
+    To bring your own, write a class with this one method.
+    """
+
+    def load(self, split: Split) -> datasets.Dataset | None:
+        """Load one split.
+
+        Args:
+            split: ``"train"``, ``"validation"`` or ``"test"``.
+
+        Returns:
+            A dataset with the string columns ``prompt`` (question or instruction) and ``response`` (what the model
+            is to write), and optionally ``input`` (further context, may be empty) and ``reference`` (what generated
+            text is scored against, by default the response); None where the source has no such split.
+        """
+        ...
+
+
+def cached_dataset(rows: Callable[..., Iterator[Row]], **arguments: Any) -> datasets.Dataset:
+    """Write rows to the cache of ``datasets`` once, and read them memory-mapped from then on.
+
+    Args:
+        rows: Module-level generator function of rows with the keys ``prompt``, ``input``, ``response``,
+            ``reference``.
+        arguments: Its arguments; together with the source code around ``rows`` they are the key of the cache.
+
+    Returns:
+        The dataset, with a fingerprint that is the same each time.
+
+    Raises:
+        Exception: Whatever ``rows`` raises.
+    """
+    code = inspect.getsource(inspect.getmodule(rows) or rows)
+    with progress_bars(False):
+        try:
+            return datasets.Dataset.from_generator(
+                _generate,
+                features=datasets.Features({name: datasets.Value("large_string") for name in COLUMNS}),
+                gen_kwargs={"rows": rows, "arguments": arguments, "code": code},
+            )
+        except DatasetGenerationError as error:
+            # What went wrong is said by the cause; "An error occurred while generating" only hides it.
+            raise (error.__cause__ or error) from None
+
+
+@contextmanager
+def progress_bars(shown: bool) -> Iterator[None]:
+    """Have ``datasets`` show or hide its progress bars, and leave its setting as it was."""
+    disabled = datasets.are_progress_bars_disabled()
+    if not shown:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not disabled:
+            datasets.enable_progress_bars()
+
+
+def _generate(rows: Callable[..., Iterator[Row]], arguments: dict[str, Any], code: str) -> Iterator[Row]:
+    """Generate the rows; ``code`` is there for the cache's key alone."""
+    yield from rows(**arguments)
+
+
+def check_columns(dataset: datasets.Dataset, split: str) -> None:
+    """Check that a source's dataset can be tokenized.
+
+    Raises:
+        ValueError: If a needed column is missing, or there are no rows.
+    """
+    names = cast("list[str]", dataset.column_names)
+    missing = [name for name in ("prompt", "response") if name not in names]
+    if missing:
+        raise ValueError(
+            f"The {split} data has no column {' and no column '.join(map(repr, missing))}, only {names}. "
+            "A source has to return the columns 'prompt' and 'response'."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"The {split} data has no rows. Point the source at data, or leave this split out.")

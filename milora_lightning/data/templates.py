@@ -1,0 +1,62 @@
+"""Prompt templates: pure functions from an example's texts to what the model reads before it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, cast
+
+from transformers import PreTrainedTokenizerBase
+
+TemplateName = Literal["alpaca", "chat", "plain"]
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{prompt}\n\n### Response:\n"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{prompt}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+
+def alpaca(prompt: str, input: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    r"""Write the prompt of Stanford Alpaca, which the MiLoRA paper uses.
+
+    >>> alpaca("Add the numbers.", "1, 2").splitlines()[2:]
+    ['### Instruction:', 'Add the numbers.', '', '### Input:', '1, 2', '', '### Response:']
+    """
+    return (ALPACA_WITH_INPUT if input else ALPACA).format(prompt=prompt, input=input)
+
+
+def chat(prompt: str, input: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Write one user message in the tokenizer's chat template, up to where the assistant begins.
+
+    The text already holds all special tokens: tokenize it without adding any.
+
+    Raises:
+        ValueError: If the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"The tokenizer of {tokenizer.name_or_path!r} has no chat template. Use template='alpaca' or 'plain', or "
+            "a model made for chat."
+        )
+    message = {"role": "user", "content": f"{prompt}\n\n{input}" if input else prompt}
+    return cast(str, tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+
+
+def plain(prompt: str, input: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    r"""Write the bare text.
+
+    >>> plain("Add the numbers.", "1, 2")
+    'Add the numbers.\n1, 2\n'
+    """
+    return f"{prompt}\n{input}\n" if input else f"{prompt}\n"
+
+
+TEMPLATES: dict[TemplateName, Callable[[str, str, PreTrainedTokenizerBase], str]] = {
+    "alpaca": alpaca,
+    "chat": chat,
+    "plain": plain,
+}

@@ -1,0 +1,120 @@
+"""How many generated texts end in the right answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+MARKER = r"the answer is:|####"  # the paper's, and that of GSM8K's references
+
+# A sign belongs to a number only where no operand stands before it: "10-5" ends in 5, "= -5" in -5.
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)])(?P<sign>[-−])\s?)?[$€£¥]?(?P<sign2>(?<=[$€£¥])[-−])?"
+    r"(?P<number>\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\w.])\.\d+)"
+    r"(?:\s?/\s?(?P<divisor>\d+))?"
+)
+
+
+def extract_answer(text: str, pattern: str = MARKER, strict: bool = False) -> str | None:
+    """Read the answer out of a generated text.
+
+    Args:
+        text: The text.
+        pattern: Regular expression (case is ignored) of what stands before the answer; the last match counts, and
+            the answer reaches to the end of the line.
+        strict: Whether a text without the marker has no answer; otherwise it is the last number in the text.
+
+    Returns:
+        The answer as it is written, or None if there is none.
+
+    >>> extract_answer("3 + 4 = 7, so 7 apples. The answer is: 7 apples.")
+    '7 apples.'
+    >>> extract_answer("3 + 4 = 7, so there are 7.")
+    '7'
+    >>> extract_answer("3 + 4 = 7, so there are 7.", strict=True) is None
+    True
+    """
+    markers = list(re.finditer(pattern, text, re.IGNORECASE))
+    if markers:
+        lines = text[markers[-1].end() :].strip().splitlines()
+        return lines[0].strip() if lines else None
+    numbers = [] if strict else list(_NUMBER.finditer(text))
+    return numbers[-1].group() if numbers else None
+
+
+def same_answer(answer: str, reference: str) -> bool:
+    """Compare two answers: numbers by their exact value, whatever their form and unit, other texts by their letters.
+
+    >>> same_answer("$1,234.00 in total.", "1234"), same_answer("0.75", "3/4"), same_answer("-5", "5")
+    (True, True, False)
+    >>> same_answer("True.", "true"), same_answer("x = 4", "4"), same_answer("four", "4")
+    (True, True, False)
+    """
+    answer, reference = _bare(answer), _bare(reference)
+    expected = _NUMBER.match(reference)
+    if expected and (value := _value(expected)) is not None:
+        found = _NUMBER.search(answer)
+        return found is not None and _value(found) == value
+    return answer.casefold() == reference.casefold()
+
+
+def _bare(answer: str) -> str:
+    return answer.strip(" \t\r\n.*`\"'")
+
+
+def _value(match: re.Match[str]) -> Fraction | None:
+    try:
+        value = Fraction(match["number"].replace(",", "")) / Fraction(match["divisor"] or 1)
+    except (ValueError, ZeroDivisionError):  # more digits than Python converts, a division by zero
+        return None
+    return -value if match["sign"] or match["sign2"] else value
+
+
+class AnswerAccuracy(Metric):
+    """Fraction of generated texts whose answer is right.
+
+    Args:
+        pattern: Regular expression of what stands before the answer, see :func:`extract_answer`. A reference may be
+            a whole solution with the marker, or the answer alone.
+        strict: Whether a generated text without the marker is wrong; otherwise its last number counts.
+
+    Raises:
+        ValueError: In ``update``, if there are not as many references as generated texts.
+
+    >>> metric = AnswerAccuracy()
+    >>> metric.update(["2 + 2 = 4. The answer is: 4", "The answer is: 5"], ["4", "2 * 3 = 6. The answer is: 6"])
+    >>> metric.compute()
+    tensor(0.5000)
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = True
+    correct: Tensor
+    total: Tensor
+
+    def __init__(self, pattern: str = MARKER, strict: bool = False) -> None:
+        super().__init__()
+        self.pattern = pattern
+        self.strict = strict
+        self.add_state("correct", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, generations: Sequence[str], references: Sequence[str]) -> None:
+        """Count the right answers among generated texts."""
+        if len(generations) != len(references):
+            raise ValueError(f"There are {len(generations)} generated texts but {len(references)} references.")
+        for generation, reference in zip(generations, references, strict=True):
+            answer = extract_answer(generation, self.pattern, self.strict)
+            expected = extract_answer(reference, self.pattern, strict=True) or reference
+            self.correct += answer is not None and same_answer(answer, expected)
+        self.total += len(generations)
+
+    def compute(self) -> Tensor:
+        """Return the fraction of right answers, NaN if there were no texts."""
+        return self.correct / self.total
