@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,18 +93,11 @@ class Files:
             return None
         names = [location] if isinstance(location, str) else location
         if isinstance(location, str) and _is_hub_name(location):
-            dataset = cached_dataset(
-                _hub_rows, dataset=_from_hub(location, self.hub_splits[split]), name=location, fields=self.fields
-            )
-        else:
-            # Size and time of change go into the cache's key, so that an edited file is read again.
-            files = tuple(
-                (str(path), path.stat().st_size, path.stat().st_mtime_ns) for n in names for path in _paths(n)
-            )
-            dataset = cached_dataset(_file_rows, files=files, fields=self.fields)
-        if len(dataset) == 0:
-            raise ValueError(f"The {split} data is empty: there are no rows in {', '.join(names)}.")
-        return dataset
+            dataset = _from_hub(location, self.hub_splits[split])
+            return cached_dataset(_hub_rows, dataset=dataset, name=location, fields=self.fields)
+        # Size and time of change go into the cache's key, so that an edited file is read again.
+        files = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for name in names for p in _paths(name))
+        return cached_dataset(_file_rows, files=files, fields=self.fields)
 
     def _held_out(self, size: int, split: Split) -> list[int]:
         held_out = self.validation_size if self.validation_size >= 1 else math.ceil(self.validation_size * size)
@@ -151,14 +144,20 @@ def _from_hub(name: str, split: str) -> datasets.Dataset:
 
 def _file_rows(files: tuple[tuple[str, int, int], ...], fields: Fields) -> Iterator[Row]:
     for name, _, _ in files:
-        reader = _parquet_records if name.endswith(".parquet") else _json_records
-        for number, record in reader(name):
-            yield _checked(record, fields, f"row {number} (the first is row 1) of {name}")
+        records = _parquet_records(name) if name.endswith(".parquet") else _json_records(name)
+        yield from _checked_rows(records, fields, name)
 
 
 def _hub_rows(dataset: datasets.Dataset, name: str, fields: Fields) -> Iterator[Row]:
-    for number, record in enumerate(dataset, 1):
+    yield from _checked_rows(enumerate(dataset, 1), fields, name)
+
+
+def _checked_rows(records: Iterable[tuple[int, Any]], fields: Fields, name: str) -> Iterator[Row]:
+    number = 0
+    for number, record in records:
         yield _checked(record, fields, f"row {number} (the first is row 1) of {name}")
+    if number == 0:
+        raise ValueError(f"There are no rows in {name}. Point to data that is not empty.")
 
 
 def _parquet_records(name: str) -> Iterator[tuple[int, Any]]:

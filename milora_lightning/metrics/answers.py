@@ -64,7 +64,7 @@ def same_answer(answer: str, reference: str) -> bool:
 
 
 def _bare(answer: str) -> str:
-    return answer.strip(" \t\r\n.*`\"'")
+    return answer.lstrip(" \t\r\n*`\"'").rstrip(" \t\r\n*`\"'.")
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
