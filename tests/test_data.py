@@ -7,6 +7,7 @@ import torch
 from data_fixtures import InMemory, isolate_cache, make_tokenizer, rows
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from milora_lightning import pretrained
 from milora_lightning.data import Files, SFTDataModule, WordProblems
@@ -121,6 +122,33 @@ def test_stages_load_what_they_need_once():
     data.setup("predict")
     data.setup()
     assert loads == ["validation", "train", "test"]
+
+
+def test_one_process_fills_the_cache_for_the_others(tmp_path, monkeypatch):
+    isolate_cache(monkeypatch, tmp_path)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"instruction": "a", "output": "b"}\n')
+
+    def files_after(world_size: int, method: str, *args: str) -> set[str]:
+        data = SFTDataModule(Files(train=str(path)), make_tokenizer())
+        data.trainer = SimpleNamespace(world_size=world_size, state=SimpleNamespace(fn=TrainerFn.FITTING))
+        getattr(data, method)(*args)
+        return {file.name for file in tmp_path.rglob("*.arrow")}
+
+    assert files_after(1, "prepare_data") == set()
+    filled = files_after(2, "prepare_data")
+    assert len(filled) == 2  # the rows, and the tokens
+    assert files_after(2, "setup", "fit") == filled
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_workers_change_nothing(num_workers):
+    data = make_data(ranks=(2, 1), num_workers=num_workers)
+    data.setup("validate")
+    losses, prompts = (list(loader) for loader in data.val_dataloader())
+    assert [len(responses([batch])) for batch in losses] == [4, 2]
+    assert responses(losses)[-1] == ""  # the filler
+    assert [reference for batch in prompts for reference in batch["reference"]][-1] is None
 
 
 @pytest.mark.parametrize(

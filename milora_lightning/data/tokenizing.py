@@ -168,7 +168,7 @@ def _report(size: int, encoded: datasets.Dataset, max_length: int, split: str) -
         )
     if len(encoded) < size:
         rank_zero_warn(f"{size - len(encoded)} of {size} examples of the {split} data have no response: left out.")
-    truncated = sum(encoded["truncated"])
+    truncated = sum(encoded["truncated"][:])
     if truncated:
         rank_zero_warn(
             f"{truncated} of {len(encoded)} examples of the {split} data are longer than max_length={max_length} "
