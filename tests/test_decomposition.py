@@ -229,6 +229,16 @@ def test_ordinary_weights_skip_the_full_svd(svd_shapes, shape, which):
     assert all(short <= min(shape) // 2 for short, _ in svd_shapes)
 
 
+def test_a_wider_margin_comes_before_the_full_svd(svd_shapes):
+    # Singular values that fall to zero as a random square matrix's do, with one outlier and one straggler.
+    spectrum = torch.linspace(1, 1 / 400, 400, dtype=torch.float64)
+    spectrum[0], spectrum[-1] = 20, 2.5e-5
+    weight = planted((400, 400), spectrum)
+    triplets = singular_slice(weight, R)
+    assert svd_shapes == [(R + 8, 400), (R + 50, 400)]
+    assert_is_slice(triplets, weight, R, "minor")
+
+
 @pytest.mark.parametrize("damage", [pruned_rows, few_pruned_rows, zero, nearly_low_rank])
 def test_rank_deficient_weights_take_the_full_svd(svd_shapes, damage):
     weight = make_weight((96, 256), "gaussian", torch.float64)
