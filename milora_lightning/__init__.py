@@ -1,6 +1,7 @@
 """MiLoRA for PyTorch Lightning: adapters that start from the smallest singular triplets of each weight."""
 
 from milora_lightning.callbacks import EvaluationSummary, MiLoRAInit, PredictionWriter
+from milora_lightning.checkpoint import CheckpointError, load_adapter
 from milora_lightning.config import LoRAConfig
 from milora_lightning.data import SFTDataModule
 from milora_lightning.decomposition import singular_slice
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CausalLMModule",
+    "CheckpointError",
     "EvaluationSummary",
     "LoRAConfig",
     "LoRALinear",
@@ -21,6 +23,7 @@ __all__ = [
     "adapters_disabled",
     "initialize",
     "inject",
+    "load_adapter",
     "lora_layers",
     "singular_slice",
 ]

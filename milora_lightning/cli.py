@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from milora_lightning.callbacks import EvaluationSummary, MiLoRAInit, PredictionWriter
+from milora_lightning.checkpoint import read_checkpoint
 from milora_lightning.data import SFTDataModule
 from milora_lightning.module import CausalLMModule
 
@@ -38,6 +39,9 @@ class MiLoRACLI(LightningCLI):
         elif isinstance(args, list):
             args = resolve_configs(args)
         super().parse_arguments(parser, args)
+        path = self.config.get(str(self.config.get("subcommand")), {}).get("ckpt_path")
+        if path and Path(path).suffix == ".ckpt" and not Path(path).is_dir():
+            read_checkpoint(path)  # now, before a model is loaded for it
 
 
 def resolve_configs(args: list[str]) -> list[str]:
@@ -76,11 +80,29 @@ def _config_path(name: str) -> str:
 
 
 def main(args: ArgsType = None) -> Any:
-    """Run the command line; see ``python main.py --help``."""
-    return MiLoRACLI(
-        CausalLMModule,
-        SFTDataModule,
-        args=args,
-        save_config_kwargs={"overwrite": True},
-        auto_configure_optimizers=False,  # the module makes its own, from model.optimizer
-    )
+    """Run the command line; see ``python main.py --help``.
+
+    Errors that this package raises are messages to the user, and end the program as such; all others keep their
+    traceback.
+    """
+    usage = {"usage": "%(prog)s [--config FILE] ... [--OPTION VALUE] ...   (--help explains every option)"}
+    try:
+        return MiLoRACLI(
+            CausalLMModule,
+            SFTDataModule,
+            args=args,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={subcommand: usage for subcommand in MiLoRACLI.subcommands()},
+            auto_configure_optimizers=False,  # the module makes its own, from model.optimizer
+        )
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        if _raised_here(error):
+            sys.exit(f"error: {error}")
+        raise
+
+
+def _raised_here(error: BaseException) -> bool:
+    traceback = error.__traceback__
+    while traceback and traceback.tb_next:
+        traceback = traceback.tb_next
+    return traceback is not None and PACKAGE in Path(traceback.tb_frame.f_code.co_filename).parents

@@ -113,7 +113,7 @@ class LoRALinear(nn.Module):
         what is added to the output of a base layer that only its own code can evaluate (a quantised one).
         """
         mask, scaling = self._dropout_mask(x)
-        x = x if mask is None else x * mask
+        x = _masked(x, mask)
         A, B = stack_factors(self.lora_A, self.lora_B, self.initial_A, self.initial_B)
         return F.linear(F.linear(x, A.to(x.dtype)), (scaling * B).to(x.dtype))
 
@@ -158,8 +158,8 @@ class LoRALinear(nn.Module):
         """Draw the features to keep, and return the scale that makes up for the dropped ones."""
         if not self.training or self.lora_dropout == 0:
             return None, self.scaling
-        keep = 1 - self.lora_dropout
-        return torch.empty_like(x, dtype=torch.bool).bernoulli_(keep), self.scaling / keep
+        mask, keep = draw_mask(x, self.lora_dropout)
+        return mask, self.scaling / keep
 
     def _base_is_plain(self) -> bool:
         """Whether the base layer does nothing but multiply by its weight and add its bias."""
@@ -269,5 +269,25 @@ def _stack(
     return A.to(dtype), (scaling * B).to(dtype)
 
 
-def _masked(rows: Tensor, mask: Tensor | None) -> Tensor:
-    return rows if mask is None else rows * mask.reshape(rows.shape)
+def draw_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
+    """Draw which entries a dropout of probability ``p`` keeps.
+
+    Cuts 64 random bits into four decisions, so that a mask costs a fraction of the product it goes into; a draw for
+    each entry would cost more than that product. The probability is rounded to a multiple of 2⁻¹⁶.
+
+    Args:
+        x: Tensor that the mask is for.
+        p: Probability to drop an entry.
+
+    Returns:
+        A mask of 0 and 1 (uint8) in the shape of ``x``, and the exact probability to keep an entry.
+    """
+    dropped = round(p * 2**16)
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    mask = bits.view(torch.int16)[: x.numel()] >= dropped - 2**15
+    return mask.view(torch.uint8).view(x.shape), 1 - dropped / 2**16
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    # Converted before the product: torch multiplies mixed types element by element.
+    return x if mask is None else x * mask.to(x.dtype).view(x.shape)

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from transformers import GenerationConfig, PreTrainedModel, get_scheduler
 
+from milora_lightning.checkpoint import KEY, inject_as_in
 from milora_lightning.metrics import AnswerAccuracy
 from milora_lightning.pretrained import load_causal_lm, load_tokenizer
+from milora_lightning.surgery import lora_layers
 
 Batch = dict[str, Any]
 IGNORED = -100
@@ -81,7 +83,7 @@ class CausalLMModule(LightningModule):
         model = load_causal_lm(self.name_or_path, self.dtype_name, self.attn_implementation)
         if self.gradient_checkpointing:
             # Non-reentrant checkpoints reach adapters though nothing before them requires a gradient.
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = model.train()
         self.tokenizer = load_tokenizer(self.name_or_path)
 
@@ -176,6 +178,11 @@ class CausalLMModule(LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = get_scheduler(self.lr_scheduler, optimizer, self.warmup_steps, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make the adapters that a checkpoint brings, so that ``load_from_checkpoint`` needs nothing else."""
+        if KEY in checkpoint["state_dict"] and not lora_layers(self):
+            inject_as_in(self, checkpoint["state_dict"])
 
     def _built(self) -> PreTrainedModel:
         if self.model is None:

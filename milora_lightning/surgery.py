@@ -21,7 +21,7 @@ ALL_LINEAR = "all-linear"
 
 
 class TargetNotFoundError(ValueError):
-    """Something in ``target_modules`` matches no linear layer of the model."""
+    """Something in ``target_modules`` or ``modules_to_save`` matches nothing in the model."""
 
 
 def inject(module: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
@@ -275,7 +275,7 @@ def _modules_to_save(module: nn.Module, names: Sequence[str]) -> list[nn.Module]
     for wanted in names:
         matches = [child for name, child in module.named_modules() if _ends_with(name, wanted)]
         if not matches:
-            raise ValueError(
+            raise TargetNotFoundError(
                 f"modules_to_save names {wanted!r}, but {type(module).__name__} has no such module."
             )
         kept += matches

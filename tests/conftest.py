@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -16,6 +18,7 @@ from transformers import (
     OPTConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -70,3 +73,36 @@ def quiet_trainer(folder: Path, **options: Any) -> Trainer:
     """A CPU Trainer that writes nothing but what a test asks for."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     return Trainer(default_root_dir=folder, **{**quiet, "enable_checkpointing": False, **options})
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A real byte-level tokenizer of 128 entries."""
+    words = ["<pad>", "<s>", "</s>", "<unk>"]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=128, special_tokens=words, initial_alphabet=sorted(c for c in alphabet if c.isascii()), show_progress=False
+    )
+    tokenizer.train_from_iterator(["What is 1 plus 2?\n", "The answer is: 3"], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def save_tiny_model(folder: Path, kind: str) -> Path:
+    tiny_model(kind).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_examples(path: Path, number: int) -> Path:
+    """Write additions of one or two digits, of different lengths."""
+    sums = [(7 * i % 30, 11 * i % 25) for i in range(number)]
+    rows = [
+        {"instruction": f"What is {a} plus {b}?" + " 1 plus 2?" * (i % 3), "output": f"The answer is: {a + b}"}
+        for i, (a, b) in enumerate(sums)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from milora_lightning import LoRAConfig, LoRALinear, adapters_disabled, initialize, inject
-from milora_lightning.lora import _FusedLoRA
+from milora_lightning.lora import _FusedLoRA, draw_mask
 
 OUT, IN, R, TOKENS = 24, 16, 4, 10
 
@@ -45,7 +45,7 @@ def plain(layer: LoRALinear, x: Tensor, mask: Tensor | None = None, keep: float 
 def test_gradcheck_in_float64(init: str, conv: bool, p: float) -> None:
     layer = adapted(init, conv=conv).double()
     x = torch.randn(2, 5, IN, dtype=torch.float64, requires_grad=True)
-    mask = torch.rand_like(x) > p if p else None
+    mask = draw_mask(x, p)[0] if p else None
     weight, bias = layer.base_layer.weight, layer.base_layer.bias
 
     def fused(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -83,8 +83,9 @@ def test_dropout_draws_one_mask_for_output_and_gradients() -> None:
     torch.manual_seed(3)
     y = layer(x)
     torch.manual_seed(3)
-    mask = torch.empty(TOKENS, IN, dtype=torch.bool).bernoulli_(0.6)
-    reference = plain(layer, x, mask, 0.6)
+    mask, keep = draw_mask(x, 0.4)
+    assert 0 < mask.sum() < mask.numel()
+    reference = plain(layer, x, mask, keep)
     torch.testing.assert_close(y, reference)
     for got, want in zip(
         torch.autograd.grad(y.square().sum(), (x, layer.lora_A, layer.lora_B)),
@@ -93,6 +94,18 @@ def test_dropout_draws_one_mask_for_output_and_gradients() -> None:
     ):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(layer.eval()(x), plain(layer, x))
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_mask_drops_each_entry_with_its_probability_and_independently(p: float) -> None:
+    torch.manual_seed(0)
+    mask, keep = draw_mask(torch.empty(999, 1001), p)
+    dropped = 1 - mask.double()
+    assert keep == pytest.approx(1 - p, abs=1e-5)
+    assert dropped.mean() == pytest.approx(p, abs=0.002)
+    for shift in (1, 2, 3, 4, 1001):  # neighbours come out of the same 64 bits
+        flat = dropped.flatten()
+        assert (flat[shift:] * flat[:-shift]).mean() == pytest.approx(p * p, abs=0.003)
 
 
 def test_reference_update_has_the_layers_dropout() -> None:

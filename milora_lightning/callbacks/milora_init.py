@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from milora_lightning.checkpoint import AdapterCheckpoint
 from milora_lightning.config import Init, LoRAConfig
 from milora_lightning.lora import LoRALinear
 from milora_lightning.surgery import TargetNotFoundError, initialize, inject, lora_layers
@@ -65,7 +66,11 @@ class MiLoRAInit(Callback):
         # are missing now may come with setup or configure_model; the second call insists on them.
         with suppress(TargetNotFoundError):
             inject(pl_module, self.config)
-        _call_after_configure_model(pl_module, lambda: inject(pl_module, self.config))
+        _call_after_configure_model(pl_module, lambda: self._complete(pl_module))
+
+    def _complete(self, pl_module: LightningModule) -> None:
+        inject(pl_module, self.config)
+        AdapterCheckpoint.attach(pl_module, self.config)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute the factors that no checkpoint has brought, and say what was done."""

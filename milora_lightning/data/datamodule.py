@@ -201,6 +201,8 @@ class SFTDataModule(LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            # Its own generator: an evaluation must not draw from the one that training's dropout uses.
+            generator=torch.Generator().manual_seed(self.seed),
         )
 
     def _rank(self) -> dict[str, int]:

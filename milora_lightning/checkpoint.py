@@ -1,0 +1,254 @@
+"""Checkpoints that hold the adapters and what else was trained, never the base model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+
+from milora_lightning.config import LoRAConfig
+from milora_lightning.lora import LoRALinear
+from milora_lightning.surgery import inject, lora_layers
+
+KEY = "milora_lightning"
+"""The entry of a state dict that describes its adapters."""
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, or does not belong to this model."""
+
+
+class AdapterCheckpoint:
+    """Makes a module's state dict hold its adapters only, and checks those it loads.
+
+    Attached to a LightningModule, it acts in every way Lightning saves and loads: the base model's weights are left
+    out, and the configuration of the adapters and a fingerprint of the base travel with them. Loading is all or
+    nothing: a state dict of another base, rank, start or set of targets is refused before anything is copied. What
+    the module trains beside the adapters, and its buffers, are kept.
+
+    Args:
+        module: The module whose state dict is meant, with adapters injected.
+        config: The configuration of its adapters.
+    """
+
+    def __init__(self, module: nn.Module, config: LoRAConfig) -> None:
+        self.config = config
+        # Taken now, before a strategy casts or moves the weights, so that it is the same when loading.
+        self.fingerprint = fingerprint(module)
+
+    @staticmethod
+    def attach(module: nn.Module, config: LoRAConfig) -> AdapterCheckpoint:
+        """Attach to a module, unless that has been done; return what is attached."""
+        attached = getattr(module, "_adapter_checkpoint", None)
+        if not isinstance(attached, AdapterCheckpoint):
+            attached = AdapterCheckpoint(module, config)
+            module._adapter_checkpoint = attached  # type: ignore[assignment]
+            module.register_state_dict_post_hook(_drop_base)
+            module.register_load_state_dict_pre_hook(_check)
+            module.register_load_state_dict_post_hook(_excuse_base)
+        return attached
+
+    def trim(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
+        """Take the base out of a state dict, and put the description in."""
+        for key in _base_keys(module):
+            state.pop(prefix + key, None)
+        state[prefix + KEY] = {
+            "format": FORMAT,
+            "config": {**asdict(self.config), "target_modules": _as_primitive(self.config.target_modules)},
+            "adapters": list(lora_layers(module)),
+            "base": self.fingerprint,
+        }
+
+    def check(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
+        """Refuse a state dict that does not fit the module; take the description out of one that does."""
+        description = state.pop(prefix + KEY, None)
+        names = {prefix + name for name, _ in module.named_parameters(remove_duplicate=False)}
+        if description is None:
+            if names <= state.keys():
+                return  # a whole state dict brings everything
+            raise CheckpointError(
+                "The checkpoint holds no adapters: it was saved without MiLoRAInit. Load it into the module before "
+                "fitting with MiLoRAInit, not through ckpt_path."
+            )
+        check_format(description)
+        self._check_config(description, lora_layers(module))
+        self._check_base(description["base"])
+        kept = {prefix + key: value for key, value in module.state_dict().items() if key != KEY}
+        missing, extra = sorted(kept.keys() - state.keys()), sorted(state.keys() - kept.keys() - names)
+        if missing or extra:
+            raise CheckpointError(
+                f"The checkpoint lacks {_some(missing)} and has {_some(extra)} in excess, compared with this module."
+            )
+        for key, value in kept.items():
+            if state[key].shape != value.shape:
+                raise CheckpointError(
+                    f"{key!r} has shape {tuple(state[key].shape)} in the checkpoint and {tuple(value.shape)} here."
+                )
+
+    def _check_config(self, description: dict[str, Any], layers: dict[str, LoRALinear]) -> None:
+        saved = LoRAConfig(**description["config"])
+        for name, here, there in (
+            ("r", self.config.r, saved.r),
+            ("lora_alpha / r", self.config.scaling, saved.scaling),
+            ("init", self.config.init, saved.init),
+        ):
+            if here != there:
+                raise CheckpointError(
+                    f"The checkpoint's adapters have {name}={there}, this run's have {name}={here}. "
+                    "Use the configuration the checkpoint was trained with, or start without it."
+                )
+        missing, extra = sorted(layers.keys() - description["adapters"]), sorted(description["adapters"] - layers.keys())
+        if missing or extra:
+            raise CheckpointError(
+                f"The checkpoint's adapters are on other layers: it has none for {_some(missing)} and has some for "
+                f"{_some(extra)}, compared with this run's target_modules. Use those it was trained with: "
+                f"{saved.target_modules}."
+            )
+
+    def _check_base(self, saved: dict[str, str]) -> None:
+        different = sorted(name for name in saved.keys() | self.fingerprint.keys() if saved.get(name) != self.fingerprint.get(name))
+        if different:
+            name = different[0]
+            raise CheckpointError(
+                f"The checkpoint was trained on another base model: {len(different)} of {len(saved)} frozen weights "
+                f"differ, for example {name!r} ({_what(saved.get(name))} there, {_what(self.fingerprint.get(name))} "
+                "here). Use the same model, files and dtype as in training."
+            )
+
+
+# torch wants plain functions as hooks.
+def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    module._adapter_checkpoint.trim(module, state, prefix)  # type: ignore[operator, union-attr]
+
+
+def _check(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    module._adapter_checkpoint.check(module, state, prefix)  # type: ignore[operator, union-attr]
+
+
+def _excuse_base(module: nn.Module, incompatible: Any) -> None:
+    base = _base_keys(module)
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in base]
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a Lightning checkpoint that holds adapters, without running any code in it.
+
+    Args:
+        path: File of a checkpoint.
+
+    Returns:
+        Its content; adapters and other trained weights are under ``"state_dict"``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it is damaged, no checkpoint, holds no adapters, or is from a newer version.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no checkpoint {str(path)!r}. Check the path.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for files it cannot read
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read as a checkpoint: it is damaged, incomplete, or something else "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})."
+        ) from error
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{str(path)!r} is no Lightning checkpoint: it has no state_dict.")
+    if KEY not in state:
+        raise CheckpointError(f"{str(path)!r} holds no adapters: it was saved without MiLoRAInit.")
+    check_format(state[KEY])
+    return checkpoint
+
+
+def check_format(description: dict[str, Any]) -> None:
+    """Refuse adapters written by a newer version of the package.
+
+    Raises:
+        CheckpointError: If they are.
+    """
+    if description["format"] > FORMAT:
+        raise CheckpointError(
+            f"The adapters were saved by a newer version of milora-lightning (format {description['format']}, this "
+            f"version reads up to {FORMAT}). Upgrade: pip install --upgrade milora-lightning"
+        )
+
+
+def load_adapter(module: nn.Module, path: str | Path) -> LoRAConfig:
+    """Put the adapters of a checkpoint on a module that has none, or load them into those it has.
+
+    Args:
+        module: The LightningModule the checkpoint is of, with its model built; changed in place.
+        path: A checkpoint written by a Trainer with ``MiLoRAInit``.
+
+    Returns:
+        The configuration of the adapters.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it cannot be read, or does not fit the module.
+    """
+    state = read_checkpoint(path)["state_dict"]
+    config = inject_as_in(module, state)
+    module.load_state_dict(state)
+    return config
+
+
+def inject_as_in(module: nn.Module, state: dict[str, Any]) -> LoRAConfig:
+    """Inject the adapters that a state dict describes, without their values."""
+    check_format(state[KEY])
+    config = LoRAConfig(**state[KEY]["config"])
+    inject(module, config)
+    AdapterCheckpoint.attach(module, config)
+    return config
+
+
+def fingerprint(module: nn.Module) -> dict[str, str]:
+    """Hash every frozen weight that is not an adapter's: its shape, its dtype and all of its bits.
+
+    Args:
+        module: Any module; weights on the meta device are skipped.
+
+    Returns:
+        ``"(shape) dtype hash"`` by parameter name. Names are those from before surgery.
+
+    >>> fingerprint(nn.Linear(2, 1).requires_grad_(False)).keys()
+    dict_keys(['weight', 'bias'])
+    """
+    hashes = {}
+    for key in sorted(_base_keys(module)):
+        weight = module.get_parameter(key).detach()
+        if not weight.is_meta:
+            raw = weight.cpu().contiguous().flatten().view(torch.uint8).numpy()
+            digest = xxhash.xxh3_128_hexdigest(memoryview(raw))
+            hashes[key.replace(".base_layer.", ".")] = f"{tuple(weight.shape)} {weight.dtype} {digest}"
+    return hashes
+
+
+def _base_keys(module: nn.Module) -> set[str]:
+    """The keys of all frozen parameters but the adapters' initial factors."""
+    factors = {
+        f"{prefix}.{name}" for prefix, layer in lora_layers(module).items() for name, _ in layer.named_parameters(recurse=False)
+    }
+    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return frozen - factors
+
+
+def _some(names: list[str]) -> str:
+    if not names:
+        return "nothing"
+    return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _what(hashed: str | None) -> str:
+    return "absent" if hashed is None else hashed
+
+
+def _as_primitive(target_modules: Any) -> Any:
+    return target_modules if isinstance(target_modules, str) else list(target_modules)

@@ -1,0 +1,130 @@
+"""The command line as a user calls it, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import save_tiny_model, write_examples
+
+from milora_lightning.checkpoint import read_checkpoint
+from milora_lightning.cli import CONFIGS, main, resolve_configs
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a model, data and a config of the user's own."""
+    save_tiny_model(tmp_path / "model", "llama")
+    write_examples(tmp_path / "train.jsonl", 24)
+    write_examples(tmp_path / "held_out.jsonl", 6)
+    files = {"train": "train.jsonl", "validation": "held_out.jsonl", "test": "held_out.jsonl"}
+    config = {
+        "model": {"name_or_path": "model", "max_new_tokens": 4, "warmup_steps": 2},
+        "adapter": {"r": 4, "target_modules": ["q_proj", "up_proj"]},
+        "data": {"source": {"class_path": "milora_lightning.data.Files", "init_args": files}, "batch_size": 4},
+        "trainer": {
+            "max_epochs": 1,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_progress_bar": False,
+            "num_sanity_val_steps": -1,
+            "default_root_dir": str(tmp_path / "out"),
+        },
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*args: str) -> Any:
+    return main(list(args))
+
+
+def test_fit_validate_test_predict(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fitted = run("fit", "--config", "mine.yaml").trainer
+    printed = capsys.readouterr().out
+    assert "Adapters initialized: milora" in printed
+    assert re.search(r"validation\s*┃ before\s*┃ after", printed)
+    (path,) = (project / "out").rglob("*.ckpt")
+    assert path.stat().st_size < 150_000
+    validated = run("validate", "--config", "mine.yaml", "--ckpt_path", str(path)).trainer.callback_metrics
+    for name, value in fitted.callback_metrics.items():
+        if name.startswith("val_"):
+            assert validated[name].item() == pytest.approx(value.item(), rel=1e-5)
+    tested = run("test", "--config", "mine.yaml", "--ckpt_path", str(path)).trainer.callback_metrics
+    assert tested["test_loss"].item() == pytest.approx(validated["val_loss"].item(), rel=1e-5)
+    run("predict", "--config", "mine.yaml", "--ckpt_path", str(path), "--predictions.output", "answers.jsonl")
+    answers = [json.loads(line) for line in (project / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 6
+    assert all(a.keys() == {"prompt", "generation", "reference"} for a in answers)
+
+
+def test_tokenizer_follows_the_model_and_overlays_compose(project: Path) -> None:
+    (project / "overlay.yaml").write_text(yaml.safe_dump({"adapter": {"init": "pissa"}, "trainer": {"max_steps": 1}}))
+    cli = run("fit", "--config", "mine.yaml", "--config=overlay.yaml", "--adapter.lora_dropout", "0.1")
+    assert cli.datamodule.tokenizer.name_or_path == "model"
+    (path,) = (project / "out").rglob("*.ckpt")
+    config = read_checkpoint(path)["state_dict"]["milora_lightning"]["config"]
+    assert (config["init"], config["r"], config["lora_dropout"]) == ("pissa", 4, 0.1)
+    assert cli.trainer.global_step == 1
+
+
+def test_optimizer_is_injected(project: Path) -> None:
+    optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}
+    (project / "sgd.yaml").write_text(yaml.safe_dump({"model": {"optimizer": optimizer}}))
+    cli = run("fit", "--config", "mine.yaml", "--config", "sgd.yaml", "--trainer.max_steps", "1")
+    assert type(cli.trainer.optimizers[0]) is torch.optim.SGD
+    assert run("fit", "--config", "mine.yaml", "--model.optimizer.lr", "0.25", "--trainer.max_steps", "1")
+
+
+def test_shipped_configs_are_found_by_name_and_local_ones_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = str(CONFIGS / "milora.yaml")
+    assert resolve_configs(["fit", "--config", "milora.yaml"]) == ["fit", "--config", shipped]
+    assert resolve_configs(["fit", "-c", "milora.yaml"]) == ["fit", "-c", shipped]
+    assert resolve_configs(["fit", "--config=milora.yaml"]) == ["fit", f"--config={shipped}"]
+    (tmp_path / "milora.yaml").write_text("")
+    assert resolve_configs(["fit", "--config", "milora.yaml"]) == ["fit", "--config", "milora.yaml"]
+    with pytest.raises(SystemExit, match=r"no config 'nope.yaml'.*milora.yaml"):
+        resolve_configs(["fit", "--config", "nope.yaml"])
+
+
+def test_every_option_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        run("fit", "--help")
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    options = re.findall(r"^  --((?:model|data|adapter|predictions)\.[\w.]+)(.*(?:\n {6,}.*)*)", text, re.MULTILINE)
+    assert {"model.name_or_path", "data.max_length", "adapter.r", "predictions.output"} <= {name for name, _ in options}
+    undocumented = [n for n, t in options if len(re.sub(r"\(.*?\)|[A-Z_]{2,}|\{.*?\}|\s", "", t)) < 10 and "help" not in n]
+    assert undocumented == []
+    assert "--data.tokenizer" not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--adapter.target_modules", "[q_prj]"], r"'q_prj' matches no linear layer.*Did you mean 'q_proj'"),
+        (["--adapter.r", "33"], r"r=33 is larger than layer 'model.model.layers.0"),
+        (["--data.source.train", "absent.jsonl"], r"absent\.jsonl"),
+        (["--data.source.prompt_field", "question"], r"question.*instruction"),
+        (["--model.name_or_path", "nobody/nothing"], r"no model 'nobody/nothing'"),
+        (["--ckpt_path", "absent.ckpt"], r"no checkpoint 'absent.ckpt'"),
+        (["--adapter.init", "mica"], "mica"),
+    ],
+)
+def test_mistakes_are_named_before_training(
+    project: Path, change: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as stopped:
+        run("fit", "--config", "mine.yaml", *change)
+    output = str(stopped.value.code) + capsys.readouterr().err
+    assert re.search(message, output, re.DOTALL)
+    assert "Traceback" not in output
+    assert not list((project / "out").rglob("*.ckpt"))
