@@ -49,9 +49,9 @@ class AdapterCheckpoint:
         if not isinstance(attached, AdapterCheckpoint):
             attached = AdapterCheckpoint(module, config)
             module._adapter_checkpoint = attached  # type: ignore[assignment]
-            module.register_state_dict_post_hook(_drop_base)
-            module.register_load_state_dict_pre_hook(_check)
-            module.register_load_state_dict_post_hook(_excuse_base)
+            module.register_state_dict_post_hook(_drop_base)  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_pre_hook(_check)  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_post_hook(_excuse_base)  # type: ignore[no-untyped-call]
         return attached
 
     def trim(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
@@ -103,7 +103,10 @@ class AdapterCheckpoint:
                     f"The checkpoint's adapters have {name}={there}, this run's have {name}={here}. "
                     "Use the configuration the checkpoint was trained with, or start without it."
                 )
-        missing, extra = sorted(layers.keys() - description["adapters"]), sorted(description["adapters"] - layers.keys())
+        missing, extra = (
+            sorted(layers.keys() - description["adapters"]),
+            sorted(description["adapters"] - layers.keys()),
+        )
         if missing or extra:
             raise CheckpointError(
                 f"The checkpoint's adapters are on other layers: it has none for {_some(missing)} and has some for "
@@ -112,7 +115,9 @@ class AdapterCheckpoint:
             )
 
     def _check_base(self, saved: dict[str, str]) -> None:
-        different = sorted(name for name in saved.keys() | self.fingerprint.keys() if saved.get(name) != self.fingerprint.get(name))
+        different = sorted(
+            name for name in saved.keys() | self.fingerprint.keys() if saved.get(name) != self.fingerprint.get(name)
+        )
         if different:
             name = different[0]
             raise CheckpointError(
@@ -152,7 +157,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no checkpoint {str(path)!r}. Check the path.")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for files it cannot read
         raise CheckpointError(
             f"{str(path)!r} cannot be read as a checkpoint: it is damaged, incomplete, or something else "
@@ -226,7 +231,7 @@ def fingerprint(module: nn.Module) -> dict[str, str]:
         weight = module.get_parameter(key).detach()
         if not weight.is_meta:
             raw = weight.cpu().contiguous().flatten().view(torch.uint8).numpy()
-            digest = xxhash.xxh3_128_hexdigest(memoryview(raw))
+            digest = xxhash.xxh3_128_hexdigest(raw.data)
             hashes[key.replace(".base_layer.", ".")] = f"{tuple(weight.shape)} {weight.dtype} {digest}"
     return hashes
 
@@ -234,7 +239,9 @@ def fingerprint(module: nn.Module) -> dict[str, str]:
 def _base_keys(module: nn.Module) -> set[str]:
     """The keys of all frozen parameters but the adapters' initial factors."""
     factors = {
-        f"{prefix}.{name}" for prefix, layer in lora_layers(module).items() for name, _ in layer.named_parameters(recurse=False)
+        f"{prefix}.{name}"
+        for prefix, layer in lora_layers(module).items()
+        for name, _ in layer.named_parameters(recurse=False)
     }
     frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
     return frozen - factors

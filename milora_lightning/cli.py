@@ -92,7 +92,7 @@ def main(args: ArgsType = None) -> Any:
             SFTDataModule,
             args=args,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={subcommand: usage for subcommand in MiLoRACLI.subcommands()},
+            parser_kwargs=dict.fromkeys(MiLoRACLI.subcommands(), usage),
             auto_configure_optimizers=False,  # the module makes its own, from model.optimizer
         )
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:

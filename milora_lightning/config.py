@@ -47,9 +47,7 @@ class LoRAConfig:
         if self.r < 1:
             raise ValueError(f"r must be at least 1, not {self.r}.")
         if self.lora_alpha is not None and self.lora_alpha <= 0:
-            raise ValueError(
-                f"lora_alpha must be positive, not {self.lora_alpha}; leave it out for lora_alpha=r."
-            )
+            raise ValueError(f"lora_alpha must be positive, not {self.lora_alpha}; leave it out for lora_alpha=r.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout}.")
         if self.init not in get_args(Init):

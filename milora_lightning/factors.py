@@ -51,8 +51,8 @@ def initial_factors(
         lora_A = torch.empty(r, weight.shape[1]).uniform_(-bound, bound, generator=generator)
         return lora_A.to(weight.device), torch.zeros(weight.shape[0], r, device=weight.device)
     U, S, Vh = singular_slice(weight, r, SLICES[init], generator)
-    vanishing = S <= torch.finfo(S.dtype).eps * max(weight.shape) * torch.linalg.matrix_norm(
-        weight.detach().to(S.dtype)
+    vanishing = (
+        torch.finfo(S.dtype).eps * max(weight.shape) * torch.linalg.matrix_norm(weight.detach().to(S.dtype)) >= S
     )
     root = (S / scaling).sqrt()
     lora_A = torch.where(vanishing, 1.0, root)[:, None] * Vh

@@ -74,16 +74,19 @@ class LoRALinear(nn.Module):
         self.initialized = False
         self.transposed = isinstance(base_layer, Conv1D)
         self.out_features, self.in_features = linear_shape(base_layer)
-        shape_A, shape_B = (r, self.in_features), (self.out_features, r)
-        options = {"dtype": torch.float32, "device": base_layer.weight.device}
-        self.lora_A = nn.Parameter(torch.zeros(shape_A, **options))
-        self.lora_B = nn.Parameter(torch.zeros(shape_B, **options))
+
+        def factor(*shape: int, trainable: bool) -> nn.Parameter:
+            zeros = torch.zeros(shape, dtype=torch.float32, device=base_layer.weight.device)
+            return nn.Parameter(zeros, requires_grad=trainable)
+
+        self.lora_A = factor(r, self.in_features, trainable=True)
+        self.lora_B = factor(self.out_features, r, trainable=True)
         self.initial_A: nn.Parameter | None = None
         self.initial_B: nn.Parameter | None = None
         if init != "lora":
             # Parameters, not buffers: DDP would broadcast buffers at every step.
-            self.initial_A = nn.Parameter(torch.zeros(shape_A, **options), requires_grad=False)
-            self.initial_B = nn.Parameter(torch.zeros(shape_B, **options), requires_grad=False)
+            self.initial_A = factor(r, self.in_features, trainable=False)
+            self.initial_B = factor(self.out_features, r, trainable=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer's output of shape (..., out) for an input of shape (..., in)."""
@@ -102,9 +105,8 @@ class LoRALinear(nn.Module):
         mask, scaling = self._dropout_mask(x)
         base = self.base_layer
         factors = self.lora_A, self.lora_B, self.initial_A, self.initial_B
-        return cast(
-            Tensor, _FusedLoRA.apply(x, base.weight, base.bias, *factors, mask, scaling, self.transposed)
-        )
+        fused: Callable[..., Tensor] = _FusedLoRA.apply
+        return fused(x, base.weight, base.bias, *factors, mask, scaling, self.transposed)
 
     def update(self, x: Tensor) -> Tensor:
         """Compute the update's part of the output, s (B A − B₀A₀) x, of shape (..., out).
@@ -152,6 +154,7 @@ class LoRALinear(nn.Module):
         self.initialized = True
 
     def extra_repr(self) -> str:
+        """Describe the adapter when the model is printed."""
         return f"r={self.r}, lora_alpha={self.lora_alpha:g}, lora_dropout={self.lora_dropout:g}, init={self.init!r}"
 
     def _dropout_mask(self, x: Tensor) -> tuple[Tensor | None, float]:
@@ -164,9 +167,7 @@ class LoRALinear(nn.Module):
     def _base_is_plain(self) -> bool:
         """Whether the base layer does nothing but multiply by its weight and add its bias."""
         base = self.base_layer
-        changed = (
-            base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base)
-        )
+        changed = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base)
         return type(base) in PLAIN_LAYERS and not changed
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
@@ -179,7 +180,7 @@ class LoRALinear(nn.Module):
 
         if recurse:
             self.base_layer._apply(fn)
-        super()._apply(in_full_precision, recurse=False)
+        super()._apply(in_full_precision, recurse=False)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -220,7 +221,7 @@ class _FusedLoRA(torch.autograd.Function):
         A, B = _stack(lora_A, lora_B, initial_A, initial_B, scaling, x.dtype)
         W, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        if transposed:  # the very call that Conv1D makes
+        if transposed and b is not None:  # the very call that Conv1D makes, which always has a bias
             y = torch.addmm(b, rows, W).view(*x.shape[:-1], B.shape[0])
         else:
             y = F.linear(x, W, b)
@@ -232,7 +233,7 @@ class _FusedLoRA(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, initial_A, initial_B, mask, projection = ctx.saved_tensors
         A, B = _stack(lora_A, lora_B, initial_A, initial_B, ctx.scaling, x.dtype)

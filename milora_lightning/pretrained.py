@@ -103,19 +103,14 @@ def _embedded_gguf() -> Path:
 
 def cache_folder() -> Path:
     """Return where converted models are kept: ``$MILORA_CACHE``, else the user's cache folder."""
-    base = (
-        os.environ.get("MILORA_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "milora_lightning"
-    )
+    base = os.environ.get("MILORA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "milora_lightning"
     return Path(base).expanduser()
 
 
 def _converted(gguf: Path) -> str:
     """Return a folder with the dequantized float32 weights and the tokenizer of a GGUF file, made when first needed."""
     if importlib.util.find_spec("gguf") is None:
-        raise ModuleNotFoundError(
-            "Reading GGUF files needs the package gguf: pip install milora-lightning[embedded]"
-        )
+        raise ModuleNotFoundError("Reading GGUF files needs the package gguf: pip install milora-lightning[embedded]")
     with gguf.open("rb") as file:
         digest = (
             hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from milora_lightning.config import LoRAConfig
@@ -158,8 +159,8 @@ def find_targets(module: nn.Module, target_modules: str | Sequence[str]) -> dict
         TargetNotFoundError: If something in ``target_modules`` matches no linear layer; lists what there is.
 
     >>> model = nn.ModuleDict({"q_proj": nn.Linear(2, 2), "mlp": nn.ModuleDict({"up": nn.Linear(2, 2)})})
-    >>> sorted(find_targets(model, ["up"])), sorted(find_targets(model, r"q_.*")), sorted(find_targets(model, ALL_LINEAR))
-    (['mlp.up'], ['q_proj'], ['mlp.up', 'q_proj'])
+    >>> [sorted(find_targets(model, targets)) for targets in (["up"], r"q_.*", "all-linear")]
+    [['mlp.up'], ['q_proj'], ['mlp.up', 'q_proj']]
     """
     layers = _adaptable_layers(module)
     if target_modules == ALL_LINEAR:
@@ -178,9 +179,7 @@ def find_targets(module: nn.Module, target_modules: str | Sequence[str]) -> dict
         for target in target_modules:
             matches = {name: layer for name, layer in layers.items() if _ends_with(name, target)}
             if not matches:
-                raise TargetNotFoundError(
-                    _no_match(module, f"target_modules entry {target!r}", layers, target)
-                )
+                raise TargetNotFoundError(_no_match(module, f"target_modules entry {target!r}", layers, target))
             found |= matches
     return {name: layer for name, layer in found.items() if not isinstance(layer, LoRALinear)}
 
@@ -197,7 +196,7 @@ def _adaptable_layers(module: nn.Module) -> dict[str, nn.Module]:
 
 def _heads(module: nn.Module) -> set[nn.Module | None]:
     """The output embeddings of all language models within a module."""
-    models = (m for m in module.modules() if hasattr(m, "get_output_embeddings"))
+    models = (m for m in module.modules() if isinstance(m, PreTrainedModel))
     return {_base(head) for m in models if isinstance(head := m.get_output_embeddings(), nn.Module)}
 
 
@@ -219,9 +218,7 @@ def _no_match(module: nn.Module, what: str, layers: dict[str, nn.Module], target
     endings = sorted({name.rsplit(".", 1)[-1] for name in layers})
     close = difflib.get_close_matches(target or "", endings, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    exists = (
-        f"Its linear layers end in: {', '.join(endings)}." if endings else "It has no linear layers at all."
-    )
+    exists = f"Its linear layers end in: {', '.join(endings)}." if endings else "It has no linear layers at all."
     return f"The {what} matches no linear layer of {type(module).__name__}. {exists}{hint}"
 
 
@@ -255,7 +252,7 @@ def _check_not_tied(module: nn.Module, targets: dict[str, nn.Module]) -> None:
         for key, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
             users[_storage(parameter)].add(f"{name}.{key}".lstrip("."))
     for name, layer in targets.items():
-        others = users[_storage(layer.weight)] - {f"{name}.weight"}
+        others = users[_storage(layer.get_parameter("weight"))] - {f"{name}.weight"}
         if others:
             raise ValueError(
                 f"The weight of target {name!r} is tied to {', '.join(sorted(others))}: an adapter would change one "

@@ -83,7 +83,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=128, special_tokens=words, initial_alphabet=sorted(c for c in alphabet if c.isascii()), show_progress=False
+        vocab_size=128,
+        special_tokens=words,
+        initial_alphabet=sorted(c for c in alphabet if c.isascii()),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(["What is 1 plus 2?\n", "The answer is: 3"], trainer)
     return PreTrainedTokenizerFast(

@@ -82,7 +82,9 @@ def test_optimizer_is_injected(project: Path) -> None:
     assert run("fit", "--config", "mine.yaml", "--model.optimizer.lr", "0.25", "--trainer.max_steps", "1")
 
 
-def test_shipped_configs_are_found_by_name_and_local_ones_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_configs_are_found_by_name_and_local_ones_come_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     shipped = str(CONFIGS / "milora.yaml")
     assert resolve_configs(["fit", "--config", "milora.yaml"]) == ["fit", "--config", shipped]
@@ -101,7 +103,9 @@ def test_every_option_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     options = re.findall(r"^  --((?:model|data|adapter|predictions)\.[\w.]+)(.*(?:\n {6,}.*)*)", text, re.MULTILINE)
     assert {"model.name_or_path", "data.max_length", "adapter.r", "predictions.output"} <= {name for name, _ in options}
-    undocumented = [n for n, t in options if len(re.sub(r"\(.*?\)|[A-Z_]{2,}|\{.*?\}|\s", "", t)) < 10 and "help" not in n]
+    undocumented = [
+        n for n, t in options if len(re.sub(r"\(.*?\)|[A-Z_]{2,}|\{.*?\}|\s", "", t)) < 10 and "help" not in n
+    ]
     assert undocumented == []
     assert "--data.tokenizer" not in text
 

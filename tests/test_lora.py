@@ -17,7 +17,9 @@ from milora_lightning.lora import _FusedLoRA, draw_mask
 OUT, IN, R, TOKENS = 24, 16, 4, 10
 
 
-def adapted(init: str = "milora", dtype: torch.dtype = torch.float32, conv: bool = False, **options: float) -> LoRALinear:
+def adapted(
+    init: str = "milora", dtype: torch.dtype = torch.float32, conv: bool = False, **options: float
+) -> LoRALinear:
     """An adapter some training steps away from its start."""
     torch.manual_seed(0)
     base = Conv1D(OUT, IN) if conv else nn.Linear(IN, OUT)
@@ -260,7 +262,7 @@ def test_base_layers_with_their_own_forward_are_called() -> None:
     model = nn.Sequential(Doubled(IN, OUT))
     x = torch.randn(TOKENS, IN)
     before = model(x)
-    (layer,) = inject(model, LoRAConfig(r=R)).values()
+    inject(model, LoRAConfig(r=R))
     initialize(model)
     assert torch.equal(model(x), before)
     hooked = adapted()

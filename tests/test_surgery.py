@@ -208,10 +208,16 @@ def test_targets_by_regular_expression() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"target_modules": ["q_prj"]}, r"'q_prj' matches no linear layer of LlamaForCausalLM.*down_proj.*mean 'q_proj'"),
+        (
+            {"target_modules": ["q_prj"]},
+            r"'q_prj' matches no linear layer of LlamaForCausalLM.*down_proj.*mean 'q_proj'",
+        ),
         ({"target_modules": r"nothing.*"}, r"regular expression target_modules='nothing\.\*' matches no linear layer"),
         ({"target_modules": ["embed_tokens"]}, r"only modules of type Embedding"),
-        ({"r": 17, "target_modules": ["k_proj"]}, r"r=17 is larger than layer 'model.layers.0.self_attn.k_proj'.*16×32"),
+        (
+            {"r": 17, "target_modules": ["k_proj"]},
+            r"r=17 is larger than layer 'model.layers.0.self_attn.k_proj'.*16×32",
+        ),
     ],
 )
 def test_bad_targets_are_refused_and_nothing_is_changed(config: dict[str, object], message: str) -> None:

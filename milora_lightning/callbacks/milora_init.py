@@ -55,9 +55,7 @@ class MiLoRAInit(Callback):
         modules_to_save: list[str] | None = None,
         seed: int | None = None,
     ) -> None:
-        self.config = LoRAConfig(
-            r, lora_alpha, lora_dropout, target_modules, init, tuple(modules_to_save or ())
-        )
+        self.config = LoRAConfig(r, lora_alpha, lora_dropout, target_modules, init, tuple(modules_to_save or ()))
         self.seed = seed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -113,14 +111,9 @@ def _progress(layers: Sequence[tuple[str, LoRALinear]]) -> Iterator[tuple[str, L
 
 
 def _summary(module: LightningModule, config: LoRAConfig, number: int, seconds: float) -> Table:
-    parameters = list(module.parameters())
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    frozen_copies = sum(
-        l.initial_A.numel() + l.initial_B.numel()
-        for l in lora_layers(module).values()
-        if l.initial_A is not None and l.initial_B is not None
-    )
-    total = sum(p.numel() for p in parameters) - frozen_copies
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    # The frozen initial factors are bookkeeping, not part of the model.
+    total = sum(p.numel() for name, p in module.named_parameters() if not name.endswith((".initial_A", ".initial_B")))
     table = Table(title=f"Adapters initialized: {config.init}", title_justify="left", show_header=False)
     for key, value in (
         ("matrices", f"{number}"),
@@ -141,8 +134,6 @@ def _largest_change(module: LightningModule) -> float:
     """How far any adapted layer's output is from its base layer's, for normal random input: zero, if all is well."""
     largest = 0.0
     for layer in lora_layers(module).values():
-        x = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0)).to(
-            layer.lora_A.device
-        )
+        x = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0)).to(layer.lora_A.device)
         largest = max(largest, layer.update(x).abs().max().item())
     return largest
