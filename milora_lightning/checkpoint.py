@@ -224,7 +224,7 @@ def fingerprint(module: nn.Module) -> dict[str, str]:
         ``"(shape) dtype hash"`` by parameter name. Names are those from before surgery.
 
     >>> fingerprint(nn.Linear(2, 1).requires_grad_(False)).keys()
-    dict_keys(['weight', 'bias'])
+    dict_keys(['bias', 'weight'])
     """
     hashes = {}
     for key in sorted(_base_keys(module)):

@@ -171,8 +171,7 @@ def test_summary_prints_before_and_after(llama: Path, tmp_path: Path, capsys: py
     assert after == pytest.approx(trainer.callback_metrics["val_loss"].item(), rel=1e-3)
 
 
-def test_missing_model_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_missing_model_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no model 'nobody/nothing'.*Check the name"):
         module(Path("nobody/nothing")).configure_model()
     with pytest.raises(FileNotFoundError, match=r"no GGUF file .*missing\.gguf"):
