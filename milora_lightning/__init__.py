@@ -1,17 +1,20 @@
 """MiLoRA for PyTorch Lightning: adapters that start from the smallest singular triplets of each weight."""
 
-from milora_lightning.callbacks import EvaluationSummary, MiLoRAInit, PredictionWriter
+from milora_lightning.callbacks import AdapterExport, EvaluationSummary, MiLoRAInit, PredictionWriter, RandomState
 from milora_lightning.checkpoint import CheckpointError, load_adapter
 from milora_lightning.config import LoRAConfig
 from milora_lightning.data import SFTDataModule
 from milora_lightning.decomposition import singular_slice
+from milora_lightning.export import export_merged, export_peft
 from milora_lightning.lora import LoRALinear
 from milora_lightning.module import CausalLMModule
+from milora_lightning.peft_import import load_peft
 from milora_lightning.surgery import adapters_disabled, initialize, inject, lora_layers
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterExport",
     "CausalLMModule",
     "CheckpointError",
     "EvaluationSummary",
@@ -19,11 +22,15 @@ __all__ = [
     "LoRALinear",
     "MiLoRAInit",
     "PredictionWriter",
+    "RandomState",
     "SFTDataModule",
     "adapters_disabled",
+    "export_merged",
+    "export_peft",
     "initialize",
     "inject",
     "load_adapter",
+    "load_peft",
     "lora_layers",
     "singular_slice",
 ]

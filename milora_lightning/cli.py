@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from jsonargparse import auto_cli
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from milora_lightning.callbacks import EvaluationSummary, MiLoRAInit, PredictionWriter
 from milora_lightning.checkpoint import read_checkpoint
 from milora_lightning.data import SFTDataModule
+from milora_lightning.export import check_output, export_merged, export_peft
 from milora_lightning.module import CausalLMModule
 
 PACKAGE = Path(__file__).parent
@@ -42,6 +44,38 @@ class MiLoRACLI(LightningCLI):
         path = self.config.get(str(self.config.get("subcommand")), {}).get("ckpt_path")
         if path and Path(path).suffix == ".ckpt" and not Path(path).is_dir():
             read_checkpoint(path)  # now, before a model is loaded for it
+
+
+def export(
+    ckpt_path: str,
+    output: str,
+    format: Literal["peft", "merged"] = "peft",
+    rank: int | None = None,
+    name_or_path: str | None = None,
+) -> None:
+    """Export the adapters of a checkpoint.
+
+    Args:
+        ckpt_path: Checkpoint written by ``fit``.
+        output: Folder to make.
+        format: ``peft`` for an adapter folder that opens in every PEFT tool, ``merged`` for a whole model.
+        rank: For ``peft``: compress each update to this rank; says how much of it is lost.
+        name_or_path: Where the base model is now; by default where it was in training.
+    """
+    if rank is not None and format == "merged":
+        raise ValueError("rank compresses adapters; a merged model has none. Leave it out, or use --format peft.")
+    check_output(output)
+    checkpoint = read_checkpoint(ckpt_path)
+    moved: dict[str, Any] = {} if name_or_path is None else {"name_or_path": name_or_path}
+    module = CausalLMModule.load_from_checkpoint(ckpt_path, map_location="cpu", **moved)
+    scores = checkpoint.get("callbacks", {}).get("EvaluationSummary", {}).get("after")
+    if format == "merged":
+        export_merged(module, output, module.tokenizer, scores)
+    else:
+        lost = export_peft(module, output, rank, module.tokenizer, scores)
+        if rank is not None:
+            print(f"Rank {rank} keeps {1 - lost:.2%} of the updates' energy and loses {lost:.2%}.")
+    print(f"Exported to {output}")
 
 
 def resolve_configs(args: list[str]) -> list[str]:
@@ -85,8 +119,11 @@ def main(args: ArgsType = None) -> Any:
     Errors that this package raises are messages to the user, and end the program as such; all others keep their
     traceback.
     """
+    argv = sys.argv[1:] if args is None else args
     usage = {"usage": "%(prog)s [--config FILE] ... [--OPTION VALUE] ...   (--help explains every option)"}
     try:
+        if isinstance(argv, list) and argv[:1] == ["export"]:
+            return auto_cli(export, args=argv[1:])
         return MiLoRACLI(
             CausalLMModule,
             SFTDataModule,
@@ -95,7 +132,7 @@ def main(args: ArgsType = None) -> Any:
             parser_kwargs=dict.fromkeys(MiLoRACLI.subcommands(), usage),
             auto_configure_optimizers=False,  # the module makes its own, from model.optimizer
         )
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
         if _raised_here(error):
             sys.exit(f"error: {error}")
         raise

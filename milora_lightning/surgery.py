@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -49,6 +50,7 @@ def inject(module: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lora_A', '0.lora_B']
     """
+    _check_no_peft(module)
     kept = _modules_to_save(module, config.modules_to_save)
     targets = find_targets(module, config.target_modules)
     inside_kept = {child for saved in kept for child in saved.modules()}
@@ -220,6 +222,15 @@ def _no_match(module: nn.Module, what: str, layers: dict[str, nn.Module], target
     hint = f" Did you mean {close[0]!r}?" if close else ""
     exists = f"Its linear layers end in: {', '.join(endings)}." if endings else "It has no linear layers at all."
     return f"The {what} matches no linear layer of {type(module).__name__}. {exists}{hint}"
+
+
+def _check_no_peft(module: nn.Module) -> None:
+    for name, child in module.named_modules():
+        if isinstance(child, BaseTunerLayer):
+            raise ValueError(
+                f"The model already carries PEFT layers, such as {name!r}: leave out get_peft_model, the adapters "
+                "injected here take their place and can be exported for PEFT afterwards."
+            )
 
 
 def _check_same_config(present: dict[str, LoRALinear], config: LoRAConfig) -> None:

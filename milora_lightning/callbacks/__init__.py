@@ -1,7 +1,9 @@
 """Lightning callbacks."""
 
+from milora_lightning.callbacks.export import AdapterExport
 from milora_lightning.callbacks.milora_init import MiLoRAInit
 from milora_lightning.callbacks.predictions import PredictionWriter
+from milora_lightning.callbacks.random_state import RandomState
 from milora_lightning.callbacks.summary import EvaluationSummary
 
-__all__ = ["EvaluationSummary", "MiLoRAInit", "PredictionWriter"]
+__all__ = ["AdapterExport", "EvaluationSummary", "MiLoRAInit", "PredictionWriter", "RandomState"]

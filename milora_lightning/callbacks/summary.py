@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 class EvaluationSummary(Callback):
-    """Prints the validation results before training, at their best-known last state, and after it.
+    """Prints the validation results from before training and from its end, and keeps them in checkpoints.
 
     The first figures are those of the check that the Trainer runs before training; let it see the whole validation
     set with ``num_sanity_val_steps=-1``, or the two columns are over different examples.
@@ -16,17 +16,30 @@ class EvaluationSummary(Callback):
 
     def __init__(self) -> None:
         self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the results from before training."""
         self.before = _results(trainer)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the latest results."""
+        if not trainer.sanity_checking:
+            self.after = _results(trainer)
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """Return the results, for the checkpoint and what is exported from it."""
+        return {"before": self.before, "after": self.after}
+
+    def load_state_dict(self, state_dict: dict[str, dict[str, float]]) -> None:
+        """Take the results of the run that is resumed."""
+        self.before, self.after = state_dict["before"], state_dict["after"]
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print both."""
-        after = _results(trainer)
-        if trainer.is_global_zero and after:
+        if trainer.is_global_zero and self.after:
             table = Table("validation", "before", "after", title_justify="left")
-            for name, value in after.items():
+            for name, value in self.after.items():
                 before = f"{self.before[name]:.4g}" if name in self.before else "-"
                 table.add_row(name.removeprefix("val_"), before, f"{value:.4g}")
             Console().print(table)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 Example = dict[str, Any]
 IGNORED = -100  # the label that the loss leaves out
@@ -49,12 +49,15 @@ class LengthGroupedSampler(DistributedSampler[int]):
         super().__init__(lengths, num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]
         self.lengths = np.asarray(lengths)
         self.global_batch = batch_size * num_replicas
+        self.start = 0
+        """How many of this rank's indices the next iteration leaves out at its start; then zero again."""
 
     def __iter__(self) -> Iterator[int]:
         """Iterate over this rank's indices."""
         order = self._order()
         repeated = np.resize(order, self.total_size - len(order))
-        return iter(np.concatenate([order, repeated])[self.rank :: self.num_replicas].tolist())
+        start, self.start = self.start, 0
+        return iter(np.concatenate([order, repeated])[self.rank :: self.num_replicas][start:].tolist())
 
     def _order(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         generator = np.random.default_rng((self.seed, self.epoch))
@@ -70,6 +73,32 @@ class LengthGroupedSampler(DistributedSampler[int]):
             complete = len(batches) - (size % self.global_batch > 0)
             batches = [batches[i] for i in generator.permutation(complete)] + batches[complete:]
         return np.concatenate(batches)
+
+
+class ResumableDataLoader(DataLoader[Any]):
+    """A data loader over a :class:`LengthGroupedSampler` that can go on in the middle of an epoch.
+
+    Lightning saves its state with the loops' and restores it, so that an interrupted run goes on with the very
+    batch that was to come next.
+    """
+
+    _passed = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Iterate over the batches, after a restart over those that were left."""
+        sampler = cast(LengthGroupedSampler, self.sampler)
+        self._passed = sampler.start // (self.batch_size or 1)
+        for batch in super().__iter__():
+            self._passed += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return how many batches of the epoch have been handed out."""
+        return {"batches": self._passed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Have the next iteration begin where the saved one was."""
+        cast(LengthGroupedSampler, self.sampler).start = state["batches"] % len(self) * (self.batch_size or 1)
 
 
 class EvaluationSampler(DistributedSampler[int]):

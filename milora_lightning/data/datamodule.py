@@ -16,6 +16,7 @@ from milora_lightning.data.batching import (
     FilledDataset,
     LengthGroupedSampler,
     PromptCollator,
+    ResumableDataLoader,
 )
 from milora_lightning.data.sources import Source, Split
 from milora_lightning.data.templates import TemplateName
@@ -128,7 +129,7 @@ class SFTDataModule(LightningDataModule):
         )
         # Without the texts, which only generation needs.
         columns = examples.select_columns(["input_ids", "prompt_length"])
-        return self._loader(columns, sampler, self.batch_size, Collator)
+        return self._loader(columns, sampler, self.batch_size, Collator, ResumableDataLoader)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Return the loss batches and the generation batches of validation; nothing if there is no such split."""
@@ -191,9 +192,14 @@ class SFTDataModule(LightningDataModule):
         return self._loader(examples, sampler, self.generation_batch_size, PromptCollator)
 
     def _loader(
-        self, examples: Any, sampler: Any, batch_size: int, collator: type[Collator] | type[PromptCollator]
+        self,
+        examples: Any,
+        sampler: Any,
+        batch_size: int,
+        collator: type[Collator] | type[PromptCollator],
+        loader: type[DataLoader[Any]] = DataLoader,
     ) -> DataLoader[Any]:
-        return DataLoader(
+        return loader(
             examples,
             batch_size=batch_size,
             sampler=sampler,

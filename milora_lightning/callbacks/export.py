@@ -1,0 +1,40 @@
+"""Exporting what was trained, when training ends."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from milora_lightning.export import check_output, export_merged, export_peft
+
+
+class AdapterExport(Callback):
+    """Exports the adapters at the end of fitting.
+
+    Args:
+        output: Folder to make; it must not exist, or be empty.
+        format: ``"peft"`` for an adapter folder, ``"merged"`` for a whole Hugging Face model.
+        rank: For ``"peft"``: compress each update to this rank.
+    """
+
+    def __init__(self, output: str, format: Literal["peft", "merged"] = "peft", rank: int | None = None) -> None:
+        self.output = output
+        self.format = format
+        self.rank = rank
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a place that is taken now, not when training is over."""
+        if stage == "fit":
+            check_output(self.output)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export, on the first rank."""
+        if not trainer.is_global_zero:
+            return
+        scores = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        options: dict[str, Any] = {"tokenizer": getattr(pl_module, "tokenizer", None), "metrics": scores}
+        if self.format == "peft":
+            export_peft(pl_module, self.output, self.rank, **options)
+        else:
+            export_merged(pl_module, self.output, **options)

@@ -1,0 +1,215 @@
+"""Exports open in stock PEFT and transformers, and compute what the live model does."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import quiet_trainer, save_tiny_model, tiny_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_checkpoint import train
+from test_module import data, module
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from milora_lightning import (
+    AdapterExport,
+    CheckpointError,
+    LoRAConfig,
+    MiLoRAInit,
+    adapters_disabled,
+    export_merged,
+    export_peft,
+    initialize,
+    inject,
+    load_peft,
+    lora_layers,
+)
+from milora_lightning.cli import main
+from milora_lightning.peft_import import peft_config
+
+IDS = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(0))
+TOLERANCE = {torch.float32: {"rtol": 0, "atol": 1e-5}, torch.bfloat16: {"rtol": 0.05, "atol": 0.05}}
+
+
+def tuned(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
+    """A model that training has moved away from its base, which is in ``folder``."""
+    tiny_model(kind, dtype).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    inject(model, LoRAConfig(**{"r": 4, "lora_alpha": 6, **options}))
+    initialize(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_A.add_(torch.randn_like(layer.lora_A), alpha=0.1)
+            layer.lora_B.add_(torch.randn_like(layer.lora_B), alpha=0.1)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model.eval()(IDS).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "opt"])
+@pytest.mark.parametrize("init", ["milora", "lora"])
+def test_peft_transformers_merged_and_live_agree(kind: str, init: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = tuned(tmp_path / "base", kind, dtype, init=init)
+    live = logits(model)
+    export_peft(model, tmp_path / "peft")
+    export_merged(model, tmp_path / "merged")
+    assert torch.equal(logits(model), live)  # exporting changes nothing
+
+    def base() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+
+    stock = PeftModel.from_pretrained(base(), tmp_path / "peft")
+    native = base()
+    native.load_adapter(str(tmp_path / "peft"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=dtype)
+    for opened in (stock, native, merged):
+        torch.testing.assert_close(logits(opened), live, **TOLERANCE[dtype])
+    assert merged.dtype == dtype
+    assert (logits(base()) - live).abs().max() > 0.1
+    generated = [
+        m.generate(input_ids=IDS[:1, :4], max_new_tokens=8, do_sample=False, pad_token_id=0)
+        for m in (model, stock, merged)
+    ]
+    if dtype == torch.float32:
+        assert all(torch.equal(tokens, generated[0]) for tokens in generated)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["r"] == (4 if init == "lora" else 8)
+    assert config["lora_alpha"] / config["r"] == 1.5
+    assert {p.suffix for p in (tmp_path / "peft").iterdir()} == {".json", ".safetensors", ".md"}
+
+
+def test_merged_weight_is_rounded_once(tmp_path: Path) -> None:
+    model = tuned(tmp_path / "base", dtype=torch.bfloat16)
+    export_merged(model, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
+    for name, layer in lora_layers(model).items():
+        exact = layer.base_layer.weight.double() + layer.delta_weight().double()
+        assert torch.equal(merged.get_submodule(name).weight, exact.to(torch.bfloat16))
+
+
+def test_compression_reports_the_energy_it_loses(tmp_path: Path) -> None:
+    model = tuned(tmp_path / "base")
+    lost = export_peft(model, tmp_path / "small", rank=3)
+    opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "small")
+    error = energy = 0.0
+    for name, layer in lora_layers(model).items():
+        peft_layer = opened.base_model.model.get_submodule(name)
+        delta = layer.delta_weight().double()
+        S = torch.linalg.svdvals(delta)
+        error += S[3:].square().sum().item()
+        energy += S.square().sum().item()
+        kept = peft_layer.get_delta_weight("default").double()
+        assert (delta - kept).square().sum().item() == pytest.approx(S[3:].square().sum().item(), rel=1e-3)
+    assert 0 < lost < 1
+    assert lost == pytest.approx(error / energy, rel=1e-6)
+    assert export_peft(model, tmp_path / "full", rank=8) == pytest.approx(0, abs=1e-10)
+    with pytest.raises(ValueError, match="rank=9 is more than the adapters' 8"):
+        export_peft(model, tmp_path / "large", rank=9)
+    assert not (tmp_path / "large").exists()
+
+
+def test_an_adapter_that_peft_reads_on_some_layers_only(tmp_path: Path) -> None:
+    model = tuned(tmp_path / "base", target_modules=r"model\.layers\.1\..*q_proj")
+    export_peft(model, tmp_path / "peft")
+    opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "peft")
+    torch.testing.assert_close(logits(opened), logits(model), rtol=0, atol=1e-5)
+
+
+def test_card_and_tokenizer(tmp_path: Path) -> None:
+    model_folder = save_tiny_model(tmp_path / "base", "llama")
+    lm = module(model_folder)
+    export = AdapterExport(str(tmp_path / "out"), format="merged")
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[MiLoRAInit(r=4), export])
+    trainer.fit(lm, data(tmp_path, model_folder))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert str(model_folder) in card
+    assert "r = 4" in card
+    assert f"| val_loss | {trainer.callback_metrics['val_loss'].item():.4g} |" in card
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "</s>"
+    with pytest.raises(FileExistsError, match="something at"):  # at the start of the next run, not at its end
+        quiet_trainer(tmp_path, max_epochs=1, callbacks=[MiLoRAInit(r=4), export]).fit(lm, data(tmp_path, model_folder))
+
+
+def test_export_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model_folder = save_tiny_model(tmp_path / "base", "llama")
+    lm = module(model_folder)
+    path = train(tmp_path, lm, data(tmp_path, model_folder))
+    main(["export", "--ckpt_path", str(path), "--output", str(tmp_path / "peft"), "--rank", "3"])
+    assert "Rank 3 keeps" in capsys.readouterr().out
+    main(["export", "--ckpt_path", str(path), "--output", str(tmp_path / "merged"), "--format", "merged"])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(lm.model), rtol=0, atol=1e-5)
+    with pytest.raises(SystemExit, match="something at"):
+        main(["export", "--ckpt_path", str(path), "--output", str(tmp_path / "peft")])
+    with pytest.raises(SystemExit, match="no checkpoint"):
+        main(["export", "--ckpt_path", "absent.ckpt", "--output", str(tmp_path / "other")])
+
+
+def test_export_without_adapters_is_refused(tmp_path: Path) -> None:
+    for export in (export_peft, export_merged):
+        with pytest.raises(ValueError, match="no adapters to export"):
+            export(tiny_model(), tmp_path / "out")
+        with pytest.raises(ValueError, match="no Hugging Face model"):
+            export(nn.Linear(2, 2), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_import_of_our_own_export_is_the_same_function(tmp_path: Path) -> None:
+    model = tuned(tmp_path / "base")
+    export_peft(model, tmp_path / "peft")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = load_peft(again, tmp_path / "peft")
+    assert (config.r, config.init) == (8, "lora")
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-5)
+    export_merged(again, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(model), rtol=0, atol=1e-5)
+
+
+def foreign_adapter(folder: Path, **options: Any) -> PeftModel:
+    torch.manual_seed(2)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], init_lora_weights=False, **options)
+    model = get_peft_model(tiny_model(), config)
+    model.save_pretrained(folder)
+    return model
+
+
+def test_training_continues_from_an_adapter_of_pefts(tmp_path: Path) -> None:
+    foreign = foreign_adapter(tmp_path / "foreign")
+    model = tiny_model()
+    load_peft(model, tmp_path / "foreign")
+    torch.testing.assert_close(logits(model), logits(foreign), rtol=0, atol=1e-5)
+    with adapters_disabled(model):
+        assert torch.equal(logits(model), logits(tiny_model()))
+    start = copy.deepcopy(model.state_dict())
+    model.train()(IDS, labels=IDS).loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, start[name])}
+    assert changed == {f"{n}.{f}" for n in lora_layers(model) for f in ("lora_A", "lora_B")}
+
+
+def test_adapters_that_cannot_be_continued_are_refused(tmp_path: Path) -> None:
+    foreign_adapter(tmp_path / "dora", use_dora=True)
+    with pytest.raises(CheckpointError, match="uses use_dora"):
+        peft_config(tmp_path / "dora")
+    with pytest.raises(CheckpointError, match="no PEFT adapter folder"):
+        peft_config(tmp_path / "absent")
+    foreign_adapter(tmp_path / "foreign")
+    with pytest.raises(CheckpointError, match="do not match this model's layers"):
+        load_peft(nn.Sequential(tiny_model("qwen2"), nn.Linear(2, 2))[0].model, tmp_path / "foreign")
+
+
+def test_a_model_with_peft_layers_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"already carries PEFT layers.*get_peft_model"):
+        inject(model, LoRAConfig(r=4))
