@@ -123,7 +123,7 @@ def main(args: ArgsType = None) -> Any:
     usage = {"usage": "%(prog)s [--config FILE] ... [--OPTION VALUE] ...   (--help explains every option)"}
     try:
         if isinstance(argv, list) and argv[:1] == ["export"]:
-            return auto_cli(export, args=argv[1:])
+            return auto_cli(export, args=argv[1:], as_positional=False)
         return MiLoRACLI(
             CausalLMModule,
             SFTDataModule,

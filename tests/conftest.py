@@ -93,6 +93,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(["What is 1 plus 2?\n", "The answer is: 3"], trainer)
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(128 - tokenizer.get_vocab_size())])  # as many as the models have
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )

@@ -13,7 +13,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_callback import LanguageModel, Regression
 from test_module import data, module
 
-from milora_lightning import CausalLMModule, CheckpointError, MiLoRAInit, load_adapter, lora_layers
+from milora_lightning import (
+    CausalLMModule,
+    CheckpointError,
+    MiLoRAInit,
+    adapters_disabled,
+    export_merged,
+    load_adapter,
+    lora_layers,
+)
 from milora_lightning.checkpoint import FORMAT, KEY, fingerprint, read_checkpoint
 
 
@@ -55,6 +63,19 @@ def test_every_way_of_saving_keeps_the_base_out(way: str, tmp_path: Path) -> Non
     ids = torch.randint(0, 128, (2, 8))
     with torch.no_grad():
         assert torch.equal(fresh.eval()(ids), lm.eval()(ids))
+
+
+def test_saving_with_adapters_switched_off_saves_them(tmp_path: Path) -> None:
+    lm = LanguageModel()
+    path = train(tmp_path, lm)
+    with adapters_disabled(lm):
+        lm.trainer.save_checkpoint(tmp_path / "off.ckpt")
+        export_merged(lm, tmp_path / "merged_off")
+    export_merged(lm, tmp_path / "merged_on")
+    on, off = (read_checkpoint(p)["state_dict"] for p in (path, tmp_path / "off.ckpt"))
+    assert all(key == KEY or torch.equal(value, off[key]) for key, value in on.items())
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("merged_on", "merged_off")]
+    assert files[0] == files[1]
 
 
 def test_a_module_alone_keeps_its_whole_state_dict(tmp_path: Path) -> None:

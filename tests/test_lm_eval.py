@@ -11,14 +11,13 @@ import torch
 import yaml
 from conftest import tiny_tokenizer
 from test_export import tuned
-from transformers import PreTrainedTokenizerFast
 
 from milora_lightning import export_merged, export_peft
 
 lm_eval = pytest.importorskip("lm_eval")
 
 
-def local_task(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
+def local_task(folder: Path) -> str:
     """A multiple-choice task read from a file, answers drawn at random."""
     rows = [
         {"question": f"What is {i} plus {i % 7}?", "choices": [str(i), str(i + i % 7), "1", "22"], "gold": i % 4}
@@ -49,8 +48,8 @@ def test_peft_folder_and_merged_folder_score_alike(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "base")
     export_peft(model, tmp_path / "peft", tokenizer=tokenizer)
     export_merged(model, tmp_path / "merged", tokenizer=tokenizer)
+    name = local_task(tmp_path)
     tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    name = local_task(tmp_path, tokenizer)
 
     def evaluate(arguments: str) -> tuple[float, list[list[float]]]:
         results: dict[str, Any] = lm_eval.simple_evaluate(
@@ -65,7 +64,7 @@ def test_peft_folder_and_merged_folder_score_alike(tmp_path: Path) -> None:
         likelihoods = [[answer[0] for answer in sample["filtered_resps"]] for sample in results["samples"][name]]
         return results["results"][name]["acc,none"], likelihoods
 
-    base, base_likelihoods = evaluate(f"pretrained={tmp_path / 'base'}")
+    _, base_likelihoods = evaluate(f"pretrained={tmp_path / 'base'}")
     peft, peft_likelihoods = evaluate(f"pretrained={tmp_path / 'base'},peft={tmp_path / 'peft'}")
     merged, merged_likelihoods = evaluate(f"pretrained={tmp_path / 'merged'}")
     assert peft == merged

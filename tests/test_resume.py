@@ -93,7 +93,8 @@ def test_killed_while_saving_the_previous_checkpoint_stays_whole(tmp_path: Path)
         "      '--data.batch_size=1', '--trainer.max_epochs=1000', '--trainer.accelerator=cpu',\n"
         "      '--trainer.logger=false', '--trainer.enable_progress_bar=false',\n"
         "      '--trainer.callbacks=ModelCheckpoint', '--trainer.callbacks.dirpath=saved',\n"
-        "      '--trainer.callbacks.every_n_train_steps=1', '--trainer.callbacks.save_last=true'])\n"
+        "      '--trainer.callbacks.every_n_train_steps=1', '--trainer.callbacks.save_last=true',\n"
+        "      '--trainer.callbacks.enable_version_counter=false'])\n"
     )
     last = tmp_path / "saved" / "last.ckpt"
     for delay in (0.013, 0.029, 0.041):

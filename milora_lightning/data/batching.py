@@ -78,27 +78,22 @@ class LengthGroupedSampler(DistributedSampler[int]):
 class ResumableDataLoader(DataLoader[Any]):
     """A data loader over a :class:`LengthGroupedSampler` that can go on in the middle of an epoch.
 
-    Lightning saves its state with the loops' and restores it, so that an interrupted run goes on with the very
-    batch that was to come next.
+    Attributes:
+        passed: How many batches of the epoch have been handed out.
     """
 
-    _passed = 0
+    passed = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Iterate over the batches, after a restart over those that were left."""
-        sampler = cast(LengthGroupedSampler, self.sampler)
-        self._passed = sampler.start // (self.batch_size or 1)
+        """Iterate over the batches of an epoch, the first time over those after ``skip``."""
+        self.passed = cast(LengthGroupedSampler, self.sampler).start // (self.batch_size or 1)
         for batch in super().__iter__():
-            self._passed += 1
+            self.passed += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Return how many batches of the epoch have been handed out."""
-        return {"batches": self._passed}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Have the next iteration begin where the saved one was."""
-        cast(LengthGroupedSampler, self.sampler).start = state["batches"] % len(self) * (self.batch_size or 1)
+    def skip(self, batches: int) -> None:
+        """Leave out the first batches of the next iteration; a whole epoch's are none."""
+        cast(LengthGroupedSampler, self.sampler).start = batches % len(self) * (self.batch_size or 1)
 
 
 class EvaluationSampler(DistributedSampler[int]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
@@ -95,6 +95,8 @@ class SFTDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._splits: dict[Split, datasets.Dataset | None] = {}
+        self._train_loader: ResumableDataLoader | None = None
+        self._resume_at = 0
         sizes = ("batch_size", "eval_batch_size", "generation_batch_size", "pad_to_multiple_of")
         for name, least in [*((size, 1) for size in sizes), ("num_generation_examples", 0)]:
             if getattr(self, name) < least:
@@ -129,7 +131,24 @@ class SFTDataModule(LightningDataModule):
         )
         # Without the texts, which only generation needs.
         columns = examples.select_columns(["input_ids", "prompt_length"])
-        return self._loader(columns, sampler, self.batch_size, Collator, ResumableDataLoader)
+        self._train_loader = cast(
+            ResumableDataLoader, self._loader(columns, sampler, self.batch_size, Collator, ResumableDataLoader)
+        )
+        self._train_loader.skip(self._resume_at)
+        self._resume_at = 0
+        return self._train_loader
+
+    def state_dict(self) -> dict[str, int]:
+        """Return how many batches of the epoch have been trained on, for the checkpoint."""
+        # Not left to Lightning's own handling of stateful loaders, which is passed over if the loader was made
+        # before the loops are restored, as computing the schedule's length does.
+        return {"batches": self._train_loader.passed if self._train_loader is not None else 0}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on in training where the checkpoint was written."""
+        self._resume_at = state_dict["batches"]
+        if self._train_loader is not None:
+            self._train_loader.skip(self._resume_at)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Return the loss batches and the generation batches of validation; nothing if there is no such split."""
