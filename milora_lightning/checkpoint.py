@@ -56,8 +56,10 @@ class AdapterCheckpoint:
 
     def trim(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
         """Take the base out of a state dict, and put the description in."""
-        for key in _base_keys(module):
-            state.pop(prefix + key, None)
+        kept = _kept_keys(module)
+        for key in [key for key in state if key.startswith(prefix)]:
+            if key.removeprefix(prefix) not in kept and not key.endswith("_extra_state"):
+                del state[key]
         state[prefix + KEY] = {
             "format": FORMAT,
             "config": {**asdict(self.config), "target_modules": _as_primitive(self.config.target_modules)},
@@ -137,8 +139,8 @@ def _check(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> No
 
 
 def _excuse_base(module: nn.Module, incompatible: Any) -> None:
-    base = _base_keys(module)
-    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in base]
+    kept = _kept_keys(module)
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key in kept]
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -245,6 +247,15 @@ def _base_keys(module: nn.Module) -> set[str]:
     }
     frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
     return frozen - factors
+
+
+def _kept_keys(module: nn.Module) -> set[str]:
+    """The keys of what a checkpoint holds: adapters, whatever else trains, and buffers.
+
+    What is neither parameter nor buffer, such as the scales of a quantized weight, belongs to the base.
+    """
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    return parameters - _base_keys(module) | {name for name, _ in module.named_buffers(remove_duplicate=False)}
 
 
 def _some(names: list[str]) -> str:

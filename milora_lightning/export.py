@@ -95,11 +95,16 @@ def export_merged(
         metrics: Results for the model card.
 
     Raises:
-        ValueError: If there are no adapters.
+        ValueError: If there are no adapters, or the model is quantized.
         FileExistsError: If there is something at ``output``.
     """
     model = find_model(module)
     layers = _adapters(model)
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            "A quantized model cannot be merged without rounding again: export for PEFT, load that folder into the "
+            "unquantized model with load_peft, and merge there."
+        )
     factors = {f"{name}.{key}" for name, layer in layers.items() for key, _ in layer.named_parameters(recurse=False)}
     state = {}
     for key, value in model.state_dict().items():

@@ -133,7 +133,7 @@ class LoRALinear(nn.Module):
         this use, and a half-precision weight rounds the update.
         """
         weight: Tensor = self.base_layer.weight
-        if not self.enabled:
+        if not self.enabled or not weight.is_floating_point():  # codes of a quantized weight stay what they are
             return weight
         delta = self.delta_weight()
         return (weight + (delta.T if self.transposed else delta)).to(weight.dtype)

@@ -13,6 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.pytorch_utils import Conv1D
 
 from milora_lightning.config import LoRAConfig
@@ -140,8 +141,20 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
 
 
 def dense_weight(layer: LoRALinear) -> Tensor:
-    """Return the frozen weight of an adapter's base layer as a matrix of shape (out, in)."""
-    weight: Tensor = layer.base_layer.weight.detach()
+    """Return the frozen weight of an adapter's base layer as a matrix of shape (out, in).
+
+    Raises:
+        ValueError: If it is quantized by something other than bitsandbytes, or repacked by it for inference.
+    """
+    base = layer.base_layer
+    if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
+        raise ValueError("bitsandbytes has repacked it for inference on this CPU; initialize before evaluating.")
+    weight: Tensor = dequantize_bnb_weight(base.weight, getattr(base, "state", None)).detach()
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"its {type(base).__name__} holds {weight.dtype} codes that cannot be turned back into a weight here; load "
+            "the model unquantized, or quantized by bitsandbytes."
+        )
     return weight.T if layer.transposed else weight
 
 

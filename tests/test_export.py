@@ -198,6 +198,20 @@ def test_training_continues_from_an_adapter_of_pefts(tmp_path: Path) -> None:
     assert changed == {f"{n}.{f}" for n in lora_layers(model) for f in ("lora_A", "lora_B")}
 
 
+def test_callback_starts_from_an_exported_adapter(tmp_path: Path) -> None:
+    model_folder = save_tiny_model(tmp_path / "base", "llama")
+    first = module(model_folder)
+    train(tmp_path, first, data(tmp_path, model_folder))
+    export_peft(first, tmp_path / "peft")
+    second = module(model_folder)
+    trainer = quiet_trainer(tmp_path, max_steps=2, callbacks=[MiLoRAInit(start_from=str(tmp_path / "peft"))])
+    trainer.validate(second, data(tmp_path, model_folder), verbose=False)
+    torch.testing.assert_close(logits(second.model), logits(first.model), rtol=0, atol=1e-5)
+    trainer.fit(second, data(tmp_path, model_folder))
+    assert (logits(second.model) - logits(first.model)).abs().max() > 0
+    assert {layer.r for layer in lora_layers(second).values()} == {8}
+
+
 def test_adapters_that_cannot_be_continued_are_refused(tmp_path: Path) -> None:
     foreign_adapter(tmp_path / "dora", use_dora=True)
     with pytest.raises(CheckpointError, match="uses use_dora"):

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -15,6 +16,7 @@ from rich.table import Table
 from milora_lightning.checkpoint import AdapterCheckpoint
 from milora_lightning.config import Init, LoRAConfig
 from milora_lightning.lora import LoRALinear
+from milora_lightning.peft_import import load_peft, peft_config
 from milora_lightning.surgery import TargetNotFoundError, initialize, inject, lora_layers
 
 
@@ -37,6 +39,8 @@ class MiLoRAInit(Callback):
             ``"random"``, or ``"lora"`` (A Kaiming-uniform, B zero).
         modules_to_save: Name endings of modules to train in full beside the adapters.
         seed: What the random starts derive from. Defaults to the run's seed.
+        start_from: PEFT LoRA folder (exported here or by others) to continue from; the arguments above then follow
+            the folder.
 
     Raises:
         ValueError: In the constructor for values out of range; in ``setup`` if the targets do not fit the model.
@@ -54,9 +58,13 @@ class MiLoRAInit(Callback):
         init: Init = "milora",
         modules_to_save: list[str] | None = None,
         seed: int | None = None,
+        start_from: str | None = None,
     ) -> None:
         self.config = LoRAConfig(r, lora_alpha, lora_dropout, target_modules, init, tuple(modules_to_save or ()))
+        if start_from is not None:
+            self.config = peft_config(start_from)
         self.seed = seed
+        self.start_from = start_from
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject into what exists now, and into what the module's own ``setup`` and ``configure_model`` build."""
@@ -64,14 +72,21 @@ class MiLoRAInit(Callback):
         # are missing now may come with setup or configure_model; the second call insists on them.
         with suppress(TargetNotFoundError):
             inject(pl_module, self.config)
-        _call_after_configure_model(pl_module, lambda: self._complete(pl_module))
+        _call_after_configure_model(pl_module, lambda: self._complete(trainer, pl_module, stage))
 
-    def _complete(self, pl_module: LightningModule) -> None:
+    def _complete(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         inject(pl_module, self.config)
         AdapterCheckpoint.attach(pl_module, self.config)
+        if self.start_from is not None and not all(layer.initialized for layer in lora_layers(pl_module).values()):
+            load_peft(pl_module, self.start_from)
+        if stage == "fit" and isinstance(trainer.precision_plugin, BitsandbytesPrecision):
+            self._initialize(trainer, pl_module)  # from the full weights, which the plugin is about to quantize
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute the factors that no checkpoint has brought, and say what was done."""
+        self._initialize(trainer, pl_module)
+
+    def _initialize(self, trainer: Trainer, pl_module: LightningModule) -> None:
         started = time.monotonic()
         seed = torch.initial_seed() if self.seed is None else self.seed
         number = initialize(pl_module, seed, _progress if trainer.is_global_zero else iter)
