@@ -103,16 +103,18 @@ class CausalLMModule(LightningModule):
             return cast(Tensor, model(input_ids=batch["input_ids"], use_cache=False).logits[0])
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
-        """Compute the mean next-token cross-entropy in nats, and over how many tokens it is taken."""
+        """Compute the sum of the next-token cross-entropies in nats, and over how many tokens it is taken."""
         targets = batch["labels"][:, 1:]
         targets = targets[targets != IGNORED]
         # The model runs even without a supervised token: under sharding the other ranks wait for this one.
-        total = F.cross_entropy(self(batch).float(), targets, reduction="sum")
-        return total / max(targets.numel(), 1), targets.numel()
+        return F.cross_entropy(self(batch).float(), targets, reduction="sum"), targets.numel()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute the loss of a batch."""
-        loss, _ = self.loss(batch)
+        """Compute the mean loss over the tokens of a batch, those of all ranks together."""
+        total, tokens = self.loss(batch)
+        everywhere = self.trainer.strategy.reduce(torch.tensor(tokens, device=total.device), reduce_op="sum")
+        # Ranks average their gradients; so scaled, that is the gradient of the mean over all their tokens.
+        loss = total * self.trainer.world_size / everywhere
         self.log("train_loss", loss, prog_bar=True)
         self._log_throughput(int(batch["attention_mask"].sum()))
         return loss
@@ -140,6 +142,14 @@ class CausalLMModule(LightningModule):
         columns = batch["prompt"], self.generate(batch), batch["reference"]
         records = zip(*columns, strict=True)
         return [dict(zip(("prompt", "generation", "reference"), r, strict=True)) for r in records if r[2] is not None]
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin with empty metrics."""
+        self._reset_evaluation()
+
+    def on_test_epoch_start(self) -> None:
+        """Begin with empty metrics."""
+        self._reset_evaluation()
 
     def on_validation_epoch_end(self) -> None:
         """Log the results of validation."""
@@ -197,17 +207,21 @@ class CausalLMModule(LightningModule):
             if scored:
                 self.metric.update(*map(list, zip(*scored, strict=True)))
         else:
-            loss, tokens = self.loss(batch)
-            self.eval_loss.update(loss, tokens)
+            total, tokens = self.loss(batch)
+            self.eval_loss.update(total / max(tokens, 1), tokens)
+
+    def _reset_evaluation(self) -> None:
+        # At the start and not at the end, because states made in the inference mode of a validation by itself could
+        # not be added to in one within a fit.
+        self.eval_loss.reset()
+        self.metric.reset()
+        self._generated = False
 
     def _log_evaluation(self, stage: str) -> None:
         loss = self.eval_loss.compute()
         self.log_dict({f"{stage}_loss": loss, f"{stage}_perplexity": loss.exp()}, prog_bar=True)
-        self.eval_loss.reset()
         if self._generated:  # the same on all ranks, also where one had no example of its own
             self.log(f"{stage}_accuracy", self.metric.compute(), prog_bar=True)
-            self.metric.reset()
-            self._generated = False
 
     def _log_throughput(self, tokens: int) -> None:
         """Log the tokens per second between the ends of two consecutive batches, padding not counted."""

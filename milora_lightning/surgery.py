@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,19 +10,13 @@ from contextlib import contextmanager
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-from transformers.pytorch_utils import Conv1D
 
 from milora_lightning.config import LoRAConfig
 from milora_lightning.factors import initial_factors
 from milora_lightning.lora import LoRALinear, linear_shape
-
-ALL_LINEAR = "all-linear"
-
-
-class TargetNotFoundError(ValueError):
-    """Something in ``target_modules`` or ``modules_to_save`` matches nothing in the model."""
+from milora_lightning.sharing import broadcast_factors, raise_together, share_out
+from milora_lightning.targets import find_modules, find_targets
 
 
 def inject(module: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
@@ -52,7 +44,7 @@ def inject(module: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
     ['0.lora_A', '0.lora_B']
     """
     _check_no_peft(module)
-    kept = _modules_to_save(module, config.modules_to_save)
+    kept = find_modules(module, config.modules_to_save)
     targets = find_targets(module, config.target_modules)
     inside_kept = {child for saved in kept for child in saved.modules()}
     targets = {name: layer for name, layer in targets.items() if layer not in inside_kept}
@@ -79,22 +71,28 @@ def initialize(
     module: nn.Module,
     seed: int = 0,
     track: Callable[[Sequence[tuple[str, LoRALinear]]], Iterable[tuple[str, LoRALinear]]] = iter,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> int:
     """Fill the adapters' factors from the weights they adapt, one weight at a time, on the weight's device.
 
     Adapters that have their factors already (initialized before, or restored from a checkpoint) are left alone.
+    Several ranks that hold the same weights share the work: each decomposes its part and sends the others the result,
+    so that all end with identical factors.
 
     Args:
         module: A module with injected adapters.
         seed: What random starts (``"random"``, ``"lora"``) derive from, together with the layer's name: neither
             the order of layers nor other random draws matter.
-        track: Wraps the work list, to show progress.
+        track: Wraps this rank's work list, to show progress.
+        rank: This process's rank in torch's default process group.
+        world_size: Number of ranks, which must all call this.
 
     Returns:
-        The number of weights initialized.
+        The number of weights initialized, those of all ranks together.
 
     Raises:
-        ValueError: If a weight has non-finite entries; names the layer.
+        ValueError: If a weight has non-finite entries; names the layer. On all ranks, whichever found it.
 
     >>> model = nn.Sequential(nn.Linear(8, 8))
     >>> _ = inject(model, LoRAConfig(r=2))
@@ -102,14 +100,25 @@ def initialize(
     (1, 0)
     """
     pending = [(name, layer) for name, layer in lora_layers(module).items() if not layer.initialized]
-    for name, layer in track(pending):
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
-        try:
-            factors = initial_factors(dense_weight(layer), layer.r, layer.scaling, layer.init, generator)
-        except ValueError as error:
-            raise ValueError(f"The weight of layer {name!r} cannot be decomposed: {error}") from error
-        layer.set_initial_factors(*factors)
+    owners = share_out([linear_shape(layer.base_layer) for _, layer in pending], world_size)
+    error = None
+    try:
+        for name, layer in track([item for item, owner in zip(pending, owners, strict=True) if owner == rank]):
+            layer.set_initial_factors(*_factors(name, layer, seed))
+    except ValueError as raised:
+        error = raised
+    raise_together(error, world_size)
+    if world_size > 1:
+        broadcast_factors([layer for _, layer in pending], owners)
     return len(pending)
+
+
+def _factors(name: str, layer: LoRALinear, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+    try:
+        return initial_factors(dense_weight(layer), layer.r, layer.scaling, layer.init, generator)
+    except ValueError as error:
+        raise ValueError(f"The weight of layer {name!r} cannot be decomposed: {error}") from error
 
 
 def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
@@ -156,85 +165,6 @@ def dense_weight(layer: LoRALinear) -> Tensor:
             "the model unquantized, or quantized by bitsandbytes."
         )
     return weight.T if layer.transposed else weight
-
-
-def find_targets(module: nn.Module, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
-    """Find the linear layers that are to get an adapter and have none yet.
-
-    A layer that is registered under several names counts under its first.
-
-    Args:
-        module: Any module.
-        target_modules: As in :class:`LoRAConfig`.
-
-    Returns:
-        The layers by name; empty only if all targets have adapters already.
-
-    Raises:
-        TargetNotFoundError: If something in ``target_modules`` matches no linear layer; lists what there is.
-
-    >>> model = nn.ModuleDict({"q_proj": nn.Linear(2, 2), "mlp": nn.ModuleDict({"up": nn.Linear(2, 2)})})
-    >>> [sorted(find_targets(model, targets)) for targets in (["up"], r"q_.*", "all-linear")]
-    [['mlp.up'], ['q_proj'], ['mlp.up', 'q_proj']]
-    """
-    layers = _adaptable_layers(module)
-    if target_modules == ALL_LINEAR:
-        heads = _heads(module)
-        found = {n: m for n, m in layers.items() if _base(m) not in heads and not _ends_with(n, "lm_head")}
-        if not found:
-            raise TargetNotFoundError(_no_match(module, f'target_modules="{ALL_LINEAR}"', layers))
-    elif isinstance(target_modules, str):
-        found = {name: layer for name, layer in layers.items() if re.fullmatch(target_modules, name)}
-        if not found:
-            raise TargetNotFoundError(
-                _no_match(module, f"the regular expression target_modules={target_modules!r}", layers)
-            )
-    else:
-        found = {}
-        for target in target_modules:
-            matches = {name: layer for name, layer in layers.items() if _ends_with(name, target)}
-            if not matches:
-                raise TargetNotFoundError(_no_match(module, f"target_modules entry {target!r}", layers, target))
-            found |= matches
-    return {name: layer for name, layer in found.items() if not isinstance(layer, LoRALinear)}
-
-
-def _adaptable_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """All linear layers by name, those with adapters as their LoRALinear."""
-    bases = {layer.base_layer for layer in lora_layers(module).values()}
-    return {
-        name: child
-        for name, child in module.named_modules()
-        if name and isinstance(child, (LoRALinear, nn.Linear, Conv1D)) and child not in bases
-    }
-
-
-def _heads(module: nn.Module) -> set[nn.Module | None]:
-    """The output embeddings of all language models within a module."""
-    models = (m for m in module.modules() if isinstance(m, PreTrainedModel))
-    return {_base(head) for m in models if isinstance(head := m.get_output_embeddings(), nn.Module)}
-
-
-def _base(layer: nn.Module) -> nn.Module:
-    return layer.base_layer if isinstance(layer, LoRALinear) else layer
-
-
-def _ends_with(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def _no_match(module: nn.Module, what: str, layers: dict[str, nn.Module], target: str | None = None) -> str:
-    others = {type(m).__name__ for n, m in module.named_modules() if target and _ends_with(n, target)}
-    if others:
-        return (
-            f"The {what} matches only modules of type {', '.join(sorted(others))}; adapters fit nn.Linear and Conv1D. "
-            "Name linear layers instead."
-        )
-    endings = sorted({name.rsplit(".", 1)[-1] for name in layers})
-    close = difflib.get_close_matches(target or "", endings, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    exists = f"Its linear layers end in: {', '.join(endings)}." if endings else "It has no linear layers at all."
-    return f"The {what} matches no linear layer of {type(module).__name__}. {exists}{hint}"
 
 
 def _check_no_peft(module: nn.Module) -> None:
@@ -289,18 +219,6 @@ def _storage(parameter: Tensor) -> tuple[object, ...]:
     if parameter.is_meta or parameter.numel() == 0 or parameter.data_ptr() == 0:
         return ("object", id(parameter))
     return (parameter.device, parameter.data_ptr())
-
-
-def _modules_to_save(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    kept = []
-    for wanted in names:
-        matches = [child for name, child in module.named_modules() if _ends_with(name, wanted)]
-        if not matches:
-            raise TargetNotFoundError(
-                f"modules_to_save names {wanted!r}, but {type(module).__name__} has no such module."
-            )
-        kept += matches
-    return kept
 
 
 def _replace(module: nn.Module, targets: dict[str, nn.Module], config: LoRAConfig) -> None:

@@ -17,7 +17,8 @@ from milora_lightning.checkpoint import AdapterCheckpoint
 from milora_lightning.config import Init, LoRAConfig
 from milora_lightning.lora import LoRALinear
 from milora_lightning.peft_import import load_peft, peft_config
-from milora_lightning.surgery import TargetNotFoundError, initialize, inject, lora_layers
+from milora_lightning.surgery import initialize, inject, lora_layers
+from milora_lightning.targets import TargetNotFoundError
 
 
 class MiLoRAInit(Callback):
@@ -89,7 +90,8 @@ class MiLoRAInit(Callback):
     def _initialize(self, trainer: Trainer, pl_module: LightningModule) -> None:
         started = time.monotonic()
         seed = torch.initial_seed() if self.seed is None else self.seed
-        number = initialize(pl_module, seed, _progress if trainer.is_global_zero else iter)
+        track = _progress if trainer.is_global_zero else iter
+        number = initialize(pl_module, seed, track, trainer.global_rank, trainer.world_size)
         if number and trainer.is_global_zero:
             Console().print(_summary(pl_module, self.config, number, time.monotonic() - started))
 
