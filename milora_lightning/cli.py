@@ -69,10 +69,11 @@ def export(
     moved: dict[str, Any] = {} if name_or_path is None else {"name_or_path": name_or_path}
     module = CausalLMModule.load_from_checkpoint(ckpt_path, map_location="cpu", **moved)
     scores = checkpoint.get("callbacks", {}).get("EvaluationSummary", {}).get("after")
+    data = checkpoint.get("SFTDataModule", {}).get("description")
     if format == "merged":
-        export_merged(module, output, module.tokenizer, scores)
+        export_merged(module, output, module.tokenizer, scores, data)
     else:
-        lost = export_peft(module, output, rank, module.tokenizer, scores)
+        lost = export_peft(module, output, rank, module.tokenizer, scores, data)
         if rank is not None:
             print(f"Rank {rank} keeps {1 - lost:.2%} of the updates' energy and loses {lost:.2%}.")
     print(f"Exported to {output}")

@@ -27,6 +27,7 @@ def export_peft(
     rank: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     metrics: Mapping[str, float] | None = None,
+    data: str | None = None,
 ) -> float:
     """Write the adapters as a PEFT folder for the pristine base model.
 
@@ -39,6 +40,7 @@ def export_peft(
         rank: Compress each ΔW to this rank by its SVD.
         tokenizer: Saved beside the adapters.
         metrics: Results for the model card.
+        data: What it was trained on, for the model card.
 
     Returns:
         The share of ‖ΔW‖²_F over all matrices that ``rank`` has cost; 0 without it.
@@ -74,7 +76,7 @@ def export_peft(
     with _new_folder(output) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(str(folder))
-        _finish(folder, model, first, tokenizer, metrics, f"PEFT adapter of rank {r} on the unchanged base model")
+        _finish(folder, model, first, tokenizer, metrics, data, f"PEFT adapter of rank {r} on the unchanged base model")
     return lost / energy if energy else 0.0
 
 
@@ -83,6 +85,7 @@ def export_merged(
     output: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     metrics: Mapping[str, float] | None = None,
+    data: str | None = None,
 ) -> None:
     """Write a Hugging Face model with the adapters added to its weights.
 
@@ -93,6 +96,7 @@ def export_merged(
         output: Folder to make; it must not exist, or be empty.
         tokenizer: Saved beside the model.
         metrics: Results for the model card.
+        data: What it was trained on, for the model card.
 
     Raises:
         ValueError: If there are no adapters, or the model is quantized.
@@ -115,7 +119,7 @@ def export_merged(
     first = next(iter(layers.values()))
     with _new_folder(output) as folder:
         model.save_pretrained(folder, state_dict=state)
-        _finish(folder, model, first, tokenizer, metrics, "adapters merged into the weights")
+        _finish(folder, model, first, tokenizer, metrics, data, "adapters merged into the weights")
 
 
 @torch.no_grad()
@@ -230,6 +234,7 @@ def _finish(
     layer: LoRALinear,
     tokenizer: PreTrainedTokenizerBase | None,
     metrics: Mapping[str, float] | None,
+    data: str | None,
     what: str,
 ) -> None:
     """Add the tokenizer and the model card."""
@@ -243,6 +248,7 @@ def _finish(
         f"tags: [milora, lora]\n---\n\n# {Path(base).name}, fine-tuned\n\n"
         f"Fine-tuned from `{base}` with milora-lightning: {what}.\n\n"
         f"Start of the factors: {layer.init}, r = {layer.r}, lora_alpha = {layer.lora_alpha:g}, "
-        f"lora_dropout = {layer.lora_dropout:g}, {len(lora_layers(model))} matrices.\n{results}",
+        f"lora_dropout = {layer.lora_dropout:g}, {len(lora_layers(model))} matrices.\n"
+        f"{f'{chr(10)}Trained on: `{data}`.{chr(10)}' if data else ''}{results}",
         encoding="utf-8",
     )

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from milora_lightning.config import LoRAConfig
 from milora_lightning.factors import initial_factors
@@ -158,7 +157,11 @@ def dense_weight(layer: LoRALinear) -> Tensor:
     base = layer.base_layer
     if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
         raise ValueError("bitsandbytes has repacked it for inference on this CPU; initialize before evaluating.")
-    weight: Tensor = dequantize_bnb_weight(base.weight, getattr(base, "state", None)).detach()
+    weight: Tensor = base.weight.detach()
+    if not weight.is_floating_point():
+        from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # imports bitsandbytes, if installed
+
+        weight = dequantize_bnb_weight(base.weight, getattr(base, "state", None)).detach()
     if not weight.is_floating_point():
         raise ValueError(
             f"its {type(base).__name__} holds {weight.dtype} codes that cannot be turned back into a weight here; load "

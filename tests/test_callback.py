@@ -11,6 +11,7 @@ from conftest import quiet_trainer, tiny_model
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.demos import transformer as demo
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -227,3 +228,9 @@ def test_dropout_is_on_in_training_although_the_model_came_in_eval_mode(tmp_path
 def test_bad_targets_stop_before_training(callback: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         quiet_trainer(tmp_path, callbacks=[MiLoRAInit(**callback)], max_steps=1).fit(BoringModel())
+
+
+def test_sharding_strategies_are_refused(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, strategy=ModelParallelStrategy(), devices=1, callbacks=[MiLoRAInit(r=4)])
+    with pytest.raises(ValueError, match=r"not work under ModelParallelStrategy yet.*strategy: ddp"):
+        trainer.callbacks[0].setup(trainer, Regression(), "fit")

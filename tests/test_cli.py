@@ -64,6 +64,20 @@ def test_fit_validate_test_predict(project: Path, capsys: pytest.CaptureFixture[
     assert all(a.keys() == {"prompt", "generation", "reference"} for a in answers)
 
 
+def test_resume_from_the_last_checkpoint(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saving = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"dirpath": "saved", "every_n_train_steps": 1, "save_last": True},
+    }
+    (project / "saving.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [saving]}}))
+    options = ["fit", "--config", "mine.yaml", "--config", "saving.yaml"]
+    run(*options, "--trainer.max_steps", "3")
+    assert "Adapters initialized" in capsys.readouterr().out
+    resumed = run(*options, "--trainer.max_steps", "5", "--ckpt_path", "last")
+    assert resumed.trainer.global_step == 5
+    assert "Adapters initialized" not in capsys.readouterr().out
+
+
 def test_tokenizer_follows_the_model_and_overlays_compose(project: Path) -> None:
     (project / "overlay.yaml").write_text(yaml.safe_dump({"adapter": {"init": "pissa"}, "trainer": {"max_steps": 1}}))
     cli = run("fit", "--config", "mine.yaml", "--config=overlay.yaml", "--adapter.lora_dropout", "0.1")

@@ -27,7 +27,9 @@ def test_parses_and_instantiates_from_any_directory(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    cli = MiLoRACLI(CausalLMModule, SFTDataModule, args=["--config", str(path)], run=False, save_config_callback=None)
+    base = [] if path.name == "milora.yaml" else ["--config", str(CONFIGS / "milora.yaml")]  # the others are overlays
+    args = [*base, "--config", str(path)]
+    cli = MiLoRACLI(CausalLMModule, SFTDataModule, args=args, run=False, save_config_callback=None)
     assert isinstance(cli.model, CausalLMModule)
     assert cli.datamodule.tokenizer == cli.model.name_or_path
     assert any(isinstance(callback, MiLoRAInit) for callback in cli.trainer.callbacks)

@@ -134,6 +134,7 @@ def test_card_and_tokenizer(tmp_path: Path) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     assert str(model_folder) in card
     assert "r = 4" in card
+    assert "Trained on: `Files(" in card
     assert f"| val_loss | {trainer.callback_metrics['val_loss'].item():.4g} |" in card
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "</s>"
     with pytest.raises(FileExistsError, match="something at"):  # at the start of the next run, not at its end
@@ -147,6 +148,7 @@ def test_export_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     main(["export", "--ckpt_path", str(path), "--output", str(tmp_path / "peft"), "--rank", "3"])
     assert "Rank 3 keeps" in capsys.readouterr().out
     main(["export", "--ckpt_path", str(path), "--output", str(tmp_path / "merged"), "--format", "merged"])
+    assert "train.jsonl" in (tmp_path / "merged" / "README.md").read_text()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), logits(lm.model), rtol=0, atol=1e-5)
     with pytest.raises(SystemExit, match="something at"):

@@ -33,7 +33,11 @@ class AdapterExport(Callback):
         if not trainer.is_global_zero:
             return
         scores = {name: value.item() for name, value in trainer.callback_metrics.items()}
-        options: dict[str, Any] = {"tokenizer": getattr(pl_module, "tokenizer", None), "metrics": scores}
+        options: dict[str, Any] = {
+            "tokenizer": getattr(pl_module, "tokenizer", None),
+            "metrics": scores,
+            "data": getattr(getattr(trainer, "datamodule", None), "description", None),
+        }
         if self.format == "peft":
             export_peft(pl_module, self.output, self.rank, **options)
         else:

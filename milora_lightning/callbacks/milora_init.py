@@ -9,6 +9,7 @@ from contextlib import suppress
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -44,7 +45,8 @@ class MiLoRAInit(Callback):
             the folder.
 
     Raises:
-        ValueError: In the constructor for values out of range; in ``setup`` if the targets do not fit the model.
+        ValueError: In the constructor for values out of range; in ``setup`` if the targets do not fit the model, or
+            under a strategy that shards weights.
 
     >>> from lightning.pytorch import Trainer
     >>> trainer = Trainer(callbacks=[MiLoRAInit(r=8)], logger=False, enable_progress_bar=False)
@@ -69,6 +71,11 @@ class MiLoRAInit(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject into what exists now, and into what the module's own ``setup`` and ``configure_model`` build."""
+        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise ValueError(
+                f"MiLoRAInit does not work under {type(trainer.strategy).__name__} yet, which shards or transforms "
+                "weights: use one device, or strategy: ddp."
+            )
         # Now, because configure_model may shard the model, and parameters cannot be added after that. Targets that
         # are missing now may come with setup or configure_model; the second call insists on them.
         with suppress(TargetNotFoundError):

@@ -138,13 +138,20 @@ class SFTDataModule(LightningDataModule):
         self._resume_at = 0
         return self._train_loader
 
-    def state_dict(self) -> dict[str, int]:
-        """Return how many batches of the epoch have been trained on, for the checkpoint."""
+    @property
+    def description(self) -> str:
+        """What the data is, for model cards: the source with its arguments."""
+        arguments = (f"{key}={value!r}" for key, value in vars(self.source).items() if value is not None)
+        return f"{type(self.source).__name__}({', '.join(arguments)})"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return for the checkpoint how many batches of the epoch have been trained on, and what the data is."""
         # Not left to Lightning's own handling of stateful loaders, which is passed over if the loader was made
         # before the loops are restored, as computing the schedule's length does.
-        return {"batches": self._train_loader.passed if self._train_loader is not None else 0}
+        batches = self._train_loader.passed if self._train_loader is not None else 0
+        return {"batches": batches, "description": self.description}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on in training where the checkpoint was written."""
         self._resume_at = state_dict["batches"]
         if self._train_loader is not None:
