@@ -185,8 +185,8 @@ class LoRALinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if f"{prefix}lora_A" in state_dict:
-            self.initialized = True
+        if f"{prefix}lora_A" in state_dict:  # zero only if saved before it was initialized
+            self.initialized = bool(state_dict[f"{prefix}lora_A"].any())
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:

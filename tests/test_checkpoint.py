@@ -109,6 +109,18 @@ def test_trainer_restores_from_the_checkpoint_without_decomposing(
         assert torch.equal(adapters(resumed)[key], value)
 
 
+def test_adapters_saved_before_their_start_are_initialized_when_they_train(tmp_path: Path) -> None:
+    lm = Regression()
+    trainer = quiet_trainer(tmp_path, callbacks=[MiLoRAInit(r=4)])
+    trainer.validate(lm, verbose=False)
+    trainer.save_checkpoint(tmp_path / "untrained.ckpt")
+    fresh = Regression()
+    trainer = quiet_trainer(tmp_path, max_steps=2, callbacks=[MiLoRAInit(r=4)])
+    trainer.validate(fresh, ckpt_path=tmp_path / "untrained.ckpt", verbose=False)
+    trainer.fit(fresh)
+    assert all(layer.delta_weight().any() for layer in lora_layers(fresh).values())
+
+
 def test_load_from_checkpoint_needs_the_checkpoint_and_the_base(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "llama", "llama")
     lm = module(model)

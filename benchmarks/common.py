@@ -1,0 +1,56 @@
+"""What the benchmark scripts share: alternating rounds, the machine's kind, and tables in the README."""
+
+from __future__ import annotations
+
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def alternate(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Run all contenders in turn, round after round, and return the median seconds of each."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        for name, run in contenders.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+            print(f"round {number + 1}, {name}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def machine() -> str:
+    """Name the kind of machine and the versions that matter."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (found := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
+        name = found[1]
+    return f"{torch.get_num_threads()} cores of {name}, torch {version('torch').split('+')[0]}"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def publish(name: str, text: str) -> None:
+    """Print a result, and put it into the README between the marks of its name."""
+    command = f"python benchmarks/{Path(sys.argv[0]).name}"
+    text = f"{text}\n\n({machine()}; `{command}`)"
+    print(text)
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    readme = README.read_text()
+    if begin not in readme:
+        raise SystemExit(f"README.md has no place marked {begin}")
+    head, rest = readme.split(begin)
+    README.write_text(head + begin + "\n" + text + "\n" + end + rest.split(end)[1])
