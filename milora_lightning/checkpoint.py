@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from milora_lightning.config import LoRAConfig
@@ -62,6 +67,7 @@ class AdapterCheckpoint:
                 del state[key]
         state[prefix + KEY] = {
             "format": FORMAT,
+            "version": version("milora-lightning"),
             "config": {**asdict(self.config), "target_modules": _as_primitive(self.config.target_modules)},
             "adapters": list(lora_layers(module)),
             "base": self.fingerprint,
@@ -80,7 +86,7 @@ class AdapterCheckpoint:
             )
         check_format(description)
         self._check_config(description, lora_layers(module))
-        self._check_base(description["base"])
+        check_base(description["base"], self.fingerprint)
         kept = {prefix + key: value for key, value in module.state_dict().items() if key != KEY}
         missing, extra = sorted(kept.keys() - state.keys()), sorted(state.keys() - kept.keys() - names)
         if missing or extra:
@@ -116,18 +122,6 @@ class AdapterCheckpoint:
                 f"{saved.target_modules}."
             )
 
-    def _check_base(self, saved: dict[str, str]) -> None:
-        different = sorted(
-            name for name in saved.keys() | self.fingerprint.keys() if saved.get(name) != self.fingerprint.get(name)
-        )
-        if different:
-            name = different[0]
-            raise CheckpointError(
-                f"The checkpoint was trained on another base model: {len(different)} of {len(saved)} frozen weights "
-                f"differ, for example {name!r} ({_what(saved.get(name))} there, {_what(self.fingerprint.get(name))} "
-                "here). Use the same model, files and dtype as in training."
-            )
-
 
 # torch wants plain functions as hooks.
 def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
@@ -158,13 +152,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no checkpoint {str(path)!r}. Check the path.")
-    try:
+    with _readable(path):
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for files it cannot read
-        raise CheckpointError(
-            f"{str(path)!r} cannot be read as a checkpoint: it is damaged, incomplete, or something else "
-            f"({type(error).__name__}: {str(error).splitlines()[0]})."
-        ) from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict):
         raise CheckpointError(f"{str(path)!r} is no Lightning checkpoint: it has no state_dict.")
@@ -172,6 +161,35 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{str(path)!r} holds no adapters: it was saved without MiLoRAInit.")
     check_format(state[KEY])
     return checkpoint
+
+
+@contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch raises many types for files it cannot read
+        reason = "it is damaged, incomplete, or something else"
+        if isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in str(error):
+            reason = "it holds Python objects, perhaps in the module's hyper_parameters (see save_hyperparameters)"
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read as a checkpoint: {reason} ({type(error).__name__})."
+        ) from error
+
+
+class ClearCheckpointIO(TorchCheckpointIO):
+    """Lightning's reading and writing of checkpoints, with a clear error for files that cannot be read."""
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read a checkpoint.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            CheckpointError: If it cannot be read.
+        """
+        with _readable(path):
+            return super().load_checkpoint(path, *args, **kwargs)
 
 
 def check_format(description: dict[str, Any]) -> None:
@@ -184,6 +202,22 @@ def check_format(description: dict[str, Any]) -> None:
         raise CheckpointError(
             f"The adapters were saved by a newer version of milora-lightning (format {description['format']}, this "
             f"version reads up to {FORMAT}). Upgrade: pip install --upgrade milora-lightning"
+        )
+
+
+def check_base(saved: dict[str, str], here: dict[str, str]) -> None:
+    """Compare the fingerprint of the base that adapters were trained on with this model's.
+
+    Raises:
+        CheckpointError: If they differ.
+    """
+    different = sorted(name for name in saved.keys() | here.keys() if saved.get(name) != here.get(name))
+    if different:
+        name = different[0]
+        raise CheckpointError(
+            f"The adapters were trained on another base model: {len(different)} of {len(saved)} frozen weights differ, "
+            f"for example {name!r} ({saved.get(name, 'absent')} there, {here.get(name, 'absent')} here). Use the same "
+            "model, files and dtype as in training."
         )
 
 
@@ -216,11 +250,12 @@ def inject_as_in(module: nn.Module, state: dict[str, Any]) -> LoRAConfig:
     return config
 
 
-def fingerprint(module: nn.Module) -> dict[str, str]:
+def fingerprint(module: nn.Module, frozen_only: bool = True) -> dict[str, str]:
     """Hash every frozen weight that is not an adapter's: its shape, its dtype and all of its bits.
 
     Args:
         module: Any module; weights on the meta device are skipped.
+        frozen_only: Whether to leave out what trains; otherwise only the adapters are left out.
 
     Returns:
         ``"(shape) dtype hash"`` by parameter name. Names are those from before surgery.
@@ -229,7 +264,7 @@ def fingerprint(module: nn.Module) -> dict[str, str]:
     dict_keys(['bias', 'weight'])
     """
     hashes = {}
-    for key in sorted(_base_keys(module)):
+    for key in sorted(_base_keys(module, frozen_only)):
         weight = module.get_parameter(key).detach()
         if not weight.is_meta:
             raw = weight.cpu().contiguous().flatten().view(torch.uint8).numpy()
@@ -238,15 +273,15 @@ def fingerprint(module: nn.Module) -> dict[str, str]:
     return hashes
 
 
-def _base_keys(module: nn.Module) -> set[str]:
-    """The keys of all frozen parameters but the adapters' initial factors."""
+def _base_keys(module: nn.Module, frozen_only: bool = True) -> set[str]:
+    """The keys of all frozen parameters, or simply all, but those of adapters."""
     factors = {
         f"{prefix}.{name}"
         for prefix, layer in lora_layers(module).items()
         for name, _ in layer.named_parameters(recurse=False)
     }
-    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    return frozen - factors
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {name for name, p in parameters if not (frozen_only and p.requires_grad)} - factors
 
 
 def _kept_keys(module: nn.Module) -> set[str]:
@@ -262,10 +297,6 @@ def _some(names: list[str]) -> str:
     if not names:
         return "nothing"
     return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
-def _what(hashed: str | None) -> str:
-    return "absent" if hashed is None else hashed
 
 
 def _as_primitive(target_modules: Any) -> Any:

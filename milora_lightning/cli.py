@@ -9,7 +9,7 @@ from typing import Any, Literal
 from jsonargparse import auto_cli
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from milora_lightning.callbacks import EvaluationSummary, MiLoRAInit, PredictionWriter
+from milora_lightning.callbacks import EvaluationSummary, MiLoRAInit, PredictionWriter, RandomState
 from milora_lightning.checkpoint import read_checkpoint
 from milora_lightning.data import SFTDataModule
 from milora_lightning.export import check_output, export_merged, export_peft
@@ -42,7 +42,7 @@ class MiLoRACLI(LightningCLI):
             args = resolve_configs(args)
         super().parse_arguments(parser, args)
         path = self.config.get(str(self.config.get("subcommand")), {}).get("ckpt_path")
-        if path and Path(path).suffix == ".ckpt" and not Path(path).is_dir():
+        if path and path not in ("best", "last", "hpc", "registry") and not Path(path).is_dir():
             read_checkpoint(path)  # now, before a model is loaded for it
 
 
@@ -130,7 +130,12 @@ def main(args: ArgsType = None) -> Any:
             SFTDataModule,
             args=args,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs=dict.fromkeys(MiLoRACLI.subcommands(), usage),
+            parser_kwargs={
+                "description": "Fine-tune language models with MiLoRA. One more command, export, makes a PEFT or "
+                "merged folder of a checkpoint; see export --help.",
+                **dict.fromkeys(MiLoRACLI.subcommands(), usage),
+            },
+            trainer_defaults={"callbacks": [RandomState()]},
             auto_configure_optimizers=False,  # the module makes its own, from model.optimizer
         )
     except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -14,11 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from milora_lightning.checkpoint import fingerprint
 from milora_lightning.factors import stack_factors
 from milora_lightning.lora import LoRALinear
 from milora_lightning.surgery import lora_layers
 
 CARD = "README.md"
+FACTORS = ("lora_A", "lora_B", "initial_A", "initial_B")
+BASE_KEY = "milora_lightning.base"
+"""The entry of an exported file's metadata that holds the fingerprint of its base."""
 
 
 def export_peft(
@@ -50,7 +55,13 @@ def export_peft(
         FileExistsError: If there is something at ``output``.
     """
     model = find_model(module)
-    layers = _adapters(model)
+    layers = _adapters(module, model)
+    beside = [name for name, p in model.named_parameters() if p.requires_grad and not _is_factor(name, layers)]
+    if beside:
+        raise ValueError(
+            f"{beside[0]!r} and {len(beside) - 1} more parameters were trained beside the adapters (modules_to_save), "
+            "which a PEFT folder of adapters would lose: use the merged format."
+        )
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be at least 1, not {rank}; leave it out to keep everything.")
     tensors, lost, energy = {}, 0.0, 0.0
@@ -74,7 +85,11 @@ def export_peft(
         inference_mode=True,
     )
     with _new_folder(output) as folder:
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(
+            tensors,
+            folder / "adapter_model.safetensors",
+            metadata={"format": "pt", BASE_KEY: json.dumps(fingerprint(model))},
+        )
         config.save_pretrained(str(folder))
         _finish(folder, model, first, tokenizer, metrics, data, f"PEFT adapter of rank {r} on the unchanged base model")
     return lost / energy if energy else 0.0
@@ -103,16 +118,15 @@ def export_merged(
         FileExistsError: If there is something at ``output``.
     """
     model = find_model(module)
-    layers = _adapters(model)
+    layers = _adapters(module, model)
     if getattr(model, "is_quantized", False):
         raise ValueError(
             "A quantized model cannot be merged without rounding again: export for PEFT, load that folder into the "
             "unquantized model with load_peft, and merge there."
         )
-    factors = {f"{name}.{key}" for name, layer in layers.items() for key, _ in layer.named_parameters(recurse=False)}
     state = {}
     for key, value in model.state_dict().items():
-        if key in factors:
+        if _is_factor(key, layers):
             continue
         name, _, leaf = key.rpartition(".base_layer.")
         state[f"{name}.{leaf}" if name else key] = merged_weight(layers[name]) if leaf == "weight" and name else value
@@ -203,11 +217,22 @@ def _new_folder(output: str | Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _adapters(model: nn.Module) -> dict[str, LoRALinear]:
+def _adapters(module: nn.Module, model: nn.Module) -> dict[str, LoRALinear]:
     layers = lora_layers(model)
     if not layers:
         raise ValueError("The model has no adapters to export: load a checkpoint of a run with MiLoRAInit first.")
+    outside = [name for name, layer in lora_layers(module).items() if layer not in layers.values()]
+    if outside:
+        raise ValueError(
+            f"Layer {outside[0]!r} has an adapter and is outside the Hugging Face model that these formats hold: leave "
+            "it out of target_modules, or export each part by itself."
+        )
     return layers
+
+
+def _is_factor(name: str, layers: dict[str, LoRALinear]) -> bool:
+    layer, _, factor = name.rpartition(".")
+    return layer in layers and factor in FACTORS
 
 
 @torch.no_grad()

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from milora_lightning.checkpoint import CheckpointError
+from milora_lightning.checkpoint import CheckpointError, check_base, fingerprint
 from milora_lightning.config import LoRAConfig
-from milora_lightning.export import find_model
+from milora_lightning.export import BASE_KEY, find_model
+from milora_lightning.lora import LoRALinear, linear_shape
 from milora_lightning.surgery import inject, lora_layers
+from milora_lightning.targets import find_targets
 
 PREFIX = "base_model.model."
+UNSUPPORTED = (
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "layers_to_transform",
+    "layer_replication",
+    "lora_bias",
+    "exclude_modules",
+    "target_parameters",
+    "trainable_token_indices",
+)
 
 
 def peft_config(folder: str | Path) -> LoRAConfig:
@@ -37,11 +52,11 @@ def peft_config(folder: str | Path) -> LoRAConfig:
     special = {
         "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
-        "rank_pattern": config.rank_pattern,
-        "alpha_pattern": config.alpha_pattern,
-        "modules_to_save": config.modules_to_save,
         "bias": config.bias != "none",
-        "layers_to_transform": config.layers_to_transform,
+        # a start that has changed the base's weights: the folder alone does not say how
+        "init_lora_weights": isinstance(config.init_lora_weights, str)
+        and config.init_lora_weights not in ("gaussian", "eva", "orthogonal"),
+        **{name: getattr(config, name, None) for name in UNSUPPORTED},
     }
     used = [name for name, value in special.items() if value]
     if used:
@@ -71,23 +86,45 @@ def load_peft(module: nn.Module, folder: str | Path) -> LoRAConfig:
         CheckpointError: If the folder cannot be read, or its tensors do not fit the model.
     """
     config = peft_config(folder)
+    model = find_model(module)
     path = Path(folder) / "adapter_model.safetensors"
     if not path.is_file():
         raise CheckpointError(f"{str(folder)!r} has no adapter_model.safetensors.")
-    tensors = load_file(path)
-    inject(module, config)
-    layers = lora_layers(find_model(module))
-    expected = {f"{PREFIX}{name}.{factor}.weight" for name in layers for factor in ("lora_A", "lora_B")}
-    if tensors.keys() != expected:
-        odd = sorted(tensors.keys() ^ expected)
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read: it is damaged or incomplete ({error}).") from error
+    if BASE_KEY in metadata:
+        _check_base(json.loads(metadata[BASE_KEY]), fingerprint(model, frozen_only=False))
+    targets = {**find_targets(model, config.target_modules), **lora_layers(model)}
+    expected = {
+        f"{PREFIX}{name}.{factor}.weight": shape
+        for name, layer in targets.items()
+        for factor, shape in zip(("lora_A", "lora_B"), _factor_shapes(layer, config.r), strict=True)
+    }
+    odd = sorted(tensors.keys() ^ expected.keys())
+    if odd:
         raise CheckpointError(
             f"The tensors in {str(path)!r} are for other layers than this model's, such as {odd[0]!r}."
         )
-    for name, layer in layers.items():
-        A, B = (tensors[f"{PREFIX}{name}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
-        if A.shape != layer.lora_A.shape or B.shape != layer.lora_B.shape:
-            raise CheckpointError(f"The factors of {name!r} in {str(path)!r} do not have the shapes of this model's.")
-    for name, layer in layers.items():
-        A, B = (tensors[f"{PREFIX}{name}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
-        layer.set_initial_factors(A, B)
+    for key, shape in expected.items():
+        if tensors[key].shape != shape:
+            raise CheckpointError(f"{key!r} in {str(path)!r} has shape {tuple(tensors[key].shape)}, not {shape}.")
+    inject(model, config)
+    for name, layer in lora_layers(model).items():
+        layer.set_initial_factors(*(tensors[f"{PREFIX}{name}.{factor}.weight"] for factor in ("lora_A", "lora_B")))
     return config
+
+
+def _check_base(saved: dict[str, str], here: dict[str, str]) -> None:
+    """Compare the weights of equal shape and dtype: an adapter may go to the same base in another precision."""
+    alike = [name for name, value in saved.items() if here.get(name, "").rpartition(" ")[0] == value.rpartition(" ")[0]]
+    check_base({name: saved[name] for name in alike}, {name: here[name] for name in alike})
+
+
+def _factor_shapes(layer: nn.Module, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    base = layer.base_layer if isinstance(layer, LoRALinear) else layer
+    out_features, in_features = linear_shape(base)
+    return (r, in_features), (out_features, r)

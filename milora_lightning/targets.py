@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Sequence
 
 from torch import nn
@@ -48,7 +49,7 @@ def find_targets(module: nn.Module, target_modules: str | Sequence[str]) -> dict
         found = {name: layer for name, layer in layers.items() if re.fullmatch(target_modules, name)}
         if not found:
             raise TargetNotFoundError(
-                _no_match(module, f"the regular expression target_modules={target_modules!r}", layers)
+                _no_match(module, f"regular expression target_modules={target_modules!r}", layers)
             )
     else:
         found = {}
@@ -63,11 +64,16 @@ def find_targets(module: nn.Module, target_modules: str | Sequence[str]) -> dict
 def _adaptable_layers(module: nn.Module) -> dict[str, nn.Module]:
     """All linear layers by name, those with adapters as their LoRALinear."""
     bases = {child.base_layer for child in module.modules() if isinstance(child, LoRALinear)}
-    return {
-        name: child
-        for name, child in module.named_modules()
-        if name and isinstance(child, (LoRALinear, nn.Linear, Conv1D)) and child not in bases
-    }
+    layers: dict[str, nn.Module] = {}
+    for name, child in module.named_modules():
+        if isinstance(child, LoRALinear):
+            layers[name] = child
+        elif name and isinstance(child, (nn.Linear, Conv1D)) and child not in bases:
+            if child._parameters.get("weight") is None:
+                warnings.warn(f"Layer {name!r} computes its weight (weight_norm?) and gets no adapter.", stacklevel=2)
+            else:
+                layers[name] = child
+    return layers
 
 
 def _heads(module: nn.Module) -> set[nn.Module | None]:

@@ -32,7 +32,8 @@ class AdapterExport(Callback):
         """Export, on the first rank."""
         if not trainer.is_global_zero:
             return
-        scores = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        results = trainer.callback_metrics.items()
+        scores = {name: value.item() for name, value in results if name.startswith(("val_", "test_"))}
         options: dict[str, Any] = {
             "tokenizer": getattr(pl_module, "tokenizer", None),
             "metrics": scores,

@@ -8,13 +8,14 @@ from contextlib import suppress
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from milora_lightning.checkpoint import AdapterCheckpoint
+from milora_lightning.checkpoint import AdapterCheckpoint, ClearCheckpointIO
 from milora_lightning.config import Init, LoRAConfig
 from milora_lightning.lora import LoRALinear
 from milora_lightning.peft_import import load_peft, peft_config
@@ -76,6 +77,8 @@ class MiLoRAInit(Callback):
                 f"MiLoRAInit does not work under {type(trainer.strategy).__name__} yet, which shards or transforms "
                 "weights: use one device, or strategy: ddp."
             )
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = ClearCheckpointIO()
         # Now, because configure_model may shard the model, and parameters cannot be added after that. Targets that
         # are missing now may come with setup or configure_model; the second call insists on them.
         with suppress(TargetNotFoundError):
@@ -159,5 +162,11 @@ def _largest_change(module: LightningModule) -> float:
     largest = 0.0
     for layer in lora_layers(module).values():
         x = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0)).to(layer.lora_A.device)
-        largest = max(largest, layer.update(x).abs().max().item())
+        weight: torch.Tensor = layer.base_layer.weight
+        if weight.is_floating_point():
+            x = x.to(weight.dtype)
+            change = layer(x) - layer.base_layer(x)
+        else:  # a quantized layer may repack its weight when it is called outside training
+            change = layer.update(x)
+        largest = max(largest, change.abs().max().item())
     return largest
