@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import xxhash
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch import nn
+from torch import Tensor, nn
 
 from milora_lightning.config import LoRAConfig
 from milora_lightning.lora import LoRALinear
@@ -51,7 +51,9 @@ class AdapterCheckpoint:
     def attach(module: nn.Module, config: LoRAConfig) -> AdapterCheckpoint:
         """Attach to a module, unless that has been done; return what is attached."""
         attached = getattr(module, "_adapter_checkpoint", None)
-        if not isinstance(attached, AdapterCheckpoint):
+        if isinstance(attached, AdapterCheckpoint):
+            attached.config = config
+        else:
             attached = AdapterCheckpoint(module, config)
             module._adapter_checkpoint = attached  # type: ignore[assignment]
             module.register_state_dict_post_hook(_drop_base)  # type: ignore[no-untyped-call]
@@ -61,9 +63,9 @@ class AdapterCheckpoint:
 
     def trim(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
         """Take the base out of a state dict, and put the description in."""
-        kept = _kept_keys(module)
+        in_base = _base_predicate(module)
         for key in [key for key in state if key.startswith(prefix)]:
-            if key.removeprefix(prefix) not in kept and not key.endswith("_extra_state"):
+            if in_base(key.removeprefix(prefix)):
                 del state[key]
         state[prefix + KEY] = {
             "format": FORMAT,
@@ -94,7 +96,7 @@ class AdapterCheckpoint:
                 f"The checkpoint lacks {_some(missing)} and has {_some(extra)} in excess, compared with this module."
             )
         for key, value in kept.items():
-            if state[key].shape != value.shape:
+            if isinstance(value, Tensor) and state[key].shape != value.shape:
                 raise CheckpointError(
                     f"{key!r} has shape {tuple(state[key].shape)} in the checkpoint and {tuple(value.shape)} here."
                 )
@@ -133,8 +135,8 @@ def _check(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> No
 
 
 def _excuse_base(module: nn.Module, incompatible: Any) -> None:
-    kept = _kept_keys(module)
-    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key in kept]
+    in_base = _base_predicate(module)
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not in_base(key)]
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -244,7 +246,8 @@ def load_adapter(module: nn.Module, path: str | Path) -> LoRAConfig:
 def inject_as_in(module: nn.Module, state: dict[str, Any]) -> LoRAConfig:
     """Inject the adapters that a state dict describes, without their values."""
     check_format(state[KEY])
-    config = LoRAConfig(**state[KEY]["config"])
+    # What was injected, by whichever configurations.
+    config = replace(LoRAConfig(**state[KEY]["config"]), target_modules=state[KEY]["adapters"])
     inject(module, config)
     AdapterCheckpoint.attach(module, config)
     return config
@@ -284,13 +287,24 @@ def _base_keys(module: nn.Module, frozen_only: bool = True) -> set[str]:
     return {name for name, p in parameters if not (frozen_only and p.requires_grad)} - factors
 
 
-def _kept_keys(module: nn.Module) -> set[str]:
-    """The keys of what a checkpoint holds: adapters, whatever else trains, and buffers.
+def _base_predicate(module: nn.Module) -> Callable[[str], bool]:
+    """Tell which keys of a state dict belong to the base, and are in no checkpoint.
 
-    What is neither parameter nor buffer, such as the scales of a quantized weight, belongs to the base.
+    These are the frozen parameters, and what goes with them without being a parameter or buffer itself, such as the
+    scales of a quantized weight. Adapters, whatever else trains, buffers and extra states are kept.
     """
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    return parameters - _base_keys(module) | {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    base = _base_keys(module)
+    holders = {key.rpartition(".")[0] for key in base}
+    kept = {name for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]} - base
+
+    def in_base(key: str) -> bool:
+        if key in kept or key.endswith("_extra_state"):
+            return False
+        parts = key.split(".")
+        of_a_weight = any(".".join(parts[:n]) in base for n in range(1, len(parts) + 1))  # "weight", "weight.absmax"
+        return of_a_weight or key.rpartition(".")[0] in holders  # "SCB", beside the weight
+
+    return in_base
 
 
 def _some(names: list[str]) -> str:

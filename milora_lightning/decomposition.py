@@ -10,6 +10,9 @@ from torch import Tensor
 
 Slice = Literal["minor", "principal", "middle", "random"]
 
+SMALL = 1024
+"""Up to this size all eigenvectors from torch cost less than a few from scipy, whose threads and torch's collide."""
+
 _EPS = torch.finfo(torch.float64).eps
 _MAX_ANGLE = 7e-9  # ‖sin Θ‖_F to the exact subspace; projectors then differ by √2 times that, below 1e-8
 
@@ -164,7 +167,7 @@ def _gram_eigenpairs(W: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
     """Compute eigenpairs ``low`` to ``high``, counted from the largest, of W Wᵀ (k, k); ascending."""
     k = W.shape[0]
     G = W @ W.mT
-    if W.device.type != "cpu":
+    if W.device.type != "cpu" or k <= SMALL:
         values, vectors = torch.linalg.eigh(G)
         return values[k - high : k - low], vectors[:, k - high : k - low]
     # LAPACK wants columns in a row: of a symmetric matrix, the transposed view spares it the copy.

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -56,6 +57,11 @@ def export_peft(
     """
     model = find_model(module)
     layers = _adapters(module, model)
+    if len(_registrations(model)) > len(layers):
+        raise ValueError(
+            "A layer with an adapter is used in several places of the model, which PEFT cannot express: use the merged "
+            "format."
+        )
     beside = [name for name, p in model.named_parameters() if p.requires_grad and not _is_factor(name, layers)]
     if beside:
         raise ValueError(
@@ -81,7 +87,7 @@ def export_peft(
         target_modules=_target_modules(model, list(layers)),
         base_model_name_or_path=model.config.name_or_path,
         fan_in_fan_out=first.transposed,
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if model.can_generate() else None,
         inference_mode=True,
     )
     with _new_folder(output) as folder:
@@ -119,17 +125,18 @@ def export_merged(
     """
     model = find_model(module)
     layers = _adapters(module, model)
-    if getattr(model, "is_quantized", False):
+    if not all(layer.base_layer.get_parameter("weight").is_floating_point() for layer in layers.values()):
         raise ValueError(
             "A quantized model cannot be merged without rounding again: export for PEFT, load that folder into the "
             "unquantized model with load_peft, and merge there."
         )
     state = {}
+    places = _registrations(model)
     for key, value in model.state_dict().items():
-        if _is_factor(key, layers):
+        if _is_factor(key, places):
             continue
         name, _, leaf = key.rpartition(".base_layer.")
-        state[f"{name}.{leaf}" if name else key] = merged_weight(layers[name]) if leaf == "weight" and name else value
+        state[f"{name}.{leaf}" if name else key] = merged_weight(places[name]) if leaf == "weight" and name else value
     first = next(iter(layers.values()))
     with _new_folder(output) as folder:
         model.save_pretrained(folder, state_dict=state)
@@ -170,10 +177,12 @@ def compress(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, float, fl
         raise ValueError(f"rank={rank} is more than the adapters' {A.shape[0]}; leave it out to keep everything.")
     Q_B, R_B = torch.linalg.qr(B.double())
     Q_A, R_A = torch.linalg.qr(A.double().T)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
     root = S[:rank].sqrt()
     lost, energy = S[rank:].square().sum().item(), S.square().sum().item()
     small_A, small_B = root[:, None] * (Vh[:rank] @ Q_A.T), Q_B @ U[:, :rank] * root
+    padding = rank - small_A.shape[0]  # a small matrix may have fewer singular values than that
+    small_A, small_B = F.pad(small_A, (0, 0, 0, padding)), F.pad(small_B, (0, padding))
     return small_A.to(A.dtype), small_B.to(B.dtype), lost, energy
 
 
@@ -228,6 +237,12 @@ def _adapters(module: nn.Module, model: nn.Module) -> dict[str, LoRALinear]:
             "it out of target_modules, or export each part by itself."
         )
     return layers
+
+
+def _registrations(model: nn.Module) -> dict[str, LoRALinear]:
+    """All names under which adapters are found, where a layer is used in several places more than one."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: layer for name, layer in modules if isinstance(layer, LoRALinear)}
 
 
 def _is_factor(name: str, layers: dict[str, LoRALinear]) -> bool:

@@ -283,7 +283,7 @@ def draw_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
     Returns:
         A mask of 0 and 1 (uint8) in the shape of ``x``, and the exact probability to keep an entry.
     """
-    dropped = round(p * 2**16)
+    dropped = min(round(p * 2**16), 2**16 - 1)
     bits = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 3) // 4,), device=x.device)
     mask = bits.view(torch.int16)[: x.numel()] >= dropped - 2**15
     return mask.view(torch.uint8).view(x.shape), 1 - dropped / 2**16

@@ -28,6 +28,13 @@ UNSUPPORTED = (
     "exclude_modules",
     "target_parameters",
     "trainable_token_indices",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
 )
 
 

@@ -43,15 +43,16 @@ def broadcast_factors(layers: Sequence[LoRALinear], owners: Sequence[int]) -> No
         layer.set_initial_factors(*factors)
 
 
-def raise_together(error: ValueError | None, world_size: int) -> None:
-    """Raise what this rank, or else the first other rank, has met; a rank that went on would wait for ever.
+def raise_together(error: Exception | None, world_size: int) -> None:
+    """Raise what this rank has met, or else what another one has; a rank that went on would wait for ever.
 
     Raises:
-        ValueError: If any rank has one.
+        Exception: This rank's.
+        ValueError: With the message of another rank's.
     """
     if world_size > 1:
         messages: list[Any] = [None] * world_size
-        dist.all_gather_object(messages, error and str(error))
+        dist.all_gather_object(messages, error and f"{type(error).__name__}: {error}")
         if error is None and any(messages):
             raise ValueError(next(message for message in messages if message))
     if error is not None:

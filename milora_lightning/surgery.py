@@ -15,7 +15,7 @@ from milora_lightning.config import LoRAConfig
 from milora_lightning.factors import initial_factors
 from milora_lightning.lora import LoRALinear, linear_shape
 from milora_lightning.sharing import broadcast_factors, raise_together, share_out
-from milora_lightning.targets import find_modules, find_targets
+from milora_lightning.targets import TargetNotFoundError, find_modules, find_targets
 
 
 def inject(module: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
@@ -48,6 +48,8 @@ def inject(module: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
     inside_kept = {child for saved in kept for child in saved.modules()}
     targets = {name: layer for name, layer in targets.items() if layer not in inside_kept}
     present = lora_layers(module)
+    if not targets and not present:
+        raise TargetNotFoundError("All of target_modules is inside modules_to_save: nothing is left to adapt.")
     _check_same_config(present, config)
     for name, layer in targets.items():
         _check_rank(name, layer, config.r)
@@ -100,11 +102,11 @@ def initialize(
     """
     pending = [(name, layer) for name, layer in lora_layers(module).items() if not layer.initialized]
     owners = share_out([linear_shape(layer.base_layer) for _, layer in pending], world_size)
-    error = None
+    error: Exception | None = None
     try:
         for name, layer in track([item for item, owner in zip(pending, owners, strict=True) if owner == rank]):
             layer.set_initial_factors(*_factors(name, layer, seed))
-    except ValueError as raised:
+    except Exception as raised:  # all of them, because the other ranks wait for this one
         error = raised
     raise_together(error, world_size)
     if world_size > 1:

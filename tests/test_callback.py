@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import quiet_trainer, tiny_model
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.demos import transformer as demo
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -133,15 +135,19 @@ def test_unmodified_modules_train_only_adapters(
 ) -> None:
     monkeypatch.setattr(demo, "WikiText2", RandomTokens)
     module, inputs = modules()[where]
+    untouched = copy.deepcopy(module)
+    untouched.setup("fit")
+    untouched.configure_model()
     recorder = Recorder(*inputs)
     quiet_trainer(tmp_path, callbacks=[recorder, MiLoRAInit(r=8, init=init)], max_steps=20).fit(module)
     names = {f"{name}.{factor}" for name in lora_layers(module) for factor in ("lora_A", "lora_B")}
     assert len(names) >= 4
     assert {name for name, p in module.named_parameters() if p.requires_grad} == names
     assert recorder.changed == names
-    torch.testing.assert_close(recorder.after, recorder.before, rtol=1e-5, atol=1e-6)
+    before = recorder._output(untouched.eval())
+    torch.testing.assert_close(recorder.after, before, rtol=1e-5, atol=1e-6)
     if where != "__init__ (Lightning's demo transformer)":  # whose weights are read, not called
-        assert torch.equal(recorder.after, recorder.before)
+        assert torch.equal(recorder.after, before)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
@@ -228,6 +234,17 @@ def test_dropout_is_on_in_training_although_the_model_came_in_eval_mode(tmp_path
 def test_bad_targets_stop_before_training(callback: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         quiet_trainer(tmp_path, callbacks=[MiLoRAInit(**callback)], max_steps=1).fit(BoringModel())
+
+
+def test_learning_rate_finder_works_before_training(tmp_path: Path) -> None:
+    module = Regression()
+    module.lr = 1e-3
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=module.lr)
+    finder = LearningRateFinder(num_training_steps=12)
+    trainer = quiet_trainer(tmp_path, max_steps=2, callbacks=[MiLoRAInit(r=4), finder], enable_checkpointing=True)
+    trainer.fit(module)
+    assert len(finder.optimal_lr.results["loss"]) > 5
+    assert trainer.global_step == 2
 
 
 def test_sharding_strategies_are_refused(tmp_path: Path) -> None:

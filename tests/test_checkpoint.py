@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import quiet_trainer, save_tiny_model
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 from test_callback import LanguageModel, Regression
 from test_module import data, module
+from torchmetrics import MeanMetric
 
+import milora_lightning
 from milora_lightning import (
     CausalLMModule,
     CheckpointError,
@@ -37,18 +39,28 @@ def adapters(lm: LightningModule) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in lm.state_dict().items() if k != KEY}
 
 
-@pytest.mark.parametrize("way", ["checkpoint", "weights_only", "save_checkpoint", "last"])
+@pytest.mark.parametrize("way", ["checkpoint", "weights_only", "save_checkpoint", "last", "top-k", "exception"])
 def test_every_way_of_saving_keeps_the_base_out(way: str, tmp_path: Path) -> None:
     lm = LanguageModel()
     checkpointing = ModelCheckpoint(
-        tmp_path / "saved", every_n_train_steps=2, save_last=way == "last", save_weights_only=way == "weights_only"
+        tmp_path / "saved",
+        every_n_train_steps=2,
+        save_last=way == "last",
+        save_weights_only=way == "weights_only",
+        **({"monitor": "step", "mode": "max", "save_top_k": 2} if way == "top-k" else {}),
     )
-    trainer = quiet_trainer(
-        tmp_path, max_steps=4, callbacks=[MiLoRAInit(r=4), checkpointing], enable_checkpointing=True
-    )
-    trainer.fit(lm)
+    callbacks = [MiLoRAInit(r=4), checkpointing, OnExceptionCheckpoint(tmp_path, "exception")]
+    trainer = quiet_trainer(tmp_path, max_steps=4, callbacks=callbacks, enable_checkpointing=True)
+    if way == "exception":
+        lm.on_train_batch_end = lambda *_: 1 / (trainer.global_step < 4)
+        with pytest.raises(ZeroDivisionError):
+            trainer.fit(lm)
+    else:
+        trainer.fit(lm)
     if way == "save_checkpoint":
         trainer.save_checkpoint(path := tmp_path / "manual.ckpt")
+    elif way == "exception":
+        path = tmp_path / "exception.ckpt"
     else:
         path = Path(checkpointing.last_model_path if way == "last" else checkpointing.best_model_path)
     checkpoint = torch.load(path, weights_only=True)
@@ -56,6 +68,7 @@ def test_every_way_of_saving_keeps_the_base_out(way: str, tmp_path: Path) -> Non
     factors = ("lora_A", "lora_B", "initial_A", "initial_B")
     assert checkpoint["state_dict"].keys() == {f"{name}.{f}" for name in lora_layers(lm) for f in factors}
     assert description["config"]["r"] == 4
+    assert description["version"] == milora_lightning.__version__
     assert description["adapters"] == list(lora_layers(lm))
     fresh = LanguageModel()
     fresh.configure_model()
@@ -78,6 +91,24 @@ def test_saving_with_adapters_switched_off_saves_them(tmp_path: Path) -> None:
     assert files[0] == files[1]
 
 
+def test_saving_during_validation_saves_what_training_has_reached(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "llama", "llama")
+    lm = module(model)
+
+    class SaveInValidation(Callback):
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.live = adapters(pl_module)
+            with adapters_disabled(pl_module):
+                trainer.save_checkpoint(tmp_path / "validation.ckpt")
+
+    saving = SaveInValidation()
+    options = {"max_steps": 3, "val_check_interval": 3, "num_sanity_val_steps": 0}
+    quiet_trainer(tmp_path, callbacks=[MiLoRAInit(r=4), saving], **options).fit(lm, data(tmp_path, model))
+    saved = read_checkpoint(tmp_path / "validation.ckpt")["state_dict"]
+    assert all(torch.equal(saved[key], value) for key, value in saving.live.items())
+    assert any((saved[k] - saved[k.replace("lora_", "initial_")]).abs().max() > 0 for k in saving.live if "lora_" in k)
+
+
 def test_a_module_alone_keeps_its_whole_state_dict(tmp_path: Path) -> None:
     """Only the LightningModule's own state dict is trimmed, the model inside stays a normal one."""
     lm = LanguageModel()
@@ -95,6 +126,32 @@ def test_what_the_module_trains_beside_the_adapters_is_kept(tmp_path: Path) -> N
     fresh = Regression()
     outputs = torch.cat(trainer.predict(fresh, ckpt_path=path))
     assert torch.equal(outputs, torch.cat(trainer.predict(lm)))
+
+
+class WithStates(LanguageModel):
+    """A module with state that is neither parameter nor buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = MeanMetric()
+        self.mean.persistent(True)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.seen = state["seen"]
+
+
+def test_other_states_of_the_module_are_kept(tmp_path: Path) -> None:
+    lm = WithStates()
+    lm.mean.update(2.0)
+    path = train(tmp_path, lm)
+    fresh = WithStates()
+    fresh.configure_model()
+    load_adapter(fresh, path)
+    assert fresh.mean.compute() == 2
+    assert fresh.seen == 3
 
 
 def test_trainer_restores_from_the_checkpoint_without_decomposing(
@@ -183,12 +240,13 @@ def corrupt(path: Path, change: Any) -> Path:
     ("change", "message"),
     [
         (lambda s: s.pop("lm.transformer.h.0.mlp.c_fc.lora_A"), "lacks 'lm.transformer.h.0.mlp.c_fc.lora_A'"),
+        (lambda s: s.update(renamed=s.pop("lm.transformer.h.0.mlp.c_fc.lora_A")), "lacks .* and has 'renamed'"),
         (lambda s: s.update(stray=torch.ones(1)), "has 'stray' in excess"),
         (lambda s: s.update({"lm.transformer.h.0.mlp.c_fc.lora_A": torch.ones(3, 3)}), r"has shape \(3, 3\)"),
         (lambda s: s[KEY].update(format=FORMAT + 1), "newer version of milora-lightning"),
         (lambda s: s.pop(KEY), "holds no adapters"),
     ],
-    ids=["missing key", "extra key", "shape", "newer", "no adapters"],
+    ids=["missing key", "renamed key", "extra key", "shape", "newer", "no adapters"],
 )
 def test_changed_checkpoints_are_refused(change: Any, message: str, tmp_path: Path) -> None:
     path = corrupt(train(tmp_path, LanguageModel()), change)
@@ -203,6 +261,11 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(CheckpointError, match=r"trained.ckpt' cannot be read as a checkpoint"):
         read_checkpoint(path)
+    with pytest.raises(CheckpointError, match=r"trained.ckpt' cannot be read as a checkpoint"):
+        quiet_trainer(tmp_path, max_steps=5, callbacks=[MiLoRAInit(r=4)]).fit(LanguageModel(), ckpt_path=path)
+    torch.save({"state_dict": {}, "hyper_parameters": {"where": Path("x")}}, tmp_path / "objects.ckpt")
+    with pytest.raises(CheckpointError, match="it holds Python objects"):
+        read_checkpoint(tmp_path / "objects.ckpt")
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
         read_checkpoint(tmp_path / "text.ckpt")

@@ -12,7 +12,7 @@ import torch
 import yaml
 from conftest import save_tiny_model, write_examples
 
-from milora_lightning.checkpoint import read_checkpoint
+from milora_lightning.checkpoint import KEY, read_checkpoint
 from milora_lightning.cli import CONFIGS, main, resolve_configs
 
 
@@ -65,17 +65,22 @@ def test_fit_validate_test_predict(project: Path, capsys: pytest.CaptureFixture[
 
 
 def test_resume_from_the_last_checkpoint(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    saving = {
-        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-        "init_args": {"dirpath": "saved", "every_n_train_steps": 1, "save_last": True},
-    }
-    (project / "saving.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [saving]}}))
+    saving = {"dirpath": "saved", "every_n_train_steps": 1, "save_last": True}
+    callbacks = [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saving}]
+    adapter = {"lora_dropout": 0.3}
+    model = {"lr_scheduler": "constant_with_warmup"}  # one that does not depend on where the run is to end
+    saving = {"model": model, "adapter": adapter, "trainer": {"callbacks": callbacks}}
+    (project / "saving.yaml").write_text(yaml.safe_dump(saving))
     options = ["fit", "--config", "mine.yaml", "--config", "saving.yaml"]
+    run(*options, "--trainer.max_steps", "5", "--trainer.callbacks.dirpath", "whole")
     run(*options, "--trainer.max_steps", "3")
     assert "Adapters initialized" in capsys.readouterr().out
-    resumed = run(*options, "--trainer.max_steps", "5", "--ckpt_path", "last")
-    assert resumed.trainer.global_step == 5
+    # another seed: what matters has to come from the checkpoint
+    run(*options, "--trainer.max_steps", "5", "--ckpt_path", "last", "--seed_everything", "9")
     assert "Adapters initialized" not in capsys.readouterr().out
+    whole, resumed = (read_checkpoint(project / folder / "last.ckpt") for folder in ("whole", "saved"))
+    assert whole["global_step"] == resumed["global_step"] == 5
+    assert all(k == KEY or torch.equal(v, resumed["state_dict"][k]) for k, v in whole["state_dict"].items())
 
 
 def test_tokenizer_follows_the_model_and_overlays_compose(project: Path) -> None:
@@ -93,7 +98,28 @@ def test_optimizer_is_injected(project: Path) -> None:
     (project / "sgd.yaml").write_text(yaml.safe_dump({"model": {"optimizer": optimizer}}))
     cli = run("fit", "--config", "mine.yaml", "--config", "sgd.yaml", "--trainer.max_steps", "1")
     assert type(cli.trainer.optimizers[0]) is torch.optim.SGD
-    assert run("fit", "--config", "mine.yaml", "--model.optimizer.lr", "0.25", "--trainer.max_steps", "1")
+    cli = run("fit", "--config", "mine.yaml", "--model.optimizer.lr", "0.25", "--trainer.max_steps", "1")
+    assert cli.trainer.optimizers[0].param_groups[0]["initial_lr"] == 0.25
+
+
+def test_exported_card_has_the_results_of_the_run(project: Path) -> None:
+    common = {"dirpath": "saved", "save_last": True, "enable_version_counter": False}
+    saving = [{**common, "every_n_train_steps": 2}, {**common, "monitor": "val_loss", "filename": "best"}]
+    checkpoint = "lightning.pytorch.callbacks.ModelCheckpoint"
+    callbacks = [{"class_path": checkpoint, "init_args": options} for options in saving]
+    (project / "saving.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    metrics = run("fit", "--config", "mine.yaml", "--config", "saving.yaml").trainer.callback_metrics
+    run("export", "--ckpt_path", "saved/last.ckpt", "--output", "exported")
+    card = (project / "exported" / "README.md").read_text()
+    assert f"| val_loss | {metrics['val_loss'].item():.4g} |" in card
+    with pytest.raises(SystemExit):
+        run("export", "--help")
+
+
+def test_help_tells_of_export(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("--help")
+    assert "export" in capsys.readouterr().out
 
 
 def test_shipped_configs_are_found_by_name_and_local_ones_come_first(

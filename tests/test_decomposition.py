@@ -229,7 +229,8 @@ def test_ordinary_weights_skip_the_full_svd(svd_shapes, shape, which):
     assert all(short <= min(shape) // 2 for short, _ in svd_shapes)
 
 
-def test_a_wider_margin_comes_before_the_full_svd(svd_shapes):
+def test_a_wider_margin_comes_before_the_full_svd(svd_shapes, monkeypatch):
+    monkeypatch.setattr(decomposition, "SMALL", 0)  # as for a large weight
     # Singular values that fall to zero as a random square matrix's do, with one outlier and one straggler.
     spectrum = torch.linspace(1, 1 / 400, 400, dtype=torch.float64)
     spectrum[0], spectrum[-1] = 20, 2.5e-5

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import quiet_trainer, save_tiny_model, tiny_model
+from conftest import TINY_CONFIGS, quiet_trainer, save_tiny_model, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
+from test_callback import LanguageModel
 from test_checkpoint import train
 from test_module import data, module
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from milora_lightning import (
     AdapterExport,
@@ -86,6 +87,7 @@ def test_peft_transformers_merged_and_live_agree(kind: str, init: str, dtype: to
     assert config["r"] == (4 if init == "lora" else 8)
     assert config["lora_alpha"] / config["r"] == 1.5
     assert {p.suffix for p in (tmp_path / "peft").iterdir()} == {".json", ".safetensors", ".md"}
+    assert (tmp_path / "merged" / "generation_config.json").is_file()
 
 
 def test_merged_weight_is_rounded_once(tmp_path: Path) -> None:
@@ -166,6 +168,19 @@ def test_export_without_adapters_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_format_would_lose_is_refused(tmp_path: Path) -> None:
+    whole = tuned(tmp_path / "base", target_modules=["q_proj"], modules_to_save=("lm_head",))
+    with pytest.raises(ValueError, match=r"'lm_head.weight' .*trained beside the adapters"):
+        export_peft(whole, tmp_path / "out")
+    export_merged(whole, tmp_path / "merged")
+    outside = nn.ModuleDict({"lm": tiny_model(), "head": nn.Linear(8, 8)})
+    inject(outside, LoRAConfig(r=4))
+    for export in (export_peft, export_merged):
+        with pytest.raises(ValueError, match="'head' has an adapter and is outside"):
+            export(outside, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_import_of_our_own_export_is_the_same_function(tmp_path: Path) -> None:
     model = tuned(tmp_path / "base")
     export_peft(model, tmp_path / "peft")
@@ -180,7 +195,8 @@ def test_import_of_our_own_export_is_the_same_function(tmp_path: Path) -> None:
 
 def foreign_adapter(folder: Path, **options: Any) -> PeftModel:
     torch.manual_seed(2)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], init_lora_weights=False, **options)
+    defaults = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False}
+    config = LoraConfig(**{**defaults, **options})
     model = get_peft_model(tiny_model(), config)
     model.save_pretrained(folder)
     return model
@@ -218,6 +234,12 @@ def test_adapters_that_cannot_be_continued_are_refused(tmp_path: Path) -> None:
     foreign_adapter(tmp_path / "dora", use_dora=True)
     with pytest.raises(CheckpointError, match="uses use_dora"):
         peft_config(tmp_path / "dora")
+    foreign_adapter(tmp_path / "alora", alora_invocation_tokens=[5, 6])
+    with pytest.raises(CheckpointError, match="uses alora_invocation_tokens"):
+        peft_config(tmp_path / "alora")
+    foreign_adapter(tmp_path / "pissa", init_lora_weights="pissa")
+    with pytest.raises(CheckpointError, match="uses init_lora_weights"):
+        peft_config(tmp_path / "pissa")
     with pytest.raises(CheckpointError, match="no PEFT adapter folder"):
         peft_config(tmp_path / "absent")
     foreign_adapter(tmp_path / "foreign")
@@ -225,7 +247,57 @@ def test_adapters_that_cannot_be_continued_are_refused(tmp_path: Path) -> None:
         load_peft(nn.Sequential(tiny_model("qwen2"), nn.Linear(2, 2))[0].model, tmp_path / "foreign")
 
 
+def test_other_heads_small_matrices_and_shared_layers(tmp_path: Path) -> None:
+    classifier = AutoModelForSequenceClassification.from_config(copy.deepcopy(TINY_CONFIGS["llama"]))
+    classifier.config.pad_token_id = 0
+    classifier.save_pretrained(tmp_path / "classifier")
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier").eval()
+    inject(classifier, LoRAConfig(r=12, target_modules=["q_proj", "k_proj"]))
+    initialize(classifier)
+    with torch.no_grad():
+        for layer in lora_layers(classifier).values():
+            layer.lora_B.add_(0.1)
+    for rank in (None, 20):  # more than k_proj's 16 singular values
+        export_peft(classifier, tmp_path / f"peft{rank}", rank=rank)
+        base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier")
+        opened = PeftModel.from_pretrained(base, tmp_path / f"peft{rank}")
+        with torch.no_grad():
+            mask = torch.ones_like(IDS)
+            theirs, ours = (m.eval()(IDS, attention_mask=mask).logits for m in (opened, classifier))
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    shared = tiny_model()
+    shared.model.layers[1].self_attn.q_proj = shared.model.layers[0].self_attn.q_proj
+    inject(shared, LoRAConfig(r=4, target_modules=["q_proj"]))
+    initialize(shared)
+    with torch.no_grad():
+        lora_layers(shared)["model.layers.0.self_attn.q_proj"].lora_B.add_(0.1)
+    with pytest.raises(ValueError, match="used in several places"):
+        export_peft(shared, tmp_path / "shared")
+    export_merged(shared, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(shared), rtol=0, atol=1e-5)
+
+
+def test_import_on_another_base_or_of_a_damaged_file_changes_nothing(tmp_path: Path) -> None:
+    export_peft(tuned(tmp_path / "base"), tmp_path / "peft")
+    other = tiny_model()
+    with torch.no_grad():
+        other.model.norm.weight[0] += 1e-6
+    with pytest.raises(CheckpointError, match=r"another base model: 1 of .*'model.norm.weight'"):
+        load_peft(other, tmp_path / "peft")
+    file = tmp_path / "peft" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="damaged or incomplete"):
+        load_peft(other, tmp_path / "peft")
+    assert not lora_layers(other)
+    assert all(p.requires_grad for p in other.parameters())
+
+
 def test_a_model_with_peft_layers_is_refused_in_one_sentence(tmp_path: Path) -> None:
     model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"already carries PEFT layers.*get_peft_model"):
         inject(model, LoRAConfig(r=4))
+    lm = LanguageModel()
+    lm.lm = model
+    with pytest.raises(ValueError, match=r"already carries PEFT layers.*get_peft_model"):
+        quiet_trainer(tmp_path, max_steps=1, callbacks=[MiLoRAInit(r=4)]).fit(lm)

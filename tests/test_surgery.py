@@ -198,6 +198,16 @@ def test_layers_whose_weight_is_read_without_a_call_are_trained(build: type[nn.M
         assert (changed - before_train).abs().max() > 1e-3
 
 
+def test_layers_that_compute_their_weight_are_skipped_with_a_note() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8))
+    with pytest.warns(UserWarning, match="'0' computes its weight"):
+        adapters = inject(model, LoRAConfig(r=2))
+    assert list(adapters) == ["1"]
+    initialize(model)
+    model(torch.randn(3, 8)).sum().backward()
+    assert not model[0].bias.requires_grad
+
+
 def test_a_layer_in_two_places_gets_one_adapter_in_both() -> None:
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"one": nn.Sequential(shared, shared), "two": shared})
@@ -210,6 +220,8 @@ def test_modules_to_save_train_in_full_and_get_no_adapter() -> None:
     model = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 2)})
     inject(model, LoRAConfig(r=4, modules_to_save=("head",)))
     assert trainable(model) == {"body.lora_A", "body.lora_B", "head.weight", "head.bias"}
+    with pytest.raises(ValueError, match="nothing is left to adapt"):
+        inject(nn.ModuleDict({"head": nn.Linear(8, 8)}), LoRAConfig(r=4, modules_to_save=("head",)))
     with pytest.raises(ValueError, match="modules_to_save names 'tail'"):
         inject(model, LoRAConfig(r=4, modules_to_save=("tail",)))
 

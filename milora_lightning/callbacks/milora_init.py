@@ -49,6 +49,8 @@ class MiLoRAInit(Callback):
         ValueError: In the constructor for values out of range; in ``setup`` if the targets do not fit the model, or
             under a strategy that shards weights.
 
+    To put a checkpoint's adapters on a module outside a Trainer, use :func:`milora_lightning.load_adapter`.
+
     >>> from lightning.pytorch import Trainer
     >>> trainer = Trainer(callbacks=[MiLoRAInit(r=8)], logger=False, enable_progress_bar=False)
     """
@@ -77,6 +79,9 @@ class MiLoRAInit(Callback):
                 f"MiLoRAInit does not work under {type(trainer.strategy).__name__} yet, which shards or transforms "
                 "weights: use one device, or strategy: ddp."
             )
+        # Tuners train in their own on_fit_start, and Lightning sorts them to the front: the factors have to be there.
+        # A new list, because this one is being iterated over.
+        trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = ClearCheckpointIO()
         # Now, because configure_model may shard the model, and parameters cannot be added after that. Targets that
