@@ -1,7 +1,8 @@
 """MiLoRA for PyTorch Lightning: adapters that start from the smallest singular triplets of each weight."""
 
 from milora_lightning.callbacks import AdapterExport, EvaluationSummary, MiLoRAInit, PredictionWriter, RandomState
-from milora_lightning.checkpoint import CheckpointError, load_adapter
+from milora_lightning.checkpoint import load_adapter
+from milora_lightning.checkpoint_io import CheckpointError
 from milora_lightning.config import LoRAConfig
 from milora_lightning.data import SFTDataModule
 from milora_lightning.decomposition import singular_slice

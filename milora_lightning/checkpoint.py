@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,9 +10,9 @@ from typing import Any
 
 import torch
 import xxhash
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
+from milora_lightning.checkpoint_io import CheckpointError, readable
 from milora_lightning.config import LoRAConfig
 from milora_lightning.lora import LoRALinear
 from milora_lightning.surgery import inject, lora_layers
@@ -23,10 +21,6 @@ KEY = "milora_lightning"
 """The entry of a state dict that describes its adapters."""
 
 FORMAT = 1
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is damaged, or does not belong to this model."""
 
 
 class AdapterCheckpoint:
@@ -154,7 +148,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no checkpoint {str(path)!r}. Check the path.")
-    with _readable(path):
+    with readable(path):
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict):
@@ -163,35 +157,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{str(path)!r} holds no adapters: it was saved without MiLoRAInit.")
     check_format(state[KEY])
     return checkpoint
-
-
-@contextmanager
-def _readable(path: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # torch raises many types for files it cannot read
-        reason = "it is damaged, incomplete, or something else"
-        if isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in str(error):
-            reason = "it holds Python objects, perhaps in the module's hyper_parameters (see save_hyperparameters)"
-        raise CheckpointError(
-            f"{str(path)!r} cannot be read as a checkpoint: {reason} ({type(error).__name__})."
-        ) from error
-
-
-class ClearCheckpointIO(TorchCheckpointIO):
-    """Lightning's reading and writing of checkpoints, with a clear error for files that cannot be read."""
-
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read a checkpoint.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            CheckpointError: If it cannot be read.
-        """
-        with _readable(path):
-            return super().load_checkpoint(path, *args, **kwargs)
 
 
 def check_format(description: dict[str, Any]) -> None:

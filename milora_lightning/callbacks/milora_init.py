@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from milora_lightning.checkpoint import AdapterCheckpoint, ClearCheckpointIO
+from milora_lightning.checkpoint import AdapterCheckpoint
+from milora_lightning.checkpoint_io import ClearCheckpointIO
 from milora_lightning.config import Init, LoRAConfig
 from milora_lightning.lora import LoRALinear
 from milora_lightning.peft_import import load_peft, peft_config
