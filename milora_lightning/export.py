@@ -22,6 +22,9 @@ from milora_lightning.lora import LoRALinear
 from milora_lightning.surgery import lora_layers
 
 CARD = "README.md"
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before a layer's name."""
+
 FACTORS = ("lora_A", "lora_B", "initial_A", "initial_B")
 BASE_KEY = "milora_lightning.base"
 """The entry of an exported file's metadata that holds the fingerprint of its base."""
@@ -76,8 +79,8 @@ def export_peft(
         if rank is not None:
             A, B, layer_lost, layer_energy = compress(scaling * B, A, rank)
             lost, energy = lost + layer_lost, energy + layer_energy
-        tensors[f"base_model.model.{name}.lora_A.weight"] = A.contiguous().cpu()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = B.contiguous().cpu()
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A.contiguous().cpu()
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B.contiguous().cpu()
     first = next(iter(layers.values()))
     r = int(next(iter(tensors.values())).shape[0])
     config = LoraConfig(
@@ -136,19 +139,13 @@ def export_merged(
         if _is_factor(key, places):
             continue
         name, _, leaf = key.rpartition(".base_layer.")
-        state[f"{name}.{leaf}" if name else key] = merged_weight(places[name]) if leaf == "weight" and name else value
+        state[f"{name}.{leaf}" if name else key] = (
+            places[name].merged_weight().detach() if leaf == "weight" and name else value
+        )
     first = next(iter(layers.values()))
     with _new_folder(output) as folder:
         model.save_pretrained(folder, state_dict=state)
         _finish(folder, model, first, tokenizer, metrics, data, "adapters merged into the weights")
-
-
-@torch.no_grad()
-def merged_weight(layer: LoRALinear) -> Tensor:
-    """Compute W + ΔW in float32 and round it once to W's dtype; in the base layer's own layout."""
-    weight: Tensor = layer.base_layer.get_parameter("weight")
-    delta = layer.delta_weight()
-    return (weight.float() + (delta.T if layer.transposed else delta)).to(weight.dtype)
 
 
 @torch.no_grad()

@@ -124,6 +124,12 @@ class LoRALinear(nn.Module):
         A, B = stack_factors(self.lora_A, self.lora_B, self.initial_A, self.initial_B)
         return self.scaling * B @ A
 
+    def merged_weight(self) -> Tensor:
+        """Compute W + ΔW in float32 and round it once to W's dtype; in the base layer's own layout."""
+        weight: Tensor = self.base_layer.weight
+        delta = self.delta_weight()
+        return (weight.to(delta.dtype) + (delta.T if self.transposed else delta)).to(weight.dtype)
+
     @property
     def weight(self) -> Tensor:
         """The weight of the function this layer computes, in the base layer's layout and dtype.
@@ -135,8 +141,7 @@ class LoRALinear(nn.Module):
         weight: Tensor = self.base_layer.weight
         if not self.enabled or not weight.is_floating_point():  # codes of a quantized weight stay what they are
             return weight
-        delta = self.delta_weight()
-        return (weight + (delta.T if self.transposed else delta)).to(weight.dtype)
+        return self.merged_weight()
 
     @property
     def bias(self) -> Tensor | None:

@@ -13,12 +13,11 @@ from torch import nn
 from milora_lightning.checkpoint import check_base, fingerprint
 from milora_lightning.checkpoint_io import CheckpointError
 from milora_lightning.config import LoRAConfig
-from milora_lightning.export import BASE_KEY, find_model
+from milora_lightning.export import BASE_KEY, PEFT_PREFIX, find_model
 from milora_lightning.lora import LoRALinear, linear_shape
 from milora_lightning.surgery import inject, lora_layers
 from milora_lightning.targets import find_targets
 
-PREFIX = "base_model.model."
 UNSUPPORTED = (
     "rank_pattern",
     "alpha_pattern",
@@ -108,7 +107,7 @@ def load_peft(module: nn.Module, folder: str | Path) -> LoRAConfig:
         _check_base(json.loads(metadata[BASE_KEY]), fingerprint(model, frozen_only=False))
     targets = {**find_targets(model, config.target_modules), **lora_layers(model)}
     expected = {
-        f"{PREFIX}{name}.{factor}.weight": shape
+        f"{PEFT_PREFIX}{name}.{factor}.weight": shape
         for name, layer in targets.items()
         for factor, shape in zip(("lora_A", "lora_B"), _factor_shapes(layer, config.r), strict=True)
     }
@@ -122,7 +121,7 @@ def load_peft(module: nn.Module, folder: str | Path) -> LoRAConfig:
             raise CheckpointError(f"{key!r} in {str(path)!r} has shape {tuple(tensors[key].shape)}, not {shape}.")
     inject(model, config)
     for name, layer in lora_layers(model).items():
-        layer.set_initial_factors(*(tensors[f"{PREFIX}{name}.{factor}.weight"] for factor in ("lora_A", "lora_B")))
+        layer.set_initial_factors(*(tensors[f"{PEFT_PREFIX}{name}.{factor}.weight"] for factor in ("lora_A", "lora_B")))
     return config
 
 
