@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from transformers import GenerationConfig, PreTrainedModel, get_scheduler
 
 from milora_lightning.checkpoint import KEY, inject_as_in
+from milora_lightning.data.batching import IGNORED
+from milora_lightning.loss import causal_lm_loss, only_positions
 from milora_lightning.metrics import AnswerAccuracy
 from milora_lightning.pretrained import load_causal_lm, load_tokenizer
 from milora_lightning.surgery import lora_layers
 
 Batch = dict[str, Any]
-IGNORED = -100
 
 
 class CausalLMModule(LightningModule):
@@ -99,15 +97,14 @@ class CausalLMModule(LightningModule):
         """
         model = self._built()
         supervised = batch["labels"][:, 1:] != IGNORED
-        with _only_positions(model.get_output_embeddings(), supervised):
+        with only_positions(model.get_output_embeddings(), supervised):
             return cast(Tensor, model(input_ids=batch["input_ids"], use_cache=False).logits[0])
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
         """Compute the sum of the next-token cross-entropies in nats, and over how many tokens it is taken."""
-        targets = batch["labels"][:, 1:]
-        targets = targets[targets != IGNORED]
+        labels = batch["labels"]
         # The model runs even without a supervised token: under sharding the other ranks wait for this one.
-        return F.cross_entropy(self(batch).float(), targets, reduction="sum"), targets.numel()
+        return causal_lm_loss(self._built(), batch["input_ids"], labels), int((labels[:, 1:] != IGNORED).sum())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute the mean loss over the tokens of a batch, those of all ranks together."""
@@ -233,22 +230,3 @@ class CausalLMModule(LightningModule):
     def on_validation_start(self) -> None:
         """Keep the time of an evaluation out of the throughput."""
         self._clock = None
-
-
-@contextmanager
-def _only_positions(head: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Have the output embeddings see only the hidden states at ``positions`` (batch, length or less) as one row.
-
-    Works for every architecture, whatever it does to the logits afterwards, and saves the (batch, length,
-    vocabulary) tensor, which is the largest of all.
-    """
-
-    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = args[0][:, : positions.shape[1]]
-        return (hidden[positions].unsqueeze(0), *args[1:])
-
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -1,0 +1,158 @@
+"""The next-token loss, taken where it counts, without the logits of all tokens in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from milora_lightning.data.batching import IGNORED
+
+# Logits held at once, as float32: on CPUs what stays in the cache, elsewhere what fills the device.
+_CPU_LOGITS, _DEVICE_LOGITS = 2**23, 2**26
+
+
+def causal_lm_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, **inputs: Any) -> Tensor:
+    """Compute the sum of a causal language model's next-token cross-entropies over the labelled tokens.
+
+    The output embeddings see only the hidden states whose next label counts. Where they are a frozen linear layer
+    and the model returns their output as it is, the logits are formed chunk by chunk and turned into the gradient at
+    once (:func:`linear_cross_entropy`); otherwise (trained heads, soft caps, scaled logits) the model's own logits
+    are taken.
+
+    Args:
+        model: Any causal language model of transformers.
+        input_ids: Token ids (batch, length), padded on the right. Causal attention keeps the padding out of every
+            token before it, so no attention mask is needed.
+        labels: Labels (batch, length), ``IGNORED`` where they do not count.
+        inputs: Further arguments of the model.
+
+    Returns:
+        The sum in nats, a float32 scalar; zero, but connected to the model, without any label.
+    """
+    supervised = labels[:, 1:] != IGNORED
+    targets = labels[:, 1:][supervised]
+    head = model.get_output_embeddings()
+    if not (_is_frozen_linear(head) and _returns_head_output(model)):
+        with only_positions(head, supervised):
+            logits = model(input_ids=input_ids, use_cache=False, **inputs).logits[0]
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
+    losses: list[Tensor] = []
+
+    def take_loss(module: nn.Linear, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # Within the model's forward, because sharded weights are whole only there.
+        hidden = _select(args[0], supervised)
+        losses.append(linear_cross_entropy(hidden, module.weight, module.bias, targets))
+        return (hidden[:0].unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(take_loss)
+    try:
+        model(input_ids=input_ids, use_cache=False, **inputs)
+    finally:
+        handle.remove()
+    return losses[0]
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Compute the sum of cross-entropies of a linear layer's outputs, chunk by chunk.
+
+    With logits z = W h + b in the dtype of the hidden states (or autocast's) and probabilities p in float32, the
+    gradient W ᵀ(p − e_target) of each chunk follows its loss at once, so that no more than a chunk of logits exists at
+    any time. Weight and bias get no gradient.
+
+    Args:
+        hidden: Hidden states (tokens, width).
+        weight: Weight (vocabulary, width) of the output embeddings.
+        bias: Bias (vocabulary), or None.
+        targets: Indices of the right tokens (tokens,), int64.
+
+    Returns:
+        The sum in nats, a float32 scalar.
+
+    >>> hidden, weight = torch.randn(5, 8), torch.randn(11, 8)
+    >>> targets = torch.tensor([0, 3, 10, 3, 7])
+    >>> reference = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    >>> torch.allclose(linear_cross_entropy(hidden, weight, None, targets), reference)
+    True
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        rows = max(1, (_CPU_LOGITS if hidden.device.type == "cpu" else _DEVICE_LOGITS) // len(weight))
+        for start in range(0, len(hidden), rows):
+            chunk, right = hidden[start : start + rows], targets[start : start + rows, None]
+            logits = F.linear(chunk, weight, None if bias is None else bias.to(chunk.dtype))
+            p = logits.float().softmax(-1)
+            # The largest probability is 1 / Σ exp(z − max z), never too small for a logarithm.
+            log_sum = logits.amax(-1).float() - p.amax(-1).log()
+            total += (log_sum - logits.gather(1, right)[:, 0].float()).sum()
+            if gradient is not None:
+                p.scatter_add_(1, right, torch.full_like(right, -1, dtype=p.dtype))
+                torch.mm(p.to(chunk.dtype), weight, out=gradient[start : start + rows])
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad, None, None, None
+
+
+@contextmanager
+def only_positions(head: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Have the output embeddings see only the hidden states at ``positions`` (batch, length or less) as one row.
+
+    Works for every architecture, whatever it does to the logits afterwards, and saves the (batch, length,
+    vocabulary) tensor, which is the largest of all.
+    """
+
+    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (_select(args[0], positions).unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _select(hidden: Tensor, positions: Tensor) -> Tensor:
+    return hidden[:, : positions.shape[1]][positions]
+
+
+def _is_frozen_linear(head: nn.Module) -> bool:
+    return type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
+
+
+def _returns_head_output(model: PreTrainedModel) -> bool:
+    """Whether the model's logits are the very output of its output embeddings; found out once, by trying."""
+    known = getattr(model, "_returns_head_output", None)
+    if known is None:
+        outputs: list[Tensor] = []
+        handle = model.get_output_embeddings().register_forward_hook(lambda *call: outputs.append(call[2]))
+        try:
+            with torch.no_grad():
+                token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+                logits = model(input_ids=token, use_cache=False).logits
+        finally:
+            handle.remove()
+        known = len(outputs) == 1 and torch.equal(outputs[0], logits)
+        model._returns_head_output = known
+    return bool(known)
