@@ -148,7 +148,8 @@ def _returns_head_output(model: PreTrainedModel) -> bool:
         outputs: list[Tensor] = []
         handle = model.get_output_embeddings().register_forward_hook(lambda *call: outputs.append(call[2]))
         try:
-            with torch.no_grad():
+            # Its draws, for dropout, are not to be seen in those of training.
+            with torch.no_grad(), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
                 token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
                 logits = model(input_ids=token, use_cache=False).logits
         finally:

@@ -36,7 +36,7 @@ def test_loss_and_gradients_equal_those_of_whole_logits(kind: str, rows: int, mo
     got, want = causal_lm_loss(model, *batch()), reference(model, *batch())
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
     for a, b in zip(torch.autograd.grad(got * 0.1, trained), torch.autograd.grad(want * 0.1, trained), strict=True):
-        assert (a - b).norm() <= 1e-5 * b.norm()
+        assert (a - b).norm() <= 1e-4 * b.norm()
 
 
 def test_models_that_change_their_logits_keep_their_own() -> None:
