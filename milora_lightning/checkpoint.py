@@ -8,17 +8,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed as dist
 import xxhash
 from torch import Tensor, nn
 
-from milora_lightning.checkpoint_io import CheckpointError, readable
+from milora_lightning.checkpoint_io import KEY, CheckpointError, read
 from milora_lightning.config import LoRAConfig
 from milora_lightning.lora import LoRALinear
+from milora_lightning.sharding import as_bytes, gather_to, is_sharded
 from milora_lightning.surgery import inject, lora_layers
-
-KEY = "milora_lightning"
-"""The entry of a state dict that describes its adapters."""
 
 FORMAT = 1
 
@@ -38,8 +36,15 @@ class AdapterCheckpoint:
 
     def __init__(self, module: nn.Module, config: LoRAConfig) -> None:
         self.config = config
-        # Taken now, before a strategy casts or moves the weights, so that it is the same when loading.
-        self.fingerprint = fingerprint(module)
+        # Taken now, before a strategy casts or moves the weights, so that it is the same when loading; or else when
+        # there are weights.
+        self.fingerprint = None if any(p.is_meta for p in module.parameters()) else fingerprint(module)
+
+    def base(self, module: nn.Module) -> dict[str, str]:
+        """Return the fingerprint of the module's base; where weights are sharded, all ranks must call this."""
+        if self.fingerprint is None:
+            self.fingerprint = fingerprint(module)
+        return self.fingerprint
 
     @staticmethod
     def attach(module: nn.Module, config: LoRAConfig) -> AdapterCheckpoint:
@@ -66,7 +71,7 @@ class AdapterCheckpoint:
             "version": version("milora-lightning"),
             "config": {**asdict(self.config), "target_modules": _as_primitive(self.config.target_modules)},
             "adapters": list(lora_layers(module)),
-            "base": self.fingerprint,
+            "base": self.base(module),
         }
 
     def check(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
@@ -82,7 +87,7 @@ class AdapterCheckpoint:
             )
         check_format(description)
         self._check_config(description, lora_layers(module))
-        check_base(description["base"], self.fingerprint)
+        check_base(description["base"], self.base(module))
         kept = {prefix + key: value for key, value in module.state_dict().items() if key != KEY}
         missing, extra = sorted(kept.keys() - state.keys()), sorted(state.keys() - kept.keys() - names)
         if missing or extra:
@@ -137,19 +142,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a Lightning checkpoint that holds adapters, without running any code in it.
 
     Args:
-        path: File of a checkpoint.
+        path: A checkpoint: a file, or the folder of a sharded run.
 
     Returns:
         Its content; adapters and other trained weights are under ``"state_dict"``.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If there is no such checkpoint.
         CheckpointError: If it is damaged, no checkpoint, holds no adapters, or is from a newer version.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no checkpoint {str(path)!r}. Check the path.")
-    with readable(path):
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read(path)
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict):
         raise CheckpointError(f"{str(path)!r} is no Lightning checkpoint: it has no state_dict.")
@@ -222,7 +224,8 @@ def fingerprint(module: nn.Module, frozen_only: bool = True) -> dict[str, str]:
     """Hash every frozen weight that is not an adapter's: its shape, its dtype and all of its bits.
 
     Args:
-        module: Any module; weights on the meta device are skipped.
+        module: Any module; weights on the meta device are skipped. All ranks that hold shards of its weights must call
+            this; they share the work, collecting one weight at a time, and the hashes are those of the whole weights.
         frozen_only: Whether to leave out what trains; otherwise only the adapters are left out.
 
     Returns:
@@ -231,18 +234,23 @@ def fingerprint(module: nn.Module, frozen_only: bool = True) -> dict[str, str]:
     >>> fingerprint(nn.Linear(2, 1).requires_grad_(False)).keys()
     dict_keys(['bias', 'weight'])
     """
-    hashes = {}
-    for key in sorted(_base_keys(module, frozen_only)):
-        weight = module.get_parameter(key).detach()
-        if not weight.is_meta:
-            raw = weight.cpu().contiguous().flatten().view(torch.uint8).numpy()
-            digest = xxhash.xxh3_128_hexdigest(raw.data)
+    hashes: dict[str, str] = {}
+    ranks = dist.get_world_size() if is_sharded(module) else 1
+    for index, key in enumerate(sorted(base_keys(module, frozen_only))):
+        parameter = module.get_parameter(key).detach()
+        weight = None if parameter.is_meta else gather_to(parameter, index % ranks)
+        if weight is not None:
+            digest = xxhash.xxh3_128_hexdigest(as_bytes(weight.cpu().contiguous()).numpy().data)
             hashes[key.replace(".base_layer.", ".")] = f"{tuple(weight.shape)} {weight.dtype} {digest}"
-    return hashes
+    if ranks > 1:
+        parts: list[Any] = [None] * ranks
+        dist.all_gather_object(parts, hashes)
+        hashes = {name: value for part in parts for name, value in part.items()}
+    return dict(sorted(hashes.items()))
 
 
-def _base_keys(module: nn.Module, frozen_only: bool = True) -> set[str]:
-    """The keys of all frozen parameters, or simply all, but those of adapters."""
+def base_keys(module: nn.Module, frozen_only: bool = True) -> set[str]:
+    """Return the keys of all frozen parameters, or simply all, but those of adapters."""
     factors = {
         f"{prefix}.{name}"
         for prefix, layer in lora_layers(module).items()
@@ -258,7 +266,7 @@ def _base_predicate(module: nn.Module) -> Callable[[str], bool]:
     These are the frozen parameters, and what goes with them without being a parameter or buffer itself, such as the
     scales of a quantized weight. Adapters, whatever else trains, buffers and extra states are kept.
     """
-    base = _base_keys(module)
+    base = base_keys(module)
     holders = {key.rpartition(".")[0] for key in base}
     kept = {name for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]} - base
 

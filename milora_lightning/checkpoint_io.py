@@ -8,7 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric.strategies.fsdp import _is_sharded_checkpoint as is_folder
+from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+KEY = "milora_lightning"
+"""The entry of a state dict that describes its adapters."""
 
 
 class CheckpointError(ValueError):
@@ -45,5 +51,37 @@ class ClearCheckpointIO(TorchCheckpointIO):
             FileNotFoundError: If there is no such file.
             CheckpointError: If it cannot be read.
         """
+        if is_folder(Path(path)):
+            return read(path)
         with readable(path):
             return super().load_checkpoint(path, *args, **kwargs)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint on the CPU, tensors and primitives only.
+
+    Args:
+        path: A file, or a folder into which the ranks of a sharded run have written their shards. (Of a folder, torch
+            keeps the list of its tensors as a pickle, and reads it as such.)
+
+    Returns:
+        Its content, in the layout of a file.
+
+    Raises:
+        FileNotFoundError: If there is nothing of that name.
+        CheckpointError: If it cannot be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no checkpoint {str(path)!r}. Check the path.")
+    with readable(path):
+        if not path.is_dir():
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return content
+        content = _load_distributed_checkpoint(path)
+    state = content.pop("state_dict", None) or content.pop("model")  # FSDP2's name for it, and FSDP1's
+    if KEY in content:
+        state[KEY] = content.pop(KEY)
+    optimizers = sorted(key for key in content if key.startswith("optimizer_") and key[10:].isdigit())
+    states = [content.pop(key) for key in optimizers]
+    return {**content, "state_dict": state, **({"optimizer_states": states} if states else {})}

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from milora_lightning.config import Init
 from milora_lightning.factors import stack_factors
+from milora_lightning.sharding import fill, full_tensor
 
 PLAIN_LAYERS = (nn.Linear, NonDynamicallyQuantizableLinear, Conv1D)
 
@@ -151,8 +152,8 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def set_initial_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
         """Start training from these factors, of shapes (r, in) and (out, r): the update is zero here."""
-        self.lora_A.copy_(lora_A)
-        self.lora_B.copy_(lora_B)
+        fill(self.lora_A, lora_A)
+        fill(self.lora_B, lora_B)
         if self.initial_A is not None and self.initial_B is not None:
             self.initial_A.copy_(self.lora_A)
             self.initial_B.copy_(self.lora_B)
@@ -191,7 +192,7 @@ class LoRALinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}lora_A" in state_dict:  # zero only if saved before it was initialized
-            self.initialized = bool(state_dict[f"{prefix}lora_A"].any())
+            self.initialized = bool(full_tensor(state_dict[f"{prefix}lora_A"]).any())
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:

@@ -13,12 +13,16 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from transformers import GenerationConfig, PreTrainedModel, get_scheduler
 
-from milora_lightning.checkpoint import KEY, inject_as_in
+from milora_lightning.callbacks.milora_init import MiLoRAInit
+from milora_lightning.checkpoint import inject_as_in
+from milora_lightning.checkpoint_io import KEY
 from milora_lightning.data.batching import IGNORED
 from milora_lightning.loss import causal_lm_loss, only_positions
 from milora_lightning.metrics import AnswerAccuracy
 from milora_lightning.pretrained import load_causal_lm, load_tokenizer
-from milora_lightning.surgery import lora_layers
+from milora_lightning.sharding import full_tensor, is_sharded
+from milora_lightning.streaming import empty_causal_lm, shard, stream_weights
+from milora_lightning.surgery import inject, lora_layers
 
 Batch = dict[str, Any]
 
@@ -78,11 +82,18 @@ class CausalLMModule(LightningModule):
         """Load the model, once."""
         if self.model is not None:
             return
-        model = load_causal_lm(self.name_or_path, self.dtype_name, self.attn_implementation)
+        origin = self.name_or_path, self.dtype_name, self.attn_implementation
+        model = load_causal_lm(*origin) if self.device_mesh is None else empty_causal_lm(*origin)
         if self.gradient_checkpointing:
             # Non-reentrant checkpoints reach adapters though nothing before them requires a gradient.
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = model.train()
+        if self.device_mesh is not None:  # FSDP2: adapters go in before the model is sharded, weights after that
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, MiLoRAInit):
+                    inject(self, callback.config)
+            shard(model, self.device_mesh["data_parallel"])
+            stream_weights(model, self.name_or_path, self.trainer.strategy.root_device)
         self.tokenizer = load_tokenizer(self.name_or_path)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -119,7 +130,7 @@ class CausalLMModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the norm of the gradient (before clipping) and the learning rate."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
+        self.log("grad_norm", full_tensor(torch.nn.utils.get_total_norm(gradients)))
         self.log("lr", optimizer.param_groups[0]["lr"], prog_bar=True)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -175,7 +186,9 @@ class CausalLMModule(LightningModule):
             bos_token_id=tokenizer.bos_token_id,
         )
         prompts = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        tokens = self._built().generate(**prompts, generation_config=config)
+        # Ranks that share a model's shards go on until the last of them is done.
+        synced = is_sharded(self)
+        tokens = self._built().generate(**prompts, generation_config=config, synced_gpus=synced)
         texts = tokenizer.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
         return cast(list[str], texts)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 # Newer releases of transformers can keep GGUF weights packed, and have to be told not to; older ones never do.
@@ -33,8 +34,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     Raises:
         FileNotFoundError: If there is no such model.
     """
-    location = _locate(name_or_path)
-    tokenizer = _from_pretrained(AutoTokenizer, name_or_path, location)
+    location = locate(name_or_path)
+    tokenizer = from_pretrained(AutoTokenizer, name_or_path, location)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -59,13 +60,34 @@ def load_causal_lm(
     Raises:
         FileNotFoundError: If there is no such model, here or on the Hub.
     """
-    location = _locate(name_or_path)
-    return _from_pretrained(
+    location = locate(name_or_path)
+    return from_pretrained(
         AutoModelForCausalLM, name_or_path, location, dtype=dtype, attn_implementation=attn_implementation
     )
 
 
-def _from_pretrained(auto_class: Any, name_or_path: str, location: str, **options: Any) -> Any:
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the layers of a language model that are alike, the units in which it is sharded.
+
+    Raises:
+        ValueError: If the model's class does not name them.
+    """
+    names = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} does not say which its decoder layers are (_no_split_modules), so it cannot be "
+            "sharded: use strategy: ddp."
+        )
+    return layers
+
+
+def from_pretrained(auto_class: Any, name_or_path: str, location: str, **options: Any) -> Any:
+    """Call ``from_pretrained`` of a class of transformers.
+
+    Raises:
+        FileNotFoundError: If there is no such model, here or on the Hub.
+    """
     try:
         return auto_class.from_pretrained(location, **options)
     except OSError as error:
@@ -78,7 +100,7 @@ def _from_pretrained(auto_class: Any, name_or_path: str, location: str, **option
         ) from error
 
 
-def _locate(name_or_path: str) -> str:
+def locate(name_or_path: str) -> str:
     """Resolve what a user may write to something ``from_pretrained`` takes."""
     if name_or_path == EMBEDDED:
         return _converted(_embedded_gguf())

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from milora_lightning.lora import LoRALinear
+
+Factors = tuple[Tensor, Tensor]
+"""``lora_A`` (r, in) and ``lora_B`` (out, r), whole."""
+
+
+def cost(shape: tuple[int, int]) -> int:
+    """Estimate the cost of decomposing (m, n), m ≤ n: m²n for the Gram matrix plus m³ for its eigenvectors.
+
+    >>> cost((2, 4)), cost((4, 2))
+    (24, 24)
+    """
+    return min(shape) ** 2 * (max(shape) + min(shape))
 
 
 def share_out(shapes: Sequence[tuple[int, int]], world_size: int) -> list[int]:
     """Give each matrix to a rank, so that the ranks have about equally much to do.
 
-    The costliest come first, each to the rank that has least so far; the cost of decomposing (m, n), m ≤ n, is
-    taken as m²n for the Gram matrix plus m³ for its eigenvectors.
+    The costliest come first, each to the rank that has least so far.
 
     Args:
         shapes: Shapes of the matrices.
@@ -26,7 +41,7 @@ def share_out(shapes: Sequence[tuple[int, int]], world_size: int) -> list[int]:
     >>> share_out([(4, 4), (8, 8), (4, 4)], 2)
     [1, 0, 1]
     """
-    costs = [min(shape) ** 2 * (max(shape) + min(shape)) for shape in shapes]
+    costs = [cost(shape) for shape in shapes]
     owners, load = [0] * len(costs), [0] * world_size
     for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
         owners[index] = load.index(min(load))
@@ -34,13 +49,42 @@ def share_out(shapes: Sequence[tuple[int, int]], world_size: int) -> list[int]:
     return owners
 
 
-def broadcast_factors(layers: Sequence[LoRALinear], owners: Sequence[int]) -> None:
-    """Send the factors of each layer from the rank that has computed them to all others."""
+def in_rounds(owners: Sequence[int], costs: Sequence[float]) -> list[list[int]]:
+    """Arrange matrices so that ranks which wait for one another after each round wait little.
+
+    Args:
+        owners: The rank of each matrix.
+        costs: What each costs.
+
+    Returns:
+        The indices of the matrices, at most one of each rank in a round; the costliest first.
+
+    >>> in_rounds([0, 1, 0, 1, 1], [3, 9, 4, 2, 5])
+    [[1, 2], [4, 0], [3]]
+    """
+    queues: dict[int, list[int]] = defaultdict(list)
+    for index in sorted(range(len(owners)), key=lambda i: -costs[i]):
+        queues[owners[index]].append(index)
+    rounds = zip_longest(*queues.values())
+    return [[index for index in batch if index is not None] for batch in rounds]
+
+
+def exchange_factors(layers: Sequence[LoRALinear], owners: Sequence[int], factors: dict[LoRALinear, Factors]) -> None:
+    """Start each layer from the factors that its owner has computed, on all ranks.
+
+    Args:
+        layers: The layers, in the same order on all ranks.
+        owners: The rank that has the factors of each.
+        factors: Those that this rank has; emptied on the way.
+    """
     for layer, owner in zip(layers, owners, strict=True):
-        factors = [factor.detach().clone() for factor in (layer.lora_A, layer.lora_B)]
-        for factor in factors:
+        own = factors.pop(layer, None)
+        if own is None:
+            device = layer.lora_A.device
+            own = torch.empty(layer.lora_A.shape, device=device), torch.empty(layer.lora_B.shape, device=device)
+        for factor in own:
             dist.broadcast(factor, src=owner)
-        layer.set_initial_factors(*factors)
+        layer.set_initial_factors(*own)
 
 
 def raise_together(error: Exception | None, world_size: int) -> None:

@@ -8,14 +8,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from milora_lightning.config import LoRAConfig
 from milora_lightning.factors import initial_factors
 from milora_lightning.lora import LoRALinear, linear_shape
-from milora_lightning.sharing import broadcast_factors, raise_together, share_out
+from milora_lightning.sharding import gather_to, is_sharded
+from milora_lightning.sharing import Factors, cost, exchange_factors, in_rounds, raise_together, share_out
 from milora_lightning.targets import TargetNotFoundError, find_modules, find_targets
+
+Batch = list[tuple[str, LoRALinear, int]]
+"""Name, layer and owning rank of weights that are decomposed at the same time, at most one by each rank."""
 
 
 def inject(module: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
@@ -34,7 +39,7 @@ def inject(module: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
 
     Raises:
         ValueError: If a target name matches nothing or no linear layer, ``r`` exceeds a target's size, a target's
-            weight is tied to another layer's, or there are adapters of another configuration.
+            weight is sharded already or tied to another layer's, or there are adapters of another configuration.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     >>> sorted(inject(model, LoRAConfig(r=2, target_modules=["0"])))
@@ -53,6 +58,7 @@ def inject(module: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
     _check_same_config(present, config)
     for name, layer in targets.items():
         _check_rank(name, layer, config.r)
+        _check_not_sharded(name, layer)
     _check_not_tied(module, targets)
 
     for parameter in module.parameters():
@@ -71,22 +77,23 @@ def inject(module: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
 def initialize(
     module: nn.Module,
     seed: int = 0,
-    track: Callable[[Sequence[tuple[str, LoRALinear]]], Iterable[tuple[str, LoRALinear]]] = iter,
+    track: Callable[[Sequence[Batch]], Iterable[Batch]] = iter,
     rank: int = 0,
     world_size: int = 1,
 ) -> int:
     """Fill the adapters' factors from the weights they adapt, one weight at a time, on the weight's device.
 
     Adapters that have their factors already (initialized before, or restored from a checkpoint) are left alone.
-    Several ranks that hold the same weights share the work: each decomposes its part and sends the others the result,
-    so that all end with identical factors.
+    Several ranks that hold the same weights, or shards of them, share the work: each decomposes its part and sends the
+    others the result, so that all end with identical factors. Of sharded weights a rank collects one at a time.
 
     Args:
         module: A module with injected adapters.
         seed: What random starts (``"random"``, ``"lora"``) derive from, together with the layer's name: neither
             the order of layers nor other random draws matter.
-        track: Wraps this rank's work list, to show progress.
-        rank: This process's rank in torch's default process group.
+        track: Wraps the work list, to show progress. Its entries hold at most one layer for each rank.
+        rank: This process's rank in torch's default process group. Needed only where each has all of the weights:
+            that they are sharded shows.
         world_size: Number of ranks, which must all call this.
 
     Returns:
@@ -101,23 +108,50 @@ def initialize(
     (1, 0)
     """
     pending = [(name, layer) for name, layer in lora_layers(module).items() if not layer.initialized]
-    owners = share_out([linear_shape(layer.base_layer) for _, layer in pending], world_size)
+    sharded = is_sharded(module)
+    if sharded:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+    shapes = [linear_shape(layer.base_layer) for _, layer in pending]
+    owners = share_out(shapes, world_size)
+    rounds = [[(*pending[i], owners[i]) for i in batch] for batch in in_rounds(owners, [cost(s) for s in shapes])]
+    factors: dict[LoRALinear, Factors] = {}
     error: Exception | None = None
-    try:
-        for name, layer in track([item for item, owner in zip(pending, owners, strict=True) if owner == rank]):
-            layer.set_initial_factors(*_factors(name, layer, seed))
-    except Exception as raised:  # all of them, because the other ranks wait for this one
-        error = raised
+    for batch in track(rounds):
+        try:
+            factors |= _decompose_own(batch, rank, seed)
+        except Exception as raised:  # all of them, because the other ranks wait for this one
+            error = raised
+        if sharded:
+            raise_together(error, world_size)  # now, as this rank is needed to collect the next weights
+        elif error:
+            break
     raise_together(error, world_size)
+    layers = [layer for _, layer in pending]
     if world_size > 1:
-        broadcast_factors([layer for _, layer in pending], owners)
+        exchange_factors(layers, owners, factors)
+    else:
+        for layer in layers:
+            layer.set_initial_factors(*factors.pop(layer))
     return len(pending)
 
 
-def _factors(name: str, layer: LoRALinear, seed: int) -> tuple[Tensor, Tensor]:
+def _decompose_own(batch: Batch, rank: int, seed: int) -> dict[LoRALinear, Factors]:
+    """Decompose the weight in a batch that is this rank's, having collected those of all ranks."""
+    weights = {}
+    for name, layer, owner in batch:
+        if owner == rank or is_sharded(layer):
+            weights[name, layer, owner] = dense_weight(layer, owner)
+    return {
+        layer: _factors(name, layer, weight, seed)
+        for (name, layer, owner), weight in weights.items()
+        if owner == rank and weight is not None
+    }
+
+
+def _factors(name: str, layer: LoRALinear, weight: Tensor, seed: int) -> Factors:
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
     try:
-        return initial_factors(dense_weight(layer), layer.r, layer.scaling, layer.init, generator)
+        return initial_factors(weight, layer.r, layer.scaling, layer.init, generator)
     except ValueError as error:
         raise ValueError(f"The weight of layer {name!r} cannot be decomposed: {error}") from error
 
@@ -150,8 +184,12 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
 
 
-def dense_weight(layer: LoRALinear) -> Tensor:
+def dense_weight(layer: LoRALinear, rank: int = 0) -> Tensor | None:
     """Return the frozen weight of an adapter's base layer as a matrix of shape (out, in).
+
+    Args:
+        layer: The adapter.
+        rank: Where the weight is sharded, the one rank that gets it, while the others get None; all must call this.
 
     Raises:
         ValueError: If it is quantized by something other than bitsandbytes, or repacked by it for inference.
@@ -159,7 +197,9 @@ def dense_weight(layer: LoRALinear) -> Tensor:
     base = layer.base_layer
     if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
         raise ValueError("bitsandbytes has repacked it for inference on this CPU; initialize before evaluating.")
-    weight: Tensor = base.weight.detach()
+    weight = gather_to(base.weight.detach(), rank)
+    if weight is None:
+        return None
     if not weight.is_floating_point():
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # imports bitsandbytes, if installed
 
@@ -202,6 +242,14 @@ def _check_rank(name: str, layer: nn.Module, r: int) -> None:
         raise ValueError(
             f"r={r} is larger than layer {name!r} allows, whose weight is {out_features}×{in_features}. "
             f"Choose r of at most {min(out_features, in_features)}, or leave the layer out of target_modules."
+        )
+
+
+def _check_not_sharded(name: str, layer: nn.Module) -> None:
+    if is_sharded(layer):
+        raise ValueError(
+            f"The weight of layer {name!r} is sharded already, too late for adapters: in configure_model, call "
+            "milora_lightning.inject(model, LoRAConfig(...)) before fully_shard, with the same settings as MiLoRAInit."
         )
 
 

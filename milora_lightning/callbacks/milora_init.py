@@ -8,19 +8,18 @@ from contextlib import suppress
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from milora_lightning.checkpoint import AdapterCheckpoint
-from milora_lightning.checkpoint_io import ClearCheckpointIO
 from milora_lightning.config import Init, LoRAConfig
-from milora_lightning.lora import LoRALinear
+from milora_lightning.factors import stack_factors
 from milora_lightning.peft_import import load_peft, peft_config
-from milora_lightning.surgery import initialize, inject, lora_layers
+from milora_lightning.sharding import full_tensor, is_sharded
+from milora_lightning.strategies import prepare, restores_late
+from milora_lightning.surgery import Batch, initialize, inject, lora_layers
 from milora_lightning.targets import TargetNotFoundError
 
 
@@ -48,7 +47,7 @@ class MiLoRAInit(Callback):
 
     Raises:
         ValueError: In the constructor for values out of range; in ``setup`` if the targets do not fit the model, or
-            under a strategy that shards weights.
+            the strategy cannot hold adapters.
 
     To put a checkpoint's adapters on a module outside a Trainer, use :func:`milora_lightning.load_adapter`.
 
@@ -75,16 +74,10 @@ class MiLoRAInit(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject into what exists now, and into what the module's own ``setup`` and ``configure_model`` build."""
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            raise ValueError(
-                f"MiLoRAInit does not work under {type(trainer.strategy).__name__} yet, which shards or transforms "
-                "weights: use one device, or strategy: ddp."
-            )
+        prepare(trainer)
         # Tuners train in their own on_fit_start, and Lightning sorts them to the front: the factors have to be there.
         # A new list, because this one is being iterated over.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = ClearCheckpointIO()
         # Now, because configure_model may shard the model, and parameters cannot be added after that. Targets that
         # are missing now may come with setup or configure_model; the second call insists on them.
         with suppress(TargetNotFoundError):
@@ -101,6 +94,11 @@ class MiLoRAInit(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute the factors that no checkpoint has brought, and say what was done."""
+        if not restores_late(trainer.strategy):
+            self._initialize(trainer, pl_module)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do so now, under strategies that restore checkpoints later."""
         self._initialize(trainer, pl_module)
 
     def _initialize(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -108,11 +106,14 @@ class MiLoRAInit(Callback):
         seed = torch.initial_seed() if self.seed is None else self.seed
         track = _progress if trainer.is_global_zero else iter
         number = initialize(pl_module, seed, track, trainer.global_rank, trainer.world_size)
-        if number and trainer.is_global_zero:
-            Console().print(_summary(pl_module, self.config, number, time.monotonic() - started))
+        if number:
+            summary = _summary(pl_module, self.config, number, time.monotonic() - started)
+            if trainer.is_global_zero:
+                Console().print(summary)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Turn the adapters' dropout on: pretrained models come in eval mode, and Lightning keeps it."""
+        self._initialize(trainer, pl_module)  # where there was no sanity check
         for layer in lora_layers(pl_module).values():
             layer.train()
 
@@ -132,14 +133,14 @@ def _call_after_configure_model(pl_module: LightningModule, action: Callable[[],
     pl_module.configure_model = configure_model  # type: ignore[method-assign]
 
 
-def _progress(layers: Sequence[tuple[str, LoRALinear]]) -> Iterator[tuple[str, LoRALinear]]:
+def _progress(batches: Sequence[Batch]) -> Iterator[Batch]:
     columns = TextColumn("Initializing adapters"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, TextColumn("{task.fields[layer]}"), disable=not layers) as bar:
-        task = bar.add_task("", total=len(layers), layer="")
-        for name, layer in layers:
-            bar.update(task, layer=name)
-            yield name, layer
-            bar.advance(task)
+    with Progress(*columns, TextColumn("{task.fields[layer]}"), disable=not batches) as bar:
+        task = bar.add_task("", total=sum(map(len, batches)), layer="")
+        for batch in batches:
+            bar.update(task, layer=batch[0][0])
+            yield batch
+            bar.advance(task, len(batch))
         bar.update(task, layer="")
 
 
@@ -169,7 +170,10 @@ def _largest_change(module: LightningModule) -> float:
     for layer in lora_layers(module).values():
         x = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0)).to(layer.lora_A.device)
         weight: torch.Tensor = layer.base_layer.weight
-        if weight.is_floating_point():
+        if is_sharded(layer):  # collecting the factors, and not the weight, to which nothing is written
+            A, B = map(full_tensor, stack_factors(layer.lora_A, layer.lora_B, layer.initial_A, layer.initial_B))
+            change = x @ A.T @ B.T
+        elif weight.is_floating_point():
             x = x.to(weight.dtype)
             change = layer(x) - layer.base_layer(x)
         else:  # a quantized layer may repack its weight when it is called outside training

@@ -1,0 +1,160 @@
+"""Pretrained models under FSDP2: built without weights, sharded, and filled shard by shard from their files."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from contextlib import suppress
+
+import torch
+import torch.distributed as dist
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from milora_lightning.checkpoint import base_keys
+from milora_lightning.pretrained import decoder_layers, from_pretrained, load_causal_lm, locate
+from milora_lightning.sharding import as_bytes, fill, local_slices
+from milora_lightning.sharing import raise_together
+
+
+def empty_causal_lm(
+    name_or_path: str, dtype: torch.dtype | str = "auto", attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """Build a causal language model whose parameters are on the meta device; its buffers have their values.
+
+    Args:
+        name_or_path: As for :func:`milora_lightning.pretrained.load_causal_lm`.
+        dtype: As there.
+        attn_implementation: As there.
+
+    Returns:
+        The model, in eval mode; :func:`stream_weights` fills it.
+
+    Raises:
+        FileNotFoundError: If there is no such model, here or on the Hub.
+        ValueError: If it keeps some of its weights in float32 in a half-precision model.
+    """
+    location = locate(name_or_path)
+    config = from_pretrained(AutoConfig, name_or_path, location)
+    if dtype == "auto":
+        dtype = config.dtype or "float32"
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation
+        )
+    if dtype != torch.float32 and (model._keep_in_fp32_modules_strict or model._keep_in_fp32_modules):
+        raise ValueError(
+            f"{type(model).__name__} keeps some weights in float32 in a {dtype} model, which cannot be sharded as it "
+            "is read: use dtype: float32, or strategy: ddp."
+        )
+    model.tie_weights()  # the meta device has made copies of shared parameters
+    model.config.name_or_path = location
+    with suppress(OSError):  # most models have one
+        model.generation_config = GenerationConfig.from_pretrained(location)
+    return model.eval()
+
+
+def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Shard a model's parameters with FSDP2: each decoder layer by itself, then what is left.
+
+    Args:
+        model: The model, with adapters injected: parameters cannot be added afterwards.
+        mesh: The ranks to shard among.
+
+    Raises:
+        ValueError: If the model does not say which its decoder layers are.
+    """
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def stream_weights(model: PreTrainedModel, name_or_path: str, device: torch.device) -> None:
+    """Fill a sharded model that has no weights yet; all ranks must call this.
+
+    Each rank reads its own shards from safetensors files whose tensors are the model's own. Where they are not (other
+    names, other formats), the first rank loads the whole model and sends one weight at a time to the others.
+
+    Args:
+        model: What :func:`empty_causal_lm` has built and :func:`shard` has sharded. Adapters' factors become zero.
+        name_or_path: Where its weights are.
+        device: Where to put the shards.
+
+    Raises:
+        ValueError: On all ranks, if the weights cannot be read on one.
+    """
+    # Tied weights stay tied: torch exchanges what is in a sharded parameter.
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
+    names: dict[Tensor, list[str]] = defaultdict(list)  # of tied weights several
+    for key in sorted(base_keys(model, frozen_only=False)):
+        names[model.get_parameter(key)].append(key.replace(".base_layer.", "."))
+    for parameter in model.parameters():
+        if parameter not in names:
+            fill(parameter, torch.zeros(1).expand(parameter.shape))
+    files = _weight_files(locate(name_or_path))
+    found = {parameter: next((name for name in own if name in files), "") for parameter, own in names.items()}
+    buffers = {buffer: name for name, buffer in model.named_buffers()}
+    if all(found.values()):
+        _read_shards({**found, **{buffer: name for buffer, name in buffers.items() if name in files}}, files)
+    else:
+        _send_whole({**{parameter: own[0] for parameter, own in names.items()}, **buffers}, name_or_path)
+
+
+@torch.no_grad()
+def _read_shards(names: dict[Tensor, str], files: dict[str, str]) -> None:
+    """Read each rank's part of the named tensors."""
+    for path in sorted({files[name] for name in names.values()}):
+        with safe_open(path, "pt") as file:
+            for tensor, name in names.items():
+                if files[name] == path:
+                    stored = file.get_slice(name)
+                    if tuple(stored.get_shape()) != tensor.shape:
+                        raise ValueError(f"{name!r} has shape {stored.get_shape()} in {path!r}, not {tensor.shape}.")
+                    part = stored[local_slices(tensor)] if tensor.ndim else file.get_tensor(name)
+                    (tensor.to_local() if isinstance(tensor, DTensor) else tensor).copy_(part)
+
+
+def _send_whole(names: dict[Tensor, str], name_or_path: str) -> None:
+    """Load the model on the first rank, and send the named tensors to all, one at a time."""
+    whole, error = {}, None
+    if dist.get_rank() == 0:
+        try:
+            model = load_causal_lm(name_or_path, next(p.dtype for p in names if p.is_floating_point()))
+            whole = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        except Exception as raised:  # all of them, because the other ranks wait for this one
+            error = raised
+    raise_together(error, dist.get_world_size())
+    for tensor, name in names.items():
+        value = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        if whole:
+            value.copy_(whole[name].detach())
+        dist.broadcast(as_bytes(value), src=0)
+        fill(tensor, value)
+
+
+def _weight_files(location: str) -> dict[str, str]:
+    """Return the safetensors file of each tensor of a model in a folder or on the Hub; empty if there are none."""
+
+    def cached(name: str) -> str | None:
+        path: str | None = cached_file(location, name, _raise_exceptions_for_missing_entries=False)
+        return path
+
+    index, single = cached(SAFE_WEIGHTS_INDEX_NAME), cached(SAFE_WEIGHTS_NAME)
+    if index is None:
+        return dict.fromkeys(_names_in(single), single) if single else {}
+    with open(index) as file:
+        weight_map: dict[str, str] = json.load(file)["weight_map"]
+    paths = {name: cached(name) or "" for name in set(weight_map.values())}
+    return {tensor: paths[name] for tensor, name in weight_map.items()}
+
+
+def _names_in(path: str) -> list[str]:
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
