@@ -127,7 +127,7 @@ def _send_whole(names: dict[Tensor, str], name_or_path: str) -> None:
     if dist.get_rank() == 0:
         try:
             model = load_causal_lm(name_or_path, next(p.dtype for p in names if p.is_floating_point()))
-            whole = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            whole = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         except Exception as raised:  # all of them, because the other ranks wait for this one
             error = raised
     raise_together(error, dist.get_world_size())

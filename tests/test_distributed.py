@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,40 +11,46 @@ from typing import Any
 import pytest
 import torch
 from conftest import save_tiny_model
+from distributed_runs import STEPS, fit
+from transformers import AutoModelForCausalLM
 
-from milora_lightning.sharing import share_out
+from milora_lightning.sharing import cost, share_out
 
 TESTS = Path(__file__).parent
+Runs = dict[str, dict[str, Any]]
 
 
-def launch(folder: Path, init: str, devices: int, batch_size: int) -> list[dict[str, Any]]:
-    arguments = [str(TESTS / "ddp_script.py"), str(folder), init, str(devices), str(batch_size)]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"] if devices > 1 else []
-    done = subprocess.run(
-        [sys.executable, *launcher, *arguments], cwd=TESTS, capture_output=True, text=True, timeout=240, check=False
+def launch(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [sys.executable, *launcher, str(TESTS / script), *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distributed")
+    save_tiny_model(folder / "llama", "llama")
+    save_tiny_model(folder / "gpt2", "gpt2")
+    inner = AutoModelForCausalLM.from_pretrained(folder / "gpt2").transformer
+    inner.save_pretrained(folder / "gpt2")  # without the prefix that the model has, as on the Hub
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(folder: Path) -> dict[str, Any]:
+    return fit(folder, "single")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path, single: dict[str, Any]) -> tuple[Runs, Runs]:
+    done = launch(folder, "distributed_runs.py", str(folder))
     assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"{init}-{devices}-{rank}.pt", weights_only=True) for rank in range(devices)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("init", ["milora", "lora"])
-def test_two_ranks_train_what_one_process_does(init: str, tmp_path: Path) -> None:
-    save_tiny_model(tmp_path / "model", "llama")
-    first, second = launch(tmp_path, init, 2, 2)
-    (single,) = launch(tmp_path, init, 1, 4)
-    for key, value in first["state"].items():
-        assert torch.equal(value, second["state"][key])
-        torch.testing.assert_close(value, single["state"][key], rtol=1e-4, atol=1e-5)
-    for ours, theirs in zip(first["results"], single["results"], strict=True):  # 11 examples: uneven shares
-        for name, value in ours.items():
-            assert value == pytest.approx(theirs[name], rel=1e-4)
-
-
-def test_work_is_shared_out_by_cost() -> None:
-    shapes = [(576, 576)] * 30 + [(192, 576)] * 60 + [(1536, 576)] * 60
-    owners = share_out(shapes, 4)
-    costs = [min(shape) ** 2 * sum(shape) for shape in shapes]
-    loads = [sum(c for c, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(4)]
-    assert max(loads) < 1.05 * min(loads)
-    assert share_out([], 2) == []
+    first, second = (torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    return first, second

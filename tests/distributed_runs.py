@@ -1,0 +1,155 @@
+"""Runs that test_distributed.py makes on one process and, with this file as a script, on two; both save what came out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from conftest import quiet_trainer, tiny_model
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from test_module import data, module
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, TensorDataset
+
+from milora_lightning import LoRAConfig, MiLoRAInit, inject, lora_layers
+from milora_lightning.cli import main
+from milora_lightning.sharding import full_tensor
+
+STEPS = 10
+
+
+class Record(Callback):
+    """Keeps the losses and norms of all steps, and which weights this rank decomposes."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        self.losses.append(outputs["loss"].item())
+        if "grad_norm" in trainer.callback_metrics:  # not before the first optimizer step
+            self.norms.append(trainer.callback_metrics["grad_norm"].item())
+
+
+def strategy(name: str) -> Any:
+    if name.startswith("fsdp2"):
+        return ModelParallelStrategy(2, 1, save_distributed_checkpoint=name == "fsdp2-folder")
+    return name
+
+
+def fit(folder: Path, name: str, kind: str = "auto", model: str = "llama", **options: Any) -> dict[str, Any]:
+    """Train with a global batch of 4, saving in the middle; return what this rank has at the end."""
+    devices = 1 if kind == "auto" else 2
+    resume, adapter, lm_options = (options.pop(key, None) or {} for key in ("resume", "adapter", "module"))
+    record = Record()
+    saving = ModelCheckpoint(folder / name, "{step}", every_n_train_steps=STEPS // 2, save_top_k=-1)
+    settings = {"max_steps": STEPS, "max_epochs": 9, "gradient_clip_val": 0.01, "enable_checkpointing": True}
+    trainer = quiet_trainer(
+        folder,
+        strategy=strategy(kind),
+        devices=devices,
+        callbacks=[MiLoRAInit(**{"r": 4, "seed": 5, **adapter}), saving, record],
+        **{**settings, **options},
+    )
+    torch.manual_seed(100 + trainer.global_rank)  # deliberately different
+    lm = module(folder / model, **lm_options)
+    files = folder / f"data{trainer.global_rank}"
+    files.mkdir(exist_ok=True)
+    trainer.fit(lm, data(files, folder / model, batch_size=4 // devices), **resume)
+    held_out = data(files, folder / model, eval_batch_size=3)
+    results = trainer.validate(lm, held_out, verbose=False)
+    state = {k: full_tensor(v) for k, v in lm.state_dict().items() if isinstance(v, torch.Tensor)}
+    return {
+        "losses": record.losses,
+        "norms": record.norms,
+        "results": results,
+        "state": {k: v.clone() for k, v in state.items()},
+        "base": lm._adapter_checkpoint.base(lm),
+    }
+
+
+class OwnProject(LightningModule):
+    """Somebody's module that shards its own model, in the order given."""
+
+    def __init__(self, order: str = "inject, shard") -> None:
+        super().__init__()
+        self.order = order
+        self.lm: torch.nn.Module | None = None
+
+    def configure_model(self) -> None:
+        if self.lm is not None:
+            return
+        self.lm = tiny_model("qwen2")
+        if self.order.startswith("inject"):
+            inject(self, LoRAConfig(r=4))
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.lm.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.lm, mesh=mesh)
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.lm(batch[0], labels=batch[0]).loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        ids = torch.randint(0, 128, (16, 10), generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(ids), batch_size=2)
+
+
+def own_project(folder: Path) -> dict[str, Any]:
+    """Train it, and be refused where it shards first or in other ways."""
+    messages = {}
+    for name, order, chosen in (
+        ("order", "shard, inject", ModelParallelStrategy(2, 1)),
+        ("tensor parallel", "inject, shard", ModelParallelStrategy(1, 2)),
+    ):
+        trainer = quiet_trainer(folder, max_steps=1, strategy=chosen, devices=2, callbacks=[MiLoRAInit(r=4)])
+        try:
+            trainer.fit(OwnProject(order))
+        except ValueError as error:
+            messages[name] = str(error)
+    lm = OwnProject()
+    trainer = quiet_trainer(
+        folder, max_steps=5, strategy=ModelParallelStrategy(2, 1), devices=2, callbacks=[MiLoRAInit(r=4)]
+    )
+    trainer.fit(lm)
+    trainer.save_checkpoint(folder / "own.ckpt")
+    factors = {
+        f"{name}.{factor}": full_tensor(layer.get_parameter(factor)).detach().clone()
+        for name, layer in lora_layers(lm).items()
+        for factor in ("lora_A", "lora_B", "initial_A", "initial_B")
+    }
+    return {"messages": messages, "state": factors}
+
+
+def on_two_ranks(folder: Path) -> dict[str, Any]:
+    """Make all runs of test_distributed.py that need two processes."""
+    rich = {"accumulate_grad_batches": 2, "module": {"gradient_checkpointing": True}}
+    half = {"module": {"dtype": "bfloat16"}, "adapter": {"lora_dropout": 0.1}}
+    runs = {
+        "ddp": fit(folder, "ddp", "ddp"),
+        "ddp-lora": fit(folder, "ddp-lora", "ddp", adapter={"init": "lora"}),
+        "fsdp2": fit(folder, "fsdp2", "fsdp2"),
+        "fsdp2-folder": fit(folder, "fsdp2-folder", "fsdp2-folder"),
+        "fsdp2-rich": fit(folder, "fsdp2-rich", "fsdp2", **rich),
+        "fsdp2-half": fit(folder, "fsdp2-half", "fsdp2", **half),
+        "fsdp2-whole": fit(folder, "fsdp2-whole", "fsdp2", model="gpt2"),
+    }
+    for origin in ("single", "fsdp2", "fsdp2-folder"):
+        resume = {"ckpt_path": folder / origin / f"step={STEPS // 2}.ckpt"}
+        runs[f"{origin} to fsdp2"] = fit(folder, f"{origin}-resumed", "fsdp2-folder", resume=resume)
+    runs["own"] = own_project(folder)
+    return runs
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    torch.save(on_two_ranks(target), target / f"rank{dist.get_rank()}.pt")
