@@ -20,7 +20,8 @@ from milora_lightning.data.batching import IGNORED
 from milora_lightning.loss import causal_lm_loss, only_positions
 from milora_lightning.metrics import AnswerAccuracy
 from milora_lightning.pretrained import load_causal_lm, load_tokenizer
-from milora_lightning.sharding import full_tensor, is_sharded
+from milora_lightning.sharding import is_sharded
+from milora_lightning.strategies import clips_itself, gradient_norm
 from milora_lightning.streaming import empty_causal_lm, shard, stream_weights
 from milora_lightning.surgery import inject, lora_layers
 
@@ -130,8 +131,21 @@ class CausalLMModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the norm of the gradient (before clipping) and the learning rate."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self.log("grad_norm", full_tensor(torch.nn.utils.get_total_norm(gradients)))
+        self.log("grad_norm", gradient_norm(self.trainer.strategy, gradients))
         self.log("lr", optimizer.param_groups[0]["lr"], prog_bar=True)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradient, by its norm under FSDP1 too."""
+        wrapped = clips_itself(self.trainer.strategy)
+        if wrapped is not None and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            wrapped.clip_grad_norm_(gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the loss, or its generated answers to the metric."""

@@ -69,19 +69,25 @@ def in_rounds(owners: Sequence[int], costs: Sequence[float]) -> list[list[int]]:
     return [[index for index in batch if index is not None] for batch in rounds]
 
 
-def exchange_factors(layers: Sequence[LoRALinear], owners: Sequence[int], factors: dict[LoRALinear, Factors]) -> None:
+def exchange_factors(
+    layers: Sequence[LoRALinear],
+    owners: Sequence[int],
+    factors: dict[LoRALinear, Factors],
+    device: torch.device | None = None,
+) -> None:
     """Start each layer from the factors that its owner has computed, on all ranks.
 
     Args:
         layers: The layers, in the same order on all ranks.
         owners: The rank that has the factors of each.
         factors: Those that this rank has; emptied on the way.
+        device: Where they are; by default on the layers' device.
     """
     for layer, owner in zip(layers, owners, strict=True):
         own = factors.pop(layer, None)
         if own is None:
-            device = layer.lora_A.device
-            own = torch.empty(layer.lora_A.shape, device=device), torch.empty(layer.lora_B.shape, device=device)
+            home = device or layer.lora_A.device
+            own = torch.empty(layer.lora_A.shape, device=home), torch.empty(layer.lora_B.shape, device=home)
         for factor in own:
             dist.broadcast(factor, src=owner)
         layer.set_initial_factors(*own)

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from transformers import PreTrainedModel
 
 from milora_lightning.checkpoint_io import ClearCheckpointIO
+from milora_lightning.pretrained import decoder_layers
 from milora_lightning.sharded_checkpoint import load_sharded, save_sharded
+from milora_lightning.sharding import full_tensor
 
 
 def prepare(trainer: Trainer) -> None:
@@ -21,8 +35,8 @@ def prepare(trainer: Trainer) -> None:
     strategy = trainer.strategy
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = ClearCheckpointIO()
-    if isinstance(strategy, ModelParallelStrategy):
-        _check_mesh(strategy)
+    if isinstance(strategy, (ModelParallelStrategy, FSDPStrategy)):
+        _check_mesh(strategy) if isinstance(strategy, ModelParallelStrategy) else _prepare_fsdp1(strategy)
         # Lightning's own would want the base's weights in every checkpoint, take the optimizer's parameters for all
         # of the model's, and overwrite a folder in place.
         strategy.load_checkpoint = partial(load_sharded, strategy)  # type: ignore[method-assign]
@@ -34,9 +48,49 @@ def prepare(trainer: Trainer) -> None:
         )
 
 
+def finish(trainer: Trainer, module: nn.Module) -> None:
+    """Tell a strategy what it needs to know of a module, between the building of the model and the strategy's setup.
+
+    Raises:
+        ValueError: If the strategy cannot hold the module's parameters.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, FSDPStrategy):
+        return
+    other = {p.dtype for p in module.parameters() if p.is_floating_point()} - {torch.float32}
+    if other:
+        raise ValueError(
+            f"FSDPStrategy (FSDP1) shards parameters of one dtype only, and adapters are float32 while the model has "
+            f"{', '.join(map(str, other))}: set dtype: float32 and precision: bf16-mixed, or use FSDP2 "
+            "(ModelParallelStrategy), which takes a half-precision model."
+        )
+    if "auto_wrap_policy" not in strategy.kwargs:
+        models = [child for child in module.modules() if isinstance(child, PreTrainedModel)][:1]
+        layers = {type(layer) for model in models for layer in decoder_layers(model)}
+        strategy.kwargs["auto_wrap_policy"] = ModuleWrapPolicy(layers)
+
+
+def needs_early_start(trainer: Trainer) -> bool:
+    """Whether factors have to be computed before the strategy's setup, from weights that are whole only until then."""
+    return isinstance(trainer.strategy, FSDPStrategy) or isinstance(trainer.precision_plugin, BitsandbytesPrecision)
+
+
 def restores_late(strategy: Strategy) -> bool:
     """Whether checkpoints are restored after ``on_fit_start``: factors that they bring need not be computed there."""
     return strategy.restore_checkpoint_after_setup
+
+
+def gradient_norm(strategy: Strategy, gradients: list[Tensor]) -> Tensor:
+    """Compute the norm of a gradient, over all shards where it is sharded; all ranks must call this."""
+    norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
+    if isinstance(strategy, FSDPStrategy):  # whose shards are plain tensors
+        norm = strategy.reduce(norm.to(strategy.root_device).square(), reduce_op="sum").sqrt()
+    return norm
+
+
+def clips_itself(strategy: Strategy) -> FullyShardedDataParallel | None:
+    """Return the wrapped model where only that can clip by norm, as under FSDP1, for which Lightning has no way."""
+    return strategy.model if isinstance(strategy.model, FullyShardedDataParallel) else None
 
 
 def _check_mesh(strategy: ModelParallelStrategy) -> None:
@@ -47,3 +101,19 @@ def _check_mesh(strategy: ModelParallelStrategy) -> None:
             "which their factors do not follow: set tensor_parallel_size: 1 and data_parallel_size: "
             f"{strategy.world_size} in ModelParallelStrategy."
         )
+
+
+def _prepare_fsdp1(strategy: FSDPStrategy) -> None:
+    if strategy.precision_plugin.precision in ("bf16-true", "16-true"):
+        raise ValueError(
+            f"precision {strategy.precision_plugin.precision} under FSDPStrategy (FSDP1) would make the adapters half "
+            "precision, too: set precision: bf16-mixed, or use FSDP2 (ModelParallelStrategy)."
+        )
+    if not strategy.kwargs["use_orig_params"]:
+        raise ValueError(
+            "FSDPStrategy cannot mix frozen and trained parameters with use_orig_params: false. Leave it out."
+        )
+    if strategy.mixed_precision is None:
+        # Factors that were cast for the forward pass would lose what training adds to them; autocast casts what is
+        # multiplied.
+        strategy.mixed_precision = MixedPrecision()

@@ -80,8 +80,9 @@ def initialize(
     track: Callable[[Sequence[Batch]], Iterable[Batch]] = iter,
     rank: int = 0,
     world_size: int = 1,
+    device: torch.device | None = None,
 ) -> int:
-    """Fill the adapters' factors from the weights they adapt, one weight at a time, on the weight's device.
+    """Fill the adapters' factors from the weights they adapt, one weight at a time.
 
     Adapters that have their factors already (initialized before, or restored from a checkpoint) are left alone.
     Several ranks that hold the same weights, or shards of them, share the work: each decomposes its part and sends the
@@ -95,6 +96,7 @@ def initialize(
         rank: This process's rank in torch's default process group. Needed only where each has all of the weights:
             that they are sharded shows.
         world_size: Number of ranks, which must all call this.
+        device: Where to decompose; by default on the weight's device.
 
     Returns:
         The number of weights initialized, those of all ranks together.
@@ -118,7 +120,7 @@ def initialize(
     error: Exception | None = None
     for batch in track(rounds):
         try:
-            factors |= _decompose_own(batch, rank, seed)
+            factors |= _decompose_own(batch, rank, seed, device)
         except Exception as raised:  # all of them, because the other ranks wait for this one
             error = raised
         if sharded:
@@ -128,21 +130,23 @@ def initialize(
     raise_together(error, world_size)
     layers = [layer for _, layer in pending]
     if world_size > 1:
-        exchange_factors(layers, owners, factors)
+        exchange_factors(layers, owners, factors, device)
     else:
         for layer in layers:
             layer.set_initial_factors(*factors.pop(layer))
     return len(pending)
 
 
-def _decompose_own(batch: Batch, rank: int, seed: int) -> dict[LoRALinear, Factors]:
+def _decompose_own(
+    batch: Batch, rank: int, seed: int, device: torch.device | None
+) -> dict[LoRALinear, Factors]:
     """Decompose the weight in a batch that is this rank's, having collected those of all ranks."""
     weights = {}
     for name, layer, owner in batch:
         if owner == rank or is_sharded(layer):
             weights[name, layer, owner] = dense_weight(layer, owner)
     return {
-        layer: _factors(name, layer, weight, seed)
+        layer: _factors(name, layer, weight.to(device), seed)
         for (name, layer, owner), weight in weights.items()
         if owner == rank and weight is not None
     }

@@ -8,7 +8,6 @@ from contextlib import suppress
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -18,7 +17,7 @@ from milora_lightning.config import Init, LoRAConfig
 from milora_lightning.factors import stack_factors
 from milora_lightning.peft_import import load_peft, peft_config
 from milora_lightning.sharding import full_tensor, is_sharded
-from milora_lightning.strategies import prepare, restores_late
+from milora_lightning.strategies import finish, needs_early_start, prepare, restores_late
 from milora_lightning.surgery import Batch, initialize, inject, lora_layers
 from milora_lightning.targets import TargetNotFoundError
 
@@ -89,8 +88,9 @@ class MiLoRAInit(Callback):
         AdapterCheckpoint.attach(pl_module, self.config)
         if self.start_from is not None and not all(layer.initialized for layer in lora_layers(pl_module).values()):
             load_peft(pl_module, self.start_from)
-        if stage == "fit" and isinstance(trainer.precision_plugin, BitsandbytesPrecision):
-            self._initialize(trainer, pl_module)  # from the full weights, which the plugin is about to quantize
+        finish(trainer, pl_module)
+        if stage == "fit" and needs_early_start(trainer):
+            self._initialize(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute the factors that no checkpoint has brought, and say what was done."""
@@ -105,7 +105,8 @@ class MiLoRAInit(Callback):
         started = time.monotonic()
         seed = torch.initial_seed() if self.seed is None else self.seed
         track = _progress if trainer.is_global_zero else iter
-        number = initialize(pl_module, seed, track, trainer.global_rank, trainer.world_size)
+        ranks = trainer.global_rank, trainer.world_size
+        number = initialize(pl_module, seed, track, *ranks, trainer.strategy.root_device)
         if number:
             summary = _summary(pl_module, self.config, number, time.monotonic() - started)
             if trainer.is_global_zero:
