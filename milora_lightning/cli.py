@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jsonargparse import auto_cli
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -56,7 +58,7 @@ def export(
     """Export the adapters of a checkpoint.
 
     Args:
-        ckpt_path: Checkpoint written by ``fit``.
+        ckpt_path: Checkpoint written by ``fit``; a file, or the folder of a sharded run.
         output: Folder to make.
         format: ``peft`` for an adapter folder that opens in every PEFT tool, ``merged`` for a whole model.
         rank: For ``peft``: compress each update to this rank; says how much of it is lost.
@@ -67,7 +69,10 @@ def export(
     check_output(output)
     checkpoint = read_checkpoint(ckpt_path)
     moved: dict[str, Any] = {} if name_or_path is None else {"name_or_path": name_or_path}
-    module = CausalLMModule.load_from_checkpoint(ckpt_path, map_location="cpu", **moved)
+    whole = io.BytesIO()  # also of a folder, which Lightning could not load outside a sharded run
+    torch.save(checkpoint, whole)
+    whole.seek(0)
+    module = CausalLMModule.load_from_checkpoint(whole, map_location="cpu", **moved)
     scores = checkpoint.get("callbacks", {}).get("EvaluationSummary", {}).get("after")
     data = checkpoint.get("SFTDataModule", {}).get("description")
     if format == "merged":

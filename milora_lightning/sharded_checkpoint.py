@@ -28,12 +28,7 @@ def save_sharded(
         storage_options: Not supported by the strategy.
     """
     save = type(strategy).save_checkpoint
-    in_shards = (
-        strategy._state_dict_type == "sharded"
-        if isinstance(strategy, FSDPStrategy)
-        else strategy._save_distributed_checkpoint
-    )
-    if not in_shards:
+    if not strategy._save_distributed_checkpoint:
         save(strategy, checkpoint, filepath, storage_options)  # which replaces a file at once
         return
     path = Path(strategy.broadcast(filepath))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,15 @@ from milora_lightning.cli import main
 from milora_lightning.sharding import full_tensor
 
 STEPS = 10
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {  # the strategy, and what else is set, also on one process
+    "ddp": ("ddp", {}),
+    "ddp-lora": ("ddp", {"adapter": {"init": "lora"}}),
+    "fsdp2": ("fsdp2", {}),
+    "fsdp2-folder": ("fsdp2-folder", {}),
+    "fsdp2-random": ("fsdp2", {"adapter": {"init": "random"}}),
+    "fsdp2-rich": ("fsdp2", {"accumulate_grad_batches": 2, "module": {"gradient_checkpointing": True}}),
+    "fsdp2-whole": ("fsdp2", {"model": "gpt2"}),
+}
 
 
 class Record(Callback):
@@ -58,7 +67,7 @@ def fit(folder: Path, name: str, kind: str = "auto", model: str = "llama", **opt
         **{**settings, **options},
     )
     torch.manual_seed(100 + trainer.global_rank)  # deliberately different
-    lm = module(folder / model, **lm_options)
+    lm = module(folder / model, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2), **lm_options)
     files = folder / f"data{trainer.global_rank}"
     files.mkdir(exist_ok=True)
     trainer.fit(lm, data(files, folder / model, batch_size=4 // devices), **resume)
@@ -86,6 +95,8 @@ class OwnProject(LightningModule):
         if self.lm is not None:
             return
         self.lm = tiny_model("qwen2")
+        if "nan" in self.order:
+            self.lm.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
         if self.order.startswith("inject"):
             inject(self, LoRAConfig(r=4))
         mesh = self.device_mesh["data_parallel"]
@@ -109,6 +120,7 @@ def own_project(folder: Path) -> dict[str, Any]:
     messages = {}
     for name, order, chosen in (
         ("order", "shard, inject", ModelParallelStrategy(2, 1)),
+        ("nan", "inject nan, shard", ModelParallelStrategy(2, 1)),
         ("tensor parallel", "inject, shard", ModelParallelStrategy(1, 2)),
     ):
         trainer = quiet_trainer(folder, max_steps=1, strategy=chosen, devices=2, callbacks=[MiLoRAInit(r=4)])
@@ -130,23 +142,27 @@ def own_project(folder: Path) -> dict[str, Any]:
     return {"messages": messages, "state": factors}
 
 
+def command_line(folder: Path, overlay: str | None, *options: str) -> dict[str, float]:
+    """Fit and predict with one YAML, and for several devices nothing but an overlay added."""
+    configs = ["--config=mine.yaml", *([f"--config={overlay}"] if overlay else [])]
+    name = Path(overlay or "single").stem
+    os.chdir(folder)
+    trainer = main(["fit", *configs, *options, f"--trainer.default_root_dir={name}"]).trainer
+    path = trainer.checkpoint_callback.best_model_path
+    main(["predict", *configs, "--ckpt_path", path, f"--predictions.output={name}.jsonl"])
+    return {key: value.item() for key, value in trainer.callback_metrics.items() if key.startswith("val_")}
+
+
 def on_two_ranks(folder: Path) -> dict[str, Any]:
     """Make all runs of test_distributed.py that need two processes."""
-    rich = {"accumulate_grad_batches": 2, "module": {"gradient_checkpointing": True}}
+    runs = {name: fit(folder, name, kind, **options) for name, (kind, options) in RUNS.items()}
     half = {"module": {"dtype": "bfloat16"}, "adapter": {"lora_dropout": 0.1}}
-    runs = {
-        "ddp": fit(folder, "ddp", "ddp"),
-        "ddp-lora": fit(folder, "ddp-lora", "ddp", adapter={"init": "lora"}),
-        "fsdp2": fit(folder, "fsdp2", "fsdp2"),
-        "fsdp2-folder": fit(folder, "fsdp2-folder", "fsdp2-folder"),
-        "fsdp2-rich": fit(folder, "fsdp2-rich", "fsdp2", **rich),
-        "fsdp2-half": fit(folder, "fsdp2-half", "fsdp2", **half),
-        "fsdp2-whole": fit(folder, "fsdp2-whole", "fsdp2", model="gpt2"),
-    }
+    runs["fsdp2-half"] = fit(folder, "fsdp2-half", "fsdp2", **half)
     for origin in ("single", "fsdp2", "fsdp2-folder"):
         resume = {"ckpt_path": folder / origin / f"step={STEPS // 2}.ckpt"}
         runs[f"{origin} to fsdp2"] = fit(folder, f"{origin}-resumed", "fsdp2-folder", resume=resume)
     runs["own"] = own_project(folder)
+    runs["cli"] = {name: command_line(folder, f"strategy/{name}.yaml") for name in ("ddp", "fsdp2")}
     return runs
 
 

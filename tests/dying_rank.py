@@ -1,0 +1,33 @@
+"""What test_distributed.py runs to see a rank die: the command line, and a second process that kills itself."""
+
+import os
+import signal
+import sys
+from typing import Any
+
+from torch.distributed.checkpoint import FileSystemWriter
+
+from milora_lightning import surgery
+from milora_lightning.cli import main
+
+
+def die_at(call: int, function: Any) -> Any:
+    calls = 0
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    return dying
+
+
+if __name__ == "__main__":
+    if os.environ.get("LOCAL_RANK") == "1":
+        if sys.argv[1] == "surgery":
+            surgery.initial_factors = die_at(3, surgery.initial_factors)
+        else:  # two checkpoints are written each time, the second in place of the one before
+            FileSystemWriter.write_data = die_at(4, FileSystemWriter.write_data)
+    main(sys.argv[2:])
