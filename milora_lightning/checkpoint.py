@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import xxhash
-from torch import Tensor, nn
+from torch import nn
 
 from milora_lightning.checkpoint_io import KEY, CheckpointError, read
 from milora_lightning.config import LoRAConfig
@@ -66,7 +67,11 @@ class AdapterCheckpoint:
         for key in [key for key in state if key.startswith(prefix)]:
             if in_base(key.removeprefix(prefix)):
                 del state[key]
-        state[prefix + KEY] = {
+        state[prefix + KEY] = self.description(module)
+
+    def description(self, module: nn.Module) -> dict[str, Any]:
+        """Describe the adapters and their base, in primitives."""
+        return {
             "format": FORMAT,
             "version": version("milora-lightning"),
             "config": {**asdict(self.config), "target_modules": _as_primitive(self.config.target_modules)},
@@ -78,9 +83,19 @@ class AdapterCheckpoint:
         """Refuse a state dict that does not fit the module; take the description out of one that does."""
         description = state.pop(prefix + KEY, None)
         names = {prefix + name for name, _ in module.named_parameters(remove_duplicate=False)}
+        if description is None and names <= state.keys():
+            return  # a whole state dict brings everything
+        self.check_description(module, description)
+        kept = {prefix + key: value for key, value in module.state_dict().items() if key != KEY}
+        check_tensors(state, {key: getattr(value, "shape", None) for key, value in kept.items()}, names)
+
+    def check_description(self, module: nn.Module, description: dict[str, Any] | None) -> None:
+        """Refuse adapters of another configuration or base, or none at all.
+
+        Raises:
+            CheckpointError: If they are that.
+        """
         if description is None:
-            if names <= state.keys():
-                return  # a whole state dict brings everything
             raise CheckpointError(
                 "The checkpoint holds no adapters: it was saved without MiLoRAInit. Load it into the module before "
                 "fitting with MiLoRAInit, not through ckpt_path."
@@ -88,17 +103,6 @@ class AdapterCheckpoint:
         check_format(description)
         self._check_config(description, lora_layers(module))
         check_base(description["base"], self.base(module))
-        kept = {prefix + key: value for key, value in module.state_dict().items() if key != KEY}
-        missing, extra = sorted(kept.keys() - state.keys()), sorted(state.keys() - kept.keys() - names)
-        if missing or extra:
-            raise CheckpointError(
-                f"The checkpoint lacks {_some(missing)} and has {_some(extra)} in excess, compared with this module."
-            )
-        for key, value in kept.items():
-            if isinstance(value, Tensor) and state[key].shape != value.shape:
-                raise CheckpointError(
-                    f"{key!r} has shape {tuple(state[key].shape)} in the checkpoint and {tuple(value.shape)} here."
-                )
 
     def _check_config(self, description: dict[str, Any], layers: dict[str, LoRALinear]) -> None:
         saved = LoRAConfig(**description["config"])
@@ -188,6 +192,31 @@ def check_base(saved: dict[str, str], here: dict[str, str]) -> None:
             f"for example {name!r} ({saved.get(name, 'absent')} there, {here.get(name, 'absent')} here). Use the same "
             "model, files and dtype as in training."
         )
+
+
+def check_tensors(
+    state: Mapping[str, Any], shapes: Mapping[str, torch.Size | None], optional: Collection[str] = ()
+) -> None:
+    """Refuse a state dict without exactly the tensors that a module keeps.
+
+    Args:
+        state: The state dict.
+        shapes: The shape of each entry that has to be there; None for what is no tensor.
+        optional: Further entries that may be there.
+
+    Raises:
+        CheckpointError: If something is missing, in excess, or of another shape.
+    """
+    missing, extra = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys() - set(optional))
+    if missing or extra:
+        raise CheckpointError(
+            f"The checkpoint lacks {_some(missing)} and has {_some(extra)} in excess, compared with this module."
+        )
+    for key, shape in shapes.items():
+        if shape is not None and state[key].shape != shape:
+            raise CheckpointError(
+                f"{key!r} has shape {tuple(state[key].shape)} in the checkpoint and {tuple(shape)} here."
+            )
 
 
 def load_adapter(module: nn.Module, path: str | Path) -> LoRAConfig:

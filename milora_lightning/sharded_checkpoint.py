@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -68,6 +68,23 @@ def load_sharded(
         CheckpointError: If it cannot be read or does not fit the module; nothing is loaded then.
         ValueError: Likewise, if another rank has met that.
     """
+    checkpoint = read_together(strategy, checkpoint_path)
+    module = strategy.lightning_module
+    assert module is not None
+    _load_module(module, checkpoint["state_dict"], strict=module.strict_loading)
+    if module.trainer.state.fn == TrainerFn.FITTING:
+        for optimizer, state in zip(strategy.optimizers, checkpoint.get("optimizer_states", []), strict=False):
+            _load_optimizer(optimizer, state)
+    return checkpoint
+
+
+def read_together(strategy: ParallelStrategy, checkpoint_path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint on all ranks, the one that the first rank names; none goes on if one cannot.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+        ValueError: If it cannot be read on another rank.
+    """
     path = strategy.broadcast(checkpoint_path)
     checkpoint, error = {}, None
     try:
@@ -75,12 +92,6 @@ def load_sharded(
     except Exception as raised:  # all of them, because the other ranks go on together with this one
         error = raised
     raise_together(error, strategy.world_size)
-    module = strategy.lightning_module
-    assert module is not None
-    _load_module(module, checkpoint["state_dict"], strict=module.strict_loading)
-    if module.trainer.state.fn == TrainerFn.FITTING:
-        for optimizer, state in zip(strategy.optimizers, checkpoint.get("optimizer_states", []), strict=False):
-            _load_optimizer(optimizer, state)
     return checkpoint
 
 

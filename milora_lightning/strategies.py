@@ -21,6 +21,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers import PreTrainedModel
 
 from milora_lightning.checkpoint_io import ClearCheckpointIO
+from milora_lightning.fsdp1 import adapter_state, load_fsdp1
 from milora_lightning.pretrained import decoder_layers
 from milora_lightning.sharded_checkpoint import load_sharded, save_sharded
 from milora_lightning.sharding import full_tensor
@@ -35,12 +36,16 @@ def prepare(trainer: Trainer) -> None:
     strategy = trainer.strategy
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = ClearCheckpointIO()
-    if isinstance(strategy, (ModelParallelStrategy, FSDPStrategy)):
-        _check_mesh(strategy) if isinstance(strategy, ModelParallelStrategy) else _prepare_fsdp1(strategy)
-        # Lightning's own would want the base's weights in every checkpoint, take the optimizer's parameters for all
-        # of the model's, and overwrite a folder in place.
+    # Lightning's own ways would want the base's weights in each checkpoint, take the optimizer's parameters for all of
+    # the model's, and overwrite a folder in place.
+    if isinstance(strategy, ModelParallelStrategy):
+        _check_mesh(strategy)
         strategy.load_checkpoint = partial(load_sharded, strategy)  # type: ignore[method-assign]
         strategy.save_checkpoint = partial(save_sharded, strategy)  # type: ignore[method-assign]
+    elif isinstance(strategy, FSDPStrategy):
+        _prepare_fsdp1(strategy)
+        strategy.load_checkpoint = partial(load_fsdp1, strategy)  # type: ignore[method-assign]
+        strategy.lightning_module_state_dict = partial(adapter_state, strategy)  # type: ignore[method-assign]
     elif not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise ValueError(
             f"MiLoRAInit does not work under {type(strategy).__name__}: use one device, strategy: ddp, or, for models "
@@ -112,6 +117,11 @@ def _prepare_fsdp1(strategy: FSDPStrategy) -> None:
     if not strategy.kwargs["use_orig_params"]:
         raise ValueError(
             "FSDPStrategy cannot mix frozen and trained parameters with use_orig_params: false. Leave it out."
+        )
+    if strategy._state_dict_type == "sharded":
+        raise ValueError(
+            "Adapters under FSDPStrategy (FSDP1) are saved as one file: leave out state_dict_type: sharded, or use "
+            "FSDP2 (ModelParallelStrategy)."
         )
     if strategy.mixed_precision is None:
         # Factors that were cast for the forward pass would lose what training adds to them; autocast casts what is

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
 
 from milora_lightning.config import LoRAConfig
 from milora_lightning.factors import initial_factors
@@ -137,9 +138,7 @@ def initialize(
     return len(pending)
 
 
-def _decompose_own(
-    batch: Batch, rank: int, seed: int, device: torch.device | None
-) -> dict[LoRALinear, Factors]:
+def _decompose_own(batch: Batch, rank: int, seed: int, device: torch.device | None) -> dict[LoRALinear, Factors]:
     """Decompose the weight in a batch that is this rank's, having collected those of all ranks."""
     weights = {}
     for name, layer, owner in batch:
@@ -161,12 +160,21 @@ def _factors(name: str, layer: LoRALinear, weight: Tensor, seed: int) -> Factors
 
 
 def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
-    """Return the adapters of a module by name.
+    """Return the adapters of a module by name; where FSDP1 has wrapped modules, by the name from before.
 
     >>> lora_layers(nn.Linear(2, 2))
     {}
     """
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoRALinear)}
+    return {unwrapped_name(name): layer for name, layer in module.named_modules() if isinstance(layer, LoRALinear)}
+
+
+def unwrapped_name(name: str) -> str:
+    """Return the name of a module or parameter without what FSDP1 puts into it.
+
+    >>> unwrapped_name("_fsdp_wrapped_module.layers.0._fsdp_wrapped_module.weight")
+    'layers.0.weight'
+    """
+    return name.replace(f"{FSDP_WRAPPED_MODULE}.", "")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Runs that test_distributed.py makes on one process and, with this file as a script, on two; both save what came out."""
+"""Runs that test_distributed.py makes on one process and, with this file as a script, on two."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ import torch.distributed as dist
 from conftest import quiet_trainer, tiny_model
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from test_module import data, module
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from milora_lightning import LoRAConfig, MiLoRAInit, inject, lora_layers
 from milora_lightning.cli import main
+from milora_lightning.fsdp1 import _kept_tensors
 from milora_lightning.sharding import full_tensor
 
 STEPS = 10
+ORIGINS = ("single", "fsdp1", "fsdp2", "fsdp2-folder")
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {  # the strategy, and what else is set, also on one process
     "ddp": ("ddp", {}),
     "ddp-lora": ("ddp", {"adapter": {"init": "lora"}}),
     "fsdp2": ("fsdp2", {}),
     "fsdp2-folder": ("fsdp2-folder", {}),
     "fsdp2-random": ("fsdp2", {"adapter": {"init": "random"}}),
+    "fsdp1": ("fsdp1", {}),
     "fsdp2-rich": ("fsdp2", {"accumulate_grad_batches": 2, "module": {"gradient_checkpointing": True}}),
     "fsdp2-whole": ("fsdp2", {"model": "gpt2"}),
 }
@@ -46,10 +49,27 @@ class Record(Callback):
             self.norms.append(trainer.callback_metrics["grad_norm"].item())
 
 
+class FSDP1OnCPU(FSDPStrategy):
+    """FSDP1 as Lightning sets it up, but for the device, of which Lightning passes on only a GPU's index."""
+
+    def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        options = {"mixed_precision": self.mixed_precision_config, "sharding_strategy": self.sharding_strategy}
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options, **self.kwargs)
+
+
 def strategy(name: str) -> Any:
+    if name == "fsdp1":
+        return FSDP1OnCPU()
     if name.startswith("fsdp2"):
         return ModelParallelStrategy(2, 1, save_distributed_checkpoint=name == "fsdp2-folder")
     return name
+
+
+def adapters_of(trainer: Trainer) -> dict[str, Any]:
+    if not isinstance(trainer.strategy, FSDPStrategy):
+        return trainer.lightning_module.state_dict()
+    tensors = (dict(unit) for unit in _kept_tensors(trainer.strategy))
+    return {name: tensor.detach().clone() for unit in tensors for name, tensor in unit.items()}
 
 
 def fit(folder: Path, name: str, kind: str = "auto", model: str = "llama", **options: Any) -> dict[str, Any]:
@@ -71,16 +91,17 @@ def fit(folder: Path, name: str, kind: str = "auto", model: str = "llama", **opt
     files = folder / f"data{trainer.global_rank}"
     files.mkdir(exist_ok=True)
     trainer.fit(lm, data(files, folder / model, batch_size=4 // devices), **resume)
-    held_out = data(files, folder / model, eval_batch_size=3)
-    results = trainer.validate(lm, held_out, verbose=False)
-    state = {k: full_tensor(v) for k, v in lm.state_dict().items() if isinstance(v, torch.Tensor)}
-    return {
+    ended = {
         "losses": record.losses,
         "norms": record.norms,
-        "results": results,
-        "state": {k: v.clone() for k, v in state.items()},
+        "state": {k: full_tensor(v).clone() for k, v in adapters_of(trainer).items() if isinstance(v, torch.Tensor)},
         "base": lm._adapter_checkpoint.base(lm),
     }
+    restored = {}
+    if kind == "fsdp1":  # a module that has been wrapped cannot be wrapped again
+        lm, restored = module(folder / model, **lm_options), {"ckpt_path": saving.best_model_path}
+    held_out = data(files, folder / model, eval_batch_size=3)
+    return {**ended, "results": trainer.validate(lm, held_out, verbose=False, **restored)}
 
 
 class OwnProject(LightningModule):
@@ -158,9 +179,10 @@ def on_two_ranks(folder: Path) -> dict[str, Any]:
     runs = {name: fit(folder, name, kind, **options) for name, (kind, options) in RUNS.items()}
     half = {"module": {"dtype": "bfloat16"}, "adapter": {"lora_dropout": 0.1}}
     runs["fsdp2-half"] = fit(folder, "fsdp2-half", "fsdp2", **half)
-    for origin in ("single", "fsdp2", "fsdp2-folder"):
+    for origin in ORIGINS:
         resume = {"ckpt_path": folder / origin / f"step={STEPS // 2}.ckpt"}
         runs[f"{origin} to fsdp2"] = fit(folder, f"{origin}-resumed", "fsdp2-folder", resume=resume)
+        runs[f"{origin} to fsdp1"] = fit(folder, f"{origin}-resumed-1", "fsdp1", resume=resume)
     runs["own"] = own_project(folder)
     runs["cli"] = {name: command_line(folder, f"strategy/{name}.yaml") for name in ("ddp", "fsdp2")}
     return runs

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import save_tiny_model, tiny_model, write_examples
-from distributed_runs import RUNS, STEPS, command_line, fit
+from distributed_runs import ORIGINS, RUNS, STEPS, command_line, fit
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -108,21 +108,24 @@ def test_two_ranks_train_what_one_process_does(
 @pytest.mark.slow
 def test_half_precision_base_with_dropout(folder: Path, single: dict[str, Any], ranks: tuple[Runs, Runs]) -> None:
     first, second = (run["fsdp2-half"] for run in ranks)
-    assert all(value.dtype == torch.float32 and torch.equal(value, second["state"][k]) for k, value in first["state"].items())
+    assert all(
+        value.dtype == torch.float32 and torch.equal(value, second["state"][k]) for k, value in first["state"].items()
+    )
     assert {value.split()[-2] for value in first["base"].values()} == {"torch.bfloat16"}
     torch.testing.assert_close(losses(ranks, "fsdp2-half"), torch.tensor(single["losses"]), rtol=1e-2, atol=0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("origin", ["single", "fsdp2", "fsdp2-folder"])
+@pytest.mark.parametrize("origin", ORIGINS)
 def test_resumed_on_another_number_of_ranks_it_goes_on_the_same(
     origin: str, folder: Path, single: dict[str, Any], ranks: tuple[Runs, Runs]
 ) -> None:
     half = STEPS // 2
     path = folder / origin / f"step={half}.ckpt"
     assert path.is_dir() == (origin == "fsdp2-folder")
-    assert len(ranks[0][f"{origin} to fsdp2"]["losses"]) == half
-    assert_equal_to_rounding(ranks, f"{origin} to fsdp2", single)
+    for strategy in ("fsdp1", "fsdp2"):
+        assert len(ranks[0][f"{origin} to {strategy}"]["losses"]) == half
+        assert_equal_to_rounding(ranks, f"{origin} to {strategy}", single)
     alone = fit(folder, f"{origin}-alone", resume={"ckpt_path": path})
     torch.testing.assert_close(torch.tensor(alone["losses"]), torch.tensor(single["losses"][half:]), rtol=1e-5, atol=0)
 
@@ -130,14 +133,14 @@ def test_resumed_on_another_number_of_ranks_it_goes_on_the_same(
 @pytest.mark.slow
 def test_checkpoints_of_shards_hold_adapters_only_and_export_the_same(folder: Path, ranks: tuple[Runs, Runs]) -> None:
     exported, keys = {}, {}
-    for origin in ("single", "fsdp2", "fsdp2-folder"):
+    for origin in ORIGINS:
         path = folder / origin / f"step={STEPS}.ckpt"
         keys[origin] = read_checkpoint(path)["state_dict"].keys()
         main(["export", f"--ckpt_path={path}", f"--output={folder / f'exported-{origin}'}"])
         exported[origin] = load_file(folder / f"exported-{origin}" / "adapter_model.safetensors")
-    assert keys["single"] == keys["fsdp2"] == keys["fsdp2-folder"]
+    assert all(there == keys["single"] for there in keys.values())
     assert not any("base_layer" in key for key in keys["single"])
-    for origin in ("fsdp2", "fsdp2-folder"):
+    for origin in ORIGINS:
         for key, value in exported["single"].items():
             torch.testing.assert_close(exported[origin][key], value, rtol=1e-4, atol=1e-6)
 
@@ -173,7 +176,9 @@ def test_one_yaml_with_an_overlay(folder: Path, ranks: tuple[Runs, Runs], monkey
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 @pytest.mark.parametrize("when", ["surgery", "training"])
-def test_a_rank_that_dies_ends_the_job_with_a_message_and_a_whole_checkpoint(when: str, folder: Path) -> None:
+def test_a_rank_that_dies_ends_the_job_with_a_message_and_a_whole_checkpoint(
+    when: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed while it decomposes, or while it writes its shards of the second checkpoint."""
     launcher = TORCHRUN if when == "surgery" else ()  # else Lightning starts the second process
     saving = {"dirpath": "dying", "every_n_train_steps": 1, "save_last": True}
@@ -185,8 +190,9 @@ def test_a_rank_that_dies_ends_the_job_with_a_message_and_a_whole_checkpoint(whe
     assert done.returncode != 0
     assert any(words in done.stderr for words in ("closed by peer", "reset by peer", "Child process with PID"))
     if when == "training":
-        assert read_checkpoint(folder / "dying" / "last.ckpt")["global_step"] == 1
-        main(["export", f"--ckpt_path={folder / 'dying' / 'last.ckpt'}", f"--output={folder / 'survived'}"])
+        monkeypatch.chdir(folder)
+        assert read_checkpoint("dying/last.ckpt")["global_step"] == 1
+        main(["export", "--ckpt_path=dying/last.ckpt", "--output=survived"])
 
 
 def test_work_is_shared_out_by_cost() -> None:
