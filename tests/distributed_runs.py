@@ -23,7 +23,7 @@ from milora_lightning.fsdp1 import _kept_tensors
 from milora_lightning.sharding import full_tensor
 
 STEPS = 10
-ORIGINS = ("single", "fsdp1", "fsdp2", "fsdp2-folder")
+ORIGINS = ("single", "fsdp2", "fsdp2-folder")
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {  # the strategy, and what else is set, also on one process
     "ddp": ("ddp", {}),
     "ddp-lora": ("ddp", {"adapter": {"init": "lora"}}),
@@ -98,7 +98,7 @@ def fit(folder: Path, name: str, kind: str = "auto", model: str = "llama", **opt
         "base": lm._adapter_checkpoint.base(lm),
     }
     restored = {}
-    if kind == "fsdp1":  # a module that has been wrapped cannot be wrapped again
+    if isinstance(trainer.strategy, FSDPStrategy):  # a module that has been wrapped cannot be wrapped again
         lm, restored = module(folder / model, **lm_options), {"ckpt_path": saving.best_model_path}
     held_out = data(files, folder / model, eval_batch_size=3)
     return {**ended, "results": trainer.validate(lm, held_out, verbose=False, **restored)}
@@ -188,6 +188,16 @@ def on_two_ranks(folder: Path) -> dict[str, Any]:
     return runs
 
 
+def on_two_gpus(folder: Path) -> dict[str, Any]:
+    """Train and resume under FSDP1 as Lightning sets it up."""
+    options = {"accelerator": "gpu", "precision": "bf16-mixed"}
+    resume = {"ckpt_path": folder / "gpu" / f"step={STEPS // 2}.ckpt"}
+    return {
+        "gpu": fit(folder, "gpu", "fsdp", **options),
+        "resumed": fit(folder, "gpu-resumed", "fsdp", resume=resume, **options),
+    }
+
+
 if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    torch.save(on_two_ranks(target), target / f"rank{dist.get_rank()}.pt")
+    target, gpu = Path(sys.argv[1]), "gpu" in sys.argv
+    torch.save(on_two_gpus(target) if gpu else on_two_ranks(target), target / f"rank{dist.get_rank()}.pt")

@@ -130,17 +130,30 @@ def test_resumed_on_another_number_of_ranks_it_goes_on_the_same(
     torch.testing.assert_close(torch.tensor(alone["losses"]), torch.tensor(single["losses"][half:]), rtol=1e-5, atol=0)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_fsdp1_resumes_from_its_own_checkpoint(folder: Path) -> None:
+    """On the CPU, torch collects one tensor of FSDP1's optimizer state in the place of another."""
+    done = launch(folder, *TORCHRUN, str(TESTS / "distributed_runs.py"), str(folder), "gpu")
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = tuple(torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    first = ranks[0]["gpu"]
+    assert {value.dtype for value in first["state"].values()} == {torch.float32}
+    later = torch.tensor(first["losses"][STEPS // 2 :])
+    torch.testing.assert_close(torch.tensor(ranks[0]["resumed"]["losses"]), later, rtol=1e-3, atol=0)
+
+
 @pytest.mark.slow
 def test_checkpoints_of_shards_hold_adapters_only_and_export_the_same(folder: Path, ranks: tuple[Runs, Runs]) -> None:
     exported, keys = {}, {}
-    for origin in ORIGINS:
+    for origin in (*ORIGINS, "fsdp1"):
         path = folder / origin / f"step={STEPS}.ckpt"
         keys[origin] = read_checkpoint(path)["state_dict"].keys()
         main(["export", f"--ckpt_path={path}", f"--output={folder / f'exported-{origin}'}"])
         exported[origin] = load_file(folder / f"exported-{origin}" / "adapter_model.safetensors")
     assert all(there == keys["single"] for there in keys.values())
     assert not any("base_layer" in key for key in keys["single"])
-    for origin in ORIGINS:
+    for origin in (*ORIGINS, "fsdp1"):
         for key, value in exported["single"].items():
             torch.testing.assert_close(exported[origin][key], value, rtol=1e-4, atol=1e-6)
 
