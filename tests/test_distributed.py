@@ -161,10 +161,11 @@ def test_checkpoints_of_shards_hold_adapters_only_and_export_the_same(folder: Pa
 @pytest.mark.slow
 def test_other_peoples_sharded_modules(tmp_path: Path, folder: Path, ranks: tuple[Runs, Runs]) -> None:
     first, second = (run["own"] for run in ranks)
-    assert first["messages"] == second["messages"]
+    assert first["messages"].keys() == second["messages"].keys()
     assert "is sharded already" in first["messages"]["order"]
     assert "before fully_shard" in first["messages"]["order"]
-    assert "layers.1.mlp.up_proj' cannot be decomposed: 1 of the weight's" in first["messages"]["nan"]
+    for run in (first, second):  # whichever has met it
+        assert "layers.1.mlp.up_proj' cannot be decomposed: 1 of the weight's" in run["messages"]["nan"]
     assert "tensor_parallel_size is 2" in first["messages"]["tensor parallel"]
     state = first["state"]
     assert all(torch.equal(value, second["state"][key]) for key, value in state.items())
@@ -201,7 +202,8 @@ def test_a_rank_that_dies_ends_the_job_with_a_message_and_a_whole_checkpoint(
     configs = [f"--config={name}" for name in ("mine.yaml", "strategy/fsdp2.yaml", "dying.yaml")]
     done = launch(folder, *launcher, str(TESTS / "dying_rank.py"), when, "fit", *configs)
     assert done.returncode != 0
-    assert any(words in done.stderr for words in ("closed by peer", "reset by peer", "Child process with PID"))
+    said = ("closed by peer", "reset by peer", "Child process with PID", "Signal 9 (SIGKILL) received by PID")
+    assert any(words in done.stderr for words in said)
     if when == "training":
         monkeypatch.chdir(folder)
         assert read_checkpoint("dying/last.ckpt")["global_step"] == 1
