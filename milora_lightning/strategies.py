@@ -80,6 +80,15 @@ def needs_early_start(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy, FSDPStrategy) or isinstance(trainer.precision_plugin, BitsandbytesPrecision)
 
 
+def shards(strategy: Strategy) -> bool:
+    """Whether weights are in shards under a strategy.
+
+    >>> shards(FSDPStrategy())
+    True
+    """
+    return isinstance(strategy, (ModelParallelStrategy, FSDPStrategy))
+
+
 def restores_late(strategy: Strategy) -> bool:
     """Whether checkpoints are restored after ``on_fit_start``: factors that they bring need not be computed there."""
     return strategy.restore_checkpoint_after_setup

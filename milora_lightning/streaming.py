@@ -49,7 +49,7 @@ def empty_causal_lm(
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation
         )
-    if dtype != torch.float32 and (model._keep_in_fp32_modules_strict or model._keep_in_fp32_modules):
+    if model._get_dtype_plan(dtype):
         raise ValueError(
             f"{type(model).__name__} keeps some weights in float32 in a {dtype} model, which cannot be sharded as it "
             "is read: use dtype: float32, or strategy: ddp."

@@ -139,22 +139,27 @@ def initialize(
 
 
 def _decompose_own(batch: Batch, rank: int, seed: int, device: torch.device | None) -> dict[LoRALinear, Factors]:
-    """Decompose the weight in a batch that is this rank's, having collected those of all ranks."""
-    weights = {}
+    """Decompose the weight in a batch that is this rank's, after all ranks have collected theirs."""
+    own = []
     for name, layer, owner in batch:
         if owner == rank or is_sharded(layer):
-            weights[name, layer, owner] = dense_weight(layer, owner)
-    return {
-        layer: _factors(name, layer, weight.to(device), seed)
-        for (name, layer, owner), weight in weights.items()
-        if owner == rank and weight is not None
-    }
+            with _naming(name):
+                weight = dense_weight(layer, owner)
+            if owner == rank and weight is not None:
+                own.append((name, layer, weight.to(device)))
+    return {layer: _factors(name, layer, weight, seed) for name, layer, weight in own}
 
 
 def _factors(name: str, layer: LoRALinear, weight: Tensor, seed: int) -> Factors:
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
-    try:
+    with _naming(name):
         return initial_factors(weight, layer.r, layer.scaling, layer.init, generator)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f"The weight of layer {name!r} cannot be decomposed: {error}") from error
 

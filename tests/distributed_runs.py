@@ -17,10 +17,12 @@ from test_module import data, module
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from milora_lightning import LoRAConfig, MiLoRAInit, inject, lora_layers
+from milora_lightning import LoRAConfig, MiLoRAInit, inject, lora_layers, surgery
 from milora_lightning.cli import main
+from milora_lightning.factors import initial_factors
 from milora_lightning.fsdp1 import _kept_tensors
 from milora_lightning.sharding import full_tensor
+from milora_lightning.sharing import cost
 
 STEPS = 10
 ORIGINS = ("single", "fsdp2", "fsdp2-folder")
@@ -36,8 +38,20 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {  # the strategy, and what else i
 }
 
 
+spent: list[int] = []
+"""What the decompositions of this process have cost since it was last emptied."""
+
+
+def counted(weight: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    spent.append(cost(weight.shape))
+    return initial_factors(weight, *args)
+
+
+surgery.initial_factors = counted
+
+
 class Record(Callback):
-    """Keeps the losses and norms of all steps, and which weights this rank decomposes."""
+    """Keeps the losses and norms of all steps."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -77,6 +91,7 @@ def fit(folder: Path, name: str, kind: str = "auto", model: str = "llama", **opt
     devices = 1 if kind == "auto" else 2
     resume, adapter, lm_options = (options.pop(key, None) or {} for key in ("resume", "adapter", "module"))
     record = Record()
+    spent[:] = []
     saving = ModelCheckpoint(folder / name, "{step}", every_n_train_steps=STEPS // 2, save_top_k=-1)
     settings = {"max_steps": STEPS, "max_epochs": 9, "gradient_clip_val": 0.01, "enable_checkpointing": True}
     trainer = quiet_trainer(
@@ -96,6 +111,7 @@ def fit(folder: Path, name: str, kind: str = "auto", model: str = "llama", **opt
         "norms": record.norms,
         "state": {k: full_tensor(v).clone() for k, v in adapters_of(trainer).items() if isinstance(v, torch.Tensor)},
         "base": lm._adapter_checkpoint.base(lm),
+        "cost": sum(spent),
     }
     restored = {}
     if isinstance(trainer.strategy, FSDPStrategy):  # a module that has been wrapped cannot be wrapped again

@@ -13,7 +13,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.demos import transformer as demo
 from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -245,9 +244,3 @@ def test_learning_rate_finder_works_before_training(tmp_path: Path) -> None:
     trainer.fit(module)
     assert len(finder.optimal_lr.results["loss"]) > 5
     assert trainer.global_step == 2
-
-
-def test_sharding_strategies_are_refused(tmp_path: Path) -> None:
-    trainer = quiet_trainer(tmp_path, strategy=ModelParallelStrategy(), devices=1, callbacks=[MiLoRAInit(r=4)])
-    with pytest.raises(ValueError, match=r"not work under ModelParallelStrategy yet.*strategy: ddp"):
-        trainer.callbacks[0].setup(trainer, Regression(), "fit")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from milora_lightning import MiLoRAInit
 from milora_lightning.cli import CONFIGS, MiLoRACLI
@@ -29,6 +30,10 @@ def test_parses_and_instantiates_from_any_directory(
     monkeypatch.chdir(tmp_path)
     base = [] if path.name == "milora.yaml" else ["--config", str(CONFIGS / "milora.yaml")]  # the others are overlays
     args = [*base, "--config", str(path)]
+    if path.name == "fsdp.yaml" and not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="requires a GPU"):
+            MiLoRACLI(CausalLMModule, SFTDataModule, args=args, run=False, save_config_callback=None)
+        return
     cli = MiLoRACLI(CausalLMModule, SFTDataModule, args=args, run=False, save_config_callback=None)
     assert isinstance(cli.model, CausalLMModule)
     assert cli.datamodule.tokenizer == cli.model.name_or_path

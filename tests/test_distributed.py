@@ -100,6 +100,9 @@ def test_two_ranks_train_what_one_process_does(
     _, options = RUNS[name]
     whole = fit(folder, f"{name}-single", **options) if options else single
     assert_equal_to_rounding(ranks, name, whole)
+    shares = [run[name]["cost"] / whole["cost"] for run in ranks]
+    assert sum(shares) == 1
+    assert max(shares) < 0.55
     start = {k: v for k, v in whole["state"].items() if "initial_" in k}
     moved = [(whole["state"][k.replace("initial_", "lora_")] - v).abs().max().item() for k, v in start.items()]
     assert not moved or min(moved) > 1e-2  # what agrees to 1e-6 is not what it was at the start
@@ -126,6 +129,7 @@ def test_resumed_on_another_number_of_ranks_it_goes_on_the_same(
     for strategy in ("fsdp1", "fsdp2"):
         assert len(ranks[0][f"{origin} to {strategy}"]["losses"]) == half
         assert_equal_to_rounding(ranks, f"{origin} to {strategy}", single)
+    assert ranks[0][f"{origin} to fsdp2"]["cost"] == 0  # the checkpoint brings the factors
     alone = fit(folder, f"{origin}-alone", resume={"ckpt_path": path})
     torch.testing.assert_close(torch.tensor(alone["losses"]), torch.tensor(single["losses"][half:]), rtol=1e-5, atol=0)
 

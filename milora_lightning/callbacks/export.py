@@ -7,6 +7,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from milora_lightning.export import check_output, export_merged, export_peft
+from milora_lightning.strategies import shards
 
 
 class AdapterExport(Callback):
@@ -24,9 +25,14 @@ class AdapterExport(Callback):
         self.rank = rank
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a place that is taken now, not when training is over."""
+        """Refuse a place that is taken, or weights in shards, now and not when training is over."""
         if stage == "fit":
             check_output(self.output)
+            if shards(trainer.strategy):
+                raise ValueError(
+                    f"AdapterExport needs whole weights, which {type(trainer.strategy).__name__} does not leave on any "
+                    "rank: leave it out, and export the checkpoint afterwards (milora export --ckpt_path ...)."
+                )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export, on the first rank."""
