@@ -1,5 +1,6 @@
 """MiLoRA for PyTorch Lightning: adapters that start from the smallest singular triplets of each weight."""
 
+from milora_lightning.attention import causal_attention
 from milora_lightning.callbacks import AdapterExport, EvaluationSummary, MiLoRAInit, PredictionWriter, RandomState
 from milora_lightning.checkpoint import load_adapter
 from milora_lightning.checkpoint_io import CheckpointError
@@ -26,6 +27,7 @@ __all__ = [
     "RandomState",
     "SFTDataModule",
     "adapters_disabled",
+    "causal_attention",
     "export_merged",
     "export_peft",
     "initialize",

