@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY_CONFIGS, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from milora_lightning.attention import BLOCK, NAME, causal_attention
+
+
+def with_blocks(kind: str) -> PreTrainedModel:
+    config = copy.deepcopy(TINY_CONFIGS[kind])  # which from_config changes
+    return AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()
 
 
 @pytest.mark.parametrize("length", [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 5])
@@ -39,7 +45,7 @@ def test_operator_is_sound() -> None:
 def test_models_compute_the_same_with_it(kind: str) -> None:
     """Padding on the left and a cache take torch's own attention."""
     model = tiny_model(kind).eval()
-    other = AutoModelForCausalLM.from_config(TINY_CONFIGS[kind], attn_implementation=NAME).eval()
+    other = with_blocks(kind)
     other.load_state_dict(model.state_dict())
     model.set_attn_implementation("eager")
     input_ids = torch.randint(5, 120, (2, 20))
@@ -54,11 +60,11 @@ def test_models_compute_the_same_with_it(kind: str) -> None:
 
 
 def test_models_that_cap_their_scores_are_refused() -> None:
-    model = AutoModelForCausalLM.from_config(TINY_CONFIGS["gemma2"], attn_implementation=NAME)
+    model = with_blocks("gemma2")
     with pytest.raises(ValueError, match="does not cap attention scores"):
         model(input_ids=torch.ones(1, 4, dtype=torch.int64))
 
 
 def test_name_stays_out_of_saved_models(tmp_path: Path) -> None:
-    AutoModelForCausalLM.from_config(TINY_CONFIGS["llama"], attn_implementation=NAME).save_pretrained(tmp_path)
+    with_blocks("llama").save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text()
