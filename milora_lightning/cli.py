@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from jsonargparse import auto_cli
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -43,9 +44,12 @@ class MiLoRACLI(LightningCLI):
         elif isinstance(args, list):
             args = resolve_configs(args)
         super().parse_arguments(parser, args)
-        path = self.config.get(str(self.config.get("subcommand")), {}).get("ckpt_path")
-        if path and path not in ("best", "last", "hpc", "registry") and not Path(path).is_dir():
-            read_checkpoint(path)  # now, before a model is loaded for it
+        config = self.config.get(str(self.config.get("subcommand")), {})
+        path = config.get("ckpt_path")
+        # now, before a model is loaded for it; one of full fine-tuning is as large as that, and read once
+        adapters = config.get("adapter.init") != "full"
+        if path and adapters and path not in ("best", "last", "hpc", "registry") and not Path(path).is_dir():
+            read_checkpoint(path)
 
 
 def export(
@@ -85,13 +89,14 @@ def export(
 
 
 def resolve_configs(args: list[str]) -> list[str]:
-    """Replace names of shipped configs after ``--config`` by their paths; a local file of that name comes first.
+    """Replace configs after ``--config`` by their paths: a local file, or else the shipped one of that name.
 
     Args:
         args: Command-line arguments.
 
     Returns:
-        The arguments with paths.
+        The arguments with paths. A config that holds nothing but a list ``config`` of others, relative to itself, is
+        replaced by these.
 
     Raises:
         SystemExit: If a config is neither here nor shipped; lists those that are shipped.
@@ -99,14 +104,27 @@ def resolve_configs(args: list[str]) -> list[str]:
     >>> resolve_configs(["fit", "--trainer.max_steps=3"])
     ['fit', '--trainer.max_steps=3']
     """
-    resolved = []
+    resolved: list[str] = []
     for previous, argument in zip(["", *args], args, strict=False):
         if previous in ("--config", "-c"):
-            argument = _config_path(argument)
+            resolved.pop()
+            resolved += [part for path in _expanded(_config_path(argument)) for part in (previous, path)]
         elif argument.startswith("--config="):
-            argument = f"--config={_config_path(argument.removeprefix('--config='))}"
-        resolved.append(argument)
+            resolved += [f"--config={path}" for path in _expanded(_config_path(argument.removeprefix("--config=")))]
+        else:
+            resolved.append(argument)
     return resolved
+
+
+def _expanded(path: str) -> list[str]:
+    """Return the configs that a list of configs stands for, or the path itself of any other."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else None
+    except yaml.YAMLError:
+        return [path]  # the parser says what is wrong with it
+    if not isinstance(content, dict) or content.keys() != {"config"} or not isinstance(content["config"], list):
+        return [path]
+    return [str((Path(path).parent / part).resolve()) for part in content["config"]]
 
 
 def _config_path(name: str) -> str:

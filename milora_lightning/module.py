@@ -16,9 +16,10 @@ from transformers import GenerationConfig, PreTrainedModel, get_scheduler
 from milora_lightning.callbacks.milora_init import MiLoRAInit
 from milora_lightning.checkpoint import inject_as_in
 from milora_lightning.checkpoint_io import KEY
+from milora_lightning.data import SFTDataModule
 from milora_lightning.data.batching import IGNORED
 from milora_lightning.loss import causal_lm_loss, only_positions
-from milora_lightning.metrics import AnswerAccuracy
+from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy
 from milora_lightning.pretrained import load_causal_lm, load_tokenizer
 from milora_lightning.sharding import is_sharded
 from milora_lightning.strategies import clips_itself, gradient_norm
@@ -26,6 +27,7 @@ from milora_lightning.streaming import empty_causal_lm, shard, stream_weights
 from milora_lightning.surgery import inject, lora_layers
 
 Batch = dict[str, Any]
+TEXTS = ("prompt", "instruction", "reference", "task")
 
 
 class CausalLMModule(LightningModule):
@@ -46,7 +48,8 @@ class CausalLMModule(LightningModule):
         lr_scheduler: Name of a schedule of ``transformers.get_scheduler``.
         warmup_steps: Optimizer steps over which the learning rate rises linearly from zero.
         max_new_tokens: Length limit of generated answers.
-        metric: Scores generated answers against references; its value is logged as ``accuracy``.
+        metric: Scores answers against references; by default the data's own. What it computes is logged as
+            ``accuracy``, or under the names that it returns.
 
     Raises:
         FileNotFoundError: When the model is built, if there is none of that name.
@@ -74,11 +77,18 @@ class CausalLMModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.warmup_steps = warmup_steps
         self.max_new_tokens = max_new_tokens
-        self.metric = AnswerAccuracy() if metric is None else metric
+        self.metric = metric
+        self._follows_data = metric is None
         self.eval_loss = MeanMetric()
         self.model: PreTrainedModel | None = None
         self._generated = False
         self._clock: tuple[float, int] | None = None
+
+    def setup(self, stage: str) -> None:
+        """Take the metric of the data that the Trainer runs on, unless one is given."""
+        if self._follows_data:
+            datamodule = getattr(self.trainer, "datamodule", None)
+            self.metric = datamodule.metric() if isinstance(datamodule, SFTDataModule) else AnswerAccuracy()
 
     def configure_model(self) -> None:
         """Load the model, once."""
@@ -157,14 +167,15 @@ class CausalLMModule(LightningModule):
         self._evaluation_step(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
-        """Generate answers.
+        """Answer.
 
         Returns:
-            One record for each example with the keys ``prompt``, ``generation`` and ``reference``.
+            One record for each example with the keys ``prompt``, ``instruction``, ``generation``, ``reference`` and
+            ``task``.
         """
-        columns = batch["prompt"], self.generate(batch), batch["reference"]
-        records = zip(*columns, strict=True)
-        return [dict(zip(("prompt", "generation", "reference"), r, strict=True)) for r in records if r[2] is not None]
+        columns = {"generation": self.answer(batch), **{k: batch[k] for k in batch if k in TEXTS}}
+        records = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+        return [record for record in records if record["reference"] is not None]
 
     def on_validation_epoch_start(self) -> None:
         """Begin with empty metrics."""
@@ -181,6 +192,29 @@ class CausalLMModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log the results of the test."""
         self._log_evaluation("test")
+
+    def answer(self, batch: Batch) -> list[str]:
+        """Answer prompts: by generating, or by choosing where a batch brings choices."""
+        return self.choose(batch) if "choices" in batch else self.generate(batch)
+
+    @torch.no_grad()
+    def choose(self, batch: Batch) -> list[str]:
+        """Choose the likeliest of given answers.
+
+        Args:
+            batch: ``choices``, a list for each example, and ``responses``, a batch as for :meth:`forward` with one
+                row for each of them.
+
+        Returns:
+            For each example the choice whose response has the largest log-likelihood, summed over its tokens.
+        """
+        labels = batch["responses"]["labels"][:, 1:]
+        supervised = labels != IGNORED
+        losses = F.cross_entropy(self(batch["responses"]).float(), labels[supervised], reduction="none")
+        rows = supervised.nonzero()[:, 0]
+        scores = -torch.zeros(len(labels), device=losses.device).index_add_(0, rows, losses)
+        parts = torch.split(scores, [len(choices) for choices in batch["choices"]])
+        return [choices[int(part.argmax())] for choices, part in zip(batch["choices"], parts, strict=True)]
 
     @torch.no_grad()
     def generate(self, batch: Batch) -> list[str]:
@@ -227,9 +261,11 @@ class CausalLMModule(LightningModule):
     def _evaluation_step(self, batch: Batch) -> None:
         if "reference" in batch:
             self._generated = True
-            pairs = zip(self.generate(batch), batch["reference"], strict=True)
-            scored = [pair for pair in pairs if pair[1] is not None]
-            if scored:
+            columns = [self.answer(batch), batch["reference"]]
+            if isinstance(self.metric, TaskAccuracy):
+                columns.append(batch["task"])
+            scored = [row for row in zip(*columns, strict=True) if row[1] is not None]
+            if scored and self.metric is not None:
                 self.metric.update(*map(list, zip(*scored, strict=True)))
         else:
             total, tokens = self.loss(batch)
@@ -239,14 +275,17 @@ class CausalLMModule(LightningModule):
         # At the start and not at the end, because states made in the inference mode of a validation by itself could
         # not be added to in one within a fit.
         self.eval_loss.reset()
-        self.metric.reset()
+        if self.metric is not None:
+            self.metric.reset()
         self._generated = False
 
     def _log_evaluation(self, stage: str) -> None:
         loss = self.eval_loss.compute()
         self.log_dict({f"{stage}_loss": loss, f"{stage}_perplexity": loss.exp()}, prog_bar=True)
-        if self._generated:  # the same on all ranks, also where one had no example of its own
-            self.log(f"{stage}_accuracy", self.metric.compute(), prog_bar=True)
+        if self._generated and self.metric is not None:  # the same on all ranks, also on one without examples
+            result = self.metric.compute()
+            results = result if isinstance(result, dict) else {"accuracy": result}
+            self.log_dict({f"{stage}_{name}": value for name, value in results.items()}, prog_bar=True)
 
     def _log_throughput(self, tokens: int) -> None:
         """Log the tokens per second between the ends of two consecutive batches, padding not counted."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from typing import Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -33,12 +34,14 @@ class MiLoRAInit(Callback):
 
     Args:
         r: Rank of each adapter.
-        lora_alpha: Numerator of the scale ``lora_alpha / r``. Defaults to ``r``, the paper's setting.
+        lora_alpha: Numerator of the scale ``lora_alpha / r``. Defaults to ``r``, the paper's setting; ``"2r"`` is
+            twice the rank, whichever that is, the setting of its LoRA baseline.
         lora_dropout: Probability with which an adapter's input features are dropped in training.
         target_modules: Name endings of linear layers, one regular expression for full names, or
             ``"all-linear"`` (every linear layer but the language-model head).
         init: Start of the factors: ``"milora"`` (smallest singular triplets), ``"pissa"`` (largest), ``"middle"``,
-            ``"random"``, or ``"lora"`` (A Kaiming-uniform, B zero).
+            ``"random"``, or ``"lora"`` (A Kaiming-uniform, B zero). ``"full"`` is the baseline without adapters:
+            nothing is frozen, and checkpoints are Lightning's own.
         modules_to_save: Name endings of modules to train in full beside the adapters.
         seed: What the random starts derive from. Defaults to the run's seed.
         start_from: PEFT LoRA folder (exported here or by others) to continue from; the arguments above then follow
@@ -57,22 +60,28 @@ class MiLoRAInit(Callback):
     def __init__(
         self,
         r: int = 32,
-        lora_alpha: float | None = None,
+        lora_alpha: float | Literal["2r"] | None = None,
         lora_dropout: float = 0.0,
         target_modules: str | list[str] = "all-linear",
-        init: Init = "milora",
+        init: Init | Literal["full"] = "milora",
         modules_to_save: list[str] | None = None,
         seed: int | None = None,
         start_from: str | None = None,
     ) -> None:
-        self.config = LoRAConfig(r, lora_alpha, lora_dropout, target_modules, init, tuple(modules_to_save or ()))
+        self.config: LoRAConfig | None = None
         if start_from is not None:
             self.config = peft_config(start_from)
+        elif init != "full":
+            alpha = 2.0 * r if lora_alpha == "2r" else lora_alpha
+            self.config = LoRAConfig(r, alpha, lora_dropout, target_modules, init, tuple(modules_to_save or ()))
         self.seed = seed
         self.start_from = start_from
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject into what exists now, and into what the module's own ``setup`` and ``configure_model`` build."""
+        config = self.config
+        if config is None:
+            return
         prepare(trainer)
         # Tuners train in their own on_fit_start, and Lightning sorts them to the front: the factors have to be there.
         # A new list, because this one is being iterated over.
@@ -80,12 +89,12 @@ class MiLoRAInit(Callback):
         # Now, because configure_model may shard the model, and parameters cannot be added after that. Targets that
         # are missing now may come with setup or configure_model; the second call insists on them.
         with suppress(TargetNotFoundError):
-            inject(pl_module, self.config)
-        _call_after_configure_model(pl_module, lambda: self._complete(trainer, pl_module, stage))
+            inject(pl_module, config)
+        _call_after_configure_model(pl_module, lambda: self._complete(trainer, pl_module, stage, config))
 
-    def _complete(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        inject(pl_module, self.config)
-        AdapterCheckpoint.attach(pl_module, self.config)
+    def _complete(self, trainer: Trainer, pl_module: LightningModule, stage: str, config: LoRAConfig) -> None:
+        inject(pl_module, config)
+        AdapterCheckpoint.attach(pl_module, config)
         if self.start_from is not None and not all(layer.initialized for layer in lora_layers(pl_module).values()):
             load_peft(pl_module, self.start_from)
         finish(trainer, pl_module)
@@ -107,7 +116,7 @@ class MiLoRAInit(Callback):
         track = _progress if trainer.is_global_zero else iter
         ranks = trainer.global_rank, trainer.world_size
         number = initialize(pl_module, seed, track, *ranks, trainer.strategy.root_device)
-        if number:
+        if number and self.config is not None:
             summary = _summary(pl_module, self.config, number, time.monotonic() - started)
             if trainer.is_global_zero:
                 Console().print(summary)

@@ -1,22 +1,32 @@
 """Data for supervised fine-tuning: sources, prompt templates, tokenizing, batches and the data module."""
 
 from milora_lightning.data.batching import Collator, EvaluationSampler, LengthGroupedSampler, PromptCollator
+from milora_lightning.data.choices import ChoiceCollator
+from milora_lightning.data.commonsense import Commonsense
 from milora_lightning.data.datamodule import SFTDataModule
 from milora_lightning.data.files import Files
-from milora_lightning.data.sources import Source
+from milora_lightning.data.instructions import Instructions
+from milora_lightning.data.mathematics import Math
+from milora_lightning.data.sources import MultipleChoice, Source, Task
 from milora_lightning.data.templates import TEMPLATES
 from milora_lightning.data.tokenizing import tokenize_dataset
 from milora_lightning.data.word_problems import WordProblems
 
 __all__ = [
     "TEMPLATES",
+    "ChoiceCollator",
     "Collator",
+    "Commonsense",
     "EvaluationSampler",
     "Files",
+    "Instructions",
     "LengthGroupedSampler",
+    "Math",
+    "MultipleChoice",
     "PromptCollator",
     "SFTDataModule",
     "Source",
+    "Task",
     "WordProblems",
     "tokenize_dataset",
 ]

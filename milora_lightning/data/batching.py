@@ -198,11 +198,12 @@ class PromptCollator:
         """Collate the prompts of examples.
 
         Args:
-            examples: Each with ``input_ids``, ``prompt_length``, ``prompt`` and ``reference``.
+            examples: Each with ``input_ids``, ``prompt_length`` and the texts below.
 
         Returns:
             ``input_ids`` and ``attention_mask``, int64 of shape (batch, length), padded on the left, and the lists
-            ``prompt`` (what the model reads, as text) and ``reference`` (None for examples that count nothing).
+            ``prompt`` (what the model reads, as text), ``instruction`` (that without its template), ``reference``
+            (None for examples that count nothing) and ``task``.
         """
         width = _round_up(max(e["prompt_length"] for e in examples), self.multiple)
         input_ids = torch.full((len(examples), width), self.pad_token_id)
@@ -214,8 +215,7 @@ class PromptCollator:
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "prompt": [e["prompt"] for e in examples],
-            "reference": [e["reference"] for e in examples],
+            **{text: [e[text] for e in examples] for text in ("prompt", "instruction", "reference", "task")},
         }
 
 

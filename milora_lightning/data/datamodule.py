@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import datasets
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
+from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
 from milora_lightning.data.batching import (
@@ -18,9 +21,11 @@ from milora_lightning.data.batching import (
     PromptCollator,
     ResumableDataLoader,
 )
-from milora_lightning.data.sources import Source, Split
+from milora_lightning.data.choices import ChoiceCollator
+from milora_lightning.data.sources import MultipleChoice, Source, Split, Task
 from milora_lightning.data.templates import TemplateName
 from milora_lightning.data.tokenizing import tokenize_dataset
+from milora_lightning.metrics import AnswerAccuracy
 
 # Which splits each stage loads, and which it cannot do without.
 SPLITS: dict[str | None, tuple[Split, ...]] = {
@@ -38,9 +43,9 @@ class SFTDataModule(LightningDataModule):
 
     Training and loss batches are dicts of ``input_ids``, ``attention_mask`` and ``labels``, each int64 of shape
     (batch, length), where only the tokens of the response, its EOS included, have labels. Validation and test have a
-    second loader of prompts to generate from, whose batches hold ``input_ids`` and ``attention_mask`` padded on the
-    left and the lists ``prompt`` and ``reference``. Under several ranks each gets its share, and evaluation counts
-    every example once.
+    second loader of prompts to answer, whose batches hold ``input_ids`` and ``attention_mask`` padded on the left and
+    lists of texts (see :class:`milora_lightning.data.PromptCollator`). Under several ranks each gets its share, and
+    evaluation counts every example once.
 
     Args:
         source: Where examples come from.
@@ -53,15 +58,19 @@ class SFTDataModule(LightningDataModule):
         batch_size: Training examples per rank and batch.
         eval_batch_size: Examples per rank and batch in validation and test; None for ``batch_size``.
         generation_batch_size: Prompts per rank and batch to generate from; None for ``eval_batch_size``.
-        num_generation_examples: Number of validation or test examples, the first ones, to generate answers for; 0 for
-            none. Prediction takes all of test.
+        num_generation_examples: Number of validation examples, the first ones, to generate answers for; 0 for none,
+            None for all.
+        num_test_generation_examples: Likewise for each test set. Prediction takes all of test.
+        answer_by: ``"generation"``, or ``"likelihood"`` for the choice whose response has the largest log-likelihood,
+            summed over its tokens, where the source is multiple choice.
         pad_to_multiple_of: Batch lengths are rounded up to a multiple of this.
         num_proc: Number of processes that tokenize; None or 0 for the main one alone (whose tokenizer has threads).
         num_workers: Number of processes that load batches.
         seed: Seed of the training order.
 
     Raises:
-        ValueError: If a size is out of range, or in ``setup`` if a needed split is missing.
+        ValueError: If a size is out of range, or ``answer_by="likelihood"`` with a source that names no choices; in
+            ``setup`` if a needed split is missing.
     """
 
     def __init__(
@@ -74,7 +83,9 @@ class SFTDataModule(LightningDataModule):
         batch_size: int = 16,
         eval_batch_size: int | None = None,
         generation_batch_size: int | None = None,
-        num_generation_examples: int = 64,
+        num_generation_examples: int | None = 64,
+        num_test_generation_examples: int | None = None,
+        answer_by: Literal["generation", "likelihood"] = "generation",
         pad_to_multiple_of: int = 8,
         num_proc: int | None = None,
         num_workers: int = 0,
@@ -90,6 +101,8 @@ class SFTDataModule(LightningDataModule):
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.generation_batch_size = self.eval_batch_size if generation_batch_size is None else generation_batch_size
         self.num_generation_examples = num_generation_examples
+        self.num_test_generation_examples = num_test_generation_examples
+        self.answer_by = answer_by
         self.pad_to_multiple_of = pad_to_multiple_of
         self.num_proc = num_proc
         self.num_workers = num_workers
@@ -98,9 +111,15 @@ class SFTDataModule(LightningDataModule):
         self._train_loader: ResumableDataLoader | None = None
         self._resume_at = 0
         sizes = ("batch_size", "eval_batch_size", "generation_batch_size", "pad_to_multiple_of")
-        for name, least in [*((size, 1) for size in sizes), ("num_generation_examples", 0)]:
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}.")
+        counts = ("num_generation_examples", "num_test_generation_examples")
+        for name, least in [*((size, 1) for size in sizes), *((count, 0) for count in counts)]:
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}.")
+        if answer_by == "likelihood" and not isinstance(source, MultipleChoice):
+            raise ValueError(
+                f"answer_by='likelihood' needs a source with choices, which {type(source).__name__} is not. Use "
+                "'generation', or give the source a method choices(prompt)."
+            )
 
     def prepare_data(self) -> None:
         """Fill the caches in one process of each machine, before the others come to read them."""
@@ -132,11 +151,16 @@ class SFTDataModule(LightningDataModule):
         # Without the texts, which only generation needs.
         columns = examples.select_columns(["input_ids", "prompt_length"])
         self._train_loader = cast(
-            ResumableDataLoader, self._loader(columns, sampler, self.batch_size, Collator, ResumableDataLoader)
+            ResumableDataLoader,
+            self._loader(columns, sampler, self.batch_size, self._collator(Collator), ResumableDataLoader),
         )
         self._train_loader.skip(self._resume_at)
         self._resume_at = 0
         return self._train_loader
+
+    def metric(self) -> Metric | None:
+        """Make the metric that scores answers: the source's own; None if it says that there is nothing to score."""
+        return self.source.metric() if isinstance(self.source, Task) else AnswerAccuracy()
 
     @property
     def description(self) -> str:
@@ -159,15 +183,17 @@ class SFTDataModule(LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Return the loss batches and the generation batches of validation; nothing if there is no such split."""
-        return self._evaluation("validation") if self._splits.get("validation") is not None else []
+        if self._splits.get("validation") is None:
+            return []
+        return self._evaluation("validation", self.num_generation_examples)
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """Return the loss batches and the generation batches of test."""
-        return self._evaluation("test")
+        return self._evaluation("test", self.num_test_generation_examples)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return generation batches of all test examples, in their order."""
-        return self._generation("test", len(self._examples("test")))
+        return self._generation("test", range(len(self._examples("test"))))
 
     def _tokenized(self, split: Split) -> datasets.Dataset | None:
         dataset = self.source.load(split)
@@ -201,35 +227,43 @@ class SFTDataModule(LightningDataModule):
             )
         return examples
 
-    def _evaluation(self, split: Split) -> list[DataLoader[Any]]:
+    def _evaluation(self, split: Split, number: int | None) -> list[DataLoader[Any]]:
         examples = self._examples(split)
         # Longest first: little padding, and a lack of memory shows at once.
         lengths = examples["length"][:]
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         sampler = EvaluationSampler(order, **self._rank())
-        loaders = [self._loader(FilledDataset(examples), sampler, self.eval_batch_size, Collator)]
-        if self.num_generation_examples:
-            loaders.append(self._generation(split, min(self.num_generation_examples, len(examples))))
+        loaders = [self._loader(FilledDataset(examples), sampler, self.eval_batch_size, self._collator(Collator))]
+        answered = range(len(examples)) if number is None else _first_of_each(examples["task"][:], number)
+        if answered and self.metric() is not None:
+            loaders.append(self._generation(split, answered))
         return loaders
 
-    def _generation(self, split: Split, size: int) -> DataLoader[Any]:
-        sampler = EvaluationSampler(range(size), **self._rank())
+    def _generation(self, split: Split, indices: Sequence[int]) -> DataLoader[Any]:
+        sampler = EvaluationSampler(indices, **self._rank())
         examples = FilledDataset(self._examples(split))
-        return self._loader(examples, sampler, self.generation_batch_size, PromptCollator)
+        collator: Any = self._collator(PromptCollator)
+        if self.answer_by == "likelihood":
+            choices = cast(MultipleChoice, self.source).choices
+            collator = ChoiceCollator(self._tokenizer(), choices, self.pad_to_multiple_of)
+        return self._loader(examples, sampler, self.generation_batch_size, collator)
+
+    def _collator(self, kind: type[Collator] | type[PromptCollator]) -> Collator | PromptCollator:
+        return kind(self._tokenizer().pad_token_id, self.pad_to_multiple_of)
 
     def _loader(
         self,
         examples: Any,
         sampler: Any,
         batch_size: int,
-        collator: type[Collator] | type[PromptCollator],
+        collator: Any,
         loader: type[DataLoader[Any]] = DataLoader,
     ) -> DataLoader[Any]:
         return loader(
             examples,
             batch_size=batch_size,
             sampler=sampler,
-            collate_fn=collator(self._tokenizer().pad_token_id, self.pad_to_multiple_of),
+            collate_fn=collator,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -240,3 +274,18 @@ class SFTDataModule(LightningDataModule):
     def _rank(self) -> dict[str, int]:
         """Return how the data is shared out: not by the world's size alone, tensor-parallel ranks share batches."""
         return (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+
+
+def _first_of_each(tasks: Sequence[str], number: int) -> list[int]:
+    """Return the indices of the first examples of each task.
+
+    >>> _first_of_each(["a", "a", "b", "a", "b"], 2)
+    [0, 1, 2, 4]
+    """
+    seen: Counter[str] = Counter()
+    first = []
+    for index, task in enumerate(tasks):
+        seen[task] += 1
+        if seen[task] <= number:
+            first.append(index)
+    return first

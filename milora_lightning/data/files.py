@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,15 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+from torchmetrics import Metric
 
 from milora_lightning.data.sources import Row, Split, cached_dataset
+from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy, right_answer
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
+OPTIONAL = ("input", "task")
 Fields = dict[str, "str | None"]
+Convert = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class Files:
@@ -29,13 +33,15 @@ class Files:
       on each line), ``.jsonl`` or ``.parquet``;
     - a Hub name, ``org/name`` or ``org/name:config``: whatever is no file and has no such suffix.
 
+    ``test`` may also be a mapping of names to such locations: several test sets, each with an accuracy of its own.
+
     Every row is checked when it is read; numbers are taken as text, anything else that is no string is refused
     with its file and row. What has been read is kept in the cache of ``datasets``.
 
     Args:
         train: Training data.
         validation: Validation data.
-        test: Test data.
+        test: Test data, or the test sets by name.
         prompt_field: Field with the instruction or question.
         response_field: Field with the text to learn.
         input_field: Field with further context, which may be empty or absent in single rows; None for none.
@@ -57,7 +63,7 @@ class Files:
         self,
         train: str | list[str] | None = None,
         validation: str | list[str] | None = None,
-        test: str | list[str] | None = None,
+        test: dict[str, str | list[str]] | str | list[str] | None = None,
         prompt_field: str = "instruction",
         response_field: str = "output",
         input_field: str | None = None,
@@ -68,12 +74,14 @@ class Files:
         validation_size: int | float = 0,
         seed: int = 0,
     ) -> None:
-        self.locations = {"train": train, "validation": validation, "test": test}
+        self.test_sets = test if isinstance(test, dict) else {}
+        self.locations = {"train": train, "validation": validation, "test": None if isinstance(test, dict) else test}
         self.fields: Fields = {
             "prompt": prompt_field,
             "input": input_field,
             "response": response_field,
             "reference": reference_field or response_field,
+            "task": None,
         }
         self.hub_splits = {"train": train_split, "validation": validation_split, "test": test_split}
         self.validation_size = validation_size
@@ -81,23 +89,34 @@ class Files:
 
     def load(self, split: Split) -> datasets.Dataset | None:
         """Load one split; None if it is not configured."""
-        hold_out = bool(self.validation_size) and self.locations["validation"] is None
-        if not hold_out or split == "test":
-            return self._read(split)
-        dataset = self._read("train")
-        return None if dataset is None else dataset.select(self._held_out(len(dataset), split))
-
-    def _read(self, split: Split) -> datasets.Dataset | None:
-        location = self.locations[split]
+        if split == "test" and self.test_sets:
+            parts = [self._read(location, split, name) for name, location in self.test_sets.items()]
+            return datasets.concatenate_datasets(parts)
+        hold_out = bool(self.validation_size) and not self.locations["validation"] and split != "test"
+        location = self.locations["train" if hold_out else split]
         if not location:
             return None
+        dataset = self._read(location, split)
+        return dataset.select(self._held_out(len(dataset), split)) if hold_out else dataset
+
+    def metric(self) -> Metric | None:
+        """Make the metric of generated answers, for each test set by itself if they have names."""
+        return TaskAccuracy(dict.fromkeys(["", *self.test_sets], right_answer)) if self.test_sets else AnswerAccuracy()
+
+    @staticmethod
+    def convert(record: dict[str, Any]) -> dict[str, Any]:
+        """Bring a record into other fields before they are read; for subclasses that know their data's formats."""
+        return record
+
+    def _read(self, location: str | list[str], split: Split, task: str = "") -> datasets.Dataset:
         names = [location] if isinstance(location, str) else location
+        common = {"fields": self.fields, "convert": type(self).convert, "task": task}
         if isinstance(location, str) and _is_hub_name(location):
             dataset = _from_hub(location, self.hub_splits[split])
-            return cached_dataset(_hub_rows, dataset=dataset, name=location, fields=self.fields)
+            return cached_dataset(_hub_rows, dataset=dataset, name=location, **common)
         # Size and time of change go into the cache's key, so that an edited file is read again.
         files = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for name in names for p in _paths(name))
-        return cached_dataset(_file_rows, files=files, fields=self.fields)
+        return cached_dataset(_file_rows, files=files, **common)
 
     def _held_out(self, size: int, split: Split) -> list[int]:
         held_out = self.validation_size if self.validation_size >= 1 else math.ceil(self.validation_size * size)
@@ -142,20 +161,30 @@ def _from_hub(name: str, split: str) -> datasets.Dataset:
         ) from error
 
 
-def _file_rows(files: tuple[tuple[str, int, int], ...], fields: Fields) -> Iterator[Row]:
+def _file_rows(files: tuple[tuple[str, int, int], ...], fields: Fields, convert: Convert, task: str) -> Iterator[Row]:
     for name, _, _ in files:
         records = _parquet_records(name) if name.endswith(".parquet") else _json_records(name)
-        yield from _checked_rows(records, fields, name)
+        yield from _checked_rows(records, name, fields, convert, task)
 
 
-def _hub_rows(dataset: datasets.Dataset, name: str, fields: Fields) -> Iterator[Row]:
-    yield from _checked_rows(enumerate(dataset, 1), fields, name)
+def _hub_rows(dataset: datasets.Dataset, name: str, fields: Fields, convert: Convert, task: str) -> Iterator[Row]:
+    yield from _checked_rows(enumerate(dataset, 1), name, fields, convert, task)
 
 
-def _checked_rows(records: Iterable[tuple[int, Any]], fields: Fields, name: str) -> Iterator[Row]:
+def _checked_rows(
+    records: Iterable[tuple[int, Any]], name: str, fields: Fields, convert: Convert, task: str
+) -> Iterator[Row]:
     number = 0
     for number, record in records:
-        yield _checked(record, fields, f"row {number} (the first is row 1) of {name}")
+        where = f"row {number} (the first is row 1) of {name}"
+        if not isinstance(record, dict):
+            raise ValueError(f"In {where} there is no object with fields but {type(record).__name__}: {record!r:.80}.")
+        try:
+            converted = convert(record)
+        except ValueError as error:
+            raise ValueError(f"In {where}: {error}") from error
+        row = _checked(converted, fields, where)
+        yield {**row, "task": task or row["task"]}
     if number == 0:
         raise ValueError(f"There are no rows in {name}. Point to data that is not empty.")
 
@@ -191,14 +220,11 @@ def _json_records(name: str) -> Iterator[tuple[int, Any]]:
         raise ValueError(f"{name} is not text in UTF-8 ({error}). Convert it.") from error
 
 
-def _checked(record: Any, fields: Fields, where: str) -> Row:
-    """Take the four texts out of a record."""
-    if not isinstance(record, dict):
-        raise ValueError(f"In {where} there is no object with fields but {type(record).__name__}: {record!r:.80}.")
+def _checked(record: dict[str, Any], fields: Fields, where: str) -> Row:
+    """Take the texts of the columns out of a record."""
     row = {}
     for column, field in fields.items():
-        optional = column == "input"
-        if field is None or (optional and record.get(field) is None):
+        if field is None or (column in OPTIONAL and record.get(field) is None):
             row[column] = ""
             continue
         if field not in record:

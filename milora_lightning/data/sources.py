@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import datasets
 from datasets.exceptions import DatasetGenerationError
+from torchmetrics import Metric
 
 Split = Literal["train", "validation", "test"]
 Row = dict[str, str]
-COLUMNS = ("prompt", "input", "response", "reference")
+COLUMNS = ("prompt", "input", "response", "reference", "task")
 
 
 class Source(Protocol):
@@ -29,9 +30,28 @@ class Source(Protocol):
 
         Returns:
             A dataset with the string columns ``prompt`` (question or instruction) and ``response`` (what the model
-            is to write), and optionally ``input`` (further context, may be empty) and ``reference`` (what generated
-            text is scored against, by default the response); None where the source has no such split.
+            is to write), and optionally ``input`` (further context, may be empty), ``reference`` (what generated
+            text is scored against, by default the response) and ``task`` (the name of the test set, where there are
+            several); None where the source has no such split.
         """
+        ...
+
+
+@runtime_checkable
+class Task(Source, Protocol):
+    """A source that also says how answers are scored."""
+
+    def metric(self) -> Metric | None:
+        """Make the metric of generated answers; None if an answer is neither right nor wrong."""
+        ...
+
+
+@runtime_checkable
+class MultipleChoice(Task, Protocol):
+    """A task whose answers can also be chosen by their likelihood."""
+
+    def choices(self, prompt: str) -> list[str]:
+        """Return the responses that a prompt leaves to choose from."""
         ...
 
 
@@ -40,8 +60,9 @@ def cached_dataset(rows: Callable[..., Iterator[Row]], **arguments: Any) -> data
 
     Args:
         rows: Module-level generator function of rows with the keys ``prompt``, ``input``, ``response``,
-            ``reference``.
-        arguments: Its arguments; together with the source code around ``rows`` they are the key of the cache.
+            ``reference``, ``task``.
+        arguments: Its arguments; together with the source code around ``rows`` and around functions among them they
+            are the key of the cache.
 
     Returns:
         The dataset, with a fingerprint that is the same each time.
@@ -49,7 +70,8 @@ def cached_dataset(rows: Callable[..., Iterator[Row]], **arguments: Any) -> data
     Raises:
         Exception: Whatever ``rows`` raises.
     """
-    code = inspect.getsource(inspect.getmodule(rows) or rows)
+    functions = [rows, *filter(callable, arguments.values())]
+    code = "".join(inspect.getsource(inspect.getmodule(function) or function) for function in functions)
     with progress_bars(False):
         try:
             return datasets.Dataset.from_generator(

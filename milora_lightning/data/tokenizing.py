@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from milora_lightning.data import templates
 from milora_lightning.data.sources import check_columns, progress_bars
-from milora_lightning.data.templates import TEMPLATES, TemplateName
+from milora_lightning.data.templates import TEMPLATES, TemplateName, plain
 
 LONG = 20_000  # examples from which on tokenizing takes long enough for a progress bar
 
@@ -25,7 +25,9 @@ FEATURES = datasets.Features(
         "length": datasets.Value("int32"),
         "truncated": datasets.Value("bool"),
         "prompt": datasets.Value("large_string"),
+        "instruction": datasets.Value("large_string"),
         "reference": datasets.Value("large_string"),
+        "task": datasets.Value("large_string"),
     }
 )
 
@@ -68,7 +70,7 @@ def encode(
     """Encode a batch of texts, and leave out examples without a response.
 
     Args:
-        batch: Columns ``prompt`` and ``response``, optionally ``input`` and ``reference``.
+        batch: Columns ``prompt`` and ``response``, optionally ``input``, ``reference`` and ``task``.
         tokenizer: Tokenizer with an EOS token.
         template: Name of the prompt template.
         prompt_suffix: What every prompt ends in, after the template.
@@ -76,7 +78,8 @@ def encode(
 
     Returns:
         Columns ``input_ids``, ``prompt_length`` (how many ids are the prompt), ``length``, ``truncated``,
-        ``prompt`` (the text that the model reads) and ``reference``.
+        ``prompt`` (the text that the model reads), ``instruction`` (the prompt without its template), ``reference``
+        and ``task`` (empty without that column).
     """
     responses = batch["response"]
     inputs = batch.get("input") or [""] * len(responses)
@@ -89,14 +92,17 @@ def encode(
     prefix = [bos] if adds_bos else []
     prompt_ids = [prefix + ids for ids in _ids(prompts, tokenizer)]
     response_ids = [[*ids, tokenizer.eos_token_id] for ids in _ids(responses, tokenizer)]
+    instructions = [plain(p, i).removesuffix("\n") for p, i in zip(batch["prompt"], inputs, strict=True)]
     references = batch.get("reference") or responses
+    tasks = batch.get("task") or [""] * len(responses)
     columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
     for i, response in enumerate(responses):
         if not response.strip():
             continue
         ids, prompt_length = join(prompt_ids[i], response_ids[i], max_length, bos)
         truncated = len(ids) < len(prompt_ids[i]) + len(response_ids[i])
-        row = (ids, prompt_length, len(ids), truncated, prompts[i], references[i])
+        texts = prompts[i], instructions[i], references[i], tasks[i]
+        row = (ids, prompt_length, len(ids), truncated, *texts)
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
     return columns

@@ -1,5 +1,19 @@
 """Torchmetrics metrics for fine-tuned language models."""
 
-from milora_lightning.metrics.answers import AnswerAccuracy, extract_answer, same_answer
+from milora_lightning.metrics.answers import AnswerAccuracy, extract_answer, right_answer, same_answer
+from milora_lightning.metrics.choices import extract_choice, right_choice
+from milora_lightning.metrics.latex import extract_solution, right_solution, same_latex
+from milora_lightning.metrics.tasks import TaskAccuracy
 
-__all__ = ["AnswerAccuracy", "extract_answer", "same_answer"]
+__all__ = [
+    "AnswerAccuracy",
+    "TaskAccuracy",
+    "extract_answer",
+    "extract_choice",
+    "extract_solution",
+    "right_answer",
+    "right_choice",
+    "right_solution",
+    "same_answer",
+    "same_latex",
+]

@@ -63,6 +63,22 @@ def same_answer(answer: str, reference: str) -> bool:
     return answer.casefold() == reference.casefold()
 
 
+def right_answer(generation: str, reference: str, pattern: str = MARKER, strict: bool = False) -> bool:
+    """Tell whether a generated text ends in the right answer.
+
+    Args:
+        generation: The text.
+        reference: A whole solution with the marker, or the answer alone.
+        pattern: See :func:`extract_answer`.
+        strict: Whether a generation without the marker is wrong; otherwise its last number counts.
+
+    >>> right_answer("2 + 2 = 4. The answer is: 4", "#### 4"), right_answer("That makes 4.", "4", strict=True)
+    (True, False)
+    """
+    answer = extract_answer(generation, pattern, strict)
+    return answer is not None and same_answer(answer, extract_answer(reference, pattern, strict=True) or reference)
+
+
 def _bare(answer: str) -> str:
     return answer.lstrip(" \t\r\n*`\"'").rstrip(" \t\r\n*`\"'.")
 
@@ -110,9 +126,7 @@ class AnswerAccuracy(Metric):
         if len(generations) != len(references):
             raise ValueError(f"There are {len(generations)} generated texts but {len(references)} references.")
         for generation, reference in zip(generations, references, strict=True):
-            answer = extract_answer(generation, self.pattern, self.strict)
-            expected = extract_answer(reference, self.pattern, strict=True) or reference
-            self.correct += answer is not None and same_answer(answer, expected)
+            self.correct += right_answer(generation, reference, self.pattern, self.strict)
         self.total += len(generations)
 
     def compute(self) -> Tensor:

@@ -1,0 +1,89 @@
+"""Instructions and answers to them, from Alpaca's format, preference data or chats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from milora_lightning.data.files import Files
+
+
+def instruction(record: dict[str, Any]) -> dict[str, Any]:
+    """Bring a record of instruction data into Alpaca's format.
+
+    Known are ``instruction``, ``input`` and ``output`` (Alpaca, AlpacaEval); ``prompt`` and ``chosen``, a text or a
+    chat that ends in it (UltraFeedback); and ``messages`` (a chat).
+
+    Raises:
+        ValueError: If the record has none of these, or its chat is not one question and one answer, after a system
+            message if there is one.
+
+    >>> chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    >>> instruction({"messages": chat}) == {"instruction": "Hi", "output": "Hello!"}
+    True
+    >>> instruction({"prompt": "Hi", "chosen": chat, "rejected": "Go"}) == {"instruction": "Hi", "output": "Hello!"}
+    True
+    """
+    if "instruction" in record:
+        return record
+    if isinstance(record.get("chosen"), str):
+        return {"instruction": record.get("prompt"), "output": record["chosen"]}
+    messages = record.get("chosen") or record.get("messages")
+    if not messages:
+        raise ValueError(
+            f"there is no instruction with an answer among the fields {sorted(record)}: instruction and output, "
+            "prompt and chosen, or messages are known."
+        )
+    roles = [message["role"] for message in messages]
+    if roles[-2:] != ["user", "assistant"] or roles[:-2] not in ([], ["system"]):
+        raise ValueError(f"the chat goes {roles}, but has to be a user's message and the assistant's answer. Split it.")
+    question, answer = (message["content"] for message in messages[-2:])
+    context = {"input": question} if roles[:-2] else {}
+    return {"instruction": messages[0]["content"] if context else question, **context, "output": answer}
+
+
+class Instructions(Files):
+    """Instructions to follow: UltraFeedback's chosen answers, Alpaca's, or chats of one question and one answer.
+
+    An answer is neither right nor wrong, so evaluations report the loss alone. What ``predict`` generates can be
+    written for ``alpaca_eval``, see :class:`milora_lightning.PredictionWriter`.
+
+    Args:
+        train: Training data: files or a Hub name, as for :class:`Files`; see :func:`instruction` for the formats.
+        validation: Validation data.
+        test: Instructions to answer, with reference answers: AlpacaEval's are the file ``alpaca_eval.json``.
+        train_split: Which split of a Hub data set to train on; UltraFeedback's is ``train_sft``.
+        validation_split: Likewise for validation.
+        validation_size: How much of ``train`` to hold out where ``validation`` is None: a number of examples, or
+            a fraction below 1.
+        seed: Chooses the examples held out.
+
+    Raises:
+        ValueError: When loading, as for :class:`Files`.
+    """
+
+    convert = staticmethod(instruction)
+
+    def __init__(
+        self,
+        train: str | list[str] | None = "HuggingFaceH4/ultrafeedback_binarized",
+        validation: str | list[str] | None = None,
+        test: str | list[str] | None = None,
+        train_split: str = "train_sft",
+        validation_split: str = "test_sft",
+        validation_size: int | float = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            train,
+            validation,
+            test,
+            input_field="input",
+            train_split=train_split,
+            validation_split=validation_split,
+            validation_size=validation_size,
+            seed=seed,
+        )
+        self.fields["task"] = "dataset"  # AlpacaEval's, which its results are broken down by
+
+    def metric(self) -> None:
+        """Make no metric: nothing is generated in evaluations."""

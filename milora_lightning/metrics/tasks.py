@@ -1,0 +1,61 @@
+"""Accuracy on several test sets at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+Judge = Callable[[str, str], bool]
+"""Tells whether a generated text is right, given the reference."""
+
+
+class TaskAccuracy(Metric):
+    """Fraction of right texts, for each task by itself and on average over tasks, each of which counts alike.
+
+    Args:
+        judges: What scores a task's texts, by the task's name; texts of no named task belong to ``""``.
+
+    Raises:
+        ValueError: In ``update``, if a task has no judge, or the lengths differ.
+
+    >>> metric = TaskAccuracy({"spelling": str.__eq__, "length": lambda text, reference: len(text) == len(reference)})
+    >>> metric.update(["cat", "dgo", "hat"], ["cat", "dog", "box"], ["spelling", "spelling", "length"])
+    >>> {name: value.item() for name, value in metric.compute().items()}
+    {'accuracy': 0.75, 'accuracy/spelling': 0.5, 'accuracy/length': 1.0}
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = True
+    correct: Tensor
+    total: Tensor
+
+    def __init__(self, judges: Mapping[str, Judge]) -> None:
+        super().__init__()
+        self.judges = dict(judges)
+        # One count for each task on every rank, whichever tasks it has seen: sums over ranks stay aligned.
+        self.add_state("correct", torch.zeros(len(self.judges), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(len(self.judges), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, generations: Sequence[str], references: Sequence[str], tasks: Sequence[str]) -> None:
+        """Count the right texts of each task."""
+        if not len(generations) == len(references) == len(tasks):
+            raise ValueError(
+                f"There are {len(generations)} generated texts, {len(references)} references and {len(tasks)} tasks."
+            )
+        for generation, reference, task in zip(generations, references, tasks, strict=True):
+            if task not in self.judges:
+                raise ValueError(f"There is no task {task!r}, only {list(self.judges)}.")
+            index = list(self.judges).index(task)
+            self.correct[index] += self.judges[task](generation, reference)
+            self.total[index] += 1
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return ``accuracy``, the mean over the tasks that had texts, and ``accuracy/NAME`` of each named one."""
+        seen = self.total > 0
+        accuracies = self.correct / self.total
+        named = {f"accuracy/{task}": accuracies[i] for i, task in enumerate(self.judges) if task and seen[i]}
+        return {"accuracy": accuracies[seen].mean(), **named}
