@@ -17,7 +17,7 @@ from milora_lightning.callbacks.milora_init import MiLoRAInit
 from milora_lightning.checkpoint import inject_as_in
 from milora_lightning.checkpoint_io import KEY
 from milora_lightning.data import SFTDataModule
-from milora_lightning.data.batching import IGNORED
+from milora_lightning.data.batching import IGNORED, TEXTS
 from milora_lightning.loss import causal_lm_loss, only_positions
 from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy
 from milora_lightning.pretrained import load_causal_lm, load_tokenizer
@@ -27,7 +27,6 @@ from milora_lightning.streaming import empty_causal_lm, shard, stream_weights
 from milora_lightning.surgery import inject, lora_layers
 
 Batch = dict[str, Any]
-TEXTS = ("prompt", "instruction", "reference", "task")
 
 
 class CausalLMModule(LightningModule):
@@ -173,7 +172,7 @@ class CausalLMModule(LightningModule):
             One record for each example with the keys ``prompt``, ``instruction``, ``generation``, ``reference`` and
             ``task``.
         """
-        columns = {"generation": self.answer(batch), **{k: batch[k] for k in batch if k in TEXTS}}
+        columns = {"generation": self.answer(batch), **{text: batch[text] for text in TEXTS}}
         records = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
         return [record for record in records if record["reference"] is not None]
 

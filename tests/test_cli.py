@@ -61,7 +61,7 @@ def test_fit_validate_test_predict(project: Path, capsys: pytest.CaptureFixture[
     run("predict", "--config", "mine.yaml", "--ckpt_path", str(path), "--predictions.output", "answers.jsonl")
     answers = [json.loads(line) for line in (project / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 6
-    assert all(a.keys() == {"prompt", "generation", "reference"} for a in answers)
+    assert all(a.keys() == {"prompt", "instruction", "generation", "reference", "task"} for a in answers)
 
 
 def test_resume_from_the_last_checkpoint(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,6 +134,19 @@ def test_shipped_configs_are_found_by_name_and_local_ones_come_first(
     assert resolve_configs(["fit", "--config", "milora.yaml"]) == ["fit", "--config", "milora.yaml"]
     with pytest.raises(SystemExit, match=r"no config 'nope.yaml'.*milora.yaml"):
         resolve_configs(["fit", "--config", "nope.yaml"])
+
+
+def test_a_list_of_configs_stands_for_those_it_names(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    recipe = tmp_path / "deep" / "recipe.yaml"
+    recipe.write_text("config:\n  - a.yaml\n  - ../b.yaml\n")
+    parts = [str(tmp_path / "deep" / "a.yaml"), str(tmp_path / "b.yaml")]
+    expected = ["fit", "--config", parts[0], "--config", parts[1], "--trainer.max_steps", "1"]
+    assert resolve_configs(["fit", "--config", str(recipe), "--trainer.max_steps", "1"]) == expected
+    assert resolve_configs([f"--config={recipe}"]) == [f"--config={part}" for part in parts]
+    for content in ("config: [a.yaml]\nmodel: {}", "config: a.yaml", "[", ""):
+        recipe.write_text(content)
+        assert resolve_configs(["--config", str(recipe)]) == ["--config", str(recipe)]
 
 
 def test_every_option_is_documented(capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,8 @@ def test_order_depends_on_seed_and_epoch():
 
 @pytest.mark.parametrize(("stage", "split"), [("validate", "validation"), ("test", "test")])
 def test_evaluation_has_losses_and_prompts(stage, split):
-    data = make_data(num_generation_examples=5, eval_batch_size=3, generation_batch_size=2)
+    number = {"num_generation_examples" if stage == "validate" else "num_test_generation_examples": 5}
+    data = make_data(**number, eval_batch_size=3, generation_batch_size=2)
     data.setup(stage)
     losses, prompts = data.val_dataloader() if stage == "validate" else data.test_dataloader()
     assert sorted(responses(losses)) == sorted(expected(split))
@@ -74,7 +75,7 @@ def test_generation_can_be_left_out():
 
 
 def test_prediction_takes_all_of_test_in_order():
-    data = make_data(num_generation_examples=2)
+    data = make_data(num_test_generation_examples=2)
     data.setup("predict")
     references = [reference for batch in data.predict_dataloader() for reference in batch["reference"]]
     assert references == [response for _, response in SPLITS["test"]]

@@ -95,8 +95,15 @@ def test_lightning_leaves_the_samplers_alone():
     assert isinstance(_update_dataloader(loader, loader.sampler).sampler, EvaluationSampler)
 
 
-EXAMPLE = {"input_ids": [5, 6, 7, 8, 9], "prompt_length": 3, "prompt": "p", "reference": "r"}
-SHORT = {"input_ids": [4, 3], "prompt_length": 1, "prompt": "q", "reference": "s"}
+EXAMPLE = {
+    "input_ids": [5, 6, 7, 8, 9],
+    "prompt_length": 3,
+    "prompt": "p",
+    "instruction": "P",
+    "reference": "r",
+    "task": "",
+}
+SHORT = {"input_ids": [4, 3], "prompt_length": 1, "prompt": "q", "instruction": "Q", "reference": "s", "task": "t"}
 
 
 def test_labels_are_the_response_alone():
@@ -118,6 +125,8 @@ def test_prompts_end_where_generation_begins():
     assert batch["attention_mask"].tolist() == [[0, 1, 1, 1], [0, 0, 0, 1]]
     assert batch["prompt"] == ["p", "q"]
     assert batch["reference"] == ["r", "s"]
+    assert batch["instruction"] == ["P", "Q"]
+    assert batch["task"] == ["", "t"]
 
 
 def test_filler_counts_nothing():

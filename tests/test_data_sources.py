@@ -39,7 +39,7 @@ def prompts(source: Files | WordProblems, split: str = "train") -> list[str]:
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet"])
 def test_every_format_gives_the_same_rows(tmp_path, name):
     dataset = Files(train=write(tmp_path / name, ROWS)).load("train")
-    assert dataset.column_names == ["prompt", "input", "response", "reference"]
+    assert dataset.column_names == ["prompt", "input", "response", "reference", "task"]
     assert dataset["prompt"][:] == [row["instruction"] for row in ROWS]
     assert dataset["response"][:] == dataset["reference"][:] == [row["output"] for row in ROWS]
     assert set(dataset["input"]) == {""}
@@ -65,6 +65,7 @@ def test_fields_go_where_they_are_named(tmp_path):
         "input": ["", "1, 2"],
         "response": ["1+2=3"] * 2,
         "reference": ["3"] * 2,
+        "task": [""] * 2,
     }
 
 

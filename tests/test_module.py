@@ -153,8 +153,8 @@ def test_predict_writes_prompt_generation_and_reference(llama: Path, tmp_path: P
     sources = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
     assert len(records) == len(sources) == 11
     for record, source in zip(records, sources, strict=True):
-        assert record.keys() == {"prompt", "generation", "reference"}
-        assert source["instruction"] in record["prompt"]
+        assert record.keys() == {"prompt", "instruction", "generation", "reference", "task"}
+        assert source["instruction"] == record["instruction"] in record["prompt"]
         assert record["reference"] == source["output"]
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 Example = dict[str, Any]
 IGNORED = -100  # the label that the loss leaves out
 FILLER = -1  # the index that stands for no example
+TEXTS = ("prompt", "instruction", "reference", "task")  # what travels with a prompt
 PIECE = 50  # most global batches whose examples are sorted together
 
 
@@ -215,7 +216,7 @@ class PromptCollator:
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            **{text: [e[text] for e in examples] for text in ("prompt", "instruction", "reference", "task")},
+            **{text: [e[text] for e in examples] for text in TEXTS},
         }
 
 

@@ -60,7 +60,7 @@ def cached_dataset(rows: Callable[..., Iterator[Row]], **arguments: Any) -> data
 
     Args:
         rows: Module-level generator function of rows with the keys ``prompt``, ``input``, ``response``,
-            ``reference``, ``task``.
+            ``reference``, and ``task`` where there are several.
         arguments: Its arguments; together with the source code around ``rows`` and around functions among them they
             are the key of the cache.
 
@@ -99,7 +99,8 @@ def progress_bars(shown: bool) -> Iterator[None]:
 
 def _generate(rows: Callable[..., Iterator[Row]], arguments: dict[str, Any], code: str) -> Iterator[Row]:
     """Generate the rows; ``code`` is there for the cache's key alone."""
-    yield from rows(**arguments)
+    for row in rows(**arguments):
+        yield {"task": "", **row}
 
 
 def check_columns(dataset: datasets.Dataset, split: str) -> None:

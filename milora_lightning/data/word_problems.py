@@ -113,5 +113,4 @@ def _row(problem: dict[str, Any]) -> Row:
         "input": "",
         "response": f"{solution}\nThe answer is: {problem['answer']}",
         "reference": problem["answer"],
-        "task": "",
     }
