@@ -10,14 +10,17 @@ from test_tasks import Parrot, commonsense, datamodule
 from milora_lightning import PredictionWriter
 
 if __name__ == "__main__":
-    folder, answer_by, devices, batch_size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    folder, what, devices, batch_size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     options = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
-    name = f"{answer_by}-{devices}"
+    name = f"{what}-{devices}"
     writer = PredictionWriter(str(folder / f"{name}.jsonl"), alpaca_eval=str(folder / f"{name}.json"))
     trainer = quiet_trainer(folder, callbacks=[writer], **options)
-    source = commonsense(folder / f"{name}-{trainer.global_rank}")
-    data = datamodule(source, folder / "model", generation_batch_size=batch_size, answer_by=answer_by)
     lm = Parrot(str(folder / "model"))
-    results = trainer.test(lm, data, verbose=False)
+    results = []
+    for answer_by in ("generation", "likelihood"):
+        source = commonsense(folder / f"{name}-{trainer.global_rank}")
+        data = datamodule(source, folder / "model", generation_batch_size=batch_size, answer_by=answer_by)
+        trainer.test(lm, data, verbose=False)
+        results.append({key: value.item() for key, value in trainer.callback_metrics.items()})
     trainer.predict(lm, data)
-    torch.save({"results": results}, folder / f"{name}-{trainer.global_rank}.pt")
+    torch.save(results, folder / f"{name}-{trainer.global_rank}.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -226,3 +227,22 @@ def test_work_is_shared_out_by_cost() -> None:
     assert all(len({owners[index] for index in batch}) == len(batch) for batch in rounds)
     waiting = sum(max(costs[index] for index in batch) for batch in rounds)
     assert waiting < 1.05 * max(loads)  # what the slowest rank of each round takes
+
+
+@pytest.mark.slow
+def test_two_ranks_score_and_predict_as_one_process_does(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model", "llama")
+    for launcher in (TORCHRUN, ()):
+        devices, batch_size = (2, 2) if launcher else (1, 3)  # three questions and five: uneven shares of each set
+        script = str(TESTS / "ddp_tasks_script.py"), str(tmp_path), "tasks", str(devices), str(batch_size)
+        done = launch(tmp_path, *launcher, *script)
+        assert done.returncode == 0, done.stderr[-3000:]
+    first, second, single = (
+        torch.load(tmp_path / f"tasks-{which}.pt", weights_only=True) for which in ("2-0", "2-1", "1-0")
+    )
+    assert 0 < single[0]["test_accuracy/boolq"] < single[0]["test_accuracy/piqa"] < 1
+    for one, other, results in zip(first, second, single, strict=True):  # by generation, then by likelihood
+        assert one == other == pytest.approx(results)
+    predictions = [json.loads((tmp_path / f"tasks-{devices}.json").read_text()) for devices in (1, 2)]
+    assert len(predictions[0]) == 8
+    assert predictions[0] == predictions[1]

@@ -10,6 +10,7 @@ from torchmetrics import Metric
 
 from milora_lightning.data.files import Files
 from milora_lightning.metrics import TaskAccuracy, extract_solution, right_answer, right_solution
+from milora_lightning.metrics.latex import require_math_verify
 
 # Fields of question and solution in MetaMathQA, GSM8K, MATH, and the test files that MetaMath ships.
 FORMATS = (("query", "response"), ("question", "answer"), ("problem", "solution"), ("instruction", "output"))
@@ -61,7 +62,7 @@ class Math(Files):
         seed: Chooses the examples held out.
 
     Raises:
-        ModuleNotFoundError: When MATH is scored, if math-verify is not installed.
+        ModuleNotFoundError: In ``metric``, if MATH is tested and math-verify is not installed.
         ValueError: When loading, as for :class:`Files`.
     """
 
@@ -91,6 +92,7 @@ class Math(Files):
     def metric(self) -> Metric:
         """Make the metric: the accuracy on each test, and their mean."""
         number = partial(right_answer, strict=True)
-        return TaskAccuracy(
-            {"": right_solution if "math" in self.test_sets else number, "gsm8k": number, "math": right_solution}
-        )
+        if "math" not in self.test_sets:
+            return TaskAccuracy({"": number, "gsm8k": number})
+        require_math_verify()  # now, not after the first answers
+        return TaskAccuracy({"": right_solution, "gsm8k": number, "math": right_solution})

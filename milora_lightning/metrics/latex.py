@@ -35,14 +35,23 @@ def same_latex(answer: str, reference: str) -> bool:
     >>> same_latex(r"\frac{1}{2}", "0.5"), same_latex("(x+1)^2", "x^2+2x+1"), same_latex("7x", "7")
     (True, True, False)
     """
-    if importlib.util.find_spec("math_verify") is None:
-        raise ModuleNotFoundError("LaTeX answers are compared by math-verify: pip install milora-lightning[math]")
+    require_math_verify()
     from math_verify import parse, verify
 
     # Its time limit is an alarm signal, which only the main thread can set.
     seconds = SECONDS if threading.current_thread() is threading.main_thread() else None
     expected, found = (parse(_as_formula(text), parsing_timeout=seconds) for text in (reference, answer))
     return bool(verify(expected, found, timeout_seconds=seconds))
+
+
+def require_math_verify() -> None:
+    """Check that ``math-verify`` is installed.
+
+    Raises:
+        ModuleNotFoundError: If it is not.
+    """
+    if importlib.util.find_spec("math_verify") is None:
+        raise ModuleNotFoundError("MATH's answers are compared by math-verify: pip install milora-lightning[math]")
 
 
 def right_solution(generation: str, reference: str) -> bool:
