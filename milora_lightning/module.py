@@ -6,6 +6,7 @@ import time
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -101,7 +102,7 @@ class CausalLMModule(LightningModule):
         self.model = model.train()
         if self.device_mesh is not None:  # FSDP2: adapters go in before the model is sharded, weights after that
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, MiLoRAInit):
+                if isinstance(callback, MiLoRAInit) and callback.config is not None:
                     inject(self, callback.config)
             shard(model, self.device_mesh["data_parallel"])
             stream_weights(model, self.name_or_path, self.trainer.strategy.root_device)
