@@ -1,7 +1,14 @@
 """MiLoRA for PyTorch Lightning: adapters that start from the smallest singular triplets of each weight."""
 
 from milora_lightning.attention import causal_attention
-from milora_lightning.callbacks import AdapterExport, EvaluationSummary, MiLoRAInit, PredictionWriter, RandomState
+from milora_lightning.callbacks import (
+    AdapterExport,
+    EvaluationSummary,
+    ForgettingMonitor,
+    MiLoRAInit,
+    PredictionWriter,
+    RandomState,
+)
 from milora_lightning.checkpoint import load_adapter
 from milora_lightning.checkpoint_io import CheckpointError
 from milora_lightning.config import LoRAConfig
@@ -20,6 +27,7 @@ __all__ = [
     "CausalLMModule",
     "CheckpointError",
     "EvaluationSummary",
+    "ForgettingMonitor",
     "LoRAConfig",
     "LoRALinear",
     "MiLoRAInit",

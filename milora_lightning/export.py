@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from milora_lightning.checkpoint import fingerprint
-from milora_lightning.factors import stack_factors
+from milora_lightning.factors import product_svd, stack_factors
 from milora_lightning.lora import LoRALinear
 from milora_lightning.surgery import lora_layers
 
@@ -93,7 +93,7 @@ def export_peft(
         task_type="CAUSAL_LM" if model.can_generate() else None,
         inference_mode=True,
     )
-    with _new_folder(output) as folder:
+    with new_folder(output) as folder:
         save_file(
             tensors,
             folder / "adapter_model.safetensors",
@@ -143,7 +143,7 @@ def export_merged(
             places[name].merged_weight().detach() if leaf == "weight" and name else value
         )
     first = next(iter(layers.values()))
-    with _new_folder(output) as folder:
+    with new_folder(output) as folder:
         model.save_pretrained(folder, state_dict=state)
         _finish(folder, model, first, tokenizer, metrics, data, "adapters merged into the weights")
 
@@ -172,12 +172,10 @@ def compress(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, float, fl
     """
     if rank > A.shape[0]:
         raise ValueError(f"rank={rank} is more than the adapters' {A.shape[0]}; leave it out to keep everything.")
-    Q_B, R_B = torch.linalg.qr(B.double())
-    Q_A, R_A = torch.linalg.qr(A.double().T)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    U, S, Vh = product_svd(B, A)
     root = S[:rank].sqrt()
     lost, energy = S[rank:].square().sum().item(), S.square().sum().item()
-    small_A, small_B = root[:, None] * (Vh[:rank] @ Q_A.T), Q_B @ U[:, :rank] * root
+    small_A, small_B = root[:, None] * Vh[:rank], U[:, :rank] * root
     padding = rank - small_A.shape[0]  # a small matrix may have fewer singular values than that
     small_A, small_B = F.pad(small_A, (0, 0, 0, padding)), F.pad(small_B, (0, padding))
     return small_A.to(A.dtype), small_B.to(B.dtype), lost, energy
@@ -208,7 +206,7 @@ def check_output(output: str | Path) -> Path:
 
 
 @contextmanager
-def _new_folder(output: str | Path) -> Iterator[Path]:
+def new_folder(output: str | Path) -> Iterator[Path]:
     """Make a folder that appears under its name when it is whole."""
     target = check_output(output)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,13 @@
 
 from milora_lightning.metrics.answers import AnswerAccuracy, extract_answer, right_answer, same_answer
 from milora_lightning.metrics.choices import extract_choice, right_choice
+from milora_lightning.metrics.forgetting import Forgetting
 from milora_lightning.metrics.latex import extract_solution, right_solution, same_latex
 from milora_lightning.metrics.tasks import TaskAccuracy
 
 __all__ = [
     "AnswerAccuracy",
+    "Forgetting",
     "TaskAccuracy",
     "extract_answer",
     "extract_choice",

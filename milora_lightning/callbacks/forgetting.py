@@ -1,0 +1,144 @@
+"""Watching what fine-tuning makes a language model forget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from milora_lightning.data.held_out import pack, read_texts
+from milora_lightning.export import find_model
+from milora_lightning.metrics.forgetting import Forgetting
+from milora_lightning.pretrained import load_tokenizer
+from milora_lightning.surgery import adapters_disabled, lora_layers
+
+
+class ForgettingMonitor(Callback):
+    """Measures at every validation how far the predictions on held-out text have moved from the base model's.
+
+    The base is the same model with its adapters switched off, so no second model is in memory. Logs
+    ``forgetting_kl``, the KL divergence from the base model's next-token distribution, and
+    ``forgetting_cross_entropy``, the measure of MiLoRA (arXiv 2406.09044, section 5), in nats per token over all
+    ranks. The KL divergence is 0 before training, which is logged too, as step 0.
+
+    Args:
+        text: Held-out text: a ``.txt`` file, a JSON, JSON lines or Parquet file, or a Hub name.
+        field: Field with the text, in everything but ``.txt`` files.
+        split: Which split of a Hub data set.
+        max_tokens: Most tokens to measure on; two forward passes over them are made each time.
+        block_length: Tokens that the model reads at once.
+        batch_size: Blocks in a batch of each rank.
+        tokenizer: Name of the model whose tokenizer reads the text; by default the module's ``tokenizer``.
+
+    Raises:
+        FileNotFoundError: In ``setup``, if there is no such text.
+        ValueError: In ``setup`` if the text cannot be used; when fitting starts if the module has no Hugging Face
+            language model or no adapters, or trains something beside them, which cannot be switched off.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        field: str = "text",
+        split: str = "test",
+        max_tokens: int = 16384,
+        block_length: int = 256,
+        batch_size: int = 4,
+        tokenizer: str | None = None,
+    ) -> None:
+        for name, value in (("max_tokens", max_tokens), ("block_length", block_length), ("batch_size", batch_size)):
+            if value < 2 - (name == "batch_size"):
+                raise ValueError(f"{name}={value} leaves nothing to measure on: raise it.")
+        self.text = text
+        self.field = field
+        self.split = split
+        self.max_tokens = max_tokens
+        self.block_length = block_length
+        self.batch_size = batch_size
+        self.tokenizer = tokenizer
+        self._texts: list[str] = []
+        self._blocks: Tensor | None = None
+        self._before: dict[str, float] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Read the text, so that a wrong path is noticed before a model is loaded."""
+        if not self._texts:
+            self._texts = read_texts(self.text, self.field, self.split)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the base model can be had by switching the adapters off."""
+        _language_model(pl_module)
+        self._before = None
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure, and log."""
+        results = self.measure(trainer, pl_module)
+        pl_module.log_dict(results)
+        if trainer.sanity_checking:
+            self._before = results
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the values from before training, which Lightning's check before it does not."""
+        if trainer.global_step == 0:
+            before = self._before or self.measure(trainer, pl_module)
+            for logger in trainer.loggers:
+                logger.log_metrics(before, step=0)
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """Compute ``forgetting_kl`` and ``forgetting_cross_entropy``, in nats per token over all ranks."""
+        model = _language_model(pl_module)
+        batches = torch.split(self._tokens(pl_module), self.batch_size)
+        metric = Forgetting().to(pl_module.device)
+        with torch.no_grad(), _eval_mode(model), trainer.precision_plugin.forward_context():
+            for first in range(0, len(batches), trainer.world_size):
+                mine = first + trainer.global_rank
+                # Past the end the model runs all the same: under sharding the other ranks wait for this one.
+                ids = batches[min(mine, len(batches) - 1)].to(pl_module.device)
+                logits = model(input_ids=ids, use_cache=False).logits
+                with adapters_disabled(model):
+                    base_logits = model(input_ids=ids, use_cache=False).logits
+                if mine < len(batches):
+                    metric.update(logits, base_logits)
+        return {f"forgetting_{name}": value.item() for name, value in metric.compute().items()}
+
+    def _tokens(self, pl_module: LightningModule) -> Tensor:
+        if self._blocks is None:
+            tokenizer = load_tokenizer(self.tokenizer) if self.tokenizer else getattr(pl_module, "tokenizer", None)
+            if tokenizer is None:
+                raise ValueError(
+                    f"{type(pl_module).__name__} has no attribute tokenizer: pass ForgettingMonitor(tokenizer=...), "
+                    "the name of the model whose tokenizer it is."
+                )
+            self._blocks = pack(self._texts, tokenizer, self.block_length, self.max_tokens)
+        return self._blocks
+
+
+def _language_model(pl_module: LightningModule) -> PreTrainedModel:
+    """Return the module's language model, if switching its adapters off makes it the base model."""
+    model = find_model(pl_module)
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{type(model).__name__} predicts no tokens, and forgetting is measured on those.")
+    factors = {p for layer in lora_layers(model).values() for p in layer.parameters()}
+    beside = [name for name, p in model.named_parameters() if p.requires_grad and p not in factors]
+    if not factors or beside:
+        raise ValueError(
+            "Forgetting is measured against the base model, which is this model with its adapters switched off: "
+            + (f"{beside[0]!r} is trained beside them" if beside else "there are none")
+            + ". Use MiLoRAInit without modules_to_save, or leave ForgettingMonitor out."
+        )
+    return model
+
+
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    training = [child for child in module.modules() if child.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child in training:
+            child.training = True

@@ -1,0 +1,92 @@
+"""How far a fine-tuned model's predictions have moved from its base model's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+ROWS = 256
+"""Positions taken at once: bounds the float32 copies of the logits to 2 · 256 · vocabulary entries."""
+
+
+def divergence(logits: Tensor, base_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the KL divergence from a base model's predictions p to a tuned model's q, and the entropy of p.
+
+    KL(p‖q) = Σ p (log p − log q), exactly zero for equal logits and never negative. The cross-entropy of q against p,
+    the measure of forgetting in MiLoRA (arXiv 2406.09044, section 5), is H(p) + KL(p‖q).
+
+    Args:
+        logits: The tuned model's logits, shape (positions, vocabulary).
+        base_logits: The base model's, same shape.
+
+    Returns:
+        KL(p‖q) and H(p), in nats, each of shape (positions,), float32 or wider.
+
+    >>> p, q = torch.tensor([[0.5, 0.5, 0.0]]).log(), torch.tensor([[0.25, 0.5, 0.25]]).log()
+    >>> kl, entropy = divergence(q, p)
+    >>> kl.item() / torch.tensor(2.0).log().item(), entropy.item() / torch.tensor(2.0).log().item()
+    (0.5, 1.0)
+    """
+    log_q, log_p = (x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1) for x in (logits, base_logits))
+    p, q = log_p.exp(), log_q.exp()
+    possible = p > 0
+    d = torch.where(possible, log_q - log_p, 0.0)
+    # As Σ q = Σ p, KL = Σ (q − p − p d), whose terms are p d²/2 for small d: the definition's, of either sign and far
+    # larger, would leave their rounding behind.
+    kl = torch.where(possible & (d < 1), p * (torch.expm1(d) - d), q - p * (1 + d))
+    return kl.sum(-1), -torch.where(possible, p * log_p, 0.0).sum(-1)
+
+
+class Forgetting(Metric):
+    """Cross-entropy and KL divergence of a tuned model against its base model's predictions, per token.
+
+    ``compute`` returns ``kl`` and ``cross_entropy`` in nats per token, over all positions of all batches and ranks;
+    their difference is the base model's entropy, the floor of the cross-entropy.
+
+    >>> metric = Forgetting()
+    >>> logits = torch.randn(2, 5, 11)
+    >>> metric.update(logits, logits)
+    >>> metric.compute()["kl"].item()
+    0.0
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = False
+    kl: Tensor
+    entropy: Tensor
+    positions: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("kl", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("entropy", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("positions", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, base_logits: Tensor) -> None:
+        """Add the predictions at some positions.
+
+        Args:
+            logits: The tuned model's logits, shape (..., vocabulary).
+            base_logits: The base model's, same shape.
+
+        Raises:
+            ValueError: If the shapes differ.
+        """
+        if logits.shape != base_logits.shape:
+            raise ValueError(
+                f"The models' logits have shapes {tuple(logits.shape)} and {tuple(base_logits.shape)}: give both "
+                "models the same tokens."
+            )
+        rows, base_rows = (torch.split(x.reshape(-1, x.shape[-1]), ROWS) for x in (logits, base_logits))
+        for some, base_some in zip(rows, base_rows, strict=True):
+            kl, entropy = divergence(some, base_some)
+            self.kl += kl.sum()
+            self.entropy += entropy.sum()
+            self.positions += len(kl)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return ``kl`` and ``cross_entropy`` in nats per token, NaN if there were no tokens."""
+        kl, entropy = self.kl / self.positions, self.entropy / self.positions
+        return {"kl": kl, "cross_entropy": entropy + kl}
