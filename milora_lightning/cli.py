@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,11 +12,13 @@ import torch
 import yaml
 from jsonargparse import auto_cli
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from rich.console import Console
 
+from milora_lightning.analysis import analyze_model, summary, write_tables
 from milora_lightning.callbacks import EvaluationSummary, MiLoRAInit, PredictionWriter, RandomState
 from milora_lightning.checkpoint import read_checkpoint
 from milora_lightning.data import SFTDataModule
-from milora_lightning.export import check_output, export_merged, export_peft
+from milora_lightning.export import check_output, export_merged, export_peft, new_folder
 from milora_lightning.module import CausalLMModule
 
 PACKAGE = Path(__file__).parent
@@ -71,12 +74,7 @@ def export(
     if rank is not None and format == "merged":
         raise ValueError("rank compresses adapters; a merged model has none. Leave it out, or use --format peft.")
     check_output(output)
-    checkpoint = read_checkpoint(ckpt_path)
-    moved: dict[str, Any] = {} if name_or_path is None else {"name_or_path": name_or_path}
-    whole = io.BytesIO()  # also of a folder, which Lightning could not load outside a sharded run
-    torch.save(checkpoint, whole)
-    whole.seek(0)
-    module = CausalLMModule.load_from_checkpoint(whole, map_location="cpu", **moved)
+    module, checkpoint = _load(ckpt_path, name_or_path)
     scores = checkpoint.get("callbacks", {}).get("EvaluationSummary", {}).get("after")
     data = checkpoint.get("SFTDataModule", {}).get("description")
     if format == "merged":
@@ -86,6 +84,42 @@ def export(
         if rank is not None:
             print(f"Rank {rank} keeps {1 - lost:.2%} of the updates' energy and loses {lost:.2%}.")
     print(f"Exported to {output}")
+
+
+def analyze(ckpt_path: str, output: str, name_or_path: str | None = None) -> None:
+    """Show where the updates of a checkpoint lie in the spectra of the weights they update.
+
+    Writes similarity.csv, spectra.csv, energy.csv and plots of them, and prints averages.
+
+    Args:
+        ckpt_path: Checkpoint written by ``fit``.
+        output: Folder to make.
+        name_or_path: Where the base model is now; by default where it was in training.
+    """
+    from milora_lightning.plots import plot_analysis  # needs the extra package matplotlib: missing before any work
+
+    check_output(output)
+    module, _ = _load(ckpt_path, name_or_path)
+    matrices = analyze_model(module)
+    with new_folder(output) as folder:
+        write_tables(folder, matrices)
+        plot_analysis(folder, matrices)
+    Console().print(summary(matrices))
+    print(f"Tables and plots are in {output}")
+
+
+def _load(ckpt_path: str, name_or_path: str | None) -> tuple[CausalLMModule, dict[str, Any]]:
+    """Load what a checkpoint holds and its base model, which may have moved."""
+    checkpoint = read_checkpoint(ckpt_path)
+    moved: dict[str, Any] = {} if name_or_path is None else {"name_or_path": name_or_path}
+    whole = io.BytesIO()  # also of a folder, which Lightning could not load outside a sharded run
+    torch.save(checkpoint, whole)
+    whole.seek(0)
+    return CausalLMModule.load_from_checkpoint(whole, map_location="cpu", **moved), checkpoint
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"export": export, "analyze": analyze}
+"""What can be done beside the subcommands of Lightning's CLI."""
 
 
 def resolve_configs(args: list[str]) -> list[str]:
@@ -146,16 +180,17 @@ def main(args: ArgsType = None) -> Any:
     argv = sys.argv[1:] if args is None else args
     usage = {"usage": "%(prog)s [--config FILE] ... [--OPTION VALUE] ...   (--help explains every option)"}
     try:
-        if isinstance(argv, list) and argv[:1] == ["export"]:
-            return auto_cli(export, args=argv[1:], as_positional=False)
+        if isinstance(argv, list) and argv and argv[0] in COMMANDS:
+            return auto_cli(COMMANDS[argv[0]], args=argv[1:], as_positional=False)
         return MiLoRACLI(
             CausalLMModule,
             SFTDataModule,
             args=args,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
-                "description": "Fine-tune language models with MiLoRA. One more command, export, makes a PEFT or "
-                "merged folder of a checkpoint; see export --help.",
+                "description": "Fine-tune language models with MiLoRA. More commands, each with its own --help: export "
+                "makes a PEFT or merged folder of a checkpoint, analyze shows where its updates lie in the weights' "
+                "spectra.",
                 **dict.fromkeys(MiLoRACLI.subcommands(), usage),
             },
             trainer_defaults={"callbacks": [RandomState()]},

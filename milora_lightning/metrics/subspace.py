@@ -10,35 +10,6 @@ from torch import Tensor
 from milora_lightning.decomposition import SingularSlice
 from milora_lightning.factors import product_svd
 
-ENDS = ("top", "bottom", "random")
-
-
-def spectrum(weight: Tensor) -> SingularSlice:
-    """Compute all singular triplets of a weight in float64, in a fraction of a full SVD's time.
-
-    The eigenvectors of the Gram matrix of the short side are the vectors there; those of the other side follow from
-    a QR decomposition of their images, and are orthonormal whatever the rank. Singular values below 1e-8 of the
-    largest one are rounding.
-
-    Args:
-        weight: Floating-point weight of shape (out, in).
-
-    Returns:
-        U (out, k), S (k,) descending and Vh (k, in), float64, for k = min(out, in).
-
-    >>> spectrum(torch.diag(torch.tensor([1.0, 3.0, 0.0]))).S
-    tensor([3., 1., 0.], dtype=torch.float64)
-    """
-    W = weight.detach().double()
-    tall = W.shape[0] > W.shape[1]
-    if tall:
-        W = W.mT
-    U = torch.linalg.eigh(W @ W.mT).eigenvectors.flip(1)
-    V, R = torch.linalg.qr(W.mT @ U)
-    S, order = R.diagonal().abs().sort(descending=True)
-    U, Vh = U[:, order], (V * R.diagonal().sign().where(R.diagonal() != 0, 1.0))[:, order].mT
-    return SingularSlice(Vh.mT, S, U.mT) if tall else SingularSlice(U, S, Vh)
-
 
 def similarity(A: Tensor, B: Tensor) -> float:
     """Compute the similarity of two subspaces, φ = ‖AᵀB‖²_F / r.
