@@ -7,7 +7,9 @@ from milora_lightning.callbacks import (
     ForgettingMonitor,
     MiLoRAInit,
     PredictionWriter,
+    PrincipalProjection,
     RandomState,
+    SubspaceMonitor,
 )
 from milora_lightning.checkpoint import load_adapter
 from milora_lightning.checkpoint_io import CheckpointError
@@ -32,8 +34,10 @@ __all__ = [
     "LoRALinear",
     "MiLoRAInit",
     "PredictionWriter",
+    "PrincipalProjection",
     "RandomState",
     "SFTDataModule",
+    "SubspaceMonitor",
     "adapters_disabled",
     "causal_attention",
     "export_merged",

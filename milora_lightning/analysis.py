@@ -87,6 +87,15 @@ def subspace_generator(name: str) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(name.encode()))
 
 
+def reference_vectors(name: str, weight: Tensor, r: int) -> dict[str, Tensor]:
+    """Choose the left singular vectors (out, r) of a layer's weight that its update is compared with."""
+    return reference_subspaces(_triplets(weight).U, r, subspace_generator(name))
+
+
+def _triplets(weight: Tensor) -> SingularSlice:
+    return singular_slice(weight, min(weight.shape), "principal")
+
+
 @torch.no_grad()
 def analyze_matrix(name: str, weight: Tensor, update: Update, r: int, bins: int = BINS) -> MatrixAnalysis | None:
     """Compare an update with the spectrum of its weight (MiLoRA, arXiv 2406.09044, section 6).
@@ -104,7 +113,7 @@ def analyze_matrix(name: str, weight: Tensor, update: Update, r: int, bins: int 
     r = min(r, len(update.S))
     if r == 0:
         return None
-    triplets: SingularSlice = singular_slice(weight, min(weight.shape), "principal")
+    triplets = _triplets(weight)
     similarity = update.similarities(reference_subspaces(triplets.U, r, subspace_generator(name)), r)
     left, right = update.energy(triplets, min(bins, len(triplets.S)))
     return MatrixAnalysis(

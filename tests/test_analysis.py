@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_module import data, module
 from torch import Tensor
 
-from milora_lightning import MiLoRAInit
-from milora_lightning.analysis import MatrixAnalysis, analyze_matrix
+from milora_lightning import MiLoRAInit, SubspaceMonitor
+from milora_lightning.analysis import MatrixAnalysis, analyze_matrix, analyze_model, averages, by_type
 from milora_lightning.cli import main
 from milora_lightning.decomposition import SingularSlice
 from milora_lightning.metrics.subspace import Update, similarity
@@ -152,3 +152,19 @@ def test_what_was_not_trained_is_not_analyzed(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no update to analyze"):
         main(["analyze", "--ckpt_path", str(tmp_path / "untrained.ckpt"), "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_monitor_logs_what_the_analysis_finds(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "llama", "llama")
+    monitor = SubspaceMonitor(every_n_steps=5)
+    callbacks = [MiLoRAInit(r=4), monitor]
+    trainer = quiet_trainer(tmp_path, max_epochs=1, num_sanity_val_steps=0, callbacks=callbacks)
+    lm = module(model, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2))
+    trainer.fit(lm, data(tmp_path, model, num_generation_examples=0))
+    logged = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("subspace/")}
+    for name, group in by_type(analyze_model(lm)).items():
+        for part in ("top", "bottom", "random", "amplification"):
+            assert logged.pop(f"subspace/{name}/{part}") == pytest.approx(averages(group)[part], rel=1e-3)
+    assert not logged
+    with pytest.raises(ValueError, match="every_n_steps"):
+        SubspaceMonitor(0)

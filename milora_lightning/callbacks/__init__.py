@@ -3,8 +3,19 @@
 from milora_lightning.callbacks.export import AdapterExport
 from milora_lightning.callbacks.forgetting import ForgettingMonitor
 from milora_lightning.callbacks.milora_init import MiLoRAInit
+from milora_lightning.callbacks.orthogonality import PrincipalProjection
 from milora_lightning.callbacks.predictions import PredictionWriter
 from milora_lightning.callbacks.random_state import RandomState
+from milora_lightning.callbacks.subspace import SubspaceMonitor
 from milora_lightning.callbacks.summary import EvaluationSummary
 
-__all__ = ["AdapterExport", "EvaluationSummary", "ForgettingMonitor", "MiLoRAInit", "PredictionWriter", "RandomState"]
+__all__ = [
+    "AdapterExport",
+    "EvaluationSummary",
+    "ForgettingMonitor",
+    "MiLoRAInit",
+    "PredictionWriter",
+    "PrincipalProjection",
+    "RandomState",
+    "SubspaceMonitor",
+]

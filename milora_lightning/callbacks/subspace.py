@@ -1,0 +1,67 @@
+"""Watching where updates go in the spectra of their weights."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from statistics import mean
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.progress import track
+from torch import Tensor
+
+from milora_lightning.analysis import reference_vectors, update_of
+from milora_lightning.surgery import dense_weight, lora_layers
+
+
+class SubspaceMonitor(Callback):
+    """Logs how similar the updates are to parts of their weights' spectra, averaged over the layers of a module type.
+
+    For each module type, such as ``q_proj``: ``subspace/q_proj/top``, ``/bottom`` and ``/random`` are the similarities
+    φ of the update's top r left singular vectors with the weight's (r / out for subspaces at random), and
+    ``subspace/q_proj/amplification`` is ‖UᵀΔWV‖_F / ‖UᵀWV‖_F (MiLoRA, arXiv 2406.09044, section 6). Each weight is
+    decomposed once, when training starts; kept are 3 r vectors of it, on the CPU. The first rank does the work.
+
+    Args:
+        every_n_steps: Optimizer steps between two looks.
+    """
+
+    def __init__(self, every_n_steps: int = 100) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, not {every_n_steps}.")
+        self.every_n_steps = every_n_steps
+        self._vectors: dict[str, dict[str, Tensor]] = {}
+        self._last_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Decompose the weights."""
+        self._last_step = trainer.global_step
+        if trainer.is_global_zero:
+            for name, layer in track(lora_layers(pl_module).items(), "Decomposing weights", transient=True):
+                vectors = reference_vectors(name, dense_weight(layer), layer.r)
+                self._vectors[name] = {part: x.float().cpu() for part, x in vectors.items()}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log, every so many steps."""
+        step = trainer.global_step
+        if step != self._last_step and step % self.every_n_steps == 0 and trainer.is_global_zero:
+            pl_module.log_dict(self.measure(pl_module), rank_zero_only=True)
+        self._last_step = step
+
+    @torch.no_grad()
+    def measure(self, pl_module: LightningModule) -> dict[str, float]:
+        """Compute the averages over all updates that are not zero."""
+        values = defaultdict(list)
+        for name, layer in lora_layers(pl_module).items():
+            update = update_of(layer)
+            r = min(layer.r, len(update.S))
+            if r == 0:
+                continue
+            subspaces = {part: x.to(update.U.device) for part, x in self._vectors[name].items()}
+            found = {**update.similarities(subspaces, r), "amplification": update.amplification(dense_weight(layer), r)}
+            for key, value in found.items():
+                values[f"subspace/{name.rsplit('.', 1)[-1]}/{key}"].append(value)
+        return {key: mean(each) for key, each in values.items()}
