@@ -180,6 +180,10 @@ def main(args: ArgsType = None) -> Any:
     argv = sys.argv[1:] if args is None else args
     usage = {"usage": "%(prog)s [--config FILE] ... [--OPTION VALUE] ...   (--help explains every option)"}
     try:
+        if isinstance(argv, list) and argv[:1] == ["compare"]:
+            from milora_lightning.compare import compare_command  # which is made of this module's CLI
+
+            return compare_command(argv[1:])
         if isinstance(argv, list) and argv and argv[0] in COMMANDS:
             return auto_cli(COMMANDS[argv[0]], args=argv[1:], as_positional=False)
         return MiLoRACLI(
@@ -190,7 +194,7 @@ def main(args: ArgsType = None) -> Any:
             parser_kwargs={
                 "description": "Fine-tune language models with MiLoRA. More commands, each with its own --help: export "
                 "makes a PEFT or merged folder of a checkpoint, analyze shows where its updates lie in the weights' "
-                "spectra.",
+                "spectra, compare trains several methods alike and reports how they compare.",
                 **dict.fromkeys(MiLoRACLI.subcommands(), usage),
             },
             trainer_defaults={"callbacks": [RandomState()]},

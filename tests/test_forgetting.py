@@ -140,7 +140,27 @@ def test_values_from_before_training_reach_the_logger_and_the_mode_is_kept(text:
         assert all(m.training for m in lm.model.modules() if hasattr(m, "lora_dropout"))
 
 
-def test_modules_that_have_no_base_to_compare_with_are_refused(text: Path, tmp_path: Path) -> None:
+def test_what_trains_beside_adapters_is_measured_against_its_start(text: Path, tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "llama", "llama")
+    monitor = ForgettingMonitor(str(text), block_length=16, max_tokens=64)
+    callbacks = [MiLoRAInit(r=4, modules_to_save=["norm", "embed_tokens"]), monitor]
+    trainer = quiet_trainer(tmp_path, max_epochs=1, num_sanity_val_steps=2, callbacks=callbacks)
+    lm = module(model, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2))
+    trainer.fit(lm, data(tmp_path, model, num_generation_examples=0))
+    fresh = module(model)
+    fresh.configure_model()
+    blocks = pack(read_texts(str(text)), lm.tokenizer, 16, 64)
+    p, q = (x.model.eval()(blocks).logits.detach().double().log_softmax(-1) for x in (fresh, lm))
+    kl = (p.exp() * (p - q)).sum(-1).mean().item()
+    assert kl > 1e-3
+    assert monitor.measure(trainer, lm)["forgetting_kl"] == pytest.approx(kl, rel=1e-3)
+    late = ForgettingMonitor(str(text), block_length=16, max_tokens=64)
+    late.setup(trainer, lm, "fit")
+    with pytest.raises(ValueError, match=r"trains beside the adapters.*from its beginning only"):
+        late.measure(trainer, lm)
+
+
+def test_modules_that_cannot_be_measured_are_refused(text: Path, tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "llama", "llama")
     options = {"max_steps": 1, "num_sanity_val_steps": 0}
 
@@ -150,8 +170,6 @@ def test_modules_that_have_no_base_to_compare_with_are_refused(text: Path, tmp_p
             lm, data(tmp_path, model) if isinstance(lm, CausalLMModule) else None
         )
 
-    with pytest.raises(ValueError, match=r"norm.*is trained beside them"):
-        fit(str(text), module(model), modules_to_save=["norm"])
     with pytest.raises(ValueError, match="no Hugging Face model"):
         fit(str(text), Regression())
     with pytest.raises(ValueError, match="LanguageModel has no attribute tokenizer"):

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from milora_lightning.data.held_out import pack, read_texts
@@ -20,7 +22,8 @@ from milora_lightning.surgery import adapters_disabled, lora_layers
 class ForgettingMonitor(Callback):
     """Measures at every validation how far the predictions on held-out text have moved from the base model's.
 
-    The base is the same model with its adapters switched off, so no second model is in memory. Logs
+    The base is the same model with its adapters switched off, so no second model is in memory; of what trains beside
+    them (``modules_to_save``, or all weights in full fine-tuning) a copy is kept from before training. Logs
     ``forgetting_kl``, the KL divergence from the base model's next-token distribution, and
     ``forgetting_cross_entropy``, the measure of MiLoRA (arXiv 2406.09044, section 5), in nats per token over all
     ranks. The KL divergence is 0 before training, which is logged too, as step 0.
@@ -37,7 +40,7 @@ class ForgettingMonitor(Callback):
     Raises:
         FileNotFoundError: In ``setup``, if there is no such text.
         ValueError: In ``setup`` if the text cannot be used; when fitting starts if the module has no Hugging Face
-            language model or no adapters, or trains something beside them, which cannot be switched off.
+            language model; at the first measurement if there are weights to copy and training has begun already.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class ForgettingMonitor(Callback):
         self._texts: list[str] = []
         self._blocks: Tensor | None = None
         self._before: dict[str, float] | None = None
+        self._base: dict[str, Tensor] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the text, so that a wrong path is noticed before a model is loaded."""
@@ -70,7 +74,7 @@ class ForgettingMonitor(Callback):
             self._texts = read_texts(self.text, self.field, self.split)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the base model can be had by switching the adapters off."""
+        """Check that there is a language model."""
         _language_model(pl_module)
         self._before = None
 
@@ -91,6 +95,7 @@ class ForgettingMonitor(Callback):
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Compute ``forgetting_kl`` and ``forgetting_cross_entropy``, in nats per token over all ranks."""
         model = _language_model(pl_module)
+        base = self._base_weights(trainer, model)
         batches = torch.split(self._tokens(pl_module), self.batch_size)
         metric = Forgetting().to(pl_module.device)
         with torch.no_grad(), _eval_mode(model), trainer.precision_plugin.forward_context():
@@ -100,10 +105,23 @@ class ForgettingMonitor(Callback):
                 ids = batches[min(mine, len(batches) - 1)].to(pl_module.device)
                 logits = model(input_ids=ids, use_cache=False).logits
                 with adapters_disabled(model):
-                    base_logits = model(input_ids=ids, use_cache=False).logits
+                    base_logits = functional_call(model, base, kwargs={"input_ids": ids, "use_cache": False}).logits
                 if mine < len(batches):
                     metric.update(logits, base_logits)
         return {f"forgetting_{name}": value.item() for name, value in metric.compute().items()}
+
+    def _base_weights(self, trainer: Trainer, model: PreTrainedModel) -> dict[str, Tensor]:
+        """Return copies of what trains beside the adapters, made before training."""
+        if self._base is None:
+            factors = {p for layer in lora_layers(model).values() for p in layer.parameters()}
+            beside = {name: p for name, p in model.named_parameters() if p.requires_grad and p not in factors}
+            if beside and (trainer.state.fn != TrainerFn.FITTING or trainer.global_step > 0):
+                raise ValueError(
+                    f"{next(iter(beside))!r} trains beside the adapters, and what it was before training is not known "
+                    "here: ForgettingMonitor can measure such a run from its beginning only, or leave it out."
+                )
+            self._base = {name: p.detach().clone() for name, p in beside.items()}
+        return self._base
 
     def _tokens(self, pl_module: LightningModule) -> Tensor:
         if self._blocks is None:
@@ -118,18 +136,9 @@ class ForgettingMonitor(Callback):
 
 
 def _language_model(pl_module: LightningModule) -> PreTrainedModel:
-    """Return the module's language model, if switching its adapters off makes it the base model."""
     model = find_model(pl_module)
     if model.get_output_embeddings() is None:
         raise ValueError(f"{type(model).__name__} predicts no tokens, and forgetting is measured on those.")
-    factors = {p for layer in lora_layers(model).values() for p in layer.parameters()}
-    beside = [name for name, p in model.named_parameters() if p.requires_grad and p not in factors]
-    if not factors or beside:
-        raise ValueError(
-            "Forgetting is measured against the base model, which is this model with its adapters switched off: "
-            + (f"{beside[0]!r} is trained beside them" if beside else "there are none")
-            + ". Use MiLoRAInit without modules_to_save, or leave ForgettingMonitor out."
-        )
     return model
 
 

@@ -1,0 +1,281 @@
+"""One command that trains several methods alike, and says how they compare."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import math
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint
+from rich.console import Console
+
+from milora_lightning.cli import MiLoRACLI
+from milora_lightning.data import SFTDataModule
+from milora_lightning.export import new_folder
+from milora_lightning.module import CausalLMModule
+
+Row = dict[str, float]
+
+
+class Trajectory(Callback):
+    """Keeps what is measured at every validation, from before training to its end."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self._started = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the step, the seconds since the beginning, and all results of validation."""
+        if self.rows and self.rows[-1]["step"] == trainer.global_step:
+            return
+        results = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(("val_", "forgetting_"))}
+        self.rows.append({"step": trainer.global_step, "seconds": time.monotonic() - self._started, **results})
+
+
+class RunCLI(MiLoRACLI):
+    """The command line of one run, which is parsed at once and instantiated when it is its turn.
+
+    The run logs and saves nothing of its own: loggers and checkpoint callbacks of the configs are left out.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        self.trajectory = Trajectory()
+        options: dict[str, Any] = {"save_config_callback": None, "auto_configure_optimizers": False}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
+            super().__init__(CausalLMModule, SFTDataModule, args=args, run=False, **options)
+
+    def instantiate_classes(self) -> None:
+        """Leave it to :meth:`fit`."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the Trainer, with the trajectory's callback."""
+        callbacks = [c for c in self.config_init.trainer.callbacks or [] if not isinstance(c, Checkpoint)]
+        kwargs.update(callbacks=[*callbacks, self.trajectory], logger=False, enable_checkpointing=False)
+        return super().instantiate_trainer(**kwargs)
+
+    def fit(self) -> list[Row]:
+        """Train, and return what was measured at every validation; the last row is that of the end."""
+        seed_everything(self.config.seed_everything, workers=True, verbose=False)
+        super().instantiate_classes()
+        self.trainer.fit(self.model, self.datamodule)
+        if self.trajectory.rows[-1]["step"] != self.trainer.global_step:
+            self.trainer.validate(self.model, self.datamodule, verbose=False)
+        return self.trajectory.rows
+
+
+@dataclass
+class Run:
+    """One run of a comparison.
+
+    Attributes:
+        method: Name of the method.
+        learning_rate: The optimizer's learning rate, its largest.
+        seed: Seed of the factors' random starts, dropout and the order of the data.
+        rows: What was measured at every validation; empty until it has run.
+    """
+
+    method: str
+    learning_rate: float
+    seed: int
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Name of the run and its folder."""
+        return f"{self.method}-lr{self.learning_rate:g}-seed{self.seed}"
+
+    @property
+    def last(self) -> Row:
+        """What was measured at the end."""
+        return self.rows[-1]
+
+
+class Comparison:
+    """Runs that differ in method, learning rate and seed alone, each in a folder that appears when it is finished.
+
+    Args:
+        fit: Options of ``fit`` that all runs share.
+        methods: Overlay of each method by its name.
+        output: Folder of the runs' folders.
+    """
+
+    def __init__(self, fit: Sequence[str], methods: dict[str, str], output: Path) -> None:
+        self.fit = list(fit)
+        self.methods = methods
+        self.output = output
+
+    def parse(self, run: Run) -> RunCLI:
+        """Parse the configuration of a run."""
+        own = [
+            *("--config", self.methods[run.method]),
+            f"--seed_everything={run.seed}",
+            f"--data.seed={run.seed}",
+            f"--model.optimizer.lr={run.learning_rate}",
+            "--trainer.num_sanity_val_steps=-1",
+        ]
+        return RunCLI([*self.fit, *own])
+
+    def check(self, runs: Sequence[Run]) -> None:
+        """Parse a configuration of each method, and read the results of runs that are finished.
+
+        Raises:
+            ValueError: If a finished run had other settings.
+        """
+        parsed: set[str] = set()
+        for run in runs:
+            folder = self.output / run.name
+            if run.method in parsed and not folder.is_dir():
+                continue  # it differs by two numbers from one that is known to parse
+            settings = _settings(self.parse(run))
+            parsed.add(run.method)
+            if folder.is_dir():
+                if (folder / "config.yaml").read_text(encoding="utf-8") != settings:
+                    raise ValueError(
+                        f"{folder} is of a run with other settings (its config.yaml differs from what is asked for "
+                        "now). Choose another output, or remove the folder to run it again."
+                    )
+                run.rows = read_rows(folder / "trajectory.csv")
+
+    def run(self, runs: Sequence[Run], what: str, save: bool) -> None:
+        """Train what is not finished; with ``save`` the adapters are kept."""
+        pending = [run for run in runs if not run.rows]
+        for number, run in enumerate(pending, 1):
+            Console().rule(f"{what}, run {number} of {len(pending)}: {run.name}")
+            cli = self.parse(run)
+            with new_folder(self.output / run.name) as folder:
+                run.rows = cli.fit()
+                write_rows(folder / "trajectory.csv", run.rows)
+                (folder / "config.yaml").write_text(_settings(cli), encoding="utf-8")
+                if save:
+                    cli.trainer.save_checkpoint(folder / "last.ckpt", weights_only=True)
+            del cli
+            gc.collect()  # a module and its Trainer know each other: without this two models would be in memory
+
+
+def _settings(cli: RunCLI) -> str:
+    return str(cli.parser.dump(cli.config))
+
+
+def compare(
+    fit: Sequence[str],
+    methods: list[str],
+    output: str,
+    learning_rates: list[float],
+    seeds: list[int] = [0, 1, 2],  # noqa: B006 (never changed, and shown in the help)
+    sweep_seed: int | None = None,
+    text: str | None = None,
+    text_field: str = "text",
+    text_tokens: int = 16384,
+) -> None:
+    """Train several methods with several seeds, and write a report of how they compare.
+
+    Every method gets the same learning rates to choose from: each is tried with a seed of its own, and the one with
+    the lowest validation loss at the end is used for the runs that are reported. All options beside these are those of
+    fit (--config, --trainer.max_steps ...) and hold for all runs; how often the trajectories are measured is
+    --trainer.val_check_interval. A comparison that was interrupted goes on with the first unfinished run.
+
+    Args:
+        fit: Options of ``fit`` that all runs share.
+        methods: Names of shipped overlays (milora, pissa, lora, random, milora-strict ...) or paths of your own.
+        output: Folder for results.csv, report.md, the plots, and a folder for each run.
+        learning_rates: Learning rates to choose from, for every method.
+        seeds: Seeds of the runs that are reported.
+        sweep_seed: Seed of the runs that choose the learning rate; by default one that is not reported.
+        text: Held-out text on which forgetting is measured: a .txt, JSON, JSON lines or Parquet file, or a Hub name.
+        text_field: Field with the text, in everything but .txt files.
+        text_tokens: Most tokens of it to measure on.
+
+    Raises:
+        ValueError: If a list is empty or says something twice, or finished runs had other settings.
+    """
+    from milora_lightning.report import write_report  # needs the extra package matplotlib: missing before any work
+
+    overlays = {Path(m).stem: m if m.endswith((".yaml", ".yml")) else f"method/{m}.yaml" for m in methods}
+    for name, values in (("methods", methods), ("learning_rates", learning_rates), ("seeds", seeds)):
+        if not values or len(set(values)) < len(values) or len(overlays) < len(methods):
+            raise ValueError(f"{name}={values} has to name at least one, and none twice.")
+    if text is not None:
+        options = {"text": text, "field": text_field, "max_tokens": text_tokens}
+        fit = [*fit, "--trainer.callbacks+=milora_lightning.ForgettingMonitor"]
+        fit += [f"--trainer.callbacks.{name}={value}" for name, value in options.items()]
+    comparison = Comparison(fit, overlays, Path(output).expanduser())
+    sweep_seed = max(seeds) + 1 if sweep_seed is None else sweep_seed
+    grid = [(method, rate) for method in overlays for rate in learning_rates]
+    sweep = [Run(*point, sweep_seed) for point in grid if len(learning_rates) > 1]
+    # Which of these will be run is known after the sweep; that all parse and fit what is there already, now.
+    possible = {run.name: run for run in [*(Run(*point, seed) for point in grid for seed in seeds), *sweep]}
+    comparison.check(list(possible.values()))
+
+    comparison.run(sweep, "Learning-rate sweep", save=sweep_seed in seeds)
+    best = {m: best_rate([run for run in sweep if run.method == m]) or learning_rates[0] for m in overlays}
+    runs = [possible[Run(m, best[m], seed).name] for seed in seeds for m in overlays]
+    comparison.run(runs, "Comparison", save=True)
+    write_report(comparison.output, runs, sweep, comparison.parse(runs[0]).config)
+    print(f"The report is in {comparison.output / 'report.md'}")
+
+
+def best_rate(sweep: Sequence[Run]) -> float | None:
+    """Return the learning rate with the lowest validation loss at the end; None of no runs.
+
+    Raises:
+        ValueError: If no run of the sweep has a finite loss.
+    """
+    losses = {run.learning_rate: run.last["val_loss"] for run in sweep if math.isfinite(run.last["val_loss"])}
+    if sweep and not losses:
+        raise ValueError(f"{sweep[0].method} diverges with every learning rate of the sweep: give smaller ones.")
+    return min(losses, key=losses.__getitem__, default=None)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read rows of numbers that :func:`write_rows` has written."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows as CSV; those that lack a column leave it empty."""
+    columns = dict.fromkeys(key for row in rows for key in row)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def compare_command(args: Sequence[str]) -> None:
+    """Run ``compare`` with command-line arguments, those that are not its own being options of ``fit``."""
+    parser = ArgumentParser(
+        prog="main.py compare",
+        description=compare.__doc__.partition("\n\n    Args:")[0],  # type: ignore[union-attr]
+    )
+    parser.add_function_arguments(compare, as_group=False, skip={"fit"})
+    names = {name for action in parser._actions for name in action.option_strings}
+    own, fit = split_arguments(args, names)
+    compare(fit, **parser.parse_args(own).as_dict())
+
+
+def split_arguments(args: Sequence[str], names: set[str]) -> tuple[list[str], list[str]]:
+    """Divide command-line arguments into options of certain names, with their values, and all others.
+
+    >>> split_arguments(["--seeds", "[0]", "--config", "a.yaml", "--output=x"], {"--seeds", "--output"})
+    (['--seeds', '[0]', '--output=x'], ['--config', 'a.yaml'])
+    """
+    own: list[str] = []
+    fit: list[str] = []
+    rest: Iterator[str] = iter(args)
+    for argument in rest:
+        if argument.partition("=")[0] not in names:
+            fit.append(argument)
+            continue
+        own.append(argument)
+        if "=" not in argument and argument not in ("-h", "--help"):
+            own += [value for value in [next(rest, None)] if value is not None]
+    return own, fit
