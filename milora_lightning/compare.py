@@ -32,6 +32,13 @@ class Trajectory(Callback):
         self.rows: list[Row] = []
         self._started = time.monotonic()
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make sure that there is validation, before time is spent on training."""
+        if not self.rows:
+            raise ValueError(
+                "Methods are compared by their validation loss, and there is no validation data. Give some."
+            )
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the step, the seconds since the beginning, and all results of validation."""
         if self.rows and self.rows[-1]["step"] == trainer.global_step:
@@ -60,7 +67,10 @@ class RunCLI(MiLoRACLI):
         """Make the Trainer, with the trajectory's callback."""
         callbacks = [c for c in self.config_init.trainer.callbacks or [] if not isinstance(c, Checkpoint)]
         kwargs.update(callbacks=[*callbacks, self.trajectory], logger=False, enable_checkpointing=False)
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if trainer.world_size > 1:
+            raise ValueError("compare trains on one device, and there are several: add --trainer.devices 1.")
+        return trainer
 
     def fit(self) -> list[Row]:
         """Train, and return what was measured at every validation; the last row is that of the end."""

@@ -137,19 +137,20 @@ class Fails(Callback):
         (["--methods", "[milora]", "--learning_rates", "[]"], r"at least one"),
         (["--methods", "[milora]", "--learning_rates", "[1e-3]", "--adapter.rank", "3"], r"rank"),
         (["--methods", "[milora]"], r"learning_rates"),
+        (["--methods", "[milora]", "--learning_rates", "[1e-3]", "--trainer.devices", "2"], r"trains on one device"),
+        (["--methods", "[milora]", "--learning_rates", "[1e-3]", "--data.source.validation", "null"], r"no validation"),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(
     project: Path,  # noqa: F811
     args: list[str],
     message: str,
-    runs: list[list[str]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
         compare(*args)
     assert re.search(message, str(stopped.value.code) + capsys.readouterr().err)
-    assert not runs
+    assert not list((project / "comparison").glob("*"))
 
 
 def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:

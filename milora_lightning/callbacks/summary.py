@@ -46,4 +46,4 @@ class EvaluationSummary(Callback):
 
 
 def _results(trainer: Trainer) -> dict[str, float]:
-    return {k: v.item() for k, v in sorted(trainer.callback_metrics.items()) if k.startswith("val_")}
+    return {k: v.item() for k, v in sorted(trainer.callback_metrics.items()) if k.startswith(("val_", "forgetting_"))}
