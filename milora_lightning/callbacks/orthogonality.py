@@ -55,7 +55,10 @@ class PrincipalProjection(Callback):
         if trainer.is_global_zero:
             bases = [_bases(*item, self.p) for item in track(layers.items(), "Decomposing weights", transient=True)]
         bases = trainer.strategy.broadcast(bases)  # one for all, so that rounding cannot drive the ranks' factors apart
-        self._protected = [Protected(layer, *basis) for layer, basis in zip(layers.values(), bases, strict=True)]
+        self._protected = [
+            Protected(layer, U.to(layer.lora_B.device), V.to(layer.lora_A.device))
+            for layer, (U, V) in zip(layers.values(), bases, strict=True)
+        ]
         for name, protected in zip(layers, self._protected, strict=True):
             protected.check(name)
             protected.start()
@@ -146,4 +149,5 @@ def _bases(name: str, layer: LoRALinear, p: int) -> tuple[Tensor, Tensor]:
     if free < 1:
         raise ValueError(f"Layer {name!r} has no direction beside the r={layer.r} that are trained: use a smaller r.")
     U, _, Vh = singular_slice(weight, min(p, free), "principal")
-    return U.to(layer.lora_B.dtype), Vh.mT.to(layer.lora_A.dtype).contiguous()
+    # On the CPU, because another rank's device is not this one's.
+    return U.to("cpu", layer.lora_B.dtype), Vh.mT.to("cpu", layer.lora_A.dtype).contiguous()
