@@ -6,6 +6,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -144,7 +145,7 @@ def _decompose_own(batch: Batch, rank: int, seed: int, device: torch.device | No
     for name, layer, owner in batch:
         if owner == rank or is_sharded(layer):
             with _naming(name):
-                weight = dense_weight(layer, owner)
+                weight = _collected_weight(layer, owner)
             if owner == rank and weight is not None:
                 own.append((name, layer, weight.to(device)))
     return {layer: _factors(name, layer, weight, seed) for name, layer, weight in own}
@@ -201,16 +202,19 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
 
 
-def dense_weight(layer: LoRALinear, rank: int = 0) -> Tensor | None:
+def dense_weight(layer: LoRALinear) -> Tensor:
     """Return the frozen weight of an adapter's base layer as a matrix of shape (out, in).
 
-    Args:
-        layer: The adapter.
-        rank: Where the weight is sharded, the one rank that gets it, while the others get None; all must call this.
-
     Raises:
-        ValueError: If it is quantized by something other than bitsandbytes, or repacked by it for inference.
+        ValueError: If it is in shards, quantized by something other than bitsandbytes, or repacked by it for inference.
     """
+    if is_sharded(layer.base_layer):
+        raise ValueError("The weight is in shards on several ranks: analyze the checkpoint on one device instead.")
+    return cast(Tensor, _collected_weight(layer, 0))
+
+
+def _collected_weight(layer: LoRALinear, rank: int) -> Tensor | None:
+    """Collect a weight, where it is in shards, on one rank, while the others get None; all must call this."""
     base = layer.base_layer
     if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
         raise ValueError("bitsandbytes has repacked it for inference on this CPU; initialize before evaluating.")
