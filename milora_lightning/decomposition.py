@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Literal, NamedTuple, get_args
 
 import scipy.linalg
 import torch
 from torch import Tensor
 
+from milora_lightning.eigenpairs import dense_eigenpairs, gram, smallest_eigenpairs
+
 Slice = Literal["minor", "principal", "middle", "random"]
 
-SMALL = 1024
-"""Up to this size all eigenvectors from torch cost less than a few from scipy, whose threads and torch's collide."""
+LARGE = 3072
+"""From this size on LAPACK's reduction to a tridiagonal matrix waits for memory, and the Krylov method is faster."""
+
+SQUARE = 1.5
+"""Up to this aspect ratio the singular values fall to zero: the smallest stand out, as the Krylov method needs it."""
 
 _EPS = torch.finfo(torch.float64).eps
 _MAX_ANGLE = 7e-9  # ‖sin Θ‖_F to the exact subspace; projectors then differ by √2 times that, below 1e-8
@@ -38,9 +45,10 @@ def singular_slice(
 
     Of the k = min(out, in) triplets in descending order, MiLoRA trains the last r and keeps the others frozen
     (MiLoRA, arXiv 2406.09044, section 3). Only what is asked for gets computed: eigenvectors of the float64 Gram
-    matrix of the short side span the wanted left vectors, and a small SVD inside that span removes the loss of
-    digits that squaring brings. The residual then bounds the error. Where it does not certify singular values
-    within 1e-6 (relative) and subspaces within 1e-8 (projectors) of a full float64 SVD, that full SVD is taken.
+    matrix of the short side span the wanted left vectors, found by a Krylov method for the smallest of a large one
+    and by LAPACK otherwise, and a small SVD inside that span removes the loss of digits that squaring
+    brings. The residual then bounds the error. Where it does not certify singular values within 1e-6 (relative) and
+    subspaces within 1e-8 (projectors) of a full float64 SVD, that full SVD is taken.
 
     Args:
         weight: Floating-point weight of shape (out, in), on any device, in any layout. It is not modified.
@@ -81,11 +89,9 @@ def singular_slice(
     home = weight.device
     no_double = home.type == "mps"
     W = (weight.detach().cpu() if no_double else weight.detach()).to(torch.float64)
-    finite = torch.isfinite(W)
-    if not finite.all():
-        bad = int(W.numel() - finite.sum())
+    energy = torch.linalg.matrix_norm(W).square()
+    if not energy.isfinite() and (bad := int(W.numel() - torch.isfinite(W).sum())):
         raise ValueError(f"{bad} of the weight's {W.numel()} entries are NaN or infinite: check the checkpoint")
-    del finite
 
     tall = W.shape[0] > W.shape[1]
     if tall:
@@ -95,7 +101,7 @@ def singular_slice(
         U, S, Vh = _full(W, index)
     else:
         start = {"minor": k - r, "principal": 0, "middle": (k - r) // 2}[which]
-        U, S, Vh = _partial(W, start, r) or _full(W, torch.arange(start, start + r, device="cpu"))
+        U, S, Vh = _partial(W, energy, start, r) or _full(W, torch.arange(start, start + r, device="cpu"))
     if tall:
         U, Vh = Vh.mT, U.mT
     # Contiguous, because callers broadcast and save these, and because a view would keep its larger base alive.
@@ -110,68 +116,72 @@ def _full(W: Tensor, index: Tensor) -> SingularSlice:
     return SingularSlice(U[:, index], S[index], Vh[index])
 
 
-def _partial(W: Tensor, start: int, r: int) -> SingularSlice | None:
+def _partial(W: Tensor, energy: Tensor, start: int, r: int) -> SingularSlice | None:
     """Compute triplets ``start`` to ``start + r`` of W (k, n), k ≤ n, or None where the result stays in doubt."""
-    k = W.shape[0]
-    narrow = max(8, r // 2)
-    for margin in sorted({narrow, max(narrow, k // 8)}):  # twice this work is still far less than a full SVD
-        low, high = max(start - margin, 0), min(start + r + margin, k)
-        if high - low <= k // 2:  # else the SVD inside the span costs as much as the full one
-            triplets = _certified(W, slice(start - low, start - low + r), low, high)
-            if triplets is not None:
-                return triplets
+    if not 1e-200 < energy < 1e200:
+        return None  # its squares underflow or overflow, or it is zero
+    for low, high, *pairs in _candidates(W, start, r):
+        triplets = _certified(W, energy, slice(start - low, start - low + r), low, high, *pairs)
+        if triplets is not None:
+            return triplets
     return None
 
 
-def _certified(W: Tensor, wanted: slice, low: int, high: int) -> SingularSlice | None:
+def _candidates(W: Tensor, start: int, r: int) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor | None]]:
+    """Compute eigenpairs ``low`` to ``high`` of W Wᵀ (k, k) around the wanted ones, with growing effort."""
+    k, n = W.shape
+    narrow = max(8, r // 2)
+    wide = max(narrow, k // 8)
+    margins = sorted({narrow, wide})
+    if start + r == k >= LARGE and n <= SQUARE * k and r + 2 * narrow <= k // 4:
+        if (found := smallest_eigenpairs(W, r, narrow)) is not None:
+            yield start - narrow, k, *found
+        margins = [wide]
+    for margin in margins:  # twice this work is still far less than a full SVD
+        low, high = max(start - margin, 0), min(start + r + margin, k)
+        if high - low <= k // 2:  # else the SVD inside the span costs as much as the full one
+            with suppress(scipy.linalg.LinAlgError):  # inverse iteration did not converge
+                yield low, high, *dense_eigenpairs(gram(W), low, high), None
+
+
+def _certified(
+    W: Tensor, energy: Tensor, wanted: slice, low: int, high: int, eigenvalues: Tensor, Q: Tensor, L: Tensor | None
+) -> SingularSlice | None:
     """Compute the ``wanted`` ones of triplets ``low`` to ``high`` of W (k, n), k ≤ n, or None where in doubt.
 
     With an orthonormal Q near the left vectors and the SVD QᵀW = X S Vᵀ, U = QX obeys UᵀW = S Vᵀ exactly, so
-    that all error sits in E = W V - U S. To first order, column i of it turns triplet i by at most
-    ‖Eᵢ‖ max(σ, σᵢ) / |σ² - σᵢ²|, with σ the nearest one outside Q, and changes σᵢ, relatively, by about the
-    square of that.
+    that all error sits in E = W V - U S. To first order, column i of it turns triplet i towards triplet j outside Q
+    by |uⱼᵀEᵢ| max(σⱼ, σᵢ) / |σⱼ² - σᵢ²|: altogether by at most ‖Eᵢ‖ max(σ, σᵢ) / |σ² - σᵢ²|, with σ the nearest
+    one outside, and changes σᵢ, relatively, by about the square of that. For the smallest triplets and a Cholesky
+    factor L of W Wᵀ, by at most ‖L⁻¹Eᵢ‖ / (1 - σᵢ² / σ²), which weighs the rounding of products with a large
+    σ_max for the little that it does.
 
     More eigenvectors than wanted are taken, so that σ lies well away from the σᵢ: it is the condition number
     σ_max / σ at the edge of Q that limits the accuracy then, not so much the far larger one of the weight.
     """
     k = W.shape[0]
-    energy = torch.linalg.matrix_norm(W).square()
-    if not 1e-200 < energy < 1e200:
-        return None  # its squares underflow or overflow, or it is zero
-    try:
-        eigenvalues, Q = _gram_eigenpairs(W, low, high)
-    except scipy.linalg.LinAlgError:
-        return None  # inverse iteration did not converge
     Q = torch.linalg.qr(Q).Q  # inverse iteration leaves clusters orthogonal to fewer digits
-    X, S, Vh = torch.linalg.svd(Q.mT @ W, full_matrices=False)
+    V, R = torch.linalg.qr(W.mT @ Q)  # before the SVD, which is far slower on a wide matrix
+    X, S, Yh = torch.linalg.svd(R.mT)  # so that QᵀW = X S (Yh Vᵀ)
 
     noise = k * _EPS * energy  # below it, squared singular values drown in the rounding of the Gram matrix
     if ((S.square() - eigenvalues.flip(0)).abs() > noise).any():
         return None  # a vector of a cluster came twice, and another one is missing
 
-    U, sigma, Vh = Q @ X[:, wanted], S[wanted], Vh[wanted]
-    residual = torch.linalg.vector_norm(W @ Vh.mT - U * sigma, dim=0)
+    U, sigma, Vh = Q @ X[:, wanted], S[wanted], Yh[wanted] @ V.mT
+    E = W @ Vh.mT - U * sigma
+    residual = torch.linalg.vector_norm(E, dim=0)
     rounding = 10 * _EPS * energy.sqrt()  # no SVD in float64 leaves a smaller residual
     for is_edge, edge in ((low > 0, S[0]), (high < k, S[-1])):
         if not is_edge:
             continue
         larger = torch.maximum(edge, sigma)
         gap = ((edge.square() - sigma.square()).abs() - noise).clamp_min(0)
-        angle = torch.where(residual <= rounding, 0.0, residual * larger / gap)
+        if L is None:
+            turn = residual * larger
+        else:
+            turn = torch.linalg.vector_norm(torch.linalg.solve_triangular(L, E, upper=False), dim=0) * edge.square()
+        angle = torch.where(residual <= rounding, 0.0, turn / gap)
         if (larger.square() <= noise).any() or not torch.linalg.vector_norm(angle) <= _MAX_ANGLE:
             return None
     return SingularSlice(U, sigma, Vh)
-
-
-def _gram_eigenpairs(W: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Compute eigenpairs ``low`` to ``high``, counted from the largest, of W Wᵀ (k, k); ascending."""
-    k = W.shape[0]
-    G = W @ W.mT
-    if W.device.type != "cpu" or k <= SMALL:
-        values, vectors = torch.linalg.eigh(G)
-        return values[k - high : k - low], vectors[:, k - high : k - low]
-    # LAPACK wants columns in a row: of a symmetric matrix, the transposed view spares it the copy.
-    values, vectors = scipy.linalg.eigh(
-        G.numpy().T, subset_by_index=(k - high, k - low - 1), driver="evr", overwrite_a=True, check_finite=False
-    )
-    return torch.from_numpy(values), torch.from_numpy(vectors)
