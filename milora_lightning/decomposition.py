@@ -170,6 +170,9 @@ def _certified(
 
     U, sigma, Vh = Q @ X[:, wanted], S[wanted], Yh[wanted] @ V.mT
     E = W @ Vh.mT - U * sigma
+    if L is not None:  # take out of the smallest vectors what rounding put in of the largest
+        Vh = Vh - torch.cholesky_solve(E, L).mT @ W
+        E = W @ Vh.mT - U * sigma
     residual = torch.linalg.vector_norm(E, dim=0)
     rounding = 10 * _EPS * energy.sqrt()  # no SVD in float64 leaves a smaller residual
     for is_edge, edge in ((low > 0, S[0]), (high < k, S[-1])):

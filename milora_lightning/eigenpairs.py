@@ -6,8 +6,11 @@ from collections.abc import Callable
 
 import scipy.linalg
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
+_ONE_THREAD = 1536  # up to this size scipy's threads gain less than they lose by waiting for torch's
+_scipy_threads = ThreadpoolController()
 _STEPS = 8  # before a restart: orthogonalization and the projected problem stay cheap
 _CYCLES = 4
 _ANGLE, _OUTER_ANGLE = 1e-9, 1e-5  # of wanted vectors to the exact subspace, and of the others that are returned
@@ -48,9 +51,10 @@ def dense_eigenpairs(G: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(G)
         return values[k - high : k - low], vectors[:, k - high : k - low]
     # LAPACK wants columns in a row: of a symmetric matrix, the transposed view spares it the copy.
-    values, vectors = scipy.linalg.eigh(
-        G.numpy().T, subset_by_index=(k - high, k - low - 1), driver="evr", overwrite_a=True, check_finite=False
-    )
+    with _scipy_threads.limit(limits=1 if k <= _ONE_THREAD else None, user_api="blas"):
+        values, vectors = scipy.linalg.eigh(
+            G.numpy().T, subset_by_index=(k - high, k - low - 1), driver="evr", overwrite_a=True, check_finite=False
+        )
     return torch.from_numpy(values), torch.from_numpy(vectors)
 
 
@@ -106,7 +110,7 @@ def _krylov_cycle(
         Y = operator(known[here].mT)
         H[:stop, here] = known @ Y
         Y -= known.mT @ H[:stop, here]
-        if step >= 4 or step == steps - 1:
+        if step > 4 or step == steps - 1:
             mu, y = torch.linalg.eigh(H[:stop, :stop], UPLO="U")
             mu, y = mu[-width:].flip(0), y[:, -width:].flip(1)
             angles = torch.linalg.vector_norm(Y @ y[here], dim=0) / (mu - mu[-1])
