@@ -120,8 +120,8 @@ def _partial(W: Tensor, energy: Tensor, start: int, r: int) -> SingularSlice | N
     """Compute triplets ``start`` to ``start + r`` of W (k, n), k ≤ n, or None where the result stays in doubt."""
     if not 1e-200 < energy < 1e200:
         return None  # its squares underflow or overflow, or it is zero
-    for low, high, *pairs in _candidates(W, start, r):
-        triplets = _certified(W, energy, slice(start - low, start - low + r), low, high, *pairs)
+    for low, high, eigenvalues, Q, L in _candidates(W, start, r):
+        triplets = _certified(W, energy, slice(start - low, start - low + r), low, high, eigenvalues, Q, L)
         if triplets is not None:
             return triplets
     return None
@@ -150,11 +150,9 @@ def _certified(
     """Compute the ``wanted`` ones of triplets ``low`` to ``high`` of W (k, n), k ≤ n, or None where in doubt.
 
     With an orthonormal Q near the left vectors and the SVD QᵀW = X S Vᵀ, U = QX obeys UᵀW = S Vᵀ exactly, so
-    that all error sits in E = W V - U S. To first order, column i of it turns triplet i towards triplet j outside Q
-    by |uⱼᵀEᵢ| max(σⱼ, σᵢ) / |σⱼ² - σᵢ²|: altogether by at most ‖Eᵢ‖ max(σ, σᵢ) / |σ² - σᵢ²|, with σ the nearest
-    one outside, and changes σᵢ, relatively, by about the square of that. For the smallest triplets and a Cholesky
-    factor L of W Wᵀ, by at most ‖L⁻¹Eᵢ‖ / (1 - σᵢ² / σ²), which weighs the rounding of products with a large
-    σ_max for the little that it does.
+    that all error sits in E = W V - U S. To first order, column i of it turns triplet i by at most
+    ‖Eᵢ‖ max(σ, σᵢ) / |σ² - σᵢ²|, with σ the nearest one outside Q, and changes σᵢ, relatively, by about the
+    square of that.
 
     More eigenvectors than wanted are taken, so that σ lies well away from the σᵢ: it is the condition number
     σ_max / σ at the edge of Q that limits the accuracy then, not so much the far larger one of the weight.
@@ -168,11 +166,11 @@ def _certified(
     if ((S.square() - eigenvalues.flip(0)).abs() > noise).any():
         return None  # a vector of a cluster came twice, and another one is missing
 
-    U, sigma, Vh = Q @ X[:, wanted], S[wanted], Yh[wanted] @ V.mT
+    triplets = SingularSlice(Q @ X[:, wanted], S[wanted], Yh[wanted] @ V.mT)
+    U, sigma, Vh = triplets
     E = W @ Vh.mT - U * sigma
-    if L is not None:  # take out of the smallest vectors what rounding put in of the largest
-        Vh = Vh - torch.cholesky_solve(E, L).mT @ W
-        E = W @ Vh.mT - U * sigma
+    if L is not None:
+        return _certified_smallest(W, L, triplets, E, S[0])
     residual = torch.linalg.vector_norm(E, dim=0)
     rounding = 10 * _EPS * energy.sqrt()  # no SVD in float64 leaves a smaller residual
     for is_edge, edge in ((low > 0, S[0]), (high < k, S[-1])):
@@ -180,11 +178,29 @@ def _certified(
             continue
         larger = torch.maximum(edge, sigma)
         gap = ((edge.square() - sigma.square()).abs() - noise).clamp_min(0)
-        if L is None:
-            turn = residual * larger
-        else:
-            turn = torch.linalg.vector_norm(torch.linalg.solve_triangular(L, E, upper=False), dim=0) * edge.square()
-        angle = torch.where(residual <= rounding, 0.0, turn / gap)
+        angle = torch.where(residual <= rounding, 0.0, residual * larger / gap)
         if (larger.square() <= noise).any() or not torch.linalg.vector_norm(angle) <= _MAX_ANGLE:
             return None
-    return SingularSlice(U, sigma, Vh)
+    return triplets
+
+
+def _certified_smallest(W: Tensor, L: Tensor, triplets: SingularSlice, E: Tensor, edge: Tensor) -> SingularSlice | None:
+    """Refine the right vectors of the smallest triplets, and return them, or None where in doubt.
+
+    A right vector Wᵀu / σ carries the rounding of a product with σ_max, divided by a small σ. W⁻¹ E takes that out,
+    with a Cholesky factor L of W Wᵀ. Then neither W V = U S nor UᵀW = S Vᵀ is exact: with E and F their
+    differences, triplet i turns towards triplet j outside by at most |uⱼᵀEᵢ| σⱼ / (σⱼ² - σᵢ²) and as much with
+    vⱼᵀFᵢ. Altogether that is (‖L⁻¹Eᵢ‖ + ‖Fᵢ‖ / σ) / (1 - σᵢ² / σ²) or less, with σ the ``edge``, the nearest one.
+    """
+    U, sigma, Vh = triplets
+    E = E - U @ (U.mT @ E)  # rounding, which would cost Vh its orthonormality
+    correction = torch.cholesky_solve(E, L).mT @ W
+    Vh = Vh - correction
+    E = torch.linalg.solve_triangular(L, W @ Vh.mT - U * sigma, upper=False)
+    F = W.mT @ U - Vh.mT * sigma
+    turn = torch.linalg.vector_norm(E, dim=0) + torch.linalg.vector_norm(F, dim=0) / edge
+    angle = turn / (1 - (sigma / edge).square())
+    # The square of the correction is what Vh has lost of its orthonormality still.
+    if torch.linalg.vector_norm(angle) <= _MAX_ANGLE and torch.linalg.vector_norm(correction) <= 1e-7:
+        return SingularSlice(U, sigma, Vh)
+    return None

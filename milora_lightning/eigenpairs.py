@@ -80,7 +80,9 @@ def smallest_eigenpairs(W: Tensor, wanted: int, margin: int) -> tuple[Tensor, Te
         return None
 
     def inverse(X: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(L.mT, torch.linalg.solve_triangular(L, X, upper=False), upper=True)
+        Y = torch.linalg.solve_triangular(L, X, upper=False)
+        Z: Tensor = torch.linalg.solve_triangular(L.mT, Y, upper=True)
+        return Z
 
     X = torch.randn(k, width, dtype=W.dtype, generator=torch.Generator().manual_seed(0)).to(W.device)
     for _ in range(_CYCLES):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from milora_lightning.config import Init
-from milora_lightning.decomposition import Slice, singular_slice
+from milora_lightning.decomposition import SingularSlice, Slice, singular_slice
 
 SLICES: dict[Init, Slice] = {"milora": "minor", "pissa": "principal", "middle": "middle", "random": "random"}
 
@@ -50,14 +50,40 @@ def initial_factors(
         bound = 1 / math.sqrt(weight.shape[1])  # what kaiming_uniform_(a=√5) comes to
         lora_A = torch.empty(r, weight.shape[1]).uniform_(-bound, bound, generator=generator)
         return lora_A.to(weight.device), torch.zeros(weight.shape[0], r, device=weight.device)
+    return scaled_factors(initial_triplets(weight, r, init, generator), scaling)
+
+
+def initial_triplets(weight: Tensor, r: int, init: Init, generator: torch.Generator | None = None) -> SingularSlice:
+    """Compute the triplets that factors start from, in float32, with exact zeros where singular values vanish.
+
+    Args:
+        weight: Weight of shape (out, in).
+        r: Number of triplets.
+        init: Which triplets; any but ``"lora"``.
+        generator: CPU generator for ``"random"``.
+
+    Returns:
+        U (out, r), S (r,) and Vh (r, in), on the weight's device.
+
+    Raises:
+        ValueError: If the weight is not a finite matrix, or r is out of range.
+    """
     U, S, Vh = singular_slice(weight, r, SLICES[init], generator)
-    vanishing = (
-        torch.finfo(S.dtype).eps * max(weight.shape) * torch.linalg.matrix_norm(weight.detach().to(S.dtype)) >= S
-    )
+    norm = torch.linalg.matrix_norm(weight.detach().to(S.dtype))
+    vanishing = torch.finfo(S.dtype).eps * max(weight.shape) * norm >= S
+    return SingularSlice(U.float(), S.masked_fill(vanishing, 0.0).float(), Vh.float())
+
+
+def scaled_factors(triplets: SingularSlice, scaling: float) -> tuple[Tensor, Tensor]:
+    """Turn triplets into ``lora_A`` (r, in) and ``lora_B`` (out, r), as :func:`initial_factors` describes.
+
+    >>> A, B = scaled_factors(SingularSlice(torch.ones(2, 1), torch.tensor([8.0]), torch.ones(1, 3)), scaling=2.0)
+    >>> A, B[0]
+    (tensor([[2., 2., 2.]]), tensor([2.]))
+    """
+    U, S, Vh = triplets
     root = (S / scaling).sqrt()
-    lora_A = torch.where(vanishing, 1.0, root)[:, None] * Vh
-    lora_B = U * torch.where(vanishing, 0.0, root)
-    return lora_A.float(), lora_B.float()
+    return torch.where(S == 0, 1.0, root)[:, None] * Vh, U * root
 
 
 def product_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
 
 from milora_lightning.config import LoRAConfig
+from milora_lightning.factor_cache import cached_factors
 from milora_lightning.factors import initial_factors
 from milora_lightning.lora import LoRALinear, linear_shape
 from milora_lightning.sharding import gather_to, is_sharded
@@ -83,6 +84,7 @@ def initialize(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | None = None,
+    cache: bool = True,
 ) -> int:
     """Fill the adapters' factors from the weights they adapt, one weight at a time.
 
@@ -99,6 +101,7 @@ def initialize(
             that they are sharded shows.
         world_size: Number of ranks, which must all call this.
         device: Where to decompose; by default on the weight's device.
+        cache: Whether to keep the decompositions in the user's cache folder, and to take them from there.
 
     Returns:
         The number of weights initialized, those of all ranks together.
@@ -122,7 +125,7 @@ def initialize(
     error: Exception | None = None
     for batch in track(rounds):
         try:
-            factors |= _decompose_own(batch, rank, seed, device)
+            factors |= _decompose_own(batch, rank, seed, device, cache)
         except Exception as raised:  # all of them, because the other ranks wait for this one
             error = raised
         if sharded:
@@ -139,7 +142,9 @@ def initialize(
     return len(pending)
 
 
-def _decompose_own(batch: Batch, rank: int, seed: int, device: torch.device | None) -> dict[LoRALinear, Factors]:
+def _decompose_own(
+    batch: Batch, rank: int, seed: int, device: torch.device | None, cache: bool
+) -> dict[LoRALinear, Factors]:
     """Decompose the weight in a batch that is this rank's, after all ranks have collected theirs."""
     own = []
     for name, layer, owner in batch:
@@ -148,13 +153,14 @@ def _decompose_own(batch: Batch, rank: int, seed: int, device: torch.device | No
                 weight = _collected_weight(layer, owner)
             if owner == rank and weight is not None:
                 own.append((name, layer, weight.to(device)))
-    return {layer: _factors(name, layer, weight, seed) for name, layer, weight in own}
+    return {layer: _factors(name, layer, weight, seed, cache) for name, layer, weight in own}
 
 
-def _factors(name: str, layer: LoRALinear, weight: Tensor, seed: int) -> Factors:
+def _factors(name: str, layer: LoRALinear, weight: Tensor, seed: int, cache: bool) -> Factors:
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
     with _naming(name):
-        return initial_factors(weight, layer.r, layer.scaling, layer.init, generator)
+        compute = cached_factors if cache else initial_factors
+        return compute(weight, layer.r, layer.scaling, layer.init, generator)
 
 
 @contextmanager

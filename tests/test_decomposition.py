@@ -229,14 +229,13 @@ def test_ordinary_weights_skip_the_full_svd(svd_shapes, shape, which):
     assert all(short <= min(shape) // 2 for short, _ in svd_shapes)
 
 
-def test_a_wider_margin_comes_before_the_full_svd(svd_shapes, monkeypatch):
-    monkeypatch.setattr(decomposition, "SMALL", 0)  # as for a large weight
+def test_a_wider_margin_comes_before_the_full_svd(svd_shapes):
     # Singular values that fall to zero as a random square matrix's do, with one outlier and one straggler.
     spectrum = torch.linspace(1, 1 / 400, 400, dtype=torch.float64)
     spectrum[0], spectrum[-1] = 20, 2.5e-5
     weight = planted((400, 400), spectrum)
     triplets = singular_slice(weight, R)
-    assert svd_shapes == [(R + 8, 400), (R + 50, 400)]
+    assert svd_shapes == [(R + 8, R + 8), (R + 50, R + 50)]
     assert_is_slice(triplets, weight, R, "minor")
 
 
@@ -248,32 +247,105 @@ def test_rank_deficient_weights_take_the_full_svd(svd_shapes, damage):
     assert svd_shapes[-1] == (96, 256)
 
 
-def neighbours(W, low, high, solve):
-    return solve(W, low, high)[0], solve(W, low - 1, high - 1)[1]
+def neighbours(G, low, high, solve):
+    return solve(G.clone(), low, high)[0], solve(G, low - 1, high - 1)[1]
 
 
-def noisy(W, low, high, solve):
-    values, vectors = solve(W, low, high)
+def noisy(G, low, high, solve):
+    values, vectors = solve(G, low, high)
     return values, vectors + 1e-7 * torch.randn(vectors.shape, dtype=vectors.dtype)
 
 
-def twice_the_same(W, low, high, solve):
-    values, vectors = solve(W, low, high)
+def twice_the_same(G, low, high, solve):
+    values, vectors = solve(G, low, high)
     vectors[:, 1] = vectors[:, 0]
     return values, vectors
 
 
-def no_convergence(W, low, high, solve):
+def no_convergence(G, low, high, solve):
     raise scipy.linalg.LinAlgError("did not converge")
 
 
 @pytest.mark.parametrize("sabotage", [neighbours, noisy, twice_the_same, no_convergence])
 def test_wrong_eigenvectors_are_noticed(monkeypatch, svd_shapes, sabotage):
-    solve = decomposition._gram_eigenpairs
-    monkeypatch.setattr(decomposition, "_gram_eigenpairs", lambda W, low, high: sabotage(W, low, high, solve))
+    solve = decomposition.dense_eigenpairs
+    monkeypatch.setattr(decomposition, "dense_eigenpairs", lambda G, low, high: sabotage(G, low, high, solve))
     weight = make_weight((96, 256), 1e3)
     triplets = singular_slice(weight, R)
     assert svd_shapes[-1] == (96, 256)
+    assert_is_slice(triplets, weight, R, "minor")
+
+
+@pytest.fixture
+def krylov(monkeypatch):
+    """Send what small weights there are to the Krylov method, and record whether its result was taken."""
+    taken = []
+    certified = decomposition._certified
+
+    def record(*args):
+        triplets = certified(*args)
+        if args[-1] is not None:  # a Cholesky factor comes with it
+            taken.append(triplets is not None)
+        return triplets
+
+    monkeypatch.setattr(decomposition, "LARGE", 0)
+    monkeypatch.setattr(decomposition, "_certified", record)
+    return taken
+
+
+@pytest.mark.parametrize("spectrum", ["gaussian", 1e3, 1e5])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(200, 200), (200, 260), (260, 200)])
+def test_krylov_equals_the_full_svd(krylov, shape, dtype, spectrum):
+    weight = make_weight(shape, spectrum, dtype)
+    triplets = singular_slice(weight, R)
+    # The Gram matrix has too few digits for the one, and the smallest of the other do not stand out.
+    assert krylov[0] or spectrum == 1e5 or (spectrum == "gaussian" and shape[0] != shape[1])
+    assert_are_triplets(triplets, weight, R)
+    assert_is_slice(triplets, weight, R, "minor")
+
+
+def test_krylov_with_outlying_directions(krylov):
+    """A few singular values far above the others are usual in language models, and cost digits of the smallest."""
+    weight = make_weight((256, 256), "gaussian", torch.float64)
+    weight += 1000 * planted((256, 256), torch.linspace(2, 1, 8, dtype=torch.float64))
+    triplets = singular_slice(weight, R)
+    assert krylov == [True]
+    assert_are_triplets(triplets, weight, R)
+    assert_is_slice(triplets, weight, R, "minor")
+
+
+@pytest.mark.parametrize("damage", [pruned_rows, few_pruned_rows, duplicated_rows, zero, low_rank, nearly_low_rank])
+def test_krylov_leaves_rank_deficient_weights_to_the_full_svd(krylov, svd_shapes, damage):
+    weight = make_weight((160, 160), "gaussian", torch.float64)
+    damage(weight)
+    triplets = singular_slice(weight, R)
+    assert not any(krylov)
+    assert svd_shapes[-1] == (160, 160)
+    assert_are_triplets(triplets, weight, R)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-12, 1e-6])
+def test_krylov_with_clustered_singular_values(krylov, spread):
+    spectrum = 1 - spread * torch.arange(160, dtype=torch.float64)
+    weight = planted((160, 160), spectrum)
+    triplets = singular_slice(weight, R)
+    assert_are_triplets(triplets, weight, R)
+    torch.testing.assert_close(triplets.S, spectrum[-R:], rtol=1e-9, atol=0)
+
+
+def krylov_neighbours(found):
+    values, vectors, L = found
+    return values, vectors.roll(1, dims=1) + 1e-3 * torch.randn(vectors.shape, dtype=vectors.dtype), L
+
+
+@pytest.mark.parametrize("sabotage", [krylov_neighbours, lambda found: None])
+def test_wrong_krylov_vectors_are_noticed(krylov, monkeypatch, sabotage):
+    solve = decomposition.smallest_eigenpairs
+    monkeypatch.setattr(decomposition, "smallest_eigenpairs", lambda *args: sabotage(solve(*args)))
+    weight = make_weight((200, 200), "gaussian")
+    triplets = singular_slice(weight, R)
+    assert not any(krylov)
     assert_is_slice(triplets, weight, R, "minor")
 
 
@@ -345,7 +417,9 @@ def test_transpose_swaps_the_sides():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("which", ["minor", "principal", "middle"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_cuda_agrees(shape, which):
+@pytest.mark.parametrize("large", [0, decomposition.LARGE])
+def test_cuda_agrees(monkeypatch, shape, which, large):
+    monkeypatch.setattr(decomposition, "LARGE", large)
     weight = make_weight(shape, 1e3)
     triplets = singular_slice(weight.cuda(), R, which)
     assert all(x.is_cuda for x in triplets)

@@ -46,6 +46,8 @@ class MiLoRAInit(Callback):
         seed: What the random starts derive from. Defaults to the run's seed.
         start_from: PEFT LoRA folder (exported here or by others) to continue from; the arguments above then follow
             the folder.
+        cache: Whether to keep the decompositions in the user's cache folder (``$MILORA_CACHE``), so that the next run
+            on the same weights needs none.
 
     Raises:
         ValueError: In the constructor for values out of range; in ``setup`` if the targets do not fit the model, or
@@ -67,6 +69,7 @@ class MiLoRAInit(Callback):
         modules_to_save: list[str] | None = None,
         seed: int | None = None,
         start_from: str | None = None,
+        cache: bool = True,
     ) -> None:
         self.config: LoRAConfig | None = None
         if start_from is not None:
@@ -76,6 +79,7 @@ class MiLoRAInit(Callback):
             self.config = LoRAConfig(r, alpha, lora_dropout, target_modules, init, tuple(modules_to_save or ()))
         self.seed = seed
         self.start_from = start_from
+        self.cache = cache
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject into what exists now, and into what the module's own ``setup`` and ``configure_model`` build."""
@@ -115,7 +119,7 @@ class MiLoRAInit(Callback):
         seed = torch.initial_seed() if self.seed is None else self.seed
         track = _progress if trainer.is_global_zero else iter
         ranks = trainer.global_rank, trainer.world_size
-        number = initialize(pl_module, seed, track, *ranks, trainer.strategy.root_device)
+        number = initialize(pl_module, seed, track, *ranks, trainer.strategy.root_device, self.cache)
         if number and self.config is not None:
             summary = _summary(pl_module, self.config, number, time.monotonic() - started)
             if trainer.is_global_zero:
