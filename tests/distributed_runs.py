@@ -47,7 +47,7 @@ def counted(weight: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tenso
     return initial_factors(weight, *args)
 
 
-surgery.initial_factors = counted
+surgery.cached_factors = counted
 
 
 class Record(Callback):
