@@ -50,7 +50,7 @@ def _draw_energy(axes: Any, group: list[MatrixAnalysis]) -> None:
         edges = [i / len(shares) for i in range(len(shares) + 1)]
         axes.stairs(shares, edges, color=color, label=f"{name} singular vectors")
     axes.axhline(1 / len(shares), color="black", ls=":", lw=1, label="evenly spread")
-    axes.set(xlabel="place in the spectrum (0: largest, 1: smallest)", ylabel="share of ‖ΔW‖²", ylim=(0, None))
+    axes.set(xlabel="place in the spectrum (1: smallest)", ylabel="share of ‖ΔW‖²", ylim=(0, None))
 
 
 def _panels(path: Path, groups: dict[str, list[MatrixAnalysis]], title: str, draw: Draw) -> None:
