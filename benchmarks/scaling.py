@@ -70,7 +70,7 @@ class Measured(MiLoRAInit):
     """Notes the peak of each stage, and the time of the surgery."""
 
     def __init__(self, peak: PeakMemory) -> None:
-        super().__init__(r=32, target_modules=["q_proj", "up_proj", "down_proj"])
+        super().__init__(r=32, target_modules=["q_proj", "up_proj", "down_proj"], cache=False)
         self.peak = peak
         self.found: dict[str, float] = {}
 

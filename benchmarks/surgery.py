@@ -20,7 +20,7 @@ def main() -> None:
     def ours(init: str) -> None:
         model = fresh.pop()
         inject(model, LoRAConfig(r=32, init=init))  # type: ignore[arg-type]
-        initialize(model)
+        initialize(model, cache=False)
 
     def peft() -> None:
         get_peft_model(

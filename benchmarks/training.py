@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import publish, table
+from common import machine, table
 from lightning.pytorch import Callback, Trainer
 
 from milora_lightning import CausalLMModule, MiLoRAInit, SFTDataModule
@@ -124,7 +124,7 @@ def main(file: str) -> None:
         f"Tokens without padding; {STEPS - 1} steps of {BATCH} problems after one of warm-up, medians of {ROUNDS} "
         f"alternating rounds; PEFT {version('peft')}, transformers {version('transformers')}; nothing is compiled."
     )
-    publish("training", table(columns, rows) + f"\n\n{note}")
+    print(f"{table(columns, rows)}\n\n{note}\n\n({machine()})")
 
 
 if __name__ == "__main__":
