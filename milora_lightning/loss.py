@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from milora_lightning.data.batching import IGNORED
 _CPU_LOGITS, _DEVICE_LOGITS = 2**23, 2**26
 
 
-def causal_lm_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, **inputs: Any) -> Tensor:
+def causal_lm_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Tensor:
     """Compute the sum of a causal language model's next-token cross-entropies over the labelled tokens.
 
     The output embeddings see only the hidden states whose next label counts. Where they are a frozen linear layer
@@ -31,7 +29,6 @@ def causal_lm_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, **
         input_ids: Token ids (batch, length), padded on the right. Causal attention keeps the padding out of every
             token before it, so no attention mask is needed.
         labels: Labels (batch, length), ``IGNORED`` where they do not count.
-        inputs: Further arguments of the model.
 
     Returns:
         The sum in nats, a float32 scalar; zero, but connected to the model, without any label.
@@ -40,9 +37,7 @@ def causal_lm_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, **
     targets = labels[:, 1:][supervised]
     head = model.get_output_embeddings()
     if not (_is_frozen_linear(head) and _returns_head_output(model)):
-        with only_positions(head, supervised):
-            logits = model(input_ids=input_ids, use_cache=False, **inputs).logits[0]
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+        return F.cross_entropy(supervised_logits(model, input_ids, labels).float(), targets, reduction="sum")
     losses: list[Tensor] = []
 
     def take_loss(module: nn.Linear, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -53,7 +48,7 @@ def causal_lm_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, **
 
     handle = head.register_forward_pre_hook(take_loss)
     try:
-        model(input_ids=input_ids, use_cache=False, **inputs)
+        model(input_ids=input_ids, use_cache=False)
     finally:
         handle.remove()
     return losses[0]
@@ -115,22 +110,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return gradient * grad, None, None, None
 
 
-@contextmanager
-def only_positions(head: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Have the output embeddings see only the hidden states at ``positions`` (batch, length or less) as one row.
+def supervised_logits(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Tensor:
+    """Compute a causal language model's logits at each position whose next label counts.
 
-    Works for every architecture, whatever it does to the logits afterwards, and saves the (batch, length,
-    vocabulary) tensor, which is the largest of all.
+    The output embeddings see only the hidden states of these positions. That works for every architecture, whatever it
+    does to the logits afterwards, and saves the (batch, length, vocabulary) tensor, which is the largest of all.
+
+    Args:
+        model: Any causal language model of transformers.
+        input_ids: Token ids (batch, length), padded on the right.
+        labels: Labels (batch, length), ``IGNORED`` where they do not count.
+
+    Returns:
+        Logits of shape (supervised tokens, vocabulary).
     """
+    supervised = labels[:, 1:] != IGNORED
 
     def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (_select(args[0], positions).unsqueeze(0), *args[1:])
+        return (_select(args[0], supervised).unsqueeze(0), *args[1:])
 
-    handle = head.register_forward_pre_hook(select)
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        yield
+        logits: Tensor = model(input_ids=input_ids, use_cache=False).logits[0]
     finally:
         handle.remove()
+    return logits
 
 
 def _select(hidden: Tensor, positions: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from milora_lightning.checkpoint import inject_as_in
 from milora_lightning.checkpoint_io import KEY
 from milora_lightning.data import SFTDataModule
 from milora_lightning.data.batching import IGNORED, TEXTS
-from milora_lightning.loss import causal_lm_loss, only_positions
+from milora_lightning.loss import causal_lm_loss, supervised_logits
 from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy
 from milora_lightning.pretrained import load_causal_lm, load_tokenizer
 from milora_lightning.sharding import is_sharded
@@ -118,10 +118,7 @@ class CausalLMModule(LightningModule):
         Returns:
             Logits of shape (supervised tokens, vocabulary): at each position whose next label counts.
         """
-        model = self._built()
-        supervised = batch["labels"][:, 1:] != IGNORED
-        with only_positions(model.get_output_embeddings(), supervised):
-            return cast(Tensor, model(input_ids=batch["input_ids"], use_cache=False).logits[0])
+        return supervised_logits(self._built(), batch["input_ids"], batch["labels"])
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
         """Compute the sum of the next-token cross-entropies in nats, and over how many tokens it is taken."""
