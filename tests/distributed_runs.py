@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -45,9 +46,6 @@ spent: list[int] = []
 def counted(weight: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     spent.append(cost(weight.shape))
     return initial_factors(weight, *args)
-
-
-surgery.cached_factors = counted
 
 
 class Record(Callback):
@@ -105,7 +103,8 @@ def fit(folder: Path, name: str, kind: str = "auto", model: str = "llama", **opt
     lm = module(folder / model, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2), **lm_options)
     files = folder / f"data{trainer.global_rank}"
     files.mkdir(exist_ok=True)
-    trainer.fit(lm, data(files, folder / model, batch_size=4 // devices), **resume)
+    with patch.object(surgery, "cached_factors", counted):
+        trainer.fit(lm, data(files, folder / model, batch_size=4 // devices), **resume)
     ended = {
         "losses": record.losses,
         "norms": record.norms,
