@@ -17,10 +17,11 @@ from milora_lightning.config import LoRAConfig
 from milora_lightning.data import SFTDataModule
 from milora_lightning.decomposition import singular_slice
 from milora_lightning.export import export_merged, export_peft
+from milora_lightning.initialization import initialize
 from milora_lightning.lora import LoRALinear
 from milora_lightning.module import CausalLMModule
 from milora_lightning.peft_import import load_peft
-from milora_lightning.surgery import adapters_disabled, initialize, inject, lora_layers
+from milora_lightning.surgery import adapters_disabled, inject, lora_layers
 
 __version__ = "0.1.0"
 

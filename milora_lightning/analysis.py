@@ -17,11 +17,12 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
+from milora_lightning.base_weight import dense_weight
 from milora_lightning.decomposition import SingularSlice, singular_slice
 from milora_lightning.factors import stack_factors
 from milora_lightning.lora import LoRALinear
 from milora_lightning.metrics.subspace import Update, reference_subspaces
-from milora_lightning.surgery import dense_weight, lora_layers
+from milora_lightning.surgery import lora_layers
 
 BINS = 24
 """Parts into which a spectrum is divided to see where an update's energy lies."""

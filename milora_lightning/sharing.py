@@ -93,7 +93,7 @@ def exchange_factors(
         layer.set_initial_factors(*own)
 
 
-def raise_together(error: Exception | None, world_size: int) -> None:
+def raise_together(error: BaseException | None, world_size: int) -> None:
     """Raise what this rank has met, or else what another one has; a rank that went on would wait for ever.
 
     Raises:

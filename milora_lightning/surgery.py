@@ -1,29 +1,19 @@
-"""Surgery on a model: find the target layers, inject adapters, initialize their factors."""
+"""The first step of surgery: find the target layers and inject adapters, without arithmetic."""
 
 from __future__ import annotations
 
-import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
 
-import torch
-import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
 
 from milora_lightning.config import LoRAConfig
-from milora_lightning.factor_cache import cached_factors
-from milora_lightning.factors import initial_factors
 from milora_lightning.lora import LoRALinear, linear_shape
-from milora_lightning.sharding import gather_to, is_sharded
-from milora_lightning.sharing import Factors, cost, exchange_factors, in_rounds, raise_together, share_out
+from milora_lightning.sharding import is_sharded
 from milora_lightning.targets import TargetNotFoundError, find_modules, find_targets
-
-Batch = list[tuple[str, LoRALinear, int]]
-"""Name, layer and owning rank of weights that are decomposed at the same time, at most one by each rank."""
 
 
 def inject(module: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
@@ -31,7 +21,7 @@ def inject(module: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
 
     No arithmetic is done, so it works on the meta device; the module's function does not change. Everything is
     checked before anything is changed. Layers that have an adapter of the same configuration already are left as
-    they are, so injecting twice is injecting once. Follow it with :func:`initialize`.
+    they are, so injecting twice is injecting once. Follow it with :func:`milora_lightning.initialize`.
 
     Args:
         module: Any module; changed in place.
@@ -77,100 +67,6 @@ def inject(module: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
     return adapters
 
 
-def initialize(
-    module: nn.Module,
-    seed: int = 0,
-    track: Callable[[Sequence[Batch]], Iterable[Batch]] = iter,
-    rank: int = 0,
-    world_size: int = 1,
-    device: torch.device | None = None,
-    cache: bool = True,
-) -> int:
-    """Fill the adapters' factors from the weights they adapt, one weight at a time.
-
-    Adapters that have their factors already (initialized before, or restored from a checkpoint) are left alone.
-    Several ranks that hold the same weights, or shards of them, share the work: each decomposes its part and sends the
-    others the result, so that all end with identical factors. Of sharded weights a rank collects one at a time.
-
-    Args:
-        module: A module with injected adapters.
-        seed: What random starts (``"random"``, ``"lora"``) derive from, together with the layer's name: neither
-            the order of layers nor other random draws matter.
-        track: Wraps the work list, to show progress. Its entries hold at most one layer for each rank.
-        rank: This process's rank in torch's default process group. Needed only where each has all of the weights:
-            that they are sharded shows.
-        world_size: Number of ranks, which must all call this.
-        device: Where to decompose; by default on the weight's device.
-        cache: Whether to keep the decompositions in the user's cache folder, and to take them from there.
-
-    Returns:
-        The number of weights initialized, those of all ranks together.
-
-    Raises:
-        ValueError: If a weight has non-finite entries; names the layer. On all ranks, whichever found it.
-
-    >>> model = nn.Sequential(nn.Linear(8, 8))
-    >>> _ = inject(model, LoRAConfig(r=2))
-    >>> initialize(model), initialize(model)
-    (1, 0)
-    """
-    pending = [(name, layer) for name, layer in lora_layers(module).items() if not layer.initialized]
-    sharded = is_sharded(module)
-    if sharded:
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-    shapes = [linear_shape(layer.base_layer) for _, layer in pending]
-    owners = share_out(shapes, world_size)
-    rounds = [[(*pending[i], owners[i]) for i in batch] for batch in in_rounds(owners, [cost(s) for s in shapes])]
-    factors: dict[LoRALinear, Factors] = {}
-    error: Exception | None = None
-    for batch in track(rounds):
-        try:
-            factors |= _decompose_own(batch, rank, seed, device, cache)
-        except Exception as raised:  # all of them, because the other ranks wait for this one
-            error = raised
-        if sharded:
-            raise_together(error, world_size)  # now, as this rank is needed to collect the next weights
-        elif error:
-            break
-    raise_together(error, world_size)
-    layers = [layer for _, layer in pending]
-    if world_size > 1:
-        exchange_factors(layers, owners, factors, device)
-    else:
-        for layer in layers:
-            layer.set_initial_factors(*factors.pop(layer))
-    return len(pending)
-
-
-def _decompose_own(
-    batch: Batch, rank: int, seed: int, device: torch.device | None, cache: bool
-) -> dict[LoRALinear, Factors]:
-    """Decompose the weight in a batch that is this rank's, after all ranks have collected theirs."""
-    own = []
-    for name, layer, owner in batch:
-        if owner == rank or is_sharded(layer):
-            with _naming(name):
-                weight = _collected_weight(layer, owner)
-            if owner == rank and weight is not None:
-                own.append((name, layer, weight.to(device)))
-    return {layer: _factors(name, layer, weight, seed, cache) for name, layer, weight in own}
-
-
-def _factors(name: str, layer: LoRALinear, weight: Tensor, seed: int, cache: bool) -> Factors:
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
-    with _naming(name):
-        compute = cached_factors if cache else initial_factors
-        return compute(weight, layer.r, layer.scaling, layer.init, generator)
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"The weight of layer {name!r} cannot be decomposed: {error}") from error
-
-
 def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
     """Return the adapters of a module by name; where FSDP1 has wrapped modules, by the name from before.
 
@@ -206,37 +102,6 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.enabled = enabled
-
-
-def dense_weight(layer: LoRALinear) -> Tensor:
-    """Return the frozen weight of an adapter's base layer as a matrix of shape (out, in).
-
-    Raises:
-        ValueError: If it is in shards, quantized by something other than bitsandbytes, or repacked by it for inference.
-    """
-    if is_sharded(layer.base_layer):
-        raise ValueError("The weight is in shards on several ranks: analyze the checkpoint on one device instead.")
-    return cast(Tensor, _collected_weight(layer, 0))
-
-
-def _collected_weight(layer: LoRALinear, rank: int) -> Tensor | None:
-    """Collect a weight, where it is in shards, on one rank, while the others get None; all must call this."""
-    base = layer.base_layer
-    if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
-        raise ValueError("bitsandbytes has repacked it for inference on this CPU; initialize before evaluating.")
-    weight = gather_to(base.weight.detach(), rank)
-    if weight is None:
-        return None
-    if not weight.is_floating_point():
-        from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # imports bitsandbytes, if installed
-
-        weight = dequantize_bnb_weight(base.weight, getattr(base, "state", None)).detach()
-    if not weight.is_floating_point():
-        raise ValueError(
-            f"its {type(base).__name__} holds {weight.dtype} codes that cannot be turned back into a weight here; load "
-            "the model unquantized, or quantized by bitsandbytes."
-        )
-    return weight.T if layer.transposed else weight
 
 
 def _check_no_peft(module: nn.Module) -> None:

@@ -18,7 +18,7 @@ from test_module import data, module
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from milora_lightning import LoRAConfig, MiLoRAInit, inject, lora_layers, surgery
+from milora_lightning import LoRAConfig, MiLoRAInit, initialization, inject, lora_layers
 from milora_lightning.cli import main
 from milora_lightning.factors import initial_factors
 from milora_lightning.fsdp1 import _kept_tensors
@@ -103,7 +103,7 @@ def fit(folder: Path, name: str, kind: str = "auto", model: str = "llama", **opt
     lm = module(folder / model, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2), **lm_options)
     files = folder / f"data{trainer.global_rank}"
     files.mkdir(exist_ok=True)
-    with patch.object(surgery, "cached_factors", counted):
+    with patch.object(initialization, "cached_factors", counted):
         trainer.fit(lm, data(files, folder / model, batch_size=4 // devices), **resume)
     ended = {
         "losses": record.losses,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.distributed.checkpoint import FileSystemWriter
 
-from milora_lightning import surgery
+from milora_lightning import initialization
 from milora_lightning.cli import main
 
 
@@ -27,7 +27,7 @@ def die_at(call: int, function: Any) -> Any:
 if __name__ == "__main__":
     if os.environ.get("LOCAL_RANK") == "1":
         if sys.argv[1] == "surgery":
-            surgery.cached_factors = die_at(3, surgery.cached_factors)
+            initialization.cached_factors = die_at(3, initialization.cached_factors)
         else:  # two checkpoints are written each time, the second in place of the one before
             FileSystemWriter.write_data = die_at(4, FileSystemWriter.write_data)
     main(sys.argv[2:])

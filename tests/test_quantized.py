@@ -24,8 +24,8 @@ from milora_lightning import (
     load_peft,
     lora_layers,
 )
+from milora_lightning.base_weight import dense_weight
 from milora_lightning.checkpoint import KEY
-from milora_lightning.surgery import dense_weight
 
 pytest.importorskip("bitsandbytes")
 IDS = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(0))

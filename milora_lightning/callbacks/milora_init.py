@@ -16,10 +16,11 @@ from rich.table import Table
 from milora_lightning.checkpoint import AdapterCheckpoint
 from milora_lightning.config import Init, LoRAConfig
 from milora_lightning.factors import stack_factors
+from milora_lightning.initialization import Batch, initialize
 from milora_lightning.peft_import import load_peft, peft_config
 from milora_lightning.sharding import full_tensor, is_sharded
 from milora_lightning.strategies import finish, needs_early_start, prepare, restores_late
-from milora_lightning.surgery import Batch, initialize, inject, lora_layers
+from milora_lightning.surgery import inject, lora_layers
 from milora_lightning.targets import TargetNotFoundError
 
 

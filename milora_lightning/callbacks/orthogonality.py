@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from milora_lightning.base_weight import dense_weight
 from milora_lightning.decomposition import singular_slice
 from milora_lightning.lora import LoRALinear
-from milora_lightning.surgery import dense_weight, lora_layers
+from milora_lightning.surgery import lora_layers
 
 
 class PrincipalProjection(Callback):

@@ -12,7 +12,8 @@ from rich.progress import track
 from torch import Tensor
 
 from milora_lightning.analysis import reference_vectors, update_of
-from milora_lightning.surgery import dense_weight, lora_layers
+from milora_lightning.base_weight import dense_weight
+from milora_lightning.surgery import lora_layers
 
 
 class SubspaceMonitor(Callback):

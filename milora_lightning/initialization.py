@@ -1,0 +1,119 @@
+"""The second step of surgery: fill the adapters' factors from the weights that they adapt."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from milora_lightning.base_weight import collected_weight
+from milora_lightning.factor_cache import cached_factors
+from milora_lightning.factors import initial_factors
+from milora_lightning.lora import LoRALinear, linear_shape
+from milora_lightning.sharding import is_sharded
+from milora_lightning.sharing import Factors, cost, exchange_factors, in_rounds, raise_together, share_out
+from milora_lightning.surgery import lora_layers
+
+Batch = list[tuple[str, LoRALinear, int]]
+"""Name, layer and owning rank of weights that are decomposed at the same time, at most one by each rank."""
+
+
+def initialize(
+    module: nn.Module,
+    seed: int = 0,
+    track: Callable[[Sequence[Batch]], Iterable[Batch]] = iter,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | None = None,
+    cache: bool = True,
+) -> int:
+    """Fill the adapters' factors from the weights they adapt, one weight at a time.
+
+    Adapters that have their factors already (initialized before, or restored from a checkpoint) are left alone.
+    Several ranks that hold the same weights, or shards of them, share the work: each decomposes its part and sends the
+    others the result, so that all end with identical factors. Of sharded weights a rank collects one while it
+    decomposes the one before.
+
+    Args:
+        module: A module with injected adapters.
+        seed: What random starts (``"random"``, ``"lora"``) derive from, together with the layer's name: neither
+            the order of layers nor other random draws matter.
+        track: Wraps the work list, to show progress. Its entries hold at most one layer for each rank.
+        rank: This process's rank in torch's default process group. Needed only where each has all of the weights:
+            that they are sharded shows.
+        world_size: Number of ranks, which must all call this.
+        device: Where to decompose; by default on the weight's device.
+        cache: Whether to keep the decompositions in the user's cache folder, and to take them from there.
+
+    Returns:
+        The number of weights initialized, those of all ranks together.
+
+    Raises:
+        ValueError: If a weight has non-finite entries; names the layer. On all ranks, whichever found it.
+
+    >>> from milora_lightning import LoRAConfig, inject
+    >>> model = nn.Sequential(nn.Linear(8, 8))
+    >>> _ = inject(model, LoRAConfig(r=2))
+    >>> initialize(model), initialize(model)
+    (1, 0)
+    """
+    pending = [(name, layer) for name, layer in lora_layers(module).items() if not layer.initialized]
+    sharded = is_sharded(module)
+    if sharded:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+    shapes = [linear_shape(layer.base_layer) for _, layer in pending]
+    owners = share_out(shapes, world_size)
+    rounds = [[(*pending[i], owners[i]) for i in batch] for batch in in_rounds(owners, [cost(s) for s in shapes])]
+
+    def decompose(name: str, layer: LoRALinear, weight: Tensor) -> Factors:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+        compute = cached_factors if cache else initial_factors
+        with _naming(name):
+            return compute(weight.to(device), layer.r, layer.scaling, layer.init, generator)
+
+    jobs = _start_jobs(decompose, track(rounds), rank)
+    errors = [error for job in jobs.values() if (error := job.exception())]
+    raise_together(errors[0] if errors else None, world_size)
+    factors = {layer: job.result() for layer, job in jobs.items()}
+    layers = [layer for _, layer in pending]
+    if world_size > 1:
+        exchange_factors(layers, owners, factors, device)
+    else:
+        for layer in layers:
+            layer.set_initial_factors(*factors.pop(layer))
+    return len(pending)
+
+
+def _start_jobs(
+    decompose: Callable[[str, LoRALinear, Tensor], Factors], rounds: Iterable[Batch], rank: int
+) -> dict[LoRALinear, Future[Factors]]:
+    """Decompose this rank's weights, collecting one while the one before is decomposed; wait until all have ended.
+
+    After a failure there are no more, but weights are still collected where other ranks need this one for theirs.
+    """
+    jobs: dict[LoRALinear, Future[Factors]] = {}
+    before = last = None
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        for batch in rounds:
+            failed = before is not None and before.exception() is not None  # waits: no more than two at a time
+            for name, layer, owner in batch:
+                if is_sharded(layer) or (owner == rank and not failed):
+                    with _naming(name):
+                        weight = collected_weight(layer, owner)
+                    if owner == rank and weight is not None and not failed:
+                        jobs[layer] = worker.submit(decompose, name, layer, weight)
+                        before, last = last, jobs[layer]
+    return jobs
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"The weight of layer {name!r} cannot be decomposed: {error}") from error
