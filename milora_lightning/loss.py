@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from milora_lightning.data.batching import IGNORED
+from milora_lightning.prefix import model_inputs
 
 # Logits held at once, as float32: on CPUs what stays in the cache, elsewhere what fills the device.
 _CPU_LOGITS, _DEVICE_LOGITS = 2**23, 2**26
@@ -33,22 +34,22 @@ def causal_lm_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) ->
     Returns:
         The sum in nats, a float32 scalar; zero, but connected to the model, without any label.
     """
-    supervised = labels[:, 1:] != IGNORED
-    targets = labels[:, 1:][supervised]
+    targets = labels[:, 1:][labels[:, 1:] != IGNORED]
     head = model.get_output_embeddings()
     if not (_is_frozen_linear(head) and _returns_head_output(model)):
         return F.cross_entropy(supervised_logits(model, input_ids, labels).float(), targets, reduction="sum")
+    inputs, supervised = model_inputs(model, input_ids, labels)
     losses: list[Tensor] = []
 
     def take_loss(module: nn.Linear, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         # Within the model's forward, because sharded weights are whole only there.
-        hidden = _select(args[0], supervised)
+        hidden = args[0][supervised]
         losses.append(linear_cross_entropy(hidden, module.weight, module.bias, targets))
         return (hidden[:0].unsqueeze(0), *args[1:])
 
     handle = head.register_forward_pre_hook(take_loss)
     try:
-        model(input_ids=input_ids, use_cache=False)
+        model(**inputs, use_cache=False)
     finally:
         handle.remove()
     return losses[0]
@@ -124,21 +125,17 @@ def supervised_logits(model: PreTrainedModel, input_ids: Tensor, labels: Tensor)
     Returns:
         Logits of shape (supervised tokens, vocabulary).
     """
-    supervised = labels[:, 1:] != IGNORED
+    inputs, supervised = model_inputs(model, input_ids, labels)
 
     def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (_select(args[0], supervised).unsqueeze(0), *args[1:])
+        return (args[0][supervised].unsqueeze(0), *args[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        logits: Tensor = model(input_ids=input_ids, use_cache=False).logits[0]
+        logits: Tensor = model(**inputs, use_cache=False).logits[0]
     finally:
         handle.remove()
     return logits
-
-
-def _select(hidden: Tensor, positions: Tensor) -> Tensor:
-    return hidden[:, : positions.shape[1]][positions]
 
 
 def _is_frozen_linear(head: nn.Module) -> bool:

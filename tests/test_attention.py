@@ -20,14 +20,18 @@ def with_blocks(kind: str) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("length", [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 5])
+@pytest.mark.parametrize("before", [0, 3])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
-def test_output_and_gradients_equal_torchs(length: int, heads: tuple[int, int]) -> None:
+def test_output_and_gradients_equal_torchs(length: int, before: int, heads: tuple[int, int]) -> None:
+    """With as many queries as keys, and with those of the last positions."""
     torch.manual_seed(0)
-    inputs = [torch.randn(2, length, n, 8, dtype=torch.float64, requires_grad=True) for n in (heads[0], *heads[1:] * 2)]
+    shapes = [(2, before + length, n, 8) for n in (heads[0], heads[1], heads[1])]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     query, key, value = (x.transpose(1, 2) for x in inputs)
     direction = torch.randn(2, heads[0], length, 8, dtype=torch.float64)
-    ours = causal_attention(query, key, value, 0.3)
+    ours = causal_attention(query[:, :, before:], key, value, 0.3)
     theirs = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True)
+    theirs = theirs[:, :, before:]
     torch.testing.assert_close(ours, theirs)
     for got, want in zip(
         torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(theirs, inputs, direction), strict=True

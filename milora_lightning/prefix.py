@@ -1,0 +1,101 @@
+"""Batches whose rows begin alike, as prompts of one template do: what they share is computed once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from milora_lightning.attention import NAME, SHARED_PREFIX
+from milora_lightning.data.batching import IGNORED
+
+SHORTEST = 8  # shorter prefixes save less than the rearrangement costs
+
+
+def model_inputs(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """Lay a batch out for a model's forward, with a prefix that its rows share only once, where the model can.
+
+    That takes ``attn_implementation="causal_blocks"``, on a CPU, and an architecture without windows and dropout in its
+    attention. One row then holds the prefix and, after it, what is left of each row: the same function of the same
+    tokens, without repeating the prefix in every layer.
+
+    Args:
+        model: Any causal language model of transformers.
+        input_ids: Token ids (batch, length), padded on the right.
+        labels: Labels (batch, length), ``IGNORED`` where they do not count.
+
+    Returns:
+        Arguments of the model's forward, and the positions of their tokens whose next label counts, as a mask of the
+        shape of the inputs. The positions come in the order of the batch's rows.
+    """
+    prefix = shared_prefix(input_ids, labels)
+    if prefix < SHORTEST or not _can_share(model):
+        supervised = torch.zeros_like(labels, dtype=torch.bool)
+        supervised[:, :-1] = labels[:, 1:] != IGNORED
+        return {"input_ids": input_ids}, supervised
+    return _laid_out(input_ids, labels, prefix)
+
+
+def shared_prefix(input_ids: Tensor, labels: Tensor) -> int:
+    """Return how many first tokens all rows of a batch share, before the last one whose next label may count.
+
+    >>> shared_prefix(torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]]), torch.tensor([[-100, -100, 7, 8]] * 2))
+    1
+    """
+    if len(input_ids) < 2:
+        return 0
+    alike = (input_ids == input_ids[:1]).all(0) & (labels == IGNORED).all(0)
+    common = int(alike.long().cumprod(0).sum())
+    if common == labels.shape[1] or (labels[:, common] != IGNORED).any():
+        common -= 1  # its next label is another one in each row
+    return max(common, 0)
+
+
+def _laid_out(input_ids: Tensor, labels: Tensor, prefix: int) -> tuple[dict[str, Any], Tensor]:
+    rows, length = input_ids.shape
+    own = torch.arange(prefix, length, device=input_ids.device).repeat(rows)
+    positions = torch.cat([torch.arange(prefix, device=input_ids.device), own])[None]
+    supervised = torch.zeros_like(labels, dtype=torch.bool)
+    supervised[:, :-1] = labels[:, 1:] != IGNORED
+    inputs = {
+        "input_ids": torch.cat([input_ids[0, :prefix], input_ids[:, prefix:].flatten()])[None],
+        "position_ids": positions,
+        # Of four dimensions, which transformers passes on as it is, and to which the attention pays no attention.
+        "attention_mask": input_ids.new_zeros((), dtype=torch.bool).expand(1, 1, *positions.shape[1:] * 2),
+        SHARED_PREFIX: (prefix, rows),
+    }
+    return inputs, torch.cat([supervised[0, :prefix], supervised[:, prefix:].flatten()])[None]
+
+
+def _can_share(model: PreTrainedModel) -> bool:
+    """Whether a model computes the same in both ways; found out once, by trying."""
+    known = getattr(model, "_can_share_prefix", None)
+    if known is None:
+        known = model._can_share_prefix = _attends_to_all(model) and _computes_the_same(model)
+    return bool(known)
+
+
+def _attends_to_all(model: PreTrainedModel) -> bool:
+    config = model.config.get_text_config()
+    unfit = ("sliding_window", "attention_chunk_size", "attention_dropout", "attn_pdrop")
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    uses_blocks = model.config._attn_implementation == NAME and model.device.type == "cpu"
+    return uses_blocks and not any(getattr(config, name, None) for name in unfit) and layers == {"full_attention"}
+
+
+@torch.no_grad()
+def _computes_the_same(model: PreTrainedModel) -> bool:
+    input_ids = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 2, 4, 3]], device=model.device)
+    labels = torch.full_like(input_ids, IGNORED)
+    labels[:, 4] = 0
+    inputs, _ = _laid_out(input_ids, labels, prefix=3)
+    with torch.random.fork_rng([]):  # its draws, for dropout, are not to be seen in those of training
+        plain = model(input_ids=input_ids, use_cache=False).logits[:, 3:].float().flatten(0, 1)
+        try:
+            shared = model(**inputs, use_cache=False).logits[0, 3:].float()
+        except TypeError:  # its forward has no position_ids, or passes no options on
+            return False
+    tolerance = max(1e-4, 3 * torch.finfo(model.dtype).eps)
+    return bool((plain - shared).norm() <= tolerance * plain.norm())
