@@ -8,12 +8,12 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from milora_lightning.config import Init
 from milora_lightning.factors import stack_factors
+from milora_lightning.fused import draw_mask, fused_lora, masked, updated_product
 from milora_lightning.sharding import fill, full_tensor
 
 PLAIN_LAYERS = (nn.Linear, NonDynamicallyQuantizableLinear, Conv1D)
@@ -49,6 +49,8 @@ class LoRALinear(nn.Module):
         initial_B: Frozen initial value of ``lora_B``, or None.
         enabled: Whether the update is applied; see :func:`milora_lightning.adapters_disabled`.
         initialized: Whether the factors have their initial values.
+        stacked: The factors as the layer's products need them, where they are kept from one call to the next; see
+            :func:`milora_lightning.surgery.factors_kept`.
 
     Raises:
         TypeError: If ``base_layer`` is no linear layer.
@@ -73,6 +75,7 @@ class LoRALinear(nn.Module):
         self.init = init
         self.enabled = True
         self.initialized = False
+        self.stacked: tuple[Tensor, Tensor] | None = None
         self.transposed = isinstance(base_layer, Conv1D)
         self.out_features, self.in_features = linear_shape(base_layer)
 
@@ -105,9 +108,11 @@ class LoRALinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         mask, scaling = self._dropout_mask(x)
         base = self.base_layer
+        if self.stacked is not None and mask is None and not torch.is_grad_enabled():
+            A, B = (factor.to(x.dtype) for factor in self.stacked)
+            return updated_product(x, base.weight, base.bias, A, B, None, self.transposed)[0]
         factors = self.lora_A, self.lora_B, self.initial_A, self.initial_B
-        fused: Callable[..., Tensor] = _FusedLoRA.apply
-        return fused(x, base.weight, base.bias, *factors, mask, scaling, self.transposed)
+        return fused_lora(x, base.weight, base.bias, *factors, mask, scaling, self.transposed)
 
     def update(self, x: Tensor) -> Tensor:
         """Compute the update's part of the output, s (B A − B₀A₀) x, of shape (..., out).
@@ -116,7 +121,7 @@ class LoRALinear(nn.Module):
         what is added to the output of a base layer that only its own code can evaluate (a quantised one).
         """
         mask, scaling = self._dropout_mask(x)
-        x = _masked(x, mask)
+        x = masked(x, mask)
         A, B = stack_factors(self.lora_A, self.lora_B, self.initial_A, self.initial_B)
         return F.linear(F.linear(x, A.to(x.dtype)), (scaling * B).to(x.dtype))
 
@@ -200,101 +205,3 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, Conv1D):
         return layer.nf, layer.nx
     return cast(int, layer.out_features), cast(int, layer.in_features)
-
-
-class _FusedLoRA(torch.autograd.Function):
-    """Base product and update as one operation.
-
-    The update is accumulated into the base product's output, and saved for backward are only the input, its
-    projection (tokens, r) and the dropout mask; the stacked factors are formed anew, being small.
-    With g the output's gradient: ∂A = s Bᵀ g xᵀ, ∂B = s g (A x)ᵀ, ∂x = Wᵀ g + s (B A − B₀A₀)ᵀ g.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        initial_A: Tensor | None,
-        initial_B: Tensor | None,
-        mask: Tensor | None,
-        scaling: float,
-        transposed: bool,
-    ) -> Tensor:
-        A, B = _stack(lora_A, lora_B, initial_A, initial_B, scaling, x.dtype)
-        W, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        if transposed and b is not None:  # the very call that Conv1D makes, which always has a bias
-            y = torch.addmm(b, rows, W).view(*x.shape[:-1], B.shape[0])
-        else:
-            y = F.linear(x, W, b)
-        hidden = _masked(rows, mask) @ A.T  # (tokens, 2r)
-        y.view(-1, B.shape[0]).addmm_(hidden, B.T)
-        projection = hidden[:, : lora_A.shape[0]].contiguous()
-        ctx.save_for_backward(x, weight, lora_A, lora_B, initial_A, initial_B, mask, projection)
-        ctx.scaling, ctx.transposed = scaling, transposed
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_A, lora_B, initial_A, initial_B, mask, projection = ctx.saved_tensors
-        A, B = _stack(lora_A, lora_B, initial_A, initial_B, ctx.scaling, x.dtype)
-        r = lora_A.shape[0]
-        rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        grad_hidden = grad_rows @ B  # (tokens, 2r), the scale included
-        grad_x = grad_A = grad_B = None
-        if ctx.needs_input_grad[3]:
-            # A enters both halves of the stack: s ΔBᵀg + s B₀ᵀg = s Bᵀg
-            to_A = grad_hidden if initial_A is None else grad_hidden[:, :r] + grad_hidden[:, r:]
-            grad_A = (to_A.T @ _masked(rows, mask)).to(lora_A.dtype)
-        if ctx.needs_input_grad[4]:
-            grad_B = (grad_rows.T @ projection).to(lora_B.dtype) * ctx.scaling
-        if ctx.needs_input_grad[0]:
-            W = weight.to(x.dtype)
-            grad_x = grad_rows @ (W.T if ctx.transposed else W)
-            if mask is None:
-                grad_x.addmm_(grad_hidden, A)
-            else:
-                grad_x += _masked(grad_hidden @ A, mask)
-            grad_x = grad_x.view_as(x)
-        return grad_x, None, None, grad_A, grad_B, None, None, None, None, None
-
-
-def _stack(
-    lora_A: Tensor,
-    lora_B: Tensor,
-    initial_A: Tensor | None,
-    initial_B: Tensor | None,
-    scaling: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    A, B = stack_factors(lora_A, lora_B, initial_A, initial_B)
-    return A.to(dtype), (scaling * B).to(dtype)
-
-
-def draw_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
-    """Draw which entries a dropout of probability ``p`` keeps.
-
-    Cuts 64 random bits into four decisions, so that a mask costs a fraction of the product it goes into; a draw for
-    each entry would cost more than that product. The probability is rounded to a multiple of 2⁻¹⁶.
-
-    Args:
-        x: Tensor that the mask is for.
-        p: Probability to drop an entry.
-
-    Returns:
-        A mask of 0 and 1 (uint8) in the shape of ``x``, and the exact probability to keep an entry.
-    """
-    dropped = min(round(p * 2**16), 2**16 - 1)
-    bits = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 3) // 4,), device=x.device)
-    mask = bits.view(torch.int16)[: x.numel()] >= dropped - 2**15
-    return mask.view(torch.uint8).view(x.shape), 1 - dropped / 2**16
-
-
-def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    # Converted before the product: torch multiplies mixed types element by element.
-    return x if mask is None else x * mask.to(x.dtype).view(x.shape)

@@ -91,16 +91,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         rows = max(1, (_CPU_LOGITS if hidden.device.type == "cpu" else _DEVICE_LOGITS) // len(weight))
+        # Made once: every chunk would have to be given its memory by the system anew.
+        own = hidden.new_empty(min(rows, len(hidden)), len(weight))
+        full = own.new_empty(own.shape, dtype=torch.float32), own.new_empty(own.shape, dtype=torch.float32)
         for start in range(0, len(hidden), rows):
             chunk, right = hidden[start : start + rows], targets[start : start + rows, None]
-            logits = F.linear(chunk, weight, None if bias is None else bias.to(chunk.dtype))
-            p = logits.float().softmax(-1)
+            logits, z, p = (buffer[: len(chunk)] for buffer in (own, *full))
+            if bias is None:
+                torch.mm(chunk, weight.T, out=logits)
+            else:
+                torch.addmm(bias.to(chunk.dtype), chunk, weight.T, out=logits)
+            torch.softmax(z.copy_(logits), -1, out=p)
             # The largest probability is 1 / Σ exp(z − max z), never too small for a logarithm.
-            log_sum = logits.amax(-1).float() - p.amax(-1).log()
-            total += (log_sum - logits.gather(1, right)[:, 0].float()).sum()
+            log_sum = z.amax(-1) - p.amax(-1).log()
+            total += (log_sum - z.gather(1, right)[:, 0]).sum()
             if gradient is not None:
                 p.scatter_add_(1, right, torch.full_like(right, -1, dtype=p.dtype))
-                torch.mm(p.to(chunk.dtype), weight, out=gradient[start : start + rows])
+                torch.mm(logits.copy_(p), weight, out=gradient[start : start + rows])
         ctx.save_for_backward(gradient)
         return total
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
 
 from milora_lightning.config import LoRAConfig
+from milora_lightning.fused import stacked_factors
 from milora_lightning.lora import LoRALinear, linear_shape
 from milora_lightning.sharding import is_sharded
 from milora_lightning.targets import TargetNotFoundError, find_modules, find_targets
@@ -102,6 +103,27 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.enabled = enabled
+
+
+@contextmanager
+def factors_kept(module: nn.Module) -> Iterator[None]:
+    """Within this context, without gradients, each adapter stacks and casts its factors once and not in every call.
+
+    For generation, where the calls are many and small. The factors must not change within it, nor be in shards.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8))
+    >>> with torch.no_grad(), factors_kept(model):
+    ...     pass
+    """
+    layers = [layer for layer in lora_layers(module).values() if layer.base_layer.weight.is_floating_point()]
+    try:
+        for layer in layers:
+            factors = layer.lora_A, layer.lora_B, layer.initial_A, layer.initial_B
+            layer.stacked = stacked_factors(*factors, layer.scaling, layer.base_layer.weight.dtype)
+        yield
+    finally:
+        for layer in layers:
+            layer.stacked = None
 
 
 def _check_no_peft(module: nn.Module) -> None:

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from milora_lightning import LoRAConfig, LoRALinear, adapters_disabled, initialize, inject
-from milora_lightning.lora import _FusedLoRA, draw_mask
+from milora_lightning.fused import draw_mask, fused_lora
+from milora_lightning.surgery import factors_kept
 
 OUT, IN, R, TOKENS = 24, 16, 4, 10
 
@@ -52,7 +53,7 @@ def test_gradcheck_in_float64(init: str, conv: bool, p: float) -> None:
     weight, bias = layer.base_layer.weight, layer.base_layer.bias
 
     def fused(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return _FusedLoRA.apply(x, weight, bias, A, B, layer.initial_A, layer.initial_B, mask, 1.7, conv)
+        return fused_lora(x, weight, bias, A, B, layer.initial_A, layer.initial_B, mask, 1.7, conv)
 
     assert torch.autograd.gradcheck(fused, (x, layer.lora_A, layer.lora_B))
 
@@ -287,3 +288,19 @@ def test_training_before_initialization_is_refused() -> None:
 def test_only_linear_layers() -> None:
     with pytest.raises(TypeError, match="Embedding"):
         LoRALinear(nn.Embedding(3, 4), r=1)
+
+
+def test_factors_are_kept_where_they_do_not_change() -> None:
+    """Without a difference in the output, and without effect once the context has ended."""
+    layer = adapted()
+    x = torch.randn(TOKENS, IN)
+    with torch.no_grad():
+        before = layer(x)
+        with factors_kept(layer):
+            assert torch.equal(layer(x), before)
+            layer.lora_B += 1
+            assert torch.equal(layer(x), before)  # as they were
+        assert not torch.equal(layer(x), before)
+    with factors_kept(layer):
+        layer(x).sum().backward()  # gradients need the factors themselves
+    assert layer.lora_B.grad.abs().sum() > 0

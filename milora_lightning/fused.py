@@ -1,0 +1,139 @@
+"""The adapter's arithmetic as one operation: base product and update, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from milora_lightning.factors import stack_factors
+
+
+def fused_lora(*arguments: Any) -> Tensor:
+    """Compute an adapted layer's output; the arguments are those of :meth:`_FusedLoRA.forward`."""
+    output: Tensor = _FusedLoRA.apply(*arguments)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _FusedLoRA(torch.autograd.Function):
+    """Base product and update as one operation.
+
+    The update is accumulated into the base product's output, and saved for backward are only the input, its
+    projection (tokens, r) and the dropout mask; the stacked factors are formed anew, being small.
+    With g the output's gradient: ∂A = s Bᵀ g xᵀ, ∂B = s g (A x)ᵀ, ∂x = Wᵀ g + s (B A − B₀A₀)ᵀ g.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        initial_A: Tensor | None,
+        initial_B: Tensor | None,
+        mask: Tensor | None,
+        scaling: float,
+        transposed: bool,
+    ) -> Tensor:
+        A, B = stacked_factors(lora_A, lora_B, initial_A, initial_B, scaling, x.dtype)
+        y, hidden = updated_product(x, weight, bias, A, B, mask, transposed)
+        projection = hidden[:, : lora_A.shape[0]].contiguous()
+        ctx.save_for_backward(x, weight, lora_A, lora_B, initial_A, initial_B, mask, projection)
+        ctx.scaling, ctx.transposed = scaling, transposed
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_A, lora_B, initial_A, initial_B, mask, projection = ctx.saved_tensors
+        A, B = stacked_factors(lora_A, lora_B, initial_A, initial_B, ctx.scaling, x.dtype)
+        r = lora_A.shape[0]
+        rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        grad_hidden = grad_rows @ B  # (tokens, 2r), the scale included
+        grad_x = grad_A = grad_B = None
+        if ctx.needs_input_grad[3]:
+            # A enters both halves of the stack: s ΔBᵀg + s B₀ᵀg = s Bᵀg
+            to_A = grad_hidden if initial_A is None else grad_hidden[:, :r] + grad_hidden[:, r:]
+            grad_A = (to_A.T @ masked(rows, mask)).to(lora_A.dtype)
+        if ctx.needs_input_grad[4]:
+            grad_B = (grad_rows.T @ projection).to(lora_B.dtype) * ctx.scaling
+        if ctx.needs_input_grad[0]:
+            W = weight.to(x.dtype)
+            grad_x = grad_rows @ (W.T if ctx.transposed else W)
+            if mask is None:
+                grad_x.addmm_(grad_hidden, A)
+            else:
+                grad_x += masked(grad_hidden @ A, mask)
+            grad_x = grad_x.view_as(x)
+        return grad_x, None, None, grad_A, grad_B, None, None, None, None, None
+
+
+def updated_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, mask: Tensor | None, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute W x + bias and add the update B A x to it in place, in the dtype of x.
+
+    Args:
+        x: Input (..., in).
+        weight: Frozen weight (out, in), or (in, out) if ``transposed``.
+        bias: Bias (out,), or None.
+        A: Stacked factor (n, in).
+        B: Stacked factor (out, n), the scale included.
+        mask: Which entries of x the update sees, or None for all.
+        transposed: Whether the weight is a ``Conv1D``'s.
+
+    Returns:
+        The output (..., out), and A x of shape (tokens, n).
+    """
+    W, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
+    if b is None or not transposed:
+        y = F.linear(x, W.T if transposed else W, b)
+    else:  # the very call that Conv1D makes, which always has a bias
+        y = torch.addmm(b, rows, W).view(*x.shape[:-1], B.shape[0])
+    hidden = masked(rows, mask) @ A.T
+    y.view(-1, B.shape[0]).addmm_(hidden, B.T)
+    return y, hidden
+
+
+def stacked_factors(
+    lora_A: Tensor,
+    lora_B: Tensor,
+    initial_A: Tensor | None,
+    initial_B: Tensor | None,
+    scaling: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Stack the factors (see :func:`milora_lightning.factors.stack_factors`), scale the second one, and cast them."""
+    A, B = stack_factors(lora_A, lora_B, initial_A, initial_B)
+    return A.to(dtype), (scaling * B).to(dtype)
+
+
+def draw_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
+    """Draw which entries a dropout of probability ``p`` keeps.
+
+    Cuts 64 random bits into four decisions, so that a mask costs a fraction of the product it goes into; a draw for
+    each entry would cost more than that product. The probability is rounded to a multiple of 2⁻¹⁶.
+
+    Args:
+        x: Tensor that the mask is for.
+        p: Probability to drop an entry.
+
+    Returns:
+        A mask of 0 and 1 (uint8) in the shape of ``x``, and the exact probability to keep an entry.
+    """
+    dropped = min(round(p * 2**16), 2**16 - 1)
+    bits = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 3) // 4,), device=x.device)
+    mask = bits.view(torch.int16)[: x.numel()] >= dropped - 2**15
+    return mask.view(torch.uint8).view(x.shape), 1 - dropped / 2**16
+
+
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Set the entries of x that a mask drops to zero."""
+    # Converted before the product: torch multiplies mixed types element by element.
+    return x if mask is None else x * mask.to(x.dtype).view(x.shape)
