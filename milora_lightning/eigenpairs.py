@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import scipy.linalg
 import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
+
+from milora_lightning.lapack import symmetric_eigenpairs
 
 _ONE_THREAD = 1536  # up to this size scipy's threads gain less than they lose by waiting for torch's
 _scipy_threads = ThreadpoolController()
@@ -17,21 +18,16 @@ _ANGLE, _OUTER_ANGLE = 1e-9, 1e-5  # of wanted vectors to the exact subspace, an
 
 
 def gram(W: Tensor) -> Tensor:
-    """Compute W Wᵀ (k, k) of W (k, n), at little more than half the price of the plain product.
+    """Compute W Wᵀ (k, k) of W (k, n).
 
     >>> W = torch.randn(20, 30, dtype=torch.float64)
     >>> torch.allclose(gram(W), W @ W.mT)
     True
     """
-    k = W.shape[0]
-    G = W.new_empty(k, k)
-    size = max(128, -(-k // 8))
-    for start in range(0, k, size):
-        stop = min(start + size, k)
-        rows = W[start:stop] @ W[:stop].mT
-        G[start:stop, :stop] = rows
-        G[:start, start:stop] = rows[:, :start].mT
-    return G
+    if W.device.type != "cpu":
+        return W @ W.mT
+    rows = W.numpy()
+    return torch.from_numpy(rows @ rows.T)  # numpy sees the symmetry, which torch does not, and computes half of it
 
 
 def dense_eigenpairs(G: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
@@ -50,12 +46,8 @@ def dense_eigenpairs(G: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
     if G.device.type != "cpu":
         values, vectors = torch.linalg.eigh(G)
         return values[k - high : k - low], vectors[:, k - high : k - low]
-    # LAPACK wants columns in a row: of a symmetric matrix, the transposed view spares it the copy.
     with _scipy_threads.limit(limits=1 if k <= _ONE_THREAD else None, user_api="blas"):
-        values, vectors = scipy.linalg.eigh(
-            G.numpy().T, subset_by_index=(k - high, k - low - 1), driver="evr", overwrite_a=True, check_finite=False
-        )
-    return torch.from_numpy(values), torch.from_numpy(vectors)
+        return symmetric_eigenpairs(G, k - high, k - low)
 
 
 def smallest_eigenpairs(W: Tensor, wanted: int, margin: int) -> tuple[Tensor, Tensor, Tensor] | None:
