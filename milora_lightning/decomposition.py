@@ -130,13 +130,12 @@ def _partial(W: Tensor, energy: Tensor, start: int, r: int) -> SingularSlice | N
 def _candidates(W: Tensor, start: int, r: int) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor | None]]:
     """Compute eigenpairs ``low`` to ``high`` of W Wᵀ (k, k) around the wanted ones, with growing effort."""
     k, n = W.shape
-    narrow = max(8, r // 2)
-    wide = max(narrow, k // 8)
-    margins = sorted({narrow, wide})
-    if start + r == k >= LARGE and n <= SQUARE * k and r + 2 * narrow <= k // 4:
-        if (found := smallest_eigenpairs(W, r, narrow)) is not None:
-            yield start - narrow, k, *found
-        margins = [wide]
+    margins = sorted({8, max(8, k // 8)})
+    extra = max(8, r // 2)  # for the Krylov method, whose convergence depends on it
+    if start + r == k >= LARGE and n <= SQUARE * k and r + 2 * extra <= k // 4:
+        if (found := smallest_eigenpairs(W, r, extra)) is not None:
+            yield start - extra, k, *found
+        margins = margins[-1:]
     for margin in margins:  # twice this work is still far less than a full SVD
         low, high = max(start - margin, 0), min(start + r + margin, k)
         if high - low <= k // 2:  # else the SVD inside the span costs as much as the full one

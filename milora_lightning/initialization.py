@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
+from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 from milora_lightning.base_weight import collected_weight
@@ -21,6 +24,9 @@ from milora_lightning.surgery import lora_layers
 
 Batch = list[tuple[str, LoRALinear, int]]
 """Name, layer and owning rank of weights that are decomposed at the same time, at most one by each rank."""
+
+SMALL = cost((1536, 6144))
+"""Up to this cost a weight is decomposed in one thread, several at a time; larger ones would need too much memory."""
 
 
 def initialize(
@@ -76,7 +82,8 @@ def initialize(
         with _naming(name):
             return compute(weight.to(device), layer.r, layer.scaling, layer.init, generator)
 
-    jobs = _start_jobs(decompose, track(rounds), rank)
+    on_cpu = all((device or layer.base_layer.weight.device).type == "cpu" for _, layer in pending)
+    jobs = _start_jobs(decompose, track(rounds), rank, on_cpu)
     errors = [error for job in jobs.values() if (error := job.exception())]
     raise_together(errors[0] if errors else None, world_size)
     factors = {layer: job.result() for layer, job in jobs.items()}
@@ -90,25 +97,48 @@ def initialize(
 
 
 def _start_jobs(
-    decompose: Callable[[str, LoRALinear, Tensor], Factors], rounds: Iterable[Batch], rank: int
+    decompose: Callable[[str, LoRALinear, Tensor], Factors], rounds: Iterable[Batch], rank: int, on_cpu: bool
 ) -> dict[LoRALinear, Future[Factors]]:
-    """Decompose this rank's weights, collecting one while the one before is decomposed; wait until all have ended.
+    """Decompose this rank's weights, collecting one while those before are decomposed; wait until all have ended.
 
     After a failure there are no more, but weights are still collected where other ranks need this one for theirs.
     """
     jobs: dict[LoRALinear, Future[Factors]] = {}
-    before = last = None
-    with ThreadPoolExecutor(max_workers=1) as worker:
-        for batch in rounds:
-            failed = before is not None and before.exception() is not None  # waits: no more than two at a time
-            for name, layer, owner in batch:
-                if is_sharded(layer) or (owner == rank and not failed):
-                    with _naming(name):
-                        weight = collected_weight(layer, owner)
-                    if owner == rank and weight is not None and not failed:
-                        jobs[layer] = worker.submit(decompose, name, layer, weight)
-                        before, last = last, jobs[layer]
+    failed = False
+
+    def shares_processor(batch: Batch) -> bool:
+        return on_cpu and any(
+            owner == rank and cost(linear_shape(layer.base_layer)) <= SMALL for _, layer, owner in batch
+        )
+
+    for together, batches in groupby(rounds, shares_processor):
+        size = torch.get_num_threads() if together else 1
+        unfinished: deque[Future[Factors]] = deque()
+        with _single_threaded(size) if together else ThreadPoolExecutor(1) as workers:
+            for batch in batches:
+                if len(unfinished) > size:  # a weight that waits for each that is decomposed would be too many
+                    failed = unfinished.popleft().exception() is not None or failed
+                for name, layer, owner in batch:
+                    if is_sharded(layer) or (owner == rank and not failed):
+                        with _naming(name):
+                            weight = collected_weight(layer, owner)
+                        if owner == rank and weight is not None and not failed:
+                            jobs[layer] = workers.submit(decompose, name, layer, weight)
+                            unfinished.append(jobs[layer])
+        failed = failed or any(job.exception() for job in unfinished)
     return jobs
+
+
+@contextmanager
+def _single_threaded(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Provide workers with one thread each, in which results do not depend on their number."""
+    threads = torch.get_num_threads()
+    with ThreadpoolController().limit(limits=1, user_api="blas"):  # numpy's and scipy's
+        try:
+            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+                yield executor
+        finally:
+            torch.set_num_threads(threads)  # what threads that start later take over
 
 
 @contextmanager

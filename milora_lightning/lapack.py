@@ -1,7 +1,7 @@
 """Some eigenpairs of a symmetric matrix by scipy's LAPACK, while other Python threads run.
 
-scipy's own functions keep the interpreter's lock, so that of several threads which each decompose a matrix one works at a
-time. Calls through ctypes release it.
+scipy's own functions keep the interpreter's lock, so that only one of several threads that decompose works at a time.
+Calls through ctypes release it.
 """
 
 from __future__ import annotations
