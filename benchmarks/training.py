@@ -1,8 +1,10 @@
-"""Training throughput and peak memory on real word problems, against PEFT with the Hugging Face Trainer.
+"""Training throughput and peak memory on real word problems, against PEFT with the Hugging Face Trainer, and TRL.
 
 The embedded model, GSM8K's training problems (a JSON lines file, the first argument) with Alpaca prompts, batch 16,
-r = 32 on the paper's five target modules, dropout 0, AdamW. Each run is a process of its own; its first step, a
-warm-up, is not counted. The examples are the same, in each trainer's own order and batches.
+r = 32 on the paper's five target modules, AdamW, loss on the answers. Each run is a process of its own, whose first
+steps, a warm-up, are not counted. The examples are the same, in each trainer's own order and batches. TRL runs at its
+defaults (which recompute activations and cast to bfloat16), and without those, with the same number of tokens packed
+into rows of 1,024. More arguments choose from the settings below.
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, table
+from common import publish, table
+from datasets import Dataset
 from lightning.pytorch import Callback, Trainer
 
 from milora_lightning import CausalLMModule, MiLoRAInit, SFTDataModule
@@ -27,7 +32,8 @@ from milora_lightning.data import Files, tokenize_dataset
 from milora_lightning.pretrained import load_causal_lm, load_tokenizer
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-BATCH, STEPS, ROUNDS = 16, 4, 3
+BATCH, STEPS, ROUNDS = 16, 3, 3
+SETTINGS = {"bfloat16": ("bfloat16", 0.0), "bfloat16-dropout": ("bfloat16", 0.05), "float32": ("float32", 0.0)}
 
 
 class Clock(Callback):
@@ -43,22 +49,60 @@ class Clock(Callback):
         self.tokens.append(int(batch["attention_mask"].sum()))
 
 
-def ours(source: Files, dtype: str) -> Clock:
-    clock = Clock()
-    attention = "causal_blocks"
-    lm = CausalLMModule("embedded", dtype=dtype, attn_implementation=attention, warmup_steps=0)  # type: ignore[arg-type]
+def ours(clock: Clock, steps: int, source: Files, dtype: str, dropout: float, compile: bool = False) -> None:
+    options = {"dtype": dtype, "attn_implementation": "causal_blocks", "warmup_steps": 0, "compile": compile}
+    lm = CausalLMModule("embedded", **options)  # type: ignore[arg-type]
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
-    callbacks = [MiLoRAInit(r=32, target_modules=TARGETS), clock]
-    trainer = Trainer(max_steps=STEPS, accelerator="cpu", callbacks=callbacks, **quiet)
+    callbacks = [MiLoRAInit(r=32, target_modules=TARGETS, lora_dropout=dropout), clock]
+    trainer = Trainer(max_steps=steps, accelerator="cpu", callbacks=callbacks, **quiet)
     trainer.fit(lm, SFTDataModule(source, "embedded", template="alpaca", batch_size=BATCH))
-    return clock
 
 
-def peft(source: Files, dtype: str) -> Clock:
+def peft_config(dropout: float) -> Any:
+    from peft import LoraConfig
+
+    config = {"r": 32, "lora_alpha": 32, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    return LoraConfig(lora_dropout=dropout, **config)  # type: ignore[arg-type]
+
+
+def arguments(steps: int) -> dict[str, Any]:
+    """What the Hugging Face Trainer and TRL's are both told."""
+    return {
+        "output_dir": tempfile.gettempdir(),
+        "per_device_train_batch_size": BATCH,
+        "max_steps": steps,
+        "learning_rate": 3e-4,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+
+
+def count(clock: Clock, trainer: Any) -> None:
+    """Have a Hugging Face trainer note the ends of its steps and the tokens in them."""
     import transformers
-    from peft import LoraConfig, get_peft_model
 
-    clock = Clock()
+    class Ends(transformers.TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            clock.ends.append(time.perf_counter())
+
+    collate = trainer.data_collator
+
+    def counting(rows: list[dict[str, Any]]) -> Any:
+        batch = collate(rows)
+        mask = batch.get("attention_mask")
+        clock.tokens.append(batch["input_ids"].numel() if mask is None else int(mask.sum()))
+        return batch
+
+    trainer.data_collator = counting
+    trainer.add_callback(Ends())
+
+
+def peft(clock: Clock, steps: int, source: Files, dtype: str, dropout: float) -> None:
+    import transformers
+    from peft import get_peft_model
+
     tokenizer = load_tokenizer("embedded")
     examples = tokenize_dataset(source.load("train"), tokenizer, template="alpaca")  # type: ignore[arg-type]
     rows = [
@@ -66,68 +110,87 @@ def peft(source: Files, dtype: str) -> Clock:
         for ids, start in zip(examples["input_ids"][:], examples["prompt_length"][:], strict=True)
     ]
     collator = transformers.DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)
+    model = get_peft_model(load_causal_lm("embedded", dtype), peft_config(dropout))
+    trainer = transformers.Trainer(model, transformers.TrainingArguments(**arguments(steps)), collator, rows)
+    count(clock, trainer)
+    trainer.train()
 
-    def collate(batch: list[dict[str, Any]]) -> Any:
-        collated = collator(batch)
-        clock.tokens.append(int(collated["attention_mask"].sum()))
-        return collated
 
-    class Ends(transformers.TrainerCallback):
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            clock.ends.append(time.perf_counter())
+def trl(clock: Clock, steps: int, source: Files, dtype: str, dropout: float, **options: Any) -> None:
+    from trl import SFTConfig, SFTTrainer
 
-    config = LoraConfig(r=32, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
-    arguments = transformers.TrainingArguments(
-        output_dir=tempfile.gettempdir(),
-        per_device_train_batch_size=BATCH,
-        max_steps=STEPS,
-        learning_rate=3e-4,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
+    tokenizer = load_tokenizer("embedded")
+    problems: Any = source.load("train")
+    prompts = tokenize_dataset(problems, tokenizer, template="alpaca")["prompt"][:]
+    rows = Dataset.from_dict({"prompt": prompts, "completion": [str(x) for x in problems["response"][:]]})
+    config = SFTConfig(**{**arguments(steps), **options})
+    model = load_causal_lm("embedded", dtype)
+    trainer = SFTTrainer(
+        model, config, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config(dropout)
     )
-    model = get_peft_model(load_causal_lm("embedded", dtype), config)
-    transformers.Trainer(model, arguments, collate, rows, callbacks=[Ends()]).train()
-    return clock
+    count(clock, trainer)
+    trainer.train()
 
 
-def measure(contender: str, file: str, dtype: str) -> None:
+BEST = {"gradient_checkpointing": False, "bf16": False, "packing": True, "per_device_train_batch_size": BATCH // 4}
+# What is run, and how many steps come before those that are counted.
+CONTENDERS: dict[str, tuple[Callable[..., None], int]] = {
+    "milora-lightning": (ours, 1),
+    "milora-lightning, `compile: true`": (partial(ours, compile=True), 3),
+    "PEFT, Hugging Face Trainer": (peft, 1),
+    "TRL, defaults": (trl, 1),
+    "TRL, packed": (partial(trl, **BEST), 1),
+}
+
+
+def measure(file: str, setting: str, contender: str) -> None:
+    """Train as one process, and print what was found."""
     torch.manual_seed(0)
-    source = Files(train=file, prompt_field="question", response_field="answer")
-    clock = {"ours": ours, "peft": peft}[contender](source, dtype)
-    rate = sum(clock.tokens[1:STEPS]) / (clock.ends[STEPS - 1] - clock.ends[0])
+    run, warm_up = CONTENDERS[contender]
+    clock, source = Clock(), Files(train=file, prompt_field="question", response_field="answer")
+    run(clock, warm_up + STEPS, source, *SETTINGS[setting])
+    counted = slice(warm_up, warm_up + STEPS)
+    rate = sum(clock.tokens[counted]) / (clock.ends[warm_up + STEPS - 1] - clock.ends[warm_up - 1])
     print(json.dumps({"rate": rate, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
 
 
-def main(file: str) -> None:
-    rows = []
-    for dtype in ("bfloat16", "float32"):
-        found: dict[str, list[dict[str, float]]] = {"ours": [], "peft": []}
-        for number in range(ROUNDS):
-            for contender, results in found.items():
-                command = [sys.executable, __file__, file, contender, dtype]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                results.append(json.loads(done.stdout.splitlines()[-1]))
-                print(f"round {number + 1}, {dtype}, {contender}: {results[-1]}", file=sys.stderr, flush=True)
-        median = {
-            (who, key): statistics.median(r[key] for r in results)
-            for who, results in found.items()
-            for key in ("rate", "memory")
-        }
-        rates = [f"{median[who, 'rate']:.0f}" for who in ("ours", "peft")]
-        memory = [f"{median[who, 'memory']:.1f} GB" for who in ("ours", "peft")]
-        ratio = f"{median['ours', 'rate'] / median['peft', 'rate']:.1f}×"
-        rows.append([dtype, rates[0], rates[1], ratio, memory[0], memory[1]])
-    columns = ["base", "tokens/s", "PEFT's tokens/s", "faster", "peak memory", "PEFT's"]
-    note = (
-        f"Tokens without padding; {STEPS - 1} steps of {BATCH} problems after one of warm-up, medians of {ROUNDS} "
-        f"alternating rounds; PEFT {version('peft')}, transformers {version('transformers')}; nothing is compiled."
+def rows_of(file: str, setting: str) -> list[list[str]]:
+    found: dict[str, list[dict[str, float]]] = {contender: [] for contender in CONTENDERS}
+    for number in range(ROUNDS):
+        for contender, results in found.items():
+            command = [sys.executable, __file__, file, setting, contender]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(done.stderr)
+            results.append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"round {number + 1}, {setting}, {contender}: {results[-1]}", file=sys.stderr, flush=True)
+    rate, memory = (
+        {who: statistics.median(result[key] for result in results) for who, results in found.items()}
+        for key in ("rate", "memory")
     )
-    print(f"{table(columns, rows)}\n\n{note}\n\n({machine()})")
+    base = rate["PEFT, Hugging Face Trainer"]
+    dtype, dropout = SETTINGS[setting]
+    return [
+        [f"{dtype}, {dropout:g}", who, f"{rate[who]:.0f}", f"{rate[who] / base:.1f}×", f"{memory[who]:.1f} GB"]
+        for who in found
+    ]
+
+
+def main(file: str, settings: list[str]) -> None:
+    rows = [row for setting in settings for row in rows_of(file, setting)]
+    versions = ", ".join(f"{name} {version(name)}" for name in ("peft", "transformers", "trl"))
+    note = (
+        f"Tokens without padding in a second; {STEPS} steps of {BATCH} problems, medians of {ROUNDS} alternating "
+        f"rounds; {versions}."
+    )
+    columns = ["base, dropout", "", "tokens/s", "of PEFT's", "peak memory"]
+    publish("training", f"{table(columns, rows)}\n\n{note}")
 
 
 if __name__ == "__main__":
     if not (len(sys.argv) > 1 and Path(sys.argv[1]).is_file()):
         sys.exit("Give the JSON lines file of GSM8K's training problems, with the fields question and answer.")
-    measure(sys.argv[2], sys.argv[1], sys.argv[3]) if len(sys.argv) > 2 else main(sys.argv[1])
+    if sys.argv[-1] in CONTENDERS:
+        measure(*sys.argv[1:4])
+    else:
+        main(sys.argv[1], sys.argv[2:] or list(SETTINGS))

@@ -13,8 +13,16 @@ import torch.nn.functional as F
 from conftest import TINY_CONFIGS, quiet_trainer, save_tiny_model, write_examples
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from milora_lightning import CausalLMModule, EvaluationSummary, MiLoRAInit, PredictionWriter, SFTDataModule
+from milora_lightning import (
+    CausalLMModule,
+    EvaluationSummary,
+    MiLoRAInit,
+    PredictionWriter,
+    SFTDataModule,
+    lora_layers,
+)
 from milora_lightning.data import Files
+from milora_lightning.pretrained import load_causal_lm
 
 
 def data(folder: Path, model: Path, **options: Any) -> SFTDataModule:
@@ -179,3 +187,39 @@ def test_missing_model_is_a_clear_error(tmp_path: Path) -> None:
         module(tmp_path / "missing.gguf").configure_model()
     with pytest.raises(RuntimeError, match=r"configure_model\(\)"):
         module(tmp_path)({"input_ids": torch.ones(1, 2), "labels": torch.ones(1, 2)})
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_one_optimizer_step_is_that_of_plain_pytorch(
+    optimizer: type[torch.optim.Optimizer], llama: Path, tmp_path: Path
+) -> None:
+    """The reference writes W + BA − B₀A₀ out as a weight, and takes the mean over whole logits."""
+    batches: list[dict[str, torch.Tensor]] = []
+
+    class Batches(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
+            batches.append(batch)
+
+    lm = module(llama, warmup_steps=0, optimizer=lambda params: optimizer(params, lr=1.0))
+    trainer = quiet_trainer(tmp_path, max_steps=1, callbacks=[MiLoRAInit(r=4), Batches()])
+    trainer.fit(lm, data(tmp_path, llama, num_generation_examples=0))
+    trained = lora_layers(lm.model)
+    assert len(trained) == 14
+
+    plain = load_causal_lm(str(llama)).double().requires_grad_(False)
+    factors = {
+        name: [x.detach().double().requires_grad_() for x in (layer.initial_A, layer.initial_B)]
+        for name, layer in trained.items()
+    }
+    initial = {name: (B @ A).detach() for name, (A, B) in factors.items()}
+    weights = {f"{n}.weight": plain.get_parameter(f"{n}.weight") + B @ A - initial[n] for n, (A, B) in factors.items()}
+    (batch,) = batches
+    logits = torch.func.functional_call(plain, weights, (batch["input_ids"], batch["attention_mask"])).logits
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()).backward()
+    optimizer([x for pair in factors.values() for x in pair], lr=1.0).step()  # type: ignore[call-arg]
+    for name, layer in trained.items():
+        for got, want, start in zip(
+            (layer.lora_A, layer.lora_B), factors[name], (layer.initial_A, layer.initial_B), strict=True
+        ):
+            moved = want.detach() - start
+            assert (got - start - moved).norm() <= 1e-3 * moved.norm()

@@ -1,0 +1,127 @@
+"""What a training step is made of: adapters against the frozen model, and everything against its matrix products.
+
+One batch of the longest of 16 generated word problems each, the embedded model in bfloat16, r = 32 on the paper's five
+target modules. The frozen model is differentiated to its inputs, as adapters need it. The matrix products of a step are
+noted while it runs, with their shapes, layouts and dtypes, and run again on random numbers by themselves. Then how a
+step's time grows with r, with the batch and with the length.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from common import alternate, growth_plot, publish, table
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from milora_lightning import LoRAConfig, adapters_disabled, attention, initialize, inject
+from milora_lightning.loss import causal_lm_loss
+from milora_lightning.pretrained import load_causal_lm
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
+# Our own operations, whose products are to be seen: their Python functions.
+INSIDE = {
+    torch.ops.milora_lightning.causal_attention: attention._attend._init_fn,
+    torch.ops.milora_lightning.causal_attention_backward: attention._backward._init_fn,
+}
+BATCH, LENGTH, R, ROUNDS = 16, 224, 32, 5
+RANKS, BATCHES, LENGTHS = (8, 16, 32, 64, 128), (2, 4, 8, 16, 32), (64, 128, 256, 512)
+
+
+def model_with(r: int) -> Any:
+    model = load_causal_lm("embedded", "bfloat16", "causal_blocks").train()
+    inject(model, LoRAConfig(r=r, target_modules=TARGETS))
+    initialize(model)
+    return model
+
+
+def step(model: Any, batch: int = BATCH, length: int = LENGTH) -> None:
+    """Differentiate the loss on random tokens, of which the second half counts."""
+    input_ids = torch.randint(100, 40_000, (batch, length), generator=torch.Generator().manual_seed(0))
+    labels = input_ids.clone()
+    labels[:, : length // 2] = -100
+    causal_lm_loss(model, input_ids, labels).backward()
+
+
+class Products(TorchDispatchMode):
+    """Notes the matrix products that are computed, with random tensors in place of their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], object]] = []
+        self.arguments: dict[Any, Tensor] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and note it."""
+        kwargs = kwargs or {}
+        inside = INSIDE.get(function.overloadpacket)
+        if inside is not None:
+            with self:
+                return inside(*args, **kwargs)
+        if function.overloadpacket.__name__ in PRODUCTS:
+            like_args, like_kwargs = tree_map_only(Tensor, self._like, (args, kwargs))
+            self.calls.append(lambda: function(*like_args, **like_kwargs))
+        return function(*args, **kwargs)
+
+    def _like(self, x: Tensor) -> Tensor:
+        key = tuple(x.shape), x.stride(), x.dtype
+        if key not in self.arguments:
+            self.arguments[key] = torch.empty_strided(*key[:2], dtype=key[2]).normal_(std=0.01)
+        return self.arguments[key]
+
+    def run(self) -> None:
+        """Compute them all again."""
+        for call in self.calls:
+            call()
+
+
+def seconds(run: Callable[[], object], rounds: int = 3) -> float:
+    run()
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return median(times)
+
+
+def main() -> None:
+    model = model_with(R)
+    step(model)
+    with Products() as products:
+        step(model)
+    handle = model.get_input_embeddings().register_forward_hook(lambda *call: call[2].requires_grad_())
+
+    def frozen() -> None:
+        with adapters_disabled(model):
+            step(model)
+
+    frozen()
+    names = {"adapted model": lambda: step(model), "frozen model": frozen, "matrix products alone": products.run}
+    found = alternate(names, ROUNDS)
+    handle.remove()
+    rows = [[name, f"{value:.2f} s", f"{found['adapted model'] / value:.2f}×"] for name, value in found.items()]
+
+    series = {
+        "r": (RANKS, [seconds(partial(step, model_with(r))) for r in RANKS]),
+        "batch": (BATCHES, [seconds(lambda n=n: step(model, n)) for n in BATCHES]),
+        "length": (LENGTHS, [seconds(lambda n=n: step(model, 4, n)) for n in LENGTHS]),
+    }
+    exponents = growth_plot("step", "r, batch (of 224 tokens each), length (batch 4)", series)
+    fits = ", ".join(f"{name} {value:.1f}" for name, value in exponents.items())
+    note = (
+        f"{BATCH} × {LENGTH} tokens, medians of {ROUNDS} alternating rounds, nothing compiled. Exponents of a step's "
+        f"time: {fits}.\n\n![growth of a step's time](benchmarks/plots/step.png)"
+    )
+    publish("step", table(["forward and backward", "time", "adapted model's"], rows) + f"\n\n{note}")
+
+
+if __name__ == "__main__":
+    main()
