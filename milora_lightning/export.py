@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from milora_lightning.checkpoint import fingerprint
 from milora_lightning.factors import product_svd, stack_factors
+from milora_lightning.fingerprint import fingerprint
 from milora_lightning.lora import LoRALinear
 from milora_lightning.surgery import lora_layers
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from milora_lightning.checkpoint import base_keys
+from milora_lightning.fingerprint import base_keys
 from milora_lightning.pretrained import decoder_layers, from_pretrained, load_causal_lm, locate
 from milora_lightning.sharding import as_bytes, fill, local_slices
 from milora_lightning.sharing import raise_together

@@ -24,7 +24,8 @@ from milora_lightning import (
     load_adapter,
     lora_layers,
 )
-from milora_lightning.checkpoint import FORMAT, KEY, fingerprint, read_checkpoint
+from milora_lightning.checkpoint import FORMAT, KEY, read_checkpoint
+from milora_lightning.fingerprint import fingerprint
 
 
 def train(folder: Path, lm: LightningModule, datamodule: Any = None, **adapter: Any) -> Path:
