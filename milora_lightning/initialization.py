@@ -38,9 +38,10 @@ def initialize(
     device: torch.device | None = None,
     cache: bool = True,
 ) -> int:
-    """Fill the adapters' factors from the weights they adapt, one weight at a time.
+    """Fill the adapters' factors from the weights they adapt.
 
-    Adapters that have their factors already (initialized before, or restored from a checkpoint) are left alone.
+    Adapters that have their factors already (initialized before, or restored from a checkpoint) are left alone. Weights
+    are decomposed one at a time, but small ones, on CPUs, as many as torch has threads, with the same results.
     Several ranks that hold the same weights, or shards of them, share the work: each decomposes its part and sends the
     others the result, so that all end with identical factors. Of sharded weights a rank collects one while it
     decomposes the one before.
@@ -116,7 +117,7 @@ def _start_jobs(
         unfinished: deque[Future[Factors]] = deque()
         with _single_threaded(size) if together else ThreadPoolExecutor(1) as workers:
             for batch in batches:
-                if len(unfinished) > size:  # a weight that waits for each that is decomposed would be too many
+                if len(unfinished) > size:  # one that waits is enough: weights in shards take memory
                     failed = unfinished.popleft().exception() is not None or failed
                 for name, layer, owner in batch:
                     if is_sharded(layer) or (owner == rank and not failed):
