@@ -31,10 +31,10 @@ from milora_lightning import CausalLMModule, MiLoRAInit
 ROUNDS, STEPS, LENGTH, VOCABULARY = 3, 3, 64, 1024
 CONFIG = LlamaConfig(
     vocab_size=VOCABULARY,
-    hidden_size=2048,
-    intermediate_size=5632,
-    num_hidden_layers=4,
-    num_attention_heads=32,
+    hidden_size=1536,
+    intermediate_size=4096,
+    num_hidden_layers=8,
+    num_attention_heads=24,
     num_key_value_heads=8,
 )
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}

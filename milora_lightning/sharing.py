@@ -29,7 +29,8 @@ def cost(shape: tuple[int, int]) -> int:
 def share_out(shapes: Sequence[tuple[int, int]], world_size: int) -> list[int]:
     """Give each matrix to a rank, so that the ranks have about equally much to do.
 
-    The costliest come first, each to the rank that has least so far.
+    The costliest come first, each to the rank that has least so far; of several, to the one whose turn was last. So
+    of matrices whose estimates are equal, and whose costs are not quite, each rank gets as many of one kind.
 
     Args:
         shapes: Shapes of the matrices.
@@ -38,14 +39,15 @@ def share_out(shapes: Sequence[tuple[int, int]], world_size: int) -> list[int]:
     Returns:
         The rank of each matrix.
 
-    >>> share_out([(4, 4), (8, 8), (4, 4)], 2)
-    [1, 0, 1]
+    >>> share_out([(4, 4), (8, 8), (4, 4)], 2), share_out([(4, 8), (8, 4), (4, 8), (8, 4)], 2)
+    ([1, 0, 1], [0, 1, 1, 0])
     """
     costs = [cost(shape) for shape in shapes]
-    owners, load = [0] * len(costs), [0] * world_size
-    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        owners[index] = load.index(min(load))
-        load[owners[index]] += costs[index]
+    owners, load, turn = [0] * len(costs), [0] * world_size, [0] * world_size
+    for number, index in enumerate(sorted(range(len(costs)), key=lambda i: -costs[i]), 1):
+        owner = min(range(world_size), key=lambda rank: (load[rank], -turn[rank]))
+        owners[index], turn[owner] = owner, number
+        load[owner] += costs[index]
     return owners
 
 
