@@ -53,12 +53,13 @@ def gather_to(tensor: Tensor, rank: int) -> Tensor | None:
         return None
     shard = tensor.to_local().movedim(placement.dim, 0)
     size, chunk = tensor.shape[placement.dim], _chunk(tensor.shape[placement.dim], len(ranks))
-    padded = shard.new_zeros(chunk, *shard.shape[1:])
-    padded[: len(shard)] = shard
+    if len(shard) < chunk:  # the last ranks' shards, where the size is no multiple of the ranks
+        shard = torch.cat([shard, shard.new_zeros(chunk - len(shard), *shard.shape[1:])])
+    shard = shard.contiguous()
     here = dist.get_rank() == rank
-    whole = padded.new_empty(chunk * len(ranks), *shard.shape[1:]) if here else None
+    whole = shard.new_empty(chunk * len(ranks), *shard.shape[1:]) if here else None
     parts = [as_bytes(part) for part in whole.chunk(len(ranks))] if whole is not None else None
-    dist.gather(as_bytes(padded), parts, dst=rank, group=group)
+    dist.gather(as_bytes(shard), parts, dst=rank, group=group)
     return whole[:size].movedim(0, placement.dim) if whole is not None else None
 
 
