@@ -21,7 +21,7 @@ from milora_lightning.decomposition import SingularSlice, singular_slice
 
 SHAPES = {"4096x4096": (4096, 4096), "4096x11008": (4096, 11008), "11008x4096": (11008, 4096)}
 R = 64
-ROUNDS = 2  # the float32 SVD alone takes up to a minute
+ROUNDS = 3
 
 
 def random(shape: tuple[int, int]) -> torch.Tensor:
