@@ -9,7 +9,6 @@ shape (``4096x4096``), or for all.
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import sys
 from functools import partial
 from pathlib import Path
@@ -58,10 +57,14 @@ def projector_distance(one: torch.Tensor, other: torch.Tensor) -> float:
 def peak_memory(spectrum: str, shape: tuple[int, int], dtype: torch.dtype) -> float:
     """Return the peak above the memory before, in float64 copies of the weight; to be run in a fresh process."""
     weight = SPECTRA[spectrum](shape).to(dtype)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    before = resident("VmRSS")
     singular_slice(weight, R)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return (peak - pages * resource.getpagesize()) / (8 * weight.numel())
+    return (resident("VmHWM") - before) / (8 * weight.numel())
+
+
+def resident(key: str) -> int:
+    """Return the memory of this process, now (VmRSS) or at most so far (VmHWM; ru_maxrss counts its parent's too)."""
+    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024
 
 
 def measure(shape: tuple[int, int], spectrum: str) -> list[str]:
