@@ -158,7 +158,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{str(path)!r} is no Lightning checkpoint: it has no state_dict.")
     if KEY not in state:
-        raise CheckpointError(f"{str(path)!r} holds no adapters: it was saved without MiLoRAInit.")
+        raise CheckpointError(
+            f"{str(path)!r} holds no adapters: it was saved without MiLoRAInit. If all weights were trained, give "
+            "fit, validate, test and predict --config method/full.yaml as in training."
+        )
     check_format(state[KEY])
     return checkpoint
 

@@ -89,6 +89,31 @@ def shards(strategy: Strategy) -> bool:
     return isinstance(strategy, (ModelParallelStrategy, FSDPStrategy))
 
 
+def check_whole(strategy: Strategy, name: str) -> None:
+    """Refuse to have a callback look at single weights where they are in shards.
+
+    Args:
+        strategy: The Trainer's strategy.
+        name: Of the callback.
+
+    Raises:
+        ValueError: If weights are in shards.
+
+    >>> check_whole(FSDPStrategy(), "SubspaceMonitor")
+    Traceback (most recent call last):
+    ValueError: SubspaceMonitor needs whole weights, and FSDPStrategy shards them: use one device, or strategy: ddp.
+    """
+    if shards(strategy):
+        raise ValueError(
+            f"{name} needs whole weights, and {type(strategy).__name__} shards them: use one device, or strategy: ddp."
+        )
+
+
+def calls_parts(strategy: Strategy) -> bool:
+    """Whether a part of the module can be called: FSDP1 collects weights for calls of the whole module only."""
+    return not isinstance(strategy, FSDPStrategy)
+
+
 def restores_late(strategy: Strategy) -> bool:
     """Whether checkpoints are restored after ``on_fit_start``: factors that they bring need not be computed there."""
     return strategy.restore_checkpoint_after_setup

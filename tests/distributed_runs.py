@@ -18,23 +18,40 @@ from test_module import data, module
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from milora_lightning import LoRAConfig, MiLoRAInit, initialization, inject, lora_layers
+from milora_lightning import (
+    ForgettingMonitor,
+    LoRAConfig,
+    MiLoRAInit,
+    PrincipalProjection,
+    initialization,
+    inject,
+    lora_layers,
+)
 from milora_lightning.cli import main
 from milora_lightning.factors import initial_factors
 from milora_lightning.fsdp1 import _kept_tensors
 from milora_lightning.sharding import full_tensor
 from milora_lightning.sharing import cost
 
+
+def forgetting(folder: Path) -> ForgettingMonitor:
+    """Measure on 3 batches, of 2, 2 and 1 blocks: the second rank has one less than the first."""
+    text = str(folder / "examples.jsonl")
+    return ForgettingMonitor(text, "instruction", block_length=16, max_tokens=16 * 5, batch_size=2)
+
+
 STEPS = 10
 ORIGINS = ("single", "fsdp2", "fsdp2-folder")
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {  # the strategy, and what else is set, also on one process
     "ddp": ("ddp", {}),
     "ddp-lora": ("ddp", {"adapter": {"init": "lora"}}),
+    "ddp-strict": ("ddp", {"callbacks": lambda folder: [PrincipalProjection(8), forgetting(folder)]}),
     "fsdp2": ("fsdp2", {}),
     "fsdp2-folder": ("fsdp2-folder", {}),
     "fsdp2-random": ("fsdp2", {"adapter": {"init": "random"}}),
     "fsdp1": ("fsdp1", {}),
     "fsdp2-rich": ("fsdp2", {"accumulate_grad_batches": 2, "module": {"gradient_checkpointing": True}}),
+    "fsdp2-forgetting": ("fsdp2", {"callbacks": lambda folder: [forgetting(folder)]}),
     "fsdp2-whole": ("fsdp2", {"model": "gpt2"}),
 }
 
@@ -88,6 +105,7 @@ def fit(folder: Path, name: str, kind: str = "auto", model: str = "llama", **opt
     """Train with a global batch of 4, saving in the middle; return what this rank has at the end."""
     devices = 1 if kind == "auto" else 2
     resume, adapter, lm_options = (options.pop(key, None) or {} for key in ("resume", "adapter", "module"))
+    more = options.pop("callbacks", lambda folder: [])(folder)
     record = Record()
     spent[:] = []
     saving = ModelCheckpoint(folder / name, "{step}", every_n_train_steps=STEPS // 2, save_top_k=-1)
@@ -96,7 +114,7 @@ def fit(folder: Path, name: str, kind: str = "auto", model: str = "llama", **opt
         folder,
         strategy=strategy(kind),
         devices=devices,
-        callbacks=[MiLoRAInit(**{"r": 4, "seed": 5, **adapter}), saving, record],
+        callbacks=[MiLoRAInit(**{"r": 4, "seed": 5, **adapter}), *more, saving, record],
         **{**settings, **options},
     )
     torch.manual_seed(100 + trainer.global_rank)  # deliberately different
@@ -117,6 +135,15 @@ def fit(folder: Path, name: str, kind: str = "auto", model: str = "llama", **opt
         lm, restored = module(folder / model, **lm_options), {"ckpt_path": saving.best_model_path}
     held_out = data(files, folder / model, eval_batch_size=3)
     return {**ended, "results": trainer.validate(lm, held_out, verbose=False, **restored)}
+
+
+def refusal(folder: Path, kind: str, **options: Any) -> str:
+    """Return what this rank says about a run that is refused."""
+    try:
+        fit(folder, "refused", kind, **options)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 class OwnProject(LightningModule):
@@ -198,6 +225,10 @@ def on_two_ranks(folder: Path) -> dict[str, Any]:
         resume = {"ckpt_path": folder / origin / f"step={STEPS // 2}.ckpt"}
         runs[f"{origin} to fsdp2"] = fit(folder, f"{origin}-resumed", "fsdp2-folder", resume=resume)
         runs[f"{origin} to fsdp1"] = fit(folder, f"{origin}-resumed-1", "fsdp1", resume=resume)
+    runs["refused"] = {
+        "strict": refusal(folder, "ddp", adapter={"r": 16, "target_modules": ["k_proj"]}, **RUNS["ddp-strict"][1]),
+        "beside": refusal(folder, "fsdp2", adapter={"modules_to_save": ["norm"]}, **RUNS["fsdp2-forgetting"][1]),
+    }
     runs["own"] = own_project(folder)
     runs["cli"] = {name: command_line(folder, f"strategy/{name}.yaml") for name in ("ddp", "fsdp2")}
     return runs

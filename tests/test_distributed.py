@@ -110,6 +110,15 @@ def test_two_ranks_train_what_one_process_does(
 
 
 @pytest.mark.slow
+def test_callbacks_refuse_on_all_ranks(ranks: tuple[Runs, Runs]) -> None:
+    """Also where one rank alone has met the reason, as the first does when it decomposes for all."""
+    for run in ranks:
+        assert "no direction beside the r=16" in run["refused"]["strict"]
+        assert "'model.norm.weight' trains beside the adapters" in run["refused"]["beside"]
+        assert "in shards" in run["refused"]["beside"]
+
+
+@pytest.mark.slow
 def test_half_precision_base_with_dropout(folder: Path, single: dict[str, Any], ranks: tuple[Runs, Runs]) -> None:
     first, second = (run["fsdp2-half"] for run in ranks)
     assert all(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import quiet_trainer, save_tiny_model, tiny_tokenizer
+from distributed_runs import FSDP1OnCPU
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from test_callback import LanguageModel, Regression
@@ -19,8 +18,6 @@ from test_module import data, module
 from milora_lightning import CausalLMModule, ForgettingMonitor, MiLoRAInit
 from milora_lightning.data.held_out import pack, read_texts
 from milora_lightning.metrics import Forgetting, forgetting
-
-TESTS = Path(__file__).parent
 
 
 @pytest.fixture
@@ -177,20 +174,6 @@ def test_modules_that_cannot_be_measured_are_refused(text: Path, tmp_path: Path)
         fit(str(text), LanguageModel())
     with pytest.raises(FileNotFoundError, match=r"absent\.txt"):
         fit("absent.txt", module(model))
-
-
-@pytest.mark.slow
-def test_two_ranks_measure_what_one_does(text: Path, tmp_path: Path) -> None:
-    save_tiny_model(tmp_path / "llama", "llama")
-    measured = []
-    for devices in (1, 2):  # 4 batches of 2, 2, 2 and 1 blocks
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if devices > 1 else []
-        command = [sys.executable, *launcher, "forgetting_script.py", str(tmp_path), str(devices)]
-        done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=240, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        lines = {line for line in done.stdout.splitlines() if line.startswith("RESULT")}
-        measured.append([float(x) for line in lines for x in line.split()[1:]])
-    one, two = measured
-    assert len(two) == 2  # both ranks have printed the same line
-    assert one[0] > 1e-5
-    assert two == pytest.approx(one, rel=1e-4)
+    trainer = quiet_trainer(tmp_path, strategy=FSDP1OnCPU(), **options)
+    with pytest.raises(ValueError, match=r"under FSDPStrategy \(FSDP1\): use FSDP2"):
+        ForgettingMonitor(str(text)).setup(trainer, module(model), "fit")

@@ -10,9 +10,17 @@ import torch
 from conftest import quiet_trainer, save_tiny_model
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from test_module import data, module
 
-from milora_lightning import CausalLMModule, MiLoRAInit, PrincipalProjection, SFTDataModule, lora_layers
+from milora_lightning import (
+    CausalLMModule,
+    MiLoRAInit,
+    PrincipalProjection,
+    SFTDataModule,
+    SubspaceMonitor,
+    lora_layers,
+)
 from milora_lightning.cli import CONFIGS, MiLoRACLI
 
 P = 8
@@ -115,6 +123,10 @@ def test_mistakes_are_named(llama: Path, tmp_path: Path) -> None:
         fit(tmp_path, llama, PrincipalProjection(P), init="pissa")
     with pytest.raises(ValueError, match=r"no direction beside the r=16"):
         fit(tmp_path, llama, PrincipalProjection(P), r=16, target_modules=["k_proj"])
+    trainer = quiet_trainer(tmp_path, strategy=ModelParallelStrategy())
+    for callback in (PrincipalProjection(P), SubspaceMonitor()):
+        with pytest.raises(ValueError, match=f"{type(callback).__name__} needs whole weights, and ModelParallel"):
+            callback.setup(trainer, module(llama), "fit")
     with pytest.raises(ValueError, match="p must be at least 1"):
         PrincipalProjection(0)
 

@@ -16,6 +16,7 @@ from milora_lightning.data.held_out import pack, read_texts
 from milora_lightning.export import find_model
 from milora_lightning.metrics.forgetting import Forgetting
 from milora_lightning.pretrained import load_tokenizer
+from milora_lightning.strategies import calls_parts, shards
 from milora_lightning.surgery import adapters_disabled, lora_layers
 
 
@@ -39,8 +40,9 @@ class ForgettingMonitor(Callback):
 
     Raises:
         FileNotFoundError: In ``setup``, if there is no such text.
-        ValueError: In ``setup`` if the text cannot be used; when fitting starts if the module has no Hugging Face
-            language model; at the first measurement if there are weights to copy and training has begun already.
+        ValueError: In ``setup`` if the text cannot be used, or under FSDP1; when fitting starts if the module has no
+            Hugging Face language model; at the first measurement if there are weights to copy and they are in shards,
+            or training has begun already.
     """
 
     def __init__(
@@ -70,6 +72,11 @@ class ForgettingMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the text, so that a wrong path is noticed before a model is loaded."""
+        if not calls_parts(trainer.strategy):
+            raise ValueError(
+                "ForgettingMonitor cannot call the language model under FSDPStrategy (FSDP1): use FSDP2 "
+                "(ModelParallelStrategy), ddp or one device."
+            )
         if not self._texts:
             self._texts = read_texts(self.text, self.field, self.split)
 
@@ -115,6 +122,11 @@ class ForgettingMonitor(Callback):
         if self._base is None:
             factors = {p for layer in lora_layers(model).values() for p in layer.parameters()}
             beside = {name: p for name, p in model.named_parameters() if p.requires_grad and p not in factors}
+            if beside and shards(trainer.strategy):  # which puts the trained weights in the place of others in a call
+                raise ValueError(
+                    f"{next(iter(beside))!r} trains beside the adapters, and ForgettingMonitor cannot put back what is "
+                    "in shards: use one device, or strategy: ddp."
+                )
             if beside and (trainer.state.fn != TrainerFn.FITTING or trainer.global_step > 0):
                 raise ValueError(
                     f"{next(iter(beside))!r} trains beside the adapters, and what it was before training is not known "

@@ -9,12 +9,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import track
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from milora_lightning.base_weight import dense_weight
 from milora_lightning.decomposition import singular_slice
 from milora_lightning.lora import LoRALinear
+from milora_lightning.sharing import raise_together
+from milora_lightning.strategies import check_whole
 from milora_lightning.surgery import lora_layers
 
 
@@ -36,8 +37,8 @@ class PrincipalProjection(Callback):
         p: Number of protected directions of each weight; what exceeds k − r is cut off.
 
     Raises:
-        ValueError: If p is not positive; when fitting starts if the module has no adapters, if their initial factors
-            lie in the protected subspace (``init="pissa"``, for example), or under a strategy that shards them.
+        ValueError: If p is not positive; in ``setup`` under a strategy that shards factors; when fitting starts if the
+            module has no adapters, or their initial factors lie in the protected subspace (``init="pissa"``).
     """
 
     def __init__(self, p: int = 128) -> None:
@@ -47,14 +48,24 @@ class PrincipalProjection(Callback):
         self._protected: list[Protected] = []
         self._handles: list[RemovableHandle] = []
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse factors that are not whole, before a model is loaded."""
+        if stage == "fit":
+            check_whole(trainer.strategy, "PrincipalProjection")
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decompose the weights, and see to it that gradients and steps are projected."""
         layers = lora_layers(pl_module)
         if not layers:
             raise ValueError("PrincipalProjection restrains adapters, and the module has none: add MiLoRAInit.")
         bases: list[tuple[Tensor, Tensor]] = []
+        error = None
         if trainer.is_global_zero:
-            bases = [_bases(*item, self.p) for item in track(layers.items(), "Decomposing weights", transient=True)]
+            try:
+                bases = [_bases(*item, self.p) for item in track(layers.items(), "Decomposing weights", transient=True)]
+            except Exception as raised:  # all of them, because the other ranks wait for this one
+                error = raised
+        raise_together(error, trainer.world_size)
         bases = trainer.strategy.broadcast(bases)  # one for all, so that rounding cannot drive the ranks' factors apart
         self._protected = [
             Protected(layer, U.to(layer.lora_B.device), V.to(layer.lora_A.device))
@@ -95,10 +106,6 @@ class Protected(NamedTuple):
     def check(self, name: str) -> None:
         """Refuse an adapter whose initial factors are not orthogonal to the protected directions."""
         layer = self.layer
-        if isinstance(layer.lora_A, DTensor):
-            raise ValueError(
-                "PrincipalProjection needs whole factors, and this strategy shards them: use one device, or ddp."
-            )
         if layer.initial_A is not None and (layer.initial_A @ self.V).norm() > 1e-3 * layer.initial_A.norm():
             raise ValueError(
                 f"The initial factors of layer {name!r} (init={layer.init!r}) lie in the subspace that "

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from milora_lightning.analysis import reference_vectors, update_of
 from milora_lightning.base_weight import dense_weight
+from milora_lightning.strategies import check_whole
 from milora_lightning.surgery import lora_layers
 
 
@@ -26,6 +27,9 @@ class SubspaceMonitor(Callback):
 
     Args:
         every_n_steps: Optimizer steps between two looks.
+
+    Raises:
+        ValueError: If ``every_n_steps`` is not positive; in ``setup`` under a strategy that shards weights.
     """
 
     def __init__(self, every_n_steps: int = 100) -> None:
@@ -34,6 +38,11 @@ class SubspaceMonitor(Callback):
         self.every_n_steps = every_n_steps
         self._vectors: dict[str, dict[str, Tensor]] = {}
         self._last_step = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse weights that are not whole, before a model is loaded."""
+        if stage == "fit":
+            check_whole(trainer.strategy, "SubspaceMonitor")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decompose the weights."""
