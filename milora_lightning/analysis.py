@@ -13,6 +13,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from rich.box import SIMPLE
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
@@ -173,8 +174,9 @@ def averages(matrices: Sequence[MatrixAnalysis]) -> dict[str, float]:
 
 def summary(matrices: Sequence[MatrixAnalysis]) -> Table:
     """Return the averages over layers as a table, one row for each module type."""
-    columns = "matrices", "φ top", "φ bottom", "φ random", "r / out", "amplification", "‖ΔW‖ / ‖W‖"
-    table = Table("module", *columns, title="Similarity φ of ΔW with parts of W's spectrum", title_justify="left")
+    columns = "layers", "φ top", "bottom", "random", "r/out", "amplification", "‖ΔW‖/‖W‖"
+    title = "Similarity φ of ΔW with parts of W's spectrum, means over layers"
+    table = Table("module", *columns, title=title, title_justify="left", box=SIMPLE, collapse_padding=True)
     for name, group in by_type(matrices).items():
         table.add_row(name, str(len(group)), *(f"{value:.3g}" for value in averages(group).values()))
     return table

@@ -22,9 +22,10 @@ Draw = Callable[[Any, list[MatrixAnalysis]], None]
 def plot_analysis(folder: Path, matrices: Sequence[MatrixAnalysis]) -> None:
     """Draw spectra.png, similarity.png and energy.png, each with one panel for every module type."""
     groups = by_type(matrices)
-    _panels(folder / "spectra.png", groups, "singular values of W and ΔW, all layers", _draw_spectra)
+    _panels(folder / "spectra.png", groups, "singular values of W and ΔW, a line for each layer", _draw_spectra)
     _panels(folder / "similarity.png", groups, "similarity φ of ΔW with parts of W's spectrum", _draw_similarity)
-    _panels(folder / "energy.png", groups, "energy of ΔW along W's spectrum, mean over layers", _draw_energy)
+    energy = "energy of ΔW along W's spectrum, mean over layers; the rest is in W's null spaces"
+    _panels(folder / "energy.png", groups, energy, _draw_energy)
 
 
 def _draw_spectra(axes: Any, group: list[MatrixAnalysis]) -> None:
@@ -54,14 +55,15 @@ def _draw_energy(axes: Any, group: list[MatrixAnalysis]) -> None:
 
 
 def _panels(path: Path, groups: dict[str, list[MatrixAnalysis]], title: str, draw: Draw) -> None:
-    columns = min(len(groups), 4)
-    rows = -(-len(groups) // columns)
-    with new_figure(path, 3.6 * columns, 3 * rows + 0.4) as figure:
+    rows = -(-len(groups) // 4)
+    columns = -(-len(groups) // rows)  # as even as can be
+    with new_figure(path, 3.6 * columns, 3 * rows + 0.7) as figure:
         for number, (name, group) in enumerate(groups.items(), 1):
             axes = figure.add_subplot(rows, columns, number, title=name)
             draw(axes, group)
-            if number == 1:
-                axes.legend(fontsize="small")
+        legend = figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        for handle in legend.legend_handles:
+            handle.set(alpha=1, linewidth=1.5)
         figure.suptitle(title)
 
 

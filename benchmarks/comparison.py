@@ -1,0 +1,46 @@
+"""Tables and pictures of two comparisons of methods, which `python main.py compare` has trained.
+
+The README says with which commands: each takes hours on two cores.
+"""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import sys
+from pathlib import Path
+
+from common import README, publish
+
+from milora_lightning.compare import Run, read_rows
+from milora_lightning.report import by_method, paired_table, results_table
+
+PLOTS = README.parent / "benchmarks" / "plots"
+TASKS = {"gsm8k": "GSM8K", "commonsense": "ARC-Easy"}
+
+
+def finished_runs(folder: Path) -> list[Run]:
+    """Read the runs that a comparison reports."""
+    with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
+        reported = [row for row in csv.DictReader(file) if row["stage"] == "comparison"]
+    runs = [Run(row["method"], float(row["learning_rate"]), int(float(row["seed"]))) for row in reported]
+    for run in runs:
+        run.rows = read_rows(folder / run.name / "trajectory.csv")
+    return runs
+
+
+def main(folder: Path) -> None:
+    PLOTS.mkdir(exist_ok=True)
+    parts = []
+    for name, task in TASKS.items():
+        output = folder / f"comparison_{name}"
+        groups = by_method(finished_runs(output))
+        picture = PLOTS / f"{name}.png"
+        shutil.copyfile(output / "learning_forgetting.png", picture)
+        image = f"![Validation loss on {task} against forgetting]({picture.relative_to(README.parent)})"
+        parts += [f"**{task}**", results_table(groups), paired_table(groups), image]
+    publish("comparison", "\n\n".join(parts))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs"))
