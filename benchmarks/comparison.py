@@ -6,24 +6,23 @@ The README says with which commands: each takes hours on two cores.
 from __future__ import annotations
 
 import csv
-import shutil
 import sys
 from pathlib import Path
 
 from common import README, publish
 
 from milora_lightning.compare import Run, read_rows
-from milora_lightning.report import by_method, paired_table, results_table
+from milora_lightning.report import by_method, paired_table, plot_plane, results_table, sweep_table
 
 PLOTS = README.parent / "benchmarks" / "plots"
 TASKS = {"gsm8k": "GSM8K", "commonsense": "ARC-Easy"}
 
 
-def finished_runs(folder: Path) -> list[Run]:
-    """Read the runs that a comparison reports."""
+def finished_runs(folder: Path, stage: str) -> list[Run]:
+    """Read the runs of a comparison, or of its learning-rate sweep."""
     with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
-        reported = [row for row in csv.DictReader(file) if row["stage"] == "comparison"]
-    runs = [Run(row["method"], float(row["learning_rate"]), int(float(row["seed"]))) for row in reported]
+        rows = [row for row in csv.DictReader(file) if row["stage"] == stage]
+    runs = [Run(row["method"], float(row["learning_rate"]), int(row["seed"])) for row in rows]
     for run in runs:
         run.rows = read_rows(folder / run.name / "trajectory.csv")
     return runs
@@ -34,11 +33,12 @@ def main(folder: Path) -> None:
     parts = []
     for name, task in TASKS.items():
         output = folder / f"comparison_{name}"
-        groups = by_method(finished_runs(output))
+        groups = by_method(finished_runs(output, "comparison"))
+        sweep = sweep_table(finished_runs(output, "sweep"))
         picture = PLOTS / f"{name}.png"
-        shutil.copyfile(output / "learning_forgetting.png", picture)
+        plot_plane(picture, groups)
         image = f"![Validation loss on {task} against forgetting]({picture.relative_to(README.parent)})"
-        parts += [f"**{task}**", results_table(groups), paired_table(groups), image]
+        parts += [f"**{task}**", results_table(groups), paired_table(groups), sweep, image]
     publish("comparison", "\n\n".join(parts))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from milora_lightning.compare import Row, Run, write_rows
+from milora_lightning.compare import Row, Run, best_rate, write_rows
 from milora_lightning.plots import new_figure
 
 NAMES = {
@@ -92,21 +92,27 @@ def paired_table(groups: dict[str, list[Run]]) -> str:
 
 
 def sweep_table(sweep: Sequence[Run]) -> str:
-    """Return the validation losses of the learning-rate sweep, and a warning where the best is at the grid's edge."""
+    """Return what the learning-rate sweep has measured, and a warning where the best rate is at the grid's edge."""
     groups = by_method(sweep)
     rates = sorted({run.learning_rate for run in sweep})
     rows, at_edge = [], []
     for method, runs in groups.items():
-        losses = {run.learning_rate: run.last["val_loss"] for run in runs}
-        best = min(losses, key=lambda rate: losses[rate] if losses[rate] == losses[rate] else float("inf"))
-        rows.append([method, *(f"**{losses[r]:.4f}**" if r == best else f"{losses[r]:.4f}" for r in rates)])
+        best = best_rate(runs)
+        cells = {run.learning_rate: _losses(run.last, chosen=run.learning_rate == best) for run in runs}
+        rows.append([method, *(cells[rate] for rate in rates)])
         at_edge += [method] if best in (rates[0], rates[-1]) else []
-    text = f"Validation loss in the learning-rate sweep (seed {sweep[0].seed}):\n\n" + markdown(
+    measured = "Validation loss and KL from the base" if KL in sweep[0].last else "Validation loss"
+    text = f"{measured} in the learning-rate sweep (seed {sweep[0].seed}):\n\n" + markdown(
         ["method", *(f"{rate:g}" for rate in rates)], rows
     )
     if at_edge:
         text += f"\n\nFor {', '.join(at_edge)} the best is at the edge of the grid: a wider one might suit it better."
     return text
+
+
+def _losses(row: Row, chosen: bool) -> str:
+    loss = f"{row['val_loss']:.4f}"
+    return (f"**{loss}**" if chosen else loss) + (f", {row[KL]:.3g}" if KL in row else "")
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
@@ -145,7 +151,7 @@ def plot_plane(path: Path, groups: dict[str, list[Run]]) -> None:
         for number, (method, runs) in enumerate(groups.items()):
             for run in runs:
                 x, y = _points(run.rows)
-                axes.plot(x, y, color=f"C{number}", lw=0.8, alpha=0.7)
+                axes.plot(x, y, color=f"C{number}", lw=0.8, alpha=0.7, marker=".", ms=3)
                 axes.plot(x[-1], y[-1], color=f"C{number}", marker="o", ls="", label=method if run is runs[0] else None)
         axes.legend(title="end of training")
 

@@ -180,6 +180,6 @@ def test_tables_say_what_was_measured() -> None:
     assert "| b | 0.01 | 2.167 ± 1.2 |" in table
     assert "| b | +0.1667 ± 0.58 (larger in 2 of 3) | +0.1 ± 0 (larger in 3 of 3) |" in paired_table(groups)
     sweep = [fake("a", rate, 9, loss, 0.1) for rate, loss in ((1e-3, 0.3), (1e-2, 0.2), (1e-1, 0.4))]
-    assert "| a | 0.3000 | **0.2000** | 0.4000 |" in sweep_table(sweep)
+    assert "| a | 0.3000, 0.1 | **0.2000**, 0.1 | 0.4000, 0.1 |" in sweep_table(sweep)
     assert "edge" not in sweep_table(sweep)
     assert "For a the best is at the edge" in sweep_table(sweep[:2])
