@@ -1,6 +1,6 @@
 """Tables and pictures of two comparisons of methods, which `python main.py compare` has trained.
 
-The README says with which commands: each takes hours on two cores.
+The README says with which commands.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ import csv
 import sys
 from pathlib import Path
 
-from common import README, publish
+from common import PLOTS, README, publish
 
 from milora_lightning.compare import Run, read_rows
-from milora_lightning.report import by_method, paired_table, plot_plane, results_table, sweep_table
+from milora_lightning.report import by_method, plot_plane, results_table, sweep_table
 
-PLOTS = README.parent / "benchmarks" / "plots"
 TASKS = {"gsm8k": "GSM8K", "commonsense": "ARC-Easy"}
 
 
@@ -34,11 +33,11 @@ def main(folder: Path) -> None:
     for name, task in TASKS.items():
         output = folder / f"comparison_{name}"
         groups = by_method(finished_runs(output, "comparison"))
-        sweep = sweep_table(finished_runs(output, "sweep"))
-        picture = PLOTS / f"{name}.png"
+        picture = PLOTS / f"comparison_{name}.png"
         plot_plane(picture, groups)
         image = f"![Validation loss on {task} against forgetting]({picture.relative_to(README.parent)})"
-        parts += [f"**{task}**", results_table(groups), paired_table(groups), sweep, image]
+        sweep = sweep_table(finished_runs(output, "sweep"))
+        parts += [f"**{task}**", results_table(groups), image, sweep]
     publish("comparison", "\n\n".join(parts))
 
 
