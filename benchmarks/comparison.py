@@ -37,7 +37,8 @@ def main(folder: Path) -> None:
         plot_plane(picture, groups)
         image = f"![Validation loss on {task} against forgetting]({picture.relative_to(README.parent)})"
         sweep = sweep_table(finished_runs(output, "sweep"))
-        parts += [f"**{task}**", results_table(groups), image, sweep]
+        seeds = len(next(iter(groups.values())))
+        parts += [f"**{task}**, seeds: {seeds}", results_table(groups), image, sweep]
     publish("comparison", "\n\n".join(parts))
 
 
