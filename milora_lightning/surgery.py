@@ -109,13 +109,15 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
 def factors_kept(module: nn.Module) -> Iterator[None]:
     """Within this context, without gradients, each adapter stacks and casts its factors once and not in every call.
 
-    For generation, where the calls are many and small. The factors must not change within it, nor be in shards.
+    For generation, where the calls are many and small. The factors must not change within it, nor be in FSDP2's shards;
+    FSDP1 makes them whole for a call only, and they are stacked in each as ever.
 
     >>> model = nn.Sequential(nn.Linear(8, 8))
     >>> with torch.no_grad(), factors_kept(model):
     ...     pass
     """
-    layers = [layer for layer in lora_layers(module).values() if layer.base_layer.weight.is_floating_point()]
+    whole = [layer for layer in lora_layers(module).values() if layer.lora_A.ndim == 2]
+    layers = [layer for layer in whole if layer.base_layer.weight.is_floating_point()]
     try:
         for layer in layers:
             factors = layer.lora_A, layer.lora_B, layer.initial_A, layer.initial_B
