@@ -113,7 +113,7 @@ def factors_kept(module: nn.Module) -> Iterator[None]:
     FSDP1 makes them whole for a call only, and they are stacked in each as ever.
 
     >>> model = nn.Sequential(nn.Linear(8, 8))
-    >>> with torch.no_grad(), factors_kept(model):
+    >>> with factors_kept(model):
     ...     pass
     """
     whole = [layer for layer in lora_layers(module).values() if layer.lora_A.ndim == 2]
