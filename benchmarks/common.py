@@ -31,6 +31,11 @@ def alternate(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def median_seconds(run: Callable[[], object], rounds: int = 3) -> float:
+    """Run something several times, and return the median seconds."""
+    return alternate({"run": run}, rounds)["run"]
+
+
 def machine() -> str:
     """Name the kind of machine and the versions that matter."""
     name = platform.processor() or platform.machine()

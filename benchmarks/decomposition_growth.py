@@ -8,12 +8,8 @@ every rank decomposes its share of the matrices on cores of its own; what they e
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from statistics import median
-
 import torch
-from common import growth_plot, publish, table
+from common import growth_plot, median_seconds, publish, table
 
 from milora_lightning import singular_slice
 
@@ -29,23 +25,14 @@ MODELS = {
 }
 
 
-def seconds(run: Callable[[], object], rounds: int = 3) -> float:
-    times = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return median(times)
-
-
 def decomposition(k: int, n: int, r: int = R) -> float:
     weight = torch.randn(k, n, generator=torch.Generator().manual_seed(0))
-    return seconds(lambda: singular_slice(weight, r))
+    return median_seconds(lambda: singular_slice(weight, r))
 
 
 def full_svd(k: int) -> float:
     weight = torch.randn(k, k, generator=torch.Generator().manual_seed(0))
-    return seconds(lambda: torch.linalg.svd(weight, full_matrices=False), rounds=1)
+    return median_seconds(lambda: torch.linalg.svd(weight, full_matrices=False), rounds=1)
 
 
 def projected(shape: tuple[int, int], square: list[float], wide: list[float], exponents: dict[str, float]) -> float:

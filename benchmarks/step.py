@@ -8,14 +8,12 @@ step's time grows with r, with the batch and with the length.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
-from common import alternate, growth_plot, publish, table
+from common import alternate, growth_plot, median_seconds, publish, table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -82,16 +80,6 @@ class Products(TorchDispatchMode):
             call()
 
 
-def seconds(run: Callable[[], object], rounds: int = 3) -> float:
-    run()
-    times = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return median(times)
-
-
 def main() -> None:
     model = model_with(R)
     step(model)
@@ -110,9 +98,9 @@ def main() -> None:
     rows = [[name, f"{value:.2f} s", f"{found['adapted model'] / value:.2f}×"] for name, value in found.items()]
 
     series = {
-        "r": (RANKS, [seconds(partial(step, model_with(r))) for r in RANKS]),
-        "batch": (BATCHES, [seconds(lambda n=n: step(model, n)) for n in BATCHES]),
-        "length": (LENGTHS, [seconds(lambda n=n: step(model, 4, n)) for n in LENGTHS]),
+        "r": (RANKS, [median_seconds(partial(step, model_with(r))) for r in RANKS]),
+        "batch": (BATCHES, [median_seconds(lambda n=n: step(model, n)) for n in BATCHES]),
+        "length": (LENGTHS, [median_seconds(lambda n=n: step(model, 4, n)) for n in LENGTHS]),
     }
     exponents = growth_plot("step", "r, batch (of 224 tokens each), length (batch 4)", series)
     fits = ", ".join(f"{name} {value:.1f}" for name, value in exponents.items())

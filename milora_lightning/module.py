@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -242,10 +241,9 @@ class CausalLMModule(LightningModule):
             bos_token_id=tokenizer.bos_token_id,
         )
         prompts = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        # Ranks that share a model's shards go on until the last of them is done.
-        synced = is_sharded(self)
-        with nullcontext() if synced else factors_kept(self):
-            tokens = self._built().generate(**prompts, generation_config=config, synced_gpus=synced)
+        with factors_kept(self):
+            # Ranks that share a model's shards go on until the last of them is done.
+            tokens = self._built().generate(**prompts, generation_config=config, synced_gpus=is_sharded(self))
         texts = tokenizer.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
         return cast(list[str], texts)
 

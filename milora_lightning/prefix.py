@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from milora_lightning.attention import NAME, SHARED_PREFIX
 from milora_lightning.data.batching import IGNORED
+from milora_lightning.surgery import adapters_disabled
 
 SHORTEST = 8  # shorter prefixes save less than the rearrangement costs
 
@@ -30,11 +31,11 @@ def model_inputs(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> t
         Arguments of the model's forward, and the positions of their tokens whose next label counts, as a mask of the
         shape of the inputs. The positions come in the order of the batch's rows.
     """
-    prefix = shared_prefix(input_ids, labels)
-    if prefix < SHORTEST or not _can_share(model):
-        supervised = torch.zeros_like(labels, dtype=torch.bool)
-        supervised[:, :-1] = labels[:, 1:] != IGNORED
-        return {"input_ids": input_ids}, supervised
+    # First what the model can do: ranks that hold shards of it find out together, whatever their batches are, and
+    # devices that cannot share are spared waiting for the prefix.
+    prefix = shared_prefix(input_ids, labels) if _can_share(model) else 0
+    if prefix < SHORTEST:
+        return {"input_ids": input_ids}, _supervised(labels)
     return _laid_out(input_ids, labels, prefix)
 
 
@@ -57,8 +58,6 @@ def _laid_out(input_ids: Tensor, labels: Tensor, prefix: int) -> tuple[dict[str,
     rows, length = input_ids.shape
     own = torch.arange(prefix, length, device=input_ids.device).repeat(rows)
     positions = torch.cat([torch.arange(prefix, device=input_ids.device), own])[None]
-    supervised = torch.zeros_like(labels, dtype=torch.bool)
-    supervised[:, :-1] = labels[:, 1:] != IGNORED
     inputs = {
         "input_ids": torch.cat([input_ids[0, :prefix], input_ids[:, prefix:].flatten()])[None],
         "position_ids": positions,
@@ -66,7 +65,15 @@ def _laid_out(input_ids: Tensor, labels: Tensor, prefix: int) -> tuple[dict[str,
         "attention_mask": input_ids.new_zeros((), dtype=torch.bool).expand(1, 1, *positions.shape[1:] * 2),
         SHARED_PREFIX: (prefix, rows),
     }
+    supervised = _supervised(labels)
     return inputs, torch.cat([supervised[0, :prefix], supervised[:, prefix:].flatten()])[None]
+
+
+def _supervised(labels: Tensor) -> Tensor:
+    """Tell which positions of the rows have a next label that counts."""
+    supervised = torch.zeros_like(labels, dtype=torch.bool)
+    supervised[:, :-1] = labels[:, 1:] != IGNORED
+    return supervised
 
 
 def _can_share(model: PreTrainedModel) -> bool:
@@ -91,7 +98,9 @@ def _computes_the_same(model: PreTrainedModel) -> bool:
     labels = torch.full_like(input_ids, IGNORED)
     labels[:, 4] = 0
     inputs, _ = _laid_out(input_ids, labels, prefix=3)
-    with torch.random.fork_rng([]):  # its draws, for dropout, are not to be seen in those of training
+    # Its draws, for dropout, are not to be seen in those of training. Nor are those of trained adapters to tell the two
+    # ways apart, in a run that is resumed.
+    with torch.random.fork_rng([]), adapters_disabled(model):
         plain = model(input_ids=input_ids, use_cache=False).logits[:, 3:].float().flatten(0, 1)
         try:
             shared = model(**inputs, use_cache=False).logits[0, 3:].float()

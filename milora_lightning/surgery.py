@@ -109,14 +109,15 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
 def factors_kept(module: nn.Module) -> Iterator[None]:
     """Within this context, without gradients, each adapter stacks and casts its factors once and not in every call.
 
-    For generation, where the calls are many and small. The factors must not change within it, nor be in FSDP2's shards;
-    FSDP1 makes them whole for a call only, and they are stacked in each as ever.
+    For generation, where the calls are many and small. The factors must not change within it. Those in shards, which
+    FSDP makes whole for a call only, are stacked in each as ever.
 
     >>> model = nn.Sequential(nn.Linear(8, 8))
     >>> with factors_kept(model):
     ...     pass
     """
-    whole = [layer for layer in lora_layers(module).values() if layer.lora_A.ndim == 2]
+    # FSDP1's shards are flat.
+    whole = [layer for layer in lora_layers(module).values() if layer.lora_A.ndim == 2 and not is_sharded(layer)]
     layers = [layer for layer in whole if layer.base_layer.weight.is_floating_point()]
     try:
         for layer in layers:

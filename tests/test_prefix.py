@@ -83,6 +83,28 @@ def test_models_that_attend_otherwise_get_whole_rows(kind: str, changes: dict[st
     assert torch.isfinite(causal_lm_loss(model, input_ids, labels))
 
 
+def test_trained_adapters_with_dropout_do_not_decide() -> None:
+    """A run that is resumed lays its batches out as the one that was interrupted."""
+    model = model_of("llama").train()
+    for layer in inject(model, LoRAConfig(r=4, lora_dropout=0.5)).values():
+        torch.nn.init.normal_(layer.lora_A)
+        torch.nn.init.normal_(layer.lora_B)
+        layer.initialized = True
+        layer.train()
+    assert "position_ids" in model_inputs(model, *batch())[0]
+
+
+def test_batches_without_a_prefix_find_out_too() -> None:
+    """Of ranks that share a model, none may run it more often than the others."""
+    model = model_of("llama")
+    seen = tokens_seen(model)
+    input_ids, labels = batch()
+    model_inputs(model, input_ids.roll(1, 1), labels)
+    assert len(seen) == 2
+    model_inputs(model, input_ids, labels)
+    assert len(seen) == 2
+
+
 def test_finding_out_leaves_the_random_state_alone() -> None:
     model, rows = model_of("llama"), batch()
     state = torch.get_rng_state()
