@@ -75,7 +75,7 @@ def save_plot(name: str, figure: Figure) -> None:
 
 def publish(name: str, text: str) -> None:
     """Print a result, and put it into the README between the marks of its name."""
-    command = f"python benchmarks/{Path(sys.argv[0]).name}"
+    command = " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *(Path(word).name for word in sys.argv[1:])])
     text = f"{text}\n\n({machine()}; `{command}`)"
     print(text)
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"

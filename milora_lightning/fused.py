@@ -90,15 +90,19 @@ def updated_product(
     Returns:
         The output (..., out), and A x of shape (tokens, n).
     """
-    W, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
-    if b is None or not transposed:
-        y = F.linear(x, W.T if transposed else W, b)
-    else:  # the very call that Conv1D makes, which always has a bias
-        y = torch.addmm(b, rows, W).view(*x.shape[:-1], B.shape[0])
-    hidden = masked(rows, mask) @ A.T
+    y = base_product(x, weight, bias, transposed)
+    hidden = masked(x.reshape(-1, x.shape[-1]), mask) @ A.T
     y.view(-1, B.shape[0]).addmm_(hidden, B.T)
     return y, hidden
+
+
+def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """Compute what a base layer does, W x + bias (..., out), in the dtype of x."""
+    W, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if b is None or not transposed:
+        return F.linear(x, W.T if transposed else W, b)
+    # The very call that Conv1D makes, which always has a bias.
+    return torch.addmm(b, x.reshape(-1, x.shape[-1]), W).view(*x.shape[:-1], len(b))
 
 
 def stacked_factors(

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from milora_lightning.config import Init
 from milora_lightning.factors import stack_factors
-from milora_lightning.fused import draw_mask, fused_lora, masked, updated_product
+from milora_lightning.fused import base_product, draw_mask, fused_lora, masked, updated_product
 from milora_lightning.sharding import fill, full_tensor
 
 PLAIN_LAYERS = (nn.Linear, NonDynamicallyQuantizableLinear, Conv1D)
@@ -51,6 +51,7 @@ class LoRALinear(nn.Module):
         initialized: Whether the factors have their initial values.
         stacked: The factors as the layer's products need them, where they are kept from one call to the next; see
             :func:`milora_lightning.surgery.factors_kept`.
+        folded: The sum of weight and update, likewise.
 
     Raises:
         TypeError: If ``base_layer`` is no linear layer.
@@ -76,6 +77,7 @@ class LoRALinear(nn.Module):
         self.enabled = True
         self.initialized = False
         self.stacked: tuple[Tensor, Tensor] | None = None
+        self.folded: Tensor | None = None
         self.transposed = isinstance(base_layer, Conv1D)
         self.out_features, self.in_features = linear_shape(base_layer)
 
@@ -109,6 +111,8 @@ class LoRALinear(nn.Module):
         mask, scaling = self._dropout_mask(x)
         base = self.base_layer
         if self.stacked is not None and mask is None and not torch.is_grad_enabled():
+            if self.folded is not None and self.folded.dtype == x.dtype:  # not under autocast
+                return base_product(x, self.folded, base.bias, self.transposed)
             A, B = (factor.to(x.dtype) for factor in self.stacked)
             return updated_product(x, base.weight, base.bias, A, B, None, self.transposed)[0]
         factors = self.lora_A, self.lora_B, self.initial_A, self.initial_B

@@ -20,10 +20,10 @@ from milora_lightning.checkpoint_io import KEY
 from milora_lightning.compilation import compile_layers
 from milora_lightning.data import SFTDataModule
 from milora_lightning.data.batching import IGNORED, TEXTS
+from milora_lightning.generation import generate_greedily
 from milora_lightning.loss import causal_lm_loss, supervised_logits
 from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy
 from milora_lightning.pretrained import load_causal_lm, load_tokenizer
-from milora_lightning.sharding import is_sharded
 from milora_lightning.strategies import clips_itself, gradient_norm
 from milora_lightning.streaming import empty_causal_lm, shard, stream_weights
 from milora_lightning.surgery import factors_kept, inject, lora_layers
@@ -240,12 +240,9 @@ class CausalLMModule(LightningModule):
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=tokenizer.bos_token_id,
         )
-        prompts = {key: batch[key] for key in ("input_ids", "attention_mask")}
         with factors_kept(self):
-            # Ranks that share a model's shards go on until the last of them is done.
-            tokens = self._built().generate(**prompts, generation_config=config, synced_gpus=is_sharded(self))
-        texts = tokenizer.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-        return cast(list[str], texts)
+            tokens = generate_greedily(self._built(), batch["input_ids"], batch["attention_mask"], config)
+        return cast(list[str], tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Make the optimizer of the trainable parameters and its schedule over the whole run."""

@@ -80,16 +80,26 @@ def _can_share(model: PreTrainedModel) -> bool:
     """Whether a model computes the same in both ways; found out once, by trying."""
     known = getattr(model, "_can_share_prefix", None)
     if known is None:
-        known = model._can_share_prefix = _attends_to_all(model) and _computes_the_same(model)
+        config = model.config.get_text_config()
+        uses_blocks = model.config._attn_implementation == NAME and model.device.type == "cpu"
+        drops = any(getattr(config, name, None) for name in ("attention_dropout", "attn_pdrop"))
+        known = uses_blocks and not drops and attends_to_all(model) and _computes_the_same(model)
+        model._can_share_prefix = known
     return bool(known)
 
 
-def _attends_to_all(model: PreTrainedModel) -> bool:
+def attends_to_all(model: PreTrainedModel) -> bool:
+    """Whether every layer of a model attends to all tokens before, by what its configuration says."""
     config = model.config.get_text_config()
-    unfit = ("sliding_window", "attention_chunk_size", "attention_dropout", "attn_pdrop")
+    windows = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    uses_blocks = model.config._attn_implementation == NAME and model.device.type == "cpu"
-    return uses_blocks and not any(getattr(config, name, None) for name in unfit) and layers == {"full_attention"}
+    return not windows and layers == {"full_attention"}
+
+
+def close_logits(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Whether logits differ by no more than a model's rounding in a dtype."""
+    tolerance = max(1e-4, 3 * torch.finfo(dtype).eps)
+    return bool((a.float() - b.float()).norm() <= tolerance * a.float().norm())
 
 
 @torch.no_grad()
@@ -101,10 +111,9 @@ def _computes_the_same(model: PreTrainedModel) -> bool:
     # Its draws, for dropout, are not to be seen in those of training. Nor are those of trained adapters to tell the two
     # ways apart, in a run that is resumed.
     with torch.random.fork_rng([]), adapters_disabled(model):
-        plain = model(input_ids=input_ids, use_cache=False).logits[:, 3:].float().flatten(0, 1)
+        plain = model(input_ids=input_ids, use_cache=False).logits[:, 3:].flatten(0, 1)
         try:
-            shared = model(**inputs, use_cache=False).logits[0, 3:].float()
+            shared = model(**inputs, use_cache=False).logits[0, 3:]
         except TypeError:  # its forward has no position_ids, or passes no options on
             return False
-    tolerance = max(1e-4, 3 * torch.finfo(model.dtype).eps)
-    return bool((plain - shared).norm() <= tolerance * plain.norm())
+    return close_logits(plain, shared, model.dtype)

@@ -107,10 +107,12 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def factors_kept(module: nn.Module) -> Iterator[None]:
-    """Within this context, without gradients, each adapter stacks and casts its factors once and not in every call.
+    """Within this context, without gradients, each adapter prepares its factors once and not in every call.
 
-    For generation, where the calls are many and small. The factors must not change within it. Those in shards, which
-    FSDP makes whole for a call only, are stacked in each as ever.
+    For generation, where the calls are many and small. Where the weight has the factors' precision, the update is added
+    to a copy of it, which takes the memory of a second weight; a half-precision weight would round the update, and its
+    factors are stacked and cast only. The factors must not change within the context. Those in shards, which FSDP makes
+    whole for a call only, are stacked in each as ever.
 
     >>> model = nn.Sequential(nn.Linear(8, 8))
     >>> with factors_kept(model):
@@ -122,11 +124,13 @@ def factors_kept(module: nn.Module) -> Iterator[None]:
     try:
         for layer in layers:
             factors = layer.lora_A, layer.lora_B, layer.initial_A, layer.initial_B
-            layer.stacked = stacked_factors(*factors, layer.scaling, layer.base_layer.weight.dtype)
+            dtype = layer.base_layer.weight.dtype
+            layer.stacked = stacked_factors(*factors, layer.scaling, dtype)
+            layer.folded = layer.merged_weight().detach() if dtype == layer.lora_A.dtype else None
         yield
     finally:
         for layer in layers:
-            layer.stacked = None
+            layer.stacked = layer.folded = None
 
 
 def _check_no_peft(module: nn.Module) -> None:

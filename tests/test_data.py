@@ -61,8 +61,12 @@ def test_evaluation_has_losses_and_prompts(stage, split):
     assert sorted(responses(losses)) == sorted(expected(split))
     assert max(len(batch["input_ids"]) for batch in losses) == 3
     batches = list(prompts)
-    assert [reference for batch in batches for reference in batch["reference"]] == [r for _, r in SPLITS[split][:5]]
+    references = [reference for batch in batches for reference in batch["reference"]]
+    assert sorted(references) == sorted(r for _, r in SPLITS[split][:5])
     assert [len(batch["prompt"]) for batch in batches] == [2, 2, 1]
+    lengths = [int(row.sum()) for batch in batches for row in batch["attention_mask"]]
+    assert lengths == sorted(lengths, reverse=True)
+    assert len(set(lengths)) > 1
     first = batches[0]
     assert make_tokenizer().decode(first["input_ids"][0][first["attention_mask"][0] == 1]) == "<s>" + first["prompt"][0]
     assert first["attention_mask"][:, -1].all()

@@ -236,7 +236,8 @@ class SFTDataModule(LightningDataModule):
         loaders = [self._loader(FilledDataset(examples), sampler, self.eval_batch_size, self._collator(Collator))]
         answered = range(len(examples)) if number is None else _first_of_each(examples["task"][:], number)
         if answered and self.metric() is not None:
-            loaders.append(self._generation(split, answered))
+            prompts = examples["prompt_length"][:]
+            loaders.append(self._generation(split, sorted(answered, key=lambda i: -prompts[i])))
         return loaders
 
     def _generation(self, split: Split, indices: Sequence[int]) -> DataLoader[Any]:

@@ -1,0 +1,111 @@
+"""Greedy answers to prompts that begin alike, against transformers' own to the whole rows."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY_CONFIGS
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from milora_lightning import LoRAConfig, initialize, inject
+from milora_lightning.attention import NAME
+from milora_lightning.generation import generate_greedily, shared_beginning
+from milora_lightning.surgery import factors_kept
+
+PREFIX, NEW = 9, 12
+CONFIG = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+
+
+def model_of(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """A model whose adapters have been trained, so that they matter."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(TINY_CONFIGS[kind])
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    adapters = inject(model, LoRAConfig(r=4))
+    initialize(model)
+    for layer in adapters.values():
+        layer.lora_B.data += 0.1 * torch.randn_like(layer.lora_B)
+    return model
+
+
+def prompts(lengths: tuple[int, ...] = (20, 13, 17)) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    input_ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    beginning = torch.randint(5, 60, (PREFIX,))
+    for row, length in zip(input_ids, lengths, strict=True):
+        row[-length:] = torch.cat([beginning, torch.randint(5, 60, (length - PREFIX,))])
+    input_ids[torch.arange(len(lengths)), PREFIX - torch.tensor(lengths)] = 60 + torch.arange(len(lengths))
+    return input_ids, (input_ids > 0).long()
+
+
+def tokens_seen(model: PreTrainedModel) -> list[int]:
+    seen: list[int] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
+    return seen
+
+
+def reference(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    tokens: Tensor = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=CONFIG)
+    return tokens[:, input_ids.shape[1] :]
+
+
+@pytest.mark.parametrize("lengths", [(20, 13, 17), (15, 15)])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", NAME])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma", "gpt2", "opt"])
+def test_answers_are_those_to_whole_rows(kind: str, attention: str, lengths: tuple[int, ...]) -> None:
+    model = model_of(kind)
+    model.set_attn_implementation(attention)
+    batch = prompts(lengths)
+    want = reference(model, *batch)
+    generate_greedily(model, *batch, CONFIG)  # finds out what the model can do
+    seen = tokens_seen(model)
+    assert torch.equal(generate_greedily(model, *batch, CONFIG), want)
+    assert seen[:2] == [PREFIX, len(lengths) * (max(lengths) - PREFIX)]
+    with factors_kept(model):
+        assert torch.equal(generate_greedily(model, *batch, CONFIG), want)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "lengths"),
+    [("qwen2", {"sliding_window": 8, "use_sliding_window": True}, (20, 13)), ("llama", {}, (20,))],
+)
+def test_whole_rows_where_nothing_can_be_shared(kind: str, changes: dict[str, Any], lengths: tuple[int, ...]) -> None:
+    model = model_of(kind, **changes)
+    batch = prompts(lengths)
+    generate_greedily(model, *batch, CONFIG)
+    seen = tokens_seen(model)
+    assert torch.equal(generate_greedily(model, *batch, CONFIG), reference(model, *batch))
+    assert seen[0] == batch[0].numel()
+
+
+def test_other_beginnings_are_not_shared() -> None:
+    input_ids, attention_mask = prompts()
+    assert shared_beginning(input_ids, attention_mask) == PREFIX
+    input_ids[2, -17 + 3] = 99
+    assert shared_beginning(input_ids, attention_mask) == 3
+    same = input_ids[:1].expand(2, -1), attention_mask[:1].expand(2, -1)
+    assert shared_beginning(*same) == 19  # one token of each row's own is left to continue from
+
+
+def test_a_model_that_continues_otherwise_gets_whole_rows() -> None:
+    """Negative control of the trial, of two ways that are not alike."""
+    model = model_of("llama")
+    forward = model.forward
+
+    def shifted(position_ids: Any = None, past_key_values: Any = None, **options: Any) -> Any:
+        if past_key_values is not None and past_key_values.get_seq_length() and options["input_ids"].shape[1] > 1:
+            position_ids = 3 * position_ids
+        return forward(position_ids=position_ids, past_key_values=past_key_values, **options)
+
+    model.forward = shifted
+    batch = prompts()
+    generate_greedily(model, *batch, CONFIG)
+    seen = tokens_seen(model)
+    generate_greedily(model, *batch, CONFIG)
+    assert seen[0] == batch[0].numel()
