@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
-from milora_lightning.prefix import SHORTEST, attends_to_all, close_logits
+from milora_lightning.prefix import SHORTEST, attends_to_all
 from milora_lightning.sharding import is_sharded
 from milora_lightning.surgery import adapters_disabled
+from milora_lightning.trials import close_logits, once_per_model
 
 
 def generate_greedily(
@@ -75,14 +76,11 @@ def _with_prefix_known(
     return {"input_ids": rows, "attention_mask": attention_mask.gather(1, source), "past_key_values": cache}
 
 
+@once_per_model
 def _can_continue(model: PreTrainedModel) -> bool:
-    """Whether a model continues prompts in both ways alike; found out once, by trying."""
-    known = getattr(model, "_can_continue_prefix", None)
-    if known is None:
-        takes_cache = "past_key_values" in inspect.signature(model.forward).parameters and not model._is_stateful
-        known = takes_cache and attends_to_all(model) and _continues_the_same(model)
-        model._can_continue_prefix = known
-    return bool(known)
+    """Whether a model continues prompts in both ways alike; found out by trying."""
+    takes_cache = "past_key_values" in inspect.signature(model.forward).parameters and not model._is_stateful
+    return takes_cache and attends_to_all(model) and _continues_the_same(model)
 
 
 def _continues_the_same(model: PreTrainedModel) -> bool:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from milora_lightning.data.batching import IGNORED
 from milora_lightning.prefix import model_inputs
+from milora_lightning.trials import once_per_model
 
 # Logits held at once, as float32: on CPUs what stays in the cache, elsewhere what fills the device.
 _CPU_LOGITS, _DEVICE_LOGITS = 2**23, 2**26
@@ -149,19 +150,16 @@ def _is_frozen_linear(head: nn.Module) -> bool:
     return type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
 
 
+@once_per_model
 def _returns_head_output(model: PreTrainedModel) -> bool:
-    """Whether the model's logits are the very output of its output embeddings; found out once, by trying."""
-    known = getattr(model, "_returns_head_output", None)
-    if known is None:
-        outputs: list[Tensor] = []
-        handle = model.get_output_embeddings().register_forward_hook(lambda *call: outputs.append(call[2]))
-        try:
-            # Its draws, for dropout, are not to be seen in those of training.
-            with torch.no_grad(), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-                token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-                logits = model(input_ids=token, use_cache=False).logits
-        finally:
-            handle.remove()
-        known = len(outputs) == 1 and torch.equal(outputs[0], logits)
-        model._returns_head_output = known
-    return bool(known)
+    """Whether the model's logits are the very output of its output embeddings; found out by trying."""
+    outputs: list[Tensor] = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda *call: outputs.append(call[2]))
+    try:
+        # Its draws, for dropout, are not to be seen in those of training.
+        with torch.no_grad(), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+            token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+            logits = model(input_ids=token, use_cache=False).logits
+    finally:
+        handle.remove()
+    return len(outputs) == 1 and torch.equal(outputs[0], logits)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from milora_lightning.attention import NAME, SHARED_PREFIX
 from milora_lightning.data.batching import IGNORED
 from milora_lightning.surgery import adapters_disabled
+from milora_lightning.trials import close_logits, once_per_model
 
 SHORTEST = 8  # shorter prefixes save less than the rearrangement costs
 
@@ -76,16 +77,13 @@ def _supervised(labels: Tensor) -> Tensor:
     return supervised
 
 
+@once_per_model
 def _can_share(model: PreTrainedModel) -> bool:
-    """Whether a model computes the same in both ways; found out once, by trying."""
-    known = getattr(model, "_can_share_prefix", None)
-    if known is None:
-        config = model.config.get_text_config()
-        uses_blocks = model.config._attn_implementation == NAME and model.device.type == "cpu"
-        drops = any(getattr(config, name, None) for name in ("attention_dropout", "attn_pdrop"))
-        known = uses_blocks and not drops and attends_to_all(model) and _computes_the_same(model)
-        model._can_share_prefix = known
-    return bool(known)
+    """Whether a model computes the same in both ways; found out by trying."""
+    config = model.config.get_text_config()
+    uses_blocks = model.config._attn_implementation == NAME and model.device.type == "cpu"
+    drops = any(getattr(config, name, None) for name in ("attention_dropout", "attn_pdrop"))
+    return uses_blocks and not drops and attends_to_all(model) and _computes_the_same(model)
 
 
 def attends_to_all(model: PreTrainedModel) -> bool:
@@ -94,12 +92,6 @@ def attends_to_all(model: PreTrainedModel) -> bool:
     windows = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     return not windows and layers == {"full_attention"}
-
-
-def close_logits(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    """Whether logits differ by no more than a model's rounding in a dtype."""
-    tolerance = max(1e-4, 3 * torch.finfo(dtype).eps)
-    return bool((a.float() - b.float()).norm() <= tolerance * a.float().norm())
 
 
 @torch.no_grad()

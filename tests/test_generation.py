@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_CONFIGS
+from test_lora import IN, TOKENS, adapted
+from test_prefix import model_of, tokens_seen
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from milora_lightning import LoRAConfig, initialize, inject
 from milora_lightning.attention import NAME
@@ -20,13 +20,9 @@ PREFIX, NEW = 9, 12
 CONFIG = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=0)
 
 
-def model_of(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
-    """A model whose adapters have been trained, so that they matter."""
-    torch.manual_seed(0)
-    config = copy.deepcopy(TINY_CONFIGS[kind])
-    for name, value in changes.items():
-        setattr(config, name, value)
-    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+def trained_model(kind: str, **changes: Any) -> PreTrainedModel:
+    """A model whose adapters have left their start, so that they matter."""
+    model = model_of(kind, **changes).eval()
     adapters = inject(model, LoRAConfig(r=4))
     initialize(model)
     for layer in adapters.values():
@@ -44,12 +40,6 @@ def prompts(lengths: tuple[int, ...] = (20, 13, 17)) -> tuple[Tensor, Tensor]:
     return input_ids, (input_ids > 0).long()
 
 
-def tokens_seen(model: PreTrainedModel) -> list[int]:
-    seen: list[int] = []
-    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
-    return seen
-
-
 def reference(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     tokens: Tensor = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=CONFIG)
     return tokens[:, input_ids.shape[1] :]
@@ -59,7 +49,7 @@ def reference(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor)
 @pytest.mark.parametrize("attention", ["eager", "sdpa", NAME])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma", "gpt2", "opt"])
 def test_answers_are_those_to_whole_rows(kind: str, attention: str, lengths: tuple[int, ...]) -> None:
-    model = model_of(kind)
+    model = trained_model(kind)
     model.set_attn_implementation(attention)
     batch = prompts(lengths)
     want = reference(model, *batch)
@@ -76,7 +66,7 @@ def test_answers_are_those_to_whole_rows(kind: str, attention: str, lengths: tup
     [("qwen2", {"sliding_window": 8, "use_sliding_window": True}, (20, 13)), ("llama", {}, (20,))],
 )
 def test_whole_rows_where_nothing_can_be_shared(kind: str, changes: dict[str, Any], lengths: tuple[int, ...]) -> None:
-    model = model_of(kind, **changes)
+    model = trained_model(kind, **changes)
     batch = prompts(lengths)
     generate_greedily(model, *batch, CONFIG)
     seen = tokens_seen(model)
@@ -95,7 +85,7 @@ def test_other_beginnings_are_not_shared() -> None:
 
 def test_a_model_that_continues_otherwise_gets_whole_rows() -> None:
     """Negative control of the trial, of two ways that are not alike."""
-    model = model_of("llama")
+    model = trained_model("llama")
     forward = model.forward
 
     def shifted(position_ids: Any = None, past_key_values: Any = None, **options: Any) -> Any:
@@ -109,3 +99,32 @@ def test_a_model_that_continues_otherwise_gets_whole_rows() -> None:
     seen = tokens_seen(model)
     generate_greedily(model, *batch, CONFIG)
     assert seen[0] == batch[0].numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_are_kept_where_they_do_not_change(dtype: torch.dtype) -> None:
+    """With no more than float32's rounding in the output, and without effect once the context has ended."""
+    layer = adapted().to(dtype)
+    x, weight = torch.randn(TOKENS, IN, dtype=dtype), layer.base_layer.weight.clone()
+    with torch.no_grad():
+        before = layer(x)
+        with factors_kept(layer):
+            assert (layer.folded is None) == (dtype == torch.bfloat16)  # which would round the update
+            kept = layer(x)
+            torch.testing.assert_close(kept, before, rtol=0 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+            layer.lora_B += 1
+            assert torch.equal(layer(x), kept)  # as they were
+        assert not torch.allclose(layer(x), before)
+    assert torch.equal(layer.base_layer.weight, weight)
+    with factors_kept(layer):
+        layer(x).sum().backward()  # gradients need the factors themselves
+    assert layer.lora_B.grad.abs().sum() > 0
+
+
+def test_a_folded_update_is_not_rounded_under_autocast() -> None:
+    layer = adapted()
+    x = torch.randn(TOKENS, IN)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = layer(x)
+        with factors_kept(layer):
+            assert torch.equal(layer(x), before)

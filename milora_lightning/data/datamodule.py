@@ -229,15 +229,12 @@ class SFTDataModule(LightningDataModule):
 
     def _evaluation(self, split: Split, number: int | None) -> list[DataLoader[Any]]:
         examples = self._examples(split)
-        # Longest first: little padding, and a lack of memory shows at once.
-        lengths = examples["length"][:]
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        order = _longest_first(range(len(examples)), examples["length"][:])
         sampler = EvaluationSampler(order, **self._rank())
         loaders = [self._loader(FilledDataset(examples), sampler, self.eval_batch_size, self._collator(Collator))]
         answered = range(len(examples)) if number is None else _first_of_each(examples["task"][:], number)
         if answered and self.metric() is not None:
-            prompts = examples["prompt_length"][:]
-            loaders.append(self._generation(split, sorted(answered, key=lambda i: -prompts[i])))
+            loaders.append(self._generation(split, _longest_first(answered, examples["prompt_length"][:])))
         return loaders
 
     def _generation(self, split: Split, indices: Sequence[int]) -> DataLoader[Any]:
@@ -275,6 +272,15 @@ class SFTDataModule(LightningDataModule):
     def _rank(self) -> dict[str, int]:
         """Return how the data is shared out: not by the world's size alone, tensor-parallel ranks share batches."""
         return (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+
+
+def _longest_first(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """Sort examples for little padding, and so that a lack of memory shows at once.
+
+    >>> _longest_first([0, 1, 3], [5, 7, 9, 6])
+    [1, 3, 0]
+    """
+    return sorted(indices, key=lambda i: -lengths[i])
 
 
 def _first_of_each(tasks: Sequence[str], number: int) -> list[int]:
