@@ -169,22 +169,18 @@ def rows_of(file: str, setting: str) -> list[list[str]]:
         for key in ("rate", "memory")
     )
     base = rate["PEFT, Hugging Face Trainer"]
-    dtype, dropout = SETTINGS[setting]
-    return [
-        [f"{dtype}, {dropout:g}", who, f"{rate[who]:.0f}", f"{rate[who] / base:.1f}×", f"{memory[who]:.1f} GB"]
-        for who in found
-    ]
+    return [[who, f"{rate[who]:.0f}", f"{rate[who] / base:.1f}×", f"{memory[who]:.1f} GB"] for who in found]
 
 
 def main(file: str, settings: list[str]) -> None:
-    rows = [row for setting in settings for row in rows_of(file, setting)]
     versions = ", ".join(f"{name} {version(name)}" for name in ("peft", "transformers", "trl"))
     note = (
         f"Tokens without padding in a second; {STEPS} steps of {BATCH} problems, medians of {ROUNDS} alternating "
         f"rounds; {versions}."
     )
-    columns = ["base, dropout", "", "tokens/s", "of PEFT's", "peak memory"]
-    publish("training", f"{table(columns, rows)}\n\n{note}")
+    for setting in settings:
+        columns = ["{}, dropout {:g}".format(*SETTINGS[setting]), "tokens/s", "of PEFT's", "peak memory"]
+        publish(f"training_{setting}", f"{table(columns, rows_of(file, setting))}\n\n{note}")
 
 
 if __name__ == "__main__":
