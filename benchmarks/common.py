@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: alternating rounds, the machine's kind, plots, and tables in the README."""
+"""What the benchmark scripts share: alternating rounds, the machine's kind, and tables in the README."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
+from figures import COLUMNS, draw_tables
 
 README = Path(__file__).parent.parent / "README.md"
-PLOTS = Path(__file__).parent / "plots"
 
 
 def alternate(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -51,30 +49,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def growth_plot(name: str, xlabel: str, series: dict[str, tuple[Sequence[float], Sequence[float]]]) -> dict[str, float]:
-    """Plot seconds on logarithmic axes into plots/NAME.png; return each curve's exponent, fitted to its upper half."""
-    figure = Figure(figsize=(5, 3.5), layout="constrained")
-    axes = figure.subplots()
-    exponents = {}
-    for label, (x, seconds) in series.items():
-        upper = slice(len(x) // 2, None)
-        exponents[label] = float(np.polyfit(np.log(x[upper]), np.log(seconds[upper]), 1)[0])
-        axes.loglog(x, seconds, marker="o", label=f"{label}: exponent {exponents[label]:.1f}")
-    axes.set(xlabel=xlabel, ylabel="seconds")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    save_plot(name, figure)
-    return exponents
-
-
-def save_plot(name: str, figure: Figure) -> None:
-    """Save a figure as plots/NAME.png."""
-    PLOTS.mkdir(exist_ok=True)
-    figure.savefig(PLOTS / f"{name}.png", dpi=120)
-
-
 def publish(name: str, text: str) -> None:
-    """Print a result, and put it into the README between the marks of its name."""
+    """Print a result, put it into the README between the marks of its name, and draw the tables of its script anew."""
     command = " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *(Path(word).name for word in sys.argv[1:])])
     text = f"{text}\n\n({machine()}; `{command}`)"
     print(text)
@@ -83,4 +59,8 @@ def publish(name: str, text: str) -> None:
     if begin not in readme:
         raise SystemExit(f"README.md has no place marked {begin}")
     head, rest = readme.split(begin)
-    README.write_text(head + begin + "\n" + text + "\n" + end + rest.split(end)[1])
+    readme = head + begin + "\n" + text + "\n" + end + rest.split(end)[1]
+    README.write_text(readme)
+    script = name.split("_")[0]
+    if script in COLUMNS:
+        draw_tables(script, readme)

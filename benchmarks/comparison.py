@@ -9,7 +9,8 @@ import csv
 import sys
 from pathlib import Path
 
-from common import PLOTS, README, publish
+from common import README, publish
+from figures import PLOTS
 
 from milora_lightning.compare import Run, read_rows
 from milora_lightning.report import by_method, plot_plane, results_table, sweep_table

@@ -9,7 +9,8 @@ every rank decomposes its share of the matrices on cores of its own; what they e
 from __future__ import annotations
 
 import torch
-from common import growth_plot, median_seconds, publish, table
+from common import median_seconds, publish, table
+from figures import growth_plot
 
 from milora_lightning import singular_slice
 

@@ -68,16 +68,14 @@ def main() -> None:
         "PEFT, unmerged, in the data's order": (peft_generate, in_order),
     }
     found = alternate({name: partial(answer, name, *how) for name, how in contenders.items()}, ROUNDS)
-    rows = [
-        [name, f"{seconds:.1f} s", f"{seconds / found['milora-lightning']:.2f}×"] for name, seconds in found.items()
-    ]
+    rows = [[name, f"{seconds:.1f}", f"{seconds / found['milora-lightning']:.2f}×"] for name, seconds in found.items()]
     answers = list(texts.values())
     equal = sum(all(other[prompt] == text for other in answers) for prompt, text in answers[0].items())
     note = (
-        f"float32, {PROBLEMS} answers of at most {NEW_TOKENS} tokens, {equal} of them equal in all three; medians of "
-        f"{ROUNDS} alternating rounds; PEFT {version('peft')}."
+        f"At most {NEW_TOKENS} tokens each, {equal} of {PROBLEMS} texts equal in all three; medians of {ROUNDS} "
+        f"alternating rounds; PEFT {version('peft')}."
     )
-    publish("generation", table(["", "time", "of ours"], rows) + f"\n\n{note}")
+    publish("generation", table([f"{PROBLEMS} answers, float32", "seconds", "of ours"], rows) + f"\n\n{note}")
 
 
 if __name__ == "__main__":

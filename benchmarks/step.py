@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import alternate, growth_plot, median_seconds, publish, table
+from common import alternate, median_seconds, publish, table
+from figures import growth_plot
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
