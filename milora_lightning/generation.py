@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from milora_lightning.growing_cache import growing_cache
 from milora_lightning.prefix import SHORTEST, attends_to_all
 from milora_lightning.sharding import is_sharded
 from milora_lightning.surgery import adapters_disabled
@@ -39,6 +40,8 @@ def generate_greedily(
         prefix = shared_beginning(input_ids, attention_mask)
         if prefix >= SHORTEST:
             inputs = _with_prefix_known(model, input_ids, attention_mask, prefix)
+        else:
+            inputs["past_key_values"] = growing_cache(model.config)
     # Ranks that share a model's shards go on until the last of them is done.
     tokens: Tensor = model.generate(**inputs, generation_config=config, synced_gpus=sharded)
     return tokens[:, input_ids.shape[1] :]
@@ -70,7 +73,7 @@ def _with_prefix_known(
     behind = torch.where(columns - prefix < padding, columns - prefix, columns)
     source = torch.where(columns < prefix, padding + columns, behind)
     rows = input_ids.gather(1, source)
-    cache = DynamicCache(config=model.config)
+    cache = growing_cache(model.config)
     model(input_ids=rows[:1, :prefix], past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(len(rows))
     return {"input_ids": rows, "attention_mask": attention_mask.gather(1, source), "past_key_values": cache}

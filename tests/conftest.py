@@ -124,3 +124,17 @@ def write_examples(path: Path, number: int) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def svd_shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the matrices that go through torch's SVD."""
+    shapes: list[tuple[int, ...]] = []
+    svd = torch.linalg.svd
+
+    def record(matrix: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        shapes.append(tuple(matrix.shape))
+        return svd(matrix, *args, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "svd", record)
+    return shapes

@@ -3,95 +3,29 @@ import math
 import pytest
 import scipy.linalg
 import torch
+from decomposition_weights import (
+    DTYPES,
+    SHAPES,
+    R,
+    assert_are_triplets,
+    assert_is_slice,
+    duplicated_rows,
+    few_pruned_rows,
+    low_rank,
+    make_weight,
+    nearly_low_rank,
+    orthonormal,
+    planted,
+    positions,
+    power_law,
+    pruned_columns,
+    pruned_rows,
+    rank_one,
+    zero,
+)
 
 from milora_lightning import decomposition
 from milora_lightning.decomposition import Slice, singular_slice
-
-R = 16
-SHAPES = [(160, 160), (96, 256), (256, 96)]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small only lose time to threads that wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def orthonormal(rows, columns, generator):
-    return torch.linalg.qr(torch.randn(rows, columns, dtype=torch.float64, generator=generator)).Q
-
-
-def planted(shape, spectrum, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    k = len(spectrum)
-    return orthonormal(shape[0], k, generator) * spectrum @ orthonormal(shape[1], k, generator).mT
-
-
-def power_law(k, condition, r=R):
-    """Decaying spectrum with a gap at every edge of the minor, middle and principal slices."""
-    edges = (r, (k - r) // 2, (k - r) // 2 + r, k - r)
-    spectrum = torch.logspace(0, -math.log10(condition / 2 ** len(edges)), k, dtype=torch.float64)
-    for edge in edges:
-        spectrum[edge:] /= 2
-    return spectrum
-
-
-def make_weight(shape, spectrum, dtype=torch.float32):
-    if spectrum == "gaussian":
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return planted(shape, power_law(min(shape), spectrum)).to(dtype)
-
-
-def positions(k, r, which):
-    start = {"minor": k - r, "principal": 0, "middle": (k - r) // 2}[which]
-    return slice(start, start + r)
-
-
-def assert_is_slice(triplets, weight, r, which):
-    """Compare with a full SVD in float64: singular values, and subspaces through their projectors."""
-    U, S, Vh = torch.linalg.svd(weight.detach().double(), full_matrices=False)
-    at = positions(len(S), r, which)
-    U, S, Vh = U[:, at], S[at], Vh[at]
-    torch.testing.assert_close(triplets.S, S, rtol=1e-6, atol=0)
-    assert torch.dist(triplets.U @ triplets.U.mT, U @ U.mT) < 1e-8
-    assert torch.dist(triplets.Vh.mT @ triplets.Vh, Vh.mT @ Vh) < 1e-8
-    assert torch.dist(triplets.U * triplets.S @ triplets.Vh, U * S @ Vh) < 1e-8 * weight.double().norm()
-
-
-def assert_are_triplets(triplets, weight, r):
-    """Check what defines singular triplets, which holds where single vectors and even subspaces are free."""
-    U, S, Vh = triplets
-    W = weight.detach().double()
-    assert U.shape == (W.shape[0], r)
-    assert S.shape == (r,)
-    assert Vh.shape == (r, W.shape[1])
-    assert all(x.dtype == torch.float64 and x.is_contiguous() and not x.requires_grad for x in triplets)
-    eye = torch.eye(r, dtype=torch.float64)
-    torch.testing.assert_close(U.mT @ U, eye, rtol=0, atol=1e-12)
-    torch.testing.assert_close(Vh @ Vh.mT, eye, rtol=0, atol=1e-12)
-    assert (S >= 0).all()
-    assert (S.diff() <= 0).all()
-    tolerance = 1e-9 * W.norm().item()
-    torch.testing.assert_close(W @ Vh.mT, U * S, rtol=0, atol=tolerance)
-    torch.testing.assert_close(W.mT @ U, Vh.mT * S, rtol=0, atol=tolerance)
-
-
-@pytest.fixture
-def svd_shapes(monkeypatch):
-    """Shapes of the matrices that go through torch's SVD."""
-    shapes = []
-    svd = torch.linalg.svd
-
-    def record(matrix, *args, **kwargs):
-        shapes.append(tuple(matrix.shape))
-        return svd(matrix, *args, **kwargs)
-
-    monkeypatch.setattr(torch.linalg, "svd", record)
-    return shapes
 
 
 @pytest.mark.parametrize("which", ["minor", "principal", "middle"])
@@ -142,40 +76,6 @@ def test_whole_spectrum_rebuilds_the_weight():
     weight = make_weight((48, 96), "gaussian", torch.float64)
     U, S, Vh = singular_slice(weight, 48)
     torch.testing.assert_close(U * S @ Vh, weight)
-
-
-def pruned_rows(weight):
-    weight[10:40] = 0
-
-
-def pruned_columns(weight):
-    weight[:, 5:75] = 0
-
-
-def few_pruned_rows(weight):
-    weight[7:10] = 0
-
-
-def duplicated_rows(weight):
-    weight[60:90] = weight[:30]
-
-
-def zero(weight):
-    weight.zero_()
-
-
-def low_rank(weight):
-    weight.copy_(planted(weight.shape, torch.linspace(2, 1, 20, dtype=torch.float64)))
-
-
-def rank_one(weight):
-    weight.copy_(torch.ones_like(weight))
-
-
-def nearly_low_rank(weight):
-    spectrum = torch.full((min(weight.shape),), 1e-12, dtype=torch.float64)
-    spectrum[:20] = 1
-    weight.copy_(planted(weight.shape, spectrum))
 
 
 @pytest.mark.parametrize("which", ["minor", "principal", "middle", "random"])
@@ -273,79 +173,6 @@ def test_wrong_eigenvectors_are_noticed(monkeypatch, svd_shapes, sabotage):
     weight = make_weight((96, 256), 1e3)
     triplets = singular_slice(weight, R)
     assert svd_shapes[-1] == (96, 256)
-    assert_is_slice(triplets, weight, R, "minor")
-
-
-@pytest.fixture
-def krylov(monkeypatch):
-    """Send what small weights there are to the Krylov method, and record whether its result was taken."""
-    taken = []
-    certified = decomposition._certified
-
-    def record(*args):
-        triplets = certified(*args)
-        if args[-1] is not None:  # a Cholesky factor comes with it
-            taken.append(triplets is not None)
-        return triplets
-
-    monkeypatch.setattr(decomposition, "LARGE", 0)
-    monkeypatch.setattr(decomposition, "_certified", record)
-    return taken
-
-
-@pytest.mark.parametrize("spectrum", ["gaussian", 1e3, 1e5])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(200, 200), (200, 260), (260, 200)])
-def test_krylov_equals_the_full_svd(krylov, shape, dtype, spectrum):
-    weight = make_weight(shape, spectrum, dtype)
-    triplets = singular_slice(weight, R)
-    # The Gram matrix has too few digits for the one, and the smallest of the other do not stand out.
-    assert krylov[0] or spectrum == 1e5 or (spectrum == "gaussian" and shape[0] != shape[1])
-    assert_are_triplets(triplets, weight, R)
-    assert_is_slice(triplets, weight, R, "minor")
-
-
-def test_krylov_with_outlying_directions(krylov):
-    """A few singular values far above the others are usual in language models, and cost digits of the smallest."""
-    weight = make_weight((256, 256), "gaussian", torch.float64)
-    weight += 1000 * planted((256, 256), torch.linspace(2, 1, 8, dtype=torch.float64))
-    triplets = singular_slice(weight, R)
-    assert krylov == [True]
-    assert_are_triplets(triplets, weight, R)
-    assert_is_slice(triplets, weight, R, "minor")
-
-
-@pytest.mark.parametrize("damage", [pruned_rows, few_pruned_rows, duplicated_rows, zero, low_rank, nearly_low_rank])
-def test_krylov_leaves_rank_deficient_weights_to_the_full_svd(krylov, svd_shapes, damage):
-    weight = make_weight((160, 160), "gaussian", torch.float64)
-    damage(weight)
-    triplets = singular_slice(weight, R)
-    assert not any(krylov)
-    assert svd_shapes[-1] == (160, 160)
-    assert_are_triplets(triplets, weight, R)
-
-
-@pytest.mark.parametrize("spread", [0.0, 1e-12, 1e-6])
-def test_krylov_with_clustered_singular_values(krylov, spread):
-    spectrum = 1 - spread * torch.arange(160, dtype=torch.float64)
-    weight = planted((160, 160), spectrum)
-    triplets = singular_slice(weight, R)
-    assert_are_triplets(triplets, weight, R)
-    torch.testing.assert_close(triplets.S, spectrum[-R:], rtol=1e-9, atol=0)
-
-
-def krylov_neighbours(found):
-    values, vectors, L = found
-    return values, vectors.roll(1, dims=1) + 1e-3 * torch.randn(vectors.shape, dtype=vectors.dtype), L
-
-
-@pytest.mark.parametrize("sabotage", [krylov_neighbours, lambda found: None])
-def test_wrong_krylov_vectors_are_noticed(krylov, monkeypatch, sabotage):
-    solve = decomposition.smallest_eigenpairs
-    monkeypatch.setattr(decomposition, "smallest_eigenpairs", lambda *args: sabotage(solve(*args)))
-    weight = make_weight((200, 200), "gaussian")
-    triplets = singular_slice(weight, R)
-    assert not any(krylov)
     assert_is_slice(triplets, weight, R, "minor")
 
 
