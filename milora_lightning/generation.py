@@ -1,4 +1,4 @@
-"""Greedy answers to prompts, whose common beginning is computed once."""
+"""Greedy answers to prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
-from milora_lightning.growing_cache import growing_cache
+from milora_lightning.growing_cache import GrowingLayer, growing_cache
+from milora_lightning.prefill import prefilled
 from milora_lightning.prefix import SHORTEST, attends_to_all
 from milora_lightning.sharding import is_sharded
 from milora_lightning.surgery import adapters_disabled
@@ -20,7 +21,7 @@ from milora_lightning.trials import close_logits, once_per_model
 def generate_greedily(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, config: GenerationConfig
 ) -> Tensor:
-    """Continue prompts, the preamble that all of them share being computed for one row only, where the model can.
+    """Continue prompts, without computing most of the padding, nor twice the preamble that they share, where possible.
 
     That takes an architecture whose attention has no windows, and a model that is not in shards.
 
@@ -38,10 +39,7 @@ def generate_greedily(
     # Not with shards, whose ranks must call the model equally often, whatever their prompts are.
     if not sharded and not model.training and _can_continue(model):
         prefix = shared_beginning(input_ids, attention_mask)
-        if prefix >= SHORTEST:
-            inputs = _with_prefix_known(model, input_ids, attention_mask, prefix)
-        else:
-            inputs["past_key_values"] = growing_cache(model.config)
+        inputs = prefilled(model, input_ids, attention_mask, prefix if prefix >= SHORTEST else 0)
     # Ranks that share a model's shards go on until the last of them is done.
     tokens: Tensor = model.generate(**inputs, generation_config=config, synced_gpus=sharded)
     return tokens[:, input_ids.shape[1] :]
@@ -63,27 +61,15 @@ def shared_beginning(input_ids: Tensor, attention_mask: Tensor) -> int:
     return int(alike.long().cumprod(0).sum())
 
 
-@torch.no_grad()
-def _with_prefix_known(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, prefix: int
-) -> dict[str, Any]:
-    """Move the padding behind the prefix, whose keys and values are then known for all rows."""
-    length = input_ids.shape[1]
-    columns, padding = torch.arange(length, device=input_ids.device), length - attention_mask.sum(1, keepdim=True)
-    behind = torch.where(columns - prefix < padding, columns - prefix, columns)
-    source = torch.where(columns < prefix, padding + columns, behind)
-    rows = input_ids.gather(1, source)
-    cache = growing_cache(model.config)
-    model(input_ids=rows[:1, :prefix], past_key_values=cache, use_cache=True)
-    cache.batch_repeat_interleave(len(rows))
-    return {"input_ids": rows, "attention_mask": attention_mask.gather(1, source), "past_key_values": cache}
-
-
 @once_per_model
 def _can_continue(model: PreTrainedModel) -> bool:
     """Whether a model continues prompts in both ways alike; found out by trying."""
     takes_cache = "past_key_values" in inspect.signature(model.forward).parameters and not model._is_stateful
-    return takes_cache and attends_to_all(model) and _continues_the_same(model)
+    return takes_cache and attends_to_all(model) and _has_plain_layers(model) and _continues_the_same(model)
+
+
+def _has_plain_layers(model: PreTrainedModel) -> bool:
+    return all(type(layer) is GrowingLayer for layer in growing_cache(model.config).layers)
 
 
 def _continues_the_same(model: PreTrainedModel) -> bool:
@@ -94,6 +80,6 @@ def _continues_the_same(model: PreTrainedModel) -> bool:
     )
     rows = {"input_ids": input_ids, "attention_mask": attention_mask}
     with adapters_disabled(model):
-        shared = _with_prefix_known(model, input_ids, attention_mask, prefix=3)
+        shared = prefilled(model, input_ids, attention_mask, prefix=2, tokens=1)
         plain, continued = (model.generate(**inputs, generation_config=config).logits[0] for inputs in (rows, shared))
     return close_logits(plain, continued, model.dtype)

@@ -18,7 +18,7 @@ def growing_cache(config: PretrainedConfig) -> DynamicCache:
     return cache
 
 
-class GrowingLayer(DynamicLayer):
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's keys and values, which a new token's join in place, where transformers copies all those before it."""
 
     keys: Any  # tensors, or None before the first token
