@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from milora_lightning import LoRAConfig, initialize, inject
 from milora_lightning.attention import NAME
 from milora_lightning.generation import generate_greedily, shared_beginning
+from milora_lightning.prefill import prefilled
 from milora_lightning.surgery import factors_kept
 
 PREFIX, NEW = 9, 12
@@ -128,3 +129,28 @@ def test_a_folded_update_is_not_rounded_under_autocast() -> None:
         before = layer(x)
         with factors_kept(layer):
             assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("lengths", [(20, 13, 17), (17, 20, 11, 13), (20, 20, 10)])
+@pytest.mark.parametrize("prefix", [0, PREFIX])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+def test_prompts_in_groups_are_answered_as_together(kind: str, prefix: int, lengths: tuple[int, ...]) -> None:
+    """With each row, and rows by threes of their tokens, computed without the padding that longer ones bring."""
+    model = trained_model(kind)
+    batch = prompts(lengths)
+    want = reference(model, *batch)
+    for tokens in (1, 3 * max(lengths), 10**6):
+        inputs = prefilled(model, *batch, prefix, tokens=tokens)
+        answers = model.generate(**inputs, generation_config=CONFIG)[:, batch[0].shape[1] :]
+        assert torch.equal(answers, want)
+
+
+def test_groups_leave_out_padding() -> None:
+    model = trained_model("llama")
+    batch = prompts((20, 13, 17))
+    seen = tokens_seen(model)
+    prefilled(model, *batch, prefix=PREFIX, tokens=1)
+    assert seen == [PREFIX, 20 - PREFIX - 1, 17 - PREFIX - 1, 13 - PREFIX - 1]
+    seen.clear()
+    prefilled(model, *prompts((20, PREFIX + 1)), prefix=PREFIX, tokens=1)
+    assert seen == [PREFIX]  # a row of one token more is left to generate, with all others
