@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from milora_lightning.config import Init
 from milora_lightning.factors import stack_factors
-from milora_lightning.fused import base_product, draw_mask, fused_lora, masked, updated_product
+from milora_lightning.folded import folded_lora, folded_weight, folding_pays
+from milora_lightning.fused import base_product, draw_mask, fused_lora, masked, stacked_factors, updated_product
 from milora_lightning.sharding import fill, full_tensor
 
 PLAIN_LAYERS = (nn.Linear, NonDynamicallyQuantizableLinear, Conv1D)
@@ -116,6 +117,8 @@ class LoRALinear(nn.Module):
             A, B = (factor.to(x.dtype) for factor in self.stacked)
             return updated_product(x, base.weight, base.bias, A, B, None, self.transposed)[0]
         factors = self.lora_A, self.lora_B, self.initial_A, self.initial_B
+        if mask is None and folding_pays(x, base.weight):
+            return folded_lora(x, base.weight, base.bias, *factors, scaling, self.transposed)
         return fused_lora(x, base.weight, base.bias, *factors, mask, scaling, self.transposed)
 
     def update(self, x: Tensor) -> Tensor:
@@ -137,8 +140,9 @@ class LoRALinear(nn.Module):
     def merged_weight(self) -> Tensor:
         """Compute W + ΔW in float32 and round it once to W's dtype; in the base layer's own layout."""
         weight: Tensor = self.base_layer.weight
-        delta = self.delta_weight()
-        return (weight.to(delta.dtype) + (delta.T if self.transposed else delta)).to(weight.dtype)
+        factors = self.lora_A, self.lora_B, self.initial_A, self.initial_B
+        A, B = stacked_factors(*factors, self.scaling, self.lora_A.dtype)
+        return folded_weight(weight.to(A.dtype), A, B, self.transposed).to(weight.dtype)
 
     @property
     def weight(self) -> Tensor:
