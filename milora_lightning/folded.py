@@ -80,10 +80,10 @@ class _FoldedLoRA(torch.autograd.Function):
         grad_x = grad_A = grad_B = None
         if ctx.needs_input_grad[3]:
             scaled_B = (ctx.scaling * lora_B).to(x.dtype)
-            grad_A = ((grad_rows @ scaled_B).T @ rows).to(lora_A.dtype)
+            grad_A = (rows.T @ (grad_rows @ scaled_B)).T.to(lora_A.dtype)
         if ctx.needs_input_grad[4]:
             projection = rows @ lora_A.to(x.dtype).T
-            grad_B = (projection.T @ grad_rows).T.to(lora_B.dtype) * ctx.scaling
+            grad_B = (grad_rows.T @ projection).to(lora_B.dtype) * ctx.scaling
         if ctx.needs_input_grad[0]:
             A, B = stacked_factors(lora_A, lora_B, initial_A, initial_B, ctx.scaling, x.dtype)
             W = folded_weight(weight.to(x.dtype), A, B, ctx.transposed)

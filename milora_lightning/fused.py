@@ -61,7 +61,8 @@ class _FusedLoRA(torch.autograd.Function):
             to_A = grad_hidden if initial_A is None else grad_hidden[:, :r] + grad_hidden[:, r:]
             grad_A = (to_A.T @ masked(rows, mask)).to(lora_A.dtype)
         if ctx.needs_input_grad[4]:
-            grad_B = (grad_rows.T @ projection).to(lora_B.dtype) * ctx.scaling
+            # oneDNN's bfloat16 products are a third faster this way round; in float32 the other way is (folded.py).
+            grad_B = (projection.T @ grad_rows).T.to(lora_B.dtype) * ctx.scaling
         if ctx.needs_input_grad[0]:
             W = weight.to(x.dtype)
             grad_x = grad_rows @ (W.T if ctx.transposed else W)

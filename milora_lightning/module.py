@@ -14,6 +14,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from transformers import GenerationConfig, PreTrainedModel, get_scheduler
 
+from milora_lightning.allocation import keep_freed_memory
 from milora_lightning.callbacks.milora_init import MiLoRAInit
 from milora_lightning.checkpoint import inject_as_in
 from milora_lightning.checkpoint_io import KEY
@@ -90,7 +91,9 @@ class CausalLMModule(LightningModule):
         self._clock: tuple[float, int] | None = None
 
     def setup(self, stage: str) -> None:
-        """Take the metric of the data that the Trainer runs on, unless one is given."""
+        """Take the metric of the data that the Trainer runs on, unless one is given; keep memory for the next step."""
+        if self.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
         if self._follows_data:
             datamodule = getattr(self.trainer, "datamodule", None)
             self.metric = datamodule.metric() if isinstance(datamodule, SFTDataModule) else AnswerAccuracy()
