@@ -1,13 +1,15 @@
 """What a training step is made of: adapters against the frozen model, and everything against its matrix products.
 
-One batch of the longest of 16 generated word problems each, the embedded model in bfloat16, r = 32 on the paper's five
-target modules. The frozen model is differentiated to its inputs, as adapters need it. The matrix products of a step are
-noted while it runs, with their shapes, layouts and dtypes, and run again on random numbers by themselves. Then how a
-step's time grows with r, with the batch and with the length.
+One batch of 16 rows of random tokens each, half of which count, the embedded model, r = 32 on the paper's five target
+modules, memory kept between steps as CausalLMModule has it. The frozen model is differentiated to its inputs, as
+adapters need it. The matrix products of a step are noted while it runs, with their shapes, layouts and dtypes, and run
+again on random numbers by themselves. Then how a step's time grows with r, with the batch and with the length, in
+bfloat16. Arguments choose from bfloat16, float32 and growth.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from milora_lightning import LoRAConfig, adapters_disabled, attention, initialize, inject
+from milora_lightning.allocation import keep_freed_memory
 from milora_lightning.compilation import compile_layers
 from milora_lightning.loss import causal_lm_loss
 from milora_lightning.pretrained import load_causal_lm
@@ -35,8 +38,8 @@ BATCH, LENGTH, R, ROUNDS = 16, 224, 32, 5
 RANKS, BATCHES, LENGTHS = (8, 16, 32, 64, 128), (2, 4, 8, 16, 32), (64, 128, 256, 512)
 
 
-def model_with(r: int) -> Any:
-    model = load_causal_lm("embedded", "bfloat16", "causal_blocks").train()
+def model_with(r: int, dtype: str = "bfloat16") -> Any:
+    model = load_causal_lm("embedded", dtype, "causal_blocks").train()
     inject(model, LoRAConfig(r=r, target_modules=TARGETS))
     initialize(model)
     return model
@@ -90,8 +93,9 @@ def products_of(run: Callable[[], None]) -> Products:
     return products
 
 
-def main() -> None:
-    model, compiled = model_with(R), model_with(R)
+def shares(dtype: str) -> None:
+    """Measure the adapters' share of a step, and that of matrix products."""
+    model, compiled = model_with(R, dtype), model_with(R, dtype)
     compile_layers(compiled)
     model.get_input_embeddings().register_forward_hook(lambda *call: call[2].requires_grad_())  # for the frozen one
 
@@ -113,7 +117,17 @@ def main() -> None:
         alone = found[f"{name.split(',')[0]}, products"]
         rows.append([name, f"{found[name]:.2f} s", f"{alone:.2f} s", f"{alone / found[name]:.0%}"])
     share, least = (found[f"adapted{what}"] / found[f"frozen{what}"] - 1 for what in ("", ", products"))
+    note = (
+        f"{BATCH} × {LENGTH} tokens, medians of {ROUNDS} alternating rounds. Adapters cost {share:.0%} more time, "
+        f"their matrix products alone {least:.0%}."
+    )
+    columns = [f"{dtype}, forward and backward", "time", "its matrix products alone", "their share"]
+    publish(f"step_{dtype}", f"{table(columns, rows)}\n\n{note}")
 
+
+def growth() -> None:
+    """Measure how the time of a step grows, and draw it."""
+    model = model_with(R)
     series = {
         "r": (RANKS, [median_seconds(partial(step, model_with(r))) for r in RANKS]),
         "batch": (BATCHES, [median_seconds(lambda n=n: step(model, n)) for n in BATCHES]),
@@ -121,14 +135,14 @@ def main() -> None:
     }
     exponents = growth_plot("step", "r (batch 16), batch (of 224 tokens each), length (batch 4)", series)
     fits = ", ".join(f"{name} {value:.1f}" for name, value in exponents.items())
-    note = (
-        f"{BATCH} × {LENGTH} tokens, medians of {ROUNDS} alternating rounds. Adapters cost {share:.0%} more time, "
-        f"their matrix products alone {least:.0%}. Exponents of a step's time, not compiled: {fits}.\n\n"
-        "![growth of a step's time](benchmarks/plots/step.png)"
-    )
-    columns = ["forward and backward", "time", "its matrix products alone", "their share"]
-    publish("step", f"{table(columns, rows)}\n\n{note}")
+    note = f"Exponents of a step's time in bfloat16, not compiled: {fits}."
+    publish("step_growth", f"![growth of a step's time](benchmarks/plots/step.png)\n\n{note}")
+
+
+PARTS = {"bfloat16": partial(shares, "bfloat16"), "float32": partial(shares, "float32"), "growth": growth}
 
 
 if __name__ == "__main__":
-    main()
+    keep_freed_memory()
+    for part in sys.argv[1:] or PARTS:
+        PARTS[part]()

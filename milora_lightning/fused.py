@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from milora_lightning.dropout import masked
 from milora_lightning.factors import stack_factors
 
 
@@ -117,28 +118,3 @@ def stacked_factors(
     """Stack the factors (see :func:`milora_lightning.factors.stack_factors`), scale the second one, and cast them."""
     A, B = stack_factors(lora_A, lora_B, initial_A, initial_B)
     return A.to(dtype), (scaling * B).to(dtype)
-
-
-def draw_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
-    """Draw which entries a dropout of probability ``p`` keeps.
-
-    Cuts 64 random bits into four decisions, so that a mask costs a fraction of the product it goes into; a draw for
-    each entry would cost more than that product. The probability is rounded to a multiple of 2⁻¹⁶.
-
-    Args:
-        x: Tensor that the mask is for.
-        p: Probability to drop an entry.
-
-    Returns:
-        A mask of 0 and 1 (uint8) in the shape of ``x``, and the exact probability to keep an entry.
-    """
-    dropped = min(round(p * 2**16), 2**16 - 1)
-    bits = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 3) // 4,), device=x.device)
-    mask = bits.view(torch.int16)[: x.numel()] >= dropped - 2**15
-    return mask.view(torch.uint8).view(x.shape), 1 - dropped / 2**16
-
-
-def masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Set the entries of x that a mask drops to zero."""
-    # Converted before the product: torch multiplies mixed types element by element.
-    return x if mask is None else x * mask.to(x.dtype).view(x.shape)

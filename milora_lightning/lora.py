@@ -12,9 +12,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from milora_lightning.config import Init
+from milora_lightning.dropout import draw_mask, masked
 from milora_lightning.factors import stack_factors
 from milora_lightning.folded import folded_lora, folded_weight, folding_pays
-from milora_lightning.fused import base_product, draw_mask, fused_lora, masked, stacked_factors, updated_product
+from milora_lightning.fused import base_product, fused_lora, stacked_factors, updated_product
 from milora_lightning.sharding import fill, full_tensor
 
 PLAIN_LAYERS = (nn.Linear, NonDynamicallyQuantizableLinear, Conv1D)

@@ -26,11 +26,11 @@ def fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def adapted() -> PreTrainedModel:
+def adapted(lora_dropout: float = 0.0) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(TINY_CONFIGS["qwen3"], attn_implementation=NAME)
     model.config.max_position_embeddings = 256
-    inject(model, LoRAConfig(r=4))
+    inject(model, LoRAConfig(r=4, lora_dropout=lora_dropout))
     initialize(model)
     return model.train()
 
@@ -45,7 +45,7 @@ def loss_of(model: PreTrainedModel, length: int) -> Tensor:
 def use_backend(monkeypatch: pytest.MonkeyPatch, backend: object) -> None:
     """One that captures and differentiates as the default does, and leaves out the machine code, which takes long."""
     original = torch.compile
-    monkeypatch.setattr(compilation.torch, "compile", lambda forward: original(forward, backend=backend))
+    monkeypatch.setattr(compilation.torch, "compile", lambda forward, options: original(forward, backend=backend))
 
 
 def test_few_variants_serve_all_layers_and_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,8 +72,24 @@ def test_gradients_are_those_of_the_plain_model(monkeypatch: pytest.MonkeyPatch)
             assert (a - b).norm() <= 1e-4 * b.norm()
 
 
+@pytest.mark.slow
+def test_dropout_draws_what_the_plain_model_draws() -> None:
+    """With the default backend, whose machine code takes torch's random numbers and leaves the masks to torch."""
+    model, plain = adapted(0.3), adapted(0.3)
+    compilation.compile_layers(model)
+    for length in LENGTHS[:3]:
+        gradients = []
+        for m, seed in ((model, 0), (plain, 0), (plain, 1)):
+            torch.manual_seed(seed)
+            parameters = [p for p in m.parameters() if p.requires_grad]
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss_of(m, length), parameters)]))
+        got, want, other = gradients
+        assert (got - want).norm() <= 1e-4 * want.norm()
+        assert (other - want).norm() > 0.01 * want.norm()
+
+
 def test_evaluation_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compilation.torch, "compile", lambda _: None)  # a call would fail
+    monkeypatch.setattr(compilation.torch, "compile", lambda *_, **__: None)  # a call would fail
     model, plain = adapted(), adapted()
     compilation.compile_layers(model)
     with torch.no_grad():
@@ -84,6 +100,6 @@ def test_evaluation_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_module_compiles_what_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[object] = []
-    monkeypatch.setattr(compilation.torch, "compile", lambda f: compiled.append(f) or f)
+    monkeypatch.setattr(compilation.torch, "compile", lambda f, options: compiled.append(f) or f)
     CausalLMModule(str(save_tiny_model(tmp_path / "llama", "llama")), compile=True).configure_model()
     assert len(compiled) == 2
