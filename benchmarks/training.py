@@ -55,7 +55,7 @@ def ours(clock: Clock, steps: int, source: Files, dtype: str, dropout: float, co
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
     callbacks = [MiLoRAInit(r=32, target_modules=TARGETS, lora_dropout=dropout), clock]
     trainer = Trainer(max_steps=steps, accelerator="cpu", callbacks=callbacks, **quiet)
-    trainer.fit(lm, SFTDataModule(source, "embedded", template="alpaca", batch_size=BATCH))
+    trainer.fit(lm, SFTDataModule(source, "embedded", template="alpaca", batch_size=BATCH, pad_to_multiple_of=1))
 
 
 def peft_config(dropout: float) -> Any:

@@ -14,8 +14,9 @@ from milora_lightning.data.batching import IGNORED
 from milora_lightning.prefix import model_inputs
 from milora_lightning.trials import once_per_model
 
-# Logits held at once, as float32: on CPUs what stays in the cache, elsewhere what fills the device.
-_CPU_LOGITS, _DEVICE_LOGITS = 2**23, 2**26
+# Logits held at once, enough for fast products, and those of them in float32: on CPUs what stays in the cache.
+_CPU_LOGITS, _CPU_PROBABILITIES = 3 * 2**22, 2**20
+_DEVICE_LOGITS = _DEVICE_PROBABILITIES = 2**26
 
 
 def causal_lm_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -91,24 +92,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = max(1, (_CPU_LOGITS if hidden.device.type == "cpu" else _DEVICE_LOGITS) // len(weight))
+        on_cpu = hidden.device.type == "cpu"
+        rows = _rows(hidden, weight, _CPU_LOGITS if on_cpu else _DEVICE_LOGITS)
+        part = min(rows, _rows(hidden, weight, _CPU_PROBABILITIES if on_cpu else _DEVICE_PROBABILITIES))
         # Made once: every chunk would have to be given its memory by the system anew.
-        own = hidden.new_empty(min(rows, len(hidden)), len(weight))
-        full = own.new_empty(own.shape, dtype=torch.float32), own.new_empty(own.shape, dtype=torch.float32)
+        own = hidden.new_empty(rows, len(weight))
+        full = [own.new_empty(part, len(weight), dtype=torch.float32) for _ in range(2)]
         for start in range(0, len(hidden), rows):
             chunk, right = hidden[start : start + rows], targets[start : start + rows, None]
-            logits, z, p = (buffer[: len(chunk)] for buffer in (own, *full))
+            logits = own[: len(chunk)]
             if bias is None:
                 torch.mm(chunk, weight.T, out=logits)
             else:
                 torch.addmm(bias.to(chunk.dtype), chunk, weight.T, out=logits)
-            torch.softmax(z.copy_(logits), -1, out=p)
-            # The largest probability is 1 / Σ exp(z − max z), never too small for a logarithm.
-            log_sum = z.amax(-1) - p.amax(-1).log()
-            total += (log_sum - z.gather(1, right)[:, 0]).sum()
+            for some, targeted in zip(torch.split(logits, part), torch.split(right, part), strict=True):
+                total += _differentiate_logits(some, targeted, *full)
             if gradient is not None:
-                p.scatter_add_(1, right, torch.full_like(right, -1, dtype=p.dtype))
-                torch.mm(logits.copy_(p), weight, out=gradient[start : start + rows])
+                torch.mm(logits, weight, out=gradient[start : start + rows])
         ctx.save_for_backward(gradient)
         return total
 
@@ -117,6 +117,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad, None, None, None
+
+
+def _rows(hidden: Tensor, weight: Tensor, logits: int) -> int:
+    """How many hidden states have that many logits: at least one, and no more than there are."""
+    return max(1, min(len(hidden), logits // len(weight)))
+
+
+def _differentiate_logits(logits: Tensor, right: Tensor, z: Tensor, p: Tensor) -> Tensor:
+    """Replace logits (tokens, vocabulary) by their gradient, and return the sum of their cross-entropies.
+
+    Args:
+        logits: Logits; overwritten.
+        right: Indices of the right tokens (tokens, 1).
+        z: Float32 memory for the logits (at least tokens, vocabulary).
+        p: Likewise, for the probabilities.
+    """
+    z, p = z[: len(logits)], p[: len(logits)]
+    torch.softmax(z.copy_(logits), -1, out=p)
+    # The largest probability is 1 / Σ exp(z − max z), never too small for a logarithm.
+    log_sum = z.amax(-1) - p.amax(-1).log()
+    loss = (log_sum - z.gather(1, right)[:, 0]).sum()
+    p.scatter_add_(1, right, torch.full_like(right, -1, dtype=p.dtype))
+    logits.copy_(p)
+    return loss
 
 
 def supervised_logits(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Tensor:

@@ -26,9 +26,12 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("kind", list(TINY_CONFIGS))
-@pytest.mark.parametrize("rows", [1, 5, 1000])
-def test_loss_and_gradients_equal_those_of_whole_logits(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rows", "part"), [(1, 1), (5, 2), (5, 1000), (1000, 3), (1000, 1000)])
+def test_loss_and_gradients_equal_those_of_whole_logits(
+    kind: str, rows: int, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loss, "_CPU_LOGITS", 128 * rows)
+    monkeypatch.setattr(loss, "_CPU_PROBABILITIES", 128 * part)
     model = tiny_model(kind).eval()  # some architectures have dropout of their own
     adapters = inject(model, LoRAConfig(r=4))
     initialize(model)
