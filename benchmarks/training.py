@@ -4,7 +4,8 @@ The embedded model, GSM8K's training problems (a JSON lines file, the first argu
 r = 32 on the paper's five target modules, AdamW, loss on the answers. Each run is a process of its own, whose first
 steps, a warm-up, are not counted. The examples are the same, in each trainer's own order and batches. TRL runs at its
 defaults (which recompute activations and cast to bfloat16), and without those, with the same number of tokens packed
-into rows of 1,024. Ours are padded to the longest row, PEFT's to a multiple of 8. More arguments choose from the settings below.
+into rows of 1,024. Ours are padded to the longest row, PEFT's to a multiple of 8. More arguments choose from the
+settings below.
 """
 
 from __future__ import annotations
