@@ -15,8 +15,9 @@ from milora_lightning.prefix import model_inputs
 from milora_lightning.trials import once_per_model
 
 # Logits held at once, enough for fast products, and those of them in float32: on CPUs what stays in the cache.
+# Elsewhere both are as many as fill the device.
 _CPU_LOGITS, _CPU_PROBABILITIES = 3 * 2**22, 2**20
-_DEVICE_LOGITS = _DEVICE_PROBABILITIES = 2**26
+_DEVICE_LOGITS = 2**26
 
 
 def causal_lm_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -93,8 +94,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         on_cpu = hidden.device.type == "cpu"
-        rows = _rows(hidden, weight, _CPU_LOGITS if on_cpu else _DEVICE_LOGITS)
-        part = min(rows, _rows(hidden, weight, _CPU_PROBABILITIES if on_cpu else _DEVICE_PROBABILITIES))
+        limits = (_CPU_LOGITS, _CPU_PROBABILITIES) if on_cpu else (_DEVICE_LOGITS, _DEVICE_LOGITS)
+        rows, part = (max(1, min(len(hidden), limit // len(weight))) for limit in limits)
         # Made once: every chunk would have to be given its memory by the system anew.
         own = hidden.new_empty(rows, len(weight))
         full = [own.new_empty(part, len(weight), dtype=torch.float32) for _ in range(2)]
@@ -106,7 +107,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 torch.addmm(bias.to(chunk.dtype), chunk, weight.T, out=logits)
             for some, targeted in zip(torch.split(logits, part), torch.split(right, part), strict=True):
-                total += _differentiate_logits(some, targeted, *full)
+                z, p = (buffer[: len(some)] for buffer in full)
+                torch.softmax(z.copy_(some), -1, out=p)
+                # The largest probability is 1 / Σ exp(z − max z), never too small for a logarithm.
+                log_sum = z.amax(-1) - p.amax(-1).log()
+                total += (log_sum - z.gather(1, targeted)[:, 0]).sum()
+                if gradient is not None:
+                    some.copy_(p.scatter_add_(1, targeted, torch.full_like(targeted, -1, dtype=p.dtype)))
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[start : start + rows])
         ctx.save_for_backward(gradient)
@@ -117,30 +124,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad, None, None, None
-
-
-def _rows(hidden: Tensor, weight: Tensor, logits: int) -> int:
-    """How many hidden states have that many logits: at least one, and no more than there are."""
-    return max(1, min(len(hidden), logits // len(weight)))
-
-
-def _differentiate_logits(logits: Tensor, right: Tensor, z: Tensor, p: Tensor) -> Tensor:
-    """Replace logits (tokens, vocabulary) by their gradient, and return the sum of their cross-entropies.
-
-    Args:
-        logits: Logits; overwritten.
-        right: Indices of the right tokens (tokens, 1).
-        z: Float32 memory for the logits (at least tokens, vocabulary).
-        p: Likewise, for the probabilities.
-    """
-    z, p = z[: len(logits)], p[: len(logits)]
-    torch.softmax(z.copy_(logits), -1, out=p)
-    # The largest probability is 1 / Σ exp(z − max z), never too small for a logarithm.
-    log_sum = z.amax(-1) - p.amax(-1).log()
-    loss = (log_sum - z.gather(1, right)[:, 0]).sum()
-    p.scatter_add_(1, right, torch.full_like(right, -1, dtype=p.dtype))
-    logits.copy_(p)
-    return loss
 
 
 def supervised_logits(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Tensor:
