@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+BITS = 2**17  # how many times 64 bits are drawn at once: few enough to be compared while they are in the cache
 
 
 def draw_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
     """Draw which entries a dropout of probability ``p`` keeps.
 
     Cuts 64 random bits into four decisions, so that a mask costs a fraction of the product it goes into; a draw for
-    each entry would cost more than that product. The probability is rounded to a multiple of 2⁻¹⁶.
+    each entry would cost more than that product. The probability is rounded to a multiple of 2⁻¹⁶. On CPUs the bits
+    come from numpy, whose generator is twice as fast, with a seed from torch's; elsewhere from torch's.
 
     Args:
         x: Tensor that the mask is for.
@@ -22,20 +26,37 @@ def draw_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
         A mask of 0 and 1 (uint8) in the shape of ``x``, and the exact probability to keep an entry.
     """
     dropped = min(round(p * 2**16), 2**16 - 1)
-    bits = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 3) // 4,), device=x.device)
-    decide = _decide_opaquely if _is_opaque(x) else _decide
-    return decide(bits, x.numel(), dropped - 2**15).view(x.shape), 1 - dropped / 2**16
+    if x.device.type == "cpu":
+        draw = _draw_opaquely if torch.compiler.is_compiling() else _draw
+        kept = draw(torch.randint(2**63 - 1, ()), x.numel(), dropped)
+    else:
+        bits = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 3) // 4,), device=x.device)
+        kept = (bits.view(torch.int16)[: x.numel()] >= _threshold(dropped)).view(torch.uint8)
+    return kept.view(x.shape), 1 - dropped / 2**16
 
 
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:
     """Set the entries of x that a mask drops to zero."""
     if mask is None:
         return x
-    return (_mask_opaquely if _is_opaque(x) else _mask)(x, mask.view(x.shape))
+    # A compiler is not to look inside: on CPUs its loops over small integers go element by element.
+    opaque = x.device.type == "cpu" and torch.compiler.is_compiling()
+    return (_mask_opaquely if opaque else _mask)(x, mask.view(x.shape))
 
 
-def _decide(bits: Tensor, count: int, threshold: int) -> Tensor:
-    return (bits.view(torch.int16)[:count] >= threshold).view(torch.uint8)
+def _draw(seed: Tensor, count: int, dropped: int) -> Tensor:
+    generator = np.random.SFC64(int(seed))
+    kept = np.empty(count, dtype=np.bool_)
+    for start in range(0, count, 4 * BITS):
+        part = kept[start : start + 4 * BITS]
+        bits = generator.random_raw((len(part) + 3) // 4)
+        np.greater_equal(bits.view(np.int16)[: len(part)], _threshold(dropped), out=part)
+    return torch.from_numpy(kept.view(np.uint8))
+
+
+def _threshold(dropped: int) -> int:
+    """The integer of 16 bits and a sign under which there are so many others."""
+    return dropped - 2**15
 
 
 def _mask(x: Tensor, mask: Tensor) -> Tensor:
@@ -43,18 +64,13 @@ def _mask(x: Tensor, mask: Tensor) -> Tensor:
     return x * mask.to(x.dtype)
 
 
-def _is_opaque(x: Tensor) -> bool:
-    """Whether a compiler is not to look inside: on CPUs its loops over small integers go element by element."""
-    return x.device.type == "cpu" and torch.compiler.is_compiling()
-
-
-_decide_opaquely = torch.library.custom_op("milora_lightning::decide", _decide, mutates_args=())
+_draw_opaquely = torch.library.custom_op("milora_lightning::draw", _draw, mutates_args=())
 _mask_opaquely = torch.library.custom_op("milora_lightning::mask", _mask, mutates_args=())
 
 
-@_decide_opaquely.register_fake
-def _(bits: Tensor, count: int, threshold: int) -> Tensor:
-    return bits.new_empty(count, dtype=torch.uint8)
+@_draw_opaquely.register_fake
+def _(seed: Tensor, count: int, dropped: int) -> Tensor:
+    return seed.new_empty(count, dtype=torch.uint8)
 
 
 @_mask_opaquely.register_fake

@@ -68,7 +68,7 @@ class _FusedLoRA(torch.autograd.Function):
             W = weight.to(x.dtype)
             grad_x = grad_rows @ (W.T if ctx.transposed else W)
             if mask is None:
-                grad_x.addmm_(grad_hidden, A)
+                _add_product(grad_x, grad_hidden, A)
             else:
                 grad_x += masked(grad_hidden @ A, mask)
             grad_x = grad_x.view_as(x)
@@ -94,8 +94,20 @@ def updated_product(
     """
     y = base_product(x, weight, bias, transposed)
     hidden = masked(x.reshape(-1, x.shape[-1]), mask) @ A.T
-    y.view(-1, B.shape[0]).addmm_(hidden, B.T)
+    _add_product(y.view(-1, B.shape[0]), hidden, B.T)
     return y, hidden
+
+
+def _add_product(y: Tensor, a: Tensor, b: Tensor) -> None:
+    if y.device.type == "cpu" and torch.compiler.is_compiling():
+        _add_product_opaquely(y, a, b)  # a compiler would make a sum of its own, from a copy of y
+    else:
+        y.addmm_(a, b)
+
+
+@torch.library.custom_op("milora_lightning::add_product", mutates_args=("y",))
+def _add_product_opaquely(y: Tensor, a: Tensor, b: Tensor) -> None:
+    y.addmm_(a, b)
 
 
 def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:

@@ -26,8 +26,7 @@ def test_operators_are_sound(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, requires_grad=True)
     mask = torch.randint(0, 2, shape, dtype=torch.uint8)
     torch.library.opcheck(torch.ops.milora_lightning.mask.default, (x, mask))
-    bits = torch.randint(-(2**63), 2**63 - 1, (4,))
-    torch.library.opcheck(torch.ops.milora_lightning.decide.default, (bits, 15, -100))
+    torch.library.opcheck(torch.ops.milora_lightning.draw.default, (torch.tensor(7), 15, 2**15))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
