@@ -1,0 +1,184 @@
+"""The operator of block-wise causal attention: within rows, and to a prefix that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 64  # positions whose queries meet the same keys, those up to the block's end
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, prefix: int = 0, rows: int = 1) -> Tensor:
+    """Compute softmax(s q kᵀ + causal mask) v with grouped key-value heads, differentiably.
+
+    The queries that share a key-value head are rows of one product, in place of copies of the keys and values, and
+    the queries of a block meet only the keys up to the block's end: of whole blocks, because the softmax, taken in
+    float32, is twice as fast over whole vectors. Whatever is behind a sequence's end, causality hides.
+
+    Args:
+        query: Queries (batch, heads, length, head_dim).
+        key: Keys (batch, key-value heads, length, head_dim); heads are a multiple of key-value heads.
+        value: Values, likewise.
+        scaling: The factor s.
+        prefix: If not 0, the batch is one sequence of so many tokens that all rows share, and then the rest of each
+            row, equally long. A row attends to itself and the prefix.
+        rows: How many rows share the prefix.
+
+    Returns:
+        The output (batch, length, heads, head_dim).
+    """
+    output: Tensor = _attend(query, key, value, scaling, prefix, rows)[0]
+    return output
+
+
+@torch.library.custom_op("milora_lightning::causal_attention", mutates_args=())
+def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, prefix: int, rows: int) -> tuple[Tensor, Tensor]:
+    output = _empty_like(query)
+    qs, outputs, ks, vs = (_parts(x, prefix, rows) for x in (query, output, key, value))
+    counts = _counts(query, prefix, rows)
+    weights = query.new_empty(sum(counts))
+    for i, part in enumerate(torch.split(weights, counts)):
+        k, v = _joined(ks[: i + 1], len(qs[i])) * scaling, _joined(vs[: i + 1], len(qs[i]))
+        _attend_part(qs[i], k, v, i * prefix, part, outputs[i])
+    return output.transpose(1, 2), weights
+
+
+def _attend_part(q: Tensor, k: Tensor, v: Tensor, before: int, weights: Tensor, output: Tensor) -> None:
+    triangle = q.new_full((BLOCK, 1, BLOCK), -torch.inf).squeeze(1).triu_(1).unsqueeze(1)
+    for block, probabilities in _blocks(q, k, before, weights):
+        seen_k, seen_v = (x[:, : probabilities.shape[2]].contiguous() for x in (k, v))
+        rows = _by_group(q[:, block], k)
+        scores = torch.bmm(rows.flatten(0, 1).flatten(1, 2), seen_k.mT)
+        first = (before + block.start) % BLOCK
+        last_block = scores.view(len(k), *rows.shape[2:4], -1)[..., -BLOCK:]
+        last_block += triangle[first : first + rows.shape[2]]
+        torch.softmax(scores, -1, out=probabilities)
+        _by_group(output[:, block], k).copy_(torch.bmm(probabilities, seen_v).view_as(rows))
+
+
+@_attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scaling: float, prefix: int, rows: int) -> tuple[Tensor, Tensor]:
+    return _empty_like(query).transpose(1, 2), query.new_empty(sum(_counts(query, prefix, rows)))
+
+
+@torch.library.custom_op("milora_lightning::causal_attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scaling: float, prefix: int, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = _empty_like(query), _empty_like(key).zero_(), _empty_like(value).zero_()
+    cut = [_parts(x, prefix, rows) for x in (grad.transpose(1, 2), query, key, value, *grads)]
+    for i, part in enumerate(torch.split(weights, _counts(query, prefix, rows))):
+        g, q, grad_q = (cut[n][i] for n in (0, 1, 4))
+        k, v = _joined(cut[2][: i + 1], len(q)) * scaling, _joined(cut[3][: i + 1], len(q))
+        grad_k, grad_v = _backward_part(g, q, k, v, i * prefix, part, grad_q)
+        _add_to_parts(cut[5][: i + 1], grad_k * scaling)
+        _add_to_parts(cut[6][: i + 1], grad_v)
+    return grads
+
+
+def _backward_part(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, before: int, weights: Tensor, grad_q: Tensor
+) -> tuple[Tensor, Tensor]:
+    sums: list[Tensor] = []
+    for block, probabilities in _blocks(q, k, before, weights):
+        seen_k, seen_v = (x[:, : probabilities.shape[2]].contiguous() for x in (k, v))
+        rows, g = (_by_group(x[:, block], k).flatten(0, 1).flatten(1, 2) for x in (q, grad))
+        grad_p = torch.bmm(g, seen_v.mT)
+        grad_s = torch._softmax_backward_data(grad_p, probabilities, -1, probabilities.dtype)
+        into = _by_group(grad_q[:, block], k)
+        into.copy_(torch.bmm(grad_s, seen_k).view_as(into))
+        grads = torch.bmm(grad_s.mT, rows), torch.bmm(probabilities.mT, g)
+        for total, part in zip(sums, grads, strict=False):
+            total[:, : part.shape[1]] += part
+        sums = sums or list(grads)
+    return sums[0], sums[1]
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scaling: float, prefix: int, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_like(query), _empty_like(key), _empty_like(value)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], output[1])
+    ctx.options = inputs[3:]
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None)
+
+
+_attend.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """Memory for (batch, heads, length, head_dim) that holds the heads of a token together, as layers around it do."""
+    return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+
+
+def _parts(x: Tensor, prefix: int, rows: int) -> list[Tensor]:
+    """View (batch, heads, length, head_dim) as one or two parts (rows, length, heads, head_dim), the prefix first."""
+    tokens = x.transpose(1, 2)
+    if not prefix:
+        return [tokens]
+    return [tokens[:, :prefix], tokens[0, prefix:].view(rows, -1, *tokens.shape[2:])]
+
+
+def _joined(parts: Sequence[Tensor], rows: int) -> Tensor:
+    """Bring what rows see of keys or values to (rows · key-value heads, whole blocks, head_dim)."""
+    heads, width = parts[0].shape[2:]
+    lengths = [part.shape[1] for part in parts]
+    length = sum(lengths)
+    joined = parts[0].new_zeros(rows, heads, -(-length // BLOCK) * BLOCK, width)
+    for part, columns in zip(parts, torch.split(joined[:, :, :length], lengths, 2), strict=True):
+        columns.copy_(part.transpose(1, 2))
+    return joined.flatten(0, 1)
+
+
+def _add_to_parts(parts: Sequence[Tensor], joined: Tensor) -> None:
+    """Add what :func:`_joined` brought together, or its gradient, to the parts."""
+    lengths = [part.shape[1] for part in parts]
+    by_row = joined.view(len(parts[-1]), parts[0].shape[2], *joined.shape[1:])[:, :, : sum(lengths)]
+    for part, columns in zip(parts, torch.split(by_row, lengths, 2), strict=True):
+        part += columns.transpose(1, 2).sum_to_size(part.shape)
+
+
+def _by_group(x: Tensor, k: Tensor) -> Tensor:
+    """View (rows, queries, heads, head_dim) as (rows, key-value heads, queries, group of heads, head_dim)."""
+    rows, queries, _, width = x.shape
+    return x.view(rows, queries, len(k) // rows, -1, width).transpose(1, 2)
+
+
+def _blocks(q: Tensor, k: Tensor, before: int, weights: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Cut queries that have so many positions before them into blocks: first the last one, which meets all keys.
+
+    Yields:
+        The queries of each block, and its attention weights (rows · key-value heads, queries · group, keys).
+    """
+    rows, stop, heads, _ = q.shape
+    taken = 0
+    for keys in range(k.shape[1], before // BLOCK * BLOCK, -BLOCK):
+        start = max(keys - BLOCK - before, 0)
+        size = rows * heads * (stop - start) * keys
+        yield slice(start, stop), weights[taken : taken + size].view(len(k), -1, keys)
+        stop, taken = start, taken + size
+
+
+def _counts(query: Tensor, prefix: int, rows: int) -> list[int]:
+    """The number of attention weights of each part: in closed form, as torch.compile needs it."""
+    batch, heads, length, _ = query.shape
+
+    def first(positions: int) -> int:
+        """How many keys the queries of the first positions meet: each as many as its block and those before have."""
+        whole, rest = positions // BLOCK, positions % BLOCK
+        return BLOCK * BLOCK * (whole * (whole + 1) // 2) + rest * BLOCK * (whole + 1)
+
+    if not prefix:
+        return [batch * heads * first(length)]
+    own = (length - prefix) // rows
+    return [heads * first(prefix), rows * heads * (first(prefix + own) - first(prefix))]
