@@ -31,8 +31,8 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
 # Our own operations, whose products are to be seen: their Python functions.
 INSIDE = {
-    torch.ops.milora_lightning.causal_attention: block_attention._attend._init_fn,
-    torch.ops.milora_lightning.causal_attention_backward: block_attention._backward._init_fn,
+    torch.ops.milora_lightning.causal_attention: block_attention._attend,
+    torch.ops.milora_lightning.causal_attention_backward: block_attention._backward,
 }
 BATCH, LENGTH, R, ROUNDS = 16, 224, 32, 5
 RANKS, BATCHES, LENGTHS = (8, 16, 32, 64, 128), (2, 4, 8, 16, 32), (64, 128, 256, 512)

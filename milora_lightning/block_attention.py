@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from milora_lightning.operators import differentiate, operator
+
 BLOCK = 64  # positions whose queries meet the same keys, those up to the block's end
 
 
@@ -30,11 +32,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, prefix: in
     Returns:
         The output (batch, length, heads, head_dim).
     """
-    output: Tensor = _attend(query, key, value, scaling, prefix, rows)[0]
+    output: Tensor = _attend_opaquely(query, key, value, scaling, prefix, rows)[0]
     return output
 
 
-@torch.library.custom_op("milora_lightning::causal_attention", mutates_args=())
 def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, prefix: int, rows: int) -> tuple[Tensor, Tensor]:
     output = _empty_like(query)
     qs, outputs, ks, vs = (_parts(x, prefix, rows) for x in (query, output, key, value))
@@ -59,12 +60,12 @@ def _attend_part(q: Tensor, k: Tensor, v: Tensor, before: int, weights: Tensor, 
         _by_group(output[:, block], k).copy_(torch.bmm(probabilities, seen_v).view_as(rows))
 
 
-@_attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, scaling: float, prefix: int, rows: int) -> tuple[Tensor, Tensor]:
+def _attend_shapes(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, prefix: int, rows: int
+) -> tuple[Tensor, Tensor]:
     return _empty_like(query).transpose(1, 2), query.new_empty(sum(_counts(query, prefix, rows)))
 
 
-@torch.library.custom_op("milora_lightning::causal_attention_backward", mutates_args=())
 def _backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scaling: float, prefix: int, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,23 +98,20 @@ def _backward_part(
     return sums[0], sums[1]
 
 
-@_backward.register_fake
-def _(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scaling: float, prefix: int, rows: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_like(query), _empty_like(key), _empty_like(value)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:3], output[1])
     ctx.options = inputs[3:]
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None)
+    return (*_backward_opaquely(grad, *ctx.saved_tensors, *ctx.options), None, None, None)
 
 
-_attend.register_autograd(_differentiate, setup_context=_setup_context)
+_attend_opaquely = operator("causal_attention", _attend, _attend_shapes)
+_backward_opaquely = operator(
+    "causal_attention_backward", _backward, lambda grad, q, k, v, *_: tuple(_empty_like(x) for x in (q, k, v))
+)
+differentiate("causal_attention", _differentiate, _setup_context)
 
 
 def _empty_like(x: Tensor) -> Tensor:

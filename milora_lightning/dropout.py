@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from milora_lightning.operators import differentiate, operator
+
 BITS = 2**17  # how many times 64 bits are drawn at once: few enough to be compared while they are in the cache
 
 
@@ -64,18 +66,8 @@ def _mask(x: Tensor, mask: Tensor) -> Tensor:
     return x * mask.to(x.dtype)
 
 
-_draw_opaquely = torch.library.custom_op("milora_lightning::draw", _draw, mutates_args=())
-_mask_opaquely = torch.library.custom_op("milora_lightning::mask", _mask, mutates_args=())
-
-
-@_draw_opaquely.register_fake
-def _(seed: Tensor, count: int, dropped: int) -> Tensor:
-    return seed.new_empty(count, dtype=torch.uint8)
-
-
-@_mask_opaquely.register_fake
-def _(x: Tensor, mask: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+_draw_opaquely = operator("draw", _draw, lambda seed, count, dropped: seed.new_empty(count, dtype=torch.uint8))
+_mask_opaquely = operator("mask", _mask, lambda x, mask: x.new_empty(x.shape))
 
 
 def _keep_mask(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -87,4 +79,4 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return masked(grad, mask), None
 
 
-_mask_opaquely.register_autograd(_differentiate, setup_context=_keep_mask)
+differentiate("mask", _differentiate, _keep_mask)

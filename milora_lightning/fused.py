@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from milora_lightning.dropout import masked
 from milora_lightning.factors import stack_factors
+from milora_lightning.operators import operator
 
 
 def fused_lora(*arguments: Any) -> Tensor:
@@ -105,9 +106,11 @@ def _add_product(y: Tensor, a: Tensor, b: Tensor) -> None:
         y.addmm_(a, b)
 
 
-@torch.library.custom_op("milora_lightning::add_product", mutates_args=("y",))
-def _add_product_opaquely(y: Tensor, a: Tensor, b: Tensor) -> None:
+def _addmm_(y: Tensor, a: Tensor, b: Tensor) -> None:
     y.addmm_(a, b)
+
+
+_add_product_opaquely = operator("add_product", _addmm_, lambda y, a, b: None, mutates_args=("y",))
 
 
 def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
