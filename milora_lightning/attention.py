@@ -77,6 +77,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
     Returns:
         The output (batch, heads, length, head_dim).
 
+    >>> import torch
     >>> q, k, v = torch.randn(2, 6, 5, 4), torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
     >>> reference = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     >>> torch.allclose(causal_attention(q, k, v, 4**-0.5), reference, atol=1e-6)

@@ -48,7 +48,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, prefix: i
 
 
 def _attend_part(q: Tensor, k: Tensor, v: Tensor, before: int, weights: Tensor, output: Tensor) -> None:
-    triangle = q.new_full((BLOCK, 1, BLOCK), -torch.inf).squeeze(1).triu_(1).unsqueeze(1)
+    triangle = q.new_full((BLOCK, BLOCK), -torch.inf).triu_(1).unsqueeze(1)  # the same for all heads of a group
     for block, probabilities in _blocks(q, k, before, weights):
         seen_k, seen_v = (x[:, : probabilities.shape[2]].contiguous() for x in (k, v))
         rows = _by_group(q[:, block], k)
@@ -70,13 +70,13 @@ def _backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scaling: float, prefix: int, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _empty_like(query), _empty_like(key).zero_(), _empty_like(value).zero_()
-    cut = [_parts(x, prefix, rows) for x in (grad.transpose(1, 2), query, key, value, *grads)]
+    tensors = grad.transpose(1, 2), query, key, value, *grads
+    outer, qs, ks, vs, grad_qs, grad_ks, grad_vs = (_parts(x, prefix, rows) for x in tensors)
     for i, part in enumerate(torch.split(weights, _counts(query, prefix, rows))):
-        g, q, grad_q = (cut[n][i] for n in (0, 1, 4))
-        k, v = _joined(cut[2][: i + 1], len(q)) * scaling, _joined(cut[3][: i + 1], len(q))
-        grad_k, grad_v = _backward_part(g, q, k, v, i * prefix, part, grad_q)
-        _add_to_parts(cut[5][: i + 1], grad_k * scaling)
-        _add_to_parts(cut[6][: i + 1], grad_v)
+        k, v = _joined(ks[: i + 1], len(qs[i])) * scaling, _joined(vs[: i + 1], len(qs[i]))
+        grad_k, grad_v = _backward_part(outer[i], qs[i], k, v, i * prefix, part, grad_qs[i])
+        _add_to_parts(grad_ks[: i + 1], grad_k * scaling)
+        _add_to_parts(grad_vs[: i + 1], grad_v)
     return grads
 
 
