@@ -80,7 +80,7 @@ def block_number(layer: str) -> int:
 @torch.no_grad()
 def update_of(layer: LoRALinear) -> Update:
     """Decompose the update of an adapter, ΔW = s (B A − B₀A₀)."""
-    A, B = stack_factors(layer.lora_A, layer.lora_B, layer.initial_A, layer.initial_B)
+    A, B = stack_factors(*layer.factors)
     return Update.of(layer.scaling * B, A)
 
 

@@ -247,7 +247,7 @@ def _is_factor(name: str, layers: dict[str, LoRALinear]) -> bool:
 
 @torch.no_grad()
 def _factors(layer: LoRALinear) -> tuple[Tensor, Tensor, float]:
-    A, B = stack_factors(layer.lora_A, layer.lora_B, layer.initial_A, layer.initial_B)
+    A, B = stack_factors(*layer.factors)
     return A.detach(), B.detach(), layer.scaling
 
 

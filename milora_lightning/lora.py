@@ -117,10 +117,9 @@ class LoRALinear(nn.Module):
                 return base_product(x, self.folded, base.bias, self.transposed)
             A, B = (factor.to(x.dtype) for factor in self.stacked)
             return updated_product(x, base.weight, base.bias, A, B, None, self.transposed)[0]
-        factors = self.lora_A, self.lora_B, self.initial_A, self.initial_B
         if mask is None and folding_pays(x, base.weight):
-            return folded_lora(x, base.weight, base.bias, *factors, scaling, self.transposed)
-        return fused_lora(x, base.weight, base.bias, *factors, mask, scaling, self.transposed)
+            return folded_lora(x, base.weight, base.bias, *self.factors, scaling, self.transposed)
+        return fused_lora(x, base.weight, base.bias, *self.factors, mask, scaling, self.transposed)
 
     def update(self, x: Tensor) -> Tensor:
         """Compute the update's part of the output, s (B A − B₀A₀) x, of shape (..., out).
@@ -130,20 +129,24 @@ class LoRALinear(nn.Module):
         """
         mask, scaling = self._dropout_mask(x)
         x = masked(x, mask)
-        A, B = stack_factors(self.lora_A, self.lora_B, self.initial_A, self.initial_B)
+        A, B = stack_factors(*self.factors)
         return F.linear(F.linear(x, A.to(x.dtype)), (scaling * B).to(x.dtype))
 
     def delta_weight(self) -> Tensor:
         """Compute ΔW = s (B A − B₀A₀), of shape (out, in), in the factors' precision."""
-        A, B = stack_factors(self.lora_A, self.lora_B, self.initial_A, self.initial_B)
+        A, B = stack_factors(*self.factors)
         return self.scaling * B @ A
 
     def merged_weight(self) -> Tensor:
         """Compute W + ΔW in float32 and round it once to W's dtype; in the base layer's own layout."""
         weight: Tensor = self.base_layer.weight
-        factors = self.lora_A, self.lora_B, self.initial_A, self.initial_B
-        A, B = stacked_factors(*factors, self.scaling, self.lora_A.dtype)
+        A, B = stacked_factors(*self.factors, self.scaling, self.lora_A.dtype)
         return folded_weight(weight.to(A.dtype), A, B, self.transposed).to(weight.dtype)
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The trainable factors and their initial values, in the order in which they are stacked."""
+        return self.lora_A, self.lora_B, self.initial_A, self.initial_B
 
     @property
     def weight(self) -> Tensor:

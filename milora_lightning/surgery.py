@@ -123,9 +123,8 @@ def factors_kept(module: nn.Module) -> Iterator[None]:
     layers = [layer for layer in whole if layer.base_layer.weight.is_floating_point()]
     try:
         for layer in layers:
-            factors = layer.lora_A, layer.lora_B, layer.initial_A, layer.initial_B
             dtype = layer.base_layer.weight.dtype
-            layer.stacked = stacked_factors(*factors, layer.scaling, dtype)
+            layer.stacked = stacked_factors(*layer.factors, layer.scaling, dtype)
             layer.folded = layer.merged_weight().detach() if dtype == layer.lora_A.dtype else None
         yield
     finally:

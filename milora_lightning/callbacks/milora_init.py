@@ -186,7 +186,7 @@ def _largest_change(module: LightningModule) -> float:
         x = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0)).to(layer.lora_A.device)
         weight: torch.Tensor = layer.base_layer.weight
         if is_sharded(layer):  # collecting the factors, and not the weight, to which nothing is written
-            A, B = map(full_tensor, stack_factors(layer.lora_A, layer.lora_B, layer.initial_A, layer.initial_B))
+            A, B = map(full_tensor, stack_factors(*layer.factors))
             change = x @ A.T @ B.T
         elif weight.is_floating_point():
             x = x.to(weight.dtype)
