@@ -23,8 +23,8 @@ def causal_blocks_forward(
 ) -> tuple[Tensor, None]:
     """Attend causally, as an attention function of transformers.
 
-    Plain causal attention over a whole sequence goes through :func:`causal_attention`, and so do rows that share a
-    prefix; whatever else is asked for (a mask, one query against a cache, dropout, another device) through torch's
+    Plain causal attention over a whole sequence goes block by block, and so do rows that share a prefix; whatever else
+    is asked for (a mask, one query against a cache, dropout, another device) through torch's
     scaled_dot_product_attention.
 
     Args:
@@ -69,13 +69,13 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
     """Compute softmax(s q kᵀ + causal mask) v with grouped key-value heads, without weights that causality hides.
 
     Args:
-        query: Queries (batch, heads, length, head_dim).
+        query: Queries (batch, heads, queries, head_dim), those of the last positions.
         key: Keys (batch, key-value heads, length, head_dim); heads are a multiple of key-value heads.
         value: Values, likewise.
         scaling: The factor s.
 
     Returns:
-        The output (batch, heads, length, head_dim).
+        The output (batch, heads, queries, head_dim).
 
     >>> import torch
     >>> q, k, v = torch.randn(2, 6, 5, 4), torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)

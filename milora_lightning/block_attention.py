@@ -21,7 +21,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, prefix: in
     float32, is twice as fast over whole vectors. Whatever is behind a sequence's end, causality hides.
 
     Args:
-        query: Queries (batch, heads, length, head_dim).
+        query: Queries (batch, heads, queries, head_dim), those of the last positions.
         key: Keys (batch, key-value heads, length, head_dim); heads are a multiple of key-value heads.
         value: Values, likewise.
         scaling: The factor s.
@@ -30,20 +30,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, prefix: in
         rows: How many rows share the prefix.
 
     Returns:
-        The output (batch, length, heads, head_dim).
+        The output (batch, queries, heads, head_dim).
     """
     output: Tensor = _attend_opaquely(query, key, value, scaling, prefix, rows)[0]
     return output
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, prefix: int, rows: int) -> tuple[Tensor, Tensor]:
-    output = _empty_like(query)
-    qs, outputs, ks, vs = (_parts(x, prefix, rows) for x in (query, output, key, value))
-    counts = _counts(query, prefix, rows)
+    output, counts = _empty_like(query), _counts(query, key, prefix, rows)
     weights = query.new_empty(sum(counts))
-    for i, part in enumerate(torch.split(weights, counts)):
-        k, v = _joined(ks[: i + 1], len(qs[i])) * scaling, _joined(vs[: i + 1], len(qs[i]))
-        _attend_part(qs[i], k, v, i * prefix, part, outputs[i])
+    tasks = _tasks(query, key, value, scaling, prefix, rows)
+    for task, *into in zip(tasks, torch.split(weights, counts), _parts(output, prefix, rows), strict=True):
+        _attend_part(*task, *into)
     return output.transpose(1, 2), weights
 
 
@@ -51,50 +49,47 @@ def _attend_part(q: Tensor, k: Tensor, v: Tensor, before: int, weights: Tensor, 
     triangle = q.new_full((BLOCK, BLOCK), -torch.inf).triu_(1).unsqueeze(1)  # the same for all heads of a group
     for block, probabilities in _blocks(q, k, before, weights):
         seen_k, seen_v = (x[:, : probabilities.shape[2]].contiguous() for x in (k, v))
-        rows = _by_group(q[:, block], k)
-        scores = torch.bmm(rows.flatten(0, 1).flatten(1, 2), seen_k.mT)
-        first = (before + block.start) % BLOCK
-        last_block = scores.view(len(k), *rows.shape[2:4], -1)[..., -BLOCK:]
-        last_block += triangle[first : first + rows.shape[2]]
+        scores = torch.bmm(_rows(q[:, block], k), seen_k.mT)
+        length, first = block.stop - block.start, (before + block.start) % BLOCK
+        last_block = scores.view(len(k), length, -1, scores.shape[2])[..., -BLOCK:]
+        last_block += triangle[first : first + length]
         torch.softmax(scores, -1, out=probabilities)
-        _by_group(output[:, block], k).copy_(torch.bmm(probabilities, seen_v).view_as(rows))
+        _set_rows(output[:, block], k, torch.bmm(probabilities, seen_v))
 
 
 def _attend_shapes(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, prefix: int, rows: int
 ) -> tuple[Tensor, Tensor]:
-    return _empty_like(query).transpose(1, 2), query.new_empty(sum(_counts(query, prefix, rows)))
+    return _empty_like(query).transpose(1, 2), query.new_empty(sum(_counts(query, key, prefix, rows)))
 
 
 def _backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scaling: float, prefix: int, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _empty_like(query), _empty_like(key).zero_(), _empty_like(value).zero_()
-    tensors = grad.transpose(1, 2), query, key, value, *grads
-    outer, qs, ks, vs, grad_qs, grad_ks, grad_vs = (_parts(x, prefix, rows) for x in tensors)
-    for i, part in enumerate(torch.split(weights, _counts(query, prefix, rows))):
-        k, v = _joined(ks[: i + 1], len(qs[i])) * scaling, _joined(vs[: i + 1], len(qs[i]))
-        grad_k, grad_v = _backward_part(outer[i], qs[i], k, v, i * prefix, part, grad_qs[i])
+    outer, grad_qs, grad_ks, grad_vs = (_parts(x, prefix, rows) for x in (grad.transpose(1, 2), *grads))
+    parts = torch.split(weights, _counts(query, key, prefix, rows))
+    for i, task in enumerate(_tasks(query, key, value, scaling, prefix, rows)):
+        grad_k, grad_v = _backward_part(*task, parts[i], outer[i], grad_qs[i])
         _add_to_parts(grad_ks[: i + 1], grad_k * scaling)
         _add_to_parts(grad_vs[: i + 1], grad_v)
     return grads
 
 
 def _backward_part(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, before: int, weights: Tensor, grad_q: Tensor
+    q: Tensor, k: Tensor, v: Tensor, before: int, weights: Tensor, grad: Tensor, grad_q: Tensor
 ) -> tuple[Tensor, Tensor]:
     sums: list[Tensor] = []
     for block, probabilities in _blocks(q, k, before, weights):
         seen_k, seen_v = (x[:, : probabilities.shape[2]].contiguous() for x in (k, v))
-        rows, g = (_by_group(x[:, block], k).flatten(0, 1).flatten(1, 2) for x in (q, grad))
+        rows, g = (_rows(x[:, block], k) for x in (q, grad))
         grad_p = torch.bmm(g, seen_v.mT)
         grad_s = torch._softmax_backward_data(grad_p, probabilities, -1, probabilities.dtype)
-        into = _by_group(grad_q[:, block], k)
-        into.copy_(torch.bmm(grad_s, seen_k).view_as(into))
+        _set_rows(grad_q[:, block], k, torch.bmm(grad_s, seen_k))
         grads = torch.bmm(grad_s.mT, rows), torch.bmm(probabilities.mT, g)
         for total, part in zip(sums, grads, strict=False):
             total[:, : part.shape[1]] += part
-        sums = sums or list(grads)
+        sums = sums or list(grads)  # of the first block, which meets all keys
     return sums[0], sums[1]
 
 
@@ -127,6 +122,16 @@ def _parts(x: Tensor, prefix: int, rows: int) -> list[Tensor]:
     return [tokens[:, :prefix], tokens[0, prefix:].view(rows, -1, *tokens.shape[2:])]
 
 
+def _tasks(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, prefix: int, rows: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+    """Yield the queries of each part, the scaled keys and the values they see, and the positions before them."""
+    qs, ks, vs = (_parts(x, prefix, rows) for x in (query, key, value))
+    for i, q in enumerate(qs):
+        k, v = (_joined(parts[: i + 1], len(q)) for parts in (ks, vs))
+        yield q, k * scaling, v, sum(part.shape[1] for part in ks[: i + 1]) - q.shape[1]
+
+
 def _joined(parts: Sequence[Tensor], rows: int) -> Tensor:
     """Bring what rows see of keys or values to (rows · key-value heads, whole blocks, head_dim)."""
     heads, width = parts[0].shape[2:]
@@ -152,6 +157,17 @@ def _by_group(x: Tensor, k: Tensor) -> Tensor:
     return x.view(rows, queries, len(k) // rows, -1, width).transpose(1, 2)
 
 
+def _rows(x: Tensor, k: Tensor) -> Tensor:
+    """Bring (rows, queries, heads, head_dim) to (rows · key-value heads, queries · group, head_dim)."""
+    return _by_group(x, k).flatten(0, 1).flatten(1, 2)
+
+
+def _set_rows(x: Tensor, k: Tensor, rows: Tensor) -> None:
+    """Undo :func:`_rows`, into x."""
+    into = _by_group(x, k)
+    into.copy_(rows.view_as(into))
+
+
 def _blocks(q: Tensor, k: Tensor, before: int, weights: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Cut queries that have so many positions before them into blocks: first the last one, which meets all keys.
 
@@ -167,9 +183,9 @@ def _blocks(q: Tensor, k: Tensor, before: int, weights: Tensor) -> Iterator[tupl
         stop, taken = start, taken + size
 
 
-def _counts(query: Tensor, prefix: int, rows: int) -> list[int]:
+def _counts(query: Tensor, key: Tensor, prefix: int, rows: int) -> list[int]:
     """The number of attention weights of each part: in closed form, as torch.compile needs it."""
-    batch, heads, length, _ = query.shape
+    batch, heads, queries, length = *query.shape[:3], key.shape[2]
 
     def first(positions: int) -> int:
         """How many keys the queries of the first positions meet: each as many as its block and those before have."""
@@ -177,6 +193,6 @@ def _counts(query: Tensor, prefix: int, rows: int) -> list[int]:
         return BLOCK * BLOCK * (whole * (whole + 1) // 2) + rest * BLOCK * (whole + 1)
 
     if not prefix:
-        return [batch * heads * first(length)]
+        return [batch * heads * (first(length) - first(length - queries))]
     own = (length - prefix) // rows
     return [heads * first(prefix), rows * heads * (first(prefix + own) - first(prefix))]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from milora_lightning.operators import differentiate, operator
+from milora_lightning.operators import compiling_for_cpu, differentiate, operator
 
 BITS = 2**17  # how many times 64 bits are drawn at once: few enough to be compared while they are in the cache
 
@@ -29,7 +29,7 @@ def draw_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
     """
     dropped = min(round(p * 2**16), 2**16 - 1)
     if x.device.type == "cpu":
-        draw = _draw_opaquely if torch.compiler.is_compiling() else _draw
+        draw = _draw_opaquely if compiling_for_cpu(x) else _draw
         kept = draw(torch.randint(2**63 - 1, ()), x.numel(), dropped)
     else:
         bits = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 3) // 4,), device=x.device)
@@ -41,9 +41,7 @@ def masked(x: Tensor, mask: Tensor | None) -> Tensor:
     """Set the entries of x that a mask drops to zero."""
     if mask is None:
         return x
-    # A compiler is not to look inside: on CPUs its loops over small integers go element by element.
-    opaque = x.device.type == "cpu" and torch.compiler.is_compiling()
-    return (_mask_opaquely if opaque else _mask)(x, mask.view(x.shape))
+    return (_mask_opaquely if compiling_for_cpu(x) else _mask)(x, mask.view(x.shape))
 
 
 def _draw(seed: Tensor, count: int, dropped: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from milora_lightning.dropout import masked
 from milora_lightning.factors import stack_factors
-from milora_lightning.operators import operator
+from milora_lightning.operators import compiling_for_cpu, operator
 
 
 def fused_lora(*arguments: Any) -> Tensor:
@@ -100,10 +100,7 @@ def updated_product(
 
 
 def _add_product(y: Tensor, a: Tensor, b: Tensor) -> None:
-    if y.device.type == "cpu" and torch.compiler.is_compiling():
-        _add_product_opaquely(y, a, b)  # a compiler would make a sum of its own, from a copy of y
-    else:
-        y.addmm_(a, b)
+    (_add_product_opaquely if compiling_for_cpu(y) else _addmm_)(y, a, b)
 
 
 def _addmm_(y: Tensor, a: Tensor, b: Tensor) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 NAMESPACE = "milora_lightning"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -29,6 +30,15 @@ def operator(
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def compiling_for_cpu(x: Tensor) -> bool:
+    """Whether a compiler looks on, and x is on a CPU.
+
+    There it makes copies where eager code works in place, and its loops over small integers go element by element, so
+    that operators are better.
+    """
+    return x.device.type == "cpu" and torch.compiler.is_compiling()
 
 
 def differentiate(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:

@@ -12,7 +12,7 @@ from conftest import TINY_CONFIGS, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from milora_lightning.attention import NAME
+from milora_lightning.attention import NAME, causal_attention
 from milora_lightning.block_attention import BLOCK, attend
 
 
@@ -56,6 +56,25 @@ def test_output_and_gradients_equal_torchs(
     theirs = reference(query, key, value, prefix, rows=2)
     torch.testing.assert_close(ours, theirs)
     direction = torch.randn_like(ours)
+    for got, want in zip(
+        torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(theirs, inputs, direction), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("length", [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 5])
+@pytest.mark.parametrize("before", [3, BLOCK])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
+def test_queries_of_the_last_positions(length: int, before: int, heads: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    shapes = [(2, before + length, n, 8) for n in (heads[0], heads[1], heads[1])]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    query, key, value = (x.transpose(1, 2) for x in inputs)
+    direction = torch.randn(2, heads[0], length, 8, dtype=torch.float64)
+    ours = causal_attention(query[:, :, before:], key, value, 0.3)
+    theirs = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True)
+    theirs = theirs[:, :, before:]
+    torch.testing.assert_close(ours, theirs)
     for got, want in zip(
         torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(theirs, inputs, direction), strict=True
     ):
