@@ -14,8 +14,8 @@ from milora_lightning.block_attention import attend
 NAME = "causal_blocks"
 """What ``attn_implementation`` calls it."""
 
-SHARED_PREFIX = "shared_prefix"
-"""Option of the attention layers: (prefix, rows) of a batch that :mod:`milora_lightning.prefix` has laid out."""
+PACKING = "packing"
+"""Option of the attention layers: how :mod:`milora_lightning.packing` has packed a batch."""
 
 
 def causal_blocks_forward(
@@ -23,8 +23,8 @@ def causal_blocks_forward(
 ) -> tuple[Tensor, None]:
     """Attend causally, as an attention function of transformers.
 
-    Plain causal attention over a whole sequence goes block by block, and so do rows that share a prefix; whatever else
-    is asked for (a mask, one query against a cache, dropout, another device) through torch's
+    Plain causal attention over a whole sequence goes block by block, and so do packed rows; whatever else is
+    asked for (a mask, one query against a cache, dropout, another device) through torch's
     scaled_dot_product_attention.
 
     Args:
@@ -44,10 +44,10 @@ def causal_blocks_forward(
     if options.get("softcap"):
         raise ValueError(f"attn_implementation={NAME!r} does not cap attention scores as this model does: use 'eager'.")
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
-    if options.get(SHARED_PREFIX) is not None:
+    if options.get(PACKING) is not None:
         if options.get("dropout"):
-            raise ValueError("Attention over rows that share a prefix has no dropout: set the model's to 0.")
-        return attend(query, key, value, scaling, *options[SHARED_PREFIX]), None
+            raise ValueError("Attention over packed rows has no dropout: set the model's to 0.")
+        return attend(query, key, value, scaling, options[PACKING]), None
     causal = options.get("is_causal")
     plain = (
         attention_mask is None

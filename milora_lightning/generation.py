@@ -11,8 +11,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from milora_lightning.growing_cache import GrowingLayer, growing_cache
+from milora_lightning.packing import SHORTEST, attends_to_all
 from milora_lightning.prefill import prefilled
-from milora_lightning.prefix import SHORTEST, attends_to_all
 from milora_lightning.sharding import is_sharded
 from milora_lightning.surgery import adapters_disabled
 from milora_lightning.trials import close_logits, once_per_model

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from milora_lightning.data.batching import IGNORED
-from milora_lightning.prefix import model_inputs
+from milora_lightning.packing import model_inputs
 from milora_lightning.trials import once_per_model
 
 # Logits held at once, enough for fast products, and those of them in float32: on CPUs what stays in the cache.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from milora_lightning.attention import NAME, causal_attention
-from milora_lightning.block_attention import BLOCK, attend
+from milora_lightning.block_attention import BLOCK, Packing, attend
 
 
 def with_blocks(kind: str) -> PreTrainedModel:
@@ -21,71 +22,80 @@ def with_blocks(kind: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()
 
 
-def reference(query: Tensor, key: Tensor, value: Tensor, prefix: int, rows: int) -> Tensor:
-    """Torch's own attention; rows that share a prefix are first written out."""
-
-    def written_out(x: Tensor) -> Tensor:
-        if not prefix:
-            return x
-        own = x[0, :, prefix:].unflatten(1, (rows, -1)).transpose(0, 1)
-        return torch.cat([x[:, :, :prefix].expand(rows, -1, -1, -1), own], 2)
-
-    q, k, v = (written_out(x) for x in (query, key, value))
-    output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True).transpose(1, 2)
-    if not prefix:
-        return output
-    return torch.cat([output[:1, :prefix], output[:, prefix:].flatten(0, 1)[None]], 1)
+def packing_of(prefix: int, lengths: Sequence[int]) -> Packing:
+    longest = max(lengths)
+    slots = torch.cat([row * longest + torch.arange(n) for row, n in enumerate(lengths)])
+    return Packing(prefix, len(lengths), longest, slots)
 
 
-@pytest.mark.parametrize("length", [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 5])
-@pytest.mark.parametrize("prefix", [0, 3, BLOCK, BLOCK + 9])
-@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
-@pytest.mark.parametrize("tokens_first", [False, True])
-def test_output_and_gradients_equal_torchs(
-    length: int, prefix: int, heads: tuple[int, int], tokens_first: bool
-) -> None:
-    """For whole sequences, and for rows that share a prefix; whichever way the tensors lie in memory."""
+def row_by_row(query: Tensor, key: Tensor, value: Tensor, prefix: int, lengths: Sequence[int]) -> Tensor:
+    """Torch's own attention, for one row after another with the prefix before it."""
+    outputs = []
+    rows = [torch.split(x[:, :, prefix:], list(lengths), 2) for x in (query, key, value)]
+    for row in zip(*rows, strict=True):
+        q, k, v = (torch.cat([x[:, :, :prefix], own], 2) for x, own in zip((query, key, value), row, strict=True))
+        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True).transpose(1, 2)
+        outputs.append(output[:, prefix:] if outputs else output)
+    return torch.cat(outputs, 1)
+
+
+def inputs_of(batch: int, tokens: int, heads: tuple[int, int], tokens_first: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Leaves, and the queries, keys and values that they are in one order of the axes or the other."""
     torch.manual_seed(0)
-    batch, tokens = (1, prefix + 2 * length) if prefix else (2, length)
-    inputs, options = [], {"dtype": torch.float64, "requires_grad": True}
-    for n in (heads[0], heads[1], heads[1]):
-        shape = (batch, tokens, n, 8) if tokens_first else (batch, n, tokens, 8)
-        inputs.append(torch.randn(shape, **options))
-    query, key, value = (x.transpose(1, 2) if tokens_first else x for x in inputs)
-    ours = attend(query, key, value, 0.3, prefix, rows=2)
-    theirs = reference(query, key, value, prefix, rows=2)
+    shapes = [(batch, tokens, n, 8) if tokens_first else (batch, n, tokens, 8) for n in (heads[0], heads[1], heads[1])]
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    return leaves, [x.transpose(1, 2) if tokens_first else x for x in leaves]
+
+
+def assert_same(ours: Tensor, theirs: Tensor, leaves: list[Tensor]) -> None:
+    """Outputs and gradients."""
     torch.testing.assert_close(ours, theirs)
     direction = torch.randn_like(ours)
     for got, want in zip(
-        torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(theirs, inputs, direction), strict=True
+        torch.autograd.grad(ours, leaves, direction), torch.autograd.grad(theirs, leaves, direction), strict=True
     ):
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("length", [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 5])
+LENGTHS = [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 5]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_output_and_gradients_equal_torchs(length: int, heads: tuple[int, int], tokens_first: bool) -> None:
+    """Whichever way the tensors lie in memory."""
+    leaves, (q, k, v) = inputs_of(2, length, heads, tokens_first)
+    theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True).transpose(1, 2)
+    assert_same(attend(q, k, v, 0.3), theirs, leaves)
+
+
+@pytest.mark.parametrize("lengths", [(n, n) for n in LENGTHS] + [(3, 1), (0, 5, 2), (BLOCK + 3, 2, 2 * BLOCK)])
+@pytest.mark.parametrize("prefix", [0, 3, BLOCK, BLOCK + 9])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_packed_rows_attend_as_if_alone(
+    lengths: tuple[int, ...], prefix: int, heads: tuple[int, int], tokens_first: bool
+) -> None:
+    leaves, qkv = inputs_of(1, prefix + sum(lengths), heads, tokens_first)
+    assert_same(attend(*qkv, 0.3, packing_of(prefix, lengths)), row_by_row(*qkv, prefix, lengths), leaves)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("before", [3, BLOCK])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
 def test_queries_of_the_last_positions(length: int, before: int, heads: tuple[int, int]) -> None:
-    torch.manual_seed(0)
-    shapes = [(2, before + length, n, 8) for n in (heads[0], heads[1], heads[1])]
-    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    query, key, value = (x.transpose(1, 2) for x in inputs)
-    direction = torch.randn(2, heads[0], length, 8, dtype=torch.float64)
-    ours = causal_attention(query[:, :, before:], key, value, 0.3)
-    theirs = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True)
-    theirs = theirs[:, :, before:]
-    torch.testing.assert_close(ours, theirs)
-    for got, want in zip(
-        torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(theirs, inputs, direction), strict=True
-    ):
-        torch.testing.assert_close(got, want)
+    leaves, (q, k, v) = inputs_of(2, before + length, heads, tokens_first=True)
+    theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
+    assert_same(causal_attention(q[:, :, before:], k, v, 0.3), theirs[:, :, before:], leaves)
 
 
-@pytest.mark.parametrize(("prefix", "rows"), [(0, 1), (10, 3)])
-def test_operator_is_sound(prefix: int, rows: int) -> None:
+@pytest.mark.parametrize("packing", [None, packing_of(10, (25, 35)), packing_of(0, (50, 20))])
+def test_operator_is_sound(packing: Packing | None) -> None:
     """Shapes without data, gradients and aliases, as torch.compile relies on them."""
-    q, k, v = (torch.randn(2 if prefix == 0 else 1, n, 70, 4, requires_grad=True) for n in (6, 3, 3))
-    torch.library.opcheck(torch.ops.milora_lightning.causal_attention.default, (q, k, v, 0.5, prefix, rows))
+    q, k, v = (torch.randn(2 if packing is None else 1, n, 70, 4, requires_grad=True) for n in (6, 3, 3))
+    options = packing or (0, 1, 0, None)
+    torch.library.opcheck(torch.ops.milora_lightning.causal_attention.default, (q, k, v, 0.5, *options))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "gemma", "opt"])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_lora import IN, TOKENS, adapted
-from test_prefix import model_of, tokens_seen
+from test_packing import model_of, tokens_seen
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 

@@ -1,4 +1,4 @@
-"""Batches whose rows begin alike, as prompts of one template do: what they share is computed once."""
+"""Batches as one sequence: without padding, and with what the rows share, as prompts of one template do, only once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from milora_lightning.attention import NAME, SHARED_PREFIX
+from milora_lightning.attention import NAME, PACKING
+from milora_lightning.block_attention import Packing
 from milora_lightning.data.batching import IGNORED
 from milora_lightning.surgery import adapters_disabled
 from milora_lightning.trials import close_logits, once_per_model
@@ -17,11 +18,12 @@ SHORTEST = 8  # shorter prefixes save less than the rearrangement costs
 
 
 def model_inputs(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """Lay a batch out for a model's forward, with a prefix that its rows share only once, where the model can.
+    """Lay a batch out for a model's forward, packed into one sequence where the model can take it so.
 
     That takes ``attn_implementation="causal_blocks"``, on a CPU, and an architecture without windows and dropout in its
-    attention. One row then holds the prefix and, after it, what is left of each row: the same function of the same
-    tokens, without repeating the prefix in every layer.
+    attention. The sequence holds the prefix that all rows share and, after it, what is left of each row, as far as
+    labels that count depend on it: the same function of the same tokens, without repeating the prefix and without
+    padding in every layer.
 
     Args:
         model: Any causal language model of transformers.
@@ -33,11 +35,12 @@ def model_inputs(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> t
         shape of the inputs. The positions come in the order of the batch's rows.
     """
     # First what the model can do: ranks that hold shards of it find out together, whatever their batches are, and
-    # devices that cannot share are spared waiting for the prefix.
-    prefix = shared_prefix(input_ids, labels) if _can_share(model) else 0
-    if prefix < SHORTEST:
-        return {"input_ids": input_ids}, _supervised(labels)
-    return _laid_out(input_ids, labels, prefix)
+    # devices that cannot pack are spared waiting for the lengths.
+    if _can_pack(model):
+        needed, prefix = _needed(labels), shared_prefix(input_ids, labels)
+        if needed.any():  # all such batches, as the compiler would make other code for those that are not packed
+            return _packed(input_ids, labels, needed, prefix if prefix >= SHORTEST else 0)
+    return {"input_ids": input_ids}, _supervised(labels)
 
 
 def shared_prefix(input_ids: Tensor, labels: Tensor) -> int:
@@ -55,19 +58,22 @@ def shared_prefix(input_ids: Tensor, labels: Tensor) -> int:
     return max(common, 0)
 
 
-def _laid_out(input_ids: Tensor, labels: Tensor, prefix: int) -> tuple[dict[str, Any], Tensor]:
-    rows, length = input_ids.shape
-    own = torch.arange(prefix, length, device=input_ids.device).repeat(rows)
-    positions = torch.cat([torch.arange(prefix, device=input_ids.device), own])[None]
+def _packed(input_ids: Tensor, labels: Tensor, needed: Tensor, prefix: int) -> tuple[dict[str, Any], Tensor]:
+    own = needed[:, prefix:]
+    length = int(own.sum(1).max())
+
+    def packed(x: Tensor) -> Tensor:
+        return torch.cat([x[0, :prefix], x[:, prefix:][own]])[None]
+
+    positions = packed(torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids))
     inputs = {
-        "input_ids": torch.cat([input_ids[0, :prefix], input_ids[:, prefix:].flatten()])[None],
+        "input_ids": packed(input_ids),
         "position_ids": positions,
         # Of four dimensions, which transformers passes on as it is, and to which the attention pays no attention.
         "attention_mask": input_ids.new_zeros((), dtype=torch.bool).expand(1, 1, *positions.shape[1:] * 2),
-        SHARED_PREFIX: (prefix, rows),
+        PACKING: Packing(prefix, len(input_ids), length, own[:, :length].flatten().nonzero()[:, 0]),
     }
-    supervised = _supervised(labels)
-    return inputs, torch.cat([supervised[0, :prefix], supervised[:, prefix:].flatten()])[None]
+    return inputs, packed(_supervised(labels))
 
 
 def _supervised(labels: Tensor) -> Tensor:
@@ -77,8 +83,13 @@ def _supervised(labels: Tensor) -> Tensor:
     return supervised
 
 
+def _needed(labels: Tensor) -> Tensor:
+    """Tell on which positions of the rows labels that count depend: those up to the last one that predicts one."""
+    return _supervised(labels).flip(1).cumsum(1).flip(1) > 0
+
+
 @once_per_model
-def _can_share(model: PreTrainedModel) -> bool:
+def _can_pack(model: PreTrainedModel) -> bool:
     """Whether a model computes the same in both ways; found out by trying."""
     config = model.config.get_text_config()
     uses_blocks = model.config._attn_implementation == NAME and model.device.type == "cpu"
@@ -96,16 +107,16 @@ def attends_to_all(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def _computes_the_same(model: PreTrainedModel) -> bool:
-    input_ids = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 2, 4, 3]], device=model.device)
-    labels = torch.full_like(input_ids, IGNORED)
-    labels[:, 4] = 0
-    inputs, _ = _laid_out(input_ids, labels, prefix=3)
+    input_ids = torch.tensor([[0, 1, 2, 3, 4, 0], [0, 1, 2, 4, 0, 0]], device=model.device)
+    labels = torch.tensor([[IGNORED] * 5 + [0], [IGNORED] * 4 + [0, IGNORED]], device=model.device)
+    needed, prefix = _needed(labels), 3
+    inputs, _ = _packed(input_ids, labels, needed, prefix)
     # Its draws, for dropout, are not to be seen in those of training. Nor are those of trained adapters to tell the two
     # ways apart, in a run that is resumed.
     with torch.random.fork_rng([]), adapters_disabled(model):
-        plain = model(input_ids=input_ids, use_cache=False).logits[:, 3:].flatten(0, 1)
+        plain = model(input_ids=input_ids, use_cache=False).logits[:, prefix:][needed[:, prefix:]]
         try:
-            shared = model(**inputs, use_cache=False).logits[0, 3:]
+            packed = model(**inputs, use_cache=False).logits[0, prefix:]
         except TypeError:  # its forward has no position_ids, or passes no options on
             return False
-    return close_logits(plain, shared, model.dtype)
+    return close_logits(plain, packed, model.dtype)

@@ -1,4 +1,4 @@
-"""Batches whose rows share a prefix, against the same batches row by row."""
+"""Packed batches against the same batches row by row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from milora_lightning import LoRAConfig, initialize, inject
 from milora_lightning.attention import NAME
 from milora_lightning.loss import causal_lm_loss, supervised_logits
-from milora_lightning.prefix import model_inputs, shared_prefix
+from milora_lightning.packing import model_inputs, shared_prefix
 
 PREFIX = 10
 
@@ -38,6 +38,9 @@ def batch() -> tuple[Tensor, Tensor]:
     return input_ids, labels
 
 
+PACKED = PREFIX + (23 - PREFIX) + (19 - PREFIX) + (23 - PREFIX)  # up to the tokens that predict each row's last label
+
+
 def tokens_seen(model: PreTrainedModel) -> list[int]:
     seen: list[int] = []
     model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
@@ -56,16 +59,20 @@ def test_loss_and_gradients_are_those_of_whole_rows(kind: str, checkpointing: bo
     causal_lm_loss(model, *batch())  # finds out what the model can do
     seen = tokens_seen(model)
     got = causal_lm_loss(model, *batch())
-    assert seen == [PREFIX + 3 * (24 - PREFIX)]
+    assert seen == [PACKED]
     want = reference(model, *batch())
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
     for a, b in zip(torch.autograd.grad(got, trained), torch.autograd.grad(want, trained), strict=True):
         assert (a - b).norm() <= 1e-4 * b.norm()
 
 
-def test_logits_come_in_the_order_of_the_rows() -> None:
+@pytest.mark.parametrize("shares", [False, True])
+def test_logits_come_in_the_order_of_the_rows(shares: bool) -> None:
     model = model_of("llama").eval()
     input_ids, labels = batch()
+    if not shares:
+        input_ids[:, 0] = torch.arange(3)
+    assert "packing" in model_inputs(model, input_ids, labels)[0]
     want = model(input_ids=input_ids).logits[:, :-1][labels[:, 1:] != -100]
     torch.testing.assert_close(supervised_logits(model, input_ids, labels), want, rtol=1e-4, atol=1e-6)
 
@@ -94,12 +101,27 @@ def test_trained_adapters_with_dropout_do_not_decide() -> None:
     assert "position_ids" in model_inputs(model, *batch())[0]
 
 
-def test_batches_without_a_prefix_find_out_too() -> None:
+def test_rows_without_labels_are_left_out() -> None:
+    """But for the model's own run, for which ranks that share it wait."""
+    model = model_of("llama").train()
+    input_ids, labels = batch()
+    want = causal_lm_loss(model, input_ids[:2], labels[:2])
+    labels[2] = -100
+    torch.testing.assert_close(causal_lm_loss(model, input_ids, labels), want)
+    seen = tokens_seen(model)
+    causal_lm_loss(model, input_ids, labels)
+    assert seen == [PREFIX + (23 - PREFIX) + (19 - PREFIX)]
+    assert causal_lm_loss(model, input_ids, torch.full_like(labels, -100)).item() == 0
+    assert seen[1:] == [input_ids.numel()]
+
+
+def test_batches_without_labels_find_out_too() -> None:
     """Of ranks that share a model, none may run it more often than the others."""
     model = model_of("llama")
     seen = tokens_seen(model)
     input_ids, labels = batch()
-    model_inputs(model, input_ids.roll(1, 1), labels)
+    unlabelled = torch.full_like(labels, -100)
+    assert set(model_inputs(model, input_ids, unlabelled)[0]) == {"input_ids"}
     assert len(seen) == 2
     model_inputs(model, input_ids, labels)
     assert len(seen) == 2
