@@ -14,7 +14,7 @@ from milora_lightning.data.batching import IGNORED
 from milora_lightning.surgery import adapters_disabled
 from milora_lightning.trials import close_logits, once_per_model
 
-SHORTEST = 8  # shorter prefixes save less than the rearrangement costs
+SHORTEST = 8  # shorter prefixes save less than it costs to treat them apart
 
 
 def model_inputs(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> tuple[dict[str, Any], Tensor]:
@@ -36,11 +36,11 @@ def model_inputs(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> t
     """
     # First what the model can do: ranks that hold shards of it find out together, whatever their batches are, and
     # devices that cannot pack are spared waiting for the lengths.
-    if _can_pack(model):
-        needed, prefix = _needed(labels), shared_prefix(input_ids, labels)
-        if needed.any():  # all such batches, as the compiler would make other code for those that are not packed
-            return _packed(input_ids, labels, needed, prefix if prefix >= SHORTEST else 0)
-    return {"input_ids": input_ids}, _supervised(labels)
+    can_pack, supervised = _can_pack(model), _supervised(labels)
+    if can_pack and supervised.any():  # all such batches: the compiler would make other code for those not packed
+        prefix = shared_prefix(input_ids, labels)
+        return _packed(input_ids, supervised, prefix if prefix >= SHORTEST else 0)
+    return {"input_ids": input_ids}, supervised
 
 
 def shared_prefix(input_ids: Tensor, labels: Tensor) -> int:
@@ -58,8 +58,8 @@ def shared_prefix(input_ids: Tensor, labels: Tensor) -> int:
     return max(common, 0)
 
 
-def _packed(input_ids: Tensor, labels: Tensor, needed: Tensor, prefix: int) -> tuple[dict[str, Any], Tensor]:
-    own = needed[:, prefix:]
+def _packed(input_ids: Tensor, supervised: Tensor, prefix: int) -> tuple[dict[str, Any], Tensor]:
+    own = _needed(supervised)[:, prefix:]
     length = int(own.sum(1).max())
 
     def packed(x: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def _packed(input_ids: Tensor, labels: Tensor, needed: Tensor, prefix: int) -> t
         "attention_mask": input_ids.new_zeros((), dtype=torch.bool).expand(1, 1, *positions.shape[1:] * 2),
         PACKING: Packing(prefix, len(input_ids), length, own[:, :length].flatten().nonzero()[:, 0]),
     }
-    return inputs, packed(_supervised(labels))
+    return inputs, packed(supervised)
 
 
 def _supervised(labels: Tensor) -> Tensor:
@@ -83,9 +83,9 @@ def _supervised(labels: Tensor) -> Tensor:
     return supervised
 
 
-def _needed(labels: Tensor) -> Tensor:
+def _needed(supervised: Tensor) -> Tensor:
     """Tell on which positions of the rows labels that count depend: those up to the last one that predicts one."""
-    return _supervised(labels).flip(1).cumsum(1).flip(1) > 0
+    return supervised.flip(1).cumsum(1).flip(1) > 0
 
 
 @once_per_model
@@ -108,13 +108,13 @@ def attends_to_all(model: PreTrainedModel) -> bool:
 @torch.no_grad()
 def _computes_the_same(model: PreTrainedModel) -> bool:
     input_ids = torch.tensor([[0, 1, 2, 3, 4, 0], [0, 1, 2, 4, 0, 0]], device=model.device)
-    labels = torch.tensor([[IGNORED] * 5 + [0], [IGNORED] * 4 + [0, IGNORED]], device=model.device)
-    needed, prefix = _needed(labels), 3
-    inputs, _ = _packed(input_ids, labels, needed, prefix)
+    supervised, prefix = torch.zeros_like(input_ids, dtype=torch.bool), 3
+    supervised[0, 4] = supervised[1, 3] = True
+    inputs, _ = _packed(input_ids, supervised, prefix)
     # Its draws, for dropout, are not to be seen in those of training. Nor are those of trained adapters to tell the two
     # ways apart, in a run that is resumed.
     with torch.random.fork_rng([]), adapters_disabled(model):
-        plain = model(input_ids=input_ids, use_cache=False).logits[:, prefix:][needed[:, prefix:]]
+        plain = model(input_ids=input_ids, use_cache=False).logits[:, prefix:][_needed(supervised)[:, prefix:]]
         try:
             packed = model(**inputs, use_cache=False).logits[0, prefix:]
         except TypeError:  # its forward has no position_ids, or passes no options on
