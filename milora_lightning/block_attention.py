@@ -132,7 +132,8 @@ def _backward(
     layout, counts = _Layout(prefix, rows, length, slots), _counts(query, key, prefix, rows, length, slots)
     outer, parts = layout.divide(grad.transpose(1, 2)), torch.split(weights, counts)
     divided = [layout.divide(x) for x in (query, key, value)]
-    grad_qs, grad_ks, grad_vs = ([part.new_zeros(part.shape) for part in xs] for xs in divided)
+    grad_qs = [part.new_empty(part.shape) for part in divided[0]]
+    grad_ks, grad_vs = ([part.new_zeros(part.shape) for part in xs] for xs in divided[1:])
     for i, task in enumerate(_tasks(scaling, *divided)):
         grad_k, grad_v = _backward_part(*task, parts[i], outer[i], grad_qs[i])
         _add_to_parts(grad_ks[: i + 1], grad_k * scaling)
