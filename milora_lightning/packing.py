@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from milora_lightning.arrangement import Packing
 from milora_lightning.attention import NAME, PACKING
-from milora_lightning.block_attention import Packing
 from milora_lightning.data.batching import IGNORED
 from milora_lightning.surgery import adapters_disabled
 from milora_lightning.trials import close_logits, once_per_model

@@ -13,8 +13,9 @@ from conftest import TINY_CONFIGS, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from milora_lightning.arrangement import BLOCK, Packing
 from milora_lightning.attention import NAME, causal_attention
-from milora_lightning.block_attention import BLOCK, Packing, attend
+from milora_lightning.block_attention import attend
 
 
 def with_blocks(kind: str) -> PreTrainedModel:
