@@ -54,7 +54,7 @@ class Arrangement:
 
     What is looked up are units: for a token and a key-value head, its key, its value, or the queries that meet keys.
     Keys and values come by row, key-value head and position, filled up to whole blocks; queries come block after
-    block, and so within each. Where a row has no token, any other stands in, which no token of the row attends to.
+    block, and so within each. Where a row has no token, zeros stand in.
 
     Args:
         query: Queries (batch, heads, queries, head_dim), those of the last positions.
@@ -74,19 +74,12 @@ class Arrangement:
 
     def arrange_queries(self, x: Tensor) -> Tensor:
         """Bring (batch, heads, queries, head_dim) to units in this order."""
-        return _units(x, self.heads).index_select(0, self.order.clamp_min(0))
+        return _look_up(_units(x, self.heads), self.order)
 
     def arrange_keys(self, x: Tensor) -> list[Tensor]:
         """Bring (batch, key-value heads, length, head_dim) to (rows · key-value heads, whole blocks, head_dim)."""
         units = _units(x, self.heads)
-        return [
-            units.index_select(0, part.flatten().clamp_min(0)).view(-1, part.shape[2], units.shape[1])
-            for part in self.keys
-        ]
-
-    def clear_fillers(self, x: Tensor) -> Tensor:
-        """Set queries, or their gradients, to zero that stand in for tokens which a row does not have."""
-        return x.index_fill_(0, (self.order < 0).nonzero()[:, 0], 0)
+        return [_look_up(units, part.flatten()).view(-1, part.shape[2], units.shape[1]) for part in self.keys]
 
     def restore_queries(self, x: Tensor) -> Tensor:
         """Undo :meth:`arrange_queries`, but for the order of dimensions: (batch, queries, heads, head_dim)."""
@@ -163,6 +156,12 @@ def _whole_blocks(tokens: Tensor) -> Tensor:
 def _units(x: Tensor, heads: int) -> Tensor:
     """View (batch, a multiple of heads, length, head_dim) as (batch · length · heads, features)."""
     return x.transpose(1, 2).reshape(-1, x.shape[1] // heads * x.shape[3])
+
+
+def _look_up(units: Tensor, order: Tensor) -> Tensor:
+    """Bring units into an order, with zeros where it names none."""
+    found = units.index_select(0, order.clamp_min(0))
+    return found.index_fill_(0, (order < 0).nonzero()[:, 0], 0)
 
 
 def _inverse(order: Tensor, count: int) -> Tensor:

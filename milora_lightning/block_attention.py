@@ -73,8 +73,8 @@ def _backward(
     length: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     arrangement = Arrangement(query, key, _packing(prefix, rows, length, slots))
-    q, ks, vs = arrangement.arrange_queries(query), *map(arrangement.arrange_keys, (key * scaling, value))
-    g = arrangement.clear_fillers(arrangement.arrange_queries(grad.transpose(1, 2)))
+    q, g = map(arrangement.arrange_queries, (query, grad.transpose(1, 2)))
+    ks, vs = map(arrangement.arrange_keys, (key * scaling, value))
     grad_q, grad_ks, grad_vs = torch.empty_like(q), *([torch.empty_like(x) for x in xs] for xs in (ks, vs))
     for block in arrangement.blocks:
         k, v, probabilities = _of_block(block, ks, vs, weights)

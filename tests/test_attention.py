@@ -91,6 +91,22 @@ def test_queries_of_the_last_positions(length: int, before: int, heads: tuple[in
     assert_same(causal_attention(q[:, :, before:], k, v, 0.3), theirs[:, :, before:], leaves)
 
 
+@pytest.mark.parametrize("packing", [None, packing_of(0, (70, 65, 5))])
+def test_what_is_not_finite_stays_in_its_row(packing: Packing | None) -> None:
+    """Although tokens of one row could fill up the others to whole blocks and equal lengths."""
+    leaves, qkv = inputs_of(2 if packing is None else 1, 70 if packing is None else 140, (6, 2), tokens_first=True)
+    broken = [x.detach().clone() for x in leaves]
+    for x in broken:
+        x.view(140, -1)[:70] = torch.nan
+        x.requires_grad_()
+    results = []
+    for tensors, inputs in ((leaves, qkv), (broken, [x.transpose(1, 2) for x in broken])):
+        output = attend(*inputs, 0.3, packing)
+        results.append([output, *torch.autograd.grad(output, tensors, torch.ones_like(output))])
+    for whole, partly in zip(*results, strict=True):
+        torch.testing.assert_close(partly.view(140, -1)[70:], whole.view(140, -1)[70:])
+
+
 @pytest.mark.parametrize("packing", [None, packing_of(10, (25, 35)), packing_of(0, (50, 20))])
 def test_operator_is_sound(packing: Packing | None) -> None:
     """Shapes without data, gradients and aliases, as torch.compile relies on them."""
