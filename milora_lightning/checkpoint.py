@@ -104,16 +104,17 @@ class AdapterCheckpoint:
 
     def _check_config(self, description: dict[str, Any], layers: dict[str, LoRALinear]) -> None:
         saved = LoRAConfig(**description["config"])
-        for name, here, there in (
-            ("r", self.config.r, saved.r),
-            ("lora_alpha / r", self.config.scaling, saved.scaling),
-            ("init", self.config.init, saved.init),
-        ):
-            if here != there:
-                raise CheckpointError(
-                    f"The checkpoint's adapters have {name}={there}, this run's have {name}={here}. "
-                    "Use the configuration the checkpoint was trained with, or start without it."
-                )
+        for layer in layers.keys() & description["adapters"]:
+            for name, here, there in (
+                ("r", self.config.rank(layer), saved.rank(layer)),
+                ("lora_alpha / r", self.config.scale(layer), saved.scale(layer)),
+                ("init", self.config.init, saved.init),
+            ):
+                if here != there:
+                    raise CheckpointError(
+                        f"The checkpoint's adapters have {name}={there}, this run's have {name}={here}, as on "
+                        f"{layer!r}. Use the configuration the checkpoint was trained with, or start without it."
+                    )
         missing, extra = (
             sorted(layers.keys() - description["adapters"]),
             sorted(description["adapters"] - layers.keys()),

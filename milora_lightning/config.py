@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar, get_args
 
 Init = Literal["milora", "pissa", "middle", "random", "lora"]
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,10 @@ class LoRAConfig:
             ``"lora"`` at LoRA's own start (A Kaiming-uniform, B zero).
         modules_to_save: Name endings of modules that are trained in full beside the adapters, for example a
             new classification head.
+        rank_pattern: Other ranks for some layers, ``{"down_proj": 16}``: what a key, a regular expression, matches at
+            the end of a layer's name, from a dot on, has that rank; the first key that matches decides, as in PEFT.
+        alpha_pattern: Likewise other values of ``lora_alpha``. A layer that no key matches has ``lora_alpha``, or,
+            where that is left out, its own rank.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -34,6 +40,9 @@ class LoRAConfig:
     1.0
     >>> LoRAConfig(r=8, lora_alpha=16).scaling
     2.0
+    >>> config = LoRAConfig(r=8, rank_pattern={"down_proj": 4})
+    >>> config.rank("layers.0.q_proj"), config.rank("layers.0.down_proj"), config.alpha("layers.0.down_proj")
+    (8, 4, 4.0)
     """
 
     r: int = 32
@@ -42,6 +51,8 @@ class LoRAConfig:
     target_modules: str | Sequence[str] = "all-linear"
     init: Init = "milora"
     modules_to_save: Sequence[str] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -54,8 +65,42 @@ class LoRAConfig:
             raise ValueError(f"init must be one of {', '.join(get_args(Init))}, not {self.init!r}.")
         if not self.target_modules:
             raise ValueError('target_modules is empty; name layers, or use "all-linear".')
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key, value in getattr(self, name).items():
+                try:
+                    re.compile(key)
+                except re.error as error:
+                    raise ValueError(f"{name} has the key {key!r}, which is no regular expression: {error}.") from error
+                if value <= 0 or (name == "rank_pattern" and value != int(value)):
+                    wanted = "a whole number of at least 1" if name == "rank_pattern" else "positive"
+                    raise ValueError(f"{name} must be {wanted} for each key, not {value} as for {key!r}.")
 
     @property
     def scaling(self) -> float:
-        """The factor s = lora_alpha / r in front of the product B A."""
+        """The factor s = lora_alpha / r in front of the product B A, where no pattern says otherwise."""
         return 1.0 if self.lora_alpha is None else self.lora_alpha / self.r
+
+    def rank(self, name: str) -> int:
+        """Return the rank of the layer of that name."""
+        return _first_match(self.rank_pattern, name, self.r)
+
+    def alpha(self, name: str) -> float:
+        """Return ``lora_alpha`` of the layer of that name."""
+        return float(_first_match(self.alpha_pattern, name, self.lora_alpha or self.rank(name)))
+
+    def scale(self, name: str) -> float:
+        """Return the factor s of the layer of that name."""
+        return self.alpha(name) / self.rank(name)
+
+
+def ends_in(name: str, pattern: str) -> bool:
+    r"""Tell whether a regular expression matches the end of a layer's name, from a dot on.
+
+    >>> [ends_in("layers.0.q_proj", pattern) for pattern in ("q_proj", "[qk]_proj", "proj", r"layers\.0.*")]
+    [True, True, False, True]
+    """
+    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
+
+
+def _first_match(pattern: Mapping[str, Value], name: str, default: Value) -> Value:
+    return next((value for key, value in pattern.items() if ends_in(name, key)), default)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
 
-from milora_lightning.config import LoRAConfig
+from milora_lightning.config import LoRAConfig, ends_in
 from milora_lightning.fused import stacked_factors
 from milora_lightning.lora import LoRALinear, linear_shape
 from milora_lightning.sharding import is_sharded
@@ -50,8 +50,9 @@ def inject(module: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
     if not targets and not present:
         raise TargetNotFoundError("All of target_modules is inside modules_to_save: nothing is left to adapt.")
     _check_same_config(present, config)
+    _check_patterns([*targets, *present], config)
     for name, layer in targets.items():
-        _check_rank(name, layer, config.r)
+        _check_rank(name, layer, config.rank(name))
         _check_not_sharded(name, layer)
     _check_not_tied(module, targets)
 
@@ -144,8 +145,8 @@ def _check_no_peft(module: nn.Module) -> None:
 def _check_same_config(present: dict[str, LoRALinear], config: LoRAConfig) -> None:
     for name, layer in present.items():
         for key, has, wants in (
-            ("r", layer.r, config.r),
-            ("lora_alpha / r", layer.scaling, config.scaling),
+            ("r", layer.r, config.rank(name)),
+            ("lora_alpha / r", layer.scaling, config.scale(name)),
             ("lora_dropout", layer.lora_dropout, config.lora_dropout),
             ("init", layer.init, config.init),
         ):
@@ -154,6 +155,13 @@ def _check_same_config(present: dict[str, LoRALinear], config: LoRAConfig) -> No
                     f"Layer {name!r} has an adapter with {key}={has} already, and {key}={wants} is asked for. "
                     "Start from a fresh model, or use the configuration it was injected with."
                 )
+
+
+def _check_patterns(names: Collection[str], config: LoRAConfig) -> None:
+    for option in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, option):
+            if not any(ends_in(name, key) for name in names):
+                raise TargetNotFoundError(f"The key {key!r} of {option} matches the name of no layer with an adapter.")
 
 
 def _check_rank(name: str, layer: nn.Module, r: int) -> None:
@@ -196,10 +204,9 @@ def _storage(parameter: Tensor) -> tuple[object, ...]:
 
 def _replace(module: nn.Module, targets: dict[str, nn.Module], config: LoRAConfig) -> None:
     """Swap each target for its adapter wherever it is registered (a layer may be in several places)."""
-    options = (config.r, config.lora_alpha, config.lora_dropout, config.init)
     adapters = {}
-    for layer in targets.values():
-        adapters[layer] = LoRALinear(layer, *options)
+    for name, layer in targets.items():
+        adapters[layer] = LoRALinear(layer, config.rank(name), config.alpha(name), config.lora_dropout, config.init)
         adapters[layer].train(layer.training)
     for parent in list(module.modules()):
         if isinstance(parent, LoRALinear):

@@ -49,6 +49,10 @@ class MiLoRAInit(Callback):
             the folder.
         cache: Whether to keep the decompositions in the user's cache folder (``$MILORA_CACHE``), so that the next run
             on the same weights needs none.
+        rank_pattern: Other ranks for some layers, by regular expressions for the ends of their names, as in PEFT:
+            ``{"down_proj": 16}``.
+        alpha_pattern: Likewise other values of ``lora_alpha``; a layer that has none of its own has ``lora_alpha``, or
+            where that is left out, its rank.
 
     Raises:
         ValueError: In the constructor for values out of range; in ``setup`` if the targets do not fit the model, or
@@ -71,13 +75,19 @@ class MiLoRAInit(Callback):
         seed: int | None = None,
         start_from: str | None = None,
         cache: bool = True,
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
     ) -> None:
         self.config: LoRAConfig | None = None
         if start_from is not None:
             self.config = peft_config(start_from)
         elif init != "full":
             alpha = 2.0 * r if lora_alpha == "2r" else lora_alpha
-            self.config = LoRAConfig(r, alpha, lora_dropout, target_modules, init, tuple(modules_to_save or ()))
+            ranks, alphas = rank_pattern or {}, alpha_pattern or {}
+            if lora_alpha == "2r":
+                alphas = {**alphas, **{key: 2.0 * rank for key, rank in ranks.items() if key not in alphas}}
+            kept = tuple(modules_to_save or ())
+            self.config = LoRAConfig(r, alpha, lora_dropout, target_modules, init, kept, ranks, alphas)
         self.seed = seed
         self.start_from = start_from
         self.cache = cache
@@ -160,6 +170,7 @@ def _progress(batches: Sequence[Batch]) -> Iterator[Batch]:
 
 
 def _summary(module: LightningModule, config: LoRAConfig, number: int, seconds: float) -> Table:
+    adapters = lora_layers(module).values()
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     # The frozen initial factors are bookkeeping, not part of the model.
     total = sum(p.numel() for name, p in module.named_parameters() if not name.endswith((".initial_A", ".initial_B")))
@@ -168,7 +179,7 @@ def _summary(module: LightningModule, config: LoRAConfig, number: int, seconds: 
         ("matrices", f"{number}"),
         (
             "r, lora_alpha, lora_dropout",
-            f"{config.r}, {config.scaling * config.r:g}, {config.lora_dropout:g}",
+            f"{_range([a.r for a in adapters])}, {_range([a.lora_alpha for a in adapters])}, {config.lora_dropout:g}",
         ),
         ("trainable parameters", f"{trainable:,} of {total:,} ({trainable / total:.2%})"),
         ("time", f"{seconds:.1f} s"),
@@ -176,6 +187,11 @@ def _summary(module: LightningModule, config: LoRAConfig, number: int, seconds: 
     ):
         table.add_row(key, value)
     return table
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 @torch.no_grad()
