@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from transformers import GenerationConfig, PreTrainedModel, get_scheduler
 
+from milora_lightning.accumulation import TokenWindow
 from milora_lightning.allocation import keep_freed_memory
 from milora_lightning.callbacks.milora_init import MiLoRAInit
 from milora_lightning.checkpoint import inject_as_in
@@ -88,7 +91,9 @@ class CausalLMModule(LightningModule):
         self.eval_loss = MeanMetric()
         self.model: PreTrainedModel | None = None
         self._generated = False
-        self._clock: tuple[float, int] | None = None
+        self._clock: tuple[float, Tensor] | None = None
+        self._window = TokenWindow()
+        self._counted: Tensor | None = None  # the tokens of the loss that waits for its backward
 
     def setup(self, stage: str) -> None:
         """Take the metric of the data that the Trainer runs on, unless one is given; keep memory for the next step."""
@@ -132,27 +137,63 @@ class CausalLMModule(LightningModule):
         """
         return supervised_logits(self._built(), batch["input_ids"], batch["labels"])
 
-    def loss(self, batch: Batch) -> tuple[Tensor, int]:
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Compute the sum of the next-token cross-entropies in nats, and over how many tokens it is taken."""
         labels = batch["labels"]
         # The model runs even without a supervised token: under sharding the other ranks wait for this one.
-        return causal_lm_loss(self._built(), batch["input_ids"], labels), int((labels[:, 1:] != IGNORED).sum())
+        return causal_lm_loss(self._built(), batch["input_ids"], labels), (labels[:, 1:] != IGNORED).sum()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute the mean loss over the tokens of a batch, those of all ranks together."""
+        """Compute the mean loss over the tokens of a batch, those of all ranks together.
+
+        With ``accumulate_grad_batches``, an optimizer step takes the gradient of the mean over the tokens of all its
+        batches, as one large batch would.
+        """
         total, tokens = self.loss(batch)
-        everywhere = self.trainer.strategy.reduce(torch.tensor(tokens, device=total.device), reduce_op="sum")
+        self._counted = self.trainer.strategy.reduce(tokens, reduce_op="sum")
         # Ranks average their gradients; so scaled, that is the gradient of the mean over all their tokens.
-        loss = total * self.trainer.world_size / everywhere
+        loss = total * self.trainer.world_size / self._counted.clamp(min=1)
         self.log("train_loss", loss, prog_bar=True)
-        self._log_throughput(int(batch["attention_mask"].sum()))
+        self._log_throughput(batch["attention_mask"].sum())
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute gradients, those of a batch weighted by its tokens where several are accumulated."""
+        counted, self._counted = self._counted, None
+        accumulated = self.trainer.accumulate_grad_batches
+        if accumulated > 1 and counted is not None:  # the Trainer has divided by that number, however many come
+            loss = loss * (accumulated * self._window.add(counted))
+        super().backward(loss, *args, **kwargs)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Set gradients to zero, and forget what they were accumulated over."""
+        self._window.clear()
+        super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: torch.optim.Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step along the mean over all tokens: so is the gradient before any callback or clipping sees it."""
+
+        def closure() -> Any:
+            result = optimizer_closure() if optimizer_closure is not None else None
+            self._window.average(p for group in optimizer.param_groups for p in group["params"])
+            return result
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the norm of the gradient (before clipping) and the learning rate."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         self.log("grad_norm", gradient_norm(self.trainer.strategy, gradients))
-        self.log("lr", optimizer.param_groups[0]["lr"], prog_bar=True)
+        rate = optimizer.param_groups[0]["lr"]
+        if not isinstance(rate, Tensor):  # a number would be copied to the device, and the copy wait for the backward
+            rate = torch.full((), rate, device=self.device)
+        self.log("lr", rate, prog_bar=True)
 
     def configure_gradient_clipping(
         self,
@@ -275,7 +316,7 @@ class CausalLMModule(LightningModule):
                 self.metric.update(*map(list, zip(*scored, strict=True)))
         else:
             total, tokens = self.loss(batch)
-            self.eval_loss.update(total / max(tokens, 1), tokens)
+            self.eval_loss.update(total / tokens.clamp(min=1), tokens)
 
     def _reset_evaluation(self) -> None:
         # At the start and not at the end, because states made in the inference mode of a validation by itself could
@@ -293,7 +334,7 @@ class CausalLMModule(LightningModule):
             results = result if isinstance(result, dict) else {"accuracy": result}
             self.log_dict({f"{stage}_{name}": value for name, value in results.items()}, prog_bar=True)
 
-    def _log_throughput(self, tokens: int) -> None:
+    def _log_throughput(self, tokens: Tensor) -> None:
         """Log the tokens per second between the ends of two consecutive batches, padding not counted."""
         now = time.perf_counter()
         if self._clock is not None:
