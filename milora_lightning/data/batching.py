@@ -138,7 +138,8 @@ class FilledDataset(Dataset[Example]):
         if index != FILLER:
             return dict(self.examples[index])
         first = self.examples[0]
-        return {**first, "input_ids": first["input_ids"][: first["prompt_length"]], "reference": None}
+        prompt = first["input_ids"][: first["prompt_length"]]
+        return {**first, "input_ids": prompt, "response_end": len(prompt), "reference": None}
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -165,7 +166,8 @@ class Collator:
         """Collate examples.
 
         Args:
-            examples: Each with ``input_ids`` and ``prompt_length``.
+            examples: Each with ``input_ids`` and ``prompt_length``, and ``response_end`` where the last ids are not
+                to be learned.
 
         Returns:
             ``input_ids``, ``attention_mask`` and ``labels``, int64 of shape (batch, length), padded on the right;
@@ -179,7 +181,8 @@ class Collator:
             ids, start = torch.tensor(example["input_ids"]), example["prompt_length"]
             input_ids[row, : len(ids)] = ids
             attention_mask[row, : len(ids)] = 1
-            labels[row, start : len(ids)] = ids[start:]
+            end = example.get("response_end", len(ids))  # a chat template may put more after the end of a turn
+            labels[row, start:end] = ids[start:end]
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 

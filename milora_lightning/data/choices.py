@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from milora_lightning.data.batching import Collator, Example, PromptCollator
+from milora_lightning.data.chat import ChatTemplate, token_ids
 
 
 class ChoiceCollator:
@@ -17,13 +18,19 @@ class ChoiceCollator:
         tokenizer: The tokenizer of the prompts.
         choices: Returns the responses that a prompt leaves to choose from.
         pad_to_multiple_of: Lengths are rounded up to a multiple of this.
+        chat: The chat template that the prompts are written in; None if they are written in another.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, choices: Callable[[str], list[str]], pad_to_multiple_of: int = 8
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        choices: Callable[[str], list[str]],
+        pad_to_multiple_of: int = 8,
+        chat: ChatTemplate | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.choices = choices
+        self.chat = chat
         self.prompts = PromptCollator(tokenizer.pad_token_id, pad_to_multiple_of)
         self.responses = Collator(tokenizer.pad_token_id, pad_to_multiple_of)
 
@@ -40,12 +47,17 @@ class ChoiceCollator:
         batch = self.prompts(examples)
         choices = [self.choices(example["instruction"]) for example in examples]
         rows = [
-            {**example, "input_ids": [*example["input_ids"][: example["prompt_length"]], *ids]}
+            self._row(example, ids)
             for example, texts in zip(examples, choices, strict=True)
-            for ids in self._ids(texts)
+            for ids in self._responses(example["prompt"], texts)
         ]
         return {**batch, "choices": choices, "responses": self.responses(rows)}
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        return [[*ids, self.tokenizer.eos_token_id] for ids in encoded]
+    def _row(self, example: Example, response: list[int]) -> Example:
+        ids = [*example["input_ids"][: example["prompt_length"]], *response]
+        return {**example, "input_ids": ids, "response_end": len(ids)}
+
+    def _responses(self, prompt: str, texts: list[str]) -> list[list[int]]:
+        if self.chat is not None:
+            return self.chat.respond(prompt, texts)
+        return [[*ids, self.tokenizer.eos_token_id] for ids in token_ids(texts, self.tokenizer)]

@@ -21,6 +21,7 @@ from milora_lightning.data.batching import (
     PromptCollator,
     ResumableDataLoader,
 )
+from milora_lightning.data.chat import ChatTemplate
 from milora_lightning.data.choices import ChoiceCollator
 from milora_lightning.data.sources import MultipleChoice, Source, Split, Task
 from milora_lightning.data.templates import TemplateName
@@ -42,7 +43,8 @@ class SFTDataModule(LightningDataModule):
     r"""Prompts and responses for supervised fine-tuning of a causal language model.
 
     Training and loss batches are dicts of ``input_ids``, ``attention_mask`` and ``labels``, each int64 of shape
-    (batch, length), where only the tokens of the response, its EOS included, have labels. Validation and test have a
+    (batch, length), where only the tokens of the response have labels, and the token that ends it: EOS, or with the
+    template ``"chat"`` what ends a turn there. Validation and test have a
     second loader of prompts to answer, whose batches hold ``input_ids`` and ``attention_mask`` padded on the left and
     lists of texts (see :class:`milora_lightning.data.PromptCollator`). Under several ranks each gets its share, and
     evaluation counts every example once.
@@ -53,8 +55,9 @@ class SFTDataModule(LightningDataModule):
         template: Prompt template: ``"alpaca"`` as in the paper, ``"chat"`` for the tokenizer's own chat template, or
             ``"plain"`` for the bare prompt and a line break.
         prompt_suffix: What every prompt ends in, after the template, taken as it is; for example
-            ``"Let's think step by step.\n"``.
-        max_length: Most tokens of an example; longer prompts lose their beginning, longer responses their end.
+            ``"Let's think step by step.\n"``. With ``"chat"`` the assistant's answer begins with it.
+        max_length: Most tokens of an example; longer prompts lose their beginning (chats that of the user's text),
+            longer responses their end.
         batch_size: Training examples per rank and batch.
         eval_batch_size: Examples per rank and batch in validation and test; None for ``batch_size``.
         generation_batch_size: Prompts per rank and batch to generate from; None for ``eval_batch_size``.
@@ -149,7 +152,7 @@ class SFTDataModule(LightningDataModule):
             examples["length"][:], self.batch_size, shuffle=True, seed=self.seed, **self._rank()
         )
         # Without the texts, which only generation needs.
-        columns = examples.select_columns(["input_ids", "prompt_length"])
+        columns = examples.select_columns(["input_ids", "prompt_length", "response_end"])
         self._train_loader = cast(
             ResumableDataLoader,
             self._loader(columns, sampler, self.batch_size, self._collator(Collator), ResumableDataLoader),
@@ -243,7 +246,8 @@ class SFTDataModule(LightningDataModule):
         collator: Any = self._collator(PromptCollator)
         if self.answer_by == "likelihood":
             choices = cast(MultipleChoice, self.source).choices
-            collator = ChoiceCollator(self._tokenizer(), choices, self.pad_to_multiple_of)
+            chat = ChatTemplate.of(self._tokenizer()) if self.template == "chat" else None
+            collator = ChoiceCollator(self._tokenizer(), choices, self.pad_to_multiple_of, chat)
         return self._loader(examples, sampler, self.generation_batch_size, collator)
 
     def _collator(self, kind: type[Collator] | type[PromptCollator]) -> Collator | PromptCollator:

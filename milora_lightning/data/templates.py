@@ -29,6 +29,11 @@ def alpaca(prompt: str, input: str, tokenizer: PreTrainedTokenizerBase | None = 
     return (ALPACA_WITH_INPUT if input else ALPACA).format(prompt=prompt, input=input)
 
 
+def question(prompt: str, input: str) -> str:
+    """Write prompt and input as a user's message."""
+    return f"{prompt}\n\n{input}" if input else prompt
+
+
 def chat(prompt: str, input: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Write one user message in the tokenizer's chat template, up to where the assistant begins.
 
@@ -42,7 +47,7 @@ def chat(prompt: str, input: str, tokenizer: PreTrainedTokenizerBase) -> str:
             f"The tokenizer of {tokenizer.name_or_path!r} has no chat template. Use template='alpaca' or 'plain', or "
             "a model made for chat."
         )
-    message = {"role": "user", "content": f"{prompt}\n\n{input}" if input else prompt}
+    message = {"role": "user", "content": question(prompt, input)}
     return cast(str, tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import datasets
 from datasets.fingerprint import Hasher
@@ -13,8 +14,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from milora_lightning.data import templates
+from milora_lightning.data.chat import ChatTemplate, ChatTemplateError, token_ids
 from milora_lightning.data.sources import check_columns, progress_bars
-from milora_lightning.data.templates import TEMPLATES, TemplateName, plain
+from milora_lightning.data.templates import TEMPLATES, TemplateName, plain, question
 
 LONG = 20_000  # examples from which on tokenizing takes long enough for a progress bar
 
@@ -22,6 +24,7 @@ FEATURES = datasets.Features(
     {
         "input_ids": [datasets.Value("int32")],
         "prompt_length": datasets.Value("int32"),
+        "response_end": datasets.Value("int32"),
         "length": datasets.Value("int32"),
         "truncated": datasets.Value("bool"),
         "prompt": datasets.Value("large_string"),
@@ -32,18 +35,21 @@ FEATURES = datasets.Features(
 )
 
 
-def join(prompt: list[int], response: list[int], max_length: int, bos: int | None = None) -> tuple[list[int], int]:
+def join(
+    prompt: list[int], response: list[int], max_length: int, bos: int | None = None, head: int = 0
+) -> tuple[list[int], int]:
     """Join the tokens of prompt and response within ``max_length``.
 
     Where both are too long together, the response stays whole if it leaves room for one token, and the prompt loses
-    its beginning, but not the BOS token. A response that is too long by itself loses its end, and with it the EOS
-    token: there the model does not learn to stop.
+    its beginning, but not the BOS token, nor its head where that leaves room for another token. A response that is too
+    long by itself loses its end, and with it the token that ends it: there the model does not learn to stop.
 
     Args:
         prompt: Token ids of the prompt.
-        response: Token ids of the response, EOS included.
+        response: Token ids of the response, with the token that ends it.
         max_length: Most tokens to return, at least 2.
         bos: Id of the BOS token, if there is one.
+        head: How many first tokens of the prompt belong to its template, a chat's system message for example.
 
     Returns:
         The token ids, and how many of them belong to the prompt (at least one, unless the prompt is empty).
@@ -52,60 +58,132 @@ def join(prompt: list[int], response: list[int], max_length: int, bos: int | Non
     ([1, 3, 4, 5, 6], 3)
     >>> join([1, 2], [5, 6, 7, 8], max_length=3)
     ([2, 5, 6], 1)
+    >>> join([1, 2, 3, 4, 5], [6], max_length=4, bos=1, head=2)
+    ([1, 2, 5, 6], 3)
     """
     response = response[: max_length - 1]
     room = max_length - len(response)
     if len(prompt) > room:
-        prompt = [bos, *prompt[len(prompt) - room + 1 :]] if bos is not None and prompt[0] == bos else prompt[-room:]
+        kept = head if 0 < head < room else int(prompt[0] == bos)
+        prompt = [*prompt[:kept], *prompt[len(prompt) - room + kept :]]
     return prompt + response, len(prompt)
+
+
+class Encoded(NamedTuple):
+    """An example before it is brought within a length."""
+
+    text: str  # the prompt
+    prompt: list[int]
+    response: list[int]
+    learned: int  # so many first tokens of the response; what a template puts after the end of turn is not learned
+    head: int = 0  # so many first tokens of the prompt stay where it is too long
 
 
 def encode(
     batch: dict[str, list[str]],
+    indices: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
     template: TemplateName,
     prompt_suffix: str,
     max_length: int,
+    split: str = "train",
 ) -> dict[str, list[Any]]:
     """Encode a batch of texts, and leave out examples without a response.
 
     Args:
         batch: Columns ``prompt`` and ``response``, optionally ``input``, ``reference`` and ``task``.
+        indices: Which rows of the data these are, for messages.
         tokenizer: Tokenizer with an EOS token.
         template: Name of the prompt template.
         prompt_suffix: What every prompt ends in, after the template.
         max_length: Most tokens of an example.
+        split: What to call the data in messages.
 
     Returns:
-        Columns ``input_ids``, ``prompt_length`` (how many ids are the prompt), ``length``, ``truncated``,
-        ``prompt`` (the text that the model reads), ``instruction`` (the prompt without its template), ``reference``
-        and ``task`` (empty without that column).
+        Columns ``input_ids``, ``prompt_length`` (how many ids are the prompt), ``response_end`` (up to which ids, from
+        the prompt on, they are to be learned), ``length``, ``truncated``, ``prompt`` (the text that the model reads),
+        ``instruction`` (the prompt without its template), ``reference`` and ``task`` (empty without that column).
+
+    Raises:
+        ValueError: If a chat template cannot write a row; says which.
     """
     responses = batch["response"]
     inputs = batch.get("input") or [""] * len(responses)
-    render = TEMPLATES[template]
-    prompts = [render(p, i, tokenizer) + prompt_suffix for p, i in zip(batch["prompt"], inputs, strict=True)]
-    # Special tokens come from here, not from the tokenizer: one BOS at most (a chat template writes its own), no EOS
-    # between prompt and response.
-    bos = tokenizer.bos_token_id
-    adds_bos = template != "chat" and bos is not None and tokenizer("")["input_ids"][:1] == [bos]
-    prefix = [bos] if adds_bos else []
-    prompt_ids = [prefix + ids for ids in _ids(prompts, tokenizer)]
-    response_ids = [[*ids, tokenizer.eos_token_id] for ids in _ids(responses, tokenizer)]
-    instructions = [plain(p, i).removesuffix("\n") for p, i in zip(batch["prompt"], inputs, strict=True)]
     references = batch.get("reference") or responses
     tasks = batch.get("task") or [""] * len(responses)
+    kept = [i for i, response in enumerate(responses) if response.strip()]
+    texts = [(batch["prompt"][i], inputs[i], responses[i]) for i in kept]
+    if template == "chat":
+        rows = _as_chats(texts, [indices[i] for i in kept], tokenizer, prompt_suffix, max_length, split)
+    else:
+        rows = _as_texts(texts, tokenizer, template, prompt_suffix)
     columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
-    for i, response in enumerate(responses):
-        if not response.strip():
-            continue
-        ids, prompt_length = join(prompt_ids[i], response_ids[i], max_length, bos)
-        truncated = len(ids) < len(prompt_ids[i]) + len(response_ids[i])
-        texts = prompts[i], instructions[i], references[i], tasks[i]
-        row = (ids, prompt_length, len(ids), truncated, *texts)
-        for column, value in zip(columns.values(), row, strict=True):
+    for i, row in zip(kept, rows, strict=True):
+        ids, prompt_length = join(row.prompt, row.response, max_length, tokenizer.bos_token_id, row.head)
+        end = min(prompt_length + row.learned, len(ids))
+        truncated = len(ids) < len(row.prompt) + len(row.response)
+        instruction = plain(batch["prompt"][i], inputs[i]).removesuffix("\n")
+        values = (ids, prompt_length, end, len(ids), truncated, row.text, instruction, references[i], tasks[i])
+        for column, value in zip(columns.values(), values, strict=True):
             column.append(value)
     return columns
+
+
+def _as_texts(
+    rows: list[tuple[str, str, str]], tokenizer: PreTrainedTokenizerBase, template: TemplateName, prompt_suffix: str
+) -> list[Encoded]:
+    """Encode rows (prompt, input, response), each response ending in the EOS token."""
+    render = TEMPLATES[template]
+    prompts = [render(prompt, input, tokenizer) + prompt_suffix for prompt, input, _ in rows]
+    # Special tokens come from here, not from the tokenizer: one BOS at most, no EOS between prompt and response.
+    prefix = bos_prefix(tokenizer)
+    prompt_ids = [prefix + ids for ids in token_ids(prompts, tokenizer)]
+    response_ids = [
+        [*ids, tokenizer.eos_token_id] for ids in token_ids([response for _, _, response in rows], tokenizer)
+    ]
+    return [Encoded(*row, len(row[2])) for row in zip(prompts, prompt_ids, response_ids, strict=True)]
+
+
+def _as_chats(
+    rows: list[tuple[str, str, str]],
+    indices: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_suffix: str,
+    max_length: int,
+    split: str,
+) -> list[Encoded]:
+    """Encode rows (prompt, input, response) as chats, each response ending as the template ends a turn."""
+    template = ChatTemplate.of(tokenizer)
+    questions = [question(prompt, input) for prompt, input, _ in rows]
+    chats = []
+    for index, asked, (_, _, response) in zip(indices, questions, rows, strict=True):
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": response}]
+        try:
+            chats.append(template.write(messages, prompt_suffix))
+        except ChatTemplateError as error:
+            raise ValueError(f"In row {index + 1} of the {split} data ({asked!r:.60}), {error}") from error
+    encoded = []
+    for asked, (prompt, _), (ids, (span,)) in zip(questions, chats, template.tokenize(chats), strict=True):
+        head = 0
+        if len(ids) > max_length:  # what the template has before the question stays, the question loses its beginning
+            head = common_length(token_ids([prompt[: prompt.rfind(asked.strip())]], tokenizer)[0], ids[: span.start])
+        encoded.append(Encoded(prompt, ids[: span.start], ids[span.start :], span.stop - span.start, head))
+    return encoded
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many first entries two sequences share.
+
+    >>> common_length([1, 2, 3], [1, 2, 4, 5])
+    2
+    """
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the BOS token as the ids that a text without template starts with, where the tokenizer adds it."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
 
 
 def tokenize_dataset(
@@ -123,7 +201,7 @@ def tokenize_dataset(
 
     Args:
         dataset: Dataset as :meth:`milora_lightning.data.Source.load` returns it.
-        tokenizer: Tokenizer with an EOS token.
+        tokenizer: Tokenizer with an EOS token, or with a chat template that ends its turns.
         template: Name of the prompt template.
         prompt_suffix: What every prompt ends in, after the template.
         max_length: Most tokens of an example.
@@ -134,8 +212,8 @@ def tokenize_dataset(
         Dataset with the columns that :func:`encode` returns.
 
     Raises:
-        ValueError: If columns are missing, the tokenizer has no EOS token, ``max_length`` leaves no room for a
-            response, or no example has one.
+        ValueError: If columns are missing, the tokenizer has no EOS token, the chat template is of no use or refuses a
+            row, ``max_length`` leaves no room for a response, or no example has one.
     """
     check_columns(dataset, split)
     if max_length < 2:
@@ -143,11 +221,7 @@ def tokenize_dataset(
             f"max_length={max_length} leaves no token of any response to learn from. Use 2 at the very least; 512 or "
             "1024 are usual."
         )
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"The tokenizer of {tokenizer.name_or_path!r} has no EOS token, so the model could not learn to stop. "
-            "Set tokenizer.eos_token."
-        )
+    check_end(tokenizer, template)
     arguments = {"template": template, "prompt_suffix": prompt_suffix, "max_length": max_length}
     # The tokenizer's own hash changes with use (it remembers padding and truncation), which would miss the cache.
     key = [dataset._fingerprint, _content(tokenizer), arguments, inspect.getsource(templates), _SOURCE]
@@ -155,7 +229,8 @@ def tokenize_dataset(
         encoded = dataset.map(
             encode,
             batched=True,
-            fn_kwargs={"tokenizer": tokenizer, **arguments},
+            with_indices=True,
+            fn_kwargs={"tokenizer": tokenizer, "split": split, **arguments},
             remove_columns=dataset.column_names,
             features=FEATURES,
             num_proc=num_proc or None,
@@ -164,6 +239,26 @@ def tokenize_dataset(
         )
     _report(len(dataset), encoded, max_length, split)
     return encoded
+
+
+def check_end(tokenizer: PreTrainedTokenizerBase, template: TemplateName) -> None:
+    """Check that a model can learn where a response ends; say it where a chat template leaves that open.
+
+    Raises:
+        ValueError: If neither the tokenizer nor its chat template has a token for it, or the template is of no use.
+    """
+    if template == "chat" and ChatTemplate.of(tokenizer).end_of_turn is not None:
+        return
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"The tokenizer of {tokenizer.name_or_path!r} has no EOS token, so the model could not learn to stop. "
+            "Set tokenizer.eos_token."
+        )
+    if template == "chat":
+        rank_zero_warn(
+            f"The chat template of {tokenizer.name_or_path!r} ends the assistant's turn with no special token: the EOS "
+            f"token {tokenizer.eos_token!r} is put after it, so that the model learns to stop."
+        )
 
 
 def _report(size: int, encoded: datasets.Dataset, max_length: int, split: str) -> None:
@@ -180,12 +275,6 @@ def _report(size: int, encoded: datasets.Dataset, max_length: int, split: str) -
             f"{truncated} of {len(encoded)} examples of the {split} data are longer than max_length={max_length} "
             "tokens: truncated. Raise max_length to keep them whole."
         )
-
-
-def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    # verbose=False: no warning about the tokenizer's own maximal length, since `join` truncates.
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return cast("list[list[int]]", encoded["input_ids"])
 
 
 def _content(tokenizer: PreTrainedTokenizerBase) -> str:
