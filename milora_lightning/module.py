@@ -14,7 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
-from transformers import GenerationConfig, PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
 from milora_lightning.accumulation import TokenWindow
 from milora_lightning.allocation import keep_freed_memory
@@ -24,7 +24,8 @@ from milora_lightning.checkpoint_io import KEY
 from milora_lightning.compilation import compile_layers
 from milora_lightning.data import SFTDataModule
 from milora_lightning.data.batching import IGNORED, TEXTS
-from milora_lightning.generation import generate_greedily
+from milora_lightning.data.prompt_format import PromptFormat
+from milora_lightning.generation import generate_greedily, greedy_config, nothing_else, without_stop
 from milora_lightning.loss import causal_lm_loss, supervised_logits
 from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy
 from milora_lightning.pretrained import load_causal_lm, load_tokenizer
@@ -90,17 +91,20 @@ class CausalLMModule(LightningModule):
         self._follows_data = metric is None
         self.eval_loss = MeanMetric()
         self.model: PreTrainedModel | None = None
+        self.prompt_format: PromptFormat | None = None
         self._generated = False
         self._clock: tuple[float, Tensor] | None = None
         self._window = TokenWindow()
         self._counted: Tensor | None = None  # the tokens of the loss that waits for its backward
 
     def setup(self, stage: str) -> None:
-        """Take the metric of the data that the Trainer runs on, unless one is given; keep memory for the next step."""
+        """Ask as the data does, and take its metric unless one is given; keep memory for the next step."""
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if isinstance(datamodule, SFTDataModule):
+            self.prompt_format = datamodule.prompt_format
         if self._follows_data:
-            datamodule = getattr(self.trainer, "datamodule", None)
             self.metric = datamodule.metric() if isinstance(datamodule, SFTDataModule) else AnswerAccuracy()
 
     def configure_model(self) -> None:
@@ -268,7 +272,10 @@ class CausalLMModule(LightningModule):
 
     @torch.no_grad()
     def generate(self, batch: Batch) -> list[str]:
-        """Generate answers greedily.
+        """Generate answers greedily, each up to a token that ends it.
+
+        That is any of the model's own ``generation_config.eos_token_id``, the tokenizer's EOS token, or what ended the
+        responses in training, such as a chat template's end of turn.
 
         Args:
             batch: ``input_ids`` and ``attention_mask`` (batch, length), padded on the left.
@@ -277,16 +284,13 @@ class CausalLMModule(LightningModule):
             The generated texts, without prompts and special tokens.
         """
         tokenizer = self.tokenizer
-        config = GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-        )
-        with factors_kept(self):
-            tokens = generate_greedily(self._built(), batch["input_ids"], batch["attention_mask"], config)
-        return cast(list[str], tokenizer.batch_decode(tokens, skip_special_tokens=True))
+        end_of_turn = None if self.prompt_format is None else self.prompt_format.end_of_turn
+        model = self._built()
+        config = greedy_config(model, tokenizer, self.max_new_tokens, end_of_turn)
+        with factors_kept(self), nothing_else(model, config):
+            tokens = generate_greedily(model, batch["input_ids"], batch["attention_mask"], config)
+        answers = without_stop(tokens, config.eos_token_id or [])
+        return cast(list[str], tokenizer.batch_decode(answers, skip_special_tokens=True))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Make the optimizer of the trainable parameters and its schedule over the whole run."""
@@ -296,7 +300,9 @@ class CausalLMModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make the adapters that a checkpoint brings, so that ``load_from_checkpoint`` needs nothing else."""
+        """Make the adapters that a checkpoint brings, and ask as it was asked: all ``load_from_checkpoint`` needs."""
+        if self.prompt_format is None:
+            self.prompt_format = PromptFormat.found_in(checkpoint)
         if KEY in checkpoint["state_dict"] and not lora_layers(self):
             inject_as_in(self, checkpoint["state_dict"])
 

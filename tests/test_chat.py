@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
 from chat_templates import _CHATML, GEMMA, QWEN3, TEMPLATES, chat_tokenizer
-from transformers import PreTrainedTokenizerBase
+from conftest import TINY_CONFIGS
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from milora_lightning import CausalLMModule
 from milora_lightning.data import tokenize_dataset
 from milora_lightning.data.batching import Collator
 from milora_lightning.data.chat import ChatTemplate, ChatTemplateError, render_chat
+from milora_lightning.data.prompt_format import PromptFormat
 
 SYSTEM = {"role": "system", "content": "Be kind."}
 ANSWERS = ["Hello!", "It is {3}.\n\n#### 3", "  spaces around \n", "\nA line break first", "<b>3</b> ", "Hi<|im_end|>"]
@@ -186,3 +190,87 @@ def test_labels_of_a_batch_end_with_the_turn() -> None:
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     assert [row[row != -100][-1].item() for row in labels] == [end, end]
     assert torch.equal((labels == end).sum(1), torch.ones(2, dtype=torch.int64))
+
+
+def folder_of(path: Path, name: str, **generation: Any) -> str:
+    """A tiny model with a chat tokenizer, whose own generation config says more than greedy decoding wants."""
+    tokenizer = chat_tokenizer(name)
+    model = LlamaForCausalLM(LlamaConfig(**{**TINY_CONFIGS["llama"].to_dict(), "vocab_size": len(tokenizer)}))
+    for option, value in {"eos_token_id": 1, **generation}.items():
+        setattr(model.generation_config, option, value)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def scripted(module: CausalLMModule, script: list[int]) -> list[int]:
+    """Have the model say some tokens, whatever it reads; returns a list that grows with every forward."""
+    forward, calls = module.model.forward, []
+
+    def saying(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        out.logits[:] = -1.0
+        out.logits[..., script[len(calls)]] = 1.0
+        calls.append(1)
+        return out
+
+    module.model.forward = saying
+    return calls
+
+
+def built(path: str, prompt_format: PromptFormat | None = None, tokens: int = 6) -> CausalLMModule:
+    module = CausalLMModule(path, max_new_tokens=tokens)
+    module.configure_model()
+    module.eval()
+    module.prompt_format = prompt_format
+    return module
+
+
+def batch_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+    ids = torch.tensor([ids_of(tokenizer, chat()[:1], add_generation_prompt=True)])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.parametrize("name", ["gemma", "llama3", "phi3", "qwen"])
+def test_answers_end_with_the_turn(name: str, tmp_path: Path) -> None:
+    path = folder_of(tmp_path, name)
+    tokenizer = chat_tokenizer(name)
+    end = tokenizer.convert_tokens_to_ids(TEMPLATES[name][1])
+    script = [*tokenizer("Yes", add_special_tokens=False)["input_ids"], end, *[40] * 9]
+    said = script.index(end) + 1
+    module = built(path, PromptFormat.of(tokenizer, "chat"), tokens=8)
+    calls = scripted(module, script)
+    assert module.generate(batch_of(tokenizer)) == ["Yes"]
+    assert len(calls) == said
+    # negative control: of EOS alone the model goes on
+    module = built(path, tokens=8)
+    calls = scripted(module, script)
+    assert module.generate(batch_of(tokenizer)) != ["Yes"]
+    assert len(calls) == 8
+
+
+@pytest.mark.parametrize("ends", [33, [33], [1, 33]])
+def test_answers_end_at_every_end_of_the_model(ends: int | list[int], tmp_path: Path) -> None:
+    module = built(folder_of(tmp_path, "qwen", eos_token_id=ends))
+    calls = scripted(module, [40, 33, *[40] * 9])
+    (answer,) = module.generate(batch_of(module.tokenizer))
+    assert (answer, len(calls)) == (module.tokenizer.decode([40]), 2)
+
+
+def test_answers_are_greedy_whatever_the_model_ships(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, caplog: Any
+) -> None:
+    """Without sampling, penalties or lengths of its own, and without what transformers says of these."""
+    shipped = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 9.0, "max_length": 4096}
+    plain, loaded = (built(folder_of(tmp_path / name, "qwen")) for name in "ab")
+    for option, value in shipped.items():
+        setattr(loaded.model.generation_config, option, value)
+    loaded.model.load_state_dict(plain.model.state_dict())
+    batch = batch_of(plain.tokenizer)
+    assert loaded.generate(batch) == plain.generate(batch)
+    assert loaded.model.generation_config.temperature == 0.6  # as it was
+    assert not [w for w in recwarn if "generat" in str(w.message)]
+    assert not caplog.records
+    loaded.model.generation_config.suppress_tokens = [40]  # what the model must not say stays
+    scripted(loaded, [40] * 9)
+    assert loaded.tokenizer.decode([40]) not in loaded.generate(batch)[0]

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import datasets
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +24,7 @@ from milora_lightning.data.batching import (
 )
 from milora_lightning.data.chat import ChatTemplate
 from milora_lightning.data.choices import ChoiceCollator
+from milora_lightning.data.prompt_format import KEY, PromptFormat
 from milora_lightning.data.sources import MultipleChoice, Source, Split, Task
 from milora_lightning.data.templates import TemplateName
 from milora_lightning.data.tokenizing import tokenize_dataset
@@ -171,15 +173,23 @@ class SFTDataModule(LightningDataModule):
         arguments = (f"{key}={value!r}" for key, value in vars(self.source).items() if value is not None)
         return f"{type(self.source).__name__}({', '.join(arguments)})"
 
+    @property
+    def prompt_format(self) -> PromptFormat:
+        """How prompts are written."""
+        return PromptFormat.of(self._tokenizer(), self.template, self.prompt_suffix)
+
     def state_dict(self) -> dict[str, Any]:
-        """Return for the checkpoint how many batches of the epoch have been trained on, and what the data is."""
+        """Return for the checkpoint how far the epoch has been trained on, what the data is, and how prompts are."""
         # Not left to Lightning's own handling of stateful loaders, which is passed over if the loader was made
         # before the loops are restored, as computing the schedule's length does.
         batches = self._train_loader.passed if self._train_loader is not None else 0
-        return {"batches": batches, "description": self.description}
+        return {"batches": batches, "description": self.description, KEY: self.prompt_format.record()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on in training where the checkpoint was written."""
+        """Go on in training where the checkpoint was written; say it if prompts were written otherwise there."""
+        trained, now = PromptFormat.found_in({"data": state_dict}), self.prompt_format
+        if trained is not None and trained != now:
+            rank_zero_warn(f"The checkpoint was trained on prompts of another format: {_difference(trained, now)}.")
         self._resume_at = state_dict["batches"]
         if self._train_loader is not None:
             self._train_loader.skip(self._resume_at)
@@ -276,6 +286,19 @@ class SFTDataModule(LightningDataModule):
     def _rank(self) -> dict[str, int]:
         """Return how the data is shared out: not by the world's size alone, tensor-parallel ranks share batches."""
         return (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+
+
+def _difference(trained: PromptFormat, now: PromptFormat) -> str:
+    """Say how two formats of prompts differ.
+
+    >>> _difference(PromptFormat("plain", "", None, "</s>"), PromptFormat("alpaca", "", None, "</s>"))
+    "template='plain', here it is 'alpaca'"
+    """
+    before, after = trained.record(), now.record()
+    names = [
+        name for name in ("template", "prompt_suffix", "end_of_turn", "chat_template") if before[name] != after[name]
+    ]
+    return ", ".join(f"{name}={before[name]!r:.200}, here it is {after[name]!r:.200}" for name in names[:1])
 
 
 def _longest_first(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:

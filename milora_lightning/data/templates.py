@@ -65,3 +65,9 @@ TEMPLATES: dict[TemplateName, Callable[[str, str, PreTrainedTokenizerBase], str]
     "chat": chat,
     "plain": plain,
 }
+
+
+def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the BOS token as the ids that a text without template starts with, where the tokenizer adds it."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from milora_lightning.data import templates
 from milora_lightning.data.chat import ChatTemplate, ChatTemplateError, token_ids
 from milora_lightning.data.sources import check_columns, progress_bars
-from milora_lightning.data.templates import TEMPLATES, TemplateName, plain, question
+from milora_lightning.data.templates import TEMPLATES, TemplateName, bos_prefix, plain, question
 
 LONG = 20_000  # examples from which on tokenizing takes long enough for a progress bar
 
@@ -178,12 +178,6 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
     2
     """
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the BOS token as the ids that a text without template starts with, where the tokenizer adds it."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
 
 
 def tokenize_dataset(
