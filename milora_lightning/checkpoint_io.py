@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from lightning.fabric.strategies.fsdp import _is_sharded_checkpoint as is_folder
-from lightning.fabric.utilities.load import _load_distributed_checkpoint
+from lightning.fabric.utilities.load import _METADATA_FILENAME, _load_distributed_checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 KEY = "milora_lightning"
@@ -55,6 +56,30 @@ class ClearCheckpointIO(TorchCheckpointIO):
             return read(path)
         with readable(path):
             return super().load_checkpoint(path, *args, **kwargs)
+
+
+def read_without_weights(path: str | Path) -> dict[str, Any]:
+    """Read what a checkpoint holds beside weights, of which no more than their places are read.
+
+    Args:
+        path: As for :func:`read`.
+
+    Returns:
+        Its content; of a folder, without tensors.
+
+    Raises:
+        FileNotFoundError: If there is nothing of that name.
+        CheckpointError: If it cannot be read, or is no checkpoint.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no checkpoint {str(path)!r}. Check the path.")
+    with readable(path):
+        file = path / _METADATA_FILENAME if path.is_dir() else path
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{str(path)!r} is no Lightning checkpoint: it has no state_dict.")
+    return content
 
 
 def read(path: str | Path) -> dict[str, Any]:

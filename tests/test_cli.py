@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import save_tiny_model, write_examples
+from conftest import TINY_CONFIGS, save_tiny_model, tiny_tokenizer, write_examples
+from transformers import AutoModelForCausalLM
 
+from milora_lightning import MiLoRAInit
 from milora_lightning.checkpoint import KEY, read_checkpoint
 from milora_lightning.cli import CONFIGS, main, resolve_configs
+from milora_lightning.config_files import replaced_checkpoints
 
 
 @pytest.fixture
@@ -184,3 +187,114 @@ def test_mistakes_are_named_before_training(
     assert re.search(message, output, re.DOTALL)
     assert "Traceback" not in output
     assert not list((project / "out").rglob("*.ckpt"))
+
+
+def saved_by_fit(*options: str) -> str:
+    """Train for some steps and return the checkpoint."""
+    steps = ["--trainer.callbacks.every_n_train_steps=1", "--trainer.callbacks.enable_version_counter=false"]
+    checkpoints = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.dirpath=saved"]
+    run("fit", "--config", "mine.yaml", *checkpoints, "--trainer.callbacks.save_last=true", *steps, *options)
+    return "saved/last.ckpt"
+
+
+def test_what_is_given_beside_a_checkpoint_wins_and_the_rest_comes_from_it(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = ["--trainer.max_steps=2", "--model.max_new_tokens=3", "--adapter.lora_alpha=8", "--adapter.init=pissa"]
+    path = saved_by_fit(*trained)
+    lines = []
+
+    def options(*args: str) -> dict[str, Any]:
+        capsys.readouterr()
+        cli = run(*args)
+        lines[:] = [line for line in capsys.readouterr().err.splitlines() if line.endswith("in the checkpoint")]
+        model = {name: getattr(cli.model, name) for name in ("name_or_path", "max_new_tokens", "warmup_steps")}
+        (milora,) = (c for c in cli.trainer.callbacks if isinstance(c, MiLoRAInit))
+        return {**model, "adapter": (milora.config.r, milora.config.lora_alpha, milora.config.init)}
+
+    data = [
+        "--data.source=milora_lightning.data.Files",
+        "--data.source.test=held_out.jsonl",
+        "--trainer.accelerator=cpu",
+    ]
+    data += ["--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+    from_checkpoint = {"name_or_path": "model", "max_new_tokens": 3, "warmup_steps": 2, "adapter": (4, 8, "pissa")}
+    # nothing is given: all comes from the checkpoint
+    assert options("test", *data, "--ckpt_path", path) == from_checkpoint
+    assert lines == []
+    # a value that is the default, but given, wins as any other
+    given = options("test", *data, "--ckpt_path", path, "--model.max_new_tokens=256")
+    assert given == {**from_checkpoint, "max_new_tokens": 256}
+    assert lines == ["model.max_new_tokens: 256 here, 3 in the checkpoint"]
+    # so does what a config gives; what it does not give comes from the checkpoint
+    assert options("test", "--config", "mine.yaml", "--ckpt_path", path) == {**from_checkpoint, "max_new_tokens": 4}
+    assert lines == ["model.max_new_tokens: 4 here, 3 in the checkpoint"]
+    # a base that has moved
+    (project / "model").rename("moved")
+    with pytest.raises(SystemExit, match=r"checkpoint's base model 'model' is not there.*--model.name_or_path"):
+        options("test", *data, "--ckpt_path", path)
+    moved = options("test", *data, "--ckpt_path", path, "--model.name_or_path=moved")
+    assert moved == {**from_checkpoint, "name_or_path": "moved"}
+    assert lines == ["model.name_or_path: moved here, model in the checkpoint"]
+    with pytest.raises(SystemExit, match=r"checkpoint's base model 'model' is not there.*--name_or_path"):
+        run("export", "--ckpt_path", path, "--output", "exported")
+    run("export", "--ckpt_path", path, "--output", "exported", "--name_or_path=moved")
+    assert "model.name_or_path: moved here, model in the checkpoint" in capsys.readouterr().err
+
+
+def test_a_missing_model_is_asked_for(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more in ([], ["--ckpt_path=last"]):
+        with pytest.raises(SystemExit):
+            run("test", "--data.source=milora_lightning.data.Files", *more)
+        assert "model.name_or_path is missing" in capsys.readouterr().err
+
+
+def test_adapters_or_a_base_other_than_the_checkpoint_s_are_refused(project: Path) -> None:
+    path = saved_by_fit("--trainer.max_steps=1")
+    torch.manual_seed(9)
+    AutoModelForCausalLM.from_config(TINY_CONFIGS["llama"]).save_pretrained("other")
+    tiny_tokenizer().save_pretrained("other")
+    for option, message in {
+        "--model.name_or_path=other": "another base model",
+        "--adapter.r=2": "adapters have r=4, this run's have r=2",
+        "--adapter.init=full": "holds adapters, and adapter.init is full",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            run("test", "--config", "mine.yaml", "--ckpt_path", path, option)
+
+
+def test_keywords_for_checkpoints_bring_options_too(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved_by_fit("--trainer.max_steps=2", "--model.attn_implementation=eager")
+    checkpoints = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.dirpath=saved"]
+    options = ["--config", "mine.yaml", *checkpoints, "--ckpt_path=last"]
+    cli = run("fit", *options, "--trainer.max_steps=3", "--model.max_new_tokens=9")
+    assert (cli.model.attn_implementation, cli.model.max_new_tokens) == ("eager", 9)
+    assert cli.trainer.lightning_module is cli.model
+    assert cli.trainer.global_step == 3
+    assert "model.max_new_tokens: 9 here, 4 in the checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
+def test_a_keyword_without_a_checkpoint_is_refused(project: Path, subcommand: str) -> None:
+    with pytest.raises(SystemExit, match=r"There is no checkpoint for --ckpt_path last.*Give the path"):
+        run(subcommand, "--config", "mine.yaml", "--ckpt_path=last")
+    with pytest.raises(SystemExit, match=r"known only to the process that trains"):
+        run(subcommand, "--config", "mine.yaml", "--ckpt_path=best")
+    assert not list((project / "out").rglob("*.ckpt"))
+
+
+def test_checkpoints_that_another_list_of_callbacks_takes_away_are_named(tmp_path: Path) -> None:
+    def config(name: str, content: Any) -> list[str]:
+        (tmp_path / name).write_text(yaml.safe_dump({"trainer": content}))
+        return ["--config", str(tmp_path / name)]
+
+    saving = config("saving.yaml", {"callbacks": [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"}]})
+    replacing = config("replacing.yaml", {"callbacks": ["EarlyStopping"]})
+    adding = config("adding.yaml", {"callbacks+": ["EarlyStopping"]})
+    (line,) = replaced_checkpoints(["fit", *saving, *replacing])
+    assert re.search(r"replacing.yaml.*ModelCheckpoint.*callbacks\+", line)
+    for option in (["--trainer.callbacks=EarlyStopping"], ["--trainer.callbacks", "EarlyStopping"]):
+        assert len(replaced_checkpoints(["fit", *saving, *option])) == 1
+    for option in (adding, ["--trainer.callbacks+=EarlyStopping"], ["--trainer.callbacks.dirpath", "there"]):
+        assert replaced_checkpoints(["fit", *saving, *option]) == []
+    assert replaced_checkpoints(["fit", *replacing, *saving]) == []
