@@ -37,8 +37,6 @@ def options_in(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """
     module = checkpoint.get("hyper_parameters", {})
     adapters = checkpoint.get("state_dict", {}).get(KEY, {}).get("config", {})
-    if adapters:  # None stands for r, which may be another here
-        adapters = {**adapters, "lora_alpha": adapters["lora_alpha"] or float(adapters["r"])}
     return {
         **{f"model.{name}": value for name, value in module.items() if not name.startswith("_")},
         **{f"adapter.{name}": list(value) if isinstance(value, tuple) else value for name, value in adapters.items()},
@@ -69,10 +67,11 @@ def differences(given: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]
     >>> differences({"model.max_new_tokens": 9, "model.dtype": "auto"}, {"model.max_new_tokens": 4})
     ['model.max_new_tokens: 9 here, 4 in the checkpoint']
     """
+    here, there = _meaning(given), _meaning(saved)
     return [
-        f"{name}: {_shown(given[name])} here, {_shown(value)} in the checkpoint"
-        for name, value in saved.items()
-        if name in given and _plain(given[name]) != _plain(value)
+        f"{name}: {here[name]} here, {value} in the checkpoint"
+        for name, value in there.items()
+        if name in here and here[name] != value
     ]
 
 
@@ -137,14 +136,19 @@ def base_may_have_moved(option: str, name_or_path: str | None) -> Iterator[None]
         ) from error
 
 
+def _meaning(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as values that are equal where they mean the same."""
+    plain = {name: _plain(value) for name, value in options.items()}
+    r, alpha = plain.get("adapter.r"), plain.get("adapter.lora_alpha")
+    if r is not None and (alpha == "2r" or (alpha is None and not plain.get("adapter.rank_pattern"))):
+        plain["adapter.lora_alpha"] = 2.0 * r if alpha == "2r" else float(r)
+    return plain
+
+
 def _plain(value: Any) -> Any:
-    """The value without what parsing makes of it."""
+    """The value without what parsing makes of it, and None for what is empty."""
     if isinstance(value, Namespace):
         value = value.as_dict()
     if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
-
-
-def _shown(value: Any) -> str:
-    return str(_plain(value))
+        return {key: _plain(entry) for key, entry in value.items()} or None
+    return ([_plain(entry) for entry in value] or None) if isinstance(value, (list, tuple)) else value

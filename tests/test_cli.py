@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from milora_lightning import MiLoRAInit
 from milora_lightning.checkpoint import KEY, read_checkpoint
+from milora_lightning.checkpoint_options import differences
 from milora_lightning.cli import CONFIGS, main, resolve_configs
 from milora_lightning.config_files import replaced_checkpoints
 
@@ -240,6 +241,15 @@ def test_what_is_given_beside_a_checkpoint_wins_and_the_rest_comes_from_it(
         run("export", "--ckpt_path", path, "--output", "exported")
     run("export", "--ckpt_path", path, "--output", "exported", "--name_or_path=moved")
     assert "model.name_or_path: moved here, model in the checkpoint" in capsys.readouterr().err
+
+
+def test_values_that_mean_the_same_do_not_differ() -> None:
+    saved = {"adapter.r": 4, "adapter.lora_alpha": 8.0, "adapter.modules_to_save": (), "adapter.rank_pattern": {}}
+    given = {"adapter.r": 4, "adapter.lora_alpha": "2r", "adapter.modules_to_save": None, "adapter.rank_pattern": None}
+    assert differences(given, saved) == []
+    assert differences({**given, "adapter.lora_alpha": None}, saved) == [
+        "adapter.lora_alpha: 4.0 here, 8.0 in the checkpoint"
+    ]
 
 
 def test_a_missing_model_is_asked_for(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
