@@ -28,7 +28,9 @@ from milora_lightning.checkpoint_options import (
 )
 from milora_lightning.config_files import CONFIGS, replaced_checkpoints, resolve_configs
 from milora_lightning.data import SFTDataModule
-from milora_lightning.export import check_output, export_merged, export_peft, new_folder
+from milora_lightning.export import export_merged, export_peft
+from milora_lightning.folder import check_output, new_folder
+from milora_lightning.merging import rounding_note
 from milora_lightning.module import CausalLMModule
 
 PACKAGE = Path(__file__).parent
@@ -131,6 +133,7 @@ def export(
     format: Literal["peft", "merged"] = "peft",
     rank: int | None = None,
     name_or_path: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
 ) -> None:
     """Export the adapters of a checkpoint.
 
@@ -140,15 +143,20 @@ def export(
         format: ``peft`` for an adapter folder that opens in every PEFT tool, ``merged`` for a whole model.
         rank: For ``peft``: compress each update to this rank; says how much of it is lost.
         name_or_path: Where the base model is now; by default where it was in training.
+        dtype: For ``merged``: of the whole model. By default each weight keeps its own; says how much of the updates
+            rounding to it has cost.
     """
     if rank is not None and format == "merged":
         raise ValueError("rank compresses adapters; a merged model has none. Leave it out, or use --format peft.")
+    if dtype is not None and format == "peft":
+        raise ValueError("Adapters stay float32; dtype is of a merged model. Leave it out, or use --format merged.")
     check_output(output)
     module, checkpoint = _load(ckpt_path, name_or_path)
     scores = checkpoint.get("callbacks", {}).get("EvaluationSummary", {}).get("after")
     data = checkpoint.get("SFTDataModule", {}).get("description")
     if format == "merged":
-        export_merged(module, output, module.tokenizer, scores, data)
+        if note := rounding_note(export_merged(module, output, module.tokenizer, scores, data, dtype)):
+            print(note)
     else:
         lost = export_peft(module, output, rank, module.tokenizer, scores, data)
         if rank is not None:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from milora_lightning.cli import MiLoRACLI
 from milora_lightning.data import SFTDataModule
-from milora_lightning.export import new_folder
+from milora_lightning.folder import new_folder
 from milora_lightning.module import CausalLMModule
 
 Row = dict[str, float]

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from milora_lightning.factors import product_svd, stack_factors
 from milora_lightning.fingerprint import fingerprint
+from milora_lightning.folder import check_output, new_folder
 from milora_lightning.lora import LoRALinear
+from milora_lightning.merging import as_dtype, is_factor, merged_state
+from milora_lightning.model_card import CARD, model_card
+from milora_lightning.peft_format import (
+    HEADS,
+    MERGED,
+    PEFT_PREFIX,
+    check_opens,
+    lora_config,
+    objection,
+    outermost_models,
+    registrations,
+    task_type,
+)
 from milora_lightning.surgery import lora_layers
 
-CARD = "README.md"
-PEFT_PREFIX = "base_model.model."
-"""What PEFT puts before a layer's name."""
-
-FACTORS = ("lora_A", "lora_B", "initial_A", "initial_B")
 BASE_KEY = "milora_lightning.base"
 """The entry of an exported file's metadata that holds the fingerprint of its base."""
 
@@ -41,12 +46,14 @@ def export_peft(
     """Write the adapters as a PEFT folder for the pristine base model.
 
     ΔW = s (B A − B₀A₀) is a LoRA of rank 2r on the unchanged weight, without loss and with the same scale; adapters
-    that started as LoRA's own keep their rank r.
+    that started as LoRA's own keep their rank r. What was trained in full beside them (``modules_to_save``), and the
+    head of a classifier, is PEFT's ``modules_to_save``. The folder appears when PEFT has opened it, on a copy of the
+    model without weights, as what was meant.
 
     Args:
         module: A Hugging Face model with adapters, or a module with one such model inside.
         output: Folder to make; it must not exist, or be empty.
-        rank: Compress each ΔW to this rank by its SVD.
+        rank: Compress each ΔW to this rank by its SVD; those of a lower rank stay as they are.
         tokenizer: Saved beside the adapters.
         metrics: Results for the model card.
         data: What it was trained on, for the model card.
@@ -55,44 +62,36 @@ def export_peft(
         The share of ‖ΔW‖²_F over all matrices that ``rank`` has cost; 0 without it.
 
     Raises:
-        ValueError: If there are no adapters, or ``rank`` is out of range.
+        ValueError: If there are no adapters, ``rank`` is out of range, or PEFT cannot hold what was trained.
         FileExistsError: If there is something at ``output``.
     """
+    check_output(output)
     model = find_model(module)
     layers = _adapters(module, model)
-    if len(_registrations(model)) > len(layers):
-        raise ValueError(
-            "A layer with an adapter is used in several places of the model, which PEFT cannot express: use the merged "
-            "format."
-        )
-    beside = [name for name, p in model.named_parameters() if p.requires_grad and not _is_factor(name, layers)]
-    if beside:
-        raise ValueError(
-            f"{beside[0]!r} and {len(beside) - 1} more parameters were trained beside the adapters (modules_to_save), "
-            "which a PEFT folder of adapters would lose: use the merged format."
-        )
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank must be at least 1, not {rank}; leave it out to keep everything.")
-    tensors, lost, energy = {}, 0.0, 0.0
-    for name, layer in layers.items():
-        A, B, scaling = _factors(layer)
-        if rank is not None:
-            A, B, layer_lost, layer_energy = compress(scaling * B, A, rank)
+    if said := objection(model):
+        raise ValueError(f"PEFT cannot hold these adapters: {said}. {MERGED}")
+    kept = _kept_whole(model, layers)
+    inside = tuple(f"{name}." for name in kept)
+    outside = {name: layer for name, layer in layers.items() if not f"{name}.".startswith(inside)}
+    if not outside:
+        raise ValueError(f"All adapters are in {', '.join(kept)}, which PEFT keeps whole for this task. {MERGED}")
+    _check_rank(rank, outside)
+    tensors: dict[str, Tensor] = {}
+    ranks, alphas, lost, energy = {}, {}, 0.0, 0.0
+    for name, layer in outside.items():
+        A, B = _factors(layer)
+        ranks[name], alphas[name] = len(A), layer.lora_alpha * len(A) / layer.r
+        if rank is not None and rank < len(A):
+            A, B, layer_lost, layer_energy = compress(layer.scaling * B, A, rank)
             lost, energy = lost + layer_lost, energy + layer_energy
+            ranks[name] = alphas[name] = rank
+        elif rank is not None:
+            energy += layer.delta_weight().double().square().sum().item()
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A.contiguous().cpu()
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B.contiguous().cpu()
-    first = next(iter(layers.values()))
-    r = int(next(iter(tensors.values())).shape[0])
-    config = LoraConfig(
-        r=r,
-        lora_alpha=r if rank is not None else first.scaling * r,  # type: ignore[arg-type]
-        lora_dropout=first.lora_dropout,
-        target_modules=_target_modules(model, list(layers)),
-        base_model_name_or_path=model.config.name_or_path,
-        fan_in_fan_out=first.transposed,
-        task_type="CAUSAL_LM" if model.can_generate() else None,
-        inference_mode=True,
-    )
+    for key, value in merged_state(model, dtype=torch.float32, only=inside)[0].items():
+        tensors[PEFT_PREFIX + key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    config = lora_config(model, ranks, alphas, kept)
     with new_folder(output) as folder:
         save_file(
             tensors,
@@ -100,7 +99,9 @@ def export_peft(
             metadata={"format": "pt", BASE_KEY: json.dumps(fingerprint(model))},
         )
         config.save_pretrained(str(folder))
-        _finish(folder, model, first, tokenizer, metrics, data, f"PEFT adapter of rank {r} on the unchanged base model")
+        check_opens(folder, model, tensors, {name: alphas[name] / ranks[name] for name in ranks})
+        what = f"PEFT adapter of rank {_range(ranks.values())} on the unchanged base model"
+        _finish(folder, model_card(model, what, "peft", metrics, data), tokenizer)
     return lost / energy if energy else 0.0
 
 
@@ -110,10 +111,11 @@ def export_merged(
     tokenizer: PreTrainedTokenizerBase | None = None,
     metrics: Mapping[str, float] | None = None,
     data: str | None = None,
-) -> None:
+    dtype: torch.dtype | str | None = None,
+) -> float:
     """Write a Hugging Face model with the adapters added to its weights.
 
-    Each weight plus its ΔW is summed in float32 and rounded once, to the weight's dtype. The module stays as it is.
+    Each weight plus its ΔW is summed in float32 and rounded once. The module stays as it is.
 
     Args:
         module: A Hugging Face model with adapters, or a module with one such model inside.
@@ -121,11 +123,18 @@ def export_merged(
         tokenizer: Saved beside the model.
         metrics: Results for the model card.
         data: What it was trained on, for the model card.
+        dtype: Of the whole model, ``torch.float32`` or ``"float32"``; by default each weight keeps its own, and a
+            half-precision one rounds away the parts of ΔW that are smaller than its own last digit.
+
+    Returns:
+        The share of ΔW that rounding has cost: ‖round(W + ΔW) − W − ΔW‖_F / ‖ΔW‖_F over all matrices.
 
     Raises:
-        ValueError: If there are no adapters, or the model is quantized.
+        ValueError: If there are no adapters, the model is quantized, or a number is too large for the dtype.
         FileExistsError: If there is something at ``output``.
     """
+    check_output(output)
+    wanted = as_dtype(dtype)
     model = find_model(module)
     layers = _adapters(module, model)
     if not all(layer.base_layer.get_parameter("weight").is_floating_point() for layer in layers.values()):
@@ -133,19 +142,15 @@ def export_merged(
             "A quantized model cannot be merged without rounding again: export for PEFT, load that folder into the "
             "unquantized model with load_peft, and merge there."
         )
-    state = {}
-    places = _registrations(model)
-    for key, value in model.state_dict().items():
-        if _is_factor(key, places):
-            continue
-        name, _, leaf = key.rpartition(".base_layer.")
-        state[f"{name}.{leaf}" if name else key] = (
-            places[name].merged_weight().detach() if leaf == "weight" and name else value
-        )
-    first = next(iter(layers.values()))
+    state, lost = merged_state(model, wanted)
+    base_dtype = next(iter(layers.values())).base_layer.weight.dtype
     with new_folder(output) as folder:
+        before = model.config.dtype
         model.save_pretrained(folder, state_dict=state)
-        _finish(folder, model, first, tokenizer, metrics, data, "adapters merged into the weights")
+        model.config.dtype = before
+        _set_dtype(folder / "config.json", wanted or base_dtype)
+        _finish(folder, model_card(model, "adapters merged into the weights", "transformers", metrics, data), tokenizer)
+    return lost
 
 
 @torch.no_grad()
@@ -182,43 +187,29 @@ def compress(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, float, fl
 
 
 def find_model(module: nn.Module) -> PreTrainedModel:
-    """Return the Hugging Face model that is, or is in, a module.
+    """Return the Hugging Face model that is, or is in, a module: the one with adapters, if there are several.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or more than one that could be meant; names them.
     """
-    model = next((m for m in module.modules() if isinstance(m, PreTrainedModel)), None)
-    if model is None:
+    models = outermost_models(module)
+    if not models:
         raise ValueError(f"{type(module).__name__} has no Hugging Face model, which these formats are for.")
-    return model
+    if len(models) == 1:
+        return next(iter(models.values()))
+    chosen = {name: m for name, m in models.items() if lora_layers(m)}
+    chosen = chosen or {name: m for name, m in models.items() if any(p.requires_grad for p in m.parameters())}
+    if len(chosen) != 1:
+        names = ", ".join(map(repr, chosen or models))
+        raise ValueError(
+            f"{type(module).__name__} has several Hugging Face models that could be meant, {names}: give the one "
+            f"itself, as in module.{next(iter(chosen or models))}."
+        )
+    return next(iter(chosen.values()))
 
 
-def check_output(output: str | Path) -> Path:
-    """Return the path of a folder that may be made.
-
-    Raises:
-        FileExistsError: If there is something of that name already.
-    """
-    target = Path(output).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"There is something at {str(target)!r} already. Choose another output, or remove it.")
-    return target
-
-
-@contextmanager
-def new_folder(output: str | Path) -> Iterator[Path]:
-    """Make a folder that appears under its name when it is whole."""
-    target = check_output(output)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    try:
-        yield unfinished
-        unfinished.chmod(0o755)
-        if target.exists():
-            target.rmdir()
-        unfinished.rename(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+def _is_in(name: str, outer: str) -> bool:
+    return not outer or name.startswith(f"{outer}.")
 
 
 def _adapters(module: nn.Module, model: nn.Module) -> dict[str, LoRALinear]:
@@ -234,56 +225,56 @@ def _adapters(module: nn.Module, model: nn.Module) -> dict[str, LoRALinear]:
     return layers
 
 
-def _registrations(model: nn.Module) -> dict[str, LoRALinear]:
-    """All names under which adapters are found, where a layer is used in several places more than one."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {name: layer for name, layer in modules if isinstance(layer, LoRALinear)}
-
-
-def _is_factor(name: str, layers: dict[str, LoRALinear]) -> bool:
-    layer, _, factor = name.rpartition(".")
-    return layer in layers and factor in FACTORS
-
-
 @torch.no_grad()
-def _factors(layer: LoRALinear) -> tuple[Tensor, Tensor, float]:
+def _factors(layer: LoRALinear) -> tuple[Tensor, Tensor]:
     A, B = stack_factors(*layer.factors)
-    return A.detach(), B.detach(), layer.scaling
+    return A.detach(), B.detach()
 
 
-def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
-    """The short endings of the adapters' names if they mean these layers and no others, else the whole names."""
-    endings = sorted({name.rsplit(".", 1)[-1] for name in names})
-    bases = {layer.base_layer for layer in lora_layers(model).values()}
-    meant = {
-        name
-        for name, child in model.named_modules()
-        if child not in bases and name.rsplit(".", 1)[-1] in endings and not isinstance(child, nn.ModuleList)
-    }
-    return endings if meant == set(names) else names
+def _check_rank(rank: int | None, layers: Mapping[str, LoRALinear]) -> None:
+    if rank is None:
+        return
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, not {rank}; leave it out to keep everything.")
+    largest = max(len(_factors(layer)[0]) for layer in layers.values())
+    if rank > largest:
+        raise ValueError(f"rank={rank} is more than the adapters' {largest}; leave it out to keep everything.")
 
 
-def _finish(
-    folder: Path,
-    model: PreTrainedModel,
-    layer: LoRALinear,
-    tokenizer: PreTrainedTokenizerBase | None,
-    metrics: Mapping[str, float] | None,
-    data: str | None,
-    what: str,
-) -> None:
+def _kept_whole(model: PreTrainedModel, layers: Mapping[str, LoRALinear]) -> list[str]:
+    """Names of the modules that a PEFT folder holds whole: what trains beside the adapters, and the head of a task."""
+    endings = HEADS.get(task_type(model) or "", ())
+    heads = [n for n, _ in model.named_modules() if n.endswith(endings)] if endings else []
+    parameters = model.named_parameters(remove_duplicate=False)
+    owners = {n.rpartition(".")[0] for n, p in parameters if p.requires_grad and not is_factor(n, registrations(model))}
+    kept = sorted(owner for owner in owners if not any(_is_in(owner, head) for head in heads))
+    for name in kept:
+        inside = [layer for layer in layers if _is_in(layer, name)]
+        if inside or not name:
+            raise ValueError(
+                f"Module {name or type(model).__name__!r} trains a parameter of its own beside the adapters in it, "
+                f"which PEFT cannot hold. {MERGED}"
+            )
+    return heads + kept
+
+
+def _set_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Have a saved configuration, and those of the model's parts in it, say which dtype the weights have."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        for key in ("dtype", "torch_dtype"):
+            if key in part or (part is config and key == "dtype"):
+                part[key] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _range(values: Iterable[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _finish(folder: Path, card: str, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Add the tokenizer and the model card."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    base = model.config.name_or_path
-    rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in (metrics or {}).items())
-    results = f"\n| metric | value |\n|---|---|\n{rows}" if rows else ""
-    (folder / CARD).write_text(
-        f"---\nbase_model: {base}\nlibrary_name: {'peft' if 'PEFT' in what else 'transformers'}\n"
-        f"tags: [milora, lora]\n---\n\n# {Path(base).name}, fine-tuned\n\n"
-        f"Fine-tuned from `{base}` with milora-lightning: {what}.\n\n"
-        f"Start of the factors: {layer.init}, r = {layer.r}, lora_alpha = {layer.lora_alpha:g}, "
-        f"lora_dropout = {layer.lora_dropout:g}, {len(lora_layers(model))} matrices.\n"
-        f"{f'{chr(10)}Trained on: `{data}`.{chr(10)}' if data else ''}{results}",
-        encoding="utf-8",
-    )
+    (folder / CARD).write_text(card, encoding="utf-8")

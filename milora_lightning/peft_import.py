@@ -12,9 +12,10 @@ from torch import nn
 
 from milora_lightning.checkpoint_io import CheckpointError
 from milora_lightning.config import LoRAConfig
-from milora_lightning.export import BASE_KEY, PEFT_PREFIX, find_model
+from milora_lightning.export import BASE_KEY, find_model
 from milora_lightning.fingerprint import check_base, fingerprint
 from milora_lightning.lora import LoRALinear, linear_shape
+from milora_lightning.peft_format import PEFT_PREFIX
 from milora_lightning.surgery import inject, lora_layers
 from milora_lightning.targets import find_targets
 

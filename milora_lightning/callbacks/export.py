@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from milora_lightning.export import check_output, export_merged, export_peft
+from milora_lightning.export import export_merged, export_peft
+from milora_lightning.folder import check_output
+from milora_lightning.merging import rounding_note
 from milora_lightning.strategies import shards
 
 
@@ -17,12 +19,26 @@ class AdapterExport(Callback):
         output: Folder to make; it must not exist, or be empty.
         format: ``"peft"`` for an adapter folder, ``"merged"`` for a whole Hugging Face model.
         rank: For ``"peft"``: compress each update to this rank.
+        dtype: For ``"merged"``: of the whole model; by default each weight keeps its own.
+
+    Raises:
+        ValueError: If an option is given that the format does not have.
     """
 
-    def __init__(self, output: str, format: Literal["peft", "merged"] = "peft", rank: int | None = None) -> None:
+    def __init__(
+        self,
+        output: str,
+        format: Literal["peft", "merged"] = "peft",
+        rank: int | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    ) -> None:
+        for name, value, other in (("rank", rank, "merged"), ("dtype", dtype, "peft")):
+            if value is not None and format == other:
+                raise ValueError(f"AdapterExport has no {name} in the format {other!r}: leave it out.")
         self.output = output
         self.format = format
         self.rank = rank
+        self.dtype = dtype
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a place that is taken, or weights in shards, now and not when training is over."""
@@ -48,4 +64,5 @@ class AdapterExport(Callback):
         if self.format == "peft":
             export_peft(pl_module, self.output, self.rank, **options)
         else:
-            export_merged(pl_module, self.output, **options)
+            if note := rounding_note(export_merged(pl_module, self.output, dtype=self.dtype, **options)):
+                print(note)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Literal
@@ -17,6 +18,7 @@ from milora_lightning.checkpoint import AdapterCheckpoint
 from milora_lightning.config import Init, LoRAConfig
 from milora_lightning.factors import stack_factors
 from milora_lightning.initialization import Batch, initialize
+from milora_lightning.peft_format import objection, outermost_models
 from milora_lightning.peft_import import load_peft, peft_config
 from milora_lightning.sharding import full_tensor, is_sharded
 from milora_lightning.strategies import finish, needs_early_start, prepare, restores_late
@@ -113,6 +115,8 @@ class MiLoRAInit(Callback):
         if self.start_from is not None and not all(layer.initialized for layer in lora_layers(pl_module).values()):
             load_peft(pl_module, self.start_from)
         finish(trainer, pl_module)
+        if stage == "fit" and trainer.is_global_zero:
+            _warn_of_export(pl_module)
         if stage == "fit" and needs_early_start(trainer):
             self._initialize(trainer, pl_module)
 
@@ -167,6 +171,17 @@ def _progress(batches: Sequence[Batch]) -> Iterator[Batch]:
             yield batch
             bar.advance(task, len(batch))
         bar.update(task, layer="")
+
+
+def _warn_of_export(module: LightningModule) -> None:
+    """Say now, and not when training is over, where PEFT will not hold the adapters."""
+    for model in outermost_models(module).values():
+        if lora_layers(model) and (said := objection(model)):
+            warnings.warn(
+                f"An export for PEFT will be refused at the end, as PEFT cannot hold these adapters: {said}. A merged "
+                "export works; for PEFT, leave these layers out of target_modules.",
+                stacklevel=2,
+            )
 
 
 def _summary(module: LightningModule, config: LoRAConfig, number: int, seconds: float) -> Table:
