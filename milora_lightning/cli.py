@@ -155,10 +155,12 @@ def export(
     scores = checkpoint.get("callbacks", {}).get("EvaluationSummary", {}).get("after")
     data = checkpoint.get("SFTDataModule", {}).get("description")
     if format == "merged":
-        if note := rounding_note(export_merged(module, output, module.tokenizer, scores, data, dtype)):
+        if note := rounding_note(
+            export_merged(module, output, module.tokenizer, scores, data, dtype, module.prompt_format)
+        ):
             print(note)
     else:
-        lost = export_peft(module, output, rank, module.tokenizer, scores, data)
+        lost = export_peft(module, output, rank, module.tokenizer, scores, data, module.prompt_format)
         if rank is not None:
             print(f"Rank {rank} keeps {1 - lost:.2%} of the updates' energy and loses {lost:.2%}.")
     print(f"Exported to {output}")

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from milora_lightning.data.prompt_format import PromptFormat
 from milora_lightning.factors import product_svd, stack_factors
 from milora_lightning.fingerprint import fingerprint
 from milora_lightning.folder import check_output, new_folder
@@ -29,6 +30,7 @@ from milora_lightning.peft_format import (
     registrations,
     task_type,
 )
+from milora_lightning.serving import save_tokenizer
 from milora_lightning.surgery import lora_layers
 
 BASE_KEY = "milora_lightning.base"
@@ -42,6 +44,7 @@ def export_peft(
     tokenizer: PreTrainedTokenizerBase | None = None,
     metrics: Mapping[str, float] | None = None,
     data: str | None = None,
+    prompt_format: PromptFormat | None = None,
 ) -> float:
     """Write the adapters as a PEFT folder for the pristine base model.
 
@@ -57,6 +60,7 @@ def export_peft(
         tokenizer: Saved beside the adapters.
         metrics: Results for the model card.
         data: What it was trained on, for the model card.
+        prompt_format: How it was asked in training: the tokenizer's chat template, and the model card, ask alike.
 
     Returns:
         The share of ‖ΔW‖²_F over all matrices that ``rank`` has cost; 0 without it.
@@ -101,7 +105,7 @@ def export_peft(
         config.save_pretrained(str(folder))
         check_opens(folder, model, tensors, {name: alphas[name] / ranks[name] for name in ranks})
         what = f"PEFT adapter of rank {_range(ranks.values())} on the unchanged base model"
-        _finish(folder, model_card(model, what, "peft", metrics, data), tokenizer)
+        _finish(folder, model, model_card(model, what, "peft", metrics, data), tokenizer, prompt_format)
     return lost / energy if energy else 0.0
 
 
@@ -112,6 +116,7 @@ def export_merged(
     metrics: Mapping[str, float] | None = None,
     data: str | None = None,
     dtype: torch.dtype | str | None = None,
+    prompt_format: PromptFormat | None = None,
 ) -> float:
     """Write a Hugging Face model with the adapters added to its weights.
 
@@ -125,6 +130,7 @@ def export_merged(
         data: What it was trained on, for the model card.
         dtype: Of the whole model, ``torch.float32`` or ``"float32"``; by default each weight keeps its own, and a
             half-precision one rounds away the parts of ΔW that are smaller than its own last digit.
+        prompt_format: How it was asked in training: the tokenizer's chat template, and the model card, ask alike.
 
     Returns:
         The share of ΔW that rounding has cost: ‖round(W + ΔW) − W − ΔW‖_F / ‖ΔW‖_F over all matrices.
@@ -149,7 +155,8 @@ def export_merged(
         model.save_pretrained(folder, state_dict=state)
         model.config.dtype = before
         _set_dtype(folder / "config.json", wanted or base_dtype)
-        _finish(folder, model_card(model, "adapters merged into the weights", "transformers", metrics, data), tokenizer)
+        card = model_card(model, "adapters merged into the weights", "transformers", metrics, data)
+        _finish(folder, model, card, tokenizer, prompt_format)
     return lost
 
 
@@ -273,8 +280,14 @@ def _range(values: Iterable[int]) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def _finish(folder: Path, card: str, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def _finish(
+    folder: Path,
+    model: PreTrainedModel,
+    card: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt_format: PromptFormat | None,
+) -> None:
     """Add the tokenizer and the model card."""
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        card += save_tokenizer(folder, model, tokenizer, prompt_format)
     (folder / CARD).write_text(card, encoding="utf-8")

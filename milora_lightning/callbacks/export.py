@@ -56,10 +56,12 @@ class AdapterExport(Callback):
             return
         results = trainer.callback_metrics.items()
         scores = {name: value.item() for name, value in results if name.startswith(("val_", "test_"))}
+        data = getattr(trainer, "datamodule", None)
         options: dict[str, Any] = {
             "tokenizer": getattr(pl_module, "tokenizer", None),
             "metrics": scores,
-            "data": getattr(getattr(trainer, "datamodule", None), "description", None),
+            "data": getattr(data, "description", None),
+            "prompt_format": getattr(data, "prompt_format", None) or getattr(pl_module, "prompt_format", None),
         }
         if self.format == "peft":
             export_peft(pl_module, self.output, self.rank, **options)
