@@ -27,7 +27,7 @@ class Losses(Callback):
 
 
 def run(
-    folder: Path, model: Path, name: str, max_steps: int, ckpt_path: Path | None = None, noise: int = 0
+    folder: Path, model: Path, name: str, max_steps: int, ckpt_path: Path | None = None, noise: int = 0, **options: Any
 ) -> tuple[list[float], dict[str, Any]]:
     """Train up to a step, with dropout, accumulation and evaluations; return losses and the final checkpoint."""
     torch.manual_seed(noise if ckpt_path else 0)  # a new process has another random state
@@ -42,6 +42,7 @@ def run(
         num_sanity_val_steps=1,
         enable_checkpointing=True,
         callbacks=[MiLoRAInit(r=4, lora_dropout=0.3), RandomState(), losses, saved],
+        **options,
     )
     trainer.fit(module(model), data(folder, model), ckpt_path=ckpt_path)
     return losses.values, read_checkpoint(folder / name / f"step={max_steps}.ckpt")
@@ -62,6 +63,17 @@ def test_resumed_run_equals_the_uninterrupted_one(interrupted_at: int, tmp_path:
         for key, value in entry.items():
             assert torch.equal(resumed["optimizer_states"][0]["state"][index][key], value)
     assert whole["lr_schedulers"] == resumed["lr_schedulers"]
+
+
+# 6 of the 10 batches are 3 optimizer steps an epoch.
+@pytest.mark.parametrize("interrupted_at", [3, 4])
+def test_epoch_shorter_than_its_data_goes_on_where_it_was(interrupted_at: int, tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", "llama")
+    losses, whole = run(tmp_path, model, "whole", 7, limit_train_batches=6)
+    path = tmp_path / "whole" / f"step={interrupted_at}.ckpt"
+    later, resumed = run(tmp_path, model, "resumed", 7, path, noise=99, limit_train_batches=6)
+    assert losses[2 * interrupted_at :] == later
+    assert all(k == KEY or torch.equal(v, resumed["state_dict"][k]) for k, v in whole["state_dict"].items())
 
 
 def test_without_the_random_state_it_would_not(tmp_path: Path) -> None:

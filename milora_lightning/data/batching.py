@@ -1,126 +1,19 @@
-"""Which examples make a batch, and how a batch becomes tensors."""
+"""How a batch of examples becomes tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset
+
+from milora_lightning.data.sampling import FILLER
 
 Example = dict[str, Any]
 IGNORED = -100  # the label that the loss leaves out
-FILLER = -1  # the index that stands for no example
 TEXTS = ("prompt", "instruction", "reference", "task")  # what travels with a prompt
-PIECE = 50  # most global batches whose examples are sorted together
-
-
-class LengthGroupedSampler(DistributedSampler[int]):
-    """Training order in which the examples of a batch are about equally long, so that little is padding.
-
-    A random order is cut into pieces of 50 global batches (those of all ranks together; fewer where the data is
-    small, lest the same examples met each epoch), each piece is sorted by length and cut into global batches, and
-    these are shuffled. Rank k takes every N-th index from the k-th on, so
-    that N ranks together see the very batches that one process with N times the batch size sees. If the examples do
-    not share out evenly among the ranks, the first ones are repeated. The order is a function of seed and epoch
-    alone.
-
-    Being a ``DistributedSampler``, it is left alone by Lightning, which sets its epoch.
-
-    Args:
-        lengths: Length of each example.
-        batch_size: Number of examples in the batch of one rank.
-        shuffle: Whether to shuffle; otherwise the pieces come from the given order.
-        seed: Seed of the order.
-        num_replicas: Number of ranks.
-        rank: This one.
-    """
-
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        batch_size: int,
-        shuffle: bool = True,
-        seed: int = 0,
-        num_replicas: int = 1,
-        rank: int = 0,
-    ) -> None:
-        super().__init__(lengths, num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]
-        self.lengths = np.asarray(lengths)
-        self.global_batch = batch_size * num_replicas
-        self.start = 0
-        """How many of this rank's indices the next iteration leaves out at its start; then zero again."""
-
-    def __iter__(self) -> Iterator[int]:
-        """Iterate over this rank's indices."""
-        order = self._order()
-        repeated = np.resize(order, self.total_size - len(order))
-        start, self.start = self.start, 0
-        return iter(np.concatenate([order, repeated])[self.rank :: self.num_replicas][start:].tolist())
-
-    def _order(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        generator = np.random.default_rng((self.seed, self.epoch))
-        size = len(self.lengths)
-        piece = self.global_batch * min(PIECE, max(1, size // self.global_batch // 4))
-        order = generator.permutation(size) if self.shuffle else np.arange(size)
-        for start in range(0, size, piece):
-            indices = order[start : start + piece]
-            order[start : start + piece] = indices[np.argsort(-self.lengths[indices], kind="stable")]
-        batches = [order[start : start + self.global_batch] for start in range(0, size, self.global_batch)]
-        if self.shuffle:
-            # An incomplete batch stays last: elsewhere it would shift the borders of those after it.
-            complete = len(batches) - (size % self.global_batch > 0)
-            batches = [batches[i] for i in generator.permutation(complete)] + batches[complete:]
-        return np.concatenate(batches)
-
-
-class ResumableDataLoader(DataLoader[Any]):
-    """A data loader over a :class:`LengthGroupedSampler` that can go on in the middle of an epoch.
-
-    Attributes:
-        passed: How many batches of the epoch have been handed out.
-    """
-
-    passed = 0
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Iterate over the batches of an epoch, the first time over those after ``skip``."""
-        self.passed = cast(LengthGroupedSampler, self.sampler).start // (self.batch_size or 1)
-        for batch in super().__iter__():
-            self.passed += 1
-            yield batch
-
-    def skip(self, batches: int) -> None:
-        """Leave out the first batches of the next iteration; a whole epoch's are none."""
-        cast(LengthGroupedSampler, self.sampler).start = batches % len(self) * (self.batch_size or 1)
-
-
-class EvaluationSampler(DistributedSampler[int]):
-    """Each rank's share of a fixed order, with every example exactly once.
-
-    If the examples do not share out evenly, the last ranks get the index −1, for which :class:`FilledDataset` has an
-    example that counts nothing: all ranks run equally many batches, as sharded models need it, and no example is
-    counted twice.
-
-    Args:
-        order: The indices of all ranks.
-        num_replicas: Number of ranks.
-        rank: This one.
-
-    >>> [list(EvaluationSampler([2, 0, 1], num_replicas=2, rank=rank)) for rank in range(2)]
-    [[2, 1], [0, -1]]
-    """
-
-    def __init__(self, order: Sequence[int], num_replicas: int = 1, rank: int = 0) -> None:
-        super().__init__(order, num_replicas, rank, shuffle=False)  # type: ignore[arg-type]
-        self.order = list(order)
-
-    def __iter__(self) -> Iterator[int]:
-        """Iterate over this rank's indices."""
-        fillers = [FILLER] * (self.total_size - len(self.order))
-        return iter((self.order + fillers)[self.rank :: self.num_replicas])
 
 
 class FilledDataset(Dataset[Example]):

@@ -14,17 +14,12 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
-from milora_lightning.data.batching import (
-    Collator,
-    EvaluationSampler,
-    FilledDataset,
-    LengthGroupedSampler,
-    PromptCollator,
-    ResumableDataLoader,
-)
+from milora_lightning.data.batching import Collator, FilledDataset, PromptCollator
 from milora_lightning.data.chat import ChatTemplate
 from milora_lightning.data.choices import ChoiceCollator
 from milora_lightning.data.prompt_format import KEY, PromptFormat
+from milora_lightning.data.resuming import OverfittingSampler, ResumableSampler, Resumption
+from milora_lightning.data.sampling import EvaluationSampler, ResumableDataLoader
 from milora_lightning.data.sources import MultipleChoice, Source, Split, Task
 from milora_lightning.data.templates import TemplateName
 from milora_lightning.data.tokenizing import tokenize_dataset
@@ -113,8 +108,7 @@ class SFTDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._splits: dict[Split, datasets.Dataset | None] = {}
-        self._train_loader: ResumableDataLoader | None = None
-        self._resume_at = 0
+        self._resumption = Resumption(self)
         sizes = ("batch_size", "eval_batch_size", "generation_batch_size", "pad_to_multiple_of")
         counts = ("num_generation_examples", "num_test_generation_examples")
         for name, least in [*((size, 1) for size in sizes), *((count, 0) for count in counts)]:
@@ -146,22 +140,19 @@ class SFTDataModule(LightningDataModule):
                 self._splits[split] = self._tokenized(split)
         if stage is not None:
             self._examples(NEEDED[stage])
+        if stage == "fit":
+            self._resumption.forget()
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return training batches, shuffled anew each epoch and grouped by length."""
         examples = self._examples("train")
-        sampler = LengthGroupedSampler(
-            examples["length"][:], self.batch_size, shuffle=True, seed=self.seed, **self._rank()
+        kind = OverfittingSampler if self._overfits() else ResumableSampler
+        sampler = kind(
+            self._resumption, examples["length"][:], self.batch_size, shuffle=True, seed=self.seed, **self._rank()
         )
         # Without the texts, which only generation needs.
         columns = examples.select_columns(["input_ids", "prompt_length", "response_end"])
-        self._train_loader = cast(
-            ResumableDataLoader,
-            self._loader(columns, sampler, self.batch_size, self._collator(Collator), ResumableDataLoader),
-        )
-        self._train_loader.skip(self._resume_at)
-        self._resume_at = 0
-        return self._train_loader
+        return self._loader(columns, sampler, self.batch_size, self._collator(Collator), ResumableDataLoader)
 
     def metric(self) -> Metric | None:
         """Make the metric that scores answers: the source's own; None if it says that there is nothing to score."""
@@ -179,20 +170,22 @@ class SFTDataModule(LightningDataModule):
         return PromptFormat.of(self._tokenizer(), self.template, self.prompt_suffix)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return for the checkpoint how far the epoch has been trained on, what the data is, and how prompts are."""
+        """Return for the checkpoint where in the data training is, what the data is, and how prompts are."""
         # Not left to Lightning's own handling of stateful loaders, which is passed over if the loader was made
         # before the loops are restored, as computing the schedule's length does.
-        batches = self._train_loader.passed if self._train_loader is not None else 0
-        return {"batches": batches, "description": self.description, KEY: self.prompt_format.record()}
+        position = self._resumption.state_dict()
+        return {"position": position, "description": self.description, KEY: self.prompt_format.record()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on in training where the checkpoint was written; say it if prompts were written otherwise there."""
+        """Go on in training where the checkpoint was written, also on another number of ranks.
+
+        Says it if prompts were written otherwise there.
+        """
         trained, now = PromptFormat.found_in({"data": state_dict}), self.prompt_format
         if trained is not None and trained != now:
             rank_zero_warn(f"The checkpoint was trained on prompts of another format: {_difference(trained, now)}.")
-        self._resume_at = state_dict["batches"]
-        if self._train_loader is not None:
-            self._train_loader.skip(self._resume_at)
+        # Older checkpoints have no position: Lightning's count of batches serves.
+        self._resumption.load_state_dict(state_dict.get("position"))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Return the loss batches and the generation batches of validation; nothing if there is no such split."""
@@ -242,12 +235,14 @@ class SFTDataModule(LightningDataModule):
 
     def _evaluation(self, split: Split, number: int | None) -> list[DataLoader[Any]]:
         examples = self._examples(split)
-        order = _longest_first(range(len(examples)), examples["length"][:])
+        everything: Sequence[int] = range(len(examples))
+        order = everything if self._overfits() else _longest_first(everything, examples["length"][:])
         sampler = EvaluationSampler(order, **self._rank())
         loaders = [self._loader(FilledDataset(examples), sampler, self.eval_batch_size, self._collator(Collator))]
         answered = range(len(examples)) if number is None else _first_of_each(examples["task"][:], number)
         if answered and self.metric() is not None:
-            loaders.append(self._generation(split, _longest_first(answered, examples["prompt_length"][:])))
+            by_length = _longest_first(answered, examples["prompt_length"][:])
+            loaders.append(self._generation(split, answered if self._overfits() else by_length))
         return loaders
 
     def _generation(self, split: Split, indices: Sequence[int]) -> DataLoader[Any]:
@@ -282,6 +277,10 @@ class SFTDataModule(LightningDataModule):
             # Its own generator: an evaluation must not draw from the one that training's dropout uses.
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+    def _overfits(self) -> bool:
+        """Tell whether a few batches are trained on and evaluated: then the first ones of the data as they stand."""
+        return bool(getattr(self.trainer, "overfit_batches", 0))
 
     def _rank(self) -> dict[str, int]:
         """Return how the data is shared out: not by the world's size alone, tensor-parallel ranks share batches."""
