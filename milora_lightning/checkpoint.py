@@ -15,6 +15,8 @@ from milora_lightning.checkpoint_io import KEY, CheckpointError, read
 from milora_lightning.config import LoRAConfig
 from milora_lightning.fingerprint import base_keys, check_base, fingerprint
 from milora_lightning.lora import LoRALinear
+from milora_lightning.names import key_in, rename_keys, unwrapped_name
+from milora_lightning.sharding import is_sharded
 from milora_lightning.surgery import inject, lora_layers
 
 FORMAT = 1
@@ -65,6 +67,8 @@ class AdapterCheckpoint:
         for key in [key for key in state if key.startswith(prefix)]:
             if in_base(key.removeprefix(prefix)):
                 del state[key]
+        if not is_sharded(module):  # torch collects the state dict of sharded weights, and renames them itself
+            rename_keys(state, prefix, unwrapped_name)
         state[prefix + KEY] = self.description(module)
 
     def description(self, module: nn.Module) -> dict[str, Any]:
@@ -80,11 +84,11 @@ class AdapterCheckpoint:
     def check(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
         """Refuse a state dict that does not fit the module; take the description out of one that does."""
         description = state.pop(prefix + KEY, None)
-        names = {prefix + name for name, _ in module.named_parameters(remove_duplicate=False)}
+        names = {prefix + unwrapped_name(name) for name, _ in module.named_parameters(remove_duplicate=False)}
         if description is None and names <= state.keys():
             return  # a whole state dict brings everything
         self.check_description(module, description)
-        kept = {prefix + key: value for key, value in module.state_dict().items() if key != KEY}
+        kept = {prefix + unwrapped_name(key): value for key, value in module.state_dict().items() if key != KEY}
         check_tensors(state, {key: getattr(value, "shape", None) for key, value in kept.items()}, names)
 
     def check_description(self, module: nn.Module, description: dict[str, Any] | None) -> None:
@@ -100,11 +104,12 @@ class AdapterCheckpoint:
             )
         check_format(description)
         self._check_config(description, lora_layers(module))
-        check_base(description["base"], self.base(module))
+        check_base({unwrapped_name(name): value for name, value in description["base"].items()}, self.base(module))
 
     def _check_config(self, description: dict[str, Any], layers: dict[str, LoRALinear]) -> None:
         saved = LoRAConfig(**description["config"])
-        for layer in layers.keys() & description["adapters"]:
+        adapters = {unwrapped_name(name) for name in description["adapters"]}
+        for layer in layers.keys() & adapters:
             for name, here, there in (
                 ("r", self.config.rank(layer), saved.rank(layer)),
                 ("lora_alpha / r", self.config.scale(layer), saved.scale(layer)),
@@ -115,10 +120,7 @@ class AdapterCheckpoint:
                         f"The checkpoint's adapters have {name}={there}, this run's have {name}={here}, as on "
                         f"{layer!r}. Use the configuration the checkpoint was trained with, or start without it."
                     )
-        missing, extra = (
-            sorted(layers.keys() - description["adapters"]),
-            sorted(description["adapters"] - layers.keys()),
-        )
+        missing, extra = sorted(layers.keys() - adapters), sorted(adapters - layers.keys())
         if missing or extra:
             raise CheckpointError(
                 f"The checkpoint's adapters are on other layers: it has none for {_some(missing)} and has some for "
@@ -133,7 +135,10 @@ def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, local_meta
 
 
 def _check(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    # Names with and without what torch.compile puts into them fit, whoever of writer and reader has compiled what.
+    rename_keys(state, prefix, unwrapped_name)
     module._adapter_checkpoint.check(module, state, prefix)  # type: ignore[operator, union-attr]
+    rename_keys(state, prefix, key_in(module))
 
 
 def _excuse_base(module: nn.Module, incompatible: Any) -> None:
@@ -241,11 +246,13 @@ def _base_predicate(module: nn.Module) -> Callable[[str], bool]:
     These are the frozen parameters, and what goes with them without being a parameter or buffer itself, such as the
     scales of a quantized weight. Adapters, whatever else trains, buffers and extra states are kept.
     """
-    base = base_keys(module)
+    base = {unwrapped_name(key) for key in base_keys(module)}
     holders = {key.rpartition(".")[0] for key in base}
-    kept = {name for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]} - base
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]
+    kept = {unwrapped_name(name) for name, _ in named} - base
 
     def in_base(key: str) -> bool:
+        key = unwrapped_name(key)
         if key in kept or key.endswith("_extra_state"):
             return False
         parts = key.split(".")

@@ -19,6 +19,7 @@ from milora_lightning.folder import check_output, new_folder
 from milora_lightning.lora import LoRALinear
 from milora_lightning.merging import as_dtype, is_factor, merged_state
 from milora_lightning.model_card import CARD, model_card
+from milora_lightning.names import unwrapped_name
 from milora_lightning.peft_format import (
     HEADS,
     MERGED,
@@ -251,8 +252,9 @@ def _check_rank(rank: int | None, layers: Mapping[str, LoRALinear]) -> None:
 def _kept_whole(model: PreTrainedModel, layers: Mapping[str, LoRALinear]) -> list[str]:
     """Names of the modules that a PEFT folder holds whole: what trains beside the adapters, and the head of a task."""
     endings = HEADS.get(task_type(model) or "", ())
-    heads = [n for n, _ in model.named_modules() if n.endswith(endings)] if endings else []
-    parameters = model.named_parameters(remove_duplicate=False)
+    modules = dict.fromkeys(unwrapped_name(n) for n, _ in model.named_modules())
+    heads = [n for n in modules if n.endswith(endings)] if endings else []
+    parameters = [(unwrapped_name(n), p) for n, p in model.named_parameters(remove_duplicate=False)]
     owners = {n.rpartition(".")[0] for n, p in parameters if p.requires_grad and not is_factor(n, registrations(model))}
     kept = sorted(owner for owner in owners if not any(_is_in(owner, head) for head in heads))
     for name in kept:

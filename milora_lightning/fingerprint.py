@@ -9,8 +9,9 @@ import xxhash
 from torch import nn
 
 from milora_lightning.checkpoint_io import CheckpointError
+from milora_lightning.lora import LoRALinear
+from milora_lightning.names import pristine_name
 from milora_lightning.sharding import as_bytes, gather_to, is_sharded
-from milora_lightning.surgery import lora_layers
 
 
 def fingerprint(module: nn.Module, frozen_only: bool = True) -> dict[str, str]:
@@ -34,7 +35,7 @@ def fingerprint(module: nn.Module, frozen_only: bool = True) -> dict[str, str]:
         weight = None if parameter.is_meta else gather_to(parameter, index % ranks)
         if weight is not None:
             digest = xxhash.xxh3_128_hexdigest(as_bytes(weight.cpu().contiguous()).numpy().data)
-            hashes[key.replace(".base_layer.", ".")] = f"{tuple(weight.shape)} {weight.dtype} {digest}"
+            hashes[pristine_name(key)] = f"{tuple(weight.shape)} {weight.dtype} {digest}"
     if ranks > 1:
         parts: list[Any] = [None] * ranks
         dist.all_gather_object(parts, hashes)
@@ -43,10 +44,11 @@ def fingerprint(module: nn.Module, frozen_only: bool = True) -> dict[str, str]:
 
 
 def base_keys(module: nn.Module, frozen_only: bool = True) -> set[str]:
-    """Return the keys of all frozen parameters, or simply all, but those of adapters."""
+    """Return the names of all frozen parameters, or simply all, but those of adapters; as the module has them now."""
     factors = {
         f"{prefix}.{name}"
-        for prefix, layer in lora_layers(module).items()
+        for prefix, layer in module.named_modules()
+        if isinstance(layer, LoRALinear)
         for name, _ in layer.named_parameters(recurse=False)
     }
     parameters = module.named_parameters(remove_duplicate=False)

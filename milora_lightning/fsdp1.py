@@ -12,13 +12,15 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._common_utils import clean_tensor_name
 from torch.optim import Optimizer
 
 from milora_lightning.checkpoint import AdapterCheckpoint, check_tensors
 from milora_lightning.checkpoint_io import KEY
 from milora_lightning.lora import LoRALinear
+from milora_lightning.names import unwrapped_name
 from milora_lightning.sharded_checkpoint import read_together
-from milora_lightning.surgery import lora_layers, unwrapped_name
+from milora_lightning.surgery import lora_layers
 
 
 def adapter_state(strategy: FSDPStrategy) -> dict[str, Any]:
@@ -103,7 +105,7 @@ def _load_optimizer(strategy: FSDPStrategy, optimizer: Optimizer, saved: dict[st
     module, model = strategy.lightning_module, strategy.model
     assert module is not None
     assert model is not None
-    names = {parameter: unwrapped_name(name) for name, parameter in module.named_parameters()}
+    names = {parameter: clean_tensor_name(name) for name, parameter in module.named_parameters()}
     keys = [key for group in saved["param_groups"] for key in group["params"]]
     here = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     renamed = dict(zip(keys, here, strict=True))

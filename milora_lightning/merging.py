@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from milora_lightning.lora import LoRALinear
+from milora_lightning.names import unwrapped_name
 from milora_lightning.peft_format import registrations
 
 FACTORS = ("lora_A", "lora_B", "initial_A", "initial_B")
@@ -36,7 +37,8 @@ def merged_state(
     state: dict[str, Any] = {}
     casts: dict[tuple[Any, ...], Tensor] = {}  # tied weights stay one memory
     errors = energies = 0.0
-    for key, value in model.state_dict().items():
+    for wrapped_key, value in model.state_dict().items():
+        key = unwrapped_name(wrapped_key)
         if is_factor(key, places) or not key.startswith(only):
             continue
         name, _, leaf = key.rpartition(".base_layer.")

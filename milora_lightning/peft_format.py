@@ -17,12 +17,12 @@ from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 from transformers.pytorch_utils import Conv1D
 
 from milora_lightning.lora import LoRALinear, linear_shape
+from milora_lightning.names import WRAPPERS, unwrapped_name
 from milora_lightning.surgery import lora_layers
 
 PEFT_PREFIX = "base_model.model."
@@ -120,7 +120,7 @@ def target_modules(model: nn.Module, names: list[str]) -> list[str]:
     bases = {layer.base_layer for layer in lora_layers(model).values()}
     meant = {
         name
-        for name, child in model.named_modules()
+        for name, child in ((unwrapped_name(wrapped_name), child) for wrapped_name, child in model.named_modules())
         if child not in bases and name.rsplit(".", 1)[-1] in endings and not isinstance(child, nn.ModuleList)
     }
     return endings if meant == set(names) else names
@@ -159,7 +159,7 @@ def outermost_models(module: nn.Module) -> dict[str, PreTrainedModel]:
 def registrations(model: nn.Module) -> dict[str, LoRALinear]:
     """Return all names under which adapters are found, where a layer is used in several places more than one."""
     modules = model.named_modules(remove_duplicate=False)
-    return {name: layer for name, layer in modules if isinstance(layer, LoRALinear)}
+    return {unwrapped_name(name): layer for name, layer in modules if isinstance(layer, LoRALinear)}
 
 
 def check_opens(
@@ -239,8 +239,8 @@ def skeleton(module: nn.Module) -> Any:
 def _skeleton(module: nn.Module, copies: dict[int, Any]) -> Any:
     if id(module) in copies:
         return copies[id(module)]
-    if isinstance(module, OptimizedModule):
-        return _skeleton(module._orig_mod, copies)
+    for wrapped in WRAPPERS & module._modules.keys():
+        return _skeleton(module.get_submodule(wrapped), copies)
     if isinstance(module, LoRALinear):
         out_features, in_features = linear_shape(module.base_layer)
         with torch.device("meta"):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from milora_lightning.checkpoint_io import KEY, read
+from milora_lightning.names import unwrapped_name
 from milora_lightning.sharding import shard_like
 from milora_lightning.sharing import raise_together
 
@@ -96,8 +97,10 @@ def read_together(strategy: ParallelStrategy, checkpoint_path: str | Path) -> di
 
 
 def _load_module(module: nn.Module, state: dict[str, Any], strict: bool) -> None:
-    here = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
-    sharded = {key: shard_like(value, here[key]) if key in here else value for key, value in state.items()}
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]
+    here = {unwrapped_name(name): tensor for name, tensor in named}
+    plain = {unwrapped_name(key): value for key, value in state.items()}
+    sharded = {key: shard_like(value, here[key]) if key in here else value for key, value in plain.items()}
     module.load_state_dict(sharded, strict=strict)
 
 

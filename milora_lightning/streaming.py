@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from milora_lightning.fingerprint import base_keys
+from milora_lightning.names import pristine_name, unwrapped_name
 from milora_lightning.pretrained import decoder_layers, from_pretrained, load_causal_lm, locate
 from milora_lightning.sharding import as_bytes, fill, local_slices
 from milora_lightning.sharing import raise_together
@@ -94,13 +95,13 @@ def stream_weights(model: PreTrainedModel, name_or_path: str, device: torch.devi
     model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
     names: dict[Tensor, list[str]] = defaultdict(list)  # of tied weights several
     for key in sorted(base_keys(model, frozen_only=False)):
-        names[model.get_parameter(key)].append(key.replace(".base_layer.", "."))
+        names[model.get_parameter(key)].append(pristine_name(key))
     for parameter in model.parameters():
         if parameter not in names:
             fill(parameter, torch.zeros(1).expand(parameter.shape))
     files = _weight_files(locate(name_or_path))
     found = {parameter: next((name for name in own if name in files), "") for parameter, own in names.items()}
-    buffers = {buffer: name for name, buffer in model.named_buffers()}
+    buffers = {buffer: unwrapped_name(name) for name, buffer in model.named_buffers()}
     if all(found.values()):
         _read_shards({**found, **{buffer: name for buffer, name in buffers.items() if name in files}}, files)
     else:

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
+from torch._dynamo.eval_frame import OptimizedModule
 
 from milora_lightning.config import LoRAConfig, ends_in
 from milora_lightning.fused import stacked_factors
 from milora_lightning.lora import LoRALinear, linear_shape
+from milora_lightning.names import unwrapped_name
 from milora_lightning.sharding import is_sharded
 from milora_lightning.targets import TargetNotFoundError, find_modules, find_targets
 
@@ -70,21 +71,12 @@ def inject(module: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
 
 
 def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
-    """Return the adapters of a module by name; where FSDP1 has wrapped modules, by the name from before.
+    """Return the adapters of a module by name; where parts of it are wrapped or compiled, by the plain module's name.
 
     >>> lora_layers(nn.Linear(2, 2))
     {}
     """
     return {unwrapped_name(name): layer for name, layer in module.named_modules() if isinstance(layer, LoRALinear)}
-
-
-def unwrapped_name(name: str) -> str:
-    """Return the name of a module or parameter without what FSDP1 puts into it.
-
-    >>> unwrapped_name("_fsdp_wrapped_module.layers.0._fsdp_wrapped_module.weight")
-    'layers.0.weight'
-    """
-    return name.replace(f"{FSDP_WRAPPED_MODULE}.", "")
 
 
 @contextmanager
@@ -185,7 +177,7 @@ def _check_not_tied(module: nn.Module, targets: dict[str, nn.Module]) -> None:
     users = defaultdict(set)
     for name, child in module.named_modules():
         for key, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
-            users[_storage(parameter)].add(f"{name}.{key}".lstrip("."))
+            users[_storage(parameter)].add(unwrapped_name(f"{name}.{key}".lstrip(".")))
     for name, layer in targets.items():
         others = users[_storage(layer.get_parameter("weight"))] - {f"{name}.weight"}
         if others:
@@ -214,3 +206,5 @@ def _replace(module: nn.Module, targets: dict[str, nn.Module], config: LoRAConfi
         for key, child in list(parent._modules.items()):  # named_children would skip a second registration
             if child in adapters:
                 setattr(parent, key, adapters[child])
+                if isinstance(parent, OptimizedModule):  # a compiled layer, which has bound the layer's own call
+                    parent.__setstate__(parent.__getstate__())

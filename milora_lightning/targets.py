@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from milora_lightning.lora import LoRALinear
+from milora_lightning.names import WRAPPERS, unwrapped_name
 
 ALL_LINEAR = "all-linear"
 
@@ -54,7 +55,8 @@ def find_targets(module: nn.Module, target_modules: str | Sequence[str]) -> dict
     else:
         found = {}
         for target in target_modules:
-            matches = {name: layer for name, layer in layers.items() if _ends_with(name, target)}
+            plain = unwrapped_name(target)
+            matches = {name: layer for name, layer in layers.items() if _ends_with(name, plain)}
             if not matches:
                 raise TargetNotFoundError(_no_match(module, f"target_modules entry {target!r}", layers, target))
             found |= matches
@@ -65,7 +67,8 @@ def _adaptable_layers(module: nn.Module) -> dict[str, nn.Module]:
     """All linear layers by name, those with adapters as their LoRALinear."""
     bases = {child.base_layer for child in module.modules() if isinstance(child, LoRALinear)}
     layers: dict[str, nn.Module] = {}
-    for name, child in module.named_modules():
+    for wrapped_name, child in module.named_modules():
+        name = unwrapped_name(wrapped_name)
         if isinstance(child, LoRALinear):
             layers[name] = child
         elif name and isinstance(child, (nn.Linear, Conv1D)) and child not in bases:
@@ -112,7 +115,11 @@ def find_modules(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     """
     kept = []
     for wanted in names:
-        matches = [child for name, child in module.named_modules() if _ends_with(name, wanted)]
+        matches = [
+            child
+            for name, child in module.named_modules()
+            if _ends_with(unwrapped_name(name), unwrapped_name(wanted)) and name.rpartition(".")[2] not in WRAPPERS
+        ]
         if not matches:
             raise TargetNotFoundError(
                 f"modules_to_save names {wanted!r}, but {type(module).__name__} has no such module."
