@@ -37,6 +37,7 @@ class AdapterCheckpoint:
 
     def __init__(self, module: nn.Module, config: LoRAConfig) -> None:
         self.config = config
+        self.prefix = ""  # of the module's keys in the state dict that is being loaded
         # Taken now, before a strategy casts or moves the weights, so that it is the same when loading; or else when
         # there are weights.
         self.fingerprint = None if any(p.is_meta for p in module.parameters()) else fingerprint(module)
@@ -83,13 +84,15 @@ class AdapterCheckpoint:
 
     def check(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
         """Refuse a state dict that does not fit the module; take the description out of one that does."""
+        self.prefix = prefix
         description = state.pop(prefix + KEY, None)
         names = {prefix + unwrapped_name(name) for name, _ in module.named_parameters(remove_duplicate=False)}
         if description is None and names <= state.keys():
             return  # a whole state dict brings everything
         self.check_description(module, description)
         kept = {prefix + unwrapped_name(key): value for key, value in module.state_dict().items() if key != KEY}
-        check_tensors(state, {key: getattr(value, "shape", None) for key, value in kept.items()}, names)
+        own = {key: value for key, value in state.items() if key.startswith(prefix)}
+        check_tensors(own, {key: getattr(value, "shape", None) for key, value in kept.items()}, names)
 
     def check_description(self, module: nn.Module, description: dict[str, Any] | None) -> None:
         """Refuse adapters of another configuration or base, or none at all.
@@ -142,8 +145,10 @@ def _check(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> No
 
 
 def _excuse_base(module: nn.Module, incompatible: Any) -> None:
-    in_base = _base_predicate(module)
-    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not in_base(key)]
+    in_base, prefix = _base_predicate(module), str(module._adapter_checkpoint.prefix)  # type: ignore[union-attr]
+    incompatible.missing_keys[:] = [
+        key for key in incompatible.missing_keys if not (key.startswith(prefix) and in_base(key.removeprefix(prefix)))
+    ]
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

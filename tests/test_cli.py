@@ -13,7 +13,7 @@ import yaml
 from conftest import TINY_CONFIGS, save_tiny_model, tiny_tokenizer, write_examples
 from transformers import AutoModelForCausalLM
 
-from milora_lightning import MiLoRAInit
+from milora_lightning import MiLoRAInit, lora_layers
 from milora_lightning.checkpoint import KEY, read_checkpoint
 from milora_lightning.checkpoint_options import differences
 from milora_lightning.cli import CONFIGS, main, resolve_configs
@@ -282,6 +282,24 @@ def test_keywords_for_checkpoints_bring_options_too(project: Path, capsys: pytes
     assert cli.trainer.lightning_module is cli.model
     assert cli.trainer.global_step == 3
     assert "model.max_new_tokens: 9 here, 4 in the checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("average", ["EMAWeightAveraging", "StochasticWeightAveraging"])
+def test_weights_are_averaged_and_averages_resumed(project: Path, average: str) -> None:
+    options = {"swa_lrs": 1e-3, "swa_epoch_start": 1} if average.startswith("Sto") else {"decay": 0.5}
+    saving = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"}
+    saving["init_args"] = {"dirpath": "saved", "save_last": True, "enable_version_counter": False}
+    callbacks = [{"class_path": f"lightning.pytorch.callbacks.{average}", "init_args": options}, saving]
+    model = {"lr_scheduler": "constant"}
+    (project / "average.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}, "model": model}))
+    fit = ["fit", "--config", "mine.yaml", "--config", "average.yaml", "--data.num_generation_examples=0"]
+    run(*fit)
+    (project / "saved" / "last.ckpt").rename("first.ckpt")
+    resumed = run(*fit, "--trainer.max_epochs=2", "--ckpt_path=first.ckpt").model
+    whole = run(*fit, "--trainer.max_epochs=2").model
+    for name, layer in lora_layers(whole).items():
+        assert torch.equal(layer.lora_B, lora_layers(resumed)[name].lora_B)
+    assert (project / "saved" / "last.ckpt").stat().st_size < 300_000
 
 
 @pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])

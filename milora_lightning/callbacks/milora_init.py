@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from milora_lightning.averaging import check_averaging, copy_adapted, start_averages
 from milora_lightning.checkpoint import AdapterCheckpoint
 from milora_lightning.config import Init, LoRAConfig
 from milora_lightning.factors import stack_factors
@@ -33,7 +34,8 @@ class MiLoRAInit(Callback):
     built in ``__init__``, ``setup`` or ``configure_model``; their factors are computed when fitting starts, on the
     device the strategy has put the weights on, unless a checkpoint has brought them. Everything else is frozen,
     the model computes at the start exactly what it did before, and the factors stay in float32 whatever the
-    Trainer's precision.
+    Trainer's precision. Lightning's callbacks that average weights may stand anywhere in the list: they average
+    A and B, each by itself, share the frozen base with the module, and write averaged adapters into checkpoints.
 
     Args:
         r: Rank of each adapter.
@@ -100,6 +102,7 @@ class MiLoRAInit(Callback):
         if config is None:
             return
         prepare(trainer)
+        check_averaging(trainer)
         # Tuners train in their own on_fit_start, and Lightning sorts them to the front: the factors have to be there.
         # A new list, because this one is being iterated over.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
@@ -107,7 +110,11 @@ class MiLoRAInit(Callback):
         # are missing now may come with setup or configure_model; the second call insists on them.
         with suppress(TargetNotFoundError):
             inject(pl_module, config)
-        _call_after_configure_model(pl_module, lambda: self._complete(trainer, pl_module, stage, config))
+        _call_after_configure_model(
+            pl_module,
+            lambda: self._complete(trainer, pl_module, stage, config),
+            lambda: copy_adapted(trainer, pl_module, stage),
+        )
 
     def _complete(self, trainer: Trainer, pl_module: LightningModule, stage: str, config: LoRAConfig) -> None:
         inject(pl_module, config)
@@ -135,6 +142,7 @@ class MiLoRAInit(Callback):
         track = _progress if trainer.is_global_zero else iter
         ranks = trainer.global_rank, trainer.world_size
         number = initialize(pl_module, seed, track, *ranks, trainer.strategy.root_device, self.cache)
+        start_averages(trainer, pl_module)
         if number and self.config is not None:
             summary = _summary(pl_module, self.config, number, time.monotonic() - started)
             if trainer.is_global_zero:
@@ -147,17 +155,28 @@ class MiLoRAInit(Callback):
             layer.train()
 
 
-def _call_after_configure_model(pl_module: LightningModule, action: Callable[[], object]) -> None:
-    """Have ``action`` run once, right after the module's ``configure_model``, overridden or not.
+def _call_after_configure_model(
+    pl_module: LightningModule, action: Callable[[], object], after_setup: Callable[[], object]
+) -> None:
+    """Have ``action`` run right after the module's ``configure_model``, overridden or not, whoever calls it.
 
-    No callback hook lies between ``configure_model`` and the strategy's wrapping of the model.
+    No callback hook lies between ``configure_model`` and the strategy's wrapping of the model. Callbacks may call it in
+    their ``setup``; when the Trainer does, for the last time, ``after_setup`` runs, too.
     """
+    vars(pl_module).pop("configure_model", None)
     own = pl_module.configure_model
 
     def configure_model() -> None:
-        vars(pl_module).pop("configure_model", None)
+        by_trainer = pl_module._current_fx_name == "configure_model"
+        if by_trainer:
+            vars(pl_module).pop("configure_model", None)
         own()
+        if not by_trainer:
+            with suppress(TargetNotFoundError):  # as in setup
+                action()
+            return
         action()
+        after_setup()
 
     pl_module.configure_model = configure_model  # type: ignore[method-assign]
 
