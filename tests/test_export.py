@@ -136,7 +136,9 @@ def test_card_and_tokenizer(tmp_path: Path) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     assert str(model_folder) in card
     assert "r = 4" in card
-    assert "Trained on: `Files(" in card
+    (trained_on,) = [line for line in card.splitlines() if line.startswith("Trained on: ")]
+    assert trained_on.startswith("Trained on: `Files; locations: train ")
+    assert not set("{}'=()") & set(trained_on.replace(str(tmp_path), ""))  # words, and no Python
     assert f"| val_loss | {trainer.callback_metrics['val_loss'].item():.4g} |" in card
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "</s>"
     with pytest.raises(FileExistsError, match="something at"):  # at the start of the next run, not at its end

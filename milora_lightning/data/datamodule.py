@@ -20,7 +20,7 @@ from milora_lightning.data.choices import ChoiceCollator
 from milora_lightning.data.prompt_format import KEY, PromptFormat
 from milora_lightning.data.resuming import OverfittingSampler, ResumableSampler, Resumption
 from milora_lightning.data.sampling import EvaluationSampler, ResumableDataLoader
-from milora_lightning.data.sources import MultipleChoice, Source, Split, Task
+from milora_lightning.data.sources import MultipleChoice, Source, Split, Task, describe
 from milora_lightning.data.templates import TemplateName
 from milora_lightning.data.tokenizing import tokenize_dataset
 from milora_lightning.metrics import AnswerAccuracy
@@ -160,9 +160,8 @@ class SFTDataModule(LightningDataModule):
 
     @property
     def description(self) -> str:
-        """What the data is, for model cards: the source with its arguments."""
-        arguments = (f"{key}={value!r}" for key, value in vars(self.source).items() if value is not None)
-        return f"{type(self.source).__name__}({', '.join(arguments)})"
+        """What the data is, for model cards: the source and what it was given, in a line of words."""
+        return describe(self.source)
 
     @property
     def prompt_format(self) -> PromptFormat:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import datasets
@@ -118,3 +119,24 @@ def check_columns(dataset: datasets.Dataset, split: str) -> None:
         )
     if len(dataset) == 0:
         raise ValueError(f"The {split} data has no rows. Point the source at data, or leave this split out.")
+
+
+def describe(source: object) -> str:
+    """Say in a line of words what a source is and what it was given, for model cards."""
+    given = ((key.replace("_", " "), _in_words(value)) for key, value in vars(source).items() if key[0] != "_")
+    return "; ".join([type(source).__name__, *(f"{key}: {words}" for key, words in given if words)])
+
+
+def _in_words(value: Any) -> str:
+    """Write a source's argument without Python's punctuation; nothing for what is empty.
+
+    >>> _in_words({"train": "a.jsonl", "test": None}), _in_words(["x", 0.5]), _in_words({})
+    ('train a.jsonl', 'x, 0.5', '')
+    """
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {words}" for key, each in value.items() if (words := _in_words(each)))
+    if isinstance(value, (list, tuple, set)):
+        return ", ".join(filter(None, map(_in_words, value)))
+    if value is None or isinstance(value, (str, int, float, Path)):
+        return "" if value is None else str(value)
+    return str(getattr(value, "__name__", type(value).__name__))
