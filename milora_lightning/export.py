@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -24,9 +25,9 @@ from milora_lightning.peft_format import (
     HEADS,
     MERGED,
     PEFT_PREFIX,
-    check_opens,
     lora_config,
     objection,
+    opens_otherwise,
     outermost_models,
     registrations,
     task_type,
@@ -104,7 +105,9 @@ def export_peft(
             metadata={"format": "pt", BASE_KEY: json.dumps(fingerprint(model))},
         )
         config.save_pretrained(str(folder))
-        check_opens(folder, model, tensors, {name: alphas[name] / ranks[name] for name in ranks})
+        scales = {name: alphas[name] / ranks[name] for name in ranks}
+        if said := opens_otherwise(folder, model, tensors, scales):
+            raise ValueError(f"PEFT {version('peft')} would not open this export as it was trained: {said}. {MERGED}")
         what = f"PEFT adapter of rank {_range(ranks.values())} on the unchanged base model"
         _finish(folder, model, model_card(model, what, "peft", metrics, data), tokenizer, prompt_format)
     return lost / energy if energy else 0.0

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 from transformers.pytorch_utils import Conv1D
 
+from milora_lightning.config import Value
 from milora_lightning.lora import LoRALinear, linear_shape
 from milora_lightning.names import WRAPPERS, unwrapped_name
 from milora_lightning.surgery import lora_layers
@@ -87,13 +87,13 @@ def lora_config(
     """
     layers = lora_layers(model)
     first = next(iter(layers.values()))
-    r, alpha = _most_common(ranks), _most_common(alphas)
+    r, alpha = most_common(ranks), most_common(alphas)
     task = task_type(model)
     return LoraConfig(
         r=r,
         lora_alpha=_whole(alpha),  # type: ignore[arg-type]
-        rank_pattern=_pattern(ranks, r),
-        alpha_pattern={name: _whole(value) for name, value in _pattern(alphas, alpha).items()},
+        rank_pattern=deviations(ranks, r),
+        alpha_pattern={name: _whole(value) for name, value in deviations(alphas, alpha).items()},
         lora_dropout=first.lora_dropout,
         target_modules=target_modules(model, list(ranks)),
         modules_to_save=kept or None,
@@ -162,19 +162,19 @@ def registrations(model: nn.Module) -> dict[str, LoRALinear]:
     return {unwrapped_name(name): layer for name, layer in modules if isinstance(layer, LoRALinear)}
 
 
-def check_opens(
+def opens_otherwise(
     folder: Path, model: PreTrainedModel, tensors: Mapping[str, Tensor], scales: Mapping[str, float]
-) -> None:
-    """Open a folder with PEFT on a copy of the model without weights, and compare what it holds.
+) -> str | None:
+    """Open a folder with PEFT on a copy of the model without weights, and say how it differs from what is meant.
 
     Args:
         folder: The folder, whole.
-        model: The model with its adapters.
-        tensors: What was written: factors, and the tensors of modules that are kept whole.
+        model: The model, with or without adapters.
+        tensors: What the file holds: factors, and the tensors of modules that are kept whole.
         scales: The scale of each adapter by name.
 
-    Raises:
-        ValueError: If PEFT refuses it, or has adapters on other layers, or other tensors, or other scales.
+    Returns:
+        That PEFT refuses it, or has adapters on other layers, or other tensors, or other scales; None if all is well.
     """
     try:
         with _quiet():
@@ -182,11 +182,9 @@ def check_opens(
                 skeleton(model), str(folder), low_cpu_mem_usage=True, torch_device="cpu"
             )
         opened = wrapped.get_base_model()
-        said = _other_layers(opened, scales) or _other_tensors(opened, tensors) or _other_scales(opened, scales)
+        return _other_layers(opened, scales) or _other_tensors(opened, tensors) or _other_scales(opened, scales)
     except Exception as error:  # whatever PEFT raises is its objection
-        said = _said(error)
-    if said:
-        raise ValueError(f"PEFT {peft.__version__} would not open this export as it was trained: {said}. {MERGED}")
+        return _said(error)
 
 
 def _other_layers(opened: nn.Module, names: Iterable[str]) -> str | None:
@@ -278,12 +276,13 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")
 
 
-def _most_common(values: Mapping[str, Any]) -> Any:
+def most_common(values: Mapping[str, Value]) -> Value:
+    """Return the value that most names have."""
     return Counter(values.values()).most_common(1)[0][0]
 
 
-def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """What differs from the default, long names first: PEFT takes the first that a name ends in."""
+def deviations(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
+    """Return what differs from a default by name, long names first: the first that a name ends in is taken."""
     return {n: v for n, v in sorted(values.items(), key=lambda item: -len(item[0])) if v != default}
 
 

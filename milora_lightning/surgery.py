@@ -53,7 +53,8 @@ def inject(module: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
     _check_same_config(present, config)
     _check_patterns([*targets, *present], config)
     for name, layer in targets.items():
-        _check_rank(name, layer, config.rank(name))
+        if config.init != "lora":  # which needs no singular triplets; an adapter of PEFT's may have any rank
+            _check_rank(name, layer, config.rank(name))
         _check_not_sharded(name, layer)
     _check_not_tied(module, targets)
 
