@@ -16,7 +16,6 @@ COLUMNS = {
     "decomposition": "times faster, float32 / bfloat16",
     "surgery": "seconds",
     "training": "tokens/s",
-    "generation": "seconds",
 }
 """Whose tables are drawn, and which column of them."""
 

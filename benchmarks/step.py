@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from milora_lightning import LoRAConfig, adapters_disabled, block_attention, initialize, inject
+from milora_lightning import LoRAConfig, adapters_disabled, attention, initialize, inject
 from milora_lightning.allocation import keep_freed_memory
 from milora_lightning.compilation import compile_layers
 from milora_lightning.loss import causal_lm_loss
@@ -31,8 +31,8 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
 # Our own operations, whose products are to be seen: their Python functions.
 INSIDE = {
-    torch.ops.milora_lightning.causal_attention: block_attention._attend,
-    torch.ops.milora_lightning.causal_attention_backward: block_attention._backward,
+    torch.ops.milora_lightning.causal_attention: attention._attend,
+    torch.ops.milora_lightning.causal_attention_backward: attention._backward,
 }
 BATCH, LENGTH, R, ROUNDS = 16, 224, 32, 7
 RANKS, BATCHES, LENGTHS = (8, 16, 32, 64, 128), (2, 4, 8, 16, 32), (64, 128, 256, 512)

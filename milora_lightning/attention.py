@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from milora_lightning.block_attention import attend
+from milora_lightning.operators import differentiate, operator
 
 NAME = "causal_blocks"
 """What ``attn_implementation`` calls it."""
 
-PACKING = "packing"
-"""Option of the attention layers: how :mod:`milora_lightning.packing` has packed a batch."""
+BLOCK = 64  # positions whose queries meet the same keys, those up to the block's end
 
 
 def causal_blocks_forward(
@@ -23,9 +24,8 @@ def causal_blocks_forward(
 ) -> tuple[Tensor, None]:
     """Attend causally, as an attention function of transformers.
 
-    Plain causal attention over a whole sequence goes block by block, and so do packed rows; whatever else is
-    asked for (a mask, one query against a cache, dropout, another device) through torch's
-    scaled_dot_product_attention.
+    Plain causal attention over a whole sequence goes block by block; whatever else is asked for (a mask, one query
+    against a cache, dropout, another device) through torch's scaled_dot_product_attention.
 
     Args:
         module: The attention layer.
@@ -43,11 +43,6 @@ def causal_blocks_forward(
     """
     if options.get("softcap"):
         raise ValueError(f"attn_implementation={NAME!r} does not cap attention scores as this model does: use 'eager'.")
-    scaling = options.get("scaling") or query.shape[-1] ** -0.5
-    if options.get(PACKING) is not None:
-        if options.get("dropout"):
-            raise ValueError("Attention over packed rows has no dropout: set the model's to 0.")
-        return attend(query, key, value, scaling, options[PACKING]), None
     causal = options.get("is_causal")
     plain = (
         attention_mask is None
@@ -62,11 +57,16 @@ def causal_blocks_forward(
             "tuple[Tensor, None]",
             sdpa_attention_forward(module, query, key, value, attention_mask, **options),
         )
-    return attend(query, key, value, scaling), None
+    scaling = options.get("scaling") or query.shape[-1] ** -0.5
+    return causal_attention(query, key, value, scaling).transpose(1, 2), None
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Compute softmax(s q kᵀ + causal mask) v with grouped key-value heads, without weights that causality hides.
+
+    The queries that share a key-value head are rows of one product, in place of copies of the keys and values, and
+    the queries of a block meet only the keys up to the block's end: of whole blocks, because the softmax, taken in
+    float32, is twice as fast over whole vectors. Whatever is behind a sequence's end, causality hides.
 
     Args:
         query: Queries (batch, heads, queries, head_dim), those of the last positions.
@@ -77,14 +77,123 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
     Returns:
         The output (batch, heads, queries, head_dim).
 
-    >>> import torch
     >>> q, k, v = torch.randn(2, 6, 5, 4), torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
     >>> reference = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     >>> torch.allclose(causal_attention(q, k, v, 4**-0.5), reference, atol=1e-6)
     True
     """
-    return attend(query, key, value, scaling).transpose(1, 2)
+    output: Tensor = _attend_opaquely(query, key, value, scaling)[0]
+    return output
 
+
+class _Block(NamedTuple):
+    queries: slice  # among those of a key-value head, position after position
+    offset: int  # where in the block the first of their positions stands
+    keys: int  # how many they meet
+    weights: Tensor  # their attention weights (batch · key-value heads, queries, keys)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    q, (k, v) = _rows(query, key), (_whole_blocks(x) for x in (key * scaling, value))
+    output, weights = torch.empty_like(q), query.new_empty(_weight_count(query, key))
+    triangle = q.new_full((BLOCK, BLOCK), -torch.inf).triu_(1).unsqueeze(1)  # the same for all heads of a group
+    for block in _blocks(query, key, weights):
+        scores = torch.bmm(q[:, block.queries], k[:, : block.keys].mT)
+        last_block = scores.view(len(k), -1, query.shape[1] // key.shape[1], block.keys)[..., -BLOCK:]
+        last_block += triangle[block.offset : block.offset + last_block.shape[1]]
+        torch.softmax(scores, -1, out=block.weights)
+        torch.bmm(block.weights, v[:, : block.keys], out=output[:, block.queries])
+    return _heads(output, query), weights
+
+
+def _backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, g = (_rows(x, key) for x in (query, grad))
+    k, v = (_whole_blocks(x) for x in (key * scaling, value))
+    grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
+    for block in _blocks(query, key, weights):
+        g_rows, seen = g[:, block.queries], slice(block.keys)
+        grad_p = torch.bmm(g_rows, v[:, seen].mT)
+        grad_s = torch._softmax_backward_data(grad_p, block.weights, -1, grad_p.dtype)
+        torch.bmm(grad_s, k[:, seen], out=grad_q[:, block.queries])
+        beta = 0 if block.keys == k.shape[1] else 1  # the first block meets all keys, and finds nothing to add to
+        grad_k[:, seen].baddbmm_(grad_s.mT, q[:, block.queries], beta=beta)
+        grad_v[:, seen].baddbmm_(block.weights.mT, g_rows, beta=beta)
+    return _heads(grad_q, query), _heads(grad_k, key).mul_(scaling), _heads(grad_v, value)
+
+
+def _blocks(query: Tensor, key: Tensor, weights: Tensor) -> Iterator[_Block]:
+    """Cut the queries into blocks: first the last one, which meets all keys."""
+    batch, heads, stop = query.shape[:3]
+    groups, length = batch * key.shape[1], key.shape[2]
+    before, group, taken = length - stop, heads // key.shape[1], 0
+    for keys in range(-(-length // BLOCK) * BLOCK, before // BLOCK * BLOCK, -BLOCK):
+        start = max(keys - BLOCK - before, 0)
+        size = batch * heads * (stop - start) * keys
+        part = weights[taken : taken + size].view(groups, -1, keys)
+        yield _Block(slice(start * group, stop * group), (before + start) % BLOCK, keys, part)
+        stop, taken = start, taken + size
+
+
+def _weight_count(query: Tensor, key: Tensor) -> int:
+    """Count the attention weights of all blocks: in closed form, as torch.compile needs it."""
+    batch, heads, queries = query.shape[:3]
+
+    def first(positions: int) -> int:
+        """How many keys the queries of the first positions meet: each as many as its block and those before have."""
+        whole, rest = positions // BLOCK, positions % BLOCK
+        return BLOCK * BLOCK * (whole * (whole + 1) // 2) + rest * BLOCK * (whole + 1)
+
+    return batch * heads * (first(key.shape[2]) - first(key.shape[2] - queries))
+
+
+def _rows(x: Tensor, key: Tensor) -> Tensor:
+    """Bring queries to (batch · key-value heads, queries · group of heads, head_dim), position after position."""
+    tokens = x.transpose(1, 2)
+    by_group = tokens.reshape(*tokens.shape[:2], key.shape[1], -1).transpose(1, 2)
+    return by_group.reshape(len(key) * key.shape[1], -1, x.shape[3]).contiguous()
+
+
+def _whole_blocks(x: Tensor) -> Tensor:
+    """Bring keys or values to (batch · key-value heads, whole blocks, head_dim), with zeros at the end."""
+    batch, heads, length, width = x.shape
+    whole = x.new_empty(batch, heads, -(-length // BLOCK) * BLOCK, width)
+    whole[:, :, :length] = x
+    whole[:, :, length:] = 0
+    return whole.flatten(0, 1)
+
+
+def _heads(rows: Tensor, like: Tensor) -> Tensor:
+    """Undo :func:`_rows` or :func:`_whole_blocks`: (batch, heads, length, head_dim)."""
+    batch, heads, length, width = like.shape
+    groups = len(rows) // batch
+    by_group = rows.view(batch, groups, -1, heads // groups * width)[:, :, :length]
+    return by_group.transpose(1, 2).contiguous().view(batch, length, heads, width).transpose(1, 2)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """Memory for (batch, heads, length, head_dim) that holds the heads of a token together, as layers around it do."""
+    return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], output[1])
+    ctx.scaling = inputs[3]
+    ctx.set_materialize_grads(False)  # those of the attention weights, which nobody else sees, would be large
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_backward_opaquely(grad, *ctx.saved_tensors, ctx.scaling), None)
+
+
+_attend_opaquely = operator(
+    "causal_attention", _attend, lambda q, k, *_: (_empty_like(q), q.new_empty(_weight_count(q, k)))
+)
+_backward_opaquely = operator(
+    "causal_attention_backward", _backward, lambda grad, q, k, v, *_: tuple(_empty_like(x) for x in (q, k, v))
+)
+differentiate("causal_attention", _differentiate, _setup_context)
 
 AttentionInterface.register(NAME, causal_blocks_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)

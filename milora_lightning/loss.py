@@ -11,8 +11,9 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from milora_lightning.data.batching import IGNORED
-from milora_lightning.packing import model_inputs
-from milora_lightning.trials import once_per_model
+from milora_lightning.supervision import keeps_logits, run, supervised_logits, supervised_positions, whole_logits
+
+__all__ = ["causal_lm_loss", "linear_cross_entropy", "supervised_logits"]
 
 # Logits held at once, enough for fast products, and those of them in float32: on CPUs what stays in the cache.
 # Elsewhere both are as many as fill the device.
@@ -26,7 +27,7 @@ def causal_lm_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) ->
     The output embeddings see only the hidden states whose next label counts. Where they are a frozen linear layer
     and the model returns their output as it is, the logits are formed chunk by chunk and turned into the gradient at
     once (:func:`linear_cross_entropy`); otherwise (trained heads, soft caps, scaled logits) the model's own logits
-    are taken.
+    are taken. Every call finds out by itself which of the two is right (:mod:`milora_lightning.supervision`).
 
     Args:
         model: Any causal language model of transformers.
@@ -36,26 +37,23 @@ def causal_lm_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) ->
 
     Returns:
         The sum in nats, a float32 scalar; zero, but connected to the model, without any label.
+
+    Raises:
+        ValueError: If the model attends to the tokens that it is to predict.
     """
     targets = labels[:, 1:][labels[:, 1:] != IGNORED]
-    head = model.get_output_embeddings()
-    if not (_is_frozen_linear(head) and _returns_head_output(model)):
+    if not (_is_frozen_linear(model.get_output_embeddings()) and keeps_logits(model.config)):
         return F.cross_entropy(supervised_logits(model, input_ids, labels).float(), targets, reduction="sum")
-    inputs, supervised = model_inputs(model, input_ids, labels)
-    losses: list[Tensor] = []
+    supervised, losses = supervised_positions(labels), list[Tensor]()
 
-    def take_loss(module: nn.Linear, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def take_loss(head: nn.Linear, hidden: Tensor) -> Tensor:
         # Within the model's forward, because sharded weights are whole only there.
-        hidden = args[0][supervised]
-        losses.append(linear_cross_entropy(hidden, module.weight, module.bias, targets))
-        return (hidden[:0].unsqueeze(0), *args[1:])
+        losses.append(linear_cross_entropy(hidden[supervised], head.weight, head.bias, targets))
+        return hidden[:1, :1]  # one token, for which the model shows what it does with logits
 
-    handle = head.register_forward_pre_hook(take_loss)
-    try:
-        model(**inputs, use_cache=False)
-    finally:
-        handle.remove()
-    return losses[0]
+    if run(model, input_ids, take_loss).is_heads:
+        return losses[0]
+    return F.cross_entropy(whole_logits(model, input_ids)[supervised].float(), targets, reduction="sum")
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -126,47 +124,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return gradient * grad, None, None, None
 
 
-def supervised_logits(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Tensor:
-    """Compute a causal language model's logits at each position whose next label counts.
-
-    The output embeddings see only the hidden states of these positions. That works for every architecture, whatever it
-    does to the logits afterwards, and saves the (batch, length, vocabulary) tensor, which is the largest of all.
-
-    Args:
-        model: Any causal language model of transformers.
-        input_ids: Token ids (batch, length), padded on the right.
-        labels: Labels (batch, length), ``IGNORED`` where they do not count.
-
-    Returns:
-        Logits of shape (supervised tokens, vocabulary).
-    """
-    inputs, supervised = model_inputs(model, input_ids, labels)
-
-    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][supervised].unsqueeze(0), *args[1:])
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        logits: Tensor = model(**inputs, use_cache=False).logits[0]
-    finally:
-        handle.remove()
-    return logits
-
-
-def _is_frozen_linear(head: nn.Module) -> bool:
+def _is_frozen_linear(head: nn.Module | None) -> bool:
     return type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
-
-
-@once_per_model
-def _returns_head_output(model: PreTrainedModel) -> bool:
-    """Whether the model's logits are the very output of its output embeddings; found out by trying."""
-    outputs: list[Tensor] = []
-    handle = model.get_output_embeddings().register_forward_hook(lambda *call: outputs.append(call[2]))
-    try:
-        # Its draws, for dropout, are not to be seen in those of training.
-        with torch.no_grad(), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-            token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-            logits = model(input_ids=token, use_cache=False).logits
-    finally:
-        handle.remove()
-    return len(outputs) == 1 and torch.equal(outputs[0], logits)

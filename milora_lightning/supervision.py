@@ -1,0 +1,169 @@
+"""A causal language model run so that its output embeddings see only the positions whose next label counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PretrainedConfig, PreTrainedModel
+
+from milora_lightning.data.batching import IGNORED
+
+# What configurations call what is done to the logits, each position's by itself, and each with values that do nothing.
+# Whatever is missing here is noticed in the model's forward, at the price of a second one.
+TRANSFORMATIONS = {
+    "final_logit_softcapping": (None,),
+    "logits_soft_cap": (None,),
+    "output_logit_soft_cap": (None,),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "lm_head_multiplier": (None, 1),
+    "output_multiplier": (None, 1),
+    "logits_mup_width_multiplier": (None, 1),
+}
+
+
+class Logits(NamedTuple):
+    """What a model's forward returned.
+
+    Attributes:
+        values: The logits.
+        chosen: Whether the output embeddings were called once, and saw what they were meant to see.
+        is_heads: Whether, moreover, the logits are what they returned.
+    """
+
+    values: Tensor
+    chosen: bool
+    is_heads: bool
+
+
+def keeps_logits(config: PretrainedConfig) -> bool:
+    """Tell whether a configuration names nothing that is done to the output of the output embeddings.
+
+    >>> from transformers import CohereConfig, GraniteConfig, LlamaConfig
+    >>> [keeps_logits(c) for c in (LlamaConfig(), GraniteConfig(logits_scaling=8.0), CohereConfig())]
+    [True, False, False]
+    """
+    configs = {id(c): c for c in (config, config.get_text_config(decoder=True))}.values()
+    return all(getattr(c, name, None) in (None, *idle) for c in configs for name, idle in TRANSFORMATIONS.items())
+
+
+def supervised_positions(labels: Tensor) -> Tensor:
+    """Tell which positions of the rows (batch, length) have a next label that counts."""
+    supervised = torch.zeros_like(labels, dtype=torch.bool)
+    supervised[:, :-1] = labels[:, 1:] != IGNORED
+    return supervised
+
+
+def supervised_logits(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Tensor:
+    """Compute a causal language model's logits at each position whose next label counts.
+
+    The output embeddings see only the hidden states of these positions, which saves the (batch, length, vocabulary)
+    tensor, the largest of all. A model that does something unknown to its logits afterwards runs a second time.
+
+    Args:
+        model: Any causal language model of transformers.
+        input_ids: Token ids (batch, length), padded on the right.
+        labels: Labels (batch, length), ``IGNORED`` where they do not count.
+
+    Returns:
+        Logits of shape (supervised tokens, vocabulary).
+
+    Raises:
+        ValueError: If the model attends to the tokens that it is to predict.
+    """
+    supervised = supervised_positions(labels)
+    logits = run(model, input_ids, lambda _, hidden: hidden[supervised].unsqueeze(0))
+    if logits.is_heads or (logits.chosen and not keeps_logits(model.config)):
+        return logits.values[0]
+    return whole_logits(model, input_ids)[supervised]
+
+
+def run(model: PreTrainedModel, input_ids: Tensor, substitute: Callable[[Any, Tensor], Tensor]) -> Logits:
+    """Run a model with other hidden states for its output embeddings.
+
+    Args:
+        model: Any causal language model of transformers.
+        input_ids: Token ids (batch, length), padded on the right.
+        substitute: Given the output embeddings and the hidden states (batch, length, width), returns what these see.
+    """
+    head = model.get_output_embeddings()
+    followed, stack = _Followed(), ExitStack()
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or args[0].shape[:-1] != input_ids.shape:
+            return None
+        followed.calls += 1
+        return (substitute(module, args[0]), *args[1:])
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        stack.enter_context(followed)
+        return followed.start(output)
+
+    with stack:
+        if head is not None:
+            stack.callback(head.register_forward_pre_hook(before).remove)
+            stack.callback(head.register_forward_hook(after).remove)
+        logits = _forward(model, input_ids)
+    chosen = followed.calls == 1
+    return Logits(logits, chosen, chosen and followed.unchanged(logits))
+
+
+def whole_logits(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Compute all logits (batch, length, vocabulary) of a model that does with them what is not known here."""
+    _say_that_it_runs_twice(type(model).__name__)
+    return _forward(model, input_ids)
+
+
+def _forward(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    output = model(input_ids=input_ids, use_cache=False)
+    logits: Tensor = output[0] if isinstance(output, tuple) else output.logits
+    return logits
+
+
+class _Followed(TorchFunctionMode):
+    """Follows the output of the output embeddings through conversions to where the model returns it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.versions: list[tuple[Tensor, int]] = []
+
+    def start(self, output: Tensor) -> Tensor:
+        """Follow an output, and return it in a form that counts its changes in place."""
+        if output.is_inference():
+            with torch.inference_mode(False):
+                output = output.clone()
+        self.versions.append((output, output._version))
+        return output
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in (Tensor.float, Tensor.to) and self._follows(args[0]) and _is_as_exact(result, args[0]):
+            return self.start(result)
+        return result
+
+    def unchanged(self, logits: Tensor) -> bool:
+        """Tell whether logits are what the output embeddings returned."""
+        return self._follows(logits) and all(tensor._version == version for tensor, version in self.versions)
+
+    def _follows(self, tensor: Tensor) -> bool:
+        return any(tensor is known for known, _ in self.versions)
+
+
+def _is_as_exact(result: Tensor, before: Tensor) -> bool:
+    return torch.promote_types(result.dtype, before.dtype) == result.dtype
+
+
+@cache
+def _say_that_it_runs_twice(name: str) -> None:
+    rank_zero_warn(
+        f"What {name} does to its logits is not known here, so that each of its losses takes a second forward: right, "
+        "and slower."
+    )
