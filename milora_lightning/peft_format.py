@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import warnings
@@ -231,7 +232,10 @@ def skeleton(module: nn.Module) -> Any:
 
     Nothing is shared that PEFT could change; the copy is to be looked at and not to be called.
     """
-    return _skeleton(module, {})
+    copied = _skeleton(module, {})
+    if isinstance(module, PreTrainedModel):
+        copied.config = copy.deepcopy(module.config)
+    return copied
 
 
 def _skeleton(module: nn.Module, copies: dict[int, Any]) -> Any:
@@ -247,18 +251,18 @@ def _skeleton(module: nn.Module, copies: dict[int, Any]) -> Any:
         plain.bias = None if module.bias is None else nn.Parameter(_weightless(plain.bias), requires_grad=False)
         copies[id(module)] = plain
         return plain
-    copy = copies[id(module)] = module.__class__.__new__(module.__class__)
-    vars(copy).update({**vars(module), **vars(nn.Module())})  # the latter for hooks and all that is registered
-    vars(copy).pop("hf_device_map", None)  # PEFT would move weights to where these were
+    shell = copies[id(module)] = module.__class__.__new__(module.__class__)
+    vars(shell).update({**vars(module), **vars(nn.Module())})  # the latter for hooks and all that is registered
+    vars(shell).pop("hf_device_map", None)  # PEFT would move weights to where these were
     for key, parameter in module._parameters.items():
         if parameter is not None and id(parameter) not in copies:
             copies[id(parameter)] = nn.Parameter(_weightless(parameter), requires_grad=False)
-        copy._parameters[key] = copies.get(id(parameter))
-    copy._buffers = {key: None if b is None else _weightless(b) for key, b in module._buffers.items()}
-    copy._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+        shell._parameters[key] = copies.get(id(parameter))
+    shell._buffers = {key: None if b is None else _weightless(b) for key, b in module._buffers.items()}
+    shell._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
     for key, child in module._modules.items():
-        copy._modules[key] = None if child is None else _skeleton(child, copies)
-    return copy
+        shell._modules[key] = None if child is None else _skeleton(child, copies)
+    return shell
 
 
 def _weightless(tensor: Tensor) -> Tensor:
@@ -267,7 +271,8 @@ def _weightless(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
+    """Within this context PEFT's layers are made without a trace in the user's terminal and random state."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
         warnings.simplefilter("ignore")
         yield
 

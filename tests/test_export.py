@@ -152,6 +152,13 @@ def test_export_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     main(["export", "--ckpt_path", str(path), "--output", str(tmp_path / "peft"), "--rank", "3"])
     assert "Rank 3 keeps" in capsys.readouterr().out
     main(["export", "--ckpt_path", str(path), "--output", str(tmp_path / "merged"), "--format", "merged"])
+    assert "Rounding" not in capsys.readouterr().out
+    half = ["--output", str(tmp_path / "half"), "--format", "merged", "--dtype", "bfloat16"]
+    main(["export", "--ckpt_path", str(path), *half])
+    assert "dtype float32 keeps all" in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
+    with pytest.raises(SystemExit, match="Adapters stay float32"):
+        main(["export", "--ckpt_path", str(path), "--output", str(tmp_path / "other"), "--dtype", "bfloat16"])
     assert "train.jsonl" in (tmp_path / "merged" / "README.md").read_text()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), logits(lm.model), rtol=0, atol=1e-5)

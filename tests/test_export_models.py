@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from milora_lightning import LoRAConfig, MiLoRAInit, export_merged, export_peft, initialize, inject, lora_layers
+from milora_lightning.peft_format import objection
 
 IDS = torch.randint(4, 60, (2, 8), generator=torch.Generator().manual_seed(0))
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -214,6 +215,48 @@ class Tuner(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+def test_asking_peft_leaves_nothing_behind() -> None:
+    model = build("gpt2")
+    inject(model, LoRAConfig(r=2))
+    before = copy.deepcopy(model.state_dict()), str(model), model.config.to_dict(), torch.get_rng_state()
+    assert objection(model) is None
+    after = model.state_dict(), str(model), model.config.to_dict(), torch.get_rng_state()
+    assert all(torch.equal(value, after[0][name]) for name, value in before[0].items())
+    assert before[1:3] == after[1:3]
+    assert torch.equal(before[3], after[3])
+    assert not {"peft_config", "hf_device_map"} & vars(model).keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_head_trained_on_a_half_precision_base(dtype: torch.dtype, tmp_path: Path) -> None:
+    build("bert").to(dtype).save_pretrained(tmp_path / "base")
+    cls = transformers.BertForSequenceClassification
+    model = cls.from_pretrained(tmp_path / "base", dtype=dtype)
+    inject(model, LoRAConfig(r=2, modules_to_save=["classifier"]))
+    initialize(model)
+    move(model)
+    export_peft(model, tmp_path / "peft")
+    export_merged(model, tmp_path / "merged", dtype="float32")
+    base = cls.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    opened = PeftModel.from_pretrained(base, tmp_path / "peft")
+    merged = cls.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(output("bert", opened), output("bert", merged), rtol=0, atol=1e-5)
+    torch.testing.assert_close(output("bert", model).float(), output("bert", merged), rtol=0.05, atol=0.05)
+
+
+def test_a_classifier_on_a_base_without_one_opens_as_its_card_says(tmp_path: Path) -> None:
+    build("encoder").save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    inject(model, LoRAConfig(r=2, modules_to_save=["classifier"]))
+    initialize(model)
+    move(model)
+    export_peft(model, tmp_path / "peft")
+    code = ModelCard.load(tmp_path / "peft" / "README.md").text.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace('"."', repr(str(tmp_path / "peft"))), names)
+    torch.testing.assert_close(output("bert", names["model"]), output("bert", model), rtol=0, atol=1e-5)
 
 
 def test_the_model_with_adapters_is_exported_wherever_it_stands(tmp_path: Path) -> None:
