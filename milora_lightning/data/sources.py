@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,10 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import datasets
 from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
 from torchmetrics import Metric
+
+from milora_lightning.data.code_key import code_key
 
 Split = Literal["train", "validation", "test"]
 Row = dict[str, str]
@@ -62,8 +64,8 @@ def cached_dataset(rows: Callable[..., Iterator[Row]], **arguments: Any) -> data
     Args:
         rows: Module-level generator function of rows with the keys ``prompt``, ``input``, ``response``,
             ``reference``, and ``task`` where there are several.
-        arguments: Its arguments; together with the source code around ``rows`` and around functions among them they
-            are the key of the cache.
+        arguments: Its arguments; together with the code of ``rows`` and of functions among them they are the key of
+            the cache.
 
     Returns:
         The dataset, with a fingerprint that is the same each time.
@@ -72,17 +74,36 @@ def cached_dataset(rows: Callable[..., Iterator[Row]], **arguments: Any) -> data
         Exception: Whatever ``rows`` raises.
     """
     functions = [rows, *filter(callable, arguments.values())]
-    code = "".join(inspect.getsource(inspect.getmodule(function) or function) for function in functions)
+    # A dataset among the arguments stands with its fingerprint.
+    values = {k: getattr(v, "_fingerprint", v) for k, v in arguments.items() if not callable(v)}
     with progress_bars(False):
         try:
             return datasets.Dataset.from_generator(
-                _generate,
+                _Rows(rows, arguments, Hasher.hash([code_key(*functions), values])),
                 features=datasets.Features({name: datasets.Value("large_string") for name in COLUMNS}),
-                gen_kwargs={"rows": rows, "arguments": arguments, "code": code},
             )
         except DatasetGenerationError as error:
             # What went wrong is said by the cause; "An error occurred while generating" only hides it.
             raise (error.__cause__ or error) from None
+
+
+class _Rows:
+    """Generates rows; for ``datasets``, which takes the pickled generator for the cache's key, it is its key alone.
+
+    Pickling functions would miss edits of those in modules, and fail for some in notebooks.
+    """
+
+    def __init__(self, rows: Callable[..., Iterator[Row]], arguments: dict[str, Any], key: str) -> None:
+        self.rows = rows
+        self.arguments = arguments
+        self.key = key
+
+    def __call__(self) -> Iterator[Row]:
+        for row in self.rows(**self.arguments):
+            yield {"task": "", **row}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, (self.key,)
 
 
 @contextmanager
@@ -96,12 +117,6 @@ def progress_bars(shown: bool) -> Iterator[None]:
     finally:
         if not disabled:
             datasets.enable_progress_bars()
-
-
-def _generate(rows: Callable[..., Iterator[Row]], arguments: dict[str, Any], code: str) -> Iterator[Row]:
-    """Generate the rows; ``code`` is there for the cache's key alone."""
-    for row in rows(**arguments):
-        yield {"task": "", **row}
 
 
 def check_columns(dataset: datasets.Dataset, split: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
@@ -13,8 +12,8 @@ from datasets.fingerprint import Hasher
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from milora_lightning.data import templates
 from milora_lightning.data.chat import ChatTemplate, ChatTemplateError, token_ids
+from milora_lightning.data.code_key import code_key
 from milora_lightning.data.sources import check_columns, progress_bars
 from milora_lightning.data.templates import TEMPLATES, TemplateName, bos_prefix, plain, question
 
@@ -218,7 +217,7 @@ def tokenize_dataset(
     check_end(tokenizer, template)
     arguments = {"template": template, "prompt_suffix": prompt_suffix, "max_length": max_length}
     # The tokenizer's own hash changes with use (it remembers padding and truncation), which would miss the cache.
-    key = [dataset._fingerprint, _content(tokenizer), arguments, inspect.getsource(templates), _SOURCE]
+    key = [dataset._fingerprint, _content(tokenizer), arguments, code_key(encode)]
     with progress_bars(len(dataset) >= LONG):
         encoded = dataset.map(
             encode,
@@ -280,6 +279,3 @@ def _content(tokenizer: PreTrainedTokenizerBase) -> str:
     model.update(truncation=None, padding=None)
     specials = tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template
     return hashlib.sha256(json.dumps([model, specials]).encode()).hexdigest()
-
-
-_SOURCE = inspect.getsource(inspect.getmodule(encode) or encode)
