@@ -240,7 +240,7 @@ def inject_as_in(module: nn.Module, state: dict[str, Any]) -> LoRAConfig:
     check_format(state[KEY])
     # What was injected, by whichever configurations.
     config = replace(LoRAConfig(**state[KEY]["config"]), target_modules=state[KEY]["adapters"])
-    inject(module, config)
+    inject(module, config, state[KEY]["adapters"])
     AdapterCheckpoint.attach(module, config)
     return config
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_args
 
+ALL_LINEAR = "all-linear"
 Init = Literal["milora", "pissa", "middle", "random", "lora"]
 Value = TypeVar("Value")
 
@@ -22,16 +23,22 @@ class LoRAConfig:
         lora_dropout: Probability with which an adapter's input features are dropped in training.
         target_modules: Which linear layers get an adapter: name endings (``["q_proj", "v_proj"]``), one
             regular expression that has to match a layer's full name, or ``"all-linear"`` for every linear
-            layer but the language-model head.
+            layer but the language-model head. What was frozen before while other parameters trained (a teacher, a
+            perceptual loss) is meant only by a name or expression that matches nothing that trained.
+            ``"all-linear"`` and expressions leave out layers that are smaller than ``r`` or cannot be adapted.
         init: Where the factors start: ``"milora"`` at the smallest singular triplets of the weight,
             ``"pissa"`` at the largest, ``"middle"`` and ``"random"`` at those the paper's ablation compares,
             ``"lora"`` at LoRA's own start (A Kaiming-uniform, B zero).
         modules_to_save: Name endings of modules that are trained in full beside the adapters, for example a
-            new classification head.
+            new classification head. They are kept in float32 and compute in the model's dtype.
         rank_pattern: Other ranks for some layers, ``{"down_proj": 16}``: what a key, a regular expression, matches at
             the end of a layer's name, from a dot on, has that rank; the first key that matches decides, as in PEFT.
         alpha_pattern: Likewise other values of ``lora_alpha``. A layer that no key matches has ``lora_alpha``, or,
             where that is left out, its own rank.
+        exclude_modules: What gets no adapter although ``target_modules`` describes it: name endings of layers or of
+            whole parts, or one regular expression that has to match a full name.
+        module: Name of the part that is adapted, such as ``"student"``. Names are then those within it, it alone is
+            frozen, and what is outside stays as it is: a discriminator trains on, a teacher stays frozen.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -48,11 +55,13 @@ class LoRAConfig:
     r: int = 32
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
-    target_modules: str | Sequence[str] = "all-linear"
+    target_modules: str | Sequence[str] = ALL_LINEAR
     init: Init = "milora"
     modules_to_save: Sequence[str] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    exclude_modules: str | Sequence[str] = ()
+    module: str | None = None
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -74,6 +83,8 @@ class LoRAConfig:
                 if value <= 0 or (name == "rank_pattern" and value != int(value)):
                     wanted = "a whole number of at least 1" if name == "rank_pattern" else "positive"
                     raise ValueError(f"{name} must be {wanted} for each key, not {value} as for {key!r}.")
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(f"modules_to_save takes a list of names: [{self.modules_to_save!r}].")
 
     @property
     def scaling(self) -> float:

@@ -30,8 +30,9 @@ def fingerprint(module: nn.Module, frozen_only: bool = True) -> dict[str, str]:
     """
     hashes: dict[str, str] = {}
     ranks = dist.get_world_size() if is_sharded(module) else 1
+    parameters = dict(module.named_parameters(remove_duplicate=False))
     for index, key in enumerate(sorted(base_keys(module, frozen_only))):
-        parameter = module.get_parameter(key).detach()
+        parameter = parameters[key].detach()
         weight = None if parameter.is_meta else gather_to(parameter, index % ranks)
         if weight is not None:
             digest = xxhash.xxh3_128_hexdigest(as_bytes(weight.cpu().contiguous()).numpy().data)

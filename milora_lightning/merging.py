@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from milora_lightning.lora import LoRALinear
+from milora_lightning.master_weights import compute_dtypes
 from milora_lightning.names import unwrapped_name
 from milora_lightning.peft_format import registrations
 
@@ -33,7 +34,7 @@ def merged_state(
     Raises:
         ValueError: If a number is too large for the dtype.
     """
-    places = registrations(model)
+    places, own = registrations(model), compute_dtypes(model)  # what trained in full is in float32
     state: dict[str, Any] = {}
     casts: dict[tuple[Any, ...], Tensor] = {}  # tied weights stay one memory
     errors = energies = 0.0
@@ -50,7 +51,7 @@ def merged_state(
         else:
             identity = (value.data_ptr(), value.shape, value.stride()) if isinstance(value, Tensor) else (key,)
             if identity not in casts:
-                casts[identity] = _cast(key, value, dtype)
+                casts[identity] = _cast(key, value, dtype or own.get(key))
             state[key] = casts[identity]
     return state, (errors / energies) ** 0.5 if energies else 0.0
 

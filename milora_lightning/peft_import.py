@@ -89,7 +89,7 @@ def load_peft(module: nn.Module, folder: str | Path) -> LoRAConfig:
     names = _layer_names(tensors)
     if said := opens_otherwise(Path(folder), model, tensors, {name: config.scale(name) for name in names}):
         raise CheckpointError(f"PEFT itself does not read {str(folder)!r} for this model: {said}.")
-    inject(model, config)
+    inject(model, config, names)
     for name, layer in lora_layers(model).items():
         layer.set_initial_factors(*(tensors[_key(name, factor)] for factor in ("lora_A", "lora_B")))
     places = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}

@@ -94,8 +94,9 @@ def stream_weights(model: PreTrainedModel, name_or_path: str, device: torch.devi
     # Tied weights stay tied: torch exchanges what is in a sharded parameter.
     model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
     names: dict[Tensor, list[str]] = defaultdict(list)  # of tied weights several
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for key in sorted(base_keys(model, frozen_only=False)):
-        names[model.get_parameter(key)].append(pristine_name(key))
+        names[parameters[key]].append(pristine_name(key))
     for parameter in model.parameters():
         if parameter not in names:
             fill(parameter, torch.zeros(1).expand(parameter.shape))

@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from milora_lightning.config import LoRAConfig, ends_in
+from milora_lightning.coverage import remarks, say_once
+from milora_lightning.frozen_statistics import freeze_statistics
 from milora_lightning.fused import stacked_factors
-from milora_lightning.lora import LoRALinear, linear_shape
+from milora_lightning.lora import LoRALinear
+from milora_lightning.master_weights import keep_master_weights
 from milora_lightning.names import unwrapped_name
 from milora_lightning.sharding import is_sharded
-from milora_lightning.targets import TargetNotFoundError, find_modules, find_targets
+from milora_lightning.targets import (
+    TRAINED_BEFORE,
+    TargetNotFoundError,
+    adaptable_layers,
+    check_initialized,
+    find_modules,
+    find_part,
+    find_targets,
+    select_layers,
+    some,
+)
 
 
-def inject(module: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
+def inject(module: nn.Module, config: LoRAConfig, layers: Sequence[str] | None = None) -> dict[str, LoRALinear]:
     """Put a :class:`LoRALinear` around every target layer, and freeze everything else.
 
     No arithmetic is done, so it works on the meta device; the module's function does not change. Everything is
     checked before anything is changed. Layers that have an adapter of the same configuration already are left as
     they are, so injecting twice is injecting once. Follow it with :func:`milora_lightning.initialize`.
 
+    Frozen means frozen: BatchNorm and whatever else keeps running statistics computes with those of the pretrained
+    model in training, too, and does not change them, unless it is in ``modules_to_save``. What is in there is kept in
+    float32 and computes in the dtype that it had.
+
     Args:
         module: Any module; changed in place.
         config: Which layers, which rank, which start.
+        layers: The full names of exactly the layers that get adapters, those of a checkpoint for example, in place of
+            what ``config`` says of them.
 
     Returns:
         All adapters of the module by name.
@@ -42,33 +60,70 @@ def inject(module: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lora_A', '0.lora_B']
     """
+    adapters = inject_quietly(module, config, layers)
+    for remark in remarks(module, config) if layers is None else ():
+        say_once(module, remark)
+    return adapters
+
+
+def inject_quietly(module: nn.Module, config: LoRAConfig, layers: Sequence[str] | None = None) -> dict[str, LoRALinear]:
+    """Do what :func:`inject` does, and say nothing of what is left out: perhaps not all of the module is there yet."""
     _check_no_peft(module)
-    kept = find_modules(module, config.modules_to_save)
-    targets = find_targets(module, config.target_modules)
-    inside_kept = {child for saved in kept for child in saved.modules()}
-    targets = {name: layer for name, layer in targets.items() if layer not in inside_kept}
-    present = lora_layers(module)
-    if not targets and not present:
-        raise TargetNotFoundError("All of target_modules is inside modules_to_save: nothing is left to adapt.")
+    part = find_part(module, config.module)
+    saved = find_modules(part, config.modules_to_save)
+    kept = {child for each in saved for child in each.modules()}
+    check_initialized(part, kept)
+    selected = select_layers(module, config, kept).layers if layers is None else _exactly(module, layers)
+    targets = {name: layer for name, layer in selected.items() if not isinstance(layer, LoRALinear)}
+    present = {
+        name: layer
+        for name, layer in lora_layers(module).items()
+        if config.module is None or layer in set(part.modules())
+    }
     _check_same_config(present, config)
     _check_patterns([*targets, *present], config)
     for name, layer in targets.items():
-        if config.init != "lora":  # which needs no singular triplets; an adapter of PEFT's may have any rank
-            _check_rank(name, layer, config.rank(name))
         _check_not_sharded(name, layer)
-    _check_not_tied(module, targets)
 
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-    for saved in kept:
-        for parameter in saved.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
+    _freeze(part, kept)
+    freeze_statistics(part, kept)
+    keep_master_weights(module, saved)
     _replace(module, targets, config)
-    adapters = lora_layers(module)
-    for adapter in adapters.values():
+    for adapter in lora_layers(part).values():
         adapter.lora_A.requires_grad_(True)
         adapter.lora_B.requires_grad_(True)
-    return adapters
+    return lora_layers(module)
+
+
+def freeze_again(module: nn.Module, config: LoRAConfig) -> None:
+    """Freeze the statistics of layers that have been replaced since surgery."""
+    part = find_part(module, config.module)
+    kept = find_modules(part, config.modules_to_save)
+    freeze_statistics(part, {child for saved in kept for child in saved.modules()})
+
+
+def _exactly(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """The layers of these full names."""
+    there, names = adaptable_layers(module), [unwrapped_name(name) for name in names]
+    missing = [name for name in names if name not in there]
+    if missing:
+        find_targets(module, missing)  # says what there is
+        raise TargetNotFoundError(f"{type(module).__name__} has no linear layer {some(missing)}.")
+    return {name: there[name] for name in names}
+
+
+def _freeze(part: nn.Module, kept: Collection[nn.Module]) -> None:
+    """Freeze all but adapters and what trains in full, and remember what was not frozen before."""
+    for child in part.modules():
+        own = [p for p in child._parameters.values() if p is not None]
+        if child not in kept and not isinstance(child, LoRALinear) and any(p.requires_grad for p in own):
+            setattr(child, TRAINED_BEFORE, True)
+    for parameter in part.parameters():
+        parameter.requires_grad_(False)
+    for child in kept:
+        for p in child._parameters.values():
+            if p is not None:
+                p.requires_grad_(p.is_floating_point() or p.is_complex())
 
 
 def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
@@ -83,6 +138,8 @@ def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
 @contextmanager
 def adapters_disabled(module: nn.Module) -> Iterator[None]:
     """Within this context, the module computes what it did before surgery, bit for bit.
+
+    What ``modules_to_save`` has trained in full, or other parts that train, stay as they are now.
 
     >>> model = nn.Sequential(nn.Linear(8, 8))
     >>> with adapters_disabled(model):
@@ -157,42 +214,12 @@ def _check_patterns(names: Collection[str], config: LoRAConfig) -> None:
                 raise TargetNotFoundError(f"The key {key!r} of {option} matches the name of no layer with an adapter.")
 
 
-def _check_rank(name: str, layer: nn.Module, r: int) -> None:
-    out_features, in_features = linear_shape(layer)
-    if r > min(out_features, in_features):
-        raise ValueError(
-            f"r={r} is larger than layer {name!r} allows, whose weight is {out_features}×{in_features}. "
-            f"Choose r of at most {min(out_features, in_features)}, or leave the layer out of target_modules."
-        )
-
-
 def _check_not_sharded(name: str, layer: nn.Module) -> None:
     if is_sharded(layer):
         raise ValueError(
             f"The weight of layer {name!r} is sharded already, too late for adapters: in configure_model, call "
             "milora_lightning.inject(model, LoRAConfig(...)) before fully_shard, with the same settings as MiLoRAInit."
         )
-
-
-def _check_not_tied(module: nn.Module, targets: dict[str, nn.Module]) -> None:
-    users = defaultdict(set)
-    for name, child in module.named_modules():
-        for key, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
-            users[_storage(parameter)].add(unwrapped_name(f"{name}.{key}".lstrip(".")))
-    for name, layer in targets.items():
-        others = users[_storage(layer.get_parameter("weight"))] - {f"{name}.weight"}
-        if others:
-            raise ValueError(
-                f"The weight of target {name!r} is tied to {', '.join(sorted(others))}: an adapter would change one "
-                "and not the other. Leave it out of target_modules, or untie the weights."
-            )
-
-
-def _storage(parameter: Tensor) -> tuple[object, ...]:
-    """What two parameters have in common if and only if they are one memory (or one object, without memory)."""
-    if parameter.is_meta or parameter.numel() == 0 or parameter.data_ptr() == 0:
-        return ("object", id(parameter))
-    return (parameter.device, parameter.data_ptr())
 
 
 def _replace(module: nn.Module, targets: dict[str, nn.Module], config: LoRAConfig) -> None:

@@ -1,34 +1,56 @@
-"""Which layers of a model get adapters."""
+"""Which layers of a model get adapters, and which are left out for what reason."""
 
 from __future__ import annotations
 
 import difflib
 import re
-import warnings
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from milora_lightning.lora import LoRALinear
+from milora_lightning.config import ALL_LINEAR, LoRAConfig
+from milora_lightning.lora import PLAIN_LAYERS, LoRALinear, linear_shape
 from milora_lightning.names import WRAPPERS, unwrapped_name
 
-ALL_LINEAR = "all-linear"
+TOO_SMALL = "is too small for r"
+FROZEN = "was frozen by you"
+TRAINED_BEFORE = "_trained_before_surgery"
+"""Attribute of modules whose own parameters trained until surgery froze them."""
 
 
 class TargetNotFoundError(ValueError):
-    """Something in ``target_modules`` or ``modules_to_save`` matches nothing in the model."""
+    """What the configuration names, or a layer for it, is not in the model (or not yet)."""
 
 
-def find_targets(module: nn.Module, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
-    """Find the linear layers that are to get an adapter and have none yet.
+@dataclass(frozen=True)
+class Selection:
+    """What a configuration means in a model.
+
+    Attributes:
+        layers: The layers that get adapters, or have them, by name.
+        left_out: Layers that ``target_modules`` describes and that get none, by name, with the reason.
+    """
+
+    layers: dict[str, nn.Module] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def find_targets(
+    module: nn.Module, target_modules: str | Sequence[str], exclude_modules: str | Sequence[str] = ()
+) -> dict[str, nn.Module]:
+    """Find the linear layers that are described and have no adapter yet, whether or not an adapter fits them.
 
     A layer that is registered under several names counts under its first.
 
     Args:
         module: Any module.
         target_modules: As in :class:`LoRAConfig`.
+        exclude_modules: As in :class:`LoRAConfig`.
 
     Returns:
         The layers by name; empty only if all targets have adapters already.
@@ -40,47 +62,142 @@ def find_targets(module: nn.Module, target_modules: str | Sequence[str]) -> dict
     >>> [sorted(find_targets(model, targets)) for targets in (["up"], r"q_.*", "all-linear")]
     [['mlp.up'], ['q_proj'], ['mlp.up', 'q_proj']]
     """
-    layers = _adaptable_layers(module)
-    if target_modules == ALL_LINEAR:
-        heads = _heads(module)
-        found = {n: m for n, m in layers.items() if _base(m) not in heads and not _ends_with(n, "lm_head")}
-        if not found:
-            raise TargetNotFoundError(_no_match(module, f'target_modules="{ALL_LINEAR}"', layers))
-    elif isinstance(target_modules, str):
-        found = {name: layer for name, layer in layers.items() if re.fullmatch(target_modules, name)}
-        if not found:
+    excluded = _excluded(module, exclude_modules)
+    found: dict[str, nn.Module] = {}
+    for entry in [target_modules] if isinstance(target_modules, str) else target_modules:
+        found |= _matches(module, entry, not isinstance(target_modules, str))
+    return {n: m for n, m in found.items() if n not in excluded and not isinstance(m, LoRALinear)}
+
+
+def select_layers(module: nn.Module, config: LoRAConfig, kept: Collection[nn.Module] = ()) -> Selection:
+    """Decide which layers get adapters.
+
+    What the user has frozen while other parameters train is there for another purpose (a teacher, a reward model, a
+    perceptual loss). So ``"all-linear"`` does not mean it, and neither does a name or regular expression that matches
+    layers that train as well; one that matches frozen layers only does. Where nothing trains, freezing says nothing.
+
+    Args:
+        module: Any module.
+        config: What is asked for.
+        kept: Modules that train in full.
+
+    Returns:
+        The layers, and what is left out.
+
+    Raises:
+        TargetNotFoundError: If a name matches no linear layer, or nothing is left.
+        ValueError: If a layer that was named itself cannot have an adapter of this rank.
+    """
+    part, targets = find_part(module, config.module), config.target_modules
+    named = not isinstance(targets, str)
+    excluded = _excluded(part, config.exclude_modules)
+    prefix = f"{config.module}." if config.module else ""
+    users, training = _users(module), _anything_trains(part, kept)
+    selection = Selection()
+    for entry in targets if named else [targets]:
+        matches = _matches(part, str(entry), named)
+        matches = {n: m for n, m in matches.items() if n not in excluded and m not in kept}
+        frozen = {n for n, m in matches.items() if n != entry and frozen_by_user(m)}
+        respected = training and (targets == ALL_LINEAR or len(frozen) < len(matches))
+        for relative, layer in matches.items():
+            name = prefix + relative
+            reason = FROZEN if respected and relative in frozen else _misfit(layer, config.rank(name), users)
+            if reason == TOO_SMALL and named and config.init == "lora":
+                reason = None  # no singular triplets are needed, and an adapter of PEFT's may have any rank
+            if reason is None:
+                selection.layers[name] = layer
+            elif named and reason != FROZEN:
+                raise ValueError(_refusal(name, layer, config.rank(name), reason))
+            else:
+                selection.left_out[name] = reason
+    if not selection.layers:
+        raise TargetNotFoundError(_nothing_left(module, config, selection.left_out))
+    for name in selection.layers.keys() & selection.left_out.keys():
+        del selection.left_out[name]
+    if targets == ALL_LINEAR:
+        computed = (name for name in _computed(part, kept) if name not in excluded)
+        selection.left_out.update({prefix + name: "computes its weight (weight_norm?)" for name in computed})
+    return selection
+
+
+def check_initialized(module: nn.Module, kept: Collection[nn.Module] = ()) -> None:
+    """Refuse lazy layers that have no weights yet.
+
+    Raises:
+        TargetNotFoundError: If there are any, but for those that train in full.
+    """
+    for name, child in modules_by_name(module).items():
+        lazy = [p for p in child._parameters.values() if p is not None and is_lazy(p)]
+        if lazy and child not in kept:
             raise TargetNotFoundError(
-                _no_match(module, f"regular expression target_modules={target_modules!r}", layers)
+                f"Layer {name!r} ({type(child).__name__}) has no weights yet that could be adapted or frozen: run a "
+                "dummy batch through the module before fit, for example at the end of its __init__."
             )
+
+
+def frozen_by_user(layer: nn.Module) -> bool:
+    """Whether somebody else than this package has frozen all of a layer's own parameters.
+
+    Quantized weights, which cannot train, say nothing.
+    """
+    if isinstance(layer, LoRALinear) or getattr(layer, TRAINED_BEFORE, False):
+        return False
+    own = [p for p in layer._parameters.values() if p is not None]
+    can_train = [p for p in own if p.is_floating_point() and p.dtype.itemsize > 1]
+    return bool(own) and len(can_train) == len(own) and not any(p.requires_grad for p in own)
+
+
+def _anything_trains(module: nn.Module, kept: Collection[nn.Module]) -> bool:
+    """Whether a module had parameters that train before surgery, apart from those that are to train in full."""
+    others = (m for m in module.modules() if m not in kept and not isinstance(m, LoRALinear))
+    return any(
+        getattr(m, TRAINED_BEFORE, False) or any(p is not None and p.requires_grad for p in m._parameters.values())
+        for m in others
+    )
+
+
+def _matches(module: nn.Module, entry: str, is_name: bool) -> dict[str, nn.Module]:
+    """The layers that one entry of ``target_modules`` describes, those with adapters as their LoRALinear."""
+    layers = adaptable_layers(module)
+    if is_name:
+        found = {name: layer for name, layer in layers.items() if ends_with(name, unwrapped_name(entry))}
+        what = f"target_modules entry {entry!r}"
+    elif entry == ALL_LINEAR:
+        heads = output_heads(module)
+        found = {n: m for n, m in layers.items() if _base(m) not in heads and not ends_with(n, "lm_head")}
+        what = f'target_modules="{ALL_LINEAR}"'
     else:
-        found = {}
-        for target in target_modules:
-            plain = unwrapped_name(target)
-            matches = {name: layer for name, layer in layers.items() if _ends_with(name, plain)}
-            if not matches:
-                raise TargetNotFoundError(_no_match(module, f"target_modules entry {target!r}", layers, target))
-            found |= matches
-    return {name: layer for name, layer in found.items() if not isinstance(layer, LoRALinear)}
+        found = {name: layer for name, layer in layers.items() if re.fullmatch(entry, name)}
+        what = f"regular expression target_modules={entry!r}"
+    if not found:
+        raise TargetNotFoundError(_no_match(module, what, layers, entry if is_name else None))
+    return found
 
 
-def _adaptable_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """All linear layers by name, those with adapters as their LoRALinear."""
+def adaptable_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Return all linear layers that have a weight by name, those with adapters as their LoRALinear."""
     bases = {child.base_layer for child in module.modules() if isinstance(child, LoRALinear)}
     layers: dict[str, nn.Module] = {}
     for wrapped_name, child in module.named_modules():
         name = unwrapped_name(wrapped_name)
-        if isinstance(child, LoRALinear):
+        linear = name and isinstance(child, (nn.Linear, Conv1D)) and child not in bases
+        if isinstance(child, LoRALinear) or (linear and child._parameters.get("weight") is not None):
             layers[name] = child
-        elif name and isinstance(child, (nn.Linear, Conv1D)) and child not in bases:
-            if child._parameters.get("weight") is None:
-                warnings.warn(f"Layer {name!r} computes its weight (weight_norm?) and gets no adapter.", stacklevel=2)
-            else:
-                layers[name] = child
     return layers
 
 
-def _heads(module: nn.Module) -> set[nn.Module | None]:
-    """The output embeddings of all language models within a module."""
+def modules_by_name(module: nn.Module) -> dict[str, nn.Module]:
+    """Return all modules by the names that they have without wrappers, such as ``torch.compile``'s."""
+    return {unwrapped_name(name): child for name, child in module.named_modules()}  # the wrapped after its wrapper
+
+
+def _computed(module: nn.Module, kept: Collection[nn.Module]) -> list[str]:
+    layers = ((n, m) for n, m in module.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m not in kept)
+    return [unwrapped_name(name) for name, layer in layers if name and layer._parameters.get("weight") is None]
+
+
+def output_heads(module: nn.Module) -> set[nn.Module | None]:
+    """Return the output embeddings of all language models within a module."""
     models = (m for m in module.modules() if isinstance(m, PreTrainedModel))
     return {_base(head) for m in models if isinstance(head := m.get_output_embeddings(), nn.Module)}
 
@@ -89,12 +206,117 @@ def _base(layer: nn.Module) -> nn.Module:
     return layer.base_layer if isinstance(layer, LoRALinear) else layer
 
 
-def _ends_with(name: str, target: str) -> bool:
+def ends_with(name: str, target: str) -> bool:
+    """Whether a name is, or ends in, another.
+
+    >>> [ends_with("layers.0.q_proj", target) for target in ("q_proj", "proj")]
+    [True, False]
+    """
     return name == target or name.endswith(f".{target}")
 
 
+def _excluded(module: nn.Module, exclude_modules: str | Sequence[str]) -> set[str]:
+    """The names of all modules that are excluded, with those inside them."""
+    names = [unwrapped_name(name) for name, _ in module.named_modules() if name]
+    found: set[str] = set()
+    for entry in [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules:
+        is_name = not isinstance(exclude_modules, str)
+        matches = {n for n in names if (ends_with(n, unwrapped_name(entry)) if is_name else re.fullmatch(entry, n))}
+        if not matches:
+            raise TargetNotFoundError(
+                f"exclude_modules names {entry!r}, but {type(module).__name__} has no such module."
+            )
+        found |= matches
+    return found | {name for name in names if any(name.startswith(f"{outer}.") for outer in found)} if found else found
+
+
+Users = dict[tuple[object, ...], list[tuple[nn.Module, str]]]
+"""The modules that have a parameter in a piece of memory, with the parameter's full name."""
+
+
+def _users(module: nn.Module) -> Users:
+    users: Users = defaultdict(list)
+    for name, child in module.named_modules():
+        for key, parameter in child._parameters.items():
+            if parameter is not None:
+                users[_storage(parameter)].append((child, unwrapped_name(f"{name}.{key}".lstrip("."))))
+    return users
+
+
+def _storage(parameter: Tensor) -> tuple[object, ...]:
+    """What two parameters have in common if and only if they are one memory (or one object, without memory)."""
+    if parameter.is_meta or parameter.numel() == 0 or parameter.data_ptr() == 0:
+        return ("object", id(parameter))
+    return (parameter.device, parameter.data_ptr())
+
+
+def _misfit(layer: nn.Module, r: int, users: Users) -> str | None:
+    """Why a layer cannot have an adapter of rank r; None if it can, or has one."""
+    if isinstance(layer, LoRALinear):
+        return None
+    weight: Tensor = layer._parameters["weight"]  # type: ignore[assignment]
+    if weight.is_complex():
+        return "has complex weights"
+    if not weight.is_floating_point() and type(layer) in PLAIN_LAYERS:
+        return f"has weights of {weight.dtype}"
+    if r > min(linear_shape(layer)):
+        return TOO_SMALL
+    others = sorted(name for user, name in users[_storage(weight)] if user is not layer)
+    return f"is tied to {', '.join(others)}" if others else None
+
+
+def _refusal(name: str, layer: nn.Module, r: int, reason: str) -> str:
+    if reason == TOO_SMALL:
+        most = min(linear_shape(layer))
+        return f"{too_large(name, layer, r)} Choose r of at most {most}, or leave the layer out of target_modules."
+    if reason.startswith("is tied to"):
+        return (
+            f"The weight of target {name!r} {reason}: an adapter would change one and not the other. Leave it out of "
+            "target_modules, or untie the weights."
+        )
+    return f"Target {name!r} {reason}, for which there are no adapters. Leave it out of target_modules."
+
+
+def too_large(name: str, layer: nn.Module, r: int) -> str:
+    """Say that a rank exceeds the size of a layer."""
+    out_features, in_features = linear_shape(layer)
+    return f"r={r} is larger than layer {name!r} allows, whose weight is {out_features}×{in_features}."
+
+
+def _nothing_left(module: nn.Module, config: LoRAConfig, left_out: dict[str, str]) -> str:
+    """Say why no layer gets an adapter."""
+    if not left_out:
+        if config.exclude_modules:
+            return "All of target_modules is inside modules_to_save and exclude_modules: nothing is left to adapt."
+        return "All of target_modules is inside modules_to_save: nothing is left to adapt."
+    small = [name for name, reason in left_out.items() if reason == TOO_SMALL]
+    layers = modules_by_name(module)
+    largest = max((min(linear_shape(layers[name])) for name in small), default=0)
+    parts = [too_large(small[0], layers[small[0]], config.rank(small[0]))] if small else []
+    parts += [
+        f"{some([n for n, why in left_out.items() if why == r])} {r}."
+        for r in sorted({*left_out.values()} - {TOO_SMALL})
+    ]
+    remedies = [f"choose r of at most {largest}"] if largest else []
+    if FROZEN in left_out.values():
+        remedies.append("name what is to be adapted in target_modules, or freeze it after surgery, not before")
+    remedies.append("name layers in modules_to_save to train them in full")
+    what = f"target_modules={config.target_modules!r}"
+    return f"No layer is left for adapters with {what}: {' '.join(parts)} {', or '.join(remedies).capitalize()}."
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """List names, the first few of many.
+
+    >>> some(["a", "b"]), some(["a", "b", "c"], 1)
+    ("'a', 'b'", "'a' and 2 more")
+    """
+    listed = ", ".join(map(repr, names[:most]))
+    return f"{listed} and {len(names) - most} more" if len(names) > most else listed
+
+
 def _no_match(module: nn.Module, what: str, layers: dict[str, nn.Module], target: str | None = None) -> str:
-    others = {type(m).__name__ for n, m in module.named_modules() if target and _ends_with(n, target)}
+    others = {type(m).__name__ for n, m in modules_by_name(module).items() if target and ends_with(n, target)}
     if others:
         return (
             f"The {what} matches only modules of type {', '.join(sorted(others))}; adapters fit nn.Linear and Conv1D. "
@@ -118,7 +340,7 @@ def find_modules(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
         matches = [
             child
             for name, child in module.named_modules()
-            if _ends_with(unwrapped_name(name), unwrapped_name(wanted)) and name.rpartition(".")[2] not in WRAPPERS
+            if ends_with(unwrapped_name(name), unwrapped_name(wanted)) and name.rpartition(".")[2] not in WRAPPERS
         ]
         if not matches:
             raise TargetNotFoundError(
@@ -126,3 +348,23 @@ def find_modules(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
             )
         kept += matches
     return kept
+
+
+def find_part(module: nn.Module, name: str | None) -> nn.Module:
+    """Return the part of a module that is to be adapted; all of it without a name.
+
+    Raises:
+        TargetNotFoundError: If there is no part of that name.
+    """
+    if name is None:
+        return module
+    try:
+        part = module.get_submodule(name)
+    except AttributeError as error:
+        parts = ", ".join(child for child, _ in module.named_children())
+        raise TargetNotFoundError(
+            f"module={name!r} is no part of {type(module).__name__}, whose parts are: {parts or 'none'}."
+        ) from error
+    if isinstance(part, (nn.Linear, Conv1D, LoRALinear)):
+        raise ValueError(f"module={name!r} is a single layer: name it in target_modules instead.")
+    return part

@@ -1,0 +1,66 @@
+"""Whether what is to train does train: the optimizers hold it, and gradients reach it."""
+
+from __future__ import annotations
+
+import warnings
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import _MockOptimizer
+from torch.optim import Optimizer
+
+from milora_lightning.config import LoRAConfig
+from milora_lightning.coverage import say_once
+from milora_lightning.names import unwrapped_name
+from milora_lightning.peft_format import objection, outermost_models
+from milora_lightning.surgery import lora_layers
+from milora_lightning.targets import find_modules, find_part, some
+
+
+def check_optimizers(trainer: Trainer, module: LightningModule, config: LoRAConfig) -> None:
+    """Refuse to train with optimizers that do not hold all that is to train and has not been frozen since surgery.
+
+    Raises:
+        ValueError: If adapters, or parameters in ``modules_to_save``, are in no optimizer.
+    """
+    optimizers = [optimizer for optimizer in trainer.optimizers if not isinstance(optimizer, _MockOptimizer)]
+    if not optimizers and not module.automatic_optimization:
+        return  # the module has optimizers of its own, of which nothing is known here
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    factors = [p for layer in lora_layers(module).values() for p in (layer.lora_A, layer.lora_B)]
+    saved = find_modules(find_part(module, config.module), config.modules_to_save)
+    wanted = {id(p) for p in [*factors, *(p for each in saved for p in each.parameters())] if p.requires_grad}
+    missing = [unwrapped_name(name) for name, p in module.named_parameters() if id(p) in wanted - held]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(wanted)} parameters that MiLoRAInit is to train are in no optimizer, such as "
+            f"{missing[0]!r}, and would stay as they are. Adapters are made after __init__: make the optimizer in "
+            "configure_optimizers, from [p for p in self.parameters() if p.requires_grad]."
+        )
+
+
+def say_without_gradient(module: LightningModule, optimizer: Optimizer) -> None:
+    """Name the adapters of an optimizer that has accumulated gradients, and none for them."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    names = []
+    for name, layer in lora_layers(module).items():
+        factors = [p for p in (layer.lora_A, layer.lora_B) if id(p) in held]
+        if factors and all(p.grad is None for p in factors):
+            names.append(name)
+    if names:
+        parts = sorted({name.split(".")[0] for name in names})
+        say_once(
+            module,
+            f"No gradient has reached the adapters of {some(names)} in the first step: what is used under no_grad, or "
+            f"not at all, does not train. Leave it out (exclude_modules={parts}), or name the part to adapt (module).",
+        )
+
+
+def warn_of_export(module: LightningModule) -> None:
+    """Say now, and not when training is over, where PEFT will not hold the adapters."""
+    for model in outermost_models(module).values():
+        if lora_layers(model) and (said := objection(model)):
+            warnings.warn(
+                f"An export for PEFT will be refused at the end, as PEFT cannot hold these adapters: {said}. A merged "
+                "export works; for PEFT, leave these layers out of target_modules.",
+                stacklevel=2,
+            )

@@ -1,0 +1,83 @@
+"""What MiLoRAInit shows on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from lightning.pytorch import LightningModule
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from milora_lightning.config import LoRAConfig
+from milora_lightning.coverage import adapters_by_part, coverage
+from milora_lightning.factors import stack_factors
+from milora_lightning.initialization import Batch
+from milora_lightning.sharding import full_tensor, is_sharded
+from milora_lightning.surgery import lora_layers
+
+
+def progress(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """Show how far the decompositions are."""
+    columns = TextColumn("Initializing adapters"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, TextColumn("{task.fields[layer]}"), disable=not batches) as bar:
+        task = bar.add_task("", total=sum(map(len, batches)), layer="")
+        for batch in batches:
+            bar.update(task, layer=batch[0][0])
+            yield batch
+            bar.advance(task, len(batch))
+        bar.update(task, layer="")
+
+
+def summary(module: LightningModule, config: LoRAConfig, number: int, seconds: float) -> Table:
+    """Tell what was done to a module.
+
+    Args:
+        module: The module, its adapters initialized.
+        config: Their configuration.
+        number: How many were initialized.
+        seconds: How long that took.
+    """
+    adapters = lora_layers(module).values()
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    # The frozen initial factors are bookkeeping, not part of the model.
+    total = sum(p.numel() for name, p in module.named_parameters() if not name.endswith((".initial_A", ".initial_B")))
+    table = Table(title=f"Adapters initialized: {config.init}", title_justify="left", show_header=False)
+    for key, value in (
+        ("matrices", f"{number}"),
+        ("adapters", adapters_by_part(module, config)),
+        ("adapted", coverage(module, config)),
+        (
+            "r, lora_alpha, lora_dropout",
+            f"{_range([a.r for a in adapters])}, {_range([a.lora_alpha for a in adapters])}, {config.lora_dropout:g}",
+        ),
+        ("trainable parameters", f"{trainable:,} of {total:,} ({trainable / total:.2%})"),
+        ("time", f"{seconds:.1f} s"),
+        ("largest change of an output", f"{_largest_change(module):g}"),
+    ):
+        table.add_row(key, value)
+    return table
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+@torch.no_grad()
+def _largest_change(module: LightningModule) -> float:
+    """How far any adapted layer's output is from its base layer's, for normal random input: zero, if all is well."""
+    largest = 0.0
+    for layer in lora_layers(module).values():
+        x = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0)).to(layer.lora_A.device)
+        weight: torch.Tensor = layer.base_layer.weight
+        if is_sharded(layer):  # collecting the factors, and not the weight, to which nothing is written
+            A, B = map(full_tensor, stack_factors(*layer.factors))
+            change = x @ A.T @ B.T
+        elif weight.is_floating_point():
+            x = x.to(weight.dtype)
+            change = layer(x) - layer.base_layer(x)
+        else:  # a quantized layer may repack its weight when it is called outside training
+            change = layer.update(x)
+        largest = max(largest, change.abs().max().item())
+    return largest
