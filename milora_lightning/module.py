@@ -24,6 +24,7 @@ from milora_lightning.checkpoint_io import KEY
 from milora_lightning.compilation import compile_layers
 from milora_lightning.data import SFTDataModule
 from milora_lightning.data.batching import IGNORED, TEXTS
+from milora_lightning.data.model_check import check_model
 from milora_lightning.data.prompt_format import PromptFormat
 from milora_lightning.generation import generate_greedily, greedy_config, nothing_else, without_stop
 from milora_lightning.loss import causal_lm_loss, supervised_logits
@@ -108,9 +109,14 @@ class CausalLMModule(LightningModule):
             self.metric = datamodule.metric() if isinstance(datamodule, SFTDataModule) else AnswerAccuracy()
 
     def configure_model(self) -> None:
-        """Load the model, once."""
-        if self.model is not None:
-            return
+        """Load the model, once, and check that it has what the data asks of it."""
+        if self.model is None:
+            self._load()
+        datamodule = getattr(self._trainer, "datamodule", None)
+        if isinstance(datamodule, SFTDataModule):
+            check_model(datamodule, self)
+
+    def _load(self) -> None:
         if self.compile_layers and self.device_mesh is not None:
             raise ValueError("compile=True does not work with sharded models yet: leave it out, or use strategy: ddp.")
         origin = self.name_or_path, self.dtype_name, self.attn_implementation

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from milora_lightning.data.batching import Collator, Example, PromptCollator
 from milora_lightning.data.chat import ChatTemplate, token_ids
+from milora_lightning.data.tokenizing import padding_id
 
 
 class ChoiceCollator:
@@ -31,8 +32,8 @@ class ChoiceCollator:
         self.tokenizer = tokenizer
         self.choices = choices
         self.chat = chat
-        self.prompts = PromptCollator(tokenizer.pad_token_id, pad_to_multiple_of)
-        self.responses = Collator(tokenizer.pad_token_id, pad_to_multiple_of)
+        self.prompts = PromptCollator(padding_id(tokenizer), pad_to_multiple_of)
+        self.responses = Collator(padding_id(tokenizer), pad_to_multiple_of)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Collate examples.

@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from milora_lightning.data.batching import Collator, FilledDataset, PromptCollator
 from milora_lightning.data.chat import ChatTemplate
 from milora_lightning.data.choices import ChoiceCollator
+from milora_lightning.data.model_check import check_model
 from milora_lightning.data.prompt_format import KEY, PromptFormat
 from milora_lightning.data.resuming import OverfittingSampler, ResumableSampler, Resumption
 from milora_lightning.data.sampling import EvaluationSampler, ResumableDataLoader
 from milora_lightning.data.sources import MultipleChoice, Source, Split, Task, describe
 from milora_lightning.data.templates import TemplateName
-from milora_lightning.data.tokenizing import tokenize_dataset
+from milora_lightning.data.tokenizing import padding_id, tokenize_dataset
 from milora_lightning.metrics import AnswerAccuracy
 
 # Which splits each stage loads, and which it cannot do without.
@@ -139,13 +140,14 @@ class SFTDataModule(LightningDataModule):
             if split not in self._splits:
                 self._splits[split] = self._tokenized(split)
         if stage is not None:
-            self._examples(NEEDED[stage])
+            self.examples(NEEDED[stage])
         if stage == "fit":
             self._resumption.forget()
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return training batches, shuffled anew each epoch and grouped by length."""
-        examples = self._examples("train")
+        self._check_model()
+        examples = self.examples("train")
         kind = OverfittingSampler if self._overfits() else ResumableSampler
         sampler = kind(
             self._resumption, examples["length"][:], self.batch_size, shuffle=True, seed=self.seed, **self._rank()
@@ -166,7 +168,7 @@ class SFTDataModule(LightningDataModule):
     @property
     def prompt_format(self) -> PromptFormat:
         """How prompts are written."""
-        return PromptFormat.of(self._tokenizer(), self.template, self.prompt_suffix)
+        return PromptFormat.of(self.tokenizer_object, self.template, self.prompt_suffix)
 
     def state_dict(self) -> dict[str, Any]:
         """Return for the checkpoint where in the data training is, what the data is, and how prompts are."""
@@ -182,7 +184,7 @@ class SFTDataModule(LightningDataModule):
         """
         trained, now = PromptFormat.found_in({"data": state_dict}), self.prompt_format
         if trained is not None and trained != now:
-            rank_zero_warn(f"The checkpoint was trained on prompts of another format: {_difference(trained, now)}.")
+            rank_zero_warn(f"The checkpoint was trained on prompts of another format: {trained.difference(now)}.")
         # Older checkpoints have no position: Lightning's count of batches serves.
         self._resumption.load_state_dict(state_dict.get("position"))
 
@@ -190,15 +192,16 @@ class SFTDataModule(LightningDataModule):
         """Return the loss batches and the generation batches of validation; nothing if there is no such split."""
         if self._splits.get("validation") is None:
             return []
-        return self._evaluation("validation", self.num_generation_examples)
+        return self._evaluation("validation")
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """Return the loss batches and the generation batches of test."""
-        return self._evaluation("test", self.num_test_generation_examples)
+        return self._evaluation("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return generation batches of all test examples, in their order."""
-        return self._generation("test", range(len(self._examples("test"))))
+        self._check_model()
+        return self._generation("test", range(len(self.examples("test"))))
 
     def _tokenized(self, split: Split) -> datasets.Dataset | None:
         dataset = self.source.load(split)
@@ -206,7 +209,7 @@ class SFTDataModule(LightningDataModule):
             return None
         return tokenize_dataset(
             dataset,
-            self._tokenizer(),
+            self.tokenizer_object,
             self.template,
             self.prompt_suffix,
             self.max_length,
@@ -214,7 +217,9 @@ class SFTDataModule(LightningDataModule):
             split,
         )
 
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
+    @property
+    def tokenizer_object(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded if only the model's name was given."""
         if isinstance(self.tokenizer, str):
             if not self.tokenizer:
                 raise ValueError("SFTDataModule needs a tokenizer: pass the model's name, or a tokenizer object.")
@@ -223,7 +228,24 @@ class SFTDataModule(LightningDataModule):
             self.tokenizer = load_tokenizer(self.tokenizer)
         return self.tokenizer
 
-    def _examples(self, split: Split) -> datasets.Dataset:
+    def loaded(self, stage: str) -> list[Split]:
+        """Return which splits of a stage there are."""
+        return [split for split in SPLITS[stage] if self._splits.get(split) is not None]
+
+    def answered(self, split: Split) -> Sequence[int]:
+        """Return the indices of the examples that an evaluation answers, beside taking their loss."""
+        number = {"validation": self.num_generation_examples, "test": self.num_test_generation_examples}.get(split, 0)
+        if self.metric() is None or number == 0:
+            return []
+        examples = self.examples(split)
+        return range(len(examples)) if number is None else _first_of_each(examples["task"][:], number)
+
+    def examples(self, split: Split) -> datasets.Dataset:
+        """Return the tokenized examples of a split.
+
+        Raises:
+            ValueError: If there is none, or it has not been loaded.
+        """
         examples = self._splits.get(split)
         if examples is None:
             raise ValueError(
@@ -232,30 +254,36 @@ class SFTDataModule(LightningDataModule):
             )
         return examples
 
-    def _evaluation(self, split: Split, number: int | None) -> list[DataLoader[Any]]:
-        examples = self._examples(split)
+    def _check_model(self) -> None:
+        """Check whatever module trains on the data; :class:`CausalLMModule` does it when its model is built."""
+        if self.trainer is not None and self.trainer.lightning_module is not None:
+            check_model(self, self.trainer.lightning_module)
+
+    def _evaluation(self, split: Split) -> list[DataLoader[Any]]:
+        self._check_model()
+        examples = self.examples(split)
         everything: Sequence[int] = range(len(examples))
         order = everything if self._overfits() else _longest_first(everything, examples["length"][:])
         sampler = EvaluationSampler(order, **self._rank())
         loaders = [self._loader(FilledDataset(examples), sampler, self.eval_batch_size, self._collator(Collator))]
-        answered = range(len(examples)) if number is None else _first_of_each(examples["task"][:], number)
-        if answered and self.metric() is not None:
+        answered = self.answered(split)
+        if answered:
             by_length = _longest_first(answered, examples["prompt_length"][:])
             loaders.append(self._generation(split, answered if self._overfits() else by_length))
         return loaders
 
     def _generation(self, split: Split, indices: Sequence[int]) -> DataLoader[Any]:
         sampler = EvaluationSampler(indices, **self._rank())
-        examples = FilledDataset(self._examples(split))
+        examples = FilledDataset(self.examples(split))
         collator: Any = self._collator(PromptCollator)
         if self.answer_by == "likelihood":
             choices = cast(MultipleChoice, self.source).choices
-            chat = ChatTemplate.of(self._tokenizer()) if self.template == "chat" else None
-            collator = ChoiceCollator(self._tokenizer(), choices, self.pad_to_multiple_of, chat)
+            chat = ChatTemplate.of(self.tokenizer_object) if self.template == "chat" else None
+            collator = ChoiceCollator(self.tokenizer_object, choices, self.pad_to_multiple_of, chat)
         return self._loader(examples, sampler, self.generation_batch_size, collator)
 
     def _collator(self, kind: type[Collator] | type[PromptCollator]) -> Collator | PromptCollator:
-        return kind(self._tokenizer().pad_token_id, self.pad_to_multiple_of)
+        return kind(padding_id(self.tokenizer_object), self.pad_to_multiple_of)
 
     def _loader(
         self,
@@ -284,19 +312,6 @@ class SFTDataModule(LightningDataModule):
     def _rank(self) -> dict[str, int]:
         """Return how the data is shared out: not by the world's size alone, tensor-parallel ranks share batches."""
         return (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
-
-
-def _difference(trained: PromptFormat, now: PromptFormat) -> str:
-    """Say how two formats of prompts differ.
-
-    >>> _difference(PromptFormat("plain", "", None, "</s>"), PromptFormat("alpaca", "", None, "</s>"))
-    "template='plain', here it is 'alpaca'"
-    """
-    before, after = trained.record(), now.record()
-    names = [
-        name for name in ("template", "prompt_suffix", "end_of_turn", "chat_template") if before[name] != after[name]
-    ]
-    return ", ".join(f"{name}={before[name]!r:.200}, here it is {after[name]!r:.200}" for name in names[:1])
 
 
 def _longest_first(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:

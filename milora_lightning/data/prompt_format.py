@@ -56,6 +56,18 @@ class PromptFormat:
         """Return what :meth:`found_in` reads, of primitives alone."""
         return asdict(self)
 
+    def difference(self, other: PromptFormat) -> str:
+        """Say in what another format differs.
+
+        >>> PromptFormat("plain", "", None, "</s>").difference(PromptFormat("alpaca", "", None, "</s>"))
+        "template='plain', here it is 'alpaca'"
+        """
+        mine, theirs = self.record(), other.record()
+        for name in ("template", "prompt_suffix", "end_of_turn", "chat_template"):
+            if mine[name] != theirs[name]:
+                return f"{name}={mine[name]!r:.200}, here it is {theirs[name]!r:.200}"
+        return ""
+
     def applied_to(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         """Return a tokenizer whose chat template asks as in training, a copy if that is not its own."""
         own = tokenizer.get_chat_template() if tokenizer.chat_template else None

@@ -270,6 +270,12 @@ def _report(size: int, encoded: datasets.Dataset, max_length: int, split: str) -
         )
 
 
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token with which rows are filled up: any will do, since labels and attention leave it out."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(i for i in ids if i is not None)
+
+
 def _content(tokenizer: PreTrainedTokenizerBase) -> str:
     """Describe what a tokenizer does, without the state that its use leaves behind."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
