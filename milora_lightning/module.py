@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 
-from milora_lightning.accumulation import TokenWindow
 from milora_lightning.allocation import keep_freed_memory
 from milora_lightning.callbacks.milora_init import MiLoRAInit
 from milora_lightning.checkpoint import inject_as_in
@@ -29,15 +25,16 @@ from milora_lightning.data.prompt_format import PromptFormat
 from milora_lightning.generation import generate_greedily, greedy_config, nothing_else, without_stop
 from milora_lightning.loss import causal_lm_loss, supervised_logits
 from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy
+from milora_lightning.optimization import OptimizedModule
 from milora_lightning.pretrained import load_causal_lm, load_tokenizer
-from milora_lightning.strategies import clips_itself, gradient_norm
+from milora_lightning.schedules import WARMUP
 from milora_lightning.streaming import empty_causal_lm, shard, stream_weights
 from milora_lightning.surgery import factors_kept, inject, lora_layers
 
 Batch = dict[str, Any]
 
 
-class CausalLMModule(LightningModule):
+class CausalLMModule(OptimizedModule):
     """Fine-tunes a causal language model on prompts and responses.
 
     Logs the loss and perplexity per supervised token, the learning rate, the gradient's norm and the throughput;
@@ -53,15 +50,24 @@ class CausalLMModule(LightningModule):
         gradient_checkpointing: Recompute activations in backward to save memory.
         compile: Compile the decoder layers for training, which takes a minute at its start and makes every step faster.
         optimizer: Makes the optimizer from the trainable parameters; the paper's AdamW by default.
-        lr_scheduler: Name of a schedule of ``transformers.get_scheduler``.
-        warmup_steps: Optimizer steps over which the learning rate rises linearly from zero.
+        lr_scheduler: Name of a schedule of ``transformers.get_scheduler``. ``reduce_lr_on_plateau`` and ``greedy`` look
+            at ``val_loss`` after each validation.
+        warmup_steps: Optimizer steps over which the learning rate rises linearly from zero, or, below 1, the share of
+            the run that they are.
         max_new_tokens: Length limit of generated answers.
         metric: Scores answers against references; by default the data's own. What it computes is logged as
             ``accuracy``, or under the names that it returns.
+        lr_scheduler_kwargs: Arguments of the schedule, such as ``min_lr_rate``, ``num_cycles`` or ``num_decay_steps``
+            (numbers of steps may be shares, too).
+        learning_rate: The highest learning rate, in place of the optimizer's ``lr``; what a ``LearningRateFinder``
+            finds is set here. In a resumed run it is the rate from there on.
 
     Raises:
         FileNotFoundError: When the model is built, if there is none of that name.
-        ValueError: When the model is built, if it is to be both compiled and sharded.
+        ValueError: If there is no such schedule, or not with these arguments; in ``setup`` or
+            ``configure_optimizers`` if it needs to know the length of a run that has none; when the model is built,
+            if it is to be both compiled and sharded; when training is resumed, if the checkpoint has no state of it, or
+            that of another optimizer.
     """
 
     def __init__(
@@ -73,20 +79,19 @@ class CausalLMModule(LightningModule):
         compile: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4, weight_decay=0.0),
         lr_scheduler: str = "linear",
-        warmup_steps: int = 100,
+        warmup_steps: int | float = WARMUP,
         max_new_tokens: int = 256,
         metric: Metric | None = None,
+        lr_scheduler_kwargs: dict[str, Any] | None = None,
+        learning_rate: float | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, lr_scheduler, warmup_steps, lr_scheduler_kwargs, learning_rate)
         self.save_hyperparameters(ignore=["optimizer", "metric"])
         self.name_or_path = name_or_path
         self.dtype_name = dtype
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_layers = compile
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.warmup_steps = warmup_steps
         self.max_new_tokens = max_new_tokens
         self.metric = metric
         self._follows_data = metric is None
@@ -95,11 +100,10 @@ class CausalLMModule(LightningModule):
         self.prompt_format: PromptFormat | None = None
         self._generated = False
         self._clock: tuple[float, Tensor] | None = None
-        self._window = TokenWindow()
-        self._counted: Tensor | None = None  # the tokens of the loss that waits for its backward
 
     def setup(self, stage: str) -> None:
         """Ask as the data does, and take its metric unless one is given; keep memory for the next step."""
+        super().setup(stage)
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -160,63 +164,10 @@ class CausalLMModule(LightningModule):
         batches, as one large batch would.
         """
         total, tokens = self.loss(batch)
-        self._counted = self.trainer.strategy.reduce(tokens, reduce_op="sum")
-        # Ranks average their gradients; so scaled, that is the gradient of the mean over all their tokens.
-        loss = total * self.trainer.world_size / self._counted.clamp(min=1)
+        loss = self.mean_over_ranks(total, tokens)
         self.log("train_loss", loss, prog_bar=True)
         self._log_throughput(batch["attention_mask"].sum())
         return loss
-
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Compute gradients, those of a batch weighted by its tokens where several are accumulated."""
-        counted, self._counted = self._counted, None
-        accumulated = self.trainer.accumulate_grad_batches
-        if accumulated > 1 and counted is not None:  # the Trainer has divided by that number, however many come
-            loss = loss * (accumulated * self._window.add(counted))
-        super().backward(loss, *args, **kwargs)
-
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
-        """Set gradients to zero, and forget what they were accumulated over."""
-        self._window.clear()
-        super().optimizer_zero_grad(epoch, batch_idx, optimizer)
-
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: torch.optim.Optimizer | LightningOptimizer,
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        """Step along the mean over all tokens: so is the gradient before any callback or clipping sees it."""
-
-        def closure() -> Any:
-            result = optimizer_closure() if optimizer_closure is not None else None
-            self._window.average(p for group in optimizer.param_groups for p in group["params"])
-            return result
-
-        super().optimizer_step(epoch, batch_idx, optimizer, closure)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the norm of the gradient (before clipping) and the learning rate."""
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self.log("grad_norm", gradient_norm(self.trainer.strategy, gradients))
-        rate = optimizer.param_groups[0]["lr"]
-        if not isinstance(rate, Tensor):  # a number would be copied to the device, and the copy wait for the backward
-            rate = torch.full((), rate, device=self.device)
-        self.log("lr", rate, prog_bar=True)
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip the gradient, by its norm under FSDP1 too."""
-        wrapped = clips_itself(self.trainer.strategy)
-        if wrapped is not None and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            wrapped.clip_grad_norm_(gradient_clip_val)
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the loss, or its generated answers to the metric."""
@@ -298,19 +249,13 @@ class CausalLMModule(LightningModule):
         answers = without_stop(tokens, config.eos_token_id or [])
         return cast(list[str], tokenizer.batch_decode(answers, skip_special_tokens=True))
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Make the optimizer of the trainable parameters and its schedule over the whole run."""
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = get_scheduler(self.lr_scheduler, optimizer, self.warmup_steps, steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the adapters that a checkpoint brings, and ask as it was asked: all ``load_from_checkpoint`` needs."""
         if self.prompt_format is None:
             self.prompt_format = PromptFormat.found_in(checkpoint)
         if KEY in checkpoint["state_dict"] and not lora_layers(self):
             inject_as_in(self, checkpoint["state_dict"])
+        super().on_load_checkpoint(checkpoint)
 
     def _built(self) -> PreTrainedModel:
         if self.model is None:
@@ -340,6 +285,8 @@ class CausalLMModule(LightningModule):
 
     def _log_evaluation(self, stage: str) -> None:
         loss = self.eval_loss.compute()
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self.follow(loss)
         self.log_dict({f"{stage}_loss": loss, f"{stage}_perplexity": loss.exp()}, prog_bar=True)
         if self._generated and self.metric is not None:  # the same on all ranks, also on one without examples
             result = self.metric.compute()
