@@ -116,7 +116,7 @@ def check_positions(
     for part, length in lengths.items():
         width = -(-length // padded) * padded if limit.fixed else length
         if width > limit.number:
-            rounded = f", padded to {width}" if width != length else ""
+            rounded = f", padded to {width}" if length <= limit.number else ""
             most = limit.number - limit.number % padded if limit.fixed else limit.number
             _say(
                 f"The longest example of the {part} data has {length} tokens{rounded}, but {has}: "

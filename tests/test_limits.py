@@ -106,7 +106,7 @@ def test_padding_needs_positions_too() -> None:
     )
     check_positions(model, {"train": 60}, {}, 1, padded=4)
     with pytest.raises(
-        ValueError, match="60 tokens, padded to 64, .* 60 positions and none beyond: set max_length to 56"
+        ValueError, match=r"60 tokens, padded to 64, .* 60 positions and none beyond: set max_length to 56"
     ):
         check_positions(model, {"train": 60}, {}, 1, padded=8)
 

@@ -256,8 +256,9 @@ class SFTDataModule(LightningDataModule):
 
     def _check_model(self) -> None:
         """Check whatever module trains on the data; :class:`CausalLMModule` does it when its model is built."""
-        if self.trainer is not None and self.trainer.lightning_module is not None:
-            check_model(self, self.trainer.lightning_module)
+        module = getattr(self.trainer, "lightning_module", None)
+        if module is not None:
+            check_model(self, module)
 
     def _evaluation(self, split: Split) -> list[DataLoader[Any]]:
         self._check_model()
