@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import Namespace, auto_cli
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from rich.console import Console
 
@@ -32,6 +33,7 @@ from milora_lightning.export import export_merged, export_peft
 from milora_lightning.folder import check_output, new_folder
 from milora_lightning.merging import rounding_note
 from milora_lightning.module import CausalLMModule
+from milora_lightning.trainer_defaults import LOG_EVERY_N_STEPS, missing_options
 
 PACKAGE = Path(__file__).parent
 BASE = "model.name_or_path"
@@ -119,6 +121,14 @@ class MiLoRACLI(LightningCLI):
         self._parse_ckpt_path()
         if self.config != before:
             super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the Trainer, with the command line's own answers to what was not given."""
+        given = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        options, lines = missing_options(given, trains=self.subcommand in ("fit", None))
+        for line in lines:
+            say(line)
+        return super().instantiate_trainer(**{**kwargs, **options})
 
     def _run_subcommand(self, subcommand: str) -> None:
         name = self._from_checkpoint.get(BASE)
@@ -234,7 +244,7 @@ def main(args: ArgsType = None) -> Any:
                 "spectra, compare trains several methods alike and reports how they compare.",
                 **dict.fromkeys(MiLoRACLI.subcommands(), usage),
             },
-            trainer_defaults={"callbacks": [RandomState()]},
+            trainer_defaults={"callbacks": [RandomState()], "log_every_n_steps": LOG_EVERY_N_STEPS},
             auto_configure_optimizers=False,  # the module makes its own, from model.optimizer
         )
     except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:

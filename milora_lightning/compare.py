@@ -130,6 +130,7 @@ class Comparison:
             f"--seed_everything={run.seed}",
             f"--data.seed={run.seed}",
             f"--model.optimizer.lr={run.learning_rate}",
+            "--model.learning_rate=null",  # which would go before that
             "--trainer.num_sanity_val_steps=-1",
         ]
         return RunCLI([*self.fit, *own])

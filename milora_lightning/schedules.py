@@ -138,8 +138,21 @@ def follows_loss(schedule: object) -> bool:
 
 
 def run_length(trainer: Trainer) -> float:
-    """Return how many optimizer steps a run has; infinite if it ends by time or by hand."""
-    length = trainer.estimated_stepping_batches
+    """Return how many optimizer steps a run has; infinite if it ends by time or by hand.
+
+    Raises:
+        ValueError: If validation is to come later than the end of an epoch.
+    """
+    try:
+        length = trainer.estimated_stepping_batches
+    except ValueError as error:
+        if "`val_check_interval`" not in str(error):
+            raise
+        raise ValueError(
+            f"val_check_interval is {trainer.val_check_interval} batches, and an epoch has {trainer.fit_loop.max_batches}: "
+            "set check_val_every_n_epoch: null, so that they are counted over epochs, or give a smaller number, or a "
+            "share of the epoch such as 0.5."
+        ) from error
     epochs, batches = trainer.max_epochs or 0, trainer.num_training_batches
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         # Lightning's estimate is for the accumulation of the first epoch.

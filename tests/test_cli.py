@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY_CONFIGS, save_tiny_model, tiny_tokenizer, write_examples
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from transformers import AutoModelForCausalLM
 
 from milora_lightning import MiLoRAInit, lora_layers
@@ -18,6 +19,7 @@ from milora_lightning.checkpoint import KEY, read_checkpoint
 from milora_lightning.checkpoint_options import differences
 from milora_lightning.cli import CONFIGS, main, resolve_configs
 from milora_lightning.config_files import replaced_checkpoints
+from milora_lightning.trainer_defaults import missing_options
 
 
 @pytest.fixture
@@ -326,3 +328,30 @@ def test_checkpoints_that_another_list_of_callbacks_takes_away_are_named(tmp_pat
     for option in (adding, ["--trainer.callbacks+=EarlyStopping"], ["--trainer.callbacks.dirpath", "there"]):
         assert replaced_checkpoints(["fit", *saving, *option]) == []
     assert replaced_checkpoints(["fit", *replacing, *saving]) == []
+
+
+def test_without_a_trainer_part_it_trains_three_epochs_and_goes_on_from_the_last(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So is the configuration that README shows; Lightning would train 1,000 epochs, and find no checkpoint again."""
+    config = yaml.safe_load((project / "mine.yaml").read_text())
+    del config["trainer"]
+    (project / "mine.yaml").write_text(yaml.safe_dump(config))
+    options = ("--config=mine.yaml", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false")
+    assert run("fit", *options).trainer.global_step == 18
+    said = capsys.readouterr().err
+    assert "Training 3 epochs: set trainer.max_epochs" in said
+    assert "Keeping the last checkpoint in checkpoints" in said
+    (path,) = (project / "checkpoints").iterdir()
+    assert read_checkpoint(path)["global_step"] == 18
+    resumed = run("fit", *options, "--ckpt_path=last", "--trainer.max_epochs=4").trainer
+    assert resumed.global_step == 24
+    assert "Training 3 epochs" not in capsys.readouterr().err
+
+
+def test_a_run_is_as_long_as_it_is_told() -> None:
+    saving = {"callbacks": ModelCheckpoint()}
+    assert missing_options(saving, trains=True)[0] == {"max_epochs": 3}
+    for limit in ({"max_steps": 5}, {"max_time": "00:00:01:00"}, {"max_epochs": -1}):
+        assert missing_options({**saving, **limit}, trains=True) == ({}, [])
+    assert missing_options({"callbacks": [ModelCheckpoint(), Timer("00:00:01:00")]}, trains=True) == ({}, [])

@@ -127,6 +127,20 @@ def test_a_schedule_ends_with_the_run_though_accumulation_changes(llama: Path, t
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0
 
 
+def test_validation_beyond_the_epoch_is_counted_over_epochs_or_refused(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is 15 batches, and an epoch has 10: set check_val_every_n_epoch: null"):
+        fit(llama, tmp_path, {}, val_check_interval=15)
+    validated: list[int] = []
+
+    class Steps(Callback):
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            validated.append(trainer.global_step)
+
+    counted = {"val_check_interval": 15, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+    fit(llama, tmp_path, {}, max_epochs=3, callbacks=[Steps()], **counted)
+    assert validated == [15, 30]
+
+
 def test_what_cannot_be_scheduled_is_refused_by_name(llama: Path) -> None:
     with pytest.raises(ValueError, match=r"'cosin'; did you mean 'cosine'.*warmup_stable_decay"):
         module(llama, lr_scheduler="cosin")
