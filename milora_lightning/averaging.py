@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from milora_lightning.frozen_statistics import unfrozen_modules
 from milora_lightning.strategies import check_whole
 from milora_lightning.surgery import lora_layers
 
@@ -56,6 +57,21 @@ def copy_adapted(trainer: Trainer, module: LightningModule, stage: str) -> None:
             average.update_parameters = partial(_update, average)  # type: ignore[method-assign]
         elif isinstance(callback, StochasticWeightAveraging):
             callback._avg_fn = _exact(callback._avg_fn)
+            _spare_frozen_statistics(callback)
+
+
+def _spare_frozen_statistics(callback: StochasticWeightAveraging) -> None:
+    """Have only those BatchNorm layers measure anew, in an epoch at the end, whose statistics training moves."""
+
+    def measured(module: LightningModule) -> Any:
+        return SimpleNamespace(modules=lambda: unfrozen_modules(module), device=module.device)
+
+    cls: Any = type(callback)
+    patched: Any = callback
+    patched.pl_module_contains_batch_norm = lambda module: cls.pl_module_contains_batch_norm(measured(module))
+    patched.reset_batch_norm_and_save_state = lambda module: cls.reset_batch_norm_and_save_state(
+        callback, measured(module)
+    )
 
 
 def start_averages(trainer: Trainer, module: nn.Module) -> None:

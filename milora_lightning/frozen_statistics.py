@@ -22,6 +22,14 @@ class FrozenStatistics(Derived):
         self.training = False
         return self
 
+    def reset_running_stats(self) -> None:
+        """Keep them: ``torch.optim.swa_utils.update_bn`` would begin anew, and they are not measured again."""
+
+
+def unfrozen_modules(module: nn.Module) -> list[nn.Module]:
+    """Return the modules inside a module, and itself, but for those whose statistics are frozen."""
+    return [child for child in module.modules() if not isinstance(child, FrozenStatistics)]
+
 
 def freeze_statistics(module: nn.Module, kept: Collection[nn.Module]) -> None:
     """Have the layers of a frozen module compute with their running statistics in training, too, and not change them.

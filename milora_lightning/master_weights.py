@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from milora_lightning.derived_class import Derived, derive
 from milora_lightning.names import unwrapped_name
@@ -16,7 +17,8 @@ class CastParameter:
     """Class attribute that stands before a parameter, and gives it in the dtype that its module computes in.
 
     The parameter itself, which ``parameters()`` and ``state_dict()`` show, is another: the float32 one. Where FSDP1
-    puts a plain tensor in its place, that comes first, as this is no data descriptor.
+    puts a plain tensor in its place, that comes first, as this is no data descriptor; FSDP2's shards, with which
+    nothing is computed, are given as they are.
     """
 
     def __init__(self, name: str) -> None:
@@ -30,7 +32,9 @@ class CastParameter:
             raise AttributeError(self.name)
         parameter = parameters[self.name]
         dtype = module._compute_dtypes[self.name]
-        return parameter if parameter is None or parameter.dtype == dtype else parameter.to(dtype)
+        if parameter is None or parameter.dtype == dtype or isinstance(parameter, DTensor):
+            return parameter
+        return parameter.to(dtype)
 
 
 class MasterWeights(Derived):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import quiet_trainer
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -231,6 +232,24 @@ def test_statistics_of_frozen_layers_stand_still_and_those_that_train_move(tmp_p
     quiet_trainer(tmp_path, callbacks=[MiLoRAInit(4, cache=False, modules_to_save=["1"])], max_epochs=1).fit(free)
     assert free.net[1].num_batches_tracked == 4
     assert free.net[3].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("kept", [[], ["1"]])
+def test_averaging_does_not_reset_statistics_that_are_frozen(kept: list[str], tmp_path: Path) -> None:
+    module = Normed()
+    with torch.no_grad():
+        module.net(torch.randn(2, 4, 8))
+    before = copy.deepcopy(module.state_dict())
+    averaging = StochasticWeightAveraging(1e-3, swa_epoch_start=1)
+    adapters = MiLoRAInit(4, cache=False, modules_to_save=kept)
+    trainer = quiet_trainer(tmp_path, callbacks=[averaging, adapters], max_epochs=3)
+    trainer.fit(module)
+    after = dict(module.named_buffers())
+    for name in ("running_mean", "running_var"):
+        assert torch.equal(after[f"net.3.{name}"], before[f"net.3.{name}"])
+        assert torch.equal(after[f"net.1.{name}"], before[f"net.1.{name}"]) == (not kept)
+    torch.optim.swa_utils.update_bn([X.view(-1, 4, 8)], module.net)
+    assert torch.equal(module.net[3].running_mean, before["net.3.running_mean"])
 
 
 def test_statistics_stand_still_where_a_strategy_has_replaced_the_layer(tmp_path: Path) -> None:

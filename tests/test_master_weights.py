@@ -13,6 +13,7 @@ from conftest import quiet_trainer, tiny_model
 from safetensors.torch import load_file
 from test_callback import LanguageModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from milora_lightning import LoRAConfig, MiLoRAInit, export_merged, initialize, inject, load_adapter
@@ -146,6 +147,34 @@ def test_whole_networks_compute_as_in_half_precision_and_learn_in_full() -> None
             torch.equal(model.float()(x.float()), model.double()(x.double()).float()) or model.head.classes.weight.dtype
         )
         assert model.head.classes.weight is model.head.classes._parameters["weight"]  # nothing to cast any more
+
+
+def test_fsdp2_shards_the_float32_weights(tmp_path: Path) -> None:
+    """One rank will do: FSDP2 exchanges the parameters in the same way, and its updates are those without it."""
+    config = LoRAConfig(r=4, modules_to_save=["norm", "lm_head", "embed_tokens"])
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        losses = []
+        for shards in (False, True):
+            model = tiny_model("llama", torch.bfloat16)
+            inject(model, config)
+            if shards:
+                for layer in [*model.model.layers, model]:
+                    fully_shard(layer)
+                inject(model, config)
+            initialize(model, cache=False)
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+            for _ in range(3):
+                loss = model(IDS, labels=IDS).loss
+                losses.append(loss.item())
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    finally:
+        torch.distributed.destroy_process_group()
+    assert losses[:3] == losses[3:]
+    assert losses[0] - losses[2] > 0.05
 
 
 def test_a_kept_head_compiles() -> None:
