@@ -149,9 +149,9 @@ def run_length(trainer: Trainer) -> float:
         if "`val_check_interval`" not in str(error):
             raise
         raise ValueError(
-            f"val_check_interval is {trainer.val_check_interval} batches, and an epoch has {trainer.fit_loop.max_batches}: "
-            "set check_val_every_n_epoch: null, so that they are counted over epochs, or give a smaller number, or a "
-            "share of the epoch such as 0.5."
+            f"val_check_interval is {trainer.val_check_interval} batches, and an epoch has "
+            f"{trainer.fit_loop.max_batches}: set check_val_every_n_epoch: null, so that they are counted over epochs, "
+            "or give a smaller number, or a share of the epoch such as 0.5."
         ) from error
     epochs, batches = trainer.max_epochs or 0, trainer.num_training_batches
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
