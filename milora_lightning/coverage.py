@@ -14,20 +14,16 @@ from transformers.pytorch_utils import Conv1D
 
 from milora_lightning.config import ALL_LINEAR, LoRAConfig
 from milora_lightning.lora import LoRALinear, linear_shape
+from milora_lightning.parts import ends_with, find_modules, find_part, modules_by_name, some
 from milora_lightning.sharding import is_sharded
 from milora_lightning.targets import (
     FROZEN,
     TOO_SMALL,
     TRAINED_BEFORE,
     Selection,
-    ends_with,
-    find_modules,
-    find_part,
     frozen_by_user,
-    modules_by_name,
     output_heads,
     select_layers,
-    some,
 )
 
 LARGE_SHARE = 0.1

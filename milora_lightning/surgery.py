@@ -16,18 +16,9 @@ from milora_lightning.fused import stacked_factors
 from milora_lightning.lora import LoRALinear
 from milora_lightning.master_weights import keep_master_weights
 from milora_lightning.names import unwrapped_name
+from milora_lightning.parts import TargetNotFoundError, check_initialized, find_modules, find_part, some
 from milora_lightning.sharding import is_sharded
-from milora_lightning.targets import (
-    TRAINED_BEFORE,
-    TargetNotFoundError,
-    adaptable_layers,
-    check_initialized,
-    find_modules,
-    find_part,
-    find_targets,
-    select_layers,
-    some,
-)
+from milora_lightning.targets import TRAINED_BEFORE, adaptable_layers, find_targets, select_layers
 
 
 def inject(module: nn.Module, config: LoRAConfig, layers: Sequence[str] | None = None) -> dict[str, LoRALinear]:

@@ -9,22 +9,18 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from milora_lightning.config import ALL_LINEAR, LoRAConfig
 from milora_lightning.lora import PLAIN_LAYERS, LoRALinear, linear_shape
-from milora_lightning.names import WRAPPERS, unwrapped_name
+from milora_lightning.names import unwrapped_name
+from milora_lightning.parts import TargetNotFoundError, ends_with, excluded_names, find_part, modules_by_name, some
 
 TOO_SMALL = "is too small for r"
 FROZEN = "was frozen by you"
 TRAINED_BEFORE = "_trained_before_surgery"
 """Attribute of modules whose own parameters trained until surgery froze them."""
-
-
-class TargetNotFoundError(ValueError):
-    """What the configuration names, or a layer for it, is not in the model (or not yet)."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ def find_targets(
     >>> [sorted(find_targets(model, targets)) for targets in (["up"], r"q_.*", "all-linear")]
     [['mlp.up'], ['q_proj'], ['mlp.up', 'q_proj']]
     """
-    excluded = _excluded(module, exclude_modules)
+    excluded = excluded_names(module, exclude_modules)
     found: dict[str, nn.Module] = {}
     for entry in [target_modules] if isinstance(target_modules, str) else target_modules:
         found |= _matches(module, entry, not isinstance(target_modules, str))
@@ -90,7 +86,7 @@ def select_layers(module: nn.Module, config: LoRAConfig, kept: Collection[nn.Mod
     """
     part, targets = find_part(module, config.module), config.target_modules
     named = not isinstance(targets, str)
-    excluded = _excluded(part, config.exclude_modules)
+    excluded = excluded_names(part, config.exclude_modules)
     prefix = f"{config.module}." if config.module else ""
     users, training = _users(module), _anything_trains(part, kept)
     selection = Selection()
@@ -118,21 +114,6 @@ def select_layers(module: nn.Module, config: LoRAConfig, kept: Collection[nn.Mod
         computed = (name for name in _computed(part, kept) if name not in excluded)
         selection.left_out.update({prefix + name: "computes its weight (weight_norm?)" for name in computed})
     return selection
-
-
-def check_initialized(module: nn.Module, kept: Collection[nn.Module] = ()) -> None:
-    """Refuse lazy layers that have no weights yet.
-
-    Raises:
-        TargetNotFoundError: If there are any, but for those that train in full.
-    """
-    for name, child in modules_by_name(module).items():
-        lazy = [p for p in child._parameters.values() if p is not None and is_lazy(p)]
-        if lazy and child not in kept:
-            raise TargetNotFoundError(
-                f"Layer {name!r} ({type(child).__name__}) has no weights yet that could be adapted or frozen: run a "
-                "dummy batch through the module before fit, for example at the end of its __init__."
-            )
 
 
 def frozen_by_user(layer: nn.Module) -> bool:
@@ -186,11 +167,6 @@ def adaptable_layers(module: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
-def modules_by_name(module: nn.Module) -> dict[str, nn.Module]:
-    """Return all modules by the names that they have without wrappers, such as ``torch.compile``'s."""
-    return {unwrapped_name(name): child for name, child in module.named_modules()}  # the wrapped after its wrapper
-
-
 def _computed(module: nn.Module, kept: Collection[nn.Module]) -> list[str]:
     layers = ((n, m) for n, m in module.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m not in kept)
     return [unwrapped_name(name) for name, layer in layers if name and layer._parameters.get("weight") is None]
@@ -204,30 +180,6 @@ def output_heads(module: nn.Module) -> set[nn.Module | None]:
 
 def _base(layer: nn.Module) -> nn.Module:
     return layer.base_layer if isinstance(layer, LoRALinear) else layer
-
-
-def ends_with(name: str, target: str) -> bool:
-    """Whether a name is, or ends in, another.
-
-    >>> [ends_with("layers.0.q_proj", target) for target in ("q_proj", "proj")]
-    [True, False]
-    """
-    return name == target or name.endswith(f".{target}")
-
-
-def _excluded(module: nn.Module, exclude_modules: str | Sequence[str]) -> set[str]:
-    """The names of all modules that are excluded, with those inside them."""
-    names = [unwrapped_name(name) for name, _ in module.named_modules() if name]
-    found: set[str] = set()
-    for entry in [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules:
-        is_name = not isinstance(exclude_modules, str)
-        matches = {n for n in names if (ends_with(n, unwrapped_name(entry)) if is_name else re.fullmatch(entry, n))}
-        if not matches:
-            raise TargetNotFoundError(
-                f"exclude_modules names {entry!r}, but {type(module).__name__} has no such module."
-            )
-        found |= matches
-    return found | {name for name in names if any(name.startswith(f"{outer}.") for outer in found)} if found else found
 
 
 Users = dict[tuple[object, ...], list[tuple[nn.Module, str]]]
@@ -305,16 +257,6 @@ def _nothing_left(module: nn.Module, config: LoRAConfig, left_out: dict[str, str
     return f"No layer is left for adapters with {what}: {' '.join(parts)} {', or '.join(remedies).capitalize()}."
 
 
-def some(names: Sequence[str], most: int = 3) -> str:
-    """List names, the first few of many.
-
-    >>> some(["a", "b"]), some(["a", "b", "c"], 1)
-    ("'a', 'b'", "'a' and 2 more")
-    """
-    listed = ", ".join(map(repr, names[:most]))
-    return f"{listed} and {len(names) - most} more" if len(names) > most else listed
-
-
 def _no_match(module: nn.Module, what: str, layers: dict[str, nn.Module], target: str | None = None) -> str:
     others = {type(m).__name__ for n, m in modules_by_name(module).items() if target and ends_with(n, target)}
     if others:
@@ -327,44 +269,3 @@ def _no_match(module: nn.Module, what: str, layers: dict[str, nn.Module], target
     hint = f" Did you mean {close[0]!r}?" if close else ""
     exists = f"Its linear layers end in: {', '.join(endings)}." if endings else "It has no linear layers at all."
     return f"The {what} matches no linear layer of {type(module).__name__}. {exists}{hint}"
-
-
-def find_modules(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """Find all modules whose name ends in one of ``names``.
-
-    Raises:
-        TargetNotFoundError: If a name matches nothing.
-    """
-    kept = []
-    for wanted in names:
-        matches = [
-            child
-            for name, child in module.named_modules()
-            if ends_with(unwrapped_name(name), unwrapped_name(wanted)) and name.rpartition(".")[2] not in WRAPPERS
-        ]
-        if not matches:
-            raise TargetNotFoundError(
-                f"modules_to_save names {wanted!r}, but {type(module).__name__} has no such module."
-            )
-        kept += matches
-    return kept
-
-
-def find_part(module: nn.Module, name: str | None) -> nn.Module:
-    """Return the part of a module that is to be adapted; all of it without a name.
-
-    Raises:
-        TargetNotFoundError: If there is no part of that name.
-    """
-    if name is None:
-        return module
-    try:
-        part = module.get_submodule(name)
-    except AttributeError as error:
-        parts = ", ".join(child for child, _ in module.named_children())
-        raise TargetNotFoundError(
-            f"module={name!r} is no part of {type(module).__name__}, whose parts are: {parts or 'none'}."
-        ) from error
-    if isinstance(part, (nn.Linear, Conv1D, LoRALinear)):
-        raise ValueError(f"module={name!r} is a single layer: name it in target_modules instead.")
-    return part

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from milora_lightning import LoRAConfig, MiLoRAInit, adapters_disabled, initialize, inject, load_adapter, lora_layers
-from milora_lightning.targets import TargetNotFoundError
+from milora_lightning.parts import TargetNotFoundError
 
 X = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
 

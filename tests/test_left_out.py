@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, MixtralConfig, Qwen3MoeConfig
 
 from milora_lightning import LoRAConfig, MiLoRAInit, initialize, inject, lora_layers
-from milora_lightning.targets import TargetNotFoundError
+from milora_lightning.parts import TargetNotFoundError
 
 
 def said(model: nn.Module, **config: Any) -> list[str]:

@@ -11,7 +11,7 @@ from test_checkpoint import train
 from test_module import data, module
 
 from milora_lightning import CheckpointError, LoRAConfig, MiLoRAInit, initialize, inject, load_adapter, lora_layers
-from milora_lightning.targets import TargetNotFoundError
+from milora_lightning.parts import TargetNotFoundError
 
 PATTERNS = {"rank_pattern": {"q_proj": 6, r"layers\.1\..*": 2}, "alpha_pattern": {"down_proj": 8}}
 

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 from milora_lightning.config import LoRAConfig
 from milora_lightning.coverage import say_once
 from milora_lightning.names import unwrapped_name
+from milora_lightning.parts import find_modules, find_part, some
 from milora_lightning.peft_format import objection, outermost_models
 from milora_lightning.surgery import lora_layers
-from milora_lightning.targets import find_modules, find_part, some
 
 
 def check_optimizers(trainer: Trainer, module: LightningModule, config: LoRAConfig) -> None:

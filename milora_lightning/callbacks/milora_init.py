@@ -19,10 +19,10 @@ from milora_lightning.callbacks._display import progress, summary
 from milora_lightning.checkpoint import AdapterCheckpoint
 from milora_lightning.config import Init, LoRAConfig
 from milora_lightning.initialization import initialize
+from milora_lightning.parts import TargetNotFoundError, find_part
 from milora_lightning.peft_import import load_peft, peft_config
 from milora_lightning.strategies import calls_parts, finish, needs_early_start, prepare, restores_late, shards
 from milora_lightning.surgery import freeze_again, inject, inject_quietly, lora_layers
-from milora_lightning.targets import TargetNotFoundError, find_part
 
 
 class MiLoRAInit(Callback):
