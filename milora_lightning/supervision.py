@@ -15,18 +15,21 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from milora_lightning.data.batching import IGNORED
 
-# What configurations call what is done to the logits, each position's by itself, and each with values that do nothing.
+# What configurations call what is done to the logits, to each position's by themselves; None where it is nothing.
 # Whatever is missing here is noticed in the model's forward, at the price of a second one.
-TRANSFORMATIONS = {
-    "final_logit_softcapping": (None,),
-    "logits_soft_cap": (None,),
-    "output_logit_soft_cap": (None,),
-    "logit_scale": (None, 1),
-    "logits_scaling": (None, 1),
-    "lm_head_multiplier": (None, 1),
-    "output_multiplier": (None, 1),
-    "logits_mup_width_multiplier": (None, 1),
-}
+TRANSFORMATIONS = (
+    *("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"),
+    *("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier"),
+)
+
+# What configurations say of models whose tokens attend to those behind them.
+BIDIRECTIONAL = (
+    ("is_decoder", (False,)),  # BERT and its kin
+    ("causal", (False,)),  # XLM
+    ("is_causal", (False,)),
+    ("attn_type", ("bi",)),  # XLNet
+    ("use_bidirectional_attention", (True, "all")),  # Gemma
+)
 
 
 class Logits(NamedTuple):
@@ -47,11 +50,26 @@ def keeps_logits(config: PretrainedConfig) -> bool:
     """Tell whether a configuration names nothing that is done to the output of the output embeddings.
 
     >>> from transformers import CohereConfig, GraniteConfig, LlamaConfig
-    >>> [keeps_logits(c) for c in (LlamaConfig(), GraniteConfig(logits_scaling=8.0), CohereConfig())]
+    >>> [keeps_logits(c) for c in (LlamaConfig(), GraniteConfig(), CohereConfig())]
     [True, False, False]
     """
-    configs = {id(c): c for c in (config, config.get_text_config(decoder=True))}.values()
-    return all(getattr(c, name, None) in (None, *idle) for c in configs for name, idle in TRANSFORMATIONS.items())
+    return all(getattr(c, name, None) is None for c in _configs(config) for name in TRANSFORMATIONS)
+
+
+def check_causal(model: PreTrainedModel) -> None:
+    """Refuse a model whose configuration says that it attends to the tokens which it is to predict.
+
+    Raises:
+        ValueError: If it does.
+    """
+    for config in _configs(model.config):
+        for name, values in BIDIRECTIONAL:
+            value = getattr(config, name, None)
+            if value is not None and value in values:
+                raise ValueError(
+                    f"{type(model).__name__} with {name}={value!r} in its configuration attends to the tokens that it "
+                    "is to predict: load it with another value, or take a causal language model."
+                )
 
 
 def supervised_positions(labels: Tensor) -> Tensor:
@@ -92,7 +110,11 @@ def run(model: PreTrainedModel, input_ids: Tensor, substitute: Callable[[Any, Te
         model: Any causal language model of transformers.
         input_ids: Token ids (batch, length), padded on the right.
         substitute: Given the output embeddings and the hidden states (batch, length, width), returns what these see.
+
+    Raises:
+        ValueError: If the model attends to the tokens that it is to predict.
     """
+    check_causal(model)
     head = model.get_output_embeddings()
     followed, stack = _Followed(), ExitStack()
 
@@ -121,6 +143,11 @@ def whole_logits(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     return _forward(model, input_ids)
 
 
+def _configs(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """Return a configuration and that of its text decoder, where it is of several parts."""
+    return [config, config.get_text_config(decoder=True)]
+
+
 def _forward(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     output = model(input_ids=input_ids, use_cache=False)
     logits: Tensor = output[0] if isinstance(output, tuple) else output.logits
@@ -145,7 +172,11 @@ class _Followed(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if function in (Tensor.float, Tensor.to) and self._follows(args[0]) and _is_as_exact(result, args[0]):
+        if (
+            function in (Tensor.float, Tensor.double, Tensor.to)
+            and self._follows(args[0])
+            and _is_as_exact(result, args[0])
+        ):
             return self.start(result)
         return result
 

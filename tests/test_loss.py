@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY_CONFIGS, tiny_model
+from small_models import small_config
 from torch import Tensor
+from transformers import AutoModelForCausalLM, BertConfig, LlamaForCausalLM, PretrainedConfig, XLMConfig
 
 from milora_lightning import LoRAConfig, initialize, inject, loss
-from milora_lightning.loss import causal_lm_loss, linear_cross_entropy
+from milora_lightning.attention import NAME
+from milora_lightning.loss import causal_lm_loss, linear_cross_entropy, supervised_logits
 
 
 def reference(model: torch.nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -52,6 +60,116 @@ def test_models_that_change_their_logits_keep_their_own() -> None:
     bare = linear_cross_entropy(hidden[labels != -100], model.lm_head.weight, None, labels[labels != -100])
     torch.testing.assert_close(causal_lm_loss(model, *batch()), reference(model, *batch()))
     assert (bare - reference(model, *batch())).abs() > 1
+
+
+def calls_of(module: torch.nn.Module) -> list[None]:
+    calls: list[None] = []
+    module.register_forward_hook(lambda *_: calls.append(None))
+    return calls
+
+
+class Changed(LlamaForCausalLM):
+    """What a model from the Hub may bring: it does something to its logits that no configuration names."""
+
+    def __init__(self, config: PretrainedConfig, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(config)
+        self.change = change
+
+    def forward(self, **inputs: Any) -> Any:
+        output = super().forward(**inputs)
+        output.logits = self.change(output.logits)
+        return output
+
+
+def halve_rows(logits: Tensor) -> Tensor:
+    for row in range(logits.shape[1]):
+        logits[:, row : row + 1] = logits[:, row : row + 1] / 2
+    return logits
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "out of place": lambda logits: 3 * logits,
+    "in place": lambda logits: logits.mul_(3),
+    "row by row": halve_rows,
+    "after a conversion": lambda logits: logits.double().tanh_(),
+    "in place after a conversion": lambda logits: logits.to(torch.float64).mul_(3),
+    "into less precision": lambda logits: logits.bfloat16(),
+    "along the sequence": lambda logits: logits.cumsum(1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:What Changed does to its logits")
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_unknown_changes_of_the_logits_are_noticed(change: str, context: Callable[[], Any]) -> None:
+    torch.manual_seed(0)
+    model = Changed(TINY_CONFIGS["llama"], CHANGES[change])
+    model.lm_head.requires_grad_(False)
+    with context():
+        want = reference(model, *batch())
+        torch.testing.assert_close(causal_lm_loss(model, *batch()), want, check_dtype=False)
+        logits = supervised_logits(model, *batch())
+    labels = batch()[1][:, 1:]
+    torch.testing.assert_close(F.cross_entropy(logits.float(), labels[labels != -100], reduction="sum"), want)
+
+
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("change", [lambda logits: logits, lambda logits: logits.float()])
+def test_models_that_only_convert_their_logits_run_once(
+    change: Callable[[Tensor], Tensor], context: Callable[[], Any]
+) -> None:
+    """Negative control: what is noticed is no more than what matters."""
+    torch.manual_seed(0)
+    model = Changed(TINY_CONFIGS["llama"], change).bfloat16()
+    model.lm_head.requires_grad_(False)
+    calls = calls_of(model.model)
+    with context():
+        total = causal_lm_loss(model, *batch())
+    assert len(calls) == 1
+    torch.testing.assert_close(total, reference(model, *batch()), rtol=1e-4, atol=0)
+
+
+def test_what_is_noticed_is_said_once() -> None:
+    class Unheard(Changed):
+        pass
+
+    model = Unheard(TINY_CONFIGS["llama"], lambda logits: 3 * logits)
+    model.lm_head.requires_grad_(False)
+    with pytest.warns(UserWarning, match="What Unheard does to its logits is not known here"):
+        causal_lm_loss(model, *batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        causal_lm_loss(model, *batch())
+
+
+@pytest.mark.parametrize("name", ["is_decoder", "causal"])
+def test_models_that_see_what_they_predict_are_refused(name: str) -> None:
+    config = {"is_decoder": BertConfig, "causal": XLMConfig}[name]
+    model = AutoModelForCausalLM.from_config(small_config(config, **{name: False}))
+    with pytest.raises(ValueError, match=f"{name}=False in its configuration attends to the tokens that it is to pre"):
+        causal_lm_loss(model, *batch())
+
+
+def test_another_attention_gives_the_same_loss() -> None:
+    """On a model that was used with one before: nothing of it is remembered."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(TINY_CONFIGS["llama"])
+    config.num_hidden_layers = 4
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME).requires_grad_(False)
+    losses = [causal_lm_loss(model, *batch())]
+    for attention in ("sdpa", "eager"):
+        model.set_attn_implementation(attention)
+        losses += [causal_lm_loss(model, *batch()), reference(model, *batch())]
+    torch.testing.assert_close(torch.stack(losses), losses[0].expand(5))
+
+
+def test_tuples_are_read() -> None:
+    model = tiny_model().requires_grad_(False)
+    losses, logits = causal_lm_loss(model, *batch()), supervised_logits(model, *batch())
+    plain = model.forward
+    model.forward = lambda **inputs: plain(**inputs).to_tuple()
+    assert torch.equal(causal_lm_loss(model, *batch()), losses)
+    assert torch.equal(supervised_logits(model, *batch()), logits)
 
 
 def test_trained_heads_get_their_gradient() -> None:
