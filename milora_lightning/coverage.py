@@ -130,9 +130,10 @@ def _left_out(module: nn.Module, selection: Selection, config: LoRAConfig) -> It
         shapes = {name: linear_shape(layers[name]) for name in small}
         listed = ", ".join(f"{name!r} ({m}×{n})" for name, (m, n) in list(shapes.items())[:3])
         more = f" and {len(small) - 3} more" if len(small) > 3 else ""
+        heads = [name for name in small if not any(part.isdigit() for part in name.split("."))] or small
         yield (
-            f"Too small for adapters of r={config.r}, and frozen: {listed}{more}. A new head has to train in full: add "
-            f"modules_to_save={[small[-1].rsplit('.', 1)[-1]]!r}."
+            f"Too small for adapters of r={config.r}, and frozen: {listed}{more}. What is new, as a head, has to train in "
+            f"full: modules_to_save={[heads[-1].rsplit('.', 1)[-1]]!r}."
         )
     for reason, names in reasons.items():
         one = len(names) == 1
@@ -236,6 +237,6 @@ def _kind(owner: nn.Module, name: str, parameter: Tensor, kept: set[nn.Module]) 
         return "nn.MultiheadAttention's in_proj_weight"
     if isinstance(owner, nn.RNNBase):
         return "recurrent layers"
-    if parameter.ndim > 2:
+    if parameter.ndim > 2 and parameter.shape[0] > 1:  # unlike embeddings of positions, which have room for a batch
         return EXPERTS if "expert" in name else "other 3-D parameters"
     return "other linear layers" if isinstance(owner, (nn.Linear, Conv1D)) else "other weights"
