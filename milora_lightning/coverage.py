@@ -132,8 +132,8 @@ def _left_out(module: nn.Module, selection: Selection, config: LoRAConfig) -> It
         more = f" and {len(small) - 3} more" if len(small) > 3 else ""
         heads = [name for name in small if not any(part.isdigit() for part in name.split("."))] or small
         yield (
-            f"Too small for adapters of r={config.r}, and frozen: {listed}{more}. What is new, as a head, has to train in "
-            f"full: modules_to_save={[heads[-1].rsplit('.', 1)[-1]]!r}."
+            f"Too small for adapters of r={config.r}, and frozen: {listed}{more}. What is new, as a head, has to train "
+            f"in full: modules_to_save={[heads[-1].rsplit('.', 1)[-1]]!r}."
         )
     for reason, names in reasons.items():
         one = len(names) == 1
