@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from milora_lightning.operators import compiling_for_cpu, differentiate, operator
+from milora_lightning.operators import compiling_for_cpu, differentiate, operator, transformed
 
 BITS = 2**17  # how many times 64 bits are drawn at once: few enough to be compared while they are in the cache
 
@@ -28,7 +28,9 @@ def draw_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
         A mask of 0 and 1 (uint8) in the shape of ``x``, and the exact probability to keep an entry.
     """
     dropped = min(round(p * 2**16), 2**16 - 1)
-    if x.device.type == "cpu":
+    if transformed():  # each sample of a vmap may have draws of its own
+        kept = (torch.rand_like(x, dtype=torch.float32) >= dropped / 2**16).to(torch.uint8)
+    elif x.device.type == "cpu":
         draw = _draw_opaquely if compiling_for_cpu(x) else _draw
         kept = draw(torch.randint(2**63 - 1, ()), x.numel(), dropped)
     else:

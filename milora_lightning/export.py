@@ -32,6 +32,7 @@ from milora_lightning.peft_format import (
     registrations,
     task_type,
 )
+from milora_lightning.quantization import holds_its_weight
 from milora_lightning.serving import save_tokenizer
 from milora_lightning.surgery import lora_layers
 
@@ -147,7 +148,7 @@ def export_merged(
     wanted = as_dtype(dtype)
     model = find_model(module)
     layers = _adapters(module, model)
-    if not all(layer.base_layer.get_parameter("weight").is_floating_point() for layer in layers.values()):
+    if not all(holds_its_weight(layer.base_layer) for layer in layers.values()):
         raise ValueError(
             "A quantized model cannot be merged without rounding again: export for PEFT, load that folder into the "
             "unquantized model with load_peft, and merge there."

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from milora_lightning.fused import base_product, stacked_factors
+from milora_lightning.fused import base_product, plain_gradients, stacked_factors
+from milora_lightning.operators import transformed
 
 
 def folding_pays(x: Tensor, weight: Tensor) -> bool:
@@ -73,9 +73,12 @@ class _FoldedLoRA(torch.autograd.Function):
         return base_product(x, folded_weight(weight.to(x.dtype), A, B, transposed), bias, transposed)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, initial_A, initial_B = ctx.saved_tensors
+        if torch.is_grad_enabled() or transformed():
+            factors = lora_A, lora_B, initial_A, initial_B
+            gradients = plain_gradients(grad, x, weight, *factors, None, ctx.scaling, ctx.transposed)
+            return gradients[0], None, None, *gradients[1:], None, None, None, None
         rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         grad_x = grad_A = grad_B = None
         if ctx.needs_input_grad[3]:

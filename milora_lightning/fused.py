@@ -7,11 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from milora_lightning.dropout import masked
 from milora_lightning.factors import stack_factors
-from milora_lightning.operators import compiling_for_cpu, operator
+from milora_lightning.operators import compiling_for_cpu, operator, transformed
 
 
 def fused_lora(*arguments: Any) -> Tensor:
@@ -50,9 +49,12 @@ class _FusedLoRA(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, initial_A, initial_B, mask, projection = ctx.saved_tensors
+        if torch.is_grad_enabled() or transformed():
+            factors = lora_A, lora_B, initial_A, initial_B
+            gradients = plain_gradients(grad, x, weight, *factors, mask, ctx.scaling, ctx.transposed)
+            return gradients[0], None, None, *gradients[1:], None, None, None, None, None
         A, B = stacked_factors(lora_A, lora_B, initial_A, initial_B, ctx.scaling, x.dtype)
         r = lora_A.shape[0]
         rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
@@ -74,6 +76,44 @@ class _FusedLoRA(torch.autograd.Function):
                 grad_x += masked(grad_hidden @ A, mask)
             grad_x = grad_x.view_as(x)
         return grad_x, None, None, grad_A, grad_B, None, None, None, None, None
+
+
+def plain_gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    initial_A: Tensor | None,
+    initial_B: Tensor | None,
+    mask: Tensor | None,
+    scaling: float,
+    transposed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of x, ``lora_A`` and ``lora_B`` in operations that can be differentiated again.
+
+    They depend on x, the factors and the output's gradient: each of these has its share in second derivatives, also
+    where the output's gradient is constant. (``once_differentiable`` looks at that one alone, and is silent then.)
+
+    Args:
+        grad: Gradient of the output (..., out).
+        x: Input (..., in).
+        weight: Frozen weight, in either layout.
+        lora_A: Factor (r, in).
+        lora_B: Factor (out, r).
+        initial_A: Initial factor, or None.
+        initial_B: Likewise.
+        mask: Which entries of x the update sees, or None for all.
+        scaling: The scale s.
+        transposed: Whether the weight is a ``Conv1D``'s.
+    """
+    A, B = stacked_factors(lora_A, lora_B, initial_A, initial_B, scaling, x.dtype)
+    W = weight.to(x.dtype)
+    grad_x = grad @ (W.T if transposed else W) + masked(grad @ B @ A, mask)
+    rows, grad_rows = masked(x, mask).reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    grad_A = (grad_rows @ (scaling * lora_B).to(x.dtype)).T @ rows
+    grad_B = grad_rows.T @ (rows @ lora_A.to(x.dtype).T)
+    return grad_x, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype) * scaling
 
 
 def updated_product(

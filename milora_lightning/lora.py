@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from milora_lightning.config import Init
@@ -16,6 +17,8 @@ from milora_lightning.dropout import draw_mask, masked
 from milora_lightning.factors import stack_factors
 from milora_lightning.folded import folded_lora, folded_weight, folding_pays
 from milora_lightning.fused import base_product, fused_lora, stacked_factors, updated_product
+from milora_lightning.operators import transformed
+from milora_lightning.quantization import holds_its_weight, is_plain
 from milora_lightning.sharding import fill, full_tensor
 
 PLAIN_LAYERS = (nn.Linear, NonDynamicallyQuantizableLinear, Conv1D)
@@ -105,9 +108,16 @@ class LoRALinear(nn.Module):
                 "This LoRALinear has no initial factors yet and would not train: call "
                 "milora_lightning.initialize(model) after inject, or add the MiLoRAInit callback to the Trainer."
             )
-        if not self._base_is_plain():
+        if transformed() or not self._base_is_plain() or self._base_trains():
             y = self.base_layer(x)
-            return cast(Tensor, y + self.update(x).to(y.dtype))
+            update = self.update(x)
+            if y.shape != update.shape:
+                raise ValueError(
+                    f"A {type(self.base_layer).__name__} turns inputs of shape {tuple(x.shape)} into {tuple(y.shape)}, "
+                    f"not {tuple(update.shape)}: it is more than a matrix product, and cannot have an adapter. Leave "
+                    "it out of target_modules."
+                )
+            return cast(Tensor, y + update.to(y.dtype))
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         mask, scaling = self._dropout_mask(x)
@@ -138,8 +148,14 @@ class LoRALinear(nn.Module):
         return self.scaling * B @ A
 
     def merged_weight(self) -> Tensor:
-        """Compute W + ΔW in float32 and round it once to W's dtype; in the base layer's own layout."""
+        """Compute W + ΔW in float32 and round it once to W's dtype; in the base layer's own layout.
+
+        Raises:
+            ValueError: If the base layer holds codes, which would have to be rounded again.
+        """
         weight: Tensor = self.base_layer.weight
+        if not holds_its_weight(self.base_layer):
+            raise ValueError(f"The weight of a {type(self.base_layer).__name__} is quantized and cannot be merged.")
         A, B = stacked_factors(*self.factors, self.scaling, self.lora_A.dtype)
         return folded_weight(weight.to(A.dtype), A, B, self.transposed).to(weight.dtype)
 
@@ -157,7 +173,7 @@ class LoRALinear(nn.Module):
         this use, and a half-precision weight rounds the update.
         """
         weight: Tensor = self.base_layer.weight
-        if not self.enabled or not weight.is_floating_point():  # codes of a quantized weight stay what they are
+        if not self.enabled or not holds_its_weight(self.base_layer):  # a quantized weight's codes stay what they are
             return weight
         return self.merged_weight()
 
@@ -190,8 +206,14 @@ class LoRALinear(nn.Module):
     def _base_is_plain(self) -> bool:
         """Whether the base layer does nothing but multiply by its weight and add its bias."""
         base = self.base_layer
-        changed = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base)
-        return type(base) in PLAIN_LAYERS and not changed
+        hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        changed = hooks or "forward" in vars(base) or _has_any_global_hook()  # type: ignore[no-untyped-call]
+        return type(base) in PLAIN_LAYERS and is_plain(base.weight) and not changed
+
+    def _base_trains(self) -> bool:
+        """Whether what is frozen gets a gradient nevertheless, which the fused operations do not compute."""
+        frozen = (self.base_layer.weight, self.base_layer.bias, self.initial_A, self.initial_B)
+        return any(tensor is not None and tensor.requires_grad for tensor in frozen)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
         # Half-precision plugins cast whole models; the factors and their optimizer state stay in full precision.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 NAMESPACE = "milora_lightning"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -39,6 +40,16 @@ def compiling_for_cpu(x: Tensor) -> bool:
     that operators are better.
     """
     return x.device.type == "cpu" and torch.compiler.is_compiling()
+
+
+def transformed() -> bool:
+    """Whether torch.func's transforms (grad, vmap, jvp) or forward-mode differentiation look on.
+
+    They differentiate, or repeat, each operation by itself: what is written as one operation has to be written in
+    torch's own there.
+    """
+    # What torch.autograd.Function itself asks.
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def differentiate(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:

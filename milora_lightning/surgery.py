@@ -17,6 +17,7 @@ from milora_lightning.lora import LoRALinear
 from milora_lightning.master_weights import keep_master_weights
 from milora_lightning.names import unwrapped_name
 from milora_lightning.parts import TargetNotFoundError, check_initialized, find_modules, find_part, some
+from milora_lightning.quantization import holds_its_weight
 from milora_lightning.sharding import is_sharded
 from milora_lightning.targets import TRAINED_BEFORE, adaptable_layers, find_targets, select_layers
 
@@ -162,7 +163,7 @@ def factors_kept(module: nn.Module) -> Iterator[None]:
     """
     # FSDP1's shards are flat.
     whole = [layer for layer in lora_layers(module).values() if layer.lora_A.ndim == 2 and not is_sharded(layer)]
-    layers = [layer for layer in whole if layer.base_layer.weight.is_floating_point()]
+    layers = [layer for layer in whole if holds_its_weight(layer.base_layer)]
     try:
         for layer in layers:
             dtype = layer.base_layer.weight.dtype

@@ -13,6 +13,7 @@ from milora_lightning.config import LoRAConfig
 from milora_lightning.coverage import adapters_by_part, coverage
 from milora_lightning.factors import stack_factors
 from milora_lightning.initialization import Batch
+from milora_lightning.quantization import holds_its_weight
 from milora_lightning.sharding import full_tensor, is_sharded
 from milora_lightning.surgery import lora_layers
 
@@ -74,7 +75,7 @@ def _largest_change(module: LightningModule) -> float:
         if is_sharded(layer):  # collecting the factors, and not the weight, to which nothing is written
             A, B = map(full_tensor, stack_factors(*layer.factors))
             change = x @ A.T @ B.T
-        elif weight.is_floating_point():
+        elif holds_its_weight(layer.base_layer):
             x = x.to(weight.dtype)
             change = layer(x) - layer.base_layer(x)
         else:  # a quantized layer may repack its weight when it is called outside training
