@@ -49,6 +49,7 @@ class Commonsense(Files):
             train,
             validation,
             None if test is None else {task: test.replace("{task}", task) for task in tasks},
+            input_field=None,
             reference_field="answer",
             validation_size=validation_size,
             seed=seed,

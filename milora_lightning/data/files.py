@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
+from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics import Metric
 
-from milora_lightning.data.sources import Row, Split, cached_dataset
+from milora_lightning.data.records import SUFFIXES, read_records
+from milora_lightning.data.rows import UNREAD, Convert, Fields, Row, checked_rows
+from milora_lightning.data.sources import COLUMNS, Split, cached_dataset
 from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy, right_answer
 
-SUFFIXES = (".json", ".jsonl", ".parquet")
-OPTIONAL = ("input", "task")
-Fields = dict[str, "str | None"]
-Convert = Callable[[dict[str, Any]], dict[str, Any]]
+READ = ("prompt", "input", "response")  # what is learned
 
 
 class Files:
@@ -36,7 +35,8 @@ class Files:
     ``test`` may also be a mapping of names to such locations: several test sets, each with an accuracy of its own.
 
     Every row is checked when it is read; numbers are taken as text, anything else that is no string is refused
-    with its file and row. What has been read is kept in the cache of ``datasets``.
+    with its file and row. Fields that hold something and that nobody reads are named. What has been read is kept in
+    the cache of ``datasets``.
 
     Args:
         train: Training data.
@@ -45,6 +45,7 @@ class Files:
         prompt_field: Field with the instruction or question.
         response_field: Field with the text to learn.
         input_field: Field with further context, which may be empty or absent in single rows; None for none.
+            ``"auto"`` takes ``input`` where the prompt is ``instruction``, as in Alpaca's format.
         reference_field: Field with what generated text is scored against; None for the response.
         train_split: Which split of a Hub data set to train on; slices such as ``"train[:90%]"`` work too.
         validation_split: Likewise for validation.
@@ -66,7 +67,7 @@ class Files:
         test: dict[str, str | list[str]] | str | list[str] | None = None,
         prompt_field: str = "instruction",
         response_field: str = "output",
-        input_field: str | None = None,
+        input_field: str | None = "auto",
         reference_field: str | None = None,
         train_split: str = "train",
         validation_split: str = "validation",
@@ -76,6 +77,8 @@ class Files:
     ) -> None:
         self.test_sets = test if isinstance(test, dict) else {}
         self.locations = {"train": train, "validation": validation, "test": None if isinstance(test, dict) else test}
+        if input_field == "auto":
+            input_field = "input" if prompt_field == "instruction" else None
         self.fields: Fields = {
             "prompt": prompt_field,
             "input": input_field,
@@ -110,13 +113,34 @@ class Files:
 
     def _read(self, location: str | list[str], split: Split, task: str = "") -> datasets.Dataset:
         names = [location] if isinstance(location, str) else location
-        common = {"fields": self.fields, "convert": type(self).convert, "task": task}
+        common: dict[str, Any] = {
+            "columns": (*COLUMNS, UNREAD),
+            "fields": self.fields,
+            "convert": type(self).convert,
+            "task": task,
+        }
         if isinstance(location, str) and _is_hub_name(location):
-            dataset = _from_hub(location, self.hub_splits[split])
-            return cached_dataset(_hub_rows, dataset=dataset, name=location, **common)
-        # Size and time of change go into the cache's key, so that an edited file is read again.
-        files = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for name in names for p in _paths(name))
-        return cached_dataset(_file_rows, files=files, **common)
+            hub = _from_hub(location, self.hub_splits[split])
+            dataset = cached_dataset(_hub_rows, dataset=hub, name=location, **common)
+        else:
+            # Size and time of change go into the cache's key, so that an edited file is read again.
+            files = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for name in names for p in _paths(name))
+            dataset = cached_dataset(_file_rows, files=files, **common)
+        unread = {field: None for fields in dataset.unique(UNREAD) for field in json.loads(fields)}
+        if unread:
+            self.say_unread(", ".join(map(str, names)), list(unread))
+        return dataset.remove_columns(UNREAD)
+
+    def say_unread(self, location: str, unread: list[str]) -> None:
+        """Say which fields hold something that is not read.
+
+        Args:
+            location: Where the data are.
+            unread: The fields, all of them from single rows at least.
+        """
+        read = (f"{column} from {field!r}" for column, field in self.fields.items() if field and column in READ)
+        remedy = "" if type(self).convert is not Files.convert else f" (input_field={unread[0]} would use it, for one)"
+        _say(f"{location}: {', '.join(read)}. Fields not read: {', '.join(map(repr, unread))}{remedy}.")
 
     def _held_out(self, size: int, split: Split) -> list[int]:
         held_out = self.validation_size if self.validation_size >= 1 else math.ceil(self.validation_size * size)
@@ -137,6 +161,15 @@ def _is_hub_name(name: str) -> bool:
 def _paths(name: str) -> list[Path]:
     """Find the files of a path or glob."""
     path = Path(name).expanduser().absolute()
+    try:
+        return _found(name, path)
+    except PermissionError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}). Check the permissions of the file and its folder."
+        ) from error
+
+
+def _found(name: str, path: Path) -> list[Path]:
     found = [Path(p) for p in sorted(glob.glob(str(path)))] if not path.exists() and glob.has_magic(name) else [path]
     if not found or not found[0].exists():
         raise FileNotFoundError(f"There is no data file {path}. Check the path; a relative one starts at {Path.cwd()}.")
@@ -159,85 +192,19 @@ def _from_hub(name: str, split: str) -> datasets.Dataset:
             f"set {name!r} or cannot be reached. Check the name and the network, or give the path of a "
             f"{', '.join(SUFFIXES)} file. ({type(error).__name__}: {error})"
         ) from error
+    except ValueError as error:  # no such split, or no such configuration
+        raise ValueError(f"The data set {name!r} cannot be loaded with split={split!r}: {error}") from error
 
 
 def _file_rows(files: tuple[tuple[str, int, int], ...], fields: Fields, convert: Convert, task: str) -> Iterator[Row]:
     for name, _, _ in files:
-        records = _parquet_records(name) if name.endswith(".parquet") else _json_records(name)
-        yield from _checked_rows(records, name, fields, convert, task)
+        yield from checked_rows(read_records(name), name, fields, convert, task)
 
 
 def _hub_rows(dataset: datasets.Dataset, name: str, fields: Fields, convert: Convert, task: str) -> Iterator[Row]:
-    yield from _checked_rows(enumerate(dataset, 1), name, fields, convert, task)
+    yield from checked_rows(enumerate(dataset, 1), name, fields, convert, task)
 
 
-def _checked_rows(
-    records: Iterable[tuple[int, Any]], name: str, fields: Fields, convert: Convert, task: str
-) -> Iterator[Row]:
-    number = 0
-    for number, record in records:
-        where = f"row {number} (the first is row 1) of {name}"
-        if not isinstance(record, dict):
-            raise ValueError(f"In {where} there is no object with fields but {type(record).__name__}: {record!r:.80}.")
-        try:
-            converted = convert(record)
-        except ValueError as error:
-            raise ValueError(f"In {where}: {error}") from error
-        row = _checked(converted, fields, where)
-        yield {**row, "task": task or row["task"]}
-    if number == 0:
-        raise ValueError(f"There are no rows in {name}. Point to data that is not empty.")
-
-
-def _parquet_records(name: str) -> Iterator[tuple[int, Any]]:
-
-    try:
-        batches = pa.parquet.ParquetFile(name).iter_batches()
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{name} is not a valid Parquet file ({error}). Write it anew.") from error
-    yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
-
-
-def _json_records(name: str) -> Iterator[tuple[int, Any]]:
-    """Read an array of objects, or one object on each line; in the latter case rows are lines."""
-    line = 0
-    try:
-        with open(name, encoding="utf-8-sig") as file:
-            is_array = file.read(1 << 16).lstrip().startswith("[")
-            file.seek(0)
-            if is_array:
-                yield from enumerate(json.load(file), 1)
-                return
-            for line, text in enumerate(file, 1):
-                if text.strip():
-                    yield line, json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{name} is not valid JSON in line {line or error.lineno}, column {error.colno} ({error.msg}). Correct it; "
-            "a file holds one array of objects, or one object on each line."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not text in UTF-8 ({error}). Convert it.") from error
-
-
-def _checked(record: dict[str, Any], fields: Fields, where: str) -> Row:
-    """Take the texts of the columns out of a record."""
-    row = {}
-    for column, field in fields.items():
-        if field is None or (column in OPTIONAL and record.get(field) is None):
-            row[column] = ""
-            continue
-        if field not in record:
-            raise ValueError(
-                f"There is no field {field!r} in {where}; it has {sorted(record)}. Correct the row, or set "
-                f"{column}_field to the right one."
-            )
-        value = record[field]
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not (isinstance(value, str) or is_number):
-            raise ValueError(
-                f"The field {field!r} in {where} holds {value!r:.80} ({type(value).__name__}), which is no text. "
-                "Correct or remove the row."
-            )
-        row[column] = str(value)
-    return row
+@functools.cache  # once for train and the validation data held out of it
+def _say(text: str) -> None:
+    rank_zero_info(text)

@@ -12,6 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from milora_lightning.data.files import Files
 
 
+class _Texts(Files):
+    """Texts, of whose other fields nothing is to be said."""
+
+    def say_unread(self, location: str, unread: list[str]) -> None:
+        """Say nothing."""
+
+
 def read_texts(location: str, field: str = "text", split: str = "test") -> list[str]:
     """Read texts.
 
@@ -32,9 +39,14 @@ def read_texts(location: str, field: str = "text", split: str = "test") -> list[
         path = Path(location).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"There is no text file {path.absolute()}. Check the path.")
-        texts = [path.read_text(encoding="utf-8")]
+        try:
+            texts = [path.read_text(encoding="utf-8")]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not text in UTF-8 ({error}). Convert it.") from error
     else:
-        source = Files(validation=location, prompt_field=field, response_field=field, validation_split=split)
+        source = _Texts(
+            validation=location, prompt_field=field, response_field=field, input_field=None, validation_split=split
+        )
         texts = cast("list[str]", source.load("validation")["response"][:])  # type: ignore[index]
     texts = [text for text in texts if text.strip()]
     if not texts:

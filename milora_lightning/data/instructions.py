@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from milora_lightning.data.files import Files
+from milora_lightning.data.rows import shown
 
 
 def instruction(record: dict[str, Any]) -> dict[str, Any]:
@@ -14,8 +15,8 @@ def instruction(record: dict[str, Any]) -> dict[str, Any]:
     chat that ends in it (UltraFeedback); and ``messages`` (a chat).
 
     Raises:
-        ValueError: If the record has none of these, or its chat is not one question and one answer, after a system
-            message if there is one.
+        ValueError: If the record has none of these, a message has no role or text, or the chat is not one question
+            and one answer, after a system message if there is one.
 
     >>> chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
     >>> instruction({"messages": chat}) == {"instruction": "Hi", "output": "Hello!"}
@@ -26,19 +27,46 @@ def instruction(record: dict[str, Any]) -> dict[str, Any]:
     if "instruction" in record:
         return record
     if isinstance(record.get("chosen"), str):
-        return {"instruction": record.get("prompt"), "output": record["chosen"]}
-    messages = record.get("chosen") or record.get("messages")
-    if not messages:
+        return {"instruction": _text(record.get("prompt"), "the field 'prompt'"), "output": record["chosen"]}
+    field = "chosen" if record.get("chosen") else "messages"
+    if not record.get(field):
         raise ValueError(
-            f"there is no instruction with an answer among the fields {sorted(record)}: instruction and output, "
-            "prompt and chosen, or messages are known."
+            f"there is no instruction with an answer among the fields {sorted(map(str, record))}: instruction and "
+            "output, prompt and chosen, or messages are known."
         )
-    roles = [message["role"] for message in messages]
+    turns = [_turn(message, f"message {i} of {field!r}") for i, message in enumerate(_chat(record[field], field), 1)]
+    roles = [role for role, _ in turns]
     if roles[-2:] != ["user", "assistant"] or roles[:-2] not in ([], ["system"]):
         raise ValueError(f"the chat goes {roles}, but has to be a user's message and the assistant's answer. Split it.")
-    question, answer = (message["content"] for message in messages[-2:])
-    context = {"input": question} if roles[:-2] else {}
-    return {"instruction": messages[0]["content"] if context else question, **context, "output": answer}
+    question, answer = (content for _, content in turns[-2:])
+    if roles[:-2]:
+        return {"instruction": turns[0][1], "input": question, "output": answer}
+    return {"instruction": question, "output": answer}
+
+
+def _chat(messages: Any, field: str) -> list[Any]:
+    if not isinstance(messages, list):
+        raise ValueError(
+            f"{field!r} holds {shown(messages)} ({type(messages).__name__}), but has to be a list of messages, each "
+            "with role and content."
+        )
+    return messages
+
+
+def _turn(message: Any, what: str) -> tuple[str, str]:
+    """Return who says what."""
+    if not isinstance(message, dict):
+        raise ValueError(f"{what} is {shown(message)} ({type(message).__name__}), but has to have role and content.")
+    if missing := [key for key in ("role", "content") if key not in message]:
+        hint = " Rename from to role (human to user, gpt to assistant) and value to content." * ("from" in message)
+        raise ValueError(f"{what} has no {' and no '.join(missing)}, only {sorted(map(str, message))}.{hint}")
+    return _text(message["role"], f"the role of {what}"), _text(message["content"], f"the content of {what}")
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{what} is {shown(value)} ({type(value).__name__}), which is no text.")
+    return value
 
 
 class Instructions(Files):

@@ -83,6 +83,7 @@ class Math(Files):
             train,
             validation,
             tests or None,
+            input_field=None,
             reference_field="answer",
             train_split=train_split,
             validation_size=validation_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import datasets
 from datasets.exceptions import DatasetGenerationError
@@ -13,9 +13,9 @@ from datasets.fingerprint import Hasher
 from torchmetrics import Metric
 
 from milora_lightning.data.code_key import code_key
+from milora_lightning.data.rows import Row
 
 Split = Literal["train", "validation", "test"]
-Row = dict[str, str]
 COLUMNS = ("prompt", "input", "response", "reference", "task")
 
 
@@ -32,10 +32,10 @@ class Source(Protocol):
             split: ``"train"``, ``"validation"`` or ``"test"``.
 
         Returns:
-            A dataset with the string columns ``prompt`` (question or instruction) and ``response`` (what the model
-            is to write), and optionally ``input`` (further context, may be empty), ``reference`` (what generated
-            text is scored against, by default the response) and ``task`` (the name of the test set, where there are
-            several); None where the source has no such split.
+            A dataset, or a list of dicts, with the columns ``prompt`` (question or instruction) and ``response`` (what
+            the model is to write), and optionally ``input`` (further context, may be empty), ``reference`` (what
+            generated text is scored against, by default the response) and ``task`` (the name of the test set, where
+            there are several); None where the source has no such split.
         """
         ...
 
@@ -58,12 +58,15 @@ class MultipleChoice(Task, Protocol):
         ...
 
 
-def cached_dataset(rows: Callable[..., Iterator[Row]], **arguments: Any) -> datasets.Dataset:
+def cached_dataset(
+    rows: Callable[..., Iterator[Row]], columns: tuple[str, ...] = COLUMNS, **arguments: Any
+) -> datasets.Dataset:
     """Write rows to the cache of ``datasets`` once, and read them memory-mapped from then on.
 
     Args:
         rows: Module-level generator function of rows with the keys ``prompt``, ``input``, ``response``,
             ``reference``, and ``task`` where there are several.
+        columns: Names of the columns, all of them text.
         arguments: Its arguments; together with the code of ``rows`` and of functions among them they are the key of
             the cache.
 
@@ -80,7 +83,7 @@ def cached_dataset(rows: Callable[..., Iterator[Row]], **arguments: Any) -> data
         try:
             return datasets.Dataset.from_generator(
                 _Rows(rows, arguments, Hasher.hash([code_key(*functions), values])),
-                features=datasets.Features({name: datasets.Value("large_string") for name in COLUMNS}),
+                features=datasets.Features({name: datasets.Value("large_string") for name in columns}),
             )
         except DatasetGenerationError as error:
             # What went wrong is said by the cause; "An error occurred while generating" only hides it.
@@ -117,23 +120,6 @@ def progress_bars(shown: bool) -> Iterator[None]:
     finally:
         if not disabled:
             datasets.enable_progress_bars()
-
-
-def check_columns(dataset: datasets.Dataset, split: str) -> None:
-    """Check that a source's dataset can be tokenized.
-
-    Raises:
-        ValueError: If a needed column is missing, or there are no rows.
-    """
-    names = cast("list[str]", dataset.column_names)
-    missing = [name for name in ("prompt", "response") if name not in names]
-    if missing:
-        raise ValueError(
-            f"The {split} data has no column {' and no column '.join(map(repr, missing))}, only {names}. "
-            "A source has to return the columns 'prompt' and 'response'."
-        )
-    if len(dataset) == 0:
-        raise ValueError(f"The {split} data has no rows. Point the source at data, or leave this split out.")
 
 
 def describe(source: object) -> str:

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from milora_lightning.data.chat import ChatTemplate, ChatTemplateError, token_ids
 from milora_lightning.data.code_key import code_key
-from milora_lightning.data.sources import check_columns, progress_bars
+from milora_lightning.data.columns import as_dataset
+from milora_lightning.data.sources import progress_bars
 from milora_lightning.data.templates import TEMPLATES, TemplateName, bos_prefix, plain, question
 
 LONG = 20_000  # examples from which on tokenizing takes long enough for a progress bar
@@ -180,7 +181,7 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def tokenize_dataset(
-    dataset: datasets.Dataset,
+    dataset: datasets.Dataset | list[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     template: TemplateName = "alpaca",
     prompt_suffix: str = "",
@@ -193,7 +194,7 @@ def tokenize_dataset(
     Warns with numbers if examples were left out or truncated.
 
     Args:
-        dataset: Dataset as :meth:`milora_lightning.data.Source.load` returns it.
+        dataset: What :meth:`milora_lightning.data.Source.load` returns.
         tokenizer: Tokenizer with an EOS token, or with a chat template that ends its turns.
         template: Name of the prompt template.
         prompt_suffix: What every prompt ends in, after the template.
@@ -205,10 +206,10 @@ def tokenize_dataset(
         Dataset with the columns that :func:`encode` returns.
 
     Raises:
-        ValueError: If columns are missing, the tokenizer has no EOS token, the chat template is of no use or refuses a
-            row, ``max_length`` leaves no room for a response, or no example has one.
+        ValueError: If columns are missing or hold something other than text, the tokenizer has no EOS token, the chat
+            template is of no use or refuses a row, ``max_length`` leaves no room for a response, or no example has one.
     """
-    check_columns(dataset, split)
+    dataset = as_dataset(dataset, split)
     if max_length < 2:
         raise ValueError(
             f"max_length={max_length} leaves no token of any response to learn from. Use 2 at the very least; 512 or "

@@ -10,7 +10,8 @@ from typing import Any
 
 import datasets
 
-from milora_lightning.data.sources import Row, Split, cached_dataset
+from milora_lightning.data.rows import Row
+from milora_lightning.data.sources import Split, cached_dataset
 
 INSTRUCTION = " Give the result as your final answer. Do not include units."
 DRAWN_AT_ONCE = 1024

@@ -1,0 +1,99 @@
+"""What sources return, brought into columns of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+from datasets.fingerprint import Hasher
+
+from milora_lightning.data.code_key import code_key
+from milora_lightning.data.rows import as_text
+from milora_lightning.data.sources import COLUMNS
+
+NEEDED = ("prompt", "response")
+
+
+def as_dataset(data: Any, split: str) -> datasets.Dataset:
+    """Bring what a source returned into a dataset of texts.
+
+    Args:
+        data: A dataset, or a list of dicts.
+        split: What to call it in messages.
+
+    Returns:
+        A dataset with the columns ``prompt`` and ``response``, and those of ``COLUMNS`` that there are, all of them
+        text: numbers are written out, and what is missing in other columns than these two is empty.
+
+    Raises:
+        ValueError: If it is something else, a needed column is missing, a value is no text, or there are no rows.
+    """
+    if isinstance(data, list | tuple) and all(isinstance(row, dict) for row in data):
+        names = dict.fromkeys(name for row in data for name in row)
+        dataset = None
+    elif isinstance(data, datasets.Dataset):
+        dataset = data.with_format(None) if data.format["type"] else data
+        names = dict.fromkeys(dataset.column_names)
+    else:
+        raise ValueError(
+            f"The source returns {_kind(data)} for {split}; it has to return a datasets.Dataset{_way(data)}."
+        )
+    missing = [name for name in NEEDED if name not in names]
+    if missing and (len(data) or dataset is not None):
+        raise ValueError(
+            f"The {split} data has no column {' and no column '.join(map(repr, missing))}, only {list(names)}. "
+            "A source has to return the columns 'prompt' and 'response'."
+        )
+    if len(data) == 0:
+        raise ValueError(f"The {split} data has no rows. Point the source at data, or leave this split out.")
+    columns = [name for name in COLUMNS if name in names]
+    features = datasets.Features({name: datasets.Value("large_string") for name in columns})
+    if dataset is None:
+        rows = _texts({name: [row.get(name) for row in data] for name in columns}, range(len(data)), split)
+        return datasets.Dataset.from_dict(rows, features=features)
+    if all(_is_text(dataset, name) for name in columns):
+        return dataset
+    return dataset.map(
+        _texts,
+        batched=True,
+        with_indices=True,
+        fn_kwargs={"split": split},
+        remove_columns=[name for name in names if name not in columns],
+        features=features,
+        new_fingerprint=Hasher.hash([dataset._fingerprint, columns, code_key(_texts)]),
+    )
+
+
+def _is_text(dataset: datasets.Dataset, name: str) -> bool:
+    kind = dataset.features[name]
+    return getattr(kind, "dtype", None) in ("string", "large_string") and not dataset.data.column(name).null_count
+
+
+def _texts(batch: dict[str, list[Any]], indices: Sequence[int], split: str) -> dict[str, list[str]]:
+    """Write values as text."""
+    return {
+        name: [
+            ""
+            if value is None and name not in NEEDED
+            else as_text(value, f"The column {name!r} in row {index + 1} (the first is row 1) of the {split} data")
+            for index, value in zip(indices, batch[name], strict=True)
+        ]
+        for name in COLUMNS
+        if name in batch
+    }
+
+
+def _kind(data: Any) -> str:
+    if isinstance(data, dict):
+        return f"{type(data).__name__} of {list(data)}"
+    return f"an object of type {type(data).__name__}"
+
+
+def _way(data: Any) -> str:
+    if isinstance(data, datasets.DatasetDict) and data:
+        return f": one of these, data[{next(iter(data))!r}] for example"
+    if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
+        # Batches are grouped by length over all the data, and epochs shuffled.
+        return ", which has all rows at hand: Dataset.from_list(list(stream.take(10_000))) makes one of a stream"
+    return " or a list of dicts"
