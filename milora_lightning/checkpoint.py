@@ -14,7 +14,7 @@ from torch import nn
 from milora_lightning.checkpoint_io import KEY, CheckpointError, read
 from milora_lightning.config import LoRAConfig
 from milora_lightning.fingerprint import base_keys, check_base, fingerprint
-from milora_lightning.lora import LoRALinear
+from milora_lightning.lora import INITIALIZED, LoRALinear
 from milora_lightning.names import key_in, rename_keys, unwrapped_name
 from milora_lightning.sharding import is_sharded
 from milora_lightning.surgery import inject, lora_layers
@@ -79,6 +79,7 @@ class AdapterCheckpoint:
             "version": version("milora-lightning"),
             "config": {**asdict(self.config), "target_modules": _as_primitive(self.config.target_modules)},
             "adapters": list(lora_layers(module)),
+            "uninitialized": [name for name, layer in lora_layers(module).items() if not layer.initialized],
             "base": self.base(module),
         }
 
@@ -93,6 +94,8 @@ class AdapterCheckpoint:
         kept = {prefix + unwrapped_name(key): value for key, value in module.state_dict().items() if key != KEY}
         own = {key: value for key, value in state.items() if key.startswith(prefix)}
         check_tensors(own, {key: getattr(value, "shape", None) for key, value in kept.items()}, names)
+        for name, initialized in told_initialized(description).items():
+            state[f"{prefix}{name}.{INITIALIZED}"] = initialized
 
     def check_description(self, module: nn.Module, description: dict[str, Any] | None) -> None:
         """Refuse adapters of another configuration or base, or none at all.
@@ -175,6 +178,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         )
     check_format(state[KEY])
     return checkpoint
+
+
+def told_initialized(description: Mapping[str, Any] | None) -> dict[str, bool]:
+    """Tell which adapters had their initial values when they were described; nothing if that was not noted then."""
+    if description is None or "uninitialized" not in description:
+        return {}
+    without = {unwrapped_name(name) for name in description["uninitialized"]}
+    return {name: name not in without for name in map(unwrapped_name, description["adapters"])}
 
 
 def check_format(description: dict[str, Any]) -> None:

@@ -15,9 +15,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._common_utils import clean_tensor_name
 from torch.optim import Optimizer
 
-from milora_lightning.checkpoint import AdapterCheckpoint, check_tensors
+from milora_lightning.checkpoint import AdapterCheckpoint, check_tensors, told_initialized
 from milora_lightning.checkpoint_io import KEY
-from milora_lightning.lora import LoRALinear
+from milora_lightning.lora import LoRALinear, factors_tell
 from milora_lightning.names import unwrapped_name
 from milora_lightning.sharded_checkpoint import read_together
 from milora_lightning.surgery import lora_layers
@@ -55,17 +55,19 @@ def load_fsdp1(strategy: FSDPStrategy, checkpoint_path: str | Path, weights_only
         ValueError: Likewise, if another rank has met that.
     """
     checkpoint = read_together(strategy, checkpoint_path)
-    state = dict(checkpoint["state_dict"])
+    state = {unwrapped_name(key): value for key, value in checkpoint["state_dict"].items()}
     module, attached = _attached(strategy)
-    attached.check_description(module, state.pop(KEY, None))
+    description = state.pop(KEY, None)
+    attached.check_description(module, description)
     shapes = {name: tensor.shape for tensors in _kept_tensors(strategy) for name, tensor in tensors.items()}
     check_tensors(state, shapes)
     with torch.no_grad():
         for tensors in _kept_tensors(strategy, writeback=True):
             for name, tensor in tensors.items():
                 tensor.copy_(state[name])
+    told = told_initialized(description)
     for name, layer in lora_layers(module).items():
-        layer.initialized = bool(state[f"{name}.lora_A"].any())
+        layer.initialized = told.get(name, False) or factors_tell(state, f"{name}.")
     if module.trainer.state.fn == TrainerFn.FITTING:
         for optimizer, saved in zip(strategy.optimizers, checkpoint.get("optimizer_states", []), strict=False):
             _load_optimizer(strategy, optimizer, saved)

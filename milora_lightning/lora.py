@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,9 @@ from milora_lightning.fused import base_product, fused_lora, stacked_factors, up
 from milora_lightning.operators import transformed
 from milora_lightning.quantization import holds_its_weight, is_plain
 from milora_lightning.sharding import fill, full_tensor
+
+INITIALIZED = "initialized"
+"""What a state dict calls it that an adapter's factors have had their initial values."""
 
 PLAIN_LAYERS = (nn.Linear, NonDynamicallyQuantizableLinear, Conv1D)
 
@@ -228,10 +231,32 @@ class LoRALinear(nn.Module):
         super()._apply(in_full_precision, recurse=False)  # type: ignore[no-untyped-call]
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if f"{prefix}lora_A" in state_dict:  # zero only if saved before it was initialized
-            self.initialized = bool(full_tensor(state_dict[f"{prefix}lora_A"]).any())
+    # A state dict holds no more than the parameters; whether they are initial values goes into its metadata, as torch's
+    # own versions do. A description of the adapters (AdapterCheckpoint) brings it as an entry.
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]][INITIALIZED] = self.initialized
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        told = state_dict.pop(prefix + INITIALIZED, local_metadata.get(INITIALIZED))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if f"{prefix}lora_A" in state_dict:
+            self.initialized = bool(told) or factors_tell(state_dict, prefix)
+
+
+def factors_tell(state: Mapping[str, Any], prefix: str) -> bool:
+    """Whether factors in a state dict have been given values: they are zero until then, all of them.
+
+    Not the other way round: that all are zero need not mean that none has been given.
+
+    >>> factors_tell({"0.lora_A": torch.zeros(1, 2), "0.lora_B": torch.ones(2, 1)}, "0.")
+    True
+    """
+    factors = (state.get(prefix + name) for name in ("lora_A", "lora_B", "initial_A", "initial_B"))
+    return any(bool(full_tensor(f).any()) for f in factors if f is not None and not f.is_meta)
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
