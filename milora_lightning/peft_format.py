@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 from transformers.pytorch_utils import Conv1D
@@ -251,7 +252,10 @@ def _skeleton(module: nn.Module, copies: dict[int, Any]) -> Any:
         plain.bias = None if module.bias is None else nn.Parameter(_weightless(plain.bias), requires_grad=False)
         copies[id(module)] = plain
         return plain
-    shell = copies[id(module)] = module.__class__.__new__(module.__class__)
+    # fully_shard has given sharded modules classes of their own, which are not made from their names alone
+    cls = next(each for each in type(module).__mro__ if not issubclass(each, FSDPModule))
+    shell = cast(nn.Module, object.__new__(cls))
+    copies[id(module)] = shell
     vars(shell).update({**vars(module), **vars(nn.Module())})  # the latter for hooks and all that is registered
     vars(shell).pop("hf_device_map", None)  # PEFT would move weights to where these were
     for key, parameter in module._parameters.items():

@@ -21,7 +21,7 @@ from milora_lightning.export import BASE_KEY, find_model
 from milora_lightning.fingerprint import check_base, fingerprint
 from milora_lightning.lora import LoRALinear, linear_shape
 from milora_lightning.peft_format import PEFT_PREFIX, deviations, most_common, opens_otherwise
-from milora_lightning.sharding import fill
+from milora_lightning.sharding import fill, full_tensor
 from milora_lightning.surgery import inject, lora_layers
 from milora_lightning.targets import find_targets
 
@@ -201,7 +201,8 @@ def _without_base(model: PreTrainedModel, tensors: dict[str, Tensor], folder: st
             continue
         own = dict(model.named_parameters(remove_duplicate=False))
         weight = own.get(name, own.get(name.replace(".base_layer.", ".")))
-        if weight is None or weight.shape != value.shape or not torch.equal(value.to(weight.dtype), weight.cpu()):
+        own_value = None if weight is None else full_tensor(weight.detach()).cpu()
+        if own_value is None or own_value.shape != value.shape or not torch.equal(value.to(own_value.dtype), own_value):
             raise CheckpointError(
                 f"{str(folder)!r} holds another {name!r} than this model has, as after resizing its embeddings: merge "
                 "the adapter into its base with PEFT (merge_and_unload), and start from that model."

@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard
 from lightning.pytorch import LightningModule
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -227,6 +228,18 @@ def test_asking_peft_leaves_nothing_behind() -> None:
     assert before[1:3] == after[1:3]
     assert torch.equal(before[3], after[3])
     assert not {"peft_config", "hf_device_map"} & vars(model).keys()
+
+
+class FSDPBlock(FSDPModule, transformers.models.gpt2.modeling_gpt2.GPT2Block):
+    """What fully_shard makes of a block."""
+
+
+def test_peft_is_asked_about_the_layers_below_shards() -> None:
+    model = build("gpt2")
+    inject(model, LoRAConfig(r=2))
+    for block in model.transformer.h:
+        block.__class__ = FSDPBlock
+    assert objection(model) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
