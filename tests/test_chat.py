@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from conftest import TINY_CONFIGS
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from milora_lightning import CausalLMModule
-from milora_lightning.data import tokenize_dataset
+from milora_lightning.data import Instructions, tokenize_dataset
 from milora_lightning.data.batching import Collator
 from milora_lightning.data.chat import ChatTemplate, ChatTemplateError, render_chat
 from milora_lightning.data.prompt_format import PromptFormat
@@ -82,6 +83,21 @@ def test_a_system_message_is_the_user_s_where_the_template_takes_none(name: str)
     tokenizer = chat_tokenizer(name)
     folded = chat("Be kind.\n\nWhat is 1 + 2?")
     assert render_chat([SYSTEM, *chat()], tokenizer)[0] == ids_of(tokenizer, folded)
+
+
+@pytest.mark.parametrize("name", ["qwen", "gemma"])
+def test_a_chat_of_a_file_is_the_whole_conversation(name: str, tmp_path: Path) -> None:
+    """Its system message too; in other templates that is the instruction, and the question an input to it."""
+    messages = [SYSTEM, *chat()]
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({"messages": chat()}))
+    data, tokenizer = Instructions(str(file)).load("train"), chat_tokenizer(name)
+    with_system, without = tokenize_dataset(data, tokenizer, "chat")
+    expected = messages if name == "qwen" else chat("Be kind.\n\nWhat is 1 + 2?")
+    assert with_system["input_ids"] == ids_of(tokenizer, expected)
+    assert without["input_ids"] == ids_of(tokenizer, chat())
+    assert with_system["instruction"] == "Be kind.\nWhat is 1 + 2?"
+    assert "### Input:\nWhat is 1 + 2?" in tokenize_dataset(data, tokenizer, "alpaca")[0]["prompt"]
 
 
 @pytest.mark.parametrize(

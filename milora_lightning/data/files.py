@@ -114,7 +114,7 @@ class Files:
     def _read(self, location: str | list[str], split: Split, task: str = "") -> datasets.Dataset:
         names = [location] if isinstance(location, str) else location
         common: dict[str, Any] = {
-            "columns": (*COLUMNS, UNREAD),
+            "columns": (*dict.fromkeys((*COLUMNS, *self.fields)), UNREAD),
             "fields": self.fields,
             "convert": type(self).convert,
             "task": task,

@@ -40,7 +40,7 @@ def instruction(record: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"the chat goes {roles}, but has to be a user's message and the assistant's answer. Split it.")
     question, answer = (content for _, content in turns[-2:])
     if roles[:-2]:
-        return {"instruction": turns[0][1], "input": question, "output": answer}
+        return {"instruction": turns[0][1], "input": question, "output": answer, "prompt_role": "system"}
     return {"instruction": question, "output": answer}
 
 
@@ -111,6 +111,7 @@ class Instructions(Files):
             validation_size=validation_size,
             seed=seed,
         )
+        self.fields["prompt_role"] = "prompt_role"  # which tells a chat's system message from an instruction
         self.fields["task"] = "dataset"  # AlpacaEval's, which its results are broken down by
 
     def metric(self) -> None:

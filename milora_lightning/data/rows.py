@@ -14,7 +14,7 @@ from milora_lightning.data.records import Ambiguous
 Row = dict[str, str]
 Fields = dict[str, "str | None"]
 Convert = Callable[[dict[str, Any]], dict[str, Any]]
-OPTIONAL = ("input", "task")
+OPTIONAL = ("input", "task", "prompt_role")
 UNREAD = "unread"
 """Column with the fields of a record that hold something and were not read, as a list in JSON."""
 

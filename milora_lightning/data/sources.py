@@ -34,8 +34,9 @@ class Source(Protocol):
         Returns:
             A dataset, or a list of dicts, with the columns ``prompt`` (question or instruction) and ``response`` (what
             the model is to write), and optionally ``input`` (further context, may be empty), ``reference`` (what
-            generated text is scored against, by default the response) and ``task`` (the name of the test set, where
-            there are several); None where the source has no such split.
+            generated text is scored against, by default the response), ``task`` (the name of the test set, where there
+            are several) and ``prompt_role`` (``"system"`` where the prompt is a chat's system message and the input
+            what the user says); None where the source has no such split.
         """
         ...
 

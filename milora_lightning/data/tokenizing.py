@@ -12,7 +12,7 @@ from datasets.fingerprint import Hasher
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from milora_lightning.data.chat import ChatTemplate, ChatTemplateError, token_ids
+from milora_lightning.data.chat import ChatTemplate, ChatTemplateError, Message, token_ids
 from milora_lightning.data.code_key import code_key
 from milora_lightning.data.columns import as_dataset
 from milora_lightning.data.sources import progress_bars
@@ -91,7 +91,7 @@ def encode(
     """Encode a batch of texts, and leave out examples without a response.
 
     Args:
-        batch: Columns ``prompt`` and ``response``, optionally ``input``, ``reference`` and ``task``.
+        batch: Columns ``prompt`` and ``response``, optionally ``input``, ``reference``, ``task`` and ``prompt_role``.
         indices: Which rows of the data these are, for messages.
         tokenizer: Tokenizer with an EOS token.
         template: Name of the prompt template.
@@ -112,9 +112,11 @@ def encode(
     references = batch.get("reference") or responses
     tasks = batch.get("task") or [""] * len(responses)
     kept = [i for i, response in enumerate(responses) if response.strip()]
+    roles = batch.get("prompt_role") or [""] * len(responses)
     texts = [(batch["prompt"][i], inputs[i], responses[i]) for i in kept]
     if template == "chat":
-        rows = _as_chats(texts, [indices[i] for i in kept], tokenizer, prompt_suffix, max_length, split)
+        chats = {indices[i]: _messages(*row, roles[i]) for i, row in zip(kept, texts, strict=True)}
+        rows = _as_chats(chats, tokenizer, prompt_suffix, max_length, split)
     else:
         rows = _as_texts(texts, tokenizer, template, prompt_suffix)
     columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
@@ -144,29 +146,30 @@ def _as_texts(
     return [Encoded(*row, len(row[2])) for row in zip(prompts, prompt_ids, response_ids, strict=True)]
 
 
+def _messages(prompt: str, input: str, response: str, role: str) -> list[Message]:
+    """Make a chat of a row, in which the prompt may be the system's and the input the user's."""
+    asked = [("system", prompt), ("user", input)] if role == "system" else [("user", question(prompt, input))]
+    return [{"role": role, "content": text} for role, text in [*asked, ("assistant", response)]]
+
+
 def _as_chats(
-    rows: list[tuple[str, str, str]],
-    indices: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_suffix: str,
-    max_length: int,
-    split: str,
+    rows: dict[int, list[Message]], tokenizer: PreTrainedTokenizerBase, prompt_suffix: str, max_length: int, split: str
 ) -> list[Encoded]:
-    """Encode rows (prompt, input, response) as chats, each response ending as the template ends a turn."""
+    """Encode the chats of rows, each response ending as the template ends a turn."""
     template = ChatTemplate.of(tokenizer)
-    questions = [question(prompt, input) for prompt, input, _ in rows]
     chats = []
-    for index, asked, (_, _, response) in zip(indices, questions, rows, strict=True):
-        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": response}]
+    for index, messages in rows.items():
         try:
             chats.append(template.write(messages, prompt_suffix))
         except ChatTemplateError as error:
+            asked = messages[-2]["content"]
             raise ValueError(f"In row {index + 1} of the {split} data ({asked!r:.60}), {error}") from error
     encoded = []
-    for asked, (prompt, _), (ids, (span,)) in zip(questions, chats, template.tokenize(chats), strict=True):
+    for messages, (prompt, _), (ids, (span,)) in zip(rows.values(), chats, template.tokenize(chats), strict=True):
         head = 0
         if len(ids) > max_length:  # what the template has before the question stays, the question loses its beginning
-            head = common_length(token_ids([prompt[: prompt.rfind(asked.strip())]], tokenizer)[0], ids[: span.start])
+            before = prompt[: prompt.rfind(messages[-2]["content"].strip())]
+            head = common_length(token_ids([before], tokenizer)[0], ids[: span.start])
         encoded.append(Encoded(prompt, ids[: span.start], ids[span.start :], span.stop - span.start, head))
     return encoded
 
