@@ -20,6 +20,7 @@ from milora_lightning.config import LoRAConfig
 from milora_lightning.export import BASE_KEY, find_model
 from milora_lightning.fingerprint import check_base, fingerprint
 from milora_lightning.lora import LoRALinear, linear_shape
+from milora_lightning.names import unwrapped_name
 from milora_lightning.peft_format import PEFT_PREFIX, deviations, most_common, opens_otherwise
 from milora_lightning.sharding import fill, full_tensor
 from milora_lightning.surgery import inject, lora_layers
@@ -92,7 +93,7 @@ def load_peft(module: nn.Module, folder: str | Path) -> LoRAConfig:
     inject(model, config, names)
     for name, layer in lora_layers(model).items():
         layer.set_initial_factors(*(tensors[_key(name, factor)] for factor in ("lora_A", "lora_B")))
-    places = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    places = _places(model)
     with torch.no_grad():
         for name, value in _whole(tensors).items():
             fill(places[name], value)
@@ -165,7 +166,7 @@ def _check_tensors(model: PreTrainedModel, config: LoRAConfig, tensors: dict[str
         if name in layers:
             wanted |= _factor_shapes(name, layers[name], config.rank(name))
     whole = _whole(tensors)
-    places = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    places = _places(model)
     wanted |= {PEFT_PREFIX + name: tuple(places[name].shape) for name in whole if name in places}
     if odd := sorted(tensors.keys() ^ wanted.keys()):
         raise CheckpointError(
@@ -199,7 +200,7 @@ def _without_base(model: PreTrainedModel, tensors: dict[str, Tensor], folder: st
         if ".base_layer." not in name:
             kept[key] = value
             continue
-        own = dict(model.named_parameters(remove_duplicate=False))
+        own = _places(model)
         weight = own.get(name, own.get(name.replace(".base_layer.", ".")))
         own_value = None if weight is None else full_tensor(weight.detach()).cpu()
         if own_value is None or own_value.shape != value.shape or not torch.equal(value.to(own_value.dtype), own_value):
@@ -208,6 +209,12 @@ def _without_base(model: PreTrainedModel, tensors: dict[str, Tensor], folder: st
                 "the adapter into its base with PEFT (merge_and_unload), and start from that model."
             )
     return kept
+
+
+def _places(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by the plain model's names, tied ones under each."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return {unwrapped_name(name): tensor for name, tensor in named}
 
 
 def _factor_shapes(name: str, layer: nn.Module, r: int) -> dict[str, tuple[int, ...]]:

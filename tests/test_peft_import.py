@@ -140,6 +140,19 @@ def test_what_does_not_fit_the_model_is_refused_before_it_is_changed(tmp_path: P
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_compiled_part_takes_what_the_plain_model_does(tmp_path: Path) -> None:
+    options = {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["norm"]}
+    theirs = logits(foreign(tmp_path / "theirs", tiny_model(), **options))
+    model = tiny_model()
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    model.model.norm = torch.compile(model.model.norm, backend="eager")
+    load_peft(model, tmp_path / "theirs")
+    torch.testing.assert_close(logits(model), theirs, rtol=0, atol=1e-5)
+    export_peft(model, tmp_path / "ours")
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path / "ours")
+    torch.testing.assert_close(logits(again), theirs, rtol=0, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_training_goes_on_from_ranks_of_their_own_and_resumes(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "base", "llama")
