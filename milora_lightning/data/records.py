@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from typing import IO, Any
@@ -110,7 +111,12 @@ def _first_character(file: IO[str]) -> str:
 
 
 def _decode(text: str) -> Any:
-    return json.loads(text, parse_int=_integer, object_pairs_hook=_object)
+    return _decoder().decode(text)
+
+
+@functools.cache
+def _decoder() -> json.JSONDecoder:
+    return json.JSONDecoder(parse_int=_integer, object_pairs_hook=_object)
 
 
 def _integer(digits: str) -> int | str:
@@ -136,10 +142,9 @@ def _refuse_spread_objects(name: str, line: int) -> None:
     with open(name, encoding="utf-8-sig") as file:
         lines = file.readlines()
     text, before = "".join(lines[line - 1 :]), "".join(lines[: line - 1])
-    decoder = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_object)
     start = len(text) - len(text.lstrip())
     try:
-        value, end = decoder.raw_decode(text, start)
+        value, end = _decoder().raw_decode(text, start)
     except (json.JSONDecodeError, RecursionError):
         return
     if not isinstance(value, dict) or "\n" not in text[start:end]:

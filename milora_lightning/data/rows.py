@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import numbers
@@ -79,7 +80,7 @@ def checked_rows(
     Raises:
         ValueError: If there are no rows, or one is not as it should be; says which, and why.
     """
-    number = 0
+    number, read = 0, set(fields.values())
     for number, record in records:
         where = f"row {number} (the first is row 1) of {name}"
         if not isinstance(record, dict):
@@ -88,11 +89,17 @@ def checked_rows(
             raise ValueError(f"The field {record.twice!r} comes twice in {where}. Remove one.")
         watched = Watched(record)
         row = _checked(_converted(convert, watched, where), fields, where)
-        unread = [key for key, value in record.items() if key not in watched.read and value not in (None, "", [], {})]
-        unread = [key for key in unread if key not in fields.values()]
-        yield {**row, "task": task or row["task"], UNREAD: json.dumps(unread)}
+        unread = (key for key in record if key not in watched.read and key not in read)
+        row[UNREAD] = _as_json(tuple(key for key in unread if record[key] not in (None, "", [], {})))
+        row["task"] = task or row["task"]
+        yield row
     if number == 0:
         raise ValueError(f"There are no rows in {name}. Point to data that is not empty.")
+
+
+@functools.cache
+def _as_json(names: tuple[str, ...]) -> str:
+    return json.dumps(names)
 
 
 def _converted(convert: Convert, record: Watched, where: str) -> dict[str, Any]:
@@ -120,10 +127,14 @@ def _checked(record: dict[str, Any], fields: Fields, where: str) -> Row:
                 f"There is no field {field!r} in {where}; it has {sorted(map(str, record))}. Correct the row, or set "
                 f"{column}_field to the right one."
             )
+        value = record[field]
+        if type(value) is str and value.isascii():  # most are, and need no sentence prepared
+            row[column] = value
+            continue
         remedy = "Correct or remove the row"
         if column == "input":
             remedy += ", or leave the field out with input_field: null"
-        row[column] = as_text(record[field], f"The field {field!r} in {where}", remedy)
+        row[column] = as_text(value, f"The field {field!r} in {where}", remedy)
     return row
 
 
