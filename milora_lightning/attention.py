@@ -184,7 +184,24 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward_opaquely(grad, *ctx.saved_tensors, ctx.scaling), None)
+    query, key, value, weights = ctx.saved_tensors
+    if torch.is_grad_enabled():  # the gradient may be differentiated again, which an operator without a formula is not
+        return (*_differentiable_backward(grad, query, key, value, ctx.scaling), None)
+    return (*_backward_opaquely(grad, query, key, value, weights, ctx.scaling), None)
+
+
+def _differentiable_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients over all keys at once, in operations that autograd knows."""
+    q, g = (x.reshape(len(key), key.shape[1], -1, *x.shape[2:]) for x in (query, grad))
+    k, v = key.unsqueeze(2), value.unsqueeze(2)  # for each head of a group
+    queries, keys = query.shape[2], key.shape[2]
+    later = torch.ones(queries, keys, dtype=torch.bool, device=key.device).triu(keys - queries + 1)
+    p = (scaling * q @ k.mT).masked_fill(later, -torch.inf).softmax(-1)
+    grad_p = g @ v.mT
+    grad_s = scaling * p * (grad_p - (p * grad_p).sum(-1, keepdim=True))
+    return (grad_s @ k).reshape(query.shape), (grad_s.mT @ q).sum(2), (p.mT @ g).sum(2)
 
 
 _attend_opaquely = operator(

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from milora_lightning.data.batching import IGNORED
@@ -78,17 +77,20 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
     >>> torch.allclose(linear_cross_entropy(hidden, weight, None, targets), reference)
     True
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
-        total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    with torch.autocast(kind, enabled=False):
+        total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, dtype)  # type: ignore[no-untyped-call]
     return total
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        inputs = hidden, weight, bias, targets
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         on_cpu = hidden.device.type == "cpu"
@@ -114,14 +116,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     some.copy_(p.scatter_add_(1, targeted, torch.full_like(targeted, -1, dtype=p.dtype)))
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[start : start + rows])
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(gradient, *inputs)
+        ctx.dtype = dtype
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad, None, None, None
+        gradient, hidden, weight, bias, targets = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient may be differentiated again: then it has to depend on the input
+            weight = weight.to(ctx.dtype)
+            logits = F.linear(hidden.to(ctx.dtype), weight, None if bias is None else bias.to(ctx.dtype))
+            right = F.one_hot(targets, len(weight))
+            gradient = (logits.float().softmax(-1) - right).to(ctx.dtype) @ weight
+        return (gradient * grad).to(hidden.dtype), None, None, None, None
 
 
 def _is_frozen_linear(head: nn.Module | None) -> bool:

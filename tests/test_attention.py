@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY_CONFIGS, tiny_model
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from milora_lightning.attention import BLOCK, NAME, causal_attention
@@ -73,6 +74,20 @@ def test_what_is_not_finite_stays_in_its_row() -> None:
         results.append([output, *torch.autograd.grad(output, tensors, torch.ones_like(output))])
     for whole, partly in zip(*results, strict=True):
         torch.testing.assert_close(partly[1], whole[1])
+
+
+@pytest.mark.parametrize("queries", [5, 3])
+def test_second_derivatives_equal_torchs(queries: int) -> None:
+    leaves, (q, k, v) = inputs_of(2, 5, (4, 2), tokens_first=True)
+    with sdpa_kernel(SDPBackend.MATH):  # its other kernels have none
+        theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)[:, :, -queries:]
+    products = []
+    for output in (causal_attention(q[:, :, -queries:], k, v, 0.3), theirs):
+        firsts = torch.autograd.grad(output.square().sum(), leaves, create_graph=True)
+        products.append(torch.autograd.grad(sum(first.sin().sum() for first in firsts), leaves))
+    for got, want in zip(*products, strict=True):
+        torch.testing.assert_close(got, want)
+        assert want.abs().sum() > 0
 
 
 @pytest.mark.parametrize("queries", [70, 30])

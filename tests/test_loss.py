@@ -199,6 +199,18 @@ def test_confident_mistakes_have_a_finite_loss() -> None:
     assert hidden.grad == 2
 
 
+def test_second_derivatives_equal_the_plain_losss() -> None:
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8), torch.randn(11)
+    targets, direction = torch.tensor([0, 3, 10, 3, 7]), torch.randn(5, 8)
+    products = []
+    for function in (linear_cross_entropy, _plain):
+        (first,) = torch.autograd.grad(function(hidden, weight, bias, targets), hidden, create_graph=True)
+        products.append(torch.autograd.grad((first * direction).sum(), hidden)[0])
+    torch.testing.assert_close(*products)
+    assert products[0].abs().sum() > 1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_exact_as_whole_logits(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
