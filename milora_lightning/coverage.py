@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from milora_lightning.config import ALL_LINEAR, LoRAConfig
 from milora_lightning.lora import LoRALinear, linear_shape
 from milora_lightning.parts import ends_with, find_modules, find_part, modules_by_name, some
+from milora_lightning.quantization import is_plain
 from milora_lightning.sharding import is_sharded
 from milora_lightning.targets import (
     FROZEN,
@@ -183,13 +184,7 @@ def _looks_new(layer: nn.Module) -> bool:
     Their largest is √3 times their root mean square, where it is a multiple of that in weights that have been trained.
     """
     weight = layer._parameters.get("weight")
-    if (
-        weight is None
-        or weight.is_meta
-        or is_sharded(layer)
-        or not weight.is_floating_point()
-        or weight.dtype.itemsize == 1
-    ):
+    if weight is None or weight.is_meta or is_sharded(layer) or not is_plain(weight):
         return False
     sample = weight.detach().flatten()[:4096].float()
     size = sample.square().mean().sqrt().item()

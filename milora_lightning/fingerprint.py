@@ -11,6 +11,7 @@ from torch import nn
 from milora_lightning.checkpoint_io import CheckpointError
 from milora_lightning.lora import LoRALinear
 from milora_lightning.names import pristine_name
+from milora_lightning.quantization import pieces
 from milora_lightning.sharding import as_bytes, gather_to, is_sharded
 
 
@@ -35,8 +36,10 @@ def fingerprint(module: nn.Module, frozen_only: bool = True) -> dict[str, str]:
         parameter = parameters[key].detach()
         weight = None if parameter.is_meta else gather_to(parameter, index % ranks)
         if weight is not None:
-            digest = xxhash.xxh3_128_hexdigest(as_bytes(weight.cpu().contiguous()).numpy().data)
-            hashes[pristine_name(key)] = f"{tuple(weight.shape)} {weight.dtype} {digest}"
+            digest = xxhash.xxh3_128()
+            for piece in pieces(weight):
+                digest.update(as_bytes(piece.cpu().contiguous()).numpy().data)
+            hashes[pristine_name(key)] = f"{tuple(weight.shape)} {weight.dtype} {digest.hexdigest()}"
     if ranks > 1:
         parts: list[Any] = [None] * ranks
         dist.all_gather_object(parts, hashes)

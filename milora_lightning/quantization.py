@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -29,6 +31,19 @@ def is_plain(tensor: Tensor) -> bool:
     """
     here = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return type(here) in PLAIN_TENSORS and here.dtype in PLAIN_DTYPES
+
+
+def pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the plain tensors that a tensor is made of: itself, or those inside one of another kind (torchao's).
+
+    >>> len(list(pieces(torch.zeros(2))))
+    1
+    """
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from pieces(getattr(tensor, name))
+    else:
+        yield tensor.detach()
 
 
 def holds_its_weight(base: nn.Module) -> bool:

@@ -40,13 +40,18 @@ def empty_causal_lm(
 
     Raises:
         FileNotFoundError: If there is no such model, here or on the Hub.
-        ValueError: If it keeps some of its weights in float32 in a half-precision model.
+        ValueError: If it is quantized, or keeps some of its weights in float32 in a half-precision model.
     """
     location = locate(name_or_path)
     config = load_config(name_or_path)
     if dtype == "auto":
         dtype = config.dtype or "float32"
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{location!r} is quantized, and its codes cannot be read into shards as weights: use an unquantized "
+            "model, or strategy: ddp."
+        )
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
+from transformers.pytorch_utils import Conv1D
 
 from milora_lightning.config import LoRAConfig, ends_in
 from milora_lightning.coverage import remarks, say_once
@@ -77,6 +78,9 @@ def inject_quietly(module: nn.Module, config: LoRAConfig, layers: Sequence[str] 
     for name, layer in targets.items():
         _check_not_sharded(name, layer)
 
+    for each in saved:
+        _check_trainable(each)
+
     _freeze(part, kept)
     freeze_statistics(part, kept)
     keep_master_weights(module, saved)
@@ -102,6 +106,18 @@ def _exactly(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
         find_targets(module, missing)  # says what there is
         raise TargetNotFoundError(f"{type(module).__name__} has no linear layer {some(missing)}.")
     return {name: there[name] for name in names}
+
+
+def _check_trainable(saved: nn.Module) -> None:
+    for layer in saved.modules():
+        weight = layer._parameters.get("weight")
+        if not isinstance(layer, (nn.Linear, Conv1D)) or weight is None or weight.is_complex():
+            continue
+        if not holds_its_weight(layer):
+            raise ValueError(
+                f"modules_to_save means a {type(layer).__name__} whose weight is quantized and cannot train in full: "
+                "leave it out, or load the model with this part unquantized."
+            )
 
 
 def _freeze(part: nn.Module, kept: Collection[nn.Module]) -> None:

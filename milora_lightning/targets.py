@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -16,6 +17,7 @@ from milora_lightning.config import ALL_LINEAR, LoRAConfig
 from milora_lightning.lora import PLAIN_LAYERS, LoRALinear, linear_shape
 from milora_lightning.names import unwrapped_name
 from milora_lightning.parts import TargetNotFoundError, ends_with, excluded_names, find_part, modules_by_name, some
+from milora_lightning.quantization import PLAIN_TENSORS, is_plain
 
 TOO_SMALL = "is too small for r"
 FROZEN = "was frozen by you"
@@ -197,7 +199,9 @@ def _users(module: nn.Module) -> Users:
 
 def _storage(parameter: Tensor) -> tuple[object, ...]:
     """What two parameters have in common if and only if they are one memory (or one object, without memory)."""
-    if parameter.is_meta or parameter.numel() == 0 or parameter.data_ptr() == 0:
+    if parameter.is_meta or parameter.numel() == 0 or is_traceable_wrapper_subclass(parameter):
+        return ("object", id(parameter))
+    if parameter.data_ptr() == 0:
         return ("object", id(parameter))
     return (parameter.device, parameter.data_ptr())
 
@@ -209,7 +213,7 @@ def _misfit(layer: nn.Module, r: int, users: Users) -> str | None:
     weight: Tensor = layer._parameters["weight"]  # type: ignore[assignment]
     if weight.is_complex():
         return "has complex weights"
-    if not weight.is_floating_point() and type(layer) in PLAIN_LAYERS:
+    if type(layer) in PLAIN_LAYERS and type(weight) in PLAIN_TENSORS and not is_plain(weight):
         return f"has weights of {weight.dtype}"
     if r > min(linear_shape(layer)):
         return TOO_SMALL
