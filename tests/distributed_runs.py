@@ -44,7 +44,7 @@ STEPS = 10
 ORIGINS = ("single", "fsdp2", "fsdp2-folder")
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {  # the strategy, and what else is set, also on one process
     "ddp": ("ddp", {}),
-    "ddp-lora": ("ddp", {"adapter": {"init": "lora"}}),
+    "ddp-lora": ("ddp", {"adapter": {"init": "lora"}, "accumulate_grad_batches": 2}),  # of 3 an epoch: 2, then 1
     "ddp-strict": ("ddp", {"callbacks": lambda folder: [PrincipalProjection(8), forgetting(folder)]}),
     "fsdp2": ("fsdp2", {}),
     "fsdp2-folder": ("fsdp2-folder", {}),
