@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -275,8 +276,8 @@ def test_the_callbacks_summary_does_not_compute_with_codes(tmp_path: Path) -> No
 
 
 def test_quantized_models_are_not_streamed_as_weights(tmp_path: Path) -> None:
-    model = tiny_model()
-    model.config.quantization_config = FineGrainedFP8Config().to_dict()
-    model.config.save_pretrained(tmp_path)
+    config = copy.deepcopy(tiny_model().config)
+    config.quantization_config = FineGrainedFP8Config().to_dict()
+    config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is quantized, and its codes cannot be read into shards"):
         empty_causal_lm(str(tmp_path))
