@@ -10,12 +10,14 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import Namespace, auto_cli
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from rich.console import Console
 
 from milora_lightning.analysis import analyze_model, summary, write_tables
 from milora_lightning.callbacks import EvaluationSummary, MiLoRAInit, PredictionWriter, RandomState
+from milora_lightning.callbacks.given_options import GivenOptimizerOptions
 from milora_lightning.checkpoint import read_checkpoint
 from milora_lightning.checkpoint_io import CheckpointError
 from milora_lightning.checkpoint_options import (
@@ -61,6 +63,7 @@ class MiLoRACLI(LightningCLI):
             args = resolve_configs(args)
         self._args = args
         self._from_checkpoint: dict[str, Any] = {}
+        self._given_optimizer: dict[str, Any] = {}
         path = self._given_checkpoint(parser)
         # now, before a model is loaded for it
         if path is not None and path not in KEYWORDS and not path.startswith("registry"):
@@ -85,6 +88,10 @@ class MiLoRACLI(LightningCLI):
         self._given_to = str(config.get("subcommand"))
         self._given = config.get(self._given_to, config)
         path = self._given.get("ckpt_path")
+        if path is not None and self._given_to == "fit" and not isinstance(self._args, (dict, Namespace)):
+            alone = parser.parse_args([*args, f"--{BASE}=."], defaults=False, _skip_validation=True)
+            given = alone.get("fit.model.optimizer.init_args")
+            self._given_optimizer = {} if given is None else given.as_dict()
         if not self._given.get(BASE) and (path is None or path in KEYWORDS):
             parser.error(
                 f"{BASE} is missing: give the model's Hub name, folder or .gguf file, or a --config that does."
@@ -128,7 +135,10 @@ class MiLoRACLI(LightningCLI):
         options, lines = missing_options(given, trains=self.subcommand in ("fit", None))
         for line in lines:
             say(line)
-        return super().instantiate_trainer(**{**kwargs, **options})
+        trainer = super().instantiate_trainer(**{**kwargs, **options})
+        if self._given_optimizer:
+            trainer.callbacks.insert(0, GivenOptimizerOptions(self._given_optimizer))  # type: ignore[attr-defined]
+        return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         name = self._from_checkpoint.get(BASE)
@@ -251,6 +261,8 @@ def main(args: ArgsType = None) -> Any:
         if _raised_here(error):
             sys.exit(f"error: {error}")
         raise
+    except MisconfigurationException as error:  # Lightning's own message to the user
+        sys.exit(f"error: {error}")
 
 
 def _raised_here(error: BaseException) -> bool:

@@ -200,4 +200,5 @@ class OptimizedModule(LightningModule):
             check_same(self._resumed, *self._optimization())
 
     def _optimization(self) -> tuple[torch.optim.Optimizer, Any]:
-        return self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
+        schedules = self.trainer.lr_scheduler_configs  # none where StochasticWeightAveraging brings its own on resuming
+        return self.trainer.optimizers[0], schedules[0].scheduler if schedules else None

@@ -52,7 +52,7 @@ def check_same(checkpoint: Mapping[str, Any], optimizer: Optimizer, schedule: ob
     Args:
         checkpoint: What :func:`check_whole` lets pass.
         optimizer: The run's.
-        schedule: The run's.
+        schedule: The run's; None if a callback brings it.
 
     Raises:
         ValueError: If the state does not fit.
@@ -69,7 +69,7 @@ def check_same(checkpoint: Mapping[str, Any], optimizer: Optimizer, schedule: ob
             "with load_adapter(module, path)."
         )
     schedules = checkpoint["lr_schedulers"]
-    if schedules and follows_loss(schedule) != ("lr_lambdas" not in schedules[0]):
+    if schedules and schedule is not None and follows_loss(schedule) != ("lr_lambdas" not in schedules[0]):
         raise ValueError(
             f"The checkpoint's lr_scheduler ({was.get('lr_scheduler', 'another')}) and this run's are of two kinds, "
             "one that follows the loss and one that follows the steps: resume with that of the checkpoint."

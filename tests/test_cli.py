@@ -275,6 +275,27 @@ def test_adapters_or_a_base_other_than_the_checkpoint_s_are_refused(project: Pat
             run("test", "--config", "mine.yaml", "--ckpt_path", path, option)
 
 
+def test_an_optimizer_goes_on_with_what_is_given_and_else_as_in_the_checkpoint(project: Path) -> None:
+    data = ["--config", "mine.yaml", "--data.num_generation_examples=0", "--model.lr_scheduler=constant"]
+    path = saved_by_fit(
+        *data, "--trainer.max_steps=1", "--model.optimizer.lr=0.5", "--model.optimizer.weight_decay=0.1"
+    )
+
+    def resumed(*options: str) -> tuple[float, float]:
+        cli = run("fit", *data, "--trainer.max_steps=2", "--ckpt_path", path, *options)
+        group = cli.trainer.optimizers[0].param_groups[0]
+        return group["lr"], group["weight_decay"]
+
+    assert resumed() == (0.5, 0.1)
+    assert resumed("--model.optimizer.lr=3e-4") == (3e-4, 0.1)  # the default, but given
+    assert resumed("--model.optimizer.weight_decay=0.2") == (0.5, 0.2)
+
+
+def test_lightning_s_messages_to_the_user_need_no_traceback(project: Path) -> None:
+    with pytest.raises(SystemExit, match=r"error: .*limit_train_batches"):
+        run("fit", "--config", "mine.yaml", "--trainer.limit_train_batches=1.5")
+
+
 def test_keywords_for_checkpoints_bring_options_too(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved_by_fit("--trainer.max_steps=2", "--model.attn_implementation=eager")
     checkpoints = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.dirpath=saved"]
