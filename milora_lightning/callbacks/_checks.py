@@ -6,6 +6,7 @@ import warnings
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import _MockOptimizer
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from milora_lightning.config import LoRAConfig
@@ -25,6 +26,9 @@ def check_optimizers(trainer: Trainer, module: LightningModule, config: LoRAConf
     optimizers = [optimizer for optimizer in trainer.optimizers if not isinstance(optimizer, _MockOptimizer)]
     if not optimizers and not module.automatic_optimization:
         return  # the module has optimizers of its own, of which nothing is known here
+    for child in module.modules():
+        if isinstance(child, FSDPModule):  # validating leaves the outermost one's weights whole, as other parameters
+            child.reshard()
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     factors = [p for layer in lora_layers(module).values() for p in (layer.lora_A, layer.lora_B)]
     saved = find_modules(find_part(module, config.module), config.modules_to_save)
