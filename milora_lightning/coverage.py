@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from milora_lightning.config import ALL_LINEAR, LoRAConfig
 from milora_lightning.lora import LoRALinear, linear_shape
 from milora_lightning.parts import ends_with, find_modules, find_part, modules_by_name, some
-from milora_lightning.quantization import is_plain
+from milora_lightning.quantization import is_plain, is_quantized_linear
 from milora_lightning.sharding import is_sharded
 from milora_lightning.targets import (
     FROZEN,
@@ -31,12 +32,14 @@ LARGE_SHARE = 0.1
 """The share of the weights from which it is worth a word that no adapter reaches them."""
 
 EXPERTS = "experts in 3-D parameters"
+QUANTIZED = "linear layers whose weights are codes"
 UNSUPPORTED = (
     EXPERTS,
     "other 3-D parameters",
     "convolutions",
     "nn.MultiheadAttention's in_proj_weight",
     "recurrent layers",
+    QUANTIZED,
 )
 HEADS = {"head", "heads", "classifier", "classification_head", "cls_head", "fc", "score", "out_proj", "out", "output"}
 HEADS |= {"output_layer", "qa_outputs", "regressor", "regression_head", "prediction_head", "value_head", "v_head"}
@@ -212,6 +215,8 @@ def _sizes(part: nn.Module, kept: set[nn.Module]) -> dict[str, int]:
     for name, child in modules_by_name(part).items():
         if isinstance(child, LoRALinear):
             sizes["adapted"] += math.prod(linear_shape(child.base_layer))
+        elif is_quantized_linear(child):
+            sizes[QUANTIZED] += cast(int, child.in_features) * cast(int, child.out_features)
         elif child not in bases and child not in heads and not ends_with(name, "lm_head"):
             for key, parameter in child._parameters.items():
                 kind = None if parameter is None else _kind(child, f"{name}.{key}", parameter, kept)

@@ -55,6 +55,21 @@ def holds_its_weight(base: nn.Module) -> bool:
     return is_plain(cast(Tensor, base.weight)) and _scale_beside(base) is None
 
 
+def is_quantized_linear(module: nn.Module) -> bool:
+    """Whether a module is a quantizer's own linear layer (GPTQ's, AWQ's, HQQ's), which is no ``nn.Linear``.
+
+    >>> is_quantized_linear(nn.Linear(2, 2))
+    False
+    """
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    tensors = chain(module._parameters.values(), module._buffers.values())
+    return (
+        not isinstance(module, nn.Linear)
+        and all(isinstance(size, int) for size in sizes)
+        and any(t is not None and not t.is_floating_point() and not t.is_complex() for t in tensors)
+    )
+
+
 def decoded(base: nn.Module, weight: Tensor) -> Tensor:
     """Return the weight that a linear layer computes with, in the base's own layout.
 

@@ -246,6 +246,23 @@ def test_quantized_layers_do_not_train_in_full() -> None:
     assert model["body"].weight.requires_grad
 
 
+class Packed(nn.Module):
+    """A linear layer as GPTQ's, AWQ's or HQQ's, which is no nn.Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = IN, OUT
+        self.register_buffer("qweight", torch.zeros(OUT, IN // 8, dtype=torch.int32))
+
+
+def test_layers_of_quantizers_that_are_left_without_adapters_are_named() -> None:
+    model = nn.ModuleDict({"q_proj": Packed(), "v_proj": Packed(), "extra": linear()})
+    with pytest.warns(UserWarning, match=r"reach 33% of the weights.*linear layers whose weights are codes 67%"):
+        inject(model, LoRAConfig(r=R))
+    with pytest.raises(ValueError, match="matches only modules of type Packed"):
+        inject(model, LoRAConfig(r=R, target_modules=["q_proj"]))
+
+
 def fp8_model() -> PreTrainedModel:
     model = tiny_model()
     for layer in model.model.layers:
