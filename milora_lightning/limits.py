@@ -24,10 +24,12 @@ class Positions(NamedTuple):
 def embedding_rows(model: PreTrainedModel) -> int | None:
     """Return for how many token ids a model has an embedding; None if that cannot be told."""
     try:
-        weight = getattr(model.get_input_embeddings(), "weight", None)
+        table = model.get_input_embeddings()
     except NotImplementedError:
         return None
-    return None if weight is None else int(weight.shape[0])
+    rows = getattr(table, "num_embeddings", None)  # which, unlike the shape, stays true of FSDP1's shards
+    weight = getattr(table, "weight", None)
+    return int(weight.shape[0]) if rows is None and weight is not None else rows
 
 
 def positions(model: PreTrainedModel) -> Positions | None:
