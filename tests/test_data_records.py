@@ -353,11 +353,12 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_input_of_alpaca_is_read_unless_switched_off(tmp_path: Path, said: list[str]) -> None:
     path = str(written(tmp_path / "a.jsonl", json.dumps(ALPACA)))
     assert Files(train=path).load("train")["input"][:] == ["1, 2"]  # type: ignore[index]
-    assert said == []
+    read = f"{path}: 1 row, prompt from 'instruction', "
+    assert said == [f"{read}input from 'input', response from 'output'."]
+    said.clear()
     assert Files(train=path, input_field=None).load("train")["input"][:] == [""]  # type: ignore[index]
     assert said == [
-        f"{path}: prompt from 'instruction', response from 'output'. Fields not read: 'input' "
-        "(input_field=input would use it, for one)."
+        f"{read}response from 'output'. Fields not read: 'input' (input_field=input would use it, for one)."
     ]
     assert Commonsense(train=path).fields["input"] is None
     assert Math(train=path).fields["input"] is None

@@ -9,10 +9,12 @@ import datasets
 from datasets.fingerprint import Hasher
 
 from milora_lightning.data.code_key import code_key
-from milora_lightning.data.rows import as_text
+from milora_lightning.data.conversations import as_json, read_conversation, read_tools
 from milora_lightning.data.sources import COLUMNS
+from milora_lightning.data.values import as_text
 
 NEEDED = ("prompt", "response")
+OTHER_KINDS = ("messages", "text")  # of which one takes the place of these two
 
 
 def as_dataset(data: Any, split: str) -> datasets.Dataset:
@@ -24,7 +26,8 @@ def as_dataset(data: Any, split: str) -> datasets.Dataset:
 
     Returns:
         A dataset with the columns ``prompt`` and ``response``, and those of ``COLUMNS`` that there are, all of them
-        text: numbers are written out, and what is missing in other columns than these two is empty.
+        text: numbers are written out, messages and tools in JSON, and what is missing is empty. Each row has a prompt
+        and a response, or messages, or a text.
 
     Raises:
         ValueError: If it is something else, a needed column is missing, a value is no text, or there are no rows.
@@ -40,19 +43,21 @@ def as_dataset(data: Any, split: str) -> datasets.Dataset:
             f"The source returns {_kind(data)} for {split}; it has to return a datasets.Dataset{_way(data)}."
         )
     missing = [name for name in NEEDED if name not in names]
+    if len(missing) == len(NEEDED) and any(name in names for name in OTHER_KINDS):
+        missing = []
     if missing and (len(data) or dataset is not None):
         raise ValueError(
             f"The {split} data has no column {' and no column '.join(map(repr, missing))}, only {list(names)}. "
-            "A source has to return the columns 'prompt' and 'response'."
+            "A source has to return the columns 'prompt' and 'response', or 'messages', or 'text'."
         )
     if len(data) == 0:
         raise ValueError(f"The {split} data has no rows. Point the source at data, or leave this split out.")
-    columns = [name for name in COLUMNS if name in names]
+    columns = [name for name in COLUMNS if name in names or name in NEEDED]
     features = datasets.Features({name: datasets.Value("large_string") for name in columns})
     if dataset is None:
-        rows = _texts({name: [row.get(name) for row in data] for name in columns}, range(len(data)), split)
+        rows = _texts({name: [row.get(name) for row in data] for name in names}, range(len(data)), split)
         return datasets.Dataset.from_dict(rows, features=features)
-    if all(_is_text(dataset, name) for name in columns):
+    if all(name in names and _is_text(dataset, name) for name in columns):
         return dataset
     return dataset.map(
         _texts,
@@ -72,16 +77,30 @@ def _is_text(dataset: datasets.Dataset, name: str) -> bool:
 
 def _texts(batch: dict[str, list[Any]], indices: Sequence[int], split: str) -> dict[str, list[str]]:
     """Write values as text."""
+    kinds = [batch[name] for name in OTHER_KINDS if name in batch]
+    other = [any(values) for values in zip(*kinds, strict=True)] if kinds else [False] * len(indices)
+    nothing = [None] * len(indices)
     return {
         name: [
             ""
-            if value is None and name not in NEEDED
-            else as_text(value, f"The column {name!r} in row {index + 1} (the first is row 1) of the {split} data")
-            for index, value in zip(indices, batch[name], strict=True)
+            if value is None and (name not in NEEDED or other[i])
+            else _text(name, value, f"The column {name!r} in row {index + 1} (the first is row 1) of the {split} data")
+            for i, (index, value) in enumerate(zip(indices, batch.get(name, nothing), strict=True))
         ]
         for name in COLUMNS
-        if name in batch
+        if name in batch or name in NEEDED
     }
+
+
+def _text(name: str, value: Any, what: str) -> str:
+    if name == "messages" and value != "":
+        try:
+            return as_json(read_conversation(value, name), what)
+        except ValueError as error:
+            raise ValueError(f"{what} is no conversation: {error}") from error
+    if name == "tools":
+        return read_tools(value, name)
+    return as_text(value, what)
 
 
 def _kind(data: Any) -> str:

@@ -49,6 +49,8 @@ class Commonsense(Files):
             train,
             validation,
             None if test is None else {task: test.replace("{task}", task) for task in tasks},
+            prompt_field="instruction",
+            response_field="output",
             input_field=None,
             reference_field="answer",
             validation_size=validation_size,

@@ -15,12 +15,14 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics import Metric
 
+from milora_lightning.data.formats import AUTO, Fields, Format, Kind
 from milora_lightning.data.records import SUFFIXES, read_records
-from milora_lightning.data.rows import UNREAD, Convert, Fields, Row, checked_rows
-from milora_lightning.data.sources import COLUMNS, Split, cached_dataset
+from milora_lightning.data.rows import FORMAT, UNREAD, Convert, Row, checked_rows
+from milora_lightning.data.sources import COLUMNS, PROMPT_COLUMNS, Split, cached_dataset
 from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy, right_answer
 
-READ = ("prompt", "input", "response")  # what is learned
+KINDS: dict[str, Kind] = {"messages": "conversations", "tools": "conversations", "text": "texts"}
+"""Columns that only some kinds of formats have."""
 
 
 class Files:
@@ -34,6 +36,18 @@ class Files:
 
     ``test`` may also be a mapping of names to such locations: several test sets, each with an accuracy of its own.
 
+    What an example is, is recognised by the names of its fields (in whichever case), unless they are given:
+
+    - a conversation: ``messages`` (OpenAI) or ``conversations`` (ShareGPT), with ``tools`` and ``system``;
+    - a prompt and a response: ``instruction`` and ``output`` with ``input``, ``system`` and ``history`` (Alpaca);
+      ``prompt`` and ``completion``, ``question`` and ``answer``, ``query`` and ``response``, ``problem`` and
+      ``solution``, ``prompt`` and ``chosen``, in any combination. With a system message, a history or tools it is a
+      conversation, as it is if the two are messages;
+    - a text of which every token is learned: ``text``, where there is nothing else.
+
+    A line says what was recognised. Where there are several possibilities, none is chosen, and a file whose rows are
+    of several formats is refused.
+
     Every row is checked when it is read; numbers are taken as text, anything else that is no string is refused
     with its file and row. Fields that hold something and that nobody reads are named. What has been read is kept in
     the cache of ``datasets``.
@@ -42,10 +56,10 @@ class Files:
         train: Training data.
         validation: Validation data.
         test: Test data, or the test sets by name.
-        prompt_field: Field with the instruction or question.
+        prompt_field: Field with the instruction or question. ``"auto"`` recognises it, as described above; likewise
+            for the other fields.
         response_field: Field with the text to learn.
         input_field: Field with further context, which may be empty or absent in single rows; None for none.
-            ``"auto"`` takes ``input`` where the prompt is ``instruction``, as in Alpaca's format.
         reference_field: Field with what generated text is scored against; None for the response.
         train_split: Which split of a Hub data set to train on; slices such as ``"train[:90%]"`` work too.
         validation_split: Likewise for validation.
@@ -53,6 +67,10 @@ class Files:
         validation_size: How much of ``train`` to hold out where ``validation`` is None: a number of examples, or
             a fraction below 1.
         seed: Chooses the examples held out.
+        messages_field: Field with a conversation, in the form of OpenAI or of ShareGPT.
+        tools_field: Field with the tools of a conversation; None for none.
+        system_field: Field with the system's message; None for none.
+        text_field: Field with a text, of which every token is learned.
 
     Raises:
         FileNotFoundError: When loading, if a file does not exist or the Hub cannot provide the data.
@@ -65,27 +83,37 @@ class Files:
         train: str | list[str] | None = None,
         validation: str | list[str] | None = None,
         test: dict[str, str | list[str]] | str | list[str] | None = None,
-        prompt_field: str = "instruction",
-        response_field: str = "output",
-        input_field: str | None = "auto",
+        prompt_field: str = AUTO,
+        response_field: str = AUTO,
+        input_field: str | None = AUTO,
         reference_field: str | None = None,
         train_split: str = "train",
         validation_split: str = "validation",
         test_split: str = "test",
         validation_size: int | float = 0,
         seed: int = 0,
+        messages_field: str | None = AUTO,
+        tools_field: str | None = AUTO,
+        system_field: str | None = AUTO,
+        text_field: str | None = AUTO,
     ) -> None:
         self.test_sets = test if isinstance(test, dict) else {}
         self.locations = {"train": train, "validation": validation, "test": None if isinstance(test, dict) else test}
-        if input_field == "auto":
-            input_field = "input" if prompt_field == "instruction" else None
+        named = {"prompt": prompt_field, "response": response_field, "messages": messages_field, "text": text_field}
         self.fields: Fields = {
-            "prompt": prompt_field,
+            **_settled(named),
             "input": input_field,
-            "response": response_field,
-            "reference": reference_field or response_field,
+            "reference": reference_field,
             "task": None,
+            "tools": tools_field,
+            "system": system_field,
         }
+        if prompt_field != AUTO and response_field != AUTO:
+            if input_field == AUTO:
+                self.fields["input"] = "input" if prompt_field == "instruction" else None
+            self.fields.update({name: None for name in ("tools", "system") if self.fields[name] == AUTO})
+        else:
+            self.fields["history"] = AUTO
         self.hub_splits = {"train": train_split, "validation": validation_split, "test": test_split}
         self.validation_size = validation_size
         self.seed = seed
@@ -114,7 +142,7 @@ class Files:
     def _read(self, location: str | list[str], split: Split, task: str = "") -> datasets.Dataset:
         names = [location] if isinstance(location, str) else location
         common: dict[str, Any] = {
-            "columns": (*dict.fromkeys((*COLUMNS, *self.fields)), UNREAD),
+            "columns": (*COLUMNS, *self.fields.keys() & {"prompt_role"}, UNREAD, FORMAT),
             "fields": self.fields,
             "convert": type(self).convert,
             "task": task,
@@ -126,21 +154,31 @@ class Files:
             # Size and time of change go into the cache's key, so that an edited file is read again.
             files = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for name in names for p in _paths(name))
             dataset = cached_dataset(_file_rows, files=files, **common)
+        formats = [Format.read(note) for note in dataset.unique(FORMAT) if note]
         unread = {field: None for fields in dataset.unique(UNREAD) for field in json.loads(fields)}
-        if unread:
-            self.say_unread(", ".join(map(str, names)), list(unread))
-        return dataset.remove_columns(UNREAD)
+        if formats or unread:
+            self.say_read(", ".join(map(str, names)), len(dataset), formats, list(unread))
+        kinds = {format.kind for format in formats} or {"prompts"}
+        columns = [*PROMPT_COLUMNS, *self.fields.keys() & {"prompt_role"}]
+        columns += [column for column, kind in KINDS.items() if kind in kinds]
+        return dataset.select_columns(columns)
 
-    def say_unread(self, location: str, unread: list[str]) -> None:
-        """Say which fields hold something that is not read.
+    def say_read(self, location: str, size: int, formats: list[Format], unread: list[str]) -> None:
+        """Say what was recognised, and which fields hold something that is not read.
 
         Args:
             location: Where the data are.
+            size: How many rows they have.
+            formats: What was recognised; empty where all was named.
             unread: The fields, all of them from single rows at least.
         """
-        read = (f"{column} from {field!r}" for column, field in self.fields.items() if field and column in READ)
-        remedy = "" if type(self).convert is not Files.convert else f" (input_field={unread[0]} would use it, for one)"
-        _say(f"{location}: {', '.join(read)}. Fields not read: {', '.join(map(repr, unread))}{remedy}.")
+        words = "; or ".join(format.in_words(size) for format in formats or [Format("prompts", self.fields)])
+        line = f"{location}: {words}."
+        if unread:
+            prompts = type(self).convert is Files.convert and all(format.kind == "prompts" for format in formats)
+            remedy = f" (input_field={unread[0]} would use it, for one)" if prompts else ""
+            line += f" Fields not read: {', '.join(map(repr, unread))}{remedy}."
+        _say(line)
 
     def _held_out(self, size: int, split: Split) -> list[int]:
         held_out = self.validation_size if self.validation_size >= 1 else math.ceil(self.validation_size * size)
@@ -152,6 +190,20 @@ class Files:
         order = np.random.default_rng(self.seed).permutation(size)
         chosen = order[: int(held_out)] if split == "validation" else order[int(held_out) :]
         return sorted(chosen.tolist())
+
+
+def _settled(named: dict[str, str | None]) -> Fields:
+    """Leave what is not named to be recognised, as far as it is not excluded by what is.
+
+    Raises:
+        ValueError: If what is named excludes one another.
+    """
+    kinds = {"prompt": "prompts", "response": "prompts", "messages": "conversations", "text": "texts"}
+    given = {kinds[name] for name, field in named.items() if field not in (None, AUTO)}
+    if len(given) > 1:
+        names = ", ".join(f"{name}_field={field!r}" for name, field in named.items() if field not in (None, AUTO))
+        raise ValueError(f"{names} name more than one place of an example. Give one, and leave the others out.")
+    return {name: None if field == AUTO and given - {kinds[name]} else field for name, field in named.items()}
 
 
 def _is_hub_name(name: str) -> bool:

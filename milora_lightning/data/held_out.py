@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from milora_lightning.data.files import Files
+from milora_lightning.data.formats import Format
 
 
 class _Texts(Files):
     """Texts, of whose other fields nothing is to be said."""
 
-    def say_unread(self, location: str, unread: list[str]) -> None:
+    def say_read(self, location: str, size: int, formats: list[Format], unread: list[str]) -> None:
         """Say nothing."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from milora_lightning.data.files import Files
-from milora_lightning.data.rows import shown
+from milora_lightning.data.values import shown
 
 
 def instruction(record: dict[str, Any]) -> dict[str, Any]:
@@ -105,6 +105,8 @@ class Instructions(Files):
             train,
             validation,
             test,
+            prompt_field="instruction",
+            response_field="output",
             input_field="input",
             train_split=train_split,
             validation_split=validation_split,

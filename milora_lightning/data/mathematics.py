@@ -83,6 +83,8 @@ class Math(Files):
             train,
             validation,
             tests or None,
+            prompt_field="instruction",
+            response_field="output",
             input_field=None,
             reference_field="answer",
             train_split=train_split,

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
-import math
-import numbers
 from collections.abc import Callable, Iterable, Iterator
-from decimal import Decimal
 from typing import Any
 
+from milora_lightning.data.conversations import as_json, conversation_of, read_tools
+from milora_lightning.data.formats import AUTO, INPUTS, OTHERS, Fields, Format, Kind, is_filled, recognise
 from milora_lightning.data.records import Ambiguous
+from milora_lightning.data.values import as_text, shown
 
 Row = dict[str, str]
-Fields = dict[str, "str | None"]
 Convert = Callable[[dict[str, Any]], dict[str, Any]]
 OPTIONAL = ("input", "task", "prompt_role")
+BEGINNING = 1000  # rows whose fields tell the format
+FORMAT = "format"
+"""Column with the kind of a format that was recognised, and the field of each column, as a list in JSON."""
 UNREAD = "unread"
 """Column with the fields of a record that hold something and were not read, as a list in JSON."""
 
@@ -73,14 +76,40 @@ def checked_rows(
     Args:
         records: The number of a row and what is in it, one after the other.
         name: Where they come from, for messages.
-        fields: The field that each column is read from.
+        fields: The field that each column is read from, ``"auto"`` where it is to be recognised.
         convert: Brings a record into these fields.
         task: Name of the test set; empty to read it from a field, if there is one.
+
+    Yields:
+        The columns of an example, ``UNREAD``, and ``FORMAT`` if it was to be recognised.
 
     Raises:
         ValueError: If there are no rows, or one is not as it should be; says which, and why.
     """
-    number, read = 0, set(fields.values())
+    converted = _converted_records(records, name, convert)
+    beginning = list(itertools.islice(converted, BEGINNING if AUTO in fields.values() else 1))
+    if not beginning:
+        raise ValueError(f"There are no rows in {name}. Point to data that is not empty.")
+    format = _recognised(fields, [record for *_, record in beginning], beginning[0][0])
+    note = {FORMAT: format.note()} if AUTO in fields.values() else {}
+    read = set(format.fields.values())
+    early = {key for _, watched, _ in beginning for key in watched if is_filled(dict.get(watched, key))}
+    for where, watched, record in itertools.chain(beginning, converted):
+        if note and not format.fits(record):
+            _refuse_other_format(fields, format, record, where)
+        row = READERS[format.kind](record, format.fields, where)
+        unread = (key for key in watched if key not in watched.read and key not in read)
+        row[UNREAD] = _as_json(tuple(key for key in unread if is_filled(dict.get(watched, key))))
+        if note:
+            _refuse_late(fields, format, row[UNREAD], early, where)
+        row["task"] = task or row.get("task", "")
+        yield {**row, **note}
+
+
+def _converted_records(
+    records: Iterable[tuple[int, Any]], name: str, convert: Convert
+) -> Iterator[tuple[str, Watched, dict[str, Any]]]:
+    """Yield where a record is, the record, and what a converter makes of it."""
     for number, record in records:
         where = f"row {number} (the first is row 1) of {name}"
         if not isinstance(record, dict):
@@ -88,17 +117,65 @@ def checked_rows(
         if isinstance(record, Ambiguous):
             raise ValueError(f"The field {record.twice!r} comes twice in {where}. Remove one.")
         watched = Watched(record)
-        row = _checked(_converted(convert, watched, where), fields, where)
-        unread = (key for key in record if key not in watched.read and key not in read)
-        row[UNREAD] = _as_json(tuple(key for key in unread if record[key] not in (None, "", [], {})))
-        row["task"] = task or row["task"]
-        yield row
-    if number == 0:
-        raise ValueError(f"There are no rows in {name}. Point to data that is not empty.")
+        yield where, watched, _converted(convert, watched, where)
+
+
+def _recognised(fields: Fields, records: list[dict[str, Any]], where: str) -> Format:
+    try:
+        format = recognise(fields, records)
+    except ValueError as error:
+        raise ValueError(f"In {where}, {error}") from error
+    if format is None:
+        raise ValueError(
+            f"In {where} there are the fields {sorted(map(str, records[0]))}, and none is known to hold an "
+            "example, as messages, conversations, prompt and completion, text and others are. Name yours: set "
+            "prompt_field and response_field, messages_field, or text_field."
+        )
+    return format
+
+
+def _refuse_other_format(fields: Fields, format: Format, record: dict[str, Any], where: str) -> None:
+    """Say it if a record is of another format than those before, rather than that it lacks a field."""
+    try:
+        other = recognise(fields, [record])
+    except ValueError:
+        return
+    if other is not None and (other.kind, other.needed) != (format.kind, format.needed):
+        raise ValueError(
+            f"In {where} there is {other}, but in the first row {format}: a file holds one format. Put the rows into "
+            "files of their own."
+        )
+
+
+@functools.lru_cache
+def _late(unread: str) -> list[tuple[str, str]]:
+    """Return the columns that fields not read would have been read for."""
+    columns = {name: column for column, names in {"input": INPUTS, **OTHERS}.items() for name in names}
+    return [(columns[field.lower()], field) for field in json.loads(unread) if str(field).lower() in columns]
+
+
+def _refuse_late(fields: Fields, format: Format, unread: str, early: set[str], where: str) -> None:
+    """Refuse a field that belongs to the example, but is in none of the rows by which the format was recognised."""
+    for column, field in _late(unread) if unread != "[]" else ():
+        around = ("system", "tools") if "messages" in format.fields else ("input", *OTHERS)
+        if field not in early and fields.get(column) == AUTO and column in around and format.kind != "texts":
+            raise ValueError(
+                f"There is something in {field!r} in {where}, but in none of the first {BEGINNING} rows. Set "
+                f"{column}_field: {field}, or null to leave it out."
+            )
+
+
+def _conversation(record: dict[str, Any], fields: Fields, where: str) -> Row:
+    try:
+        messages = as_json(conversation_of(record, fields), "the conversation")
+        tools = read_tools(record.get(field), field) if (field := fields.get("tools")) else ""
+    except ValueError as error:
+        raise ValueError(f"In {where}: {error}") from error
+    return {"messages": messages, "tools": tools, **_checked(record, {"task": fields["task"]}, where)}
 
 
 @functools.cache
-def _as_json(names: tuple[str, ...]) -> str:
+def _as_json(names: tuple[Any, ...]) -> str:
     return json.dumps(names)
 
 
@@ -138,48 +215,9 @@ def _checked(record: dict[str, Any], fields: Fields, where: str) -> Row:
     return row
 
 
-def as_text(value: Any, what: str, remedy: str = "Correct or remove the row") -> str:
-    """Return a text, or a number as text.
-
-    Args:
-        value: The value.
-        what: What holds it, for messages.
-        remedy: What to do about it, for messages.
-
-    Raises:
-        ValueError: If it is neither, or cannot be written in UTF-8.
-
-    >>> as_text(3, "The field 'a'"), as_text("3", "The field 'a'")
-    ('3', '3')
-    """
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{what} holds half a character at position {error.start} ({value[error.start]!r}, a lone surrogate), "
-                f"which is no text. {remedy}."
-            ) from error
-        return str(value)
-    if _is_number(value):
-        try:
-            return str(value)
-        except ValueError as error:
-            raise ValueError(f"{what} holds too long a number ({error}). {remedy}.") from error
-    raise ValueError(f"{what} holds {shown(value)} ({type(value).__name__}), which is no text. {remedy}.")
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool):
-        return False
-    if isinstance(value, numbers.Rational):  # integers too
-        return True
-    return isinstance(value, numbers.Real | Decimal) and math.isfinite(value)
-
-
-def shown(value: Any) -> str:
-    """Return the beginning of a value's representation, if it has any."""
-    try:
-        return f"{value!r:.80}"
-    except (RecursionError, ValueError):  # nested too deeply, or an integer of too many digits
-        return "a value too large to show"
+READERS: dict[Kind, Callable[[dict[str, Any], Fields, str], Row]] = {
+    "prompts": _checked,
+    "conversations": _conversation,
+    "texts": _checked,
+}
+"""What makes a row of a record of each kind."""

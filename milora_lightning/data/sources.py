@@ -16,7 +16,10 @@ from milora_lightning.data.code_key import code_key
 from milora_lightning.data.rows import Row
 
 Split = Literal["train", "validation", "test"]
-COLUMNS = ("prompt", "input", "response", "reference", "task")
+PROMPT_COLUMNS = ("prompt", "input", "response", "reference", "task")
+COLUMNS = (*PROMPT_COLUMNS, "messages", "tools", "text")
+"""Of an example: a prompt with a response, or ``messages`` in JSON with ``tools``, or a ``text``, as what is not empty
+tells."""
 
 
 class Source(Protocol):
@@ -36,7 +39,9 @@ class Source(Protocol):
             the model is to write), and optionally ``input`` (further context, may be empty), ``reference`` (what
             generated text is scored against, by default the response), ``task`` (the name of the test set, where there
             are several) and ``prompt_role`` (``"system"`` where the prompt is a chat's system message and the input
-            what the user says); None where the source has no such split.
+            what the user says). In place of prompt and response, a row may have ``messages`` (a conversation in
+            OpenAI's form, as a list of dicts or as JSON) with ``tools``, or a ``text`` of which every token is to be
+            learned. None where the source has no such split.
         """
         ...
 
@@ -60,7 +65,7 @@ class MultipleChoice(Task, Protocol):
 
 
 def cached_dataset(
-    rows: Callable[..., Iterator[Row]], columns: tuple[str, ...] = COLUMNS, **arguments: Any
+    rows: Callable[..., Iterator[Row]], columns: tuple[str, ...] = PROMPT_COLUMNS, **arguments: Any
 ) -> datasets.Dataset:
     """Write rows to the cache of ``datasets`` once, and read them memory-mapped from then on.
 
@@ -83,7 +88,7 @@ def cached_dataset(
     with progress_bars(False):
         try:
             return datasets.Dataset.from_generator(
-                _Rows(rows, arguments, Hasher.hash([code_key(*functions), values])),
+                _Rows(rows, arguments, columns, Hasher.hash([code_key(*functions), values, columns])),
                 features=datasets.Features({name: datasets.Value("large_string") for name in columns}),
             )
         except DatasetGenerationError as error:
@@ -97,14 +102,17 @@ class _Rows:
     Pickling functions would miss edits of those in modules, and fail for some in notebooks.
     """
 
-    def __init__(self, rows: Callable[..., Iterator[Row]], arguments: dict[str, Any], key: str) -> None:
+    def __init__(
+        self, rows: Callable[..., Iterator[Row]], arguments: dict[str, Any], columns: tuple[str, ...], key: str
+    ) -> None:
         self.rows = rows
+        self.columns = columns
         self.arguments = arguments
         self.key = key
 
     def __call__(self) -> Iterator[Row]:
         for row in self.rows(**self.arguments):
-            yield {"task": "", **row}
+            yield {**dict.fromkeys(self.columns, ""), **row}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return str, (self.key,)
