@@ -29,7 +29,7 @@ from milora_lightning.checkpoint_options import (
     read_options,
     say,
 )
-from milora_lightning.config_files import CONFIGS, replaced_checkpoints, resolve_configs
+from milora_lightning.config_files import CONFIGS, SaveConfig, replaced_checkpoints, resolve_configs
 from milora_lightning.data import SFTDataModule
 from milora_lightning.export import export_merged, export_peft
 from milora_lightning.folder import check_output, new_folder
@@ -247,6 +247,7 @@ def main(args: ArgsType = None) -> Any:
             CausalLMModule,
             SFTDataModule,
             args=args,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 "description": "Fine-tune language models with MiLoRA. More commands, each with its own --help: export "

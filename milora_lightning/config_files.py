@@ -8,10 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
 
 PACKAGE = Path(__file__).parent
 # In a wheel the configs are inside the package; in a checkout they are beside it.
 CONFIGS = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir())
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves a run's config in its folder; an evaluation in the same folder leaves the one that is there."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save, unless that would replace the config that a run was fitted with."""
+        folder = trainer.log_dir  # all ranks have to ask
+        there = folder is not None and (Path(folder) / self.config_filename).is_file()
+        if stage == "fit" or not trainer.strategy.broadcast(there):
+            super().setup(trainer, pl_module, stage)
 
 
 def resolve_configs(args: list[str]) -> list[str]:

@@ -68,11 +68,8 @@ def inject_quietly(module: nn.Module, config: LoRAConfig, layers: Sequence[str] 
     check_initialized(part, kept)
     selected = select_layers(module, config, kept).layers if layers is None else _exactly(module, layers)
     targets = {name: layer for name, layer in selected.items() if not isinstance(layer, LoRALinear)}
-    present = {
-        name: layer
-        for name, layer in lora_layers(module).items()
-        if config.module is None or layer in set(part.modules())
-    }
+    present = lora_layers(module)
+    _check_one_part(present, part, config)
     _check_same_config(present, config)
     _check_patterns([*targets, *present], config)
     for name, layer in targets.items():
@@ -198,6 +195,17 @@ def _check_no_peft(module: nn.Module) -> None:
                 f"The model already carries PEFT layers, such as {name!r}: leave out get_peft_model, the adapters "
                 "injected here take their place and can be exported for PEFT afterwards."
             )
+
+
+def _check_one_part(present: dict[str, LoRALinear], part: nn.Module, config: LoRAConfig) -> None:
+    inside = set(part.modules())
+    outside = [name for name, layer in present.items() if layer not in inside]
+    if outside:
+        raise ValueError(
+            f"Layer {outside[0]!r} has an adapter already and is outside of module={config.module!r}, but a checkpoint "
+            "holds the adapters of one part. Adapt both by one configuration, without module or with what holds both: "
+            "target_modules and exclude_modules say which layers, rank_pattern which have other ranks."
+        )
 
 
 def _check_same_config(present: dict[str, LoRALinear], config: LoRAConfig) -> None:

@@ -51,6 +51,20 @@ def run(*args: str) -> Any:
     return main(list(args))
 
 
+def test_an_evaluation_leaves_the_config_of_the_run(project: Path) -> None:
+    """Which it would replace in the same folder, as there is without a logger, by one that fit does not take."""
+    path = project / "out" / "config.yaml"
+    run("validate", "--config", "mine.yaml", "--data.batch_size", "3")
+    assert yaml.safe_load(path.read_text())["data"]["batch_size"] == 3
+    run("fit", "--config", "mine.yaml", "--trainer.max_steps", "1")
+    fitted = path.read_text()
+    (checkpoint,) = (project / "out").rglob("*.ckpt")
+    run("validate", "--config", "mine.yaml", "--ckpt_path", str(checkpoint))
+    assert path.read_text() == fitted
+    run("fit", "--config", str(path), "--trainer.max_steps", "2", "--ckpt_path", str(checkpoint))
+    assert yaml.safe_load(path.read_text())["trainer"]["max_steps"] == 2
+
+
 def test_fit_validate_test_predict(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fitted = run("fit", "--config", "mine.yaml").trainer
     printed = capsys.readouterr().out

@@ -42,7 +42,7 @@ def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=900,  # two processes import torch on a busy machine
         check=False,
     )
 

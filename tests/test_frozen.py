@@ -174,6 +174,18 @@ def test_what_is_outside_the_named_part_trains_as_the_module_has_it(tmp_path: Pa
     assert torch.equal(fresh.eval().discriminator(X), module.eval().discriminator(X))
 
 
+def test_a_second_part_is_refused_as_checkpoints_hold_one(tmp_path: Path) -> None:
+    """Whether there are two callbacks, or one trains after the other."""
+    first, second = (MiLoRAInit(r=4, module=part) for part in ("generator", "discriminator"))
+    message = "'generator.0' has an adapter already and is outside of module='discriminator'"
+    with pytest.raises(ValueError, match=message):
+        quiet_trainer(tmp_path, max_epochs=1, callbacks=[first, second]).fit(Adversarial())
+    module = Adversarial()
+    fit(module, tmp_path, module="generator")
+    with pytest.raises(ValueError, match=message):
+        quiet_trainer(tmp_path, max_epochs=1, callbacks=[second]).fit(module)
+
+
 @pytest.mark.parametrize(("name", "message"), [("nothing", "whose parts are: net, judge"), ("net.0", "single layer")])
 def test_parts_that_are_not_there(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
