@@ -41,6 +41,40 @@ PHI3 = (
 )
 SMOLLM2 = QWEN.replace("helpful assistant", "helpful AI assistant named SmolLM, trained by Hugging Face")
 
+CHATML = _CHATML
+# As Qwen3's own: thoughts are written in the last turn alone, and an empty block of them where there are none.
+QWEN3_STRIPS = (
+    "{% set last = namespace(user=0) %}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% set parts = (m['content'] or '').split('</think>') %}"
+    "{% if m['role'] == 'assistant' %}{% if loop.index0 > last.user %}"
+    "{{ '<think>\n' + parts[0].split('<think>')[-1].strip() * (parts | length - 1) + '\n</think>\n\n' }}{% endif %}"
+    "{{ parts[-1].lstrip('\n') }}{% else %}{{ m['content'] }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# As Qwen 2.5's with tools.
+QWEN25_TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\n# Tools\n' }}{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + ('user' if m['role'] == 'tool' else m['role']) + '\n' }}"
+    "{% if m['role'] == 'tool' %}{{ '<tool_response>\n' + m['content'] + '\n</tool_response>' }}"
+    "{% else %}{{ m['content'] or '' }}{% endif %}"
+    "{% for call in m['tool_calls'] or [] %}{{ '\n<tool_call>\n{\"name\": \"' + call['function']['name'] + "
+    "'\", \"arguments\": ' + (call['function']['arguments'] | tojson) + '}\n</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# With the marks of what is generated; the end of turn is in them, as in SmolLM3's, or not.
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
+    "{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MARKED_WITHOUT_END = MARKED.replace("+ '<|im_end|>' }}{% endgeneration", "}}{% endgeneration").replace(
+    "{% endgeneration %}", "{% endgeneration %}{{ '<|im_end|>' }}"
+)
+
 TEMPLATES = {  # and the token that ends a turn
     "qwen": (QWEN, "<|im_end|>"),
     "qwen3": (QWEN3, "<|im_end|>"),

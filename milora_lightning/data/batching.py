@@ -32,7 +32,7 @@ class FilledDataset(Dataset[Example]):
             return dict(self.examples[index])
         first = self.examples[0]
         prompt = first["input_ids"][: first["prompt_length"]]
-        return {**first, "input_ids": prompt, "response_end": len(prompt), "reference": None}
+        return {**first, "input_ids": prompt, "spans": [], "reference": None}
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -59,8 +59,8 @@ class Collator:
         """Collate examples.
 
         Args:
-            examples: Each with ``input_ids`` and ``prompt_length``, and ``response_end`` where the last ids are not
-                to be learned.
+            examples: Each with ``input_ids`` and ``spans`` (start, stop, start, stop ... of what is to be learned), or
+                ``prompt_length``, from where on all of them are, or those up to ``response_end``.
 
         Returns:
             ``input_ids``, ``attention_mask`` and ``labels``, int64 of shape (batch, length), padded on the right;
@@ -71,11 +71,11 @@ class Collator:
         attention_mask = torch.zeros_like(input_ids)
         labels = torch.full_like(input_ids, IGNORED)
         for row, example in enumerate(examples):
-            ids, start = torch.tensor(example["input_ids"]), example["prompt_length"]
+            ids = torch.tensor(example["input_ids"])
             input_ids[row, : len(ids)] = ids
             attention_mask[row, : len(ids)] = 1
-            end = example.get("response_end", len(ids))  # a chat template may put more after the end of a turn
-            labels[row, start:end] = ids[start:end]
+            for start, stop in learned_spans(example):
+                labels[row, start:stop] = ids[start:stop]
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
@@ -114,6 +114,18 @@ class PromptCollator:
             "attention_mask": attention_mask,
             **{text: [e[text] for e in examples] for text in TEXTS},
         }
+
+
+def learned_spans(example: Example) -> list[tuple[int, int]]:
+    """Return from where to where the ids of an example are to be learned.
+
+    >>> learned_spans({"input_ids": range(9), "spans": [1, 3, 5, 9]})
+    [(1, 3), (5, 9)]
+    """
+    spans = example.get("spans")
+    if spans is None:
+        return [(example["prompt_length"], example.get("response_end", len(example["input_ids"])))]
+    return list(zip(spans[::2], spans[1::2], strict=True))
 
 
 def _round_up(length: int, multiple: int) -> int:

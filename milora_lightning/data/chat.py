@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, str]  # role and content
+Message = dict[str, Any]  # role and content, and what else a template reads
 
 SYSTEM, USER, ANSWER = (f"milora {role} probe" for role in ("system", "user", "answer"))  # in no template
 
@@ -58,14 +58,14 @@ class ChatTemplate:
                 "or a model made for chat."
             )
         question, answer = {"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}
-        prompt, whole = _write([question], tokenizer, True), _write([question, answer], tokenizer, False)
+        prompt, whole = write([question], tokenizer, True), write([question, answer], tokenizer, False)
         if USER not in prompt or ANSWER not in whole:
             missing = "user" if USER not in prompt else "assistant"
             raise ChatTemplateError(
                 f"The chat template of {tokenizer.name_or_path!r} leaves out the text of the {missing}'s message. "
                 f"Give the tokenizer one that writes it, or use {_OTHERS}."
             )
-        _check_prefix(prompt, whole, tokenizer)
+        check_prefix(prompt, whole, tokenizer)
         lead, _, tail = whole[len(prompt) :].rpartition(ANSWER)
         special = (set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)) - _unknown(tokenizer)
         after = token_ids([tail], tokenizer)[0]
@@ -92,13 +92,13 @@ class ChatTemplate:
         """
         messages = list(messages) if self.takes_system else fold_system(messages)
         *before, answer = messages
-        whole = _write([*before, {**answer, "content": prefill + answer["content"]}], self.tokenizer, False)
-        prompt = _write(before, self.tokenizer, True) + prefill
-        _check_prefix(prompt, whole, self.tokenizer, prefill)
+        whole = write([*before, {**answer, "content": prefill + answer["content"]}], self.tokenizer, False)
+        prompt = write(before, self.tokenizer, True) + prefill
+        check_prefix(prompt, whole, self.tokenizer, prefill)
         written = whole[len(prompt) :]
         if not (
             written.endswith(self.tail)
-            and _dense(written[: len(written) - len(self.tail)]).endswith(_dense(answer["content"]))
+            and dense(written[: len(written) - len(self.tail)]).endswith(dense(answer["content"]))
         ):
             raise ChatTemplateError(
                 f"the chat template of {self.tokenizer.name_or_path!r} does not write the answer as it is: "
@@ -191,15 +191,29 @@ def fold_system(messages: Sequence[Message]) -> list[Message]:
     if len(messages) < 2 or [message["role"] for message in messages[:2]] != ["system", "user"]:
         return list(messages)
     system, user, *others = messages
+    if not (isinstance(system["content"], str) and isinstance(user["content"], str)):
+        return list(messages)
     return [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *others]
 
 
 _OTHERS = "template='alpaca' or 'plain'"
 
 
-def _write(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, generates: bool) -> str:
+def write(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    generates: bool,
+    tools: Sequence[dict[str, Any]] | None = None,
+) -> str:
+    """Write messages in a tokenizer's chat template, and what asks for an answer if one is to be generated.
+
+    Raises:
+        ChatTemplateError: If the template refuses them.
+    """
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generates)
+        text = tokenizer.apply_chat_template(
+            list(messages), tools=tools and list(tools), tokenize=False, add_generation_prompt=generates
+        )
     except Exception as error:  # a template is a program, which raises whatever its expressions do
         roles = [message["role"] for message in messages]
         raise ChatTemplateError(
@@ -209,7 +223,12 @@ def _write(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, gene
     return cast(str, text)
 
 
-def _check_prefix(prompt: str, whole: str, tokenizer: PreTrainedTokenizerBase, prefill: str = "") -> None:
+def check_prefix(prompt: str, whole: str, tokenizer: PreTrainedTokenizerBase, prefill: str = "") -> None:
+    """Check that a chat begins with its prompt.
+
+    Raises:
+        ChatTemplateError: If it does not.
+    """
     if whole.startswith(prompt):
         return
     same = next(
@@ -226,7 +245,7 @@ def _check_prefix(prompt: str, whole: str, tokenizer: PreTrainedTokenizerBase, p
 def _takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": USER}]
     try:
-        return SYSTEM in _write(messages, tokenizer, True)
+        return SYSTEM in write(messages, tokenizer, True)
     except ChatTemplateError:
         return False
 
@@ -235,5 +254,6 @@ def _unknown(tokenizer: PreTrainedTokenizerBase) -> set[int | None]:
     return {tokenizer.unk_token_id} - {tokenizer.eos_token_id}  # GPT-2's are the same
 
 
-def _dense(text: str) -> str:
+def dense(text: str) -> str:
+    """Take the white space out of a text."""
     return "".join(text.split())

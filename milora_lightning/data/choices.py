@@ -56,7 +56,7 @@ class ChoiceCollator:
 
     def _row(self, example: Example, response: list[int]) -> Example:
         ids = [*example["input_ids"][: example["prompt_length"]], *response]
-        return {**example, "input_ids": ids, "response_end": len(ids)}
+        return {**example, "input_ids": ids, "spans": [example["prompt_length"], len(ids)]}
 
     def _responses(self, prompt: str, texts: list[str]) -> list[list[int]]:
         if self.chat is not None:

@@ -17,13 +17,15 @@ from transformers import PreTrainedTokenizerBase
 from milora_lightning.data.batching import Collator, FilledDataset, PromptCollator
 from milora_lightning.data.chat import ChatTemplate
 from milora_lightning.data.choices import ChoiceCollator
+from milora_lightning.data.columns import as_dataset
 from milora_lightning.data.model_check import check_model
 from milora_lightning.data.prompt_format import KEY, PromptFormat
 from milora_lightning.data.resuming import OverfittingSampler, ResumableSampler, Resumption
 from milora_lightning.data.sampling import EvaluationSampler, ResumableDataLoader
 from milora_lightning.data.sources import MultipleChoice, Source, Split, Task, describe
-from milora_lightning.data.templates import TemplateName
-from milora_lightning.data.tokenizing import padding_id, tokenize_dataset
+from milora_lightning.data.templates import AUTO, TemplateName, name_of, with_template
+from milora_lightning.data.tokenizing import holds, padding_id, tokenize_dataset
+from milora_lightning.data.turn_encoding import ASSISTANT
 from milora_lightning.metrics import AnswerAccuracy
 
 # Which splits each stage loads, and which it cannot do without.
@@ -50,8 +52,9 @@ class SFTDataModule(LightningDataModule):
     Args:
         source: Where examples come from.
         tokenizer: The model's name (see :func:`milora_lightning.pretrained.load_tokenizer`), or its tokenizer.
-        template: Prompt template: ``"alpaca"`` as in the paper, ``"chat"`` for the tokenizer's own chat template, or
-            ``"plain"`` for the bare prompt and a line break.
+        template: How prompts and conversations are written: ``"alpaca"`` as in the paper, ``"chat"`` for the
+            tokenizer's own chat template, ``"plain"`` for the bare prompt and a line break, or the path of a Jinja file
+            with a chat template; ``"auto"`` is ``"chat"`` if there are conversations, and ``"alpaca"`` if not.
         prompt_suffix: What every prompt ends in, after the template, taken as it is; for example
             ``"Let's think step by step.\n"``. With ``"chat"`` the assistant's answer begins with it.
         max_length: Most tokens of an example; longer prompts lose their beginning (chats that of the user's text),
@@ -68,6 +71,9 @@ class SFTDataModule(LightningDataModule):
         num_proc: Number of processes that tokenize; None or 0 for the main one alone (whose tokenizer has threads).
         num_workers: Number of processes that load batches.
         seed: Seed of the training order.
+        train_on: Which turns of conversations are learned: ``"assistant"`` for all of the assistant's, ``"last"`` for
+            its last one, or a list of roles. A message's own field ``weight``, ``loss`` or ``train`` (0 or 1, false
+            or true) decides for that message. Of a ``text`` every token is learned.
 
     Raises:
         ValueError: If a size is out of range, or ``answer_by="likelihood"`` with a source that names no choices; in
@@ -78,7 +84,7 @@ class SFTDataModule(LightningDataModule):
         self,
         source: Source,
         tokenizer: str | PreTrainedTokenizerBase = "",
-        template: TemplateName = "alpaca",
+        template: str = AUTO,
         prompt_suffix: str = "",
         max_length: int = 1024,
         batch_size: int = 16,
@@ -91,11 +97,13 @@ class SFTDataModule(LightningDataModule):
         num_proc: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        train_on: str | list[str] = ASSISTANT,
     ) -> None:
         super().__init__()
         self.source = source
         self.tokenizer = tokenizer
-        self.template: TemplateName = template
+        self.template = template
+        self.train_on = train_on
         self.prompt_suffix = prompt_suffix
         self.max_length = max_length
         self.batch_size = batch_size
@@ -109,6 +117,8 @@ class SFTDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._splits: dict[Split, datasets.Dataset | None] = {}
+        self._kinds: tuple[bool, bool] | None = None  # whether there are conversations, and nothing but plain texts
+        name_of(template, False)
         self._resumption = Resumption(self)
         sizes = ("batch_size", "eval_batch_size", "generation_batch_size", "pad_to_multiple_of")
         counts = ("num_generation_examples", "num_test_generation_examples")
@@ -153,7 +163,7 @@ class SFTDataModule(LightningDataModule):
             self._resumption, examples["length"][:], self.batch_size, shuffle=True, seed=self.seed, **self._rank()
         )
         # Without the texts, which only generation needs.
-        columns = examples.select_columns(["input_ids", "prompt_length", "response_end"])
+        columns = examples.select_columns(["input_ids", "spans"])
         return self._loader(columns, sampler, self.batch_size, self._collator(Collator), ResumableDataLoader)
 
     def metric(self) -> Metric | None:
@@ -166,16 +176,23 @@ class SFTDataModule(LightningDataModule):
         return describe(self.source)
 
     @property
-    def prompt_format(self) -> PromptFormat:
-        """How prompts are written."""
-        return PromptFormat.of(self.tokenizer_object, self.template, self.prompt_suffix)
+    def prompt_format(self) -> PromptFormat | None:
+        """How prompts are written; None of data that is nothing but plain texts."""
+        _, only_texts = self._kinds_of_rows()
+        return None if only_texts else PromptFormat.of(self.tokenizer_object, self.template_name, self.prompt_suffix)
+
+    @property
+    def template_name(self) -> TemplateName:
+        """Name of the template, decided by the data where it is ``"auto"``."""
+        return name_of(self.template, self._kinds_of_rows()[0] if self.template == AUTO else False)
 
     def state_dict(self) -> dict[str, Any]:
         """Return for the checkpoint where in the data training is, what the data is, and how prompts are."""
         # Not left to Lightning's own handling of stateful loaders, which is passed over if the loader was made
         # before the loops are restored, as computing the schedule's length does.
-        position = self._resumption.state_dict()
-        return {"position": position, "description": self.description, KEY: self.prompt_format.record()}
+        position, prompt_format = self._resumption.state_dict(), self.prompt_format
+        record = None if prompt_format is None else prompt_format.record()
+        return {"position": position, "description": self.description, KEY: record}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on in training where the checkpoint was written, also on another number of ranks.
@@ -183,7 +200,7 @@ class SFTDataModule(LightningDataModule):
         Says it if prompts were written otherwise there.
         """
         trained, now = PromptFormat.found_in({"data": state_dict}), self.prompt_format
-        if trained is not None and trained != now:
+        if trained is not None and now is not None and trained != now:
             rank_zero_warn(f"The checkpoint was trained on prompts of another format: {trained.difference(now)}.")
         # Older checkpoints have no position: Lightning's count of batches serves.
         self._resumption.load_state_dict(state_dict.get("position"))
@@ -207,15 +224,27 @@ class SFTDataModule(LightningDataModule):
         dataset = self.source.load(split)
         if dataset is None:
             return None
+        dataset = as_dataset(dataset, split)
+        if self._kinds is None:
+            self._kinds = _kinds(dataset)
         return tokenize_dataset(
             dataset,
             self.tokenizer_object,
-            self.template,
+            self.template_name,
             self.prompt_suffix,
             self.max_length,
             self.num_proc,
             split,
+            self.train_on,
         )
+
+    def _kinds_of_rows(self) -> tuple[bool, bool]:
+        """Look at the first split there is, if none has been loaded."""
+        if self._kinds is None:
+            data = ((split, self.source.load(split)) for split in SPLITS[None])
+            found = next(((split, dataset) for split, dataset in data if dataset is not None), None)
+            self._kinds = (False, False) if found is None else _kinds(as_dataset(found[1], found[0]))
+        return self._kinds
 
     @property
     def tokenizer_object(self) -> PreTrainedTokenizerBase:
@@ -226,6 +255,7 @@ class SFTDataModule(LightningDataModule):
             from milora_lightning.pretrained import load_tokenizer
 
             self.tokenizer = load_tokenizer(self.tokenizer)
+        self.tokenizer = with_template(self.tokenizer, self.template)
         return self.tokenizer
 
     def loaded(self, stage: str) -> list[Split]:
@@ -238,7 +268,10 @@ class SFTDataModule(LightningDataModule):
         if self.metric() is None or number == 0:
             return []
         examples = self.examples(split)
-        return range(len(examples)) if number is None else _first_of_each(examples["task"][:], number)
+        asked = [i for i, length in enumerate(examples["prompt_length"][:]) if length]  # plain texts ask nothing
+        if number is None:
+            return asked
+        return [asked[i] for i in _first_of_each([examples["task"][i] for i in asked], number)]
 
     def examples(self, split: Split) -> datasets.Dataset:
         """Return the tokenized examples of a split.
@@ -279,7 +312,7 @@ class SFTDataModule(LightningDataModule):
         collator: Any = self._collator(PromptCollator)
         if self.answer_by == "likelihood":
             choices = cast(MultipleChoice, self.source).choices
-            chat = ChatTemplate.of(self.tokenizer_object) if self.template == "chat" else None
+            chat = ChatTemplate.of(self.tokenizer_object) if self.template_name == "chat" else None
             collator = ChoiceCollator(self.tokenizer_object, choices, self.pad_to_multiple_of, chat)
         return self._loader(examples, sampler, self.generation_batch_size, collator)
 
@@ -313,6 +346,11 @@ class SFTDataModule(LightningDataModule):
     def _rank(self) -> dict[str, int]:
         """Return how the data is shared out: not by the world's size alone, tensor-parallel ranks share batches."""
         return (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+
+
+def _kinds(dataset: datasets.Dataset) -> tuple[bool, bool]:
+    """Tell whether there are conversations among rows, and whether there is nothing but plain texts."""
+    return holds(dataset, "messages"), holds(dataset, "text", all_rows=True)
 
 
 def _longest_first(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:

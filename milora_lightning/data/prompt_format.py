@@ -78,6 +78,25 @@ class PromptFormat:
         return tokenizer
 
 
+def for_conversations(
+    tokenizer: PreTrainedTokenizerBase, template: TemplateName, prompt_suffix: str
+) -> PreTrainedTokenizerBase:
+    """Return a tokenizer whose chat template writes conversations as a template writes prompts.
+
+    Raises:
+        ValueError: If no chat template does with this tokenizer.
+    """
+    if template == "chat":
+        return tokenizer
+    prompt_format = PromptFormat.of(tokenizer, template, prompt_suffix)
+    if prompt_format.chat_template is None:
+        raise ValueError(
+            f"No chat template writes conversations as template={template!r} writes prompts with the tokenizer of "
+            f"{tokenizer.name_or_path!r}. Use template='chat', or a Jinja file."
+        )
+    return prompt_format.applied_to(tokenizer)
+
+
 def _chat_template(tokenizer: PreTrainedTokenizerBase, template: TemplateName, suffix: str) -> str | None:
     """Return the chat template that writes prompts as a template does, down to their tokens; None if there is none."""
     probe = "What is 1 plus 2?"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
 TemplateName = Literal["alpaca", "chat", "plain"]
+AUTO = "auto"  # the tokenizer's chat template for conversations, alpaca for prompts with responses
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -65,6 +68,49 @@ TEMPLATES: dict[TemplateName, Callable[[str, str, PreTrainedTokenizerBase], str]
     "chat": chat,
     "plain": plain,
 }
+
+
+def name_of(template: str, conversations: bool) -> TemplateName:
+    """Return the name of the template that an option stands for.
+
+    Args:
+        template: ``"auto"``, the name of a template, or the path of a Jinja file, which becomes the tokenizer's chat
+            template (:func:`with_template`).
+        conversations: Whether there are conversations among the data.
+
+    Raises:
+        ValueError: If there is neither such a template nor such a file.
+
+    >>> name_of("auto", False), name_of("auto", True), name_of("plain", True)
+    ('alpaca', 'chat', 'plain')
+    """
+    if template in TEMPLATES:
+        return template
+    if template == AUTO:
+        return "chat" if conversations else "alpaca"
+    if not Path(template).is_file():
+        raise ValueError(
+            f"There is no template {template!r}: {', '.join([AUTO, *TEMPLATES])} are known, and the path of a file "
+            "that holds a chat template in Jinja."
+        )
+    return "chat"
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerBase:
+    """Return a tokenizer with the chat template of a Jinja file, a copy; itself if the template is no file.
+
+    Raises:
+        ValueError: As :func:`name_of`.
+    """
+    name_of(template, False)
+    if template == AUTO or template in TEMPLATES:
+        return tokenizer
+    jinja = Path(template).read_text(encoding="utf-8")
+    if tokenizer.chat_template == jinja:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = jinja
+    return tokenizer
 
 
 def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
