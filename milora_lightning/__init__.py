@@ -1,5 +1,10 @@
 """MiLoRA for PyTorch Lightning: adapters that start from the smallest singular triplets of each weight."""
 
+# ruff: noqa: E402
+from milora_lightning.notices import leave_out_kernels
+
+leave_out_kernels()  # before PEFT is imported, which imports bitsandbytes
+
 from milora_lightning.attention import causal_attention
 from milora_lightning.callbacks import (
     AdapterExport,
@@ -9,6 +14,7 @@ from milora_lightning.callbacks import (
     PredictionWriter,
     PrincipalProjection,
     RandomState,
+    RunProgress,
     SubspaceMonitor,
 )
 from milora_lightning.checkpoint import load_adapter
@@ -37,6 +43,7 @@ __all__ = [
     "PredictionWriter",
     "PrincipalProjection",
     "RandomState",
+    "RunProgress",
     "SFTDataModule",
     "SubspaceMonitor",
     "adapters_disabled",

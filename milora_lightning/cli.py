@@ -16,8 +16,9 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from rich.console import Console
 
 from milora_lightning.analysis import analyze_model, summary, write_tables
-from milora_lightning.callbacks import EvaluationSummary, MiLoRAInit, PredictionWriter, RandomState
+from milora_lightning.callbacks import EvaluationSummary, MiLoRAInit, PredictionWriter, RandomState, RunProgress
 from milora_lightning.callbacks.given_options import GivenOptimizerOptions
+from milora_lightning.callbacks.run_config import RunConfig
 from milora_lightning.checkpoint import read_checkpoint
 from milora_lightning.checkpoint_io import CheckpointError
 from milora_lightning.checkpoint_options import (
@@ -29,16 +30,20 @@ from milora_lightning.checkpoint_options import (
     read_options,
     say,
 )
-from milora_lightning.config_files import CONFIGS, SaveConfig, replaced_checkpoints, resolve_configs
+from milora_lightning.config_files import CONFIGS, replaced_checkpoints, resolve_configs
 from milora_lightning.data import SFTDataModule
+from milora_lightning.ending import ending, resumption
 from milora_lightning.export import export_merged, export_peft
 from milora_lightning.folder import check_output, new_folder
+from milora_lightning.logger_choice import LoggerName, make_logger
 from milora_lightning.merging import rounding_note
 from milora_lightning.module import CausalLMModule
-from milora_lightning.trainer_defaults import LOG_EVERY_N_STEPS, missing_options
+from milora_lightning.notices import leave_out, leave_out_bars
+from milora_lightning.trainer_defaults import LOG_EVERY_N_STEPS, missing_options, replaced_files, with_screen
 
 PACKAGE = Path(__file__).parent
 BASE = "model.name_or_path"
+INTERRUPTED = 130  # the exit status of what Ctrl-C ends, as shells have it
 
 
 class MiLoRACLI(LightningCLI):
@@ -54,6 +59,12 @@ class MiLoRACLI(LightningCLI):
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(EvaluationSummary, "summary")
         parser.link_arguments(BASE, "data.tokenizer")
+        parser.add_argument(
+            "--logger",
+            type=LoggerName | None,
+            default=None,
+            help="Another logger than trainer.logger, in one word; it logs where that would have.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, with the names of shipped configs resolved; what is not given comes from a checkpoint that is."""
@@ -135,16 +146,52 @@ class MiLoRACLI(LightningCLI):
         options, lines = missing_options(given, trains=self.subcommand in ("fit", None))
         for line in lines:
             say(line)
+        go_on, trains = resumption(self._arguments()), self.subcommand == "fit"
+        options["callbacks"] = with_screen({**given, **options}, go_on, trains)
+        if "logger" not in kwargs and (name := self._get(self.config, "logger")) is not None:
+            options["logger"] = make_logger(name, given.get("logger"), given.get("default_root_dir"))
         trainer = super().instantiate_trainer(**{**kwargs, **options})
+        leave_out_bars()
         if self._given_optimizer:
             trainer.callbacks.insert(0, GivenOptimizerOptions(self._given_optimizer))  # type: ignore[attr-defined]
         return trainer
 
+    def _arguments(self) -> list[str]:
+        return [str(arg) for arg in self._args] if isinstance(self._args, list) else sys.argv[1:]
+
     def _run_subcommand(self, subcommand: str) -> None:
         name = self._from_checkpoint.get(BASE)
         own = name if name == self._get(self.config, BASE) else None
-        with base_may_have_moved(f"--{BASE}", own):
-            super()._run_subcommand(subcommand)
+        bar = self.trainer.progress_bar_callback
+        if isinstance(bar, RunProgress) and self.trainer.is_global_zero:
+            bar.begin("Preparing the data")
+        try:
+            with base_may_have_moved(f"--{BASE}", own):
+                super()._run_subcommand(subcommand)
+        except SystemExit as error:
+            if self.trainer.interrupted:
+                raise SystemExit(INTERRUPTED) from error
+            raise
+        finally:
+            if isinstance(bar, RunProgress):
+                bar.stop()
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        options = super()._prepare_subcommand_kwargs(subcommand)
+        if "verbose" in options:  # Lightning's table has a column for each loader, all with the same results
+            self._get(self.config_init, "summary").tables = options["verbose"]
+            options["verbose"] = False
+        return options
+
+    def before_fit(self) -> None:
+        """Say if checkpoints of an earlier run will be replaced."""
+        for line in replaced_files(self.trainer, self._get(self.config, "ckpt_path")):
+            say(line)
+
+    def after_fit(self) -> None:
+        """Say where the result is, and what to do with it."""
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            print(*ending(self.trainer), sep="\n")
 
 
 def export(
@@ -234,6 +281,7 @@ def main(args: ArgsType = None) -> Any:
     Errors that this package raises are messages to the user, and end the program as such; all others keep their
     traceback.
     """
+    leave_out()
     argv = sys.argv[1:] if args is None else args
     usage = {"usage": "%(prog)s [--config FILE] ... [--OPTION VALUE] ...   (--help explains every option)"}
     try:
@@ -247,7 +295,7 @@ def main(args: ArgsType = None) -> Any:
             CausalLMModule,
             SFTDataModule,
             args=args,
-            save_config_callback=SaveConfig,
+            save_config_callback=RunConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 "description": "Fine-tune language models with MiLoRA. More commands, each with its own --help: export "
@@ -255,7 +303,11 @@ def main(args: ArgsType = None) -> Any:
                 "spectra, compare trains several methods alike and reports how they compare.",
                 **dict.fromkeys(MiLoRACLI.subcommands(), usage),
             },
-            trainer_defaults={"callbacks": [RandomState()], "log_every_n_steps": LOG_EVERY_N_STEPS},
+            trainer_defaults={
+                "callbacks": [RandomState()],
+                "log_every_n_steps": LOG_EVERY_N_STEPS,
+                "enable_model_summary": False,  # which says less than MiLoRAInit's
+            },
             auto_configure_optimizers=False,  # the module makes its own, from model.optimizer
         )
     except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:

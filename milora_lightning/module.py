@@ -28,16 +28,18 @@ from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy
 from milora_lightning.optimization import OptimizedModule
 from milora_lightning.pretrained import load_causal_lm, load_tokenizer
 from milora_lightning.schedules import WARMUP
+from milora_lightning.screen.figures import peak_memory
 from milora_lightning.streaming import empty_causal_lm, shard, stream_weights
 from milora_lightning.surgery import factors_kept, inject, lora_layers
 
 Batch = dict[str, Any]
+Answers = dict[str, list[dict[str, str]]]
 
 
 class CausalLMModule(OptimizedModule):
     """Fine-tunes a causal language model on prompts and responses.
 
-    Logs the loss and perplexity per supervised token, the learning rate, the gradient's norm and the throughput;
+    Logs the loss and perplexity per supervised token, the learning rate, the gradient's norm, throughput and memory;
     validation and test also generate answers and score them. Batches come from
     :class:`milora_lightning.SFTDataModule`.
 
@@ -167,15 +169,21 @@ class CausalLMModule(OptimizedModule):
         loss = self.mean_over_ranks(total, tokens)
         self.log("train_loss", loss, prog_bar=True)
         self._log_throughput(batch["attention_mask"].sum())
+        if (peak := peak_memory(self.device)) is not None:
+            self.log("peak_memory_gb", torch.full((), peak, device=self.device))
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a batch to the loss, or its generated answers to the metric."""
-        self._evaluation_step(batch)
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Answers | None:
+        """Add a batch to the loss, or its generated answers to the metric.
 
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a batch to the loss, or its generated answers to the metric."""
-        self._evaluation_step(batch)
+        Returns:
+            Of what was answered, the records of :meth:`predict_step`, as ``answers``.
+        """
+        return self._evaluation_step(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Answers | None:
+        """Do so for the test."""
+        return self._evaluation_step(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
         """Answer.
@@ -184,9 +192,7 @@ class CausalLMModule(OptimizedModule):
             One record for each example with the keys ``prompt``, ``instruction``, ``generation``, ``reference`` and
             ``task``.
         """
-        columns = {"generation": self.answer(batch), **{text: batch[text] for text in TEXTS}}
-        records = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
-        return [record for record in records if record["reference"] is not None]
+        return _records(batch, self.answer(batch))
 
     def on_validation_epoch_start(self) -> None:
         """Begin with empty metrics."""
@@ -262,18 +268,17 @@ class CausalLMModule(OptimizedModule):
             raise RuntimeError("The model is not loaded yet: call configure_model() before using the module alone.")
         return self.model
 
-    def _evaluation_step(self, batch: Batch) -> None:
-        if "reference" in batch:
-            self._generated = True
-            columns = [self.answer(batch), batch["reference"]]
-            if isinstance(self.metric, TaskAccuracy):
-                columns.append(batch["task"])
-            scored = [row for row in zip(*columns, strict=True) if row[1] is not None]
-            if scored and self.metric is not None:
-                self.metric.update(*map(list, zip(*scored, strict=True)))
-        else:
+    def _evaluation_step(self, batch: Batch) -> Answers | None:
+        if "reference" not in batch:
             total, tokens = self.loss(batch)
             self.eval_loss.update(total / tokens.clamp(min=1), tokens)
+            return None
+        self._generated = True
+        records = _records(batch, self.answer(batch))
+        keys = ["generation", "reference", *(["task"] if isinstance(self.metric, TaskAccuracy) else [])]
+        if records and self.metric is not None:
+            self.metric.update(*([record[key] for record in records] for key in keys))
+        return {"answers": records}
 
     def _reset_evaluation(self) -> None:
         # At the start and not at the end, because states made in the inference mode of a validation by itself could
@@ -303,3 +308,10 @@ class CausalLMModule(OptimizedModule):
     def on_validation_start(self) -> None:
         """Keep the time of an evaluation out of the throughput."""
         self._clock = None
+
+
+def _records(batch: Batch, answers: list[str]) -> list[dict[str, str]]:
+    """Put answers beside the texts of their batch, and leave out examples that only fill it up."""
+    columns = {"generation": answers, **{text: batch[text] for text in TEXTS}}
+    records = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+    return [record for record in records if record["reference"] is not None]

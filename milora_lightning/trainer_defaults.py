@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, Timer
+
+from milora_lightning.callbacks.interruption import SaveOnInterrupt
+from milora_lightning.callbacks.progress import RunProgress
 
 EPOCHS = 3
 LOG_EVERY_N_STEPS = 10
@@ -43,3 +47,38 @@ def missing_options(given: Mapping[str, Any], trains: bool) -> tuple[dict[str, A
         options["callbacks"] = [*callbacks, ModelCheckpoint(str(folder), filename="last")]
         lines.append(f"Keeping the last checkpoint in {folder}: set trainer.callbacks for another place or choice.")
     return options, lines if trains and not given.get("fast_dev_run") else []
+
+
+def with_screen(given: Mapping[str, Any], go_on: str, trains: bool) -> list[Callback]:
+    """Return the callbacks with those for a person before the screen, unless there are others.
+
+    Args:
+        given: The Trainer's options.
+        go_on: The command that resumes the run.
+        trains: Whether Ctrl-C is to save a checkpoint.
+    """
+    callbacks = given.get("callbacks") or []
+    callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+    shows = given.get("enable_progress_bar") is not False
+    if shows and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+        callbacks.append(RunProgress())
+    saves = given.get("enable_checkpointing") is not False and not given.get("fast_dev_run")
+    if trains and saves and not any(isinstance(callback, SaveOnInterrupt) for callback in callbacks):
+        callbacks.append(SaveOnInterrupt(go_on))
+    return callbacks
+
+
+def replaced_files(trainer: Trainer, ckpt_path: str | None) -> list[str]:
+    """Say which folders hold checkpoints that the run will replace, unless it goes on from one."""
+    if ckpt_path is not None:
+        return []
+    folders = {
+        str(callback.dirpath): None
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath and not callback._enable_version_counter
+    }
+    return [
+        f"{folder} holds checkpoints of an earlier run, which this one replaces where they have the same names."
+        for folder in folders
+        if any(Path(folder).glob("*.ckpt"))
+    ]

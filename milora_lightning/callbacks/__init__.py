@@ -5,6 +5,7 @@ from milora_lightning.callbacks.forgetting import ForgettingMonitor
 from milora_lightning.callbacks.milora_init import MiLoRAInit
 from milora_lightning.callbacks.orthogonality import PrincipalProjection
 from milora_lightning.callbacks.predictions import PredictionWriter
+from milora_lightning.callbacks.progress import RunProgress
 from milora_lightning.callbacks.random_state import RandomState
 from milora_lightning.callbacks.subspace import SubspaceMonitor
 from milora_lightning.callbacks.summary import EvaluationSummary
@@ -17,5 +18,6 @@ __all__ = [
     "PredictionWriter",
     "PrincipalProjection",
     "RandomState",
+    "RunProgress",
     "SubspaceMonitor",
 ]

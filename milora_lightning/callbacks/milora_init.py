@@ -8,14 +8,15 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
 
+import rich
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 from torch.optim import Optimizer
 
 from milora_lightning.averaging import check_averaging, copy_adapted, start_averages
 from milora_lightning.callbacks._checks import check_optimizers, say_without_gradient, warn_of_export
 from milora_lightning.callbacks._display import progress, summary
+from milora_lightning.callbacks.progress import RunProgress
 from milora_lightning.checkpoint import AdapterCheckpoint
 from milora_lightning.config import Init, LoRAConfig
 from milora_lightning.initialization import initialize
@@ -158,14 +159,16 @@ class MiLoRAInit(Callback):
     def _initialize(self, trainer: Trainer, pl_module: LightningModule) -> None:
         started = time.monotonic()
         seed = torch.initial_seed() if self.seed is None else self.seed
-        track = progress if trainer.is_global_zero else iter
+        bar = trainer.progress_bar_callback
+        shown = bar.initializing if isinstance(bar, RunProgress) else progress
+        track = shown if trainer.is_global_zero else iter
         ranks = trainer.global_rank, trainer.world_size
         number = initialize(pl_module, seed, track, *ranks, trainer.strategy.root_device, self.cache)
         start_averages(trainer, pl_module)
         if number and self.config is not None:
             table = summary(pl_module, self.config, number, time.monotonic() - started)
             if trainer.is_global_zero:
-                Console().print(table)
+                rich.get_console().print(table)  # that of progress bars, above which it goes
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Turn the adapters' dropout on: pretrained models come in eval mode, and Lightning keeps it."""

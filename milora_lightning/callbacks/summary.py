@@ -1,49 +1,164 @@
-"""What training has changed, in a few figures."""
+"""What training has changed, in a few figures and answers."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import rich
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 from rich.table import Table
+
+from milora_lightning.screen.figures import number
+from milora_lightning.screen.samples import Sample, choose, log_samples, table
 
 
 class EvaluationSummary(Callback):
-    """Prints the validation results from before training and from its end, and keeps them in checkpoints.
+    """Shows the validation results from before training and from its end, a few answers too, and keeps them.
 
     The first figures are those of the check that the Trainer runs before training; let it see the whole validation
     set with ``num_sanity_val_steps=-1``, or the two columns are over different examples.
+
+    Answers are those that evaluation steps return as ``{"answers": [...]}``, as those of
+    :class:`milora_lightning.CausalLMModule` do: dictionaries with ``prompt``, ``instruction``, ``generation`` and
+    ``reference``. After every evaluation they are shown beside their references and given to the loggers; at the end of
+    training beside those to the same prompts before it. Where ``validate`` and ``test`` are called with
+    ``verbose=False``, their results are shown here, once and not for each of the loaders.
+
+    Args:
+        samples: How many answers to show; 0 for none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, samples: int = 3) -> None:
+        if samples < 0:
+            raise ValueError(f"samples is the number of answers to show, at least 0, and not {samples}.")
+        self.samples = samples
+        self.tables = True  # whether to show the results of validate and test, too
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
+        self.shown: list[Sample] = []
+        self._answered: list[Sample] = []
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the last answers."""
+        self._answered = []
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the last answers."""
+        self._answered = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep answers."""
+        self._keep(outputs)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep answers."""
+        self._keep(outputs)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the results from before training."""
-        self.before = _results(trainer)
+        self.before = _results(trainer, "val_")
+        self.shown = [_sample(record, "before") for record in choose(self._answered, self.samples)]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the latest results."""
-        if not trainer.sanity_checking:
-            self.after = _results(trainer)
+        """Keep the latest results, and show answers."""
+        if trainer.sanity_checking:
+            return
+        self.after = _results(trainer, "val_")
+        if trainer.state.fn == "fit":
+            self._keep_shown()
+        self._show(trainer, "val")
 
-    def state_dict(self) -> dict[str, dict[str, float]]:
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show results and answers."""
+        self._show(trainer, "test")
+
+    def state_dict(self) -> dict[str, Any]:
         """Return the results, for the checkpoint and what is exported from it."""
-        return {"before": self.before, "after": self.after}
+        return {"before": self.before, "after": self.after, "samples": self.shown}
 
-    def load_state_dict(self, state_dict: dict[str, dict[str, float]]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the results of the run that is resumed."""
         self.before, self.after = state_dict["before"], state_dict["after"]
+        self.shown = state_dict.get("samples", [])  # older checkpoints have none
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print both."""
-        if trainer.is_global_zero and self.after:
-            table = Table("validation", "before", "after", title_justify="left")
+        """Show before and after."""
+        if not trainer.is_global_zero:
+            return
+        console = rich.get_console()  # that of progress bars, above which it goes
+        changed = [sample for sample in self.shown if {"before", "after"} <= sample.keys()]
+        if changed:
+            console.print(table(changed, ["before", "after"], "answers before and after training"))
+        if self.after:
+            results = Table("validation", "before", "after", title_justify="left")
             for name, value in self.after.items():
-                before = f"{self.before[name]:.4g}" if name in self.before else "-"
-                table.add_row(name.removeprefix("val_"), before, f"{value:.4g}")
-            Console().print(table)
+                before = number(self.before[name]) if name in self.before else "-"
+                results.add_row(name.removeprefix("val_"), before, number(value))
+            console.print(results)
+
+    def _keep(self, outputs: Any) -> None:
+        answers = outputs.get("answers") if isinstance(outputs, dict) else None
+        self._answered += [record for record in answers or () if record.keys() >= _KEYS]
+
+    def _keep_shown(self) -> None:
+        """Keep the latest answers to the prompts that were answered before, or of the first evaluation there was."""
+        if not self.shown:
+            self.shown = [_sample(record) for record in choose(self._answered, self.samples)]
+        answers = {record["prompt"]: record["generation"] for record in self._answered}
+        for sample in self.shown:
+            if sample["prompt"] in answers:
+                sample["after"] = answers[sample["prompt"]]
+
+    def _show(self, trainer: Trainer, stage: str) -> None:
+        """Show what an evaluation has found, and log its answers."""
+        if not trainer.is_global_zero:
+            return
+        fitting = trainer.state.fn == "fit"
+        loop = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
+        loop = trainer.test_loop if stage == "test" else loop
+        console = rich.get_console()
+        answered = {record["prompt"]: record for record in self._answered}
+        same = [answered[sample["prompt"]] for sample in self.shown if fitting and sample["prompt"] in answered]
+        samples = [_sample(record, "answer") for record in same or choose(self._answered, self.samples)]
+        at = f"step {trainer.global_step}" if fitting else {"val": "validation", "test": "test"}[stage]
+        if samples:
+            console.print(table(samples, ["answer"], f"answers, {at}"))
+            for logger in trainer.loggers:
+                log_samples(logger, samples, trainer.global_step, stage)
+        results = _results(trainer, f"{stage}_")
+        if fitting and results:
+            words = (f"{name} {number(value)}" for name, value in results.items())
+            console.print(f"Step {trainer.global_step}: {', '.join(words)}", highlight=False)
+        elif results and self.tables and not loop.verbose:
+            figures = Table(at, "result", title_justify="left")
+            for name, value in results.items():
+                figures.add_row(name.removeprefix(f"{stage}_"), number(value))
+            console.print(figures)
 
 
-def _results(trainer: Trainer) -> dict[str, float]:
-    return {k: v.item() for k, v in sorted(trainer.callback_metrics.items()) if k.startswith(("val_", "forgetting_"))}
+_KEYS = {"prompt", "instruction", "generation", "reference"}
+
+
+def _sample(record: dict[str, str], answer: str | None = None) -> Sample:
+    sample = {key: record[key] for key in ("prompt", "instruction", "reference")}
+    return sample if answer is None else {**sample, answer: record["generation"]}
+
+
+def _results(trainer: Trainer, prefix: str) -> dict[str, float]:
+    return {k: v.item() for k, v in sorted(trainer.callback_metrics.items()) if k.startswith((prefix, "forgetting_"))}

@@ -1,0 +1,128 @@
+"""Ctrl-C in training: save, and say how to go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+
+SHOW_CURSOR = b"\x1b[?25h\n"
+
+
+class SaveOnInterrupt(Callback):
+    """Saves a checkpoint when training is interrupted with Ctrl-C, and says where it is and how to go on.
+
+    The step that is going on is finished first, so that the resumed run does what an uninterrupted one would have
+    done; an evaluation is broken off. A second Ctrl-C ends the program at once, without saving.
+
+    The checkpoint is the ``last`` one of the first ModelCheckpoint that the Trainer has, where ``ckpt_path="last"``
+    finds it, or else ``interrupted.ckpt`` in ``default_root_dir``. With several processes they agree at every
+    ``log_every_n_steps``-th step whether there was a Ctrl-C, and save there.
+
+    Attributes:
+        go_on: How to go on, for the message; ``{path}`` in it stands for the checkpoint.
+        interrupted: Whether there was a Ctrl-C.
+    """
+
+    def __init__(self, go_on: str = "trainer.fit(..., ckpt_path='{path}')") -> None:
+        self.go_on = go_on
+        self.interrupted = False
+        self._before: Any = None
+        self._in_step = False
+        self._step = 0  # before the step that is going on
+        self._trainer: Trainer | None = None
+        self._saved: tuple[int, str] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take Ctrl-C over for the time of training."""
+        if stage == "fit" and self._before is None and threading.current_thread() is threading.main_thread():
+            self._trainer = trainer
+            self.interrupted = self._in_step = False
+            self._before = signal.signal(signal.SIGINT, self._on_signal)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give Ctrl-C back."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self._before = self._trainer = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """From here on weights change; what is accumulated over several batches belongs to one step."""
+        if not self._in_step:
+            self._in_step, self._step = True, trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save here, if there was a Ctrl-C: from here a run goes on exactly."""
+        if trainer.global_step == self._step and trainer.accumulate_grad_batches > 1:
+            return
+        self._in_step = False
+        interrupted = self.interrupted
+        if trainer.world_size > 1:  # rarely, because all wait for one another and for their devices
+            every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+            due = trainer.global_step % every == 0
+            interrupted = due and trainer.strategy.reduce_boolean_decision(interrupted, all=False)
+        if interrupted:
+            self.interrupted = True
+            self._save(trainer)
+            raise KeyboardInterrupt
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say where the run can go on from."""
+        if not isinstance(exception, KeyboardInterrupt):
+            return
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
+        trained = trainer.global_step > 0
+        if trained and self._saved is None and trainer.world_size == 1 and not self._in_step:
+            self._save(trainer)  # between two steps: in an evaluation
+        if not trained:
+            say("Interrupted before the first step: there is nothing to save.")
+        elif self._saved is None:
+            say(f"Interrupted at step {trainer.global_step}, which is not saved.")
+        else:
+            step, path = self._saved
+            go_on = self.go_on.replace("{path}", path)
+            say(f"Interrupted at step {step}. Saved in {path}; go on with: {go_on}")
+        self.teardown(trainer, pl_module, "fit")
+
+    def _save(self, trainer: Trainer) -> None:
+        path = _path(trainer)
+        trainer.save_checkpoint(path)
+        self._saved = trainer.global_step, path
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            if sys.stdout.isatty():
+                os.write(1, SHOW_CURSOR)  # which live displays hide; by itself, because they may hold locks now
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+            return
+        self.interrupted = True
+        several = self._trainer is not None and self._trainer.world_size > 1
+        if not self._in_step and not several:
+            raise KeyboardInterrupt
+        say("Ctrl-C: finishing this step, then saving. Once more ends at once, without saving.")
+
+
+@rank_zero_only
+def say(line: str) -> None:
+    """Print a line for the user, apart from results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _path(trainer: Trainer) -> str:
+    """Return where the checkpoint of an interrupted run goes: where ``last`` is looked for."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+            name = callback.format_checkpoint_name({}, callback.CHECKPOINT_NAME_LAST)
+            return os.path.relpath(name) if Path(name).is_relative_to(Path.cwd()) else name
+    return str(Path(trainer.default_root_dir) / "interrupted.ckpt")

@@ -1,0 +1,80 @@
+"""The last lines of a command: why training stopped, where its checkpoint is, and what to do with it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+
+from milora_lightning.screen.figures import number
+
+
+def program() -> str:
+    """Return how this program was called, to be called again."""
+    path = Path(sys.argv[0])
+    return f"python {shlex.quote(str(path))}" if path.suffix == ".py" else path.name
+
+
+def resumption(args: Sequence[str]) -> str:
+    """Return the command that goes on with the run of these arguments from its last checkpoint.
+
+    >>> resumption(["fit", "--config", "mine.yaml", "--ckpt_path=x.ckpt", "--data.max_length", "9"]).split(" ", 2)[-1]
+    'fit --config mine.yaml --data.max_length 9 --ckpt_path last'
+    """
+    kept: list[str] = []
+    for before, arg in zip(["", *args], args, strict=False):
+        if not arg.startswith("--ckpt_path") and before != "--ckpt_path":
+            kept.append(arg)
+    return f"{program()} {shlex.join(kept)} --ckpt_path last"
+
+
+def why_stopped(trainer: Trainer) -> list[str]:
+    """Say why training ended before its time, in a line for each callback that had a say in it."""
+    lines = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
+            reason = callback.stopping_reason_message or f"{callback.monitor} did not improve."
+            lines.append(
+                f"Stopped early at step {trainer.global_step}, in epoch {callback.stopped_epoch + 1}: {reason}"
+            )
+        if isinstance(callback, Timer) and callback.time_remaining() == 0:
+            lines.append(f"Stopped at step {trainer.global_step}: the time that max_time allows is over.")
+    return lines
+
+
+def checkpoints(trainer: Trainer) -> tuple[str | None, list[str]]:
+    """Return the checkpoint to go on with, and lines that say where what is.
+
+    That is the best, where a metric says which that is, or else the last.
+    """
+    last, best = "", ""
+    lines = []
+    for callback in trainer.checkpoint_callbacks:
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        if callback.monitor and callback.best_model_path and callback.best_model_score is not None:
+            best = _short(callback.best_model_path)
+            score = number(float(callback.best_model_score))
+            lines.append(f"Best checkpoint ({callback.monitor} {score}): {best}")
+        last = callback.last_model_path or last or ("" if callback.monitor else callback.best_model_path)
+    if last:
+        lines.insert(0, f"Last checkpoint (step {trainer.global_step}): {_short(last)}")
+    return best or (_short(last) if last else None), lines
+
+
+def ending(trainer: Trainer) -> list[str]:
+    """Return the last lines of ``fit``."""
+    path, lines = checkpoints(trainer)
+    lines = [*why_stopped(trainer), *lines]
+    if path is None:
+        return [*lines, "No checkpoint was saved: a ModelCheckpoint in trainer.callbacks keeps what is trained."]
+    return [*lines, f"Talk to it: {program()} chat --ckpt_path {shlex.quote(path)}"]
+
+
+def _short(path: str) -> str:
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path

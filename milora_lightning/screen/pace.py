@@ -1,0 +1,87 @@
+"""Averages over the recent past."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+
+import torch
+from torch import Tensor
+
+SMOOTHING = 0.05
+
+
+class Pace:
+    """How long a step takes, on the average of the last ones.
+
+    The first step of all warms up, and may compile: it counts only as long as there is no other.
+    """
+
+    def __init__(self) -> None:
+        self._laps: deque[tuple[int, float]] = deque(maxlen=200)
+        self._since: float | None = None
+        self._first = True
+
+    def start(self) -> None:
+        """Begin a lap, if none is going on."""
+        if self._since is None:
+            self._since = time.monotonic()
+
+    def lap(self, steps: int) -> None:
+        """End a lap of so many steps, and begin the next."""
+        now = time.monotonic()
+        if self._since is not None:
+            if self._first and self._laps:
+                self._laps.clear()
+                self._first = False
+            self._laps.append((steps, now - self._since))
+        self._since = now
+
+    def pause(self) -> None:
+        """Leave out what comes until the next start."""
+        self._since = None
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds a step; None before the first."""
+        steps = sum(steps for steps, _ in self._laps)
+        return sum(seconds for _, seconds in self._laps) / steps if steps else None
+
+
+class SmoothedLoss:
+    """The mean of the losses, the later ones weighing more, that stays on their device until it is read.
+
+    A loss that is not finite is shown as it is, and not kept in the mean.
+
+    >>> loss = SmoothedLoss()
+    >>> for value in (3.0, float("nan")):
+    ...     loss.add(torch.tensor(value))
+    >>> loss.value()
+    nan
+    >>> loss.add(torch.tensor(3.0))
+    >>> round(loss.value(), 3)
+    3.0
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._weight: Tensor
+        self._last: Tensor | None = None
+
+    def add(self, loss: Tensor) -> None:
+        """Take a loss in."""
+        self._last = loss = loss.detach().float()
+        finite = loss.isfinite()
+        if self._sum is None:
+            self._sum = self._weight = torch.zeros_like(loss)
+        # A mean whose weights fade: it is over all losses while these are few, and needs no first value.
+        self._sum = torch.where(finite, self._sum * (1 - SMOOTHING) + loss, self._sum)
+        self._weight = torch.where(finite, self._weight * (1 - SMOOTHING) + 1, self._weight)
+
+    def value(self) -> float | None:
+        """Read the mean, which waits for the device; None if there is none."""
+        if self._last is None or self._sum is None:
+            return None
+        last = self._last.item()
+        return (self._sum / self._weight).item() if math.isfinite(last) else last
