@@ -31,7 +31,7 @@ from milora_lightning.checkpoint_options import (
     say,
 )
 from milora_lightning.config_files import CONFIGS, replaced_checkpoints, resolve_configs
-from milora_lightning.data import SFTDataModule
+from milora_lightning.data import Files, SFTDataModule
 from milora_lightning.ending import ending, resumption
 from milora_lightning.export import export_merged, export_peft
 from milora_lightning.folder import check_output, new_folder
@@ -65,6 +65,7 @@ class MiLoRACLI(LightningCLI):
             default=None,
             help="Another logger than trainer.logger, in one word; it logs where that would have.",
         )
+        parser.set_defaults({"data.source": {"class_path": f"{Files.__module__}.{Files.__name__}"}})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, with the names of shipped configs resolved; what is not given comes from a checkpoint that is."""

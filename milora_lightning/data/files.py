@@ -1,14 +1,12 @@
-"""Examples from JSON, JSON lines and Parquet files, or from the Hugging Face Hub."""
+"""Examples from files of the usual formats, saved data sets, or the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import functools
-import glob
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -16,23 +14,33 @@ from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics import Metric
 
 from milora_lightning.data.formats import AUTO, Fields, Format, Kind
-from milora_lightning.data.records import SUFFIXES, read_records
+from milora_lightning.data.locations import files_at, hub_dataset, is_hub_name, is_saved, saved_dataset
+from milora_lightning.data.records import read_records
 from milora_lightning.data.rows import FORMAT, UNREAD, Convert, Row, checked_rows
-from milora_lightning.data.sources import COLUMNS, PROMPT_COLUMNS, Split, cached_dataset
+from milora_lightning.data.sources import COLUMNS, PROMPT_COLUMNS, Source, Split, cached_dataset
+from milora_lightning.data.tables import without_nulls
 from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy, right_answer
 
+SHARE_HELD_OUT, MOST_HELD_OUT, LEAST_TO_HOLD_OUT_OF = 0.05, 500, 20
 KINDS: dict[str, Kind] = {"messages": "conversations", "tools": "conversations", "text": "texts"}
 """Columns that only some kinds of formats have."""
 
 
-class Files:
+class Files(Source):
     """Examples from files or from the Hugging Face Hub.
 
     Each split is one of
 
-    - a path, or a glob such as ``data/*.jsonl``, or a list of them: ``.json`` (an array of objects, or one object
-      on each line), ``.jsonl`` or ``.parquet``;
-    - a Hub name, ``org/name`` or ``org/name:config``: whatever is no file and has no such suffix.
+    - a file: ``.json`` (an array of objects, or one object on each line), ``.jsonl``, ``.csv``, ``.tsv`` or ``.txt``,
+      also compressed (``.gz``, ``.bz2``, ``.xz``, ``.zst`` behind it), ``.parquet`` or ``.arrow``;
+    - a folder of such files, whose names tell their splits if there are several (``train``, ``validation``, ``test``
+      and other usual words), or a glob such as ``data/*.jsonl``;
+    - a folder that ``save_to_disk`` wrote;
+    - a Hub name, ``org/name`` or ``org/name:config``: whatever is no file and has no such suffix;
+    - a list of such.
+
+    The names of splits are those of ``train_split`` etc. Where ``test`` is None, the test split beside the training
+    data is taken, if there is one.
 
     ``test`` may also be a mapping of names to such locations: several test sets, each with an accuracy of its own.
 
@@ -61,11 +69,13 @@ class Files:
         response_field: Field with the text to learn.
         input_field: Field with further context, which may be empty or absent in single rows; None for none.
         reference_field: Field with what generated text is scored against; None for the response.
-        train_split: Which split of a Hub data set to train on; slices such as ``"train[:90%]"`` work too.
+        train_split: Which split of a data set to train on; of the Hub, slices such as ``"train[:90%]"`` work too.
         validation_split: Likewise for validation.
         test_split: Likewise for test.
         validation_size: How much of ``train`` to hold out where ``validation`` is None: a number of examples, or
-            a fraction below 1.
+            a fraction below 1; 0 for nothing. ``"auto"`` takes the validation split beside the training data where
+            there is one, and holds out a twentieth where there is none, at most 500 examples, and nothing of fewer
+            than 20.
         seed: Chooses the examples held out.
         messages_field: Field with a conversation, in the form of OpenAI or of ShareGPT.
         tools_field: Field with the tools of a conversation; None for none.
@@ -90,7 +100,7 @@ class Files:
         train_split: str = "train",
         validation_split: str = "validation",
         test_split: str = "test",
-        validation_size: int | float = 0,
+        validation_size: int | float | Literal["auto"] = AUTO,
         seed: int = 0,
         messages_field: str | None = AUTO,
         tools_field: str | None = AUTO,
@@ -121,14 +131,27 @@ class Files:
     def load(self, split: Split) -> datasets.Dataset | None:
         """Load one split; None if it is not configured."""
         if split == "test" and self.test_sets:
-            parts = [self._read(location, split, name) for name, location in self.test_sets.items()]
-            return datasets.concatenate_datasets(parts)
-        hold_out = bool(self.validation_size) and not self.locations["validation"] and split != "test"
-        location = self.locations["train" if hold_out else split]
-        if not location:
-            return None
-        dataset = self._read(location, split)
-        return dataset.select(self._held_out(len(dataset), split)) if hold_out else dataset
+            parts = (self._read(location, split, name) for name, location in self.test_sets.items())
+            return datasets.concatenate_datasets([part for part in parts if part is not None])
+        train, location = self.locations["train"], self.locations[split]
+        if location and (split != "train" or self.locations["validation"]):
+            return self._read(location, split)
+        beside = None if not train or split == "train" else self._beside(train, split)
+        if not train or beside is not None or split == "test":
+            return beside
+        dataset = self._read(train, "train")
+        assert dataset is not None  # since it is needed
+        held_out = self._held_out(len(dataset))
+        if not held_out or self._beside(train, "validation") is not None:
+            return dataset if split == "train" else None
+        if self.validation_size == AUTO:
+            _say(
+                f"{_joined(train)}: {held_out} of {len(dataset)} rows are held out for validation. Set "
+                "validation_size: 0 to train on all."
+            )
+        order = np.random.default_rng(self.seed).permutation(len(dataset))
+        chosen = order[:held_out] if split == "validation" else order[held_out:]
+        return dataset.select(sorted(chosen.tolist()))
 
     def metric(self) -> Metric | None:
         """Make the metric of generated answers, for each test set by itself if they have names."""
@@ -139,57 +162,77 @@ class Files:
         """Bring a record into other fields before they are read; for subclasses that know their data's formats."""
         return record
 
-    def _read(self, location: str | list[str], split: Split, task: str = "") -> datasets.Dataset:
+    def _beside(self, train: str | list[str], split: Split) -> datasets.Dataset | None:
+        """Read the split that the training data have beside them, if they do and it is wanted."""
+        if split == "validation" and self.validation_size != AUTO:
+            return None
+        return self._read(train, split, needed=False)
+
+    def _read(
+        self, location: str | list[str], split: Split, task: str = "", needed: bool = True
+    ) -> datasets.Dataset | None:
+        """Read what is at a location; None if it has no such split and need not."""
         names = [location] if isinstance(location, str) else location
+        parts = [part for name in names if (part := self._part(name, split, task, needed)) is not None]
+        if not parts:
+            return None
+        dataset = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+        kinds = {format.kind for format, _ in _formats(dataset)} or {"prompts"}
+        columns = [*PROMPT_COLUMNS, *self.fields.keys() & {"prompt_role"}]
+        columns += [column for column, kind in KINDS.items() if kind in kinds]
+        return dataset.select_columns(columns)
+
+    def _part(self, name: str, split: Split, task: str, needed: bool) -> datasets.Dataset | None:
         common: dict[str, Any] = {
             "columns": (*COLUMNS, *self.fields.keys() & {"prompt_role"}, UNREAD, FORMAT),
             "fields": self.fields,
             "convert": type(self).convert,
             "task": task,
         }
-        if isinstance(location, str) and _is_hub_name(location):
-            hub = _from_hub(location, self.hub_splits[split])
-            dataset = cached_dataset(_hub_rows, dataset=hub, name=location, **common)
+        if is_hub_name(name) or is_saved(name):
+            open_dataset = hub_dataset if is_hub_name(name) else functools.partial(saved_dataset, split=split)
+            table = open_dataset(name, split_name=self.hub_splits[split], needed=needed)
+            if table is None:
+                return None
+            dataset = cached_dataset(_table_rows, dataset=table, name=name, **common)
         else:
             # Size and time of change go into the cache's key, so that an edited file is read again.
-            files = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for name in names for p in _paths(name))
+            files = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files_at(name, split, needed))
+            if not files:
+                return None
             dataset = cached_dataset(_file_rows, files=files, **common)
-        formats = [Format.read(note) for note in dataset.unique(FORMAT) if note]
         unread = {field: None for fields in dataset.unique(UNREAD) for field in json.loads(fields)}
+        formats = _formats(dataset)
         if formats or unread:
-            self.say_read(", ".join(map(str, names)), len(dataset), formats, list(unread))
-        kinds = {format.kind for format in formats} or {"prompts"}
-        columns = [*PROMPT_COLUMNS, *self.fields.keys() & {"prompt_role"}]
-        columns += [column for column, kind in KINDS.items() if kind in kinds]
-        return dataset.select_columns(columns)
+            self.say_read(name, formats or [(Format("prompts", self.fields), len(dataset))], list(unread))
+        return dataset
 
-    def say_read(self, location: str, size: int, formats: list[Format], unread: list[str]) -> None:
-        """Say what was recognised, and which fields hold something that is not read.
+    def say_read(self, location: str, formats: list[tuple[Format, int]], unread: list[str]) -> None:
+        """Say what was read, and which fields hold something that is not.
 
         Args:
             location: Where the data are.
-            size: How many rows they have.
-            formats: What was recognised; empty where all was named.
+            formats: The formats, and how many rows have each.
             unread: The fields, all of them from single rows at least.
         """
-        words = "; or ".join(format.in_words(size) for format in formats or [Format("prompts", self.fields)])
-        line = f"{location}: {words}."
+        line = f"{location}: {'; '.join(format.in_words(size) for format, size in formats)}."
         if unread:
-            prompts = type(self).convert is Files.convert and all(format.kind == "prompts" for format in formats)
+            prompts = type(self).convert is Files.convert and all(format.kind == "prompts" for format, _ in formats)
             remedy = f" (input_field={unread[0]} would use it, for one)" if prompts else ""
             line += f" Fields not read: {', '.join(map(repr, unread))}{remedy}."
         _say(line)
 
-    def _held_out(self, size: int, split: Split) -> list[int]:
+    def _held_out(self, size: int) -> int:
+        """Return how many of the training data are held out."""
+        if isinstance(self.validation_size, str):  # of fewer, one or two would tell nothing
+            return min(MOST_HELD_OUT, math.ceil(SHARE_HELD_OUT * size)) if size >= LEAST_TO_HOLD_OUT_OF else 0
         held_out = self.validation_size if self.validation_size >= 1 else math.ceil(self.validation_size * size)
-        if not 0 < held_out < size or held_out != int(held_out):
+        if held_out and not (0 < held_out < size and held_out == int(held_out)):
             raise ValueError(
                 f"validation_size is {self.validation_size}, but must be a whole number below the {size} examples of "
                 "train, or a fraction between 0 and 1."
             )
-        order = np.random.default_rng(self.seed).permutation(size)
-        chosen = order[: int(held_out)] if split == "validation" else order[int(held_out) :]
-        return sorted(chosen.tolist())
+        return int(held_out)
 
 
 def _settled(named: dict[str, str | None]) -> Fields:
@@ -206,46 +249,14 @@ def _settled(named: dict[str, str | None]) -> Fields:
     return {name: None if field == AUTO and given - {kinds[name]} else field for name, field in named.items()}
 
 
-def _is_hub_name(name: str) -> bool:
-    return not (Path(name).expanduser().exists() or name.endswith(SUFFIXES) or glob.has_magic(name))
+def _formats(dataset: datasets.Dataset) -> list[tuple[Format, int]]:
+    """Return the formats that were recognised, and how many rows have each."""
+    counts = dataset.data.column(FORMAT).value_counts().to_pylist()
+    return [(Format.read(each["values"]), each["counts"]) for each in counts if each["values"]]
 
 
-def _paths(name: str) -> list[Path]:
-    """Find the files of a path or glob."""
-    path = Path(name).expanduser().absolute()
-    try:
-        return _found(name, path)
-    except PermissionError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}). Check the permissions of the file and its folder."
-        ) from error
-
-
-def _found(name: str, path: Path) -> list[Path]:
-    found = [Path(p) for p in sorted(glob.glob(str(path)))] if not path.exists() and glob.has_magic(name) else [path]
-    if not found or not found[0].exists():
-        raise FileNotFoundError(f"There is no data file {path}. Check the path; a relative one starts at {Path.cwd()}.")
-    for file in found:
-        if not file.is_file() or file.suffix not in SUFFIXES:
-            raise ValueError(
-                f"{file} is no data file: its name has to end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}. "
-                "Convert it, or name the files of a folder with a glob such as folder/*.jsonl."
-            )
-    return found
-
-
-def _from_hub(name: str, split: str) -> datasets.Dataset:
-    repository, _, config = name.partition(":")
-    try:
-        return datasets.load_dataset(repository, config or None, split=split)
-    except (OSError, datasets.exceptions.DatasetsError) as error:
-        raise FileNotFoundError(
-            f"There is no file {Path(name).expanduser().absolute()}, and the Hugging Face Hub does not have the data "
-            f"set {name!r} or cannot be reached. Check the name and the network, or give the path of a "
-            f"{', '.join(SUFFIXES)} file. ({type(error).__name__}: {error})"
-        ) from error
-    except ValueError as error:  # no such split, or no such configuration
-        raise ValueError(f"The data set {name!r} cannot be loaded with split={split!r}: {error}") from error
+def _joined(location: str | list[str]) -> str:
+    return location if isinstance(location, str) else ", ".join(location)
 
 
 def _file_rows(files: tuple[tuple[str, int, int], ...], fields: Fields, convert: Convert, task: str) -> Iterator[Row]:
@@ -253,8 +264,8 @@ def _file_rows(files: tuple[tuple[str, int, int], ...], fields: Fields, convert:
         yield from checked_rows(read_records(name), name, fields, convert, task)
 
 
-def _hub_rows(dataset: datasets.Dataset, name: str, fields: Fields, convert: Convert, task: str) -> Iterator[Row]:
-    yield from checked_rows(enumerate(dataset, 1), name, fields, convert, task)
+def _table_rows(dataset: datasets.Dataset, name: str, fields: Fields, convert: Convert, task: str) -> Iterator[Row]:
+    yield from checked_rows(enumerate(map(without_nulls, dataset), 1), name, fields, convert, task)
 
 
 @functools.cache  # once for train and the validation data held out of it

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from milora_lightning.data.conversations import is_conversation
 
 Fields = dict[str, "str | None"]
 Kind = Literal["prompts", "conversations", "texts"]
 
-AUTO = "auto"  # a field to be recognised
+AUTO: Final = "auto"  # a field to be recognised
 # The names that are recognised, in whichever case.
 CONVERSATIONS = ("messages", "conversations", "conversation")
 PROMPTS = ("instruction", "prompt", "question", "query", "problem")

@@ -16,7 +16,7 @@ from milora_lightning.data.formats import Format
 class _Texts(Files):
     """Texts, of whose other fields nothing is to be said."""
 
-    def say_read(self, location: str, size: int, formats: list[Format], unread: list[str]) -> None:
+    def say_read(self, location: str, formats: list[tuple[Format, int]], unread: list[str]) -> None:
         """Say nothing."""
 
 

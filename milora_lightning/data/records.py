@@ -1,25 +1,18 @@
-"""Records of JSON, JSON lines and Parquet files, each with its row, and one sentence for whatever cannot be read."""
+"""Records of data files, each with its row, and one sentence for whatever cannot be read."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import IO, Any
 
-import pyarrow as pa
-import pyarrow.parquet
+from milora_lightning.data.opening import COMPRESSED, is_compressed, kind_of, open_text
+from milora_lightning.data.tables import arrow_records, csv_records
 
-SUFFIXES = (".json", ".jsonl", ".parquet")
-MAGIC = {
-    b"\x1f\x8b": "is compressed with gzip: unpack it",
-    b"PK\x03\x04": "is a zip archive: unpack it",
-    b"BZh": "is compressed with bzip2: unpack it",
-    b"\xfd7zX": "is compressed with xz: unpack it",
-    b"\x28\xb5\x2f\xfd": "is compressed with zstd: unpack it",
-    b"PAR1": "is a Parquet file: let its name end in .parquet",
-}
 FORM = "a file holds one array of objects, or one object on each line"
+LONGEST_TEXT = 1_000_000  # characters of a plain text that become one row
 
 
 class Ambiguous(dict[str, Any]):
@@ -32,7 +25,7 @@ def read_records(name: str) -> Iterator[tuple[int, Any]]:
     """Read a file.
 
     Args:
-        name: Its path, which ends in one of ``SUFFIXES``.
+        name: Its path; :func:`is_data_file` of it.
 
     Yields:
         The number of a row, and what is in it: a dict, if the file is in order. In JSON lines, rows are lines.
@@ -41,47 +34,24 @@ def read_records(name: str) -> Iterator[tuple[int, Any]]:
         ValueError: If the file cannot be read, or is malformed; says where.
     """
     try:
-        if name.endswith(".parquet"):
-            yield from _parquet_records(name)
-        else:
-            yield from _json_records(name)
+        yield from READERS[kind_of(name)](name)
     except OSError as error:
         raise ValueError(f"{name} cannot be read ({type(error).__name__}: {error}). Check the file.") from error
 
 
-def _parquet_records(name: str) -> Iterator[tuple[int, Any]]:
-    row = 0
-    try:
-        batches = pa.parquet.ParquetFile(name).iter_batches()
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, PermissionError):
-            raise
-        raise ValueError(f"{name} is not a valid Parquet file ({error}). Write it anew.") from error
-    while True:
-        try:
-            batch = next(batches, None)
-            records = batch.to_pylist() if batch is not None else None
-        # Besides damaged pages: texts that are not UTF-8, times out of range, types that Python has no counterpart of.
-        except (pa.ArrowException, OSError, ValueError, OverflowError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{name} cannot be read after row {row} ({type(error).__name__}: {error}). Write it anew."
-            ) from error
-        if records is None:
-            return
-        yield from enumerate(records, row + 1)
-        row += len(records)
+def is_data_file(name: str | Path) -> bool:
+    """Tell whether a name is that of a file that can be read."""
+    kind = kind_of(name)
+    return kind in (TEXT_SUFFIXES if is_compressed(name) else READERS)
 
 
 def _json_records(name: str) -> Iterator[tuple[int, Any]]:
-    with open(name, "rb") as binary:
-        beginning = binary.read(4)
-    for magic, what in MAGIC.items():
-        if beginning.startswith(magic):
-            raise ValueError(f"{name} {what}.")
     line = 0
     try:
-        with open(name, encoding="utf-8-sig") as file:
-            if _first_character(file) == "[":
+        with open_text(name) as file:
+            first = _first_character(file)
+        with open_text(name) as file:
+            if first == "[":
                 yield from enumerate(_decode(file.read()), 1)
                 return
             for line, text in enumerate(file, 1):
@@ -94,19 +64,46 @@ def _json_records(name: str) -> Iterator[tuple[int, Any]]:
             f"{name} is not valid JSON in line {line or error.lineno}, column {error.colno} ({error.msg}). Correct it; "
             f"{FORM}."
         ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not text in UTF-8 ({error}). Convert it.") from error
     except RecursionError as error:
         where = f"line {line} of {name}" if line else name
         raise ValueError(f"In {where} there are lists or objects nested too deeply to be read. Correct it.") from error
 
 
+def _texts(name: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Read a file that is one text; a large one in several, each of whole lines."""
+    number, lines, length = 0, [], 0
+    with open_text(name) as file:
+        for line in file:
+            lines.append(line)
+            length += len(line)
+            if length >= LONGEST_TEXT:
+                number += 1
+                yield number, {"text": "".join(lines)}
+                lines, length = [], 0
+    if "".join(lines).strip():
+        yield number + 1, {"text": "".join(lines)}
+
+
+READERS: dict[str, Callable[[str], Iterator[tuple[int, Any]]]] = {
+    ".json": _json_records,
+    ".jsonl": _json_records,
+    ".ndjson": _json_records,
+    ".csv": functools.partial(csv_records, delimiters=",;\t"),
+    ".tsv": functools.partial(csv_records, delimiters="\t"),
+    ".txt": _texts,
+    ".parquet": arrow_records,
+    ".arrow": arrow_records,
+}
+TEXT_SUFFIXES = tuple(suffix for suffix, reader in READERS.items() if reader is not arrow_records)
+"""The ends of names of files that may also be compressed."""
+SUFFIXES = (*READERS, *(f"{suffix}{end}" for suffix in TEXT_SUFFIXES for end in COMPRESSED))
+
+
 def _first_character(file: IO[str]) -> str:
-    """Return the first character that is no white space, and go back to the beginning."""
+    """Return the first character that is no white space."""
     first = ""
     while not first and (text := file.read(1 << 16)):
         first = text.lstrip()[:1]
-    file.seek(0)
     return first
 
 
@@ -139,7 +136,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_spread_objects(name: str, line: int) -> None:
     """Say it if what was taken for a line is the beginning of an object over several lines."""
-    with open(name, encoding="utf-8-sig") as file:
+    with open_text(name) as file:
         lines = file.readlines()
     text, before = "".join(lines[line - 1 :]), "".join(lines[: line - 1])
     start = len(text) - len(text.lstrip())

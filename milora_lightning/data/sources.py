@@ -147,6 +147,8 @@ def _in_words(value: Any) -> str:
         return ", ".join(f"{key} {words}" for key, each in value.items() if (words := _in_words(each)))
     if isinstance(value, (list, tuple, set)):
         return ", ".join(filter(None, map(_in_words, value)))
-    if value is None or isinstance(value, (str, int, float, Path)):
-        return "" if value is None else str(value)
+    if value is None or value == "auto":
+        return ""
+    if isinstance(value, (str, int, float, Path)):
+        return str(value)
     return str(getattr(value, "__name__", type(value).__name__))

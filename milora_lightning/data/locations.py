@@ -1,0 +1,183 @@
+"""What is at a location: files, the files of a split in a folder, or a data set that was saved or is on the Hub."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import datasets
+
+from milora_lightning.data.records import SUFFIXES, is_data_file
+from milora_lightning.data.sources import Split
+
+# The words in the names of files and folders that tell their split.
+WORDS: dict[Split, set[str]] = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes
+
+
+def is_hub_name(name: str) -> bool:
+    """Tell whether a location is no file: whatever does not exist, and has no data file's suffix."""
+    return not (Path(name).expanduser().exists() or name.lower().endswith(SUFFIXES) or glob.has_magic(name))
+
+
+def is_saved(name: str) -> bool:
+    """Tell whether a location is what ``save_to_disk`` wrote."""
+    folder = Path(name).expanduser()
+    return any((folder / file).is_file() for file in SAVED)
+
+
+def saved_dataset(name: str, split: Split, split_name: str, needed: bool) -> datasets.Dataset | None:
+    """Open what ``save_to_disk`` wrote.
+
+    Args:
+        name: The folder.
+        split: Which split, of several.
+        split_name: What that is called here.
+        needed: Whether there has to be one; of a single split, it is the one that is meant.
+
+    Returns:
+        The data set; None if there is no such split and need not be.
+
+    Raises:
+        ValueError: If it is damaged, or has no such split.
+    """
+    folder = Path(name).expanduser().absolute()
+    try:
+        data = datasets.load_from_disk(str(folder))
+    except Exception as error:  # of whichever kind a damaged file gives
+        raise ValueError(f"{folder} is no data set that can be opened ({type(error).__name__}: {error}).") from error
+    if isinstance(data, datasets.Dataset):
+        return data.with_format(None) if needed else None
+    names = [split_name, *sorted(WORDS[split])] if split_name == split else [split_name]
+    found = next((each for each in names if each in data), None)
+    if found is None and needed and len(data) == 1:
+        found = next(iter(data))
+    if found is None and needed:
+        raise ValueError(
+            f"{folder} has the splits {list(data)}, but no {split_name!r}: set {split}_split to one of them."
+        )
+    return None if found is None else data[found].with_format(None)
+
+
+def files_at(name: str, split: Split, needed: bool) -> list[Path]:
+    """Find the files of a path, glob or folder.
+
+    Args:
+        name: The location.
+        split: Which split, of a folder that has several.
+        needed: Whether there has to be one; in a folder, files that name no split are meant.
+
+    Returns:
+        The files, in the order of their names; none only if there need not be any.
+
+    Raises:
+        FileNotFoundError: If there is nothing.
+        ValueError: If something there is no data file, or cannot be read.
+    """
+    path = Path(name).expanduser().absolute()
+    try:
+        if path.is_dir():
+            return _files_in(path, split, needed)
+        return _found(name, path) if needed else []
+    except PermissionError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}). Check the permissions of the file and its folder."
+        ) from error
+
+
+def _found(name: str, path: Path) -> list[Path]:
+    found = [Path(p) for p in sorted(glob.glob(str(path)))] if not path.exists() and glob.has_magic(name) else [path]
+    if not found or not found[0].exists():
+        raise FileNotFoundError(f"There is no data file {path}. Check the path; a relative one starts at {Path.cwd()}.")
+    for file in found:
+        if not file.is_file() or not is_data_file(file):
+            raise ValueError(f"{file} is no data file: {_endings()}. Convert it, or leave it out.")
+    return found
+
+
+def _files_in(folder: Path, split: Split, needed: bool) -> list[Path]:
+    """Return the files of a split in a folder, which all are those of the split that is asked for if none names one."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and _is_data(file.relative_to(folder))]
+    if not files:
+        raise ValueError(f"There is no data file in the folder {folder}: {_endings()}.")
+    splits = {file: _split_of(file.relative_to(folder)) for file in files}
+    without = [file for file, found in splits.items() if found is None]
+    if len(without) == len(files):
+        return files if needed else []
+    if without:
+        raise ValueError(
+            f"{without[0]} names no split, while {next(f for f in files if f not in without)} does. Name the files "
+            "themselves, or have the names of all tell train, validation or test."
+        )
+    chosen = [file for file, found in splits.items() if found == split]
+    if not chosen and needed:
+        if len(set(splits.values())) == 1:
+            return files
+        raise ValueError(
+            f"No file in the folder {folder} is of the {split} split, by its name. Name the files themselves."
+        )
+    return chosen
+
+
+def _is_data(path: Path) -> bool:
+    hidden = any(part[0] in "._" for part in path.parts)
+    return not hidden and path.name not in DESCRIPTIONS and is_data_file(path)
+
+
+def _split_of(path: Path) -> Split | None:
+    """Return the split that a file's name tells, or else that of the innermost folder that does.
+
+    Raises:
+        ValueError: If it tells several.
+    """
+    for part in (path.name, *reversed(path.parent.parts)):
+        words = set(re.split(r"[^a-z]+", part.lower()))
+        found = [split for split, known in WORDS.items() if words & known]
+        if len(found) > 1:
+            raise ValueError(
+                f"The name of {path} tells {' and '.join(found)}. Name the files of each split themselves."
+            )
+        if found:
+            return found[0]
+    return None
+
+
+def _endings() -> str:
+    return f"its name has to end in {', '.join(_short(SUFFIXES))}"
+
+
+def _short(suffixes: Iterable[str]) -> list[str]:
+    plain = [suffix for suffix in suffixes if suffix.count(".") == 1]
+    return [*plain[:-1], f"{plain[-1]}, or .gz, .bz2, .xz or .zst after one of text"]
+
+
+def hub_dataset(name: str, split_name: str, needed: bool) -> datasets.Dataset | None:
+    """Load a split of a data set from the Hub.
+
+    Returns:
+        The data set; None if it has no such split and need not.
+
+    Raises:
+        FileNotFoundError: If the Hub does not have it, or cannot be reached.
+        ValueError: If there is no such split or configuration.
+    """
+    repository, _, config = name.partition(":")
+    try:
+        return datasets.load_dataset(repository, config or None, split=split_name)
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise FileNotFoundError(
+            f"There is no file {Path(name).expanduser().absolute()}, and the Hugging Face Hub does not have the data "
+            f"set {name!r} or cannot be reached. Check the name and the network, or give the path of a file, "
+            f"whose name ends in {', '.join(_short(SUFFIXES))}. ({type(error).__name__}: {error})"
+        ) from error
+    except ValueError as error:  # no such split, or no such configuration
+        if not needed and "split" in str(error):
+            return None
+        raise ValueError(f"The data set {name!r} cannot be loaded with split={split_name!r}: {error}") from error
