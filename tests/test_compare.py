@@ -138,7 +138,19 @@ class Fails(Callback):
         (["--methods", "[milora]", "--learning_rates", "[1e-3]", "--adapter.rank", "3"], r"rank"),
         (["--methods", "[milora]"], r"learning_rates"),
         (["--methods", "[milora]", "--learning_rates", "[1e-3]", "--trainer.devices", "2"], r"trains on one device"),
-        (["--methods", "[milora]", "--learning_rates", "[1e-3]", "--data.source.validation", "null"], r"no validation"),
+        (
+            [
+                "--methods",
+                "[milora]",
+                "--learning_rates",
+                "[1e-3]",
+                "--data.source.validation",
+                "null",
+                "--data.source.validation_size",
+                "0",
+            ],
+            r"no validation",
+        ),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(

@@ -7,6 +7,7 @@ from milora_lightning.data.datamodule import SFTDataModule
 from milora_lightning.data.files import Files
 from milora_lightning.data.instructions import Instructions
 from milora_lightning.data.mathematics import Math
+from milora_lightning.data.mixture import Mixture
 from milora_lightning.data.sampling import EvaluationSampler, LengthGroupedSampler
 from milora_lightning.data.sources import MultipleChoice, Source, Task
 from milora_lightning.data.templates import TEMPLATES
@@ -23,6 +24,7 @@ __all__ = [
     "Instructions",
     "LengthGroupedSampler",
     "Math",
+    "Mixture",
     "MultipleChoice",
     "PromptCollator",
     "SFTDataModule",
