@@ -125,6 +125,24 @@ def test_ctrl_c_saves_and_says_how_to_go_on(project: Path) -> None:
     assert resumed.trainer.global_step == step + 1
 
 
+def test_a_second_ctrl_c_ends_at_once(project: Path) -> None:
+    def run() -> None:
+        CausalLMModule.training_step = lambda *_: time.sleep(60)  # in a process of its own
+        fit()
+
+    def keys(screen: str) -> bytes | None:
+        if "Ctrl-C: finishing this step" in screen:
+            return b"\x03"
+        return b"\x03" if re.search(r"Training +0 of 3", screen) else None
+
+    started = time.monotonic()
+    recording = run_in_terminal(run, 80, keys=keys)
+    assert recording.status == -signal.SIGINT, recording.last
+    assert time.monotonic() - started < 50
+    assert recording.raw.rfind("\x1b[?25h") > recording.raw.rfind("\x1b[?25l")  # the cursor is there again
+    assert not list(project.rglob("*.ckpt"))
+
+
 class Interrupts(Callback):
     """Presses Ctrl-C in a training step, or in an evaluation."""
 

@@ -1,0 +1,59 @@
+"""Record what a command shows on a terminal, as text.
+
+    python benchmarks/record_screen.py 80 fit --config milora.yaml
+
+Prints the screen whenever something else is being done, and the last one. What is done is told by the first words of
+the moving lines, so that a recording has one screen of each kind and not hundreds.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from terminal import run_in_terminal  # noqa: E402
+
+KINDS = (
+    *("Preparing the data", "Loading the model", "Initializing adapters", "Evaluating before training"),
+    *("answering", "Training", "Validating", "Testing", "Predicting"),
+)
+
+
+def kind(lines: list[str]) -> tuple[str, ...]:
+    """Tell by which words the moving lines can be known."""
+    return tuple(
+        word for word in KINDS if any(re.search(rf"[⠀-⣿] {word}|^ +{word}|{word} \d+ pr", line) for line in lines)
+    )
+
+
+def main() -> None:
+    columns, command = int(sys.argv[1]), [sys.executable, "main.py", *sys.argv[2:]]
+    os.chdir(ROOT)
+    recording = run_in_terminal(lambda: os.execv(command[0], command), columns, rows=30, limit=7200)
+    seen: set[tuple[str, ...]] = set()
+    for at, lines in recording.screens:
+        if kind(lines) and kind(lines) not in seen:
+            seen.add(kind(lines))
+            show(f"after {at:.0f} s", lines)
+    show("the last screen", recording.screens[-1][1])
+    same = [
+        f"{a:.0f} s and {b:.0f} s"
+        for i, (a, first) in enumerate(recording.screens)
+        for b, second in recording.screens[i:]
+        if 4.9 < b - a < 5.3 and first == second
+    ]
+    print(f"exit status {recording.status}; pairs of equal screens five seconds apart: {len(same)} {same[:9]}")
+
+
+def show(title: str, lines: list[str]) -> None:
+    text = "\n".join(line.rstrip() for line in lines).strip("\n")
+    print(f"{title}:\n\n```text\n{text}\n```\n")
+
+
+if __name__ == "__main__":
+    main()
