@@ -63,7 +63,7 @@ class MiLoRACLI(LightningCLI):
             "--logger",
             type=LoggerName | None,
             default=None,
-            help="Another logger than trainer.logger, in one word; it logs where that would have.",
+            help="tensorboard, wandb, mlflow, csv or none, in place of trainer.logger: it logs where that would have.",
         )
         parser.set_defaults({"data.source": {"class_path": f"{Files.__module__}.{Files.__name__}"}})
 
@@ -311,6 +311,8 @@ def main(args: ArgsType = None) -> Any:
             },
             auto_configure_optimizers=False,  # the module makes its own, from model.optimizer
         )
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
         if _raised_here(error):
             sys.exit(f"error: {error}")

@@ -2,6 +2,7 @@
 
 from milora_lightning.callbacks.export import AdapterExport
 from milora_lightning.callbacks.forgetting import ForgettingMonitor
+from milora_lightning.callbacks.interruption import SaveOnInterrupt
 from milora_lightning.callbacks.milora_init import MiLoRAInit
 from milora_lightning.callbacks.orthogonality import PrincipalProjection
 from milora_lightning.callbacks.predictions import PredictionWriter
@@ -19,5 +20,6 @@ __all__ = [
     "PrincipalProjection",
     "RandomState",
     "RunProgress",
+    "SaveOnInterrupt",
     "SubspaceMonitor",
 ]
