@@ -37,12 +37,11 @@ def why_stopped(trainer: Trainer) -> list[str]:
     """Say why training ended before its time, in a line for each callback that had a say in it."""
     lines = []
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
-            reason = callback.stopping_reason_message or f"{callback.monitor} did not improve."
-            lines.append(
-                f"Stopped early at step {trainer.global_step}, in epoch {callback.stopped_epoch + 1}: {reason}"
-            )
-        if isinstance(callback, Timer) and callback.time_remaining() == 0:
+        if isinstance(callback, EarlyStopping) and trainer.should_stop and callback.stopping_reason_message:
+            reason = callback.stopping_reason_message.removesuffix(" Signaling Trainer to stop.")
+            when = f"step {trainer.global_step}, in epoch {callback.stopped_epoch + 1}"
+            lines.append(f"Stopped early at {when}: {reason}")
+        if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None and left <= 0:
             lines.append(f"Stopped at step {trainer.global_step}: the time that max_time allows is over.")
     return lines
 

@@ -189,9 +189,11 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path, where:
     assert torch.equal(resumed.layer.weight, whole.layer.weight)
 
 
-def test_early_stopping_says_why(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("batches", "epoch"), [(1, 2), (4, 1)])
+def test_early_stopping_says_why(tmp_path: Path, batches: int, epoch: int) -> None:
     stop = EarlyStopping("x", patience=1, check_finite=False)
-    trainer = quiet_trainer(tmp_path, callbacks=[stop], max_epochs=9, limit_train_batches=1, limit_val_batches=1)
+    limits = {"limit_train_batches": batches, "limit_val_batches": 1, "val_check_interval": 1}
+    trainer = quiet_trainer(tmp_path, callbacks=[stop], max_epochs=9, num_sanity_val_steps=0, **limits)
 
     class Flat(BoringModel):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -199,7 +201,7 @@ def test_early_stopping_says_why(tmp_path: Path) -> None:
 
     trainer.fit(Flat())
     line, *_ = ending(trainer)
-    assert re.search(r"Stopped early at step 2, in epoch 2: .*x.* did not improve", line)
+    assert re.search(rf"Stopped early at step 2, in epoch {epoch}: .*x.* did not improve", line)
 
 
 def test_answers_are_shown_and_logged(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,8 +129,9 @@ class RunProgress(ProgressBar):
         self.state.work = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from here."""
-        self.state.work = None
+        """Count from here: a trainer may fit several times, tuners do."""
+        self._loss, self._pace = SmoothedLoss(), Pace()
+        self.state.work = self.state.tokens = self.state.steps = self.state.end = None
         self.state.training = Work("Training", run_length(trainer), "steps", trainer.global_step)
         self._first_step = trainer.global_step
 

@@ -59,5 +59,5 @@ def seconds_left(trainer: Trainer, step: float, evaluation: float) -> float | No
         left = ahead * step + max(0.0, due) * evaluation
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Timer) and (limit := callback.time_remaining()) is not None:
-            left = min(left, limit)
+            left = min(left, max(0.0, limit))
     return left if math.isfinite(left) else None
