@@ -390,3 +390,30 @@ def test_a_run_is_as_long_as_it_is_told() -> None:
     for limit in ({"max_steps": 5}, {"max_time": "00:00:01:00"}, {"max_epochs": -1}):
         assert missing_options({**saving, **limit}, trains=True) == ({}, [])
     assert missing_options({"callbacks": [ModelCheckpoint(), Timer("00:00:01:00")]}, trains=True) == ({}, [])
+
+
+def test_data_of_all_formats_train_with_no_source_and_no_field_named(project: Path) -> None:
+    questions = [(f"What is {i} plus 1?", f"It is {i + 1}") for i in range(6)]
+    folder = project / "folder"
+    folder.mkdir()
+    (folder / "a.csv").write_text("Question,Answer\n" + "".join(f"{q},{a}\n" for q, a in questions))
+    records = {
+        "b.jsonl": [{"prompt": q, "completion": a} for q, a in questions],
+        "c.jsonl": [
+            {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in questions
+        ],
+        "d.jsonl": [{"text": f"{q} {a}"} for q, a in questions],
+    }
+    for name, rows in records.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    tokenizer.save_pretrained("model")
+    trainer = ["--trainer.max_steps=2", "--trainer.accelerator=cpu", "--trainer.logger=false", "--data.max_length=64"]
+    cli = run("fit", "--model.name_or_path=model", "--data.source.train=folder", "--adapter.r=4", *trainer)
+    assert len(cli.datamodule.examples("train")) == 22
+    assert len(cli.datamodule.examples("validation")) == 2
+    assert cli.trainer.global_step == 2

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from data_fixtures import isolate_cache
 from milora_lightning.data import Files
 from milora_lightning.data.columns import as_dataset
 from milora_lightning.data.files import _say
+from milora_lightning.data.rows import checked_rows
 
 
 @pytest.fixture(autouse=True)
@@ -240,3 +244,87 @@ def test_own_sources_give_conversations_as_lists_or_json() -> None:
         as_dataset([{"messages": [{"role": "user"}]}], "train")
     with pytest.raises(ValueError, match=r"'response' in row 2 .* holds None"):
         as_dataset([{"messages": TURNS}, {"prompt": "a", "response": None}], "train")
+
+
+KEYS = (
+    "messages",
+    "conversations",
+    "prompt",
+    "completion",
+    "instruction",
+    "output",
+    "text",
+    "system",
+    "history",
+    "tools",
+)
+PARTS = ("role", "content", "from", "value", "tool_calls", "function", "name", "arguments", "type", "text")
+VALUES: tuple[Any, ...] = (
+    "",
+    "a",
+    "user",
+    "assistant",
+    "human",
+    "gpt",
+    "system",
+    "tool",
+    "function_call",
+    "{}",
+    "[1]",
+    "[",
+)
+VALUES += ("\ud800", "\0", None, 0, -1.5, True, float("nan"), 10**400, [], {})
+
+
+def anything(generator: random.Random, keys: tuple[str, ...], depth: int = 4) -> Any:
+    kind = generator.random()
+    if depth == 0 or kind < 0.35:
+        return generator.choice(VALUES)
+    if kind < 0.65:
+        return [anything(generator, PARTS, depth - 1) for _ in range(generator.randrange(4))]
+    return {generator.choice(keys): anything(generator, PARTS, depth - 1) for _ in range(generator.randrange(5))}
+
+
+def damaged(generator: random.Random, value: Any) -> Any:
+    """Put anything in some place of a value."""
+    if generator.random() < 0.15 or not value or not isinstance(value, list | dict):
+        return anything(generator, PARTS)
+    copy: Any = value.copy()
+    place = generator.choice(list(copy) if isinstance(copy, dict) else range(len(copy)))
+    copy[place] = damaged(generator, copy[place])
+    return copy
+
+
+GOOD: list[dict[str, Any]] = [
+    {"messages": [SYSTEM, USER, CALLED, {"role": "tool", "content": "Rain."}, ANSWER], "tools": [TOOL]},
+    {"conversations": sharegpt([SYSTEM, *TURNS]), "system": "Be brief."},
+    {"instruction": "Hi", "input": "you", "output": "Hello!", "history": [["Hi", "Hello!"]], "system": ""},
+    {"prompt": [USER], "completion": [ANSWER]},
+    {"text": "Once"},
+]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_anything_in_the_fields_of_a_format_gives_rows_or_a_sentence(seed: int) -> None:
+    generator, outcomes = random.Random(seed), Counter[str]()
+    for _ in range(1500):
+        good = generator.choice(GOOD)
+        records = [anything(generator, KEYS) if generator.random() < 0.2 else damaged(generator, good)]
+        records = [good, *records] if generator.random() < 0.5 else records
+        try:
+            rows = list(checked_rows(enumerate(records, 1), "file.jsonl", Files().fields, Files.convert, ""))
+        except ValueError as error:
+            sentence = str(error)
+            sentence.encode()  # can be printed
+            outcomes["refused" if re.search("row .*file.jsonl", sentence, re.DOTALL) else sentence] += 1
+            continue
+        for row in rows:
+            assert all(isinstance(text, str) and text.encode() is not None for text in row.values())
+            kinds = [key for key in ("messages", "text", "response") if row.get(key)]
+            assert len(kinds) <= 1
+            for message in json.loads(row.get("messages") or "[]"):
+                assert message["role"] in {"system", "developer", "user", "assistant", "tool", "ipython"}
+                assert isinstance(message["content"], str)
+        outcomes["read"] += 1
+    assert set(outcomes) == {"read", "refused"}
+    assert min(outcomes.values()) > 150
