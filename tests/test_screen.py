@@ -191,7 +191,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path, where:
 
 @pytest.mark.parametrize(("batches", "epoch"), [(1, 2), (4, 1)])
 def test_early_stopping_says_why(tmp_path: Path, batches: int, epoch: int) -> None:
-    stop = EarlyStopping("x", patience=1, check_finite=False)
+    stop = EarlyStopping("x", patience=1, check_on_train_epoch_end=False)
     limits = {"limit_train_batches": batches, "limit_val_batches": 1, "val_check_interval": 1}
     trainer = quiet_trainer(tmp_path, callbacks=[stop], max_epochs=9, num_sanity_val_steps=0, **limits)
 
