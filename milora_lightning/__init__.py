@@ -23,6 +23,7 @@ from milora_lightning.config import LoRAConfig
 from milora_lightning.data import SFTDataModule
 from milora_lightning.decomposition import singular_slice
 from milora_lightning.export import export_merged, export_peft
+from milora_lightning.inference import load_for_inference
 from milora_lightning.initialization import initialize
 from milora_lightning.lora import LoRALinear
 from milora_lightning.module import CausalLMModule
@@ -53,6 +54,7 @@ __all__ = [
     "initialize",
     "inject",
     "load_adapter",
+    "load_for_inference",
     "load_peft",
     "lora_layers",
     "singular_slice",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from jsonargparse import Namespace, auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -19,14 +18,12 @@ from milora_lightning.analysis import analyze_model, summary, write_tables
 from milora_lightning.callbacks import EvaluationSummary, MiLoRAInit, PredictionWriter, RandomState, RunProgress
 from milora_lightning.callbacks.given_options import GivenOptimizerOptions
 from milora_lightning.callbacks.run_config import RunConfig
-from milora_lightning.checkpoint import read_checkpoint
 from milora_lightning.checkpoint_io import CheckpointError
 from milora_lightning.checkpoint_options import (
     KEYWORDS,
     base_may_have_moved,
     differences,
     find_checkpoint,
-    options_in,
     read_options,
     say,
 )
@@ -35,6 +32,7 @@ from milora_lightning.data import Files, SFTDataModule
 from milora_lightning.ending import ending, resumption
 from milora_lightning.export import export_merged, export_peft
 from milora_lightning.folder import check_output, new_folder
+from milora_lightning.inference import load_module
 from milora_lightning.logger_choice import LoggerName, make_logger
 from milora_lightning.merging import rounding_note
 from milora_lightning.module import CausalLMModule
@@ -219,7 +217,7 @@ def export(
     if dtype is not None and format == "peft":
         raise ValueError("Adapters stay float32; dtype is of a merged model. Leave it out, or use --format merged.")
     check_output(output)
-    module, checkpoint = _load(ckpt_path, name_or_path)
+    module, checkpoint = load_module(ckpt_path, name_or_path)
     scores = checkpoint.get("callbacks", {}).get("EvaluationSummary", {}).get("after")
     data = checkpoint.get("SFTDataModule", {}).get("description")
     if format == "merged":
@@ -247,7 +245,7 @@ def analyze(ckpt_path: str, output: str, name_or_path: str | None = None) -> Non
     from milora_lightning.plots import plot_analysis  # needs the extra package matplotlib: missing before any work
 
     check_output(output)
-    module, _ = _load(ckpt_path, name_or_path)
+    module, _ = load_module(ckpt_path, name_or_path)
     matrices = analyze_model(module)
     with new_folder(output) as folder:
         write_tables(folder, matrices)
@@ -256,24 +254,20 @@ def analyze(ckpt_path: str, output: str, name_or_path: str | None = None) -> Non
     print(f"Tables and plots are in {output}")
 
 
-def _load(ckpt_path: str, name_or_path: str | None) -> tuple[CausalLMModule, dict[str, Any]]:
-    """Load what a checkpoint holds and its base model, which may have moved."""
-    checkpoint = read_checkpoint(ckpt_path)
-    moved: dict[str, Any] = {} if name_or_path is None else {"name_or_path": name_or_path}
-    whole = io.BytesIO()  # also of a folder, which Lightning could not load outside a sharded run
-    torch.save(checkpoint, whole)
-    whole.seek(0)
-    saved = options_in(checkpoint)
-    for line in differences({f"model.{name}": value for name, value in moved.items()}, saved):
-        say(line)
-    with base_may_have_moved("--name_or_path", None if moved else saved.get(BASE)):
-        return CausalLMModule.load_from_checkpoint(whole, map_location="cpu", **moved), checkpoint
-
-
 __all__ = ["CONFIGS", "MiLoRACLI", "analyze", "export", "main", "resolve_configs"]
 
-COMMANDS: dict[str, Callable[..., None]] = {"export": export, "analyze": analyze}
-"""What can be done beside the subcommands of Lightning's CLI."""
+COMMANDS: dict[str, Callable[..., None] | str] = {
+    "export": export,
+    "analyze": analyze,
+    "chat": "milora_lightning.commands.chat",
+    "generate": "milora_lightning.commands.generate",
+}
+"""What can be done beside the subcommands of Lightning's CLI: functions, or the files of functions of these names."""
+
+
+def _command(name: str) -> Callable[..., None]:
+    command = COMMANDS[name]
+    return getattr(import_module(command), name) if isinstance(command, str) else command
 
 
 def main(args: ArgsType = None) -> Any:
@@ -291,7 +285,7 @@ def main(args: ArgsType = None) -> Any:
 
             return compare_command(argv[1:])
         if isinstance(argv, list) and argv and argv[0] in COMMANDS:
-            return auto_cli(COMMANDS[argv[0]], args=argv[1:], as_positional=False)
+            return auto_cli(_command(argv[0]), args=argv[1:], as_positional=False)
         return MiLoRACLI(
             CausalLMModule,
             SFTDataModule,
@@ -300,8 +294,9 @@ def main(args: ArgsType = None) -> Any:
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 "description": "Fine-tune language models with MiLoRA. More commands, each with its own --help: export "
-                "makes a PEFT or merged folder of a checkpoint, analyze shows where its updates lie in the weights' "
-                "spectra, compare trains several methods alike and reports how they compare.",
+                "makes a PEFT or merged folder of a checkpoint, chat talks to a model, generate answers prompts, "
+                "analyze shows where updates lie in the weights' spectra, compare trains several methods alike and "
+                "reports how they compare.",
                 **dict.fromkeys(MiLoRACLI.subcommands(), usage),
             },
             trainer_defaults={

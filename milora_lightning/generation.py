@@ -1,20 +1,27 @@
-"""Greedy answers to prompts."""
+"""Answers to prompts: of the likeliest tokens, or of drawn ones."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import takewhile
 
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from milora_lightning.sharding import is_sharded
 
 
 def generate_greedily(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, config: GenerationConfig
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    config: GenerationConfig,
+    streamer: BaseStreamer | None = None,
 ) -> Tensor:
     """Continue prompts, by transformers' own ``generate``.
 
@@ -23,6 +30,7 @@ def generate_greedily(
         input_ids: Token ids (batch, length), padded on the left.
         attention_mask: 1 for tokens and 0 for padding (batch, length).
         config: What ``generate`` is told.
+        streamer: Takes each token as it comes, of one prompt.
 
     Returns:
         The new tokens (batch, new tokens).
@@ -30,7 +38,7 @@ def generate_greedily(
     # Ranks that share a model's shards (by FSDP2, by FSDP1) go on until the last of them is done.
     sharded = is_sharded(model) or is_fsdp_managed_module(model)
     prompts = {"input_ids": input_ids, "attention_mask": attention_mask}
-    tokens: Tensor = model.generate(**prompts, generation_config=config, synced_gpus=sharded)
+    tokens: Tensor = model.generate(**prompts, generation_config=config, synced_gpus=sharded, streamer=streamer)
     return tokens[:, input_ids.shape[1] :]
 
 
@@ -60,6 +68,47 @@ def greedy_config(
     if stop:
         given.setdefault("pad_token_id", stop[0])
     return GenerationConfig(**given, eos_token_id=stop or None, max_new_tokens=max_new_tokens, do_sample=False)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        temperature: What the logits are divided by before a token is drawn; 0 takes the likeliest.
+        top_p: Draw from the fewest likeliest tokens whose probabilities sum to this.
+        top_k: Draw from this many likeliest tokens; 0 for all.
+
+    Raises:
+        ValueError: If a number is out of range, or has no effect because nothing is drawn.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        for name, right, range in (
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and 1 at most"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+        ):
+            if not right:
+                raise ValueError(f"{name} must be {range}, not {getattr(self, name)}.")
+        for name, effect in (("top_p", self.top_p < 1), ("top_k", self.top_k > 0)):
+            if effect and not self.temperature:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} has no effect where the likeliest token is taken: give a "
+                    "temperature, 0.7 for example."
+                )
+
+    def applied_to(self, config: GenerationConfig) -> GenerationConfig:
+        """Return a copy of what ``generate`` is told that chooses tokens in this way."""
+        config = copy.deepcopy(config)
+        if self.temperature:
+            chosen = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+            config.update(do_sample=True, **chosen)
+        return config
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_of_turn: str | None = None) -> list[int]:

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from milora_lightning.lora import LoRALinear
 from milora_lightning.master_weights import compute_dtypes
 from milora_lightning.names import unwrapped_name
 from milora_lightning.peft_format import registrations
+from milora_lightning.quantization import holds_its_weight
 
 FACTORS = ("lora_A", "lora_B", "initial_A", "initial_B")
 
@@ -54,6 +55,34 @@ def merged_state(
                 casts[identity] = _cast(key, value, dtype or own.get(key))
             state[key] = casts[identity]
     return state, (errors / energies) ** 0.5 if energies else 0.0
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> float:
+    """Add each adapter's update to its weight, and put the plain layer back in its place.
+
+    Args:
+        model: A model with adapters, or without; changed in place.
+
+    Returns:
+        As the second of :func:`merged_state`.
+
+    Raises:
+        ValueError: If a weight is quantized. Nothing has been changed then.
+    """
+    layers = registrations(model)
+    if any(not holds_its_weight(layer.base_layer) for layer in layers.values()):
+        raise ValueError("A quantized model cannot be merged without rounding again: leave merge out.")
+    errors = energies = 0.0
+    for layer, name in {layer: name for name, layer in layers.items()}.items():
+        weight, error, energy = _merge(name, layer, None)
+        layer.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+        errors, energies = errors + error, energies + energy
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):  # a layer may be in several places
+            if isinstance(child, LoRALinear):
+                setattr(parent, key, child.base_layer)
+    return (errors / energies) ** 0.5 if energies else 0.0
 
 
 def _merge(name: str, layer: LoRALinear, dtype: torch.dtype | None) -> tuple[Tensor, float, float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Literal, cast
+from collections.abc import Mapping
+from typing import Any, Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torchmetrics import MeanMetric, Metric
 from transformers import PreTrainedModel
 
 from milora_lightning.allocation import keep_freed_memory
+from milora_lightning.asking import question_batch
 from milora_lightning.callbacks.milora_init import MiLoRAInit
 from milora_lightning.checkpoint import inject_as_in
 from milora_lightning.checkpoint_io import KEY
@@ -233,27 +235,41 @@ class CausalLMModule(OptimizedModule):
         parts = torch.split(scores, [len(choices) for choices in batch["choices"]])
         return [choices[int(part.argmax())] for choices, part in zip(batch["choices"], parts, strict=True)]
 
+    @overload
+    def generate(self, batch: str) -> str: ...
+
+    @overload
+    def generate(self, batch: Batch | list[str]) -> list[str]: ...
+
     @torch.no_grad()
-    def generate(self, batch: Batch) -> list[str]:
+    def generate(self, batch: Batch | str | list[str]) -> str | list[str]:
         """Generate answers greedily, each up to a token that ends it.
 
         That is any of the model's own ``generation_config.eos_token_id``, the tokenizer's EOS token, or what ended the
         responses in training, such as a chat template's end of turn.
 
         Args:
-            batch: ``input_ids`` and ``attention_mask`` (batch, length), padded on the left.
+            batch: Questions, which are asked as in training, or one; or a dict of ``input_ids`` and
+                ``attention_mask`` (batch, length), padded on the left.
 
         Returns:
-            The generated texts, without prompts and special tokens.
+            The generated texts, without prompts and special tokens; a text for a text.
+
+        Raises:
+            ValueError: If questions are given, and it is not known how to ask them.
         """
         tokenizer = self.tokenizer
+        if not isinstance(batch, Mapping):
+            asks = tokenizer if self.prompt_format is None else self.prompt_format.applied_to(tokenizer)
+            answers = self.generate(question_batch([batch] if isinstance(batch, str) else batch, asks, self.device))
+            return answers[0] if isinstance(batch, str) else answers
         end_of_turn = None if self.prompt_format is None else self.prompt_format.end_of_turn
         model = self._built()
         config = greedy_config(model, tokenizer, self.max_new_tokens, end_of_turn)
         with factors_kept(self), nothing_else(model, config):
             tokens = generate_greedily(model, batch["input_ids"], batch["attention_mask"], config)
-        answers = without_stop(tokens, config.eos_token_id or [])
-        return cast(list[str], tokenizer.batch_decode(answers, skip_special_tokens=True))
+        ids = without_stop(tokens, config.eos_token_id or [])
+        return cast(list[str], tokenizer.batch_decode(ids, skip_special_tokens=True))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the adapters that a checkpoint brings, and ask as it was asked: all ``load_from_checkpoint`` needs."""

@@ -16,6 +16,9 @@ from milora_lightning.data.templates import TEMPLATES, TemplateName, bos_prefix
 KEY = "prompt_format"
 """The entry of a checkpoint, among the data's, that holds the record."""
 
+ONE_QUESTION = "{% set asked = namespace(instruction='') %}"
+"""What chat templates begin with that write the prompts of ``alpaca`` and ``plain``."""
+
 
 @dataclass(frozen=True)
 class PromptFormat:
@@ -97,6 +100,11 @@ def for_conversations(
     return prompt_format.applied_to(tokenizer)
 
 
+def reads_one_question(chat_template: str) -> bool:
+    """Tell whether a chat template writes the prompts of ``alpaca`` or ``plain``, which hold one question each."""
+    return ONE_QUESTION in chat_template
+
+
 def _chat_template(tokenizer: PreTrainedTokenizerBase, template: TemplateName, suffix: str) -> str | None:
     """Return the chat template that writes prompts as a template does, down to their tokens; None if there is none."""
     probe = "What is 1 plus 2?"
@@ -123,7 +131,7 @@ def _as_jinja(template: TemplateName, suffix: str) -> str:
     with_input = f"{_literal(before_instruction)} + asked.instruction + {_literal(between)} + message['content']"
     answer = _literal(after + suffix)
     return (
-        "{% set asked = namespace(instruction='') %}{% for message in messages %}"
+        f"{ONE_QUESTION}{{% for message in messages %}}"
         "{% if message['role'] == 'system' %}{% set asked.instruction = message['content'] %}"
         "{% elif message['role'] == 'user' %}"
         f"{{% if asked.instruction %}}{{{{ {with_input} }}}}{{% else %}}{{{{ {question} }}}}{{% endif %}}"

@@ -1,0 +1,34 @@
+"""What the commands share that ask a model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from milora_lightning.asking import check_askable
+from milora_lightning.inference import load_for_inference
+
+
+def load_to_ask(
+    ckpt_path: str | None,
+    model: str | None,
+    name_or_path: str | None,
+    template: str | None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None,
+    device: str | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load what one of two options names; see :func:`milora_lightning.load_for_inference`.
+
+    Raises:
+        ValueError: If not one of both is given, or it is not known how to ask.
+    """
+    if (ckpt_path is None) == (model is None):
+        raise ValueError(
+            "Give either --ckpt_path, a checkpoint of fit, or --model, a folder that export wrote or another model."
+        )
+    path = ckpt_path if ckpt_path is not None else model
+    assert path is not None
+    loaded, tokenizer = load_for_inference(path, False, device, dtype, name_or_path, template)
+    check_askable(tokenizer)
+    return loaded, tokenizer

@@ -1,0 +1,206 @@
+"""Models ready to answer, from a checkpoint of training, an exported folder or a bare model."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.strategies.fsdp import _is_sharded_checkpoint as is_sharded_folder
+from lightning.pytorch.utilities import rank_zero_warn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from milora_lightning.checkpoint import read_checkpoint
+from milora_lightning.checkpoint_io import KEY, CheckpointError, read
+from milora_lightning.checkpoint_options import base_may_have_moved, differences, options_in, say
+from milora_lightning.data.chat import ChatTemplateError
+from milora_lightning.data.prompt_format import PromptFormat
+from milora_lightning.data.templates import TEMPLATES
+from milora_lightning.generation import stop_ids
+from milora_lightning.merging import merge_adapters, rounding_note
+from milora_lightning.model_files import UnusableModelError
+from milora_lightning.module import CausalLMModule
+from milora_lightning.peft_import import load_peft
+from milora_lightning.pretrained import load_causal_lm, load_tokenizer
+
+BASE = "model.name_or_path"
+Kind = Literal["checkpoint", "peft", "model"]
+
+
+def load_for_inference(
+    path: str | Path,
+    merge: bool = False,
+    device: torch.device | str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
+    name_or_path: str | None = None,
+    template: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model to answer with, and a tokenizer that asks it as in training.
+
+    ``tokenizer.apply_chat_template(messages, add_generation_prompt=True, ...)`` writes the prompts, and
+    ``model.generate`` ends answers where those of the training ended.
+
+    Args:
+        path: A checkpoint of ``fit`` (a file, or the folder of a sharded run), a PEFT folder, a merged model's folder,
+            or a bare model: a Hub name, a folder, a ``.gguf`` file or ``"embedded"``.
+        merge: Add the adapters to the weights, which makes answers faster, and a model of transformers' classes alone;
+            the base can then not be asked any more. Warns if a half-precision base rounds much of them away.
+        device: Where the model goes; by default to the accelerator, if there is one.
+        dtype: Dtype of the base's weights; by default a checkpoint's own, and otherwise that of the files.
+        name_or_path: Where the base of a checkpoint or PEFT folder is now, if it has moved.
+        template: How to ask, in place of what is known of the training: ``"alpaca"``, ``"chat"``, ``"plain"`` or the
+            path of a Jinja file.
+
+    Returns:
+        The model in evaluation mode, with adapters where ``path`` has some (see
+        :func:`milora_lightning.adapters_disabled`), and the tokenizer. That has no chat template if neither ``path``
+        nor ``template`` brings one.
+
+    Raises:
+        FileNotFoundError: If there is nothing of that name, or no base model.
+        ValueError: If it cannot be read, does not fit its base, or is something else.
+    """
+    path, kind = str(path), kind_of(str(path))
+    prompt_format = None
+    if kind == "checkpoint":
+        options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+        module, _ = load_module(path, name_or_path, whole=True, compile=False, gradient_checkpointing=False, **options)
+        assert module.model is not None
+        model, tokenizer, prompt_format = module.model, module.tokenizer, module.prompt_format
+        if prompt_format is None and template is None:
+            say(f"{path} does not say how prompts were written: the tokenizer's own chat template is used.")
+    elif kind == "peft":
+        model, tokenizer = _load_peft(Path(path).expanduser(), dtype or "auto", name_or_path)
+    else:
+        if name_or_path is not None:
+            raise ValueError(f"{path!r} is a whole model: name_or_path is the base of a checkpoint or a PEFT folder.")
+        model, tokenizer = load_causal_lm(path, dtype or "auto"), load_tokenizer(path)
+    if merge and (note := rounding_note(merge_adapters(model))):
+        rank_zero_warn(note)
+    if template is not None:
+        prompt_format = format_named(template, tokenizer)
+    tokenizer = tokenizer if prompt_format is None else prompt_format.applied_to(tokenizer)
+    _end_as_trained(model, tokenizer, prompt_format)
+    if device is None:
+        device = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or "cpu"
+    return model.to(device).eval(), tokenizer
+
+
+def kind_of(path: str) -> Kind:
+    """Tell what a user has named.
+
+    Raises:
+        UnusableModelError: If it is a folder that has checkpoints in it.
+
+    >>> kind_of("runs/milora/last.ckpt"), kind_of("org/name"), kind_of("model.gguf")
+    ('checkpoint', 'model', 'model')
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        if (place / "adapter_config.json").is_file():
+            return "peft"
+        if is_sharded_folder(place):
+            return "checkpoint"
+        checkpoints = sorted(place.glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
+        if checkpoints and not (place / "config.json").is_file():
+            raise UnusableModelError(f"{path!r} is a folder of checkpoints: give one of them, {checkpoints[-1]}.")
+        return "model"
+    suffix = place.suffix.lower()
+    return "checkpoint" if suffix in (".ckpt", ".pt", ".pth") or (place.is_file() and suffix != ".gguf") else "model"
+
+
+def load_module(
+    ckpt_path: str, name_or_path: str | None = None, whole: bool = False, **options: Any
+) -> tuple[CausalLMModule, dict[str, Any]]:
+    """Load what a checkpoint holds and its base model.
+
+    Args:
+        ckpt_path: The checkpoint, a file or a folder.
+        name_or_path: Where the base is now; by default where it was in training.
+        whole: Take also one of full fine-tuning, which holds no adapters.
+        options: Of :class:`CausalLMModule`, in place of those of the checkpoint.
+
+    Returns:
+        The module on the CPU, and the checkpoint's content.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint, or no such base.
+        CheckpointError: If it cannot be read, or holds something else.
+    """
+    checkpoint = read(ckpt_path) if whole else read_checkpoint(ckpt_path)
+    if whole:
+        _check_own(checkpoint, ckpt_path)
+    if name_or_path is not None:
+        options["name_or_path"] = name_or_path
+    file = io.BytesIO()  # also of a folder, which Lightning could not load outside a sharded run
+    torch.save(checkpoint, file)
+    file.seek(0)
+    saved = options_in(checkpoint)
+    for line in differences({} if name_or_path is None else {BASE: name_or_path}, saved):
+        say(line)
+    with base_may_have_moved("--name_or_path", saved.get(BASE) if name_or_path is None else None):
+        return CausalLMModule.load_from_checkpoint(file, map_location="cpu", **options), checkpoint
+
+
+def _check_own(checkpoint: Any, path: str) -> None:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise CheckpointError(f"{path!r} is no Lightning checkpoint: it has no state_dict.")
+    if BASE not in options_in(checkpoint):
+        holds = "load its adapters into that with load_adapter(module, path)" if KEY in checkpoint["state_dict"] else ""
+        raise CheckpointError(
+            f"{path!r} is a checkpoint of a module of your own, and of no CausalLMModule: "
+            f"{holds or 'load it into that'}."
+        )
+
+
+def _load_peft(folder: Path, dtype: str, name_or_path: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        base = name_or_path or json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{str(folder)!r} is no PEFT adapter folder: adapter_config.json is damaged.") from error
+    if not base:
+        raise CheckpointError(f"{str(folder)!r} does not say which model its adapters are for: give name_or_path.")
+    with base_may_have_moved("--name_or_path", None if name_or_path else base):
+        model = load_causal_lm(base, dtype)
+    load_peft(model, folder)
+    return model, load_tokenizer(str(folder) if any(folder.glob("tokenizer*")) else base)
+
+
+def format_named(template: str, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
+    """Return how prompts are written in a template.
+
+    Args:
+        template: ``"alpaca"``, ``"chat"``, ``"plain"`` or the path of a Jinja file.
+        tokenizer: What writes them.
+
+    Raises:
+        ValueError: If there is no such template, or it is of no use.
+    """
+    if template in TEMPLATES:
+        return PromptFormat.of(tokenizer, template)
+    if not Path(template).is_file():
+        raise ValueError(
+            f"There is no template {template!r}: {', '.join(TEMPLATES)} are known, and the path of a Jinja file."
+        )
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+    return PromptFormat.of(tokenizer, "chat")
+
+
+def _end_as_trained(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat | None
+) -> None:
+    """Have ``generate`` end answers where those of the training ended, or where the chat template's do."""
+    if prompt_format is None and tokenizer.chat_template:
+        try:
+            prompt_format = PromptFormat.of(tokenizer, "chat")
+        except ChatTemplateError:  # nothing can be trained with it; the model's own ends have to do
+            prompt_format = None
+    stop = stop_ids(model, tokenizer, None if prompt_format is None else prompt_format.end_of_turn)
+    if stop and model.generation_config is not None:
+        model.generation_config.eos_token_id = stop
+        if model.generation_config.pad_token_id is None:
+            model.generation_config.pad_token_id = stop[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id

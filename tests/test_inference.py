@@ -1,0 +1,163 @@
+"""What load_for_inference gives answers as the trained module does, wherever it comes from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import quiet_trainer, tiny_tokenizer, write_examples
+from test_chat import folder_of, ids_of
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from milora_lightning import (
+    CausalLMModule,
+    MiLoRAInit,
+    SFTDataModule,
+    adapters_disabled,
+    load_for_inference,
+    lora_layers,
+)
+from milora_lightning.cli import main
+from milora_lightning.data import Files
+from milora_lightning.lora import LoRALinear
+
+QUESTION = [{"role": "user", "content": "What is 1 plus 2?"}]
+TEMPLATES = ["alpaca", "chat"]
+
+
+def fit(folder: Path, template: str, adapters: bool = True) -> Path:
+    """Train a small model for a few steps, far enough to answer otherwise, and return its checkpoint."""
+    base = folder_of(folder / "base", "qwen")
+    config = LlamaConfig.from_pretrained(base)
+    config.max_position_embeddings = 1024
+    config.save_pretrained(base)
+    data = SFTDataModule(Files(str(write_examples(folder / "train.jsonl", 8))), base, template=template, max_length=256)
+    lm = CausalLMModule(base, max_new_tokens=8, warmup_steps=0, learning_rate=0.03)
+    trainer = quiet_trainer(folder, max_epochs=8, callbacks=[MiLoRAInit(r=4, init="milora" if adapters else "full")])
+    trainer.fit(lm, data)
+    trainer.save_checkpoint(folder / "a.ckpt")
+    return folder / "a.ckpt"
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, a checkpoint and both exports."""
+    return train(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def train(folder: Path, template: str) -> Path:
+    """Fill a folder with a base, a checkpoint and both exports."""
+    checkpoint = fit(folder, template)
+    for format in ("peft", "merged"):
+        main(["export", "--ckpt_path", str(checkpoint), "--output", str(folder / format), "--format", format])
+    return folder
+
+
+def logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    ids = torch.tensor([ids_of(tokenizer, QUESTION, add_generation_prompt=True)])
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    ids = torch.tensor([ids_of(tokenizer, QUESTION, add_generation_prompt=True)])
+    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    return tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("kind", ["a.ckpt", "peft", "merged"])
+def test_every_kind_computes_what_was_trained(trained: Path, kind: str, merge: bool) -> None:
+    module = CausalLMModule.load_from_checkpoint(trained / "a.ckpt", map_location="cpu").eval()
+    model, tokenizer = load_for_inference(trained / kind, merge=merge, device="cpu")
+    assert not model.training
+    assert bool(lora_layers(model)) == (not merge and kind != "merged")
+    own = module.prompt_format.applied_to(module.tokenizer)
+    want = logits(module.model, own)
+    torch.testing.assert_close(logits(model, tokenizer), want, rtol=1e-4, atol=1e-5)
+    assert answer(model, tokenizer) == module.generate("What is 1 plus 2?")
+    assert model.generation_config.eos_token_id[-1] == tokenizer.convert_tokens_to_ids(module.prompt_format.end_of_turn)
+    base, base_tokenizer = load_for_inference(trained / "base", device="cpu")
+    assert not torch.allclose(logits(base, own), want, atol=1e-2)  # negative control
+    if lora_layers(model):
+        with adapters_disabled(model):
+            assert torch.equal(logits(model, own), logits(base, own))
+    assert base_tokenizer.chat_template == module.tokenizer.chat_template
+
+
+def test_a_checkpoint_of_full_training_is_taken_too(tmp_path: Path) -> None:
+    path = fit(tmp_path, "alpaca", adapters=False)
+    module = CausalLMModule.load_from_checkpoint(path, map_location="cpu").eval()
+    model, tokenizer = load_for_inference(path, device="cpu")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert torch.equal(logits(model, tokenizer), logits(module.model, tokenizer))
+    assert not torch.allclose(logits(model, tokenizer), logits(base, tokenizer), atol=1e-2)
+
+
+def test_a_moved_base_is_named(trained: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(trained / "base", tmp_path / "moved")
+    here = logits(*load_for_inference(trained / "peft", device="cpu", name_or_path=str(moved)))
+    torch.testing.assert_close(
+        here, logits(*load_for_inference(trained / "a.ckpt", device="cpu")), rtol=1e-4, atol=1e-5
+    )
+    folder = shutil.copytree(trained / "peft", tmp_path / "peft")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/gone"}))
+    with pytest.raises(FileNotFoundError, match=r"'/gone' is not there.*--name_or_path"):
+        load_for_inference(folder)
+
+
+@pytest.mark.parametrize("template", ["alpaca", "plain", "own.jinja"])
+def test_a_template_may_be_given(template: str, trained: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = "{% for m in messages %}Q: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
+    Path("own.jinja").write_text(own.replace("Q: ", "{{ 'A: ' if m['role'] == 'assistant' else 'Q: ' }}"))
+    _, tokenizer = load_for_inference(trained / "a.ckpt", device="cpu", template=template)
+    text = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
+    ends = {"alpaca": "### Response:\n", "plain": "What is 1 plus 2?\n", "own.jinja": "Q: What is 1 plus 2?\nA: "}
+    assert text.endswith(ends[template])
+    with pytest.raises(ValueError, match="There is no template 'none'"):
+        load_for_inference(trained / "a.ckpt", template="none")
+
+
+def test_what_cannot_be_loaded_is_named(trained: Path, tmp_path: Path) -> None:
+    for path, message in (
+        (trained, "is a folder of checkpoints: give one of them, .*a.ckpt"),
+        (tmp_path / "none.ckpt", "There is no checkpoint"),
+        (tmp_path / "none", "There is no model"),
+        (trained / "train.jsonl", "cannot be read as a checkpoint"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            load_for_inference(path)
+    torch.save({"state_dict": {}, "hyper_parameters": {"width": 3}}, tmp_path / "own.ckpt")
+    with pytest.raises(ValueError, match="checkpoint of a module of your own"):
+        load_for_inference(tmp_path / "own.ckpt")
+    with pytest.raises(ValueError, match="is a whole model"):
+        load_for_inference(trained / "base", name_or_path="embedded")
+
+
+def test_a_quantized_base_is_not_merged(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("milora_lightning.merging.holds_its_weight", lambda layer: False)
+    with pytest.raises(ValueError, match="leave merge out"):
+        load_for_inference(trained / "a.ckpt", merge=True)
+
+
+def test_a_module_answers_texts(trained: Path) -> None:
+    """Alone and in a list, as its batches of tokens are answered; and says it where it is not known how to ask."""
+    module = CausalLMModule.load_from_checkpoint(trained / "a.ckpt", map_location="cpu").eval()
+    texts = ["What is 1 plus 2?", "What is 4 plus 5? 1 plus 2?"]
+    tokenizer = module.prompt_format.applied_to(module.tokenizer)
+    want = []
+    for text in texts:
+        ids = torch.tensor([ids_of(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)])
+        want += module.generate({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert module.generate(texts) == want
+    assert [module.generate(text) for text in texts] == want
+    assert any(isinstance(layer, LoRALinear) for layer in module.modules())
+    module.prompt_format, module.tokenizer = None, tiny_tokenizer()
+    with pytest.raises(ValueError, match="no chat template"):
+        module.generate("Hi")
