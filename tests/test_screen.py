@@ -24,6 +24,7 @@ from milora_lightning.callbacks.interruption import SaveOnInterrupt
 from milora_lightning.cli import main
 from milora_lightning.ending import ending
 from milora_lightning.logger_choice import make_logger
+from milora_lightning.screen.remaining import seconds_left
 
 NOTICES = (
     "Tip:",
@@ -232,6 +233,28 @@ def test_a_logger_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ModuleNotFoundError, match=r"--logger wandb needs the package wandb.*pip install wandb"):
         make_logger("wandb", True, None)
     assert make_logger("none", True, None) is False
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_time_left_counts_the_evaluations_to_come(tmp_path: Path, accumulate: int) -> None:
+    left: list[float | None] = []
+    due: list[int] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            left.append(seconds_left(trainer, step=1.0, evaluation=100.0))
+            due.append(0)
+
+        def on_validation_start(self, *_: Any) -> None:
+            due[-1] += 1
+
+    limits = {"limit_train_batches": 8, "limit_val_batches": 1, "val_check_interval": 3, "max_epochs": 2}
+    options = {"accumulate_grad_batches": accumulate, "num_sanity_val_steps": 0}
+    quiet_trainer(tmp_path, callbacks=[Watch()], **limits, **options).fit(BoringModel())
+    # What fell due after each batch but the one that has just ended, whose evaluation is going to be shown by itself.
+    for batch, seconds in enumerate(left):
+        steps = 16 // accumulate - (batch + 1) // accumulate
+        assert seconds == steps + 100 * sum(due[batch + 1 :])
 
 
 def test_any_module_has_its_progress_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
