@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from milora_lightning.data.batching import IGNORED
-from milora_lightning.supervision import keeps_logits, run, supervised_logits, supervised_positions, whole_logits
+from milora_lightning.supervision import (
+    keeps_logits,
+    rows_for,
+    run,
+    supervised_logits,
+    supervised_positions,
+    whole_logits,
+)
 
 __all__ = ["causal_lm_loss", "linear_cross_entropy", "supervised_logits"]
 
@@ -20,7 +27,9 @@ _CPU_LOGITS, _CPU_PROBABILITIES = 3 * 2**22, 2**20
 _DEVICE_LOGITS = 2**26
 
 
-def causal_lm_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Tensor:
+def causal_lm_loss(
+    model: PreTrainedModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
     """Compute the sum of a causal language model's next-token cross-entropies over the labelled tokens.
 
     The output embeddings see only the hidden states whose next label counts. Where they are a frozen linear layer
@@ -33,6 +42,8 @@ def causal_lm_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) ->
         input_ids: Token ids (batch, length), padded on the right. Causal attention keeps the padding out of every
             token before it, so no attention mask is needed.
         labels: Labels (batch, length), ``IGNORED`` where they do not count.
+        position_ids: Positions (batch, length) of packed rows, which begin anew with each example; None where each row
+            is an example.
 
     Returns:
         The sum in nats, a float32 scalar; zero, but connected to the model, without any label.
@@ -40,9 +51,12 @@ def causal_lm_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) ->
     Raises:
         ValueError: If the model attends to the tokens that it is to predict.
     """
+    input_ids, labels, position_ids = rows_for(model, input_ids, labels, position_ids)
     targets = labels[:, 1:][labels[:, 1:] != IGNORED]
     if not (_is_frozen_linear(model.get_output_embeddings()) and keeps_logits(model.config)):
-        return F.cross_entropy(supervised_logits(model, input_ids, labels).float(), targets, reduction="sum")
+        return F.cross_entropy(
+            supervised_logits(model, input_ids, labels, position_ids).float(), targets, reduction="sum"
+        )
     supervised, losses = supervised_positions(labels), list[Tensor]()
 
     def take_loss(head: nn.Linear, hidden: Tensor) -> Tensor:
@@ -50,9 +64,10 @@ def causal_lm_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) ->
         losses.append(linear_cross_entropy(hidden[supervised], head.weight, head.bias, targets))
         return hidden[:1, :1]  # one token, for which the model shows what it does with logits
 
-    if run(model, input_ids, take_loss).is_heads:
+    if run(model, input_ids, take_loss, position_ids).is_heads:
         return losses[0]
-    return F.cross_entropy(whole_logits(model, input_ids)[supervised].float(), targets, reduction="sum")
+    logits = whole_logits(model, input_ids, position_ids)[supervised]
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from milora_lightning.generation import generate_greedily, greedy_config, nothin
 from milora_lightning.loss import causal_lm_loss, supervised_logits
 from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy
 from milora_lightning.optimization import OptimizedModule
+from milora_lightning.packed_rows import check_separation, check_takes_positions
 from milora_lightning.pretrained import load_causal_lm, load_tokenizer
 from milora_lightning.schedules import WARMUP
 from milora_lightning.screen.figures import peak_memory
@@ -123,6 +124,8 @@ class CausalLMModule(OptimizedModule):
         datamodule = getattr(self._trainer, "datamodule", None)
         if isinstance(datamodule, SFTDataModule):
             check_model(datamodule, self)
+            if datamodule.packing:
+                check_takes_positions(self._built())
 
     def _load(self) -> None:
         if self.compile_layers and self.device_mesh is not None:
@@ -148,18 +151,29 @@ class CausalLMModule(OptimizedModule):
 
         Args:
             batch: ``input_ids`` and ``labels`` (batch, length), padded on the right. Causal attention keeps the
-                padding out of every token before it, so no attention mask is needed.
+                padding out of every token before it, so no attention mask is needed. Packed rows have
+                ``position_ids``, too.
 
         Returns:
             Logits of shape (supervised tokens, vocabulary): at each position whose next label counts.
         """
-        return supervised_logits(self._built(), batch["input_ids"], batch["labels"])
+        return supervised_logits(self._built(), batch["input_ids"], batch["labels"], batch.get("position_ids"))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Compute the sum of the next-token cross-entropies in nats, and over how many tokens it is taken."""
         labels = batch["labels"]
         # The model runs even without a supervised token: under sharding the other ranks wait for this one.
-        return causal_lm_loss(self._built(), batch["input_ids"], labels), (labels[:, 1:] != IGNORED).sum()
+        total = causal_lm_loss(self._built(), batch["input_ids"], labels, batch.get("position_ids"))
+        return total, (labels[:, 1:] != IGNORED).sum()
+
+    def on_train_start(self) -> None:
+        """Try whether the model keeps packed examples apart."""
+        super().on_train_start()
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if isinstance(datamodule, SFTDataModule) and datamodule.packing:
+            examples = datamodule.examples("train")
+            longest = max(range(len(examples)), key=examples["length"][:].__getitem__)
+            check_separation(self._built(), examples[longest]["input_ids"][: max(2, datamodule.max_length // 2)])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute the mean loss over the tokens of a batch, those of all ranks together.
@@ -170,7 +184,7 @@ class CausalLMModule(OptimizedModule):
         total, tokens = self.loss(batch)
         loss = self.mean_over_ranks(total, tokens)
         self.log("train_loss", loss, prog_bar=True)
-        self._log_throughput(batch["attention_mask"].sum())
+        self._log_throughput(batch["lengths" if "lengths" in batch else "attention_mask"].sum())
         if (peak := peak_memory(self.device)) is not None:
             self.log("peak_memory_gb", torch.full((), peak, device=self.device))
         return loss

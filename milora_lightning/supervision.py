@@ -79,7 +79,9 @@ def supervised_positions(labels: Tensor) -> Tensor:
     return supervised
 
 
-def supervised_logits(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Tensor:
+def supervised_logits(
+    model: PreTrainedModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
     """Compute a causal language model's logits at each position whose next label counts.
 
     The output embeddings see only the hidden states of these positions, which saves the (batch, length, vocabulary)
@@ -89,6 +91,8 @@ def supervised_logits(model: PreTrainedModel, input_ids: Tensor, labels: Tensor)
         model: Any causal language model of transformers.
         input_ids: Token ids (batch, length), padded on the right.
         labels: Labels (batch, length), ``IGNORED`` where they do not count.
+        position_ids: Positions (batch, length) of packed rows, which begin anew with each example; None where each row
+            is an example.
 
     Returns:
         Logits of shape (supervised tokens, vocabulary).
@@ -96,20 +100,39 @@ def supervised_logits(model: PreTrainedModel, input_ids: Tensor, labels: Tensor)
     Raises:
         ValueError: If the model attends to the tokens that it is to predict.
     """
+    input_ids, labels, position_ids = rows_for(model, input_ids, labels, position_ids)
     supervised = supervised_positions(labels)
-    logits = run(model, input_ids, lambda _, hidden: hidden[supervised].unsqueeze(0))
+    logits = run(model, input_ids, lambda _, hidden: hidden[supervised].unsqueeze(0), position_ids)
     if logits.is_heads or (logits.chosen and not keeps_logits(model.config)):
         return logits.values[0]
-    return whole_logits(model, input_ids)[supervised]
+    return whole_logits(model, input_ids, position_ids)[supervised]
 
 
-def run(model: PreTrainedModel, input_ids: Tensor, substitute: Callable[[Any, Tensor], Tensor]) -> Logits:
+def rows_for(
+    model: PreTrainedModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Bring packed rows into the form in which a model's attention keeps examples apart.
+
+    By the positions alone transformers' flash attention does it within one row, masks of the others in any number.
+    """
+    if position_ids is None or "flash" not in str(model.config._attn_implementation):
+        return input_ids, labels, position_ids
+    return input_ids.reshape(1, -1), labels.reshape(1, -1), position_ids.reshape(1, -1)
+
+
+def run(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    substitute: Callable[[Any, Tensor], Tensor],
+    position_ids: Tensor | None = None,
+) -> Logits:
     """Run a model with other hidden states for its output embeddings.
 
     Args:
         model: Any causal language model of transformers.
         input_ids: Token ids (batch, length), padded on the right.
         substitute: Given the output embeddings and the hidden states (batch, length, width), returns what these see.
+        position_ids: Positions of packed rows.
 
     Raises:
         ValueError: If the model attends to the tokens that it is to predict.
@@ -132,15 +155,15 @@ def run(model: PreTrainedModel, input_ids: Tensor, substitute: Callable[[Any, Te
         if head is not None:
             stack.callback(head.register_forward_pre_hook(before).remove)
             stack.callback(head.register_forward_hook(after).remove)
-        logits = _forward(model, input_ids)
+        logits = _forward(model, input_ids, position_ids)
     chosen = followed.calls == 1
     return Logits(logits, chosen, chosen and followed.unchanged(logits))
 
 
-def whole_logits(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+def whole_logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
     """Compute all logits (batch, length, vocabulary) of a model that does with them what is not known here."""
     _say_that_it_runs_twice(type(model).__name__)
-    return _forward(model, input_ids)
+    return _forward(model, input_ids, position_ids)
 
 
 def _configs(config: PretrainedConfig) -> list[PretrainedConfig]:
@@ -148,8 +171,10 @@ def _configs(config: PretrainedConfig) -> list[PretrainedConfig]:
     return [config, config.get_text_config(decoder=True)]
 
 
-def _forward(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    output = model(input_ids=input_ids, use_cache=False)
+def _forward(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+    # Only where rows are packed: some models take no positions.
+    positions = {} if position_ids is None else {"position_ids": position_ids}
+    output = model(input_ids=input_ids, use_cache=False, **positions)
     logits: Tensor = output[0] if isinstance(output, tuple) else output.logits
     return logits
 

@@ -66,7 +66,7 @@ class Collator:
             ``input_ids``, ``attention_mask`` and ``labels``, int64 of shape (batch, length), padded on the right;
             labels are −100 outside the responses.
         """
-        width = _round_up(max(len(e["input_ids"]) for e in examples), self.multiple)
+        width = round_up(max(len(e["input_ids"]) for e in examples), self.multiple)
         input_ids = torch.full((len(examples), width), self.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
         labels = torch.full_like(input_ids, IGNORED)
@@ -102,7 +102,7 @@ class PromptCollator:
             ``prompt`` (what the model reads, as text), ``instruction`` (that without its template), ``reference``
             (None for examples that count nothing) and ``task``.
         """
-        width = _round_up(max(e["prompt_length"] for e in examples), self.multiple)
+        width = round_up(max(e["prompt_length"] for e in examples), self.multiple)
         input_ids = torch.full((len(examples), width), self.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
         for row, example in enumerate(examples):
@@ -128,5 +128,6 @@ def learned_spans(example: Example) -> list[tuple[int, int]]:
     return list(zip(spans[::2], spans[1::2], strict=True))
 
 
-def _round_up(length: int, multiple: int) -> int:
+def round_up(length: int, multiple: int) -> int:
+    """Return the next multiple."""
     return -(-length // multiple) * multiple

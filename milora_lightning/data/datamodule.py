@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import datasets
@@ -19,6 +19,7 @@ from milora_lightning.data.chat import ChatTemplate
 from milora_lightning.data.choices import ChoiceCollator
 from milora_lightning.data.columns import as_dataset
 from milora_lightning.data.model_check import check_model
+from milora_lightning.data.packing import PackedDataset, PackingCollator
 from milora_lightning.data.prompt_format import KEY, PromptFormat
 from milora_lightning.data.resuming import OverfittingSampler, ResumableSampler, Resumption
 from milora_lightning.data.sampling import EvaluationSampler, ResumableDataLoader
@@ -74,6 +75,9 @@ class SFTDataModule(LightningDataModule):
         train_on: Which turns of conversations are learned: ``"assistant"`` for all of the assistant's, ``"last"`` for
             its last one, or a list of roles. A message's own field ``weight``, ``loss`` or ``train`` (0 or 1, false
             or true) decides for that message. Of a ``text`` every token is learned.
+        packing: Put several training examples into each row of up to ``max_length`` tokens, so that next to nothing
+            is padding; ``batch_size`` counts rows then. The model keeps them apart by ``position_ids``, which their
+            batches hold in place of the mask. Which examples share a row is the same in each epoch.
 
     Raises:
         ValueError: If a size is out of range, or ``answer_by="likelihood"`` with a source that names no choices; in
@@ -98,12 +102,14 @@ class SFTDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         train_on: str | list[str] = ASSISTANT,
+        packing: bool = False,
     ) -> None:
         super().__init__()
         self.source = source
         self.tokenizer = tokenizer
         self.template = template
         self.train_on = train_on
+        self.packing = packing
         self.prompt_suffix = prompt_suffix
         self.max_length = max_length
         self.batch_size = batch_size
@@ -159,12 +165,15 @@ class SFTDataModule(LightningDataModule):
         self._check_model()
         examples = self.examples("train")
         kind = OverfittingSampler if self._overfits() else ResumableSampler
-        sampler = kind(
-            self._resumption, examples["length"][:], self.batch_size, shuffle=True, seed=self.seed, **self._rank()
-        )
         # Without the texts, which only generation needs.
-        columns = examples.select_columns(["input_ids", "spans"])
-        return self._loader(columns, sampler, self.batch_size, self._collator(Collator), ResumableDataLoader)
+        columns: Any = examples.select_columns(["input_ids", "spans"])
+        lengths = examples["length"][:]
+        if self.packing:
+            columns = PackedDataset(columns, lengths, self.max_length, self.seed)
+            lengths = columns.lengths
+        sampler = kind(self._resumption, lengths, self.batch_size, shuffle=True, seed=self.seed, **self._rank())
+        collator = self._collator(PackingCollator if self.packing else Collator)
+        return self._loader(columns, sampler, self.batch_size, collator, ResumableDataLoader)
 
     def metric(self) -> Metric | None:
         """Make the metric that scores answers: the source's own; None if it says that there is nothing to score."""
@@ -316,7 +325,7 @@ class SFTDataModule(LightningDataModule):
             collator = ChoiceCollator(self.tokenizer_object, choices, self.pad_to_multiple_of, chat)
         return self._loader(examples, sampler, self.generation_batch_size, collator)
 
-    def _collator(self, kind: type[Collator] | type[PromptCollator]) -> Collator | PromptCollator:
+    def _collator(self, kind: Callable[[int, int], Any]) -> Any:
         return kind(padding_id(self.tokenizer_object), self.pad_to_multiple_of)
 
     def _loader(
