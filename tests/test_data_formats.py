@@ -69,6 +69,8 @@ def sharegpt(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ({"conversations": sharegpt([SYSTEM, *TURNS])}, [SYSTEM, *TURNS]),
         ({"conversations": sharegpt(TURNS), "system_prompt": "Be brief."}, [SYSTEM, *TURNS]),
         ({"conversation": TURNS}, TURNS),
+        ({"messages": {"role": ["user", "assistant"], "content": ["Hi", "Hello!"]}}, [USER, ANSWER]),
+        ({"conversations": [{"from": "user", "value": "Hi"}, {"from": "model", "value": "Hello!"}]}, [USER, ANSWER]),
         ({"instruction": "Bye", "output": "See you.", "history": [["Hi", "Hello!"]]}, TURNS),
         ({"instruction": "Hi", "input": "", "output": "Hello!", "system": "Be brief."}, [SYSTEM, USER, ANSWER]),
         (
@@ -195,6 +197,12 @@ def test_what_is_named_goes_before(record: Any, options: Any, row: Any, tmp_path
         (
             [{"text": "a"}, {"messages": TURNS}],
             r"In row 2 .* a conversation in 'messages', but in the first row a text",
+        ),
+        ([{"messages": []}], r"In row 1 .*: 'messages' holds \[\] \(list\), but has to be a list of messages"),
+        ([{"messages": "Hi"}], r"In row 1 .*: 'messages' holds 'Hi', which is not valid JSON"),
+        (
+            [{"conversations": ["Hi", "Hello!"]}],
+            r"message 1 of 'conversations' is 'Hi' \(str\), but has to have role and",
         ),
         ([{"messages": TURNS}, {"messages": []}], r"In row 2 .*: 'messages' holds \[\] \(list\), but has to be a list"),
         (

@@ -25,6 +25,8 @@ def is_conversation(value: Any) -> bool:
     """Tell whether a value looks like messages, or like a text in JSON that holds them."""
     if isinstance(value, str):
         return value.lstrip()[:1] == "["
+    if isinstance(value, dict):
+        return len(_by_message(value)) > 0
     return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
 
 
@@ -48,9 +50,23 @@ def read_conversation(value: Any, field: str) -> list[Message]:
     """
     if isinstance(value, str):
         value = _parsed(value, f"{field!r}")
+    if isinstance(value, dict):
+        value = _by_message(value) or value
     if not isinstance(value, list) or not value:
         raise ValueError(f"{field!r} holds {shown(value)} ({type(value).__name__}), but has to be {FORM}.")
     return [_message(message, f"message {i} of {field!r}") for i, message in enumerate(value, 1)]
+
+
+def _by_message(value: dict[str, Any]) -> list[Message]:
+    """Bring an object of lists, as which ``datasets`` has kept lists of objects, into a list; an empty one of others.
+
+    >>> _by_message({"role": ["user"], "content": ["Hi"]})
+    [{'role': 'user', 'content': 'Hi'}]
+    """
+    columns = list(value.values())
+    if not columns or not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return []
+    return [dict(zip(value, parts, strict=True)) for parts in zip(*columns, strict=True)]
 
 
 def conversation_of(record: dict[str, Any], fields: dict[str, str | None]) -> list[Message]:

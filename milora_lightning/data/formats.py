@@ -106,6 +106,8 @@ def recognise(naming: Fields, records: list[dict[str, Any]]) -> Format | None:
     if prompts := _prompts(naming, first):  # the lack of a response will be said
         response = PARTNERS.get(prompts[0].lower(), "response")
         return _pair_format(naming, prompts[0], response, others, first, every)
+    if naming.get("messages") == AUTO and (empty := first.holds(*CONVERSATIONS)):  # what it holds will be said
+        return Format("conversations", {"messages": empty[0], **task})
     if naming.get(TEXT) != AUTO or not (texts := first.holds(TEXT)):
         return None
     if answers := first.filled(*RESPONSES):
