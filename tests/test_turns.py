@@ -20,7 +20,9 @@ from test_chat import ids_of
 from transformers import PreTrainedTokenizerBase
 
 from milora_lightning.data.chat import ChatTemplate, ChatTemplateError, fold_system
+from milora_lightning.data.token_borders import locate, locate_all
 from milora_lightning.data.turn_encoding import EncodedConversation, choose_turns, encode_conversation
+from milora_lightning.data.turns import write_conversation
 
 Messages = list[dict[str, Any]]
 
@@ -260,6 +262,18 @@ def test_tokens_do_not_reach_over_a_border(name: str) -> None:
         assert parts(tokenizer, example)[1::2] == [f"{lead}\n{text}{ends[name]}" for text in "AB"]
     # negative control: the one tokenization of the whole has no such borders
     assert (example.ids == ids_of(tokenizer, messages)) == (name != "qwen")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_one_tokenization_of_many_texts_is_that_of_each(name: str) -> None:
+    tokenizer = chat_tokenizer(name)
+    plain = write_conversation(choose_turns(TALK, ""), ChatTemplate.of(tokenizer))
+    tokenizer.add_tokens(["\n\n"])
+    joining = [user(), assistant("\nA"), user("b"), assistant("\nB")]
+    written = [plain, write_conversation(choose_turns(joining, ""), ChatTemplate.of(tokenizer))]
+    together = locate_all([w.text for w in written], [w.borders() for w in written], tokenizer)
+    assert together[0] == locate(plain.text, plain.borders(), tokenizer)
+    assert (together[1] is None) == (name in ("qwen", "smollm2", "phi3"))
 
 
 def test_a_prefill_is_a_part_of_every_prompt() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
@@ -13,6 +14,7 @@ from milora_lightning.data.batching import Example
 from milora_lightning.data.chat import ChatTemplate, ChatTemplateError, Message, token_ids
 from milora_lightning.data.prompt_format import for_conversations
 from milora_lightning.data.templates import TEMPLATES, TemplateName, bos_prefix, plain, question
+from milora_lightning.data.token_borders import locate_all
 from milora_lightning.data.truncation import common_length, join
 from milora_lightning.data.turn_encoding import (
     ASSISTANT,
@@ -22,6 +24,7 @@ from milora_lightning.data.turn_encoding import (
     choose_turns,
     encode_conversation,
 )
+from milora_lightning.data.turns import write_conversation
 
 FEATURES = datasets.Features(
     {
@@ -86,23 +89,9 @@ def encode(
     """
     size = len(indices)
     messages, tools, texts = (batch.get(name) or [""] * size for name in ("messages", "tools", "text"))
-    rows: dict[int, list[Example]] = {}
-    if any(messages):
-        chat = ChatTemplate.of(for_conversations(tokenizer, template, prompt_suffix))
-    for i in range(size):
-        if messages[i]:
-            try:
-                conversation = choose_turns(messages[i], tools[i], train_on)
-                if template == "chat":
-                    encoded = encode_conversation(conversation, chat, max_length, prompt_suffix)
-                else:  # as a chat template it ends in the suffix by itself
-                    check_roles(conversation, template)
-                    encoded = encode_conversation(conversation, chat, max_length)
-            except ValueError as error:
-                raise ValueError(f"In row {indices[i] + 1} of the {split} data, {error}") from error
-            rows[i] = [] if encoded is None else [_conversation_row(encoded)]
-        elif texts[i]:
-            rows[i] = _pieces(texts[i], tokenizer, max_length)
+    given = {i: (indices[i], messages[i], tools[i]) for i in range(size) if messages[i]}
+    rows = _conversation_rows(given, tokenizer, template, prompt_suffix, max_length, train_on, split) if given else {}
+    rows |= {i: _pieces(texts[i], tokenizer, max_length) for i in range(size) if texts[i] and i not in rows}
     prompts = [i for i in range(size) if i not in rows]
     some = {name: [values[i] for i in prompts] for name, values in batch.items()}
     where = [indices[i] for i in prompts]
@@ -119,6 +108,45 @@ def encode(
             for name, column in columns.items():
                 column.append(values[name])
     return columns
+
+
+def _conversation_rows(
+    given: dict[int, tuple[int, Any, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    template: TemplateName,
+    prompt_suffix: str,
+    max_length: int,
+    train_on: TrainOn,
+    split: str,
+) -> dict[int, list[Example]]:
+    """Encode conversations: index of the row, messages and tools of each."""
+    chat = ChatTemplate.of(for_conversations(tokenizer, template, prompt_suffix))
+    prefill = prompt_suffix if template == "chat" else ""  # others end in the suffix as chat templates by themselves
+    conversations, written = {}, {}
+    for i, (index, messages, tools) in given.items():
+        with _naming(index, split):
+            conversations[i] = choose_turns(messages, tools, train_on)
+            if template != "chat":
+                check_roles(conversations[i], template)
+            if any(conversations[i].learned):
+                written[i] = write_conversation(conversations[i], chat, prefill)
+    texts, borders = [w.text for w in written.values()], [w.borders() for w in written.values()]
+    located = dict(zip(written, locate_all(texts, borders, chat.tokenizer), strict=True))
+    rows: dict[int, list[Example]] = {i: [] for i in given}
+    for i, text in written.items():
+        with _naming(given[i][0], split):
+            encoded = encode_conversation(conversations[i], chat, max_length, prefill, text, located[i])
+        rows[i] = [] if encoded is None else [_conversation_row(encoded)]
+    return rows
+
+
+@contextmanager
+def _naming(index: int, split: str) -> Iterator[None]:
+    """Say of an error in which row it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"In row {index + 1} of the {split} data, {error}") from error
 
 
 def _conversation_row(encoded: EncodedConversation) -> Example:

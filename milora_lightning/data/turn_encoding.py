@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, cast
 from transformers import PreTrainedTokenizerBase
 
 from milora_lightning.data.chat import ChatTemplate, Message, Span, token_ids
+from milora_lightning.data.token_borders import Located, locate
 from milora_lightning.data.truncation import common_length, join
-from milora_lightning.data.turns import Conversation, Written, locate, shown_text, write_conversation
+from milora_lightning.data.turns import Conversation, Written, shown_text, write_conversation
 from milora_lightning.data.values import shown
 
 TrainOn = str | list[str]
@@ -90,7 +91,12 @@ def check_roles(conversation: Conversation, template: str) -> None:
 
 
 def encode_conversation(
-    conversation: Conversation, template: ChatTemplate, max_length: int, prefill: str = ""
+    conversation: Conversation,
+    template: ChatTemplate,
+    max_length: int,
+    prefill: str = "",
+    written: Written | None = None,
+    located: Located | None = None,
 ) -> EncodedConversation | None:
     """Tokenize a conversation.
 
@@ -103,6 +109,8 @@ def encode_conversation(
         template: The chat template.
         max_length: Most tokens.
         prefill: What every answer starts with, as a part of its prompt.
+        written: What :func:`milora_lightning.data.turns.write_conversation` returned, if it is there.
+        located: Its token ids, and the borders in them, likewise.
 
     Returns:
         The token ids; None if nothing in the conversation is to be learned.
@@ -112,15 +120,15 @@ def encode_conversation(
     """
     if not any(conversation.learned):
         return None
-    written = write_conversation(conversation, template, prefill)
-    encoded = _tokenized(written, conversation, template, prefill)
+    written = written or write_conversation(conversation, template, prefill)
+    encoded = _tokenized(written, conversation, template, located)
     if len(encoded.ids) <= max_length:
         return encoded if encoded.spans else None
     conversation = conversation.until(max(i for i, learn in enumerate(conversation.learned) if learn) + 1)
 
     def shortened(exchanges: int) -> EncodedConversation:
         part = conversation.without(exchanges)
-        return _tokenized(write_conversation(part, template, prefill), part, template, prefill)
+        return _tokenized(write_conversation(part, template, prefill), part, template)
 
     # The length falls with every exchange that is left out.
     low, high = 0, max(0, conversation.exchanges() - 1)
@@ -134,12 +142,12 @@ def encode_conversation(
 
 
 def _tokenized(
-    written: Written, conversation: Conversation, template: ChatTemplate, prefill: str
+    written: Written, conversation: Conversation, template: ChatTemplate, located: Located | None = None
 ) -> EncodedConversation:
     tokenizer = template.tokenizer
     answer = written.answer
-    borders = sorted({b for turn in (*written.turns, *([answer] if answer else [])) for b in (turn.start, turn.stop)})
-    ((ids, counts),) = locate([written.text], [borders], tokenizer)
+    borders = written.borders()
+    ids, counts = located or locate(written.text, borders, tokenizer)
     tokens = dict(zip(borders, counts, strict=True))
     if template.end_of_turn is None and answer is not None and answer.stop == len(written.text):
         ids = [*ids, cast(int, tokenizer.eos_token_id)]

@@ -6,13 +6,11 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, cast
 
-from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from milora_lightning.data.chat import ChatTemplate, ChatTemplateError, Message, check_prefix, dense, token_ids, write
+from milora_lightning.data.chat import ChatTemplate, ChatTemplateError, Message, check_prefix, dense, write
 from milora_lightning.data.chat import fold_system as fold
 
 PROBE = "milora content probe"  # in no template
@@ -79,6 +77,11 @@ class Written(NamedTuple):
     answer: Turn | None
     unlearned: int
 
+    def borders(self) -> list[int]:
+        """Return where turns begin and end, in characters and ascending."""
+        turns = [*self.turns, *([self.answer] if self.answer else [])]
+        return sorted({border for turn in turns for border in (turn.start, turn.stop)})
+
 
 def write_conversation(conversation: Conversation, template: ChatTemplate, prefill: str = "") -> Written:
     """Write a conversation, and find the turns to learn in it.
@@ -107,49 +110,6 @@ def write_conversation(conversation: Conversation, template: ChatTemplate, prefi
     return pen.written()
 
 
-def locate(
-    texts: Sequence[str], borders: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[list[int], list[int]]]:
-    """Tokenize texts, with token borders at given places.
-
-    The ids are those of the whole text. Only where a token would reach over a border, the parts of the text are
-    tokenized each by itself, because what generates has to start from a prompt's own tokens.
-
-    Args:
-        texts: The texts, with all special tokens.
-        borders: For each text places in it, in characters and ascending.
-        tokenizer: The tokenizer.
-
-    Returns:
-        For each text its token ids, and how many of them stand before each border.
-
-    Raises:
-        ChatTemplateError: If the tokens of the parts do not give the text.
-    """
-    ids = iter(
-        token_ids(
-            [part for t, places in zip(texts, borders, strict=True) for part in (*(t[:b] for b in places), t)],
-            tokenizer,
-        )
-    )
-    located = []
-    for text, places in zip(texts, borders, strict=True):
-        prefixes, whole = [next(ids) for _ in places], next(ids)
-        counts = [len(prefix) for prefix in prefixes]
-        if any(whole[: len(prefix)] != prefix for prefix in prefixes):
-            parts = token_ids([text[a:b] for a, b in pairwise([0, *places, len(text)])], tokenizer)
-            joined = [token for part in parts for token in part]
-            if tokenizer.decode(joined) != tokenizer.decode(whole):
-                raise ChatTemplateError(
-                    f"the tokenizer of {tokenizer.name_or_path!r} joins the end of a prompt and the beginning of the "
-                    f"answer in one token, and cannot write them one by one. Take white space off the beginning of "
-                    "answers, or use template='alpaca' or 'plain'."
-                )
-            whole, counts = joined, list(accumulate(map(len, parts)))[:-1]
-        located.append((whole, counts))
-    return located
-
-
 def shown_text(message: Message) -> str:
     """Return what a message says, as text: its content, or the texts in it where it is a list of parts."""
     content = message.get("content")
@@ -174,7 +134,14 @@ class _Pen:
         self.messages, self.learned = messages, learned
         self.tools = list(tools) if tools else None
         self.name = f"the chat template of {self.tokenizer.name_or_path!r}"
-        self.whole = self.write(messages)
+        self._beginnings: dict[tuple[int, bool], str] = {}
+        self.whole = self.beginning(len(messages))
+
+    def beginning(self, stop: int, generates: bool = False) -> str:
+        """Write the first messages, once."""
+        if (stop, generates) not in self._beginnings:
+            self._beginnings[stop, generates] = self.write(self.messages[:stop], generates)
+        return self._beginnings[stop, generates]
 
     def write(self, messages: list[Message], generates: bool = False) -> str:
         return write(messages, self.tokenizer, generates, self.tools)
@@ -186,7 +153,7 @@ class _Pen:
         answers = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
         if answers and not marked and (last := answers[-1]) < len(self.messages) - 1 and self._turn(last) is None:
             self.messages, self.learned = self.messages[: last + 1], self.learned[: last + 1]
-            self.whole = self.write(self.messages)
+            self.whole = self.beginning(last + 1)
         if answers and not marked:
             self._check_asks_alike(answers[-1])
         turns, unlearned = [], 0
@@ -204,8 +171,7 @@ class _Pen:
         """Find a message in the whole; None if it stands there otherwise than in the conversation up to it."""
         if self.messages[i]["role"] != "assistant":
             return self._content(i)
-        until = self.write(self.messages[: i + 1])
-        prompt = self.write(self.messages[:i], True) + self.prefill
+        until, prompt = self.beginning(i + 1), self.beginning(i, True) + self.prefill
         stop = self._end_of_turn(until, len(prompt))
         if until.startswith(prompt) and self.whole.startswith(until[:stop]):
             return Turn(i, len(prompt), stop)
@@ -275,8 +241,8 @@ class _Pen:
         return max(ends, default=len(text))
 
     def _check_asks_alike(self, i: int) -> None:
-        prompt = self.write(self.messages[:i], True) + self.prefill
-        check_prefix(prompt, self.write(self.messages[: i + 1]), self.tokenizer, self.prefill)
+        prompt = self.beginning(i, True) + self.prefill
+        check_prefix(prompt, self.beginning(i + 1), self.tokenizer, self.prefill)
 
     def _check_says(self, turn: Turn) -> None:
         """Check that a turn holds all of its message."""
