@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 from pathlib import Path
@@ -18,7 +17,7 @@ from milora_lightning.checkpoint_io import KEY, CheckpointError, read
 from milora_lightning.checkpoint_options import base_may_have_moved, differences, options_in, say
 from milora_lightning.data.chat import ChatTemplateError
 from milora_lightning.data.prompt_format import PromptFormat
-from milora_lightning.data.templates import TEMPLATES
+from milora_lightning.data.templates import name_of, with_template
 from milora_lightning.generation import stop_ids
 from milora_lightning.merging import merge_adapters, rounding_note
 from milora_lightning.model_files import UnusableModelError
@@ -173,21 +172,13 @@ def format_named(template: str, tokenizer: PreTrainedTokenizerBase) -> PromptFor
     """Return how prompts are written in a template.
 
     Args:
-        template: ``"alpaca"``, ``"chat"``, ``"plain"`` or the path of a Jinja file.
+        template: As for :func:`load_for_inference`.
         tokenizer: What writes them.
 
     Raises:
         ValueError: If there is no such template, or it is of no use.
     """
-    if template in TEMPLATES:
-        return PromptFormat.of(tokenizer, template)
-    if not Path(template).is_file():
-        raise ValueError(
-            f"There is no template {template!r}: {', '.join(TEMPLATES)} are known, and the path of a Jinja file."
-        )
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
-    return PromptFormat.of(tokenizer, "chat")
+    return PromptFormat.of(with_template(tokenizer, template), name_of(template, conversations=True))
 
 
 def _end_as_trained(

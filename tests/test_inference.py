@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import quiet_trainer, tiny_tokenizer, write_examples
 from test_chat import folder_of, ids_of
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from milora_lightning import (
     CausalLMModule,
@@ -32,12 +32,15 @@ TEMPLATES = ["alpaca", "chat"]
 def fit(folder: Path, template: str, adapters: bool = True) -> Path:
     """Train a small model for a few steps, far enough to answer otherwise, and return its checkpoint."""
     base = folder_of(folder / "base", "qwen")
-    config = LlamaConfig.from_pretrained(base)
-    config.max_position_embeddings = 1024
-    config.save_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.config.max_position_embeddings = 1024
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 8 if parameter.ndim == 2 else 1  # so that answers hang on what is asked
+    model.save_pretrained(base)
     data = SFTDataModule(Files(str(write_examples(folder / "train.jsonl", 8))), base, template=template, max_length=256)
-    lm = CausalLMModule(base, max_new_tokens=8, warmup_steps=0, learning_rate=0.03)
-    trainer = quiet_trainer(folder, max_epochs=8, callbacks=[MiLoRAInit(r=4, init="milora" if adapters else "full")])
+    lm = CausalLMModule(base, max_new_tokens=8, warmup_steps=0, learning_rate=0.01)
+    trainer = quiet_trainer(folder, max_epochs=4, callbacks=[MiLoRAInit(r=4, init="milora" if adapters else "full")])
     trainer.fit(lm, data)
     trainer.save_checkpoint(folder / "a.ckpt")
     return folder / "a.ckpt"

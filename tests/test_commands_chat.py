@@ -1,0 +1,321 @@
+"""``chat`` in a pipe and on a terminal, and ``generate``: answers are those of the model, asked as in training."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_tiny_model
+from test_inference import train
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from milora_lightning import SFTDataModule, adapters_disabled, load_for_inference
+from milora_lightning.asking import TextStream, prompt_ids
+from milora_lightning.cli import main
+from milora_lightning.data import Files
+
+LENGTH = 8
+FIRST, SECOND = "What is 1 plus 2?", "What is 4 plus 5?"
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model trained in its chat template, and what is made of it."""
+    return train(tmp_path_factory.mktemp("chats"), "chat")
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model trained on single questions."""
+    return train(tmp_path_factory.mktemp("questions"), "alpaca")
+
+
+class Reference:
+    """Answers by transformers' own generate, prompt by prompt."""
+
+    def __init__(self, path: Path) -> None:
+        self.model, self.tokenizer = load_for_inference(path, device="cpu")
+
+    def __call__(self, *contents: str, system: str = "", base: bool = False) -> str:
+        roles = ("user", "assistant") * len(contents)
+        messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+        messages = [{"role": "system", "content": system}, *messages] if system else messages
+        prompt = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        options = {"max_new_tokens": LENGTH, "do_sample": False}
+        if base:
+            with adapters_disabled(self.model):
+                tokens = self.model.generate(**prompt, **options)
+        else:
+            tokens = self.model.generate(**prompt, **options)
+        return str(self.tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def talk(monkeypatch: Any, capsys: Any, path: Path, *lines: str, **options: Any) -> str:
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    name = "--ckpt_path" if path.suffix == ".ckpt" else "--model"
+    more = [f"--{key}={value}" for key, value in options.items()]
+    main(["chat", name, str(path), "--max_new_tokens", str(LENGTH), "--device=cpu", *more])
+    return str(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("kind", ["a.ckpt", "peft"])
+def test_a_conversation_in_a_pipe(kind: str, chats: Path, monkeypatch: Any, capsys: Any) -> None:
+    says = Reference(chats / kind)
+    first = says(FIRST)
+    second = says(FIRST, first, SECOND)
+    base = says(FIRST, first, SECOND, second, FIRST, base=True)
+    assert base != says(FIRST, first, SECOND, second, FIRST)
+    assert second != says(SECOND)  # negative control: the first turn matters
+    printed = talk(monkeypatch, capsys, chats / kind, FIRST, SECOND, "/base", FIRST, "/reset", "/adapter", FIRST)
+    want = [first, second, "The base model answers.", base, "A new conversation.", "The adapters are on.", first]
+    assert printed == "".join(f"{text}\n" for text in want)
+
+
+def test_both_answers_to_a_question(chats: Path, monkeypatch: Any, capsys: Any) -> None:
+    says = Reference(chats / "a.ckpt")
+    first = says(FIRST)
+    printed = talk(monkeypatch, capsys, chats / "a.ckpt", "/both", FIRST, SECOND)
+    assert says(FIRST, base=True) != first
+    want = ["Both answer.", "base:", says(FIRST, base=True), "adapter:", first]
+    want += ["base:", says(FIRST, first, SECOND, base=True), "adapter:", says(FIRST, first, SECOND)]
+    assert printed == "".join(f"{text}\n" for text in want)
+    assert "no adapters" in talk(monkeypatch, capsys, chats / "merged", "/both")
+
+
+def test_single_questions_are_asked_by_themselves(questions: Path, monkeypatch: Any, capsys: Any) -> None:
+    says = Reference(questions / "a.ckpt")
+    for kind in ("a.ckpt", "peft", "merged"):
+        note, _, answers = talk(monkeypatch, capsys, questions / kind, FIRST, SECOND).partition("\n")
+        assert "earlier turns are not seen" in note
+        assert answers == f"{says(FIRST)}\n{says(SECOND)}\n"
+    answers = talk(monkeypatch, capsys, questions / kind, FIRST, SECOND, earlier_turns="true")
+    first = says(FIRST)
+    assert answers == f"{first}\n{says(FIRST, first, SECOND)}\n"
+    assert says(FIRST, first, SECOND) != says(SECOND)
+
+
+@pytest.mark.parametrize("kind", ["chats", "questions"])
+def test_what_is_saved_is_read_by_fit(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    path = request.getfixturevalue(kind) / "a.ckpt"
+    file = tmp_path / "saved.jsonl"
+    printed = talk(
+        monkeypatch, capsys, path, f"/save {file}", FIRST, SECOND, "/system Be kind.", FIRST, f"/save {file}"
+    )
+    assert "nothing to save yet" in printed
+    (row,) = map(json.loads, file.read_text().splitlines())
+    assert [m["role"] for m in row["messages"]] == ["system", "user", "assistant"]
+    assert row["messages"][0]["content"] == "Be kind."
+    talk(monkeypatch, capsys, path, FIRST, SECOND, f"/save {file}")
+    assert len(file.read_text().splitlines()) == 1 + (1 if kind == "chats" else 2)
+    data = SFTDataModule(Files(str(file)), str(path.parent / "base"))
+    data.setup("fit")
+    assert len(data.examples("train")) == (2 if kind == "chats" else 3)
+
+
+def test_a_system_message(chats: Path, monkeypatch: Any, capsys: Any) -> None:
+    says = Reference(chats / "a.ckpt")
+    want = says(FIRST, system="Be brief.")
+    assert talk(monkeypatch, capsys, chats / "a.ckpt", FIRST, system="Be brief.") == f"{want}\n"
+    printed = talk(monkeypatch, capsys, chats / "a.ckpt", "/system Be brief.", FIRST, "/system", FIRST)
+    begun = "A new conversation"
+    assert printed == f"{begun} with the system message 'Be brief.'.\n{want}\n{begun}.\n{says(FIRST)}\n"
+    assert says(FIRST) != want
+
+
+def test_lines_that_are_no_questions(chats: Path, monkeypatch: Any, capsys: Any) -> None:
+    says = Reference(chats / "a.ckpt")
+    lines = ["", "/nothing", "/save", " /etc is", "What is\\", "1?", "/exit", FIRST]
+    printed = talk(monkeypatch, capsys, chats / "a.ckpt", *lines)
+    first = says("/etc is")
+    want = [
+        "There is no command /nothing; /help shows those there are.",
+        "There is nothing to save yet.",
+        first,
+        says("/etc is", first, "What is\n1?"),
+    ]
+    assert printed == "".join(f"{text}\n" for text in want)
+    assert "/both" in talk(monkeypatch, capsys, chats / "a.ckpt", "/help")
+
+
+def test_a_fixed_number_of_positions_ends_a_conversation(
+    chats: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    _, tokenizer = load_for_inference(chats / "base", device="cpu")
+    prompt = len(prompt_ids([{"role": "user", "content": FIRST}], tokenizer))
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=prompt + 2)
+    model = GPT2LMHeadModel(config)
+    model.generation_config.eos_token_id = 1
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    printed = talk(monkeypatch, capsys, tmp_path, FIRST, SECOND).splitlines()
+    assert f"has {prompt + 2} positions, and the prompt takes {prompt}: 3 are left" in printed[0]
+    assert "0 are left. /reset begins" in printed[-1]
+    with pytest.raises(SystemExit, match=r"The prompt is too long: .* lower max_new_tokens"):
+        main(["generate", "--model", str(tmp_path), "--prompt", FIRST])
+
+
+def terminal(path: Path, *steps: tuple[str, str]) -> str:
+    """Run chat on a terminal: wait for a text, then write another; returns all that was seen."""
+    child, fd = pty.fork()
+    if child == 0:
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            main(["chat", "--ckpt_path", str(path), "--device=cpu", "--max_new_tokens=4000"])
+        except BaseException as error:
+            print(repr(error), flush=True)
+            os._exit(1)
+        os._exit(0)
+    seen, mark, end = "", 0, time.monotonic() + 60
+    for awaited, written in steps:
+        while awaited not in seen[mark:]:
+            assert time.monotonic() < end, seen
+            if select.select([fd], [], [], 0.1)[0]:
+                seen += os.read(fd, 4096).decode(errors="replace")
+        mark = seen.index(awaited, mark) + len(awaited)
+        os.write(fd, written.encode())
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, seen
+    return seen
+
+
+def test_a_terminal_has_prompts_and_ctrl_c_stops_an_answer(chats: Path) -> None:
+    """Of a model that would go on for thousands of tokens; the conversation then goes on."""
+    start, end = "> ", "\x04"
+    seen = terminal(
+        chats / "a.ckpt",
+        (start, "/base\n"),
+        ("The base model answers.", ""),
+        (start, f"{FIRST}\n"),
+        (f"{FIRST}\r\n", ""),
+        ("", "\x03"),
+        ("(stopped)", ""),
+        (start, "/save\n"),
+        ("Give the name of a file", ""),  # so there is a conversation
+        (start, end),
+    )
+    assert "/help shows the commands" in seen
+
+
+class Pieces:
+    """A tokenizer whose tokens are bytes."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+def test_pieces_of_an_answer_are_whole_characters() -> None:
+    pieces: list[str] = []
+    stream = TextStream(Pieces(), {0}, pieces.append)  # type: ignore[arg-type]
+    stream.put(torch.tensor([[1, 2, 3]]))  # the prompt
+    for token in "né 😀".encode() + b"\xc3\0":
+        stream.put(torch.tensor([token]))
+    stream.end()
+    assert pieces == ["n", "é", " ", "😀", "\ufffd"]  # the last one, cut off, comes at the end
+
+
+def generate(capsys: Any, path: Path, *options: str) -> str:
+    name = "--ckpt_path" if path.suffix == ".ckpt" else "--model"
+    capsys.readouterr()
+    main(["generate", name, str(path), "--max_new_tokens", str(LENGTH), "--device=cpu", *options])
+    return str(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("kind", ["chats", "questions"])
+def test_prompts_of_different_lengths_are_answered_as_each_alone(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    path = request.getfixturevalue(kind) / "a.ckpt"
+    says = Reference(path)
+    prompts = [FIRST, "Hi", SECOND + " 1 plus 2?" * 2]
+    want = [says(prompt) for prompt in prompts]
+    assert len(set(want)) > 1
+    assert generate(capsys, path, "--prompt", FIRST) == f"{want[0]}\n"
+    text = "".join(f"{answer}\n\n" for answer in want)[:-1]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n\n".join(prompts)))
+    assert generate(capsys, path, "--input", "-", "--batch_size=2") == text
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    file = tmp_path / "made" / "answers.txt"
+    assert generate(capsys, path, f"--input={tmp_path / 'prompts.txt'}", f"--output={file}") == ""
+    assert file.read_bytes().decode() == text
+
+
+def test_json_rows_keep_their_fields(chats: Path, questions: Path, tmp_path: Path, capsys: Any) -> None:
+    messages = [{"role": "user", "content": FIRST}, {"role": "assistant", "content": "3"}]
+    more = [*messages, {"role": "user", "content": SECOND}]
+    rows = [
+        {"prompt": FIRST, "id": 7},
+        {"messages": messages},
+        {"messages": more},
+        {"instruction": "Add.", "input": "1, 2", "output": "3"},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    says = Reference(chats / "peft")
+    want = [says(FIRST), says(FIRST), says(FIRST, "3", SECOND), says("Add.\n\n1, 2")]
+    printed = generate(capsys, chats / "peft", f"--input={file}", "--format=jsonl")
+    assert [json.loads(line) for line in printed.splitlines()] == [
+        {**row, "generation": answer} for row, answer in zip(rows, want, strict=True)
+    ]
+    says = Reference(questions / "a.ckpt")  # where the instruction has an input as in training
+    generate(capsys, questions / "a.ckpt", f"--input={file}", f"--output={tmp_path / 'out.jsonl'}")
+    assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[3])["generation"] == says("1, 2", system="Add.")
+
+
+def test_drawn_answers_hang_on_the_seed(chats: Path, capsys: Any) -> None:
+    draws = ["--temperature=3", "--num_return_sequences=3", "--format=jsonl", "--prompt", FIRST]
+    first, again, other = (generate(capsys, chats / "a.ckpt", *draws, f"--seed={seed}") for seed in (1, 1, 2))
+    assert first == again != other
+    assert len({json.loads(line)["generation"] for line in first.splitlines()}) == 3
+    narrow = generate(capsys, chats / "a.ckpt", *draws, "--top_k=1")  # which leaves the likeliest token
+    assert {json.loads(line)["generation"] for line in narrow.splitlines()} == {Reference(chats / "a.ckpt")(FIRST)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "Hi", "--top_p=0.9"], "top_p=0.9 has no effect"),
+        (["--prompt", "Hi", "--temperature=-1"], "temperature must be 0 or more"),
+        (["--prompt", "Hi", "--num_return_sequences=2"], "give a temperature"),
+        ([], "Give either --prompt TEXT or --input FILE"),
+        (["--input", "none.txt"], "There is no file 'none.txt'"),
+        (["--input", "empty.txt"], "There are no prompts in empty.txt"),
+        (["--input", "odd.txt"], "Line 2 of odd.txt is no JSON object"),
+        (["--input", "other.jsonl"], "Row 1 of other.jsonl cannot be asked: it has none of the fields"),
+        (["--input", "answers.jsonl"], "none but the assistant's"),
+    ],
+)
+def test_what_cannot_be_answered_is_named(
+    options: list[str], message: str, chats: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n")
+    Path("odd.txt").write_text('{"prompt": "Hi"}\nHi\n')
+    Path("other.jsonl").write_text('{"text": "Hi"}\n')
+    Path("answers.jsonl").write_text('{"messages": [{"role": "assistant", "content": "Hi"}]}\n')
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        main(["generate", "--ckpt_path", str(chats / "a.ckpt"), "--device=cpu", *options])
+
+
+def test_a_model_that_nobody_knows_how_to_ask(tmp_path: Path, capsys: Any) -> None:
+    save_tiny_model(tmp_path, "llama")
+    with pytest.raises(SystemExit, match=r"no chat template.*--template"):
+        main(["chat", "--model", str(tmp_path)])
+    with pytest.raises(SystemExit, match="Give either --ckpt_path"):
+        main(["chat"])
+    assert generate(capsys, tmp_path, "--prompt", FIRST, "--template=plain")
