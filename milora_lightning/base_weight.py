@@ -8,6 +8,7 @@ from torch import Tensor
 
 from milora_lightning.lora import LoRALinear
 from milora_lightning.quantization import decoded, holds_its_weight, refusal
+from milora_lightning.quantized_base import unquantized
 from milora_lightning.sharding import gather_to, is_sharded
 
 
@@ -21,6 +22,12 @@ def dense_weight(layer: LoRALinear) -> Tensor:
     if is_sharded(layer.base_layer):
         raise ValueError("The weight is in shards on several ranks: analyze the checkpoint on one device instead.")
     return cast(Tensor, collected_weight(layer, 0))
+
+
+def pretrained_weight(layer: LoRALinear, rank: int) -> Tensor | None:
+    """Collect the weight that factors start from: as :func:`collected_weight`, but before quantization where known."""
+    weight = collected_weight(layer, rank)
+    return None if weight is None else unquantized(layer.base_layer, weight)
 
 
 def collected_weight(layer: LoRALinear, rank: int) -> Tensor | None:

@@ -217,7 +217,8 @@ def export(
     if dtype is not None and format == "peft":
         raise ValueError("Adapters stay float32; dtype is of a merged model. Leave it out, or use --format merged.")
     check_output(output)
-    module, checkpoint = load_module(ckpt_path, name_or_path)
+    base: dict[str, Any] = {"quantization": None} if format == "merged" else {}
+    module, checkpoint = load_module(ckpt_path, name_or_path, **base)
     scores = checkpoint.get("callbacks", {}).get("EvaluationSummary", {}).get("after")
     data = checkpoint.get("SFTDataModule", {}).get("description")
     if format == "merged":

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from milora_lightning.data.prompt_format import PromptFormat
 from milora_lightning.factors import product_svd, stack_factors
-from milora_lightning.fingerprint import fingerprint
+from milora_lightning.fingerprint import fingerprint, unquantized
 from milora_lightning.folder import check_output, new_folder
 from milora_lightning.lora import LoRALinear
 from milora_lightning.merging import as_dtype, is_factor, merged_state
@@ -103,7 +103,7 @@ def export_peft(
         save_file(
             tensors,
             folder / "adapter_model.safetensors",
-            metadata={"format": "pt", BASE_KEY: json.dumps(fingerprint(model))},
+            metadata={"format": "pt", BASE_KEY: json.dumps(unquantized(fingerprint(model)))},
         )
         config.save_pretrained(str(folder))
         scales = {name: alphas[name] / ranks[name] for name in ranks}

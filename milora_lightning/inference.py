@@ -18,6 +18,7 @@ from milora_lightning.checkpoint_options import base_may_have_moved, differences
 from milora_lightning.data.chat import ChatTemplateError
 from milora_lightning.data.prompt_format import PromptFormat
 from milora_lightning.data.templates import name_of, with_template
+from milora_lightning.fingerprint import only_codes, unquantized
 from milora_lightning.generation import stop_ids
 from milora_lightning.merging import merge_adapters, rounding_note
 from milora_lightning.model_files import UnusableModelError
@@ -66,6 +67,8 @@ def load_for_inference(
     prompt_format = None
     if kind == "checkpoint":
         options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+        if merge:
+            options["quantization"] = None
         module, _ = load_module(path, name_or_path, whole=True, compile=False, gradient_checkpointing=False, **options)
         assert module.model is not None
         model, tokenizer, prompt_format = module.model, module.tokenizer, module.prompt_format
@@ -120,7 +123,8 @@ def load_module(
         ckpt_path: The checkpoint, a file or a folder.
         name_or_path: Where the base is now; by default where it was in training.
         whole: Take also one of full fine-tuning, which holds no adapters.
-        options: Of :class:`CausalLMModule`, in place of those of the checkpoint.
+        options: Of :class:`CausalLMModule`, in place of those of the checkpoint. With ``quantization=None`` the
+            adapters go on the unquantized base, if theirs was quantized from that.
 
     Returns:
         The module on the CPU, and the checkpoint's content.
@@ -134,6 +138,8 @@ def load_module(
         _check_own(checkpoint, ckpt_path)
     if name_or_path is not None:
         options["name_or_path"] = name_or_path
+    if "quantization" in options and options["quantization"] is None:
+        checkpoint = _on_unquantized_base(checkpoint)
     file = io.BytesIO()  # also of a folder, which Lightning could not load outside a sharded run
     torch.save(checkpoint, file)
     file.seek(0)
@@ -142,6 +148,22 @@ def load_module(
         say(line)
     with base_may_have_moved("--name_or_path", saved.get(BASE) if name_or_path is None else None):
         return CausalLMModule.load_from_checkpoint(file, map_location="cpu", **options), checkpoint
+
+
+def _on_unquantized_base(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint whose adapters are for the base that theirs was quantized from."""
+    quantization = options_in(checkpoint).get("model.quantization")
+    description = checkpoint["state_dict"].get(KEY)
+    if quantization is None or description is None:
+        return checkpoint
+    if (name := only_codes(description["base"])) is not None:
+        raise CheckpointError(
+            f"The checkpoint knows {name!r} of its base by {quantization} codes alone, so that nothing tells whether "
+            "an unquantized base is the same: use --format peft, and merge that folder with PEFT."
+        )
+    say(f"The base was {quantization} in training; the adapters are merged into its unquantized weights.")
+    state = {**checkpoint["state_dict"], KEY: {**description, "base": unquantized(description["base"])}}
+    return {**checkpoint, "state_dict": state}
 
 
 def _check_own(checkpoint: Any, path: str) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
-from milora_lightning.base_weight import collected_weight
+from milora_lightning.base_weight import pretrained_weight
 from milora_lightning.factor_cache import cached_factors
 from milora_lightning.factors import initial_factors
 from milora_lightning.lora import LoRALinear, linear_shape
@@ -122,7 +122,7 @@ def _start_jobs(
                 for name, layer, owner in batch:
                     if is_sharded(layer) or (owner == rank and not failed):
                         with _naming(name):
-                            weight = collected_weight(layer, owner)
+                            weight = pretrained_weight(layer, owner)
                         if owner == rank and weight is not None and not failed:
                             jobs[layer] = workers.submit(decompose, name, layer, weight)
                             unfinished.append(jobs[layer])

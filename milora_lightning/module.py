@@ -30,8 +30,10 @@ from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy
 from milora_lightning.optimization import OptimizedModule
 from milora_lightning.packed_rows import check_separation, check_takes_positions
 from milora_lightning.pretrained import load_causal_lm, load_tokenizer
+from milora_lightning.quantized_base import Quantization
 from milora_lightning.schedules import WARMUP
 from milora_lightning.screen.figures import peak_memory
+from milora_lightning.strategies import shards
 from milora_lightning.streaming import empty_causal_lm, shard, stream_weights
 from milora_lightning.surgery import factors_kept, inject, lora_layers
 
@@ -66,6 +68,9 @@ class CausalLMModule(OptimizedModule):
             (numbers of steps may be shares, too).
         learning_rate: The highest learning rate, in place of the optimizer's ``lr``; what a ``LearningRateFinder``
             finds is set here. In a resumed run it is the rate from there on.
+        quantization: ``nf4``, ``fp4`` or ``int8``: have bitsandbytes quantize the linear layers as the model is loaded
+            (all but the language-model head). Adapters start from the unquantized weights, the model from what the
+            quantized one computes.
 
     Raises:
         FileNotFoundError: When the model is built, if there is none of that name.
@@ -89,6 +94,7 @@ class CausalLMModule(OptimizedModule):
         metric: Metric | None = None,
         lr_scheduler_kwargs: dict[str, Any] | None = None,
         learning_rate: float | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, warmup_steps, lr_scheduler_kwargs, learning_rate)
         self.save_hyperparameters(ignore=["optimizer", "metric"])
@@ -97,6 +103,7 @@ class CausalLMModule(OptimizedModule):
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_layers = compile
+        self.quantization = quantization
         self.max_new_tokens = max_new_tokens
         self.metric = metric
         self._follows_data = metric is None
@@ -128,10 +135,14 @@ class CausalLMModule(OptimizedModule):
                 check_takes_positions(self._built())
 
     def _load(self) -> None:
+        self._check_quantized()
         if self.compile_layers and self.device_mesh is not None:
             raise ValueError("compile=True does not work with sharded models yet: leave it out, or use strategy: ddp.")
         origin = self.name_or_path, self.dtype_name, self.attn_implementation
-        model = load_causal_lm(*origin) if self.device_mesh is None else empty_causal_lm(*origin)
+        if self.device_mesh is None:
+            model = load_causal_lm(*origin, self.quantization, self._device_to_quantize_on())
+        else:
+            model = empty_causal_lm(*origin)
         if self.gradient_checkpointing:
             # Non-reentrant checkpoints reach adapters though nothing before them requires a gradient.
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -145,6 +156,26 @@ class CausalLMModule(OptimizedModule):
             shard(model, self.device_mesh["data_parallel"])
             stream_weights(model, self.name_or_path, self.trainer.strategy.root_device)
         self.tokenizer = load_tokenizer(self.name_or_path)
+
+    def _device_to_quantize_on(self) -> torch.device:
+        trainer = self._trainer
+        return torch.device("cpu") if trainer is None else trainer.strategy.root_device
+
+    def _check_quantized(self) -> None:
+        """Refuse what cannot be done with codes, before a model is loaded."""
+        if self.quantization is None or self._trainer is None:
+            return
+        if shards(self._trainer.strategy):
+            raise ValueError(
+                f"quantization: {self.quantization} does not work with sharded models, whose weights are read shard by "
+                "shard: leave it out, or use one device or strategy: ddp."
+            )
+        adapters = [c for c in self._trainer.callbacks if isinstance(c, MiLoRAInit) and c.config is not None]  # type: ignore[attr-defined]
+        if self._trainer.state.fn == TrainerFn.FITTING and not adapters:
+            raise ValueError(
+                f"Weights with quantization: {self.quantization} cannot be trained themselves: train adapters "
+                "(adapter.init: milora), or leave quantization out."
+            )
 
     def forward(self, batch: Batch) -> Tensor:
         """Compute the logits of the supervised tokens.

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from milora_lightning.checkpoint_io import CheckpointError
 from milora_lightning.config import LoRAConfig
 from milora_lightning.export import BASE_KEY, find_model
-from milora_lightning.fingerprint import check_base, fingerprint
+from milora_lightning.fingerprint import check_base, fingerprint, unquantized
 from milora_lightning.lora import LoRALinear, linear_shape
 from milora_lightning.names import unwrapped_name
 from milora_lightning.peft_format import PEFT_PREFIX, deviations, most_common, opens_otherwise
@@ -84,7 +84,7 @@ def load_peft(module: nn.Module, folder: str | Path) -> LoRAConfig:
     config = _as_ours(peft, tensors)
     model = find_model(module)
     if BASE_KEY in metadata:
-        _check_base(json.loads(metadata[BASE_KEY]), fingerprint(model, frozen_only=False))
+        _check_base(json.loads(metadata[BASE_KEY]), unquantized(fingerprint(model, frozen_only=False)))
     tensors = _without_base(model, tensors, folder)
     _check_tensors(model, config, tensors, folder)
     names = _layer_names(tensors)

@@ -32,6 +32,7 @@ from milora_lightning.model_files import (
     check_place,
     clear_errors,
 )
+from milora_lightning.quantized_base import Quantization, quantized_loading, remember_stored_weights
 
 # Newer releases of transformers can keep GGUF weights packed, and have to be told not to; older ones never do.
 GgufConfig = getattr(transformers, "GgufConfig", None)
@@ -64,7 +65,11 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 
 def load_causal_lm(
-    name_or_path: str, dtype: torch.dtype | str = "auto", attn_implementation: str | None = None
+    name_or_path: str,
+    dtype: torch.dtype | str = "auto",
+    attn_implementation: str | None = None,
+    quantization: Quantization | None = None,
+    device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
     """Load a causal language model.
 
@@ -76,22 +81,33 @@ def load_causal_lm(
         dtype: Dtype of the weights, a name such as ``"bfloat16"``, or ``"auto"`` for that of the files.
         attn_implementation: Hugging Face's name of an attention implementation, or ``"causal_blocks"``, which is
             faster than those in training on CPUs; by default Hugging Face's choice.
+        quantization: ``nf4``, ``fp4`` or ``int8``: have bitsandbytes quantize the linear layers.
+        device: Where to quantize, and to leave the model; without quantization it comes on the CPU (or the current
+            default device).
 
     Returns:
-        The model, in eval mode on the CPU (or the current default device).
+        The model, in eval mode.
 
     Raises:
         FileNotFoundError: If there is no such model, here or on the Hub.
-        ValueError: If it is no causal language model, or its files are damaged or lack some of its weights.
+        ModuleNotFoundError: If bitsandbytes is needed and not installed.
+        ValueError: If it is no causal language model, its files are damaged or lack some of its weights, or it is to be
+            quantized and is already.
     """
     config = load_config(name_or_path)
     location = locate(name_or_path)
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
+    if quantization is not None:
+        if dtype != "auto":
+            config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        options |= quantized_loading(name_or_path, config, quantization, device)
     with clear_errors(name_or_path, location):
         model, loading = AutoModelForCausalLM.from_pretrained(
             location, config=config, output_loading_info=True, trust_remote_code=False, **options
         )
     check_complete(name_or_path, model, loading)
+    if quantization is not None:
+        remember_stored_weights(model, location, quantization)
     return cast(PreTrainedModel, model)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from contextlib import suppress
 
@@ -15,10 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from milora_lightning.fingerprint import base_keys
-from milora_lightning.model_files import clear_errors
+from milora_lightning.model_files import clear_errors, weight_files
 from milora_lightning.names import pristine_name, unwrapped_name
 from milora_lightning.pretrained import decoder_layers, load_causal_lm, load_config, locate
 from milora_lightning.sharding import as_bytes, fill, local_slices
@@ -108,7 +106,7 @@ def stream_weights(model: PreTrainedModel, name_or_path: str, device: torch.devi
             fill(parameter, torch.zeros(1).expand(parameter.shape))
     location = locate(name_or_path)
     with clear_errors(name_or_path, location):
-        files = _weight_files(location)
+        files = weight_files(location)
     found = {parameter: next((name for name in own if name in files), "") for parameter, own in names.items()}
     buffers = {buffer: unwrapped_name(name) for name, buffer in model.named_buffers()}
     if all(found.values()):
@@ -148,24 +146,3 @@ def _send_whole(names: dict[Tensor, str], name_or_path: str) -> None:
             value.copy_(whole[name].detach())
         dist.broadcast(as_bytes(value), src=0)
         fill(tensor, value)
-
-
-def _weight_files(location: str) -> dict[str, str]:
-    """Return the safetensors file of each tensor of a model in a folder or on the Hub; empty if there are none."""
-
-    def cached(name: str) -> str | None:
-        path: str | None = cached_file(location, name, _raise_exceptions_for_missing_entries=False)
-        return path
-
-    index, single = cached(SAFE_WEIGHTS_INDEX_NAME), cached(SAFE_WEIGHTS_NAME)
-    if index is None:
-        return dict.fromkeys(_names_in(single), single) if single else {}
-    with open(index) as file:
-        weight_map: dict[str, str] = json.load(file)["weight_map"]
-    paths = {name: cached(name) or "" for name in set(weight_map.values())}
-    return {tensor: paths[name] for tensor, name in weight_map.items()}
-
-
-def _names_in(path: str) -> list[str]:
-    with safe_open(path, "pt") as file:
-        return list(file.keys())
