@@ -1,6 +1,6 @@
 """Fine-tune, evaluate and use language models: ``python main.py fit --config milora.yaml``."""
 
-from milora_lightning.cli import main
+from milora_lightning.__main__ import main
 
 if __name__ == "__main__":
     main()

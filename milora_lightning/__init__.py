@@ -1,61 +1,23 @@
 """MiLoRA for PyTorch Lightning: adapters that start from the smallest singular triplets of each weight."""
 
-# ruff: noqa: E402
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from milora_lightning.notices import leave_out_kernels
 
-leave_out_kernels()  # before PEFT is imported, which imports bitsandbytes
-
-from milora_lightning.attention import causal_attention
-from milora_lightning.callbacks import (
-    AdapterExport,
-    EvaluationSummary,
-    ForgettingMonitor,
-    MiLoRAInit,
-    PredictionWriter,
-    PrincipalProjection,
-    RandomState,
-    RunProgress,
-    SubspaceMonitor,
-)
-from milora_lightning.checkpoint import load_adapter
-from milora_lightning.checkpoint_io import CheckpointError
-from milora_lightning.config import LoRAConfig
-from milora_lightning.data import SFTDataModule
-from milora_lightning.decomposition import singular_slice
-from milora_lightning.export import export_merged, export_peft
-from milora_lightning.inference import load_for_inference
-from milora_lightning.initialization import initialize
-from milora_lightning.lora import LoRALinear
-from milora_lightning.module import CausalLMModule
-from milora_lightning.peft_import import load_peft
-from milora_lightning.surgery import adapters_disabled, inject, lora_layers
+if TYPE_CHECKING:
+    from milora_lightning.api import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AdapterExport",
-    "CausalLMModule",
-    "CheckpointError",
-    "EvaluationSummary",
-    "ForgettingMonitor",
-    "LoRAConfig",
-    "LoRALinear",
-    "MiLoRAInit",
-    "PredictionWriter",
-    "PrincipalProjection",
-    "RandomState",
-    "RunProgress",
-    "SFTDataModule",
-    "SubspaceMonitor",
-    "adapters_disabled",
-    "causal_attention",
-    "export_merged",
-    "export_peft",
-    "initialize",
-    "inject",
-    "load_adapter",
-    "load_for_inference",
-    "load_peft",
-    "lora_layers",
-    "singular_slice",
-]
+leave_out_kernels()  # before PEFT is imported, which imports bitsandbytes
+
+
+def __getattr__(name: str) -> Any:
+    # All that is offered stands in milora_lightning.api. It takes torch and Lightning, ten seconds to import, which the
+    # help of the command line does without.
+    if name == "__all__" or not name.startswith("_"):
+        return getattr(importlib.import_module("milora_lightning.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

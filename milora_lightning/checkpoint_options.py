@@ -19,6 +19,7 @@ from milora_lightning.checkpoint import read_checkpoint
 from milora_lightning.checkpoint_io import KEY, read_without_weights
 from milora_lightning.model_files import ModelNotFoundError
 
+BASE = "model.name_or_path"
 KEYWORDS = ("last", "best", "hpc")
 """What ``--ckpt_path`` may be in place of a path: checkpoints that Lightning looks for."""
 

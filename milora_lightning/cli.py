@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from jsonargparse import Namespace, auto_cli
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from rich.console import Console
 
-from milora_lightning.analysis import analyze_model, summary, write_tables
 from milora_lightning.callbacks import EvaluationSummary, MiLoRAInit, PredictionWriter, RandomState, RunProgress
 from milora_lightning.callbacks.given_options import GivenOptimizerOptions
 from milora_lightning.callbacks.run_config import RunConfig
 from milora_lightning.checkpoint_io import CheckpointError
 from milora_lightning.checkpoint_options import (
+    BASE,
     KEYWORDS,
     base_may_have_moved,
     differences,
@@ -27,20 +24,19 @@ from milora_lightning.checkpoint_options import (
     read_options,
     say,
 )
+from milora_lightning.commands import COMMANDS, LIGHTNING
+from milora_lightning.commands.running import run_command
 from milora_lightning.config_files import CONFIGS, replaced_checkpoints, resolve_configs
 from milora_lightning.data import Files, SFTDataModule
 from milora_lightning.ending import ending, resumption
-from milora_lightning.export import export_merged, export_peft
-from milora_lightning.folder import check_output, new_folder
-from milora_lightning.inference import load_module
+from milora_lightning.help import ALL, help_text
 from milora_lightning.logger_choice import LoggerName, make_logger
-from milora_lightning.merging import rounding_note
 from milora_lightning.module import CausalLMModule
 from milora_lightning.notices import leave_out, leave_out_bars
+from milora_lightning.option_errors import Parser, missing_package
 from milora_lightning.trainer_defaults import LOG_EVERY_N_STEPS, missing_options, replaced_files, with_screen
 
 PACKAGE = Path(__file__).parent
-BASE = "model.name_or_path"
 INTERRUPTED = 130  # the exit status of what Ctrl-C ends, as shells have it
 
 
@@ -50,6 +46,11 @@ class MiLoRACLI(LightningCLI):
     ``adapter`` configures :class:`MiLoRAInit`, ``predictions`` the file that ``predict`` writes; the tokenizer
     follows the model. ``--config`` may name a shipped config.
     """
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make a parser whose errors are sentences."""
+        self.parser_class = Parser
+        return super().init_parser(**kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that every run has, and say nothing twice."""
@@ -104,7 +105,8 @@ class MiLoRACLI(LightningCLI):
             self._given_optimizer = {} if given is None else given.as_dict()
         if not self._given.get(BASE) and (path is None or path in KEYWORDS):
             parser.error(
-                f"{BASE} is missing: give the model's Hub name, folder or .gguf file, or a --config that does."
+                f"{BASE} is missing: give the model's Hub name, folder or .gguf file (and --data.source.train, your "
+                "data), or a --config that does, such as milora.yaml."
             )
         return None if path is None else str(path)
 
@@ -193,82 +195,7 @@ class MiLoRACLI(LightningCLI):
             print(*ending(self.trainer), sep="\n")
 
 
-def export(
-    ckpt_path: str,
-    output: str,
-    format: Literal["peft", "merged"] = "peft",
-    rank: int | None = None,
-    name_or_path: str | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-) -> None:
-    """Export the adapters of a checkpoint.
-
-    Args:
-        ckpt_path: Checkpoint written by ``fit``; a file, or the folder of a sharded run.
-        output: Folder to make.
-        format: ``peft`` for an adapter folder that opens in every PEFT tool, ``merged`` for a whole model.
-        rank: For ``peft``: compress each update to this rank; says how much of it is lost.
-        name_or_path: Where the base model is now; by default where it was in training.
-        dtype: For ``merged``: of the whole model. By default each weight keeps its own; says how much of the updates
-            rounding to it has cost.
-    """
-    if rank is not None and format == "merged":
-        raise ValueError("rank compresses adapters; a merged model has none. Leave it out, or use --format peft.")
-    if dtype is not None and format == "peft":
-        raise ValueError("Adapters stay float32; dtype is of a merged model. Leave it out, or use --format merged.")
-    check_output(output)
-    base: dict[str, Any] = {"quantization": None} if format == "merged" else {}
-    module, checkpoint = load_module(ckpt_path, name_or_path, **base)
-    scores = checkpoint.get("callbacks", {}).get("EvaluationSummary", {}).get("after")
-    data = checkpoint.get("SFTDataModule", {}).get("description")
-    if format == "merged":
-        if note := rounding_note(
-            export_merged(module, output, module.tokenizer, scores, data, dtype, module.prompt_format)
-        ):
-            print(note)
-    else:
-        lost = export_peft(module, output, rank, module.tokenizer, scores, data, module.prompt_format)
-        if rank is not None:
-            print(f"Rank {rank} keeps {1 - lost:.2%} of the updates' energy and loses {lost:.2%}.")
-    print(f"Exported to {output}")
-
-
-def analyze(ckpt_path: str, output: str, name_or_path: str | None = None) -> None:
-    """Show where the updates of a checkpoint lie in the spectra of the weights they update.
-
-    Writes similarity.csv, spectra.csv, energy.csv and plots of them, and prints averages.
-
-    Args:
-        ckpt_path: Checkpoint written by ``fit``.
-        output: Folder to make.
-        name_or_path: Where the base model is now; by default where it was in training.
-    """
-    from milora_lightning.plots import plot_analysis  # needs the extra package matplotlib: missing before any work
-
-    check_output(output)
-    module, _ = load_module(ckpt_path, name_or_path)
-    matrices = analyze_model(module)
-    with new_folder(output) as folder:
-        write_tables(folder, matrices)
-        plot_analysis(folder, matrices)
-    Console().print(summary(matrices))
-    print(f"Tables and plots are in {output}")
-
-
-__all__ = ["CONFIGS", "MiLoRACLI", "analyze", "export", "main", "resolve_configs"]
-
-COMMANDS: dict[str, Callable[..., None] | str] = {
-    "export": export,
-    "analyze": analyze,
-    "chat": "milora_lightning.commands.chat",
-    "generate": "milora_lightning.commands.generate",
-}
-"""What can be done beside the subcommands of Lightning's CLI: functions, or the files of functions of these names."""
-
-
-def _command(name: str) -> Callable[..., None]:
-    command = COMMANDS[name]
-    return getattr(import_module(command), name) if isinstance(command, str) else command
+__all__ = ["CONFIGS", "MiLoRACLI", "main", "resolve_configs"]
 
 
 def main(args: ArgsType = None) -> Any:
@@ -278,28 +205,23 @@ def main(args: ArgsType = None) -> Any:
     traceback.
     """
     leave_out()
-    argv = sys.argv[1:] if args is None else args
-    usage = {"usage": "%(prog)s [--config FILE] ... [--OPTION VALUE] ...   (--help explains every option)"}
+    argv = list(args) if isinstance(args, list) else sys.argv[1:] if args is None else []
+    if (args is None or argv) and (text := help_text(argv)) is not None:
+        print(text)
+        sys.exit()
+    if any(argument in ALL for argument in argv):
+        args = ["--help" if argument in ALL else argument for argument in argv]
+    usage = {"usage": "%(prog)s [--config FILE] ... [--OPTION VALUE] ..."}
     try:
-        if isinstance(argv, list) and argv[:1] == ["compare"]:
-            from milora_lightning.compare import compare_command  # which is made of this module's CLI
-
-            return compare_command(argv[1:])
-        if isinstance(argv, list) and argv and argv[0] in COMMANDS:
-            return auto_cli(_command(argv[0]), args=argv[1:], as_positional=False)
+        if argv and argv[0] in COMMANDS:
+            return run_command(argv[0], argv[1:])
         return MiLoRACLI(
             CausalLMModule,
             SFTDataModule,
             args=args,
             save_config_callback=RunConfig,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={
-                "description": "Fine-tune language models with MiLoRA. More commands, each with its own --help: export "
-                "makes a PEFT or merged folder of a checkpoint, chat talks to a model, generate answers prompts, "
-                "analyze shows where updates lie in the weights' spectra, compare trains several methods alike and "
-                "reports how they compare.",
-                **dict.fromkeys(MiLoRACLI.subcommands(), usage),
-            },
+            parser_kwargs={name: {**usage, "description": text} for name, text in LIGHTNING.items()},
             trainer_defaults={
                 "callbacks": [RandomState()],
                 "log_every_n_steps": LOG_EVERY_N_STEPS,
@@ -312,6 +234,8 @@ def main(args: ArgsType = None) -> Any:
     except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
         if _raised_here(error):
             sys.exit(f"error: {error}")
+        if missing := missing_package(error):
+            sys.exit(f"error: {missing}")
         raise
     except MisconfigurationException as error:  # Lightning's own message to the user
         sys.exit(f"error: {error}")

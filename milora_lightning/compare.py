@@ -7,12 +7,11 @@ import gc
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint
 from rich.console import Console
@@ -259,34 +258,3 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-
-
-def compare_command(args: Sequence[str]) -> None:
-    """Run ``compare`` with command-line arguments, those that are not its own being options of ``fit``."""
-    parser = ArgumentParser(
-        prog="main.py compare",
-        description=compare.__doc__.partition("\n\n    Args:")[0],  # type: ignore[union-attr]
-    )
-    parser.add_function_arguments(compare, as_group=False, skip={"fit"})
-    names = {name for action in parser._actions for name in action.option_strings}
-    own, fit = split_arguments(args, names)
-    compare(fit, **parser.parse_args(own).as_dict())
-
-
-def split_arguments(args: Sequence[str], names: set[str]) -> tuple[list[str], list[str]]:
-    """Divide command-line arguments into options of certain names, with their values, and all others.
-
-    >>> split_arguments(["--seeds", "[0]", "--config", "a.yaml", "--output=x"], {"--seeds", "--output"})
-    (['--seeds', '[0]', '--output=x'], ['--config', 'a.yaml'])
-    """
-    own: list[str] = []
-    fit: list[str] = []
-    rest: Iterator[str] = iter(args)
-    for argument in rest:
-        if argument.partition("=")[0] not in names:
-            fit.append(argument)
-            continue
-        own.append(argument)
-        if "=" not in argument and argument not in ("-h", "--help"):
-            own += [value for value in [next(rest, None)] if value is not None]
-    return own, fit

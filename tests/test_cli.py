@@ -169,9 +169,10 @@ def test_a_list_of_configs_stands_for_those_it_names(tmp_path: Path) -> None:
         assert resolve_configs(["--config", str(recipe)]) == ["--config", str(recipe)]
 
 
-def test_every_option_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("help", ["--help", "--help_all"])
+def test_every_option_is_documented(help: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
-        run("fit", "--help")
+        run("predict", help)
     assert done.value.code == 0
     text = capsys.readouterr().out
     options = re.findall(r"^  --((?:model|data|adapter|predictions)\.[\w.]+)(.*(?:\n {6,}.*)*)", text, re.MULTILINE)

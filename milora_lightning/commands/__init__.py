@@ -1,1 +1,22 @@
-"""Commands of the command line, one in each file; imported when they are called."""
+"""The commands: those of Lightning's CLI, and one file for each other, loaded when it is asked for.
+
+A command is a function whose arguments are its options, described in its docstring. If the first is called ``fit``, the
+command also takes the options of ``fit``: those that are not its own are handed on as a list.
+"""
+
+LIGHTNING = {
+    "fit": "Fine-tune a model.",
+    "validate": "Measure a checkpoint on the validation data.",
+    "test": "Measure a checkpoint on the test data.",
+    "predict": "Answer the prompts of the test data, and write the answers to a file.",
+}
+"""What each subcommand of Lightning's CLI does."""
+
+COMMANDS = {
+    "compare": "milora_lightning.compare:compare",
+    "chat": "milora_lightning.commands.chat:chat",
+    "generate": "milora_lightning.commands.generate:generate",
+    "export": "milora_lightning.commands.export:export",
+    "analyze": "milora_lightning.commands.analyze:analyze",
+}
+"""Where the function of each other command is."""
