@@ -208,7 +208,7 @@ def main(args: ArgsType = None) -> Any:
     argv = list(args) if isinstance(args, list) else sys.argv[1:] if args is None else []
     if (args is None or argv) and (text := help_text(argv)) is not None:
         print(text)
-        sys.exit()
+        sys.exit(0)
     if any(argument in ALL for argument in argv):
         args = ["--help" if argument in ALL else argument for argument in argv]
     usage = {"usage": "%(prog)s [--config FILE] ... [--OPTION VALUE] ..."}

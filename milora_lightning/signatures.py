@@ -151,10 +151,18 @@ def _default(module: str, default: ast.expr | None) -> str | None:
 def _meaning(module: str, name: str) -> ast.expr | None:
     """Find what a name of a module stands for, also where it has it from another module of the package."""
     for node in _parsed(module).body:
-        if isinstance(node, ast.Assign) and [name] == [ast.unparse(target) for target in node.targets]:
-            return node.value
+        if isinstance(node, ast.Assign):
+            for target, value in _pairs(node.targets[0], node.value):
+                if ast.unparse(target) == name:
+                    return value
         if isinstance(node, ast.AnnAssign) and name == ast.unparse(node.target):
             return node.value
         if isinstance(node, ast.ImportFrom) and name in {alias.name for alias in node.names}:
             return _meaning(str(node.module), name) if str(node.module).startswith("milora_lightning.") else None
     return None
+
+
+def _pairs(target: ast.expr, value: ast.expr) -> list[tuple[ast.expr, ast.expr]]:
+    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+        return list(zip(target.elts, value.elts, strict=False))
+    return [(target, value)]
