@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.strategies.fsdp import _is_sharded_checkpoint as is_folder
 from lightning.fabric.utilities.load import _METADATA_FILENAME, _load_distributed_checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.distributed.checkpoint.api import CheckpointException
 
 KEY = "milora_lightning"
 """The entry of a state dict that describes its adapters."""
@@ -33,7 +34,7 @@ def readable(path: str | Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except Exception as error:  # torch raises many types for files it cannot read
+    except (Exception, CheckpointException) as error:  # torch raises many types for files it cannot read
         reason = "it is damaged, incomplete, or something else"
         if isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in str(error):
             reason = "it holds Python objects, perhaps in the module's hyper_parameters (see save_hyperparameters)"
@@ -72,8 +73,7 @@ def read_without_weights(path: str | Path) -> dict[str, Any]:
         CheckpointError: If it cannot be read, or is no checkpoint.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"There is no checkpoint {str(path)!r}. Check the path.")
+    _check_there(path)
     with readable(path):
         file = path / _METADATA_FILENAME if path.is_dir() else path
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
@@ -97,8 +97,7 @@ def read(path: str | Path) -> dict[str, Any]:
         CheckpointError: If it cannot be read.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"There is no checkpoint {str(path)!r}. Check the path.")
+    _check_there(path)
     with readable(path):
         if not path.is_dir():
             content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -110,3 +109,12 @@ def read(path: str | Path) -> dict[str, Any]:
     optimizers = sorted(key for key in content if key.startswith("optimizer_") and key[10:].isdigit())
     states = [content.pop(key) for key in optimizers]
     return {**content, "state_dict": state, **({"optimizer_states": states} if states else {})}
+
+
+def _check_there(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"There is no checkpoint {str(path)!r}. Check the path.")
+    if path.is_dir() and not is_folder(path):
+        inside = sorted(child.name for child in path.glob("*.ckpt"))
+        found = f"Give the path of one in it, such as {path / inside[-1]}." if inside else "Check the path."
+        raise CheckpointError(f"{str(path)!r} is a folder, and not one that the ranks of a sharded run wrote. {found}")

@@ -151,7 +151,10 @@ class MiLoRACLI(LightningCLI):
         options["callbacks"] = with_screen({**given, **options}, go_on, trains)
         if "logger" not in kwargs and (name := self._get(self.config, "logger")) is not None:
             options["logger"] = make_logger(name, given.get("logger"), given.get("default_root_dir"))
-        trainer = super().instantiate_trainer(**{**kwargs, **options})
+        try:
+            trainer = super().instantiate_trainer(**{**kwargs, **options})
+        except (ValueError, ModuleNotFoundError) as error:  # options that do not go together, a package that is missing
+            raise MisconfigurationException(f"The Trainer's options: {error}") from error
         leave_out_bars()
         if self._given_optimizer:
             trainer.callbacks.insert(0, GivenOptimizerOptions(self._given_optimizer))  # type: ignore[attr-defined]

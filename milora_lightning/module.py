@@ -74,10 +74,10 @@ class CausalLMModule(OptimizedModule):
 
     Raises:
         FileNotFoundError: When the model is built, if there is none of that name.
-        ValueError: If there is no such schedule, or not with these arguments; in ``setup`` or
-            ``configure_optimizers`` if it needs to know the length of a run that has none; when the model is built,
-            if it is to be both compiled and sharded; when training is resumed, if the checkpoint has no state of it, or
-            that of another optimizer.
+        ValueError: If there is no such schedule, or not with these arguments, or ``max_new_tokens`` is below 1; in
+            ``setup`` or ``configure_optimizers`` if the schedule needs to know the length of a run that has none; when
+            the model is built, if it is to be both compiled and sharded; when training is resumed, if the checkpoint
+            has no state of it, or that of another optimizer.
     """
 
     def __init__(
@@ -97,6 +97,11 @@ class CausalLMModule(OptimizedModule):
         quantization: Quantization | None = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, warmup_steps, lr_scheduler_kwargs, learning_rate)
+        if max_new_tokens < 1:
+            raise ValueError(
+                f"max_new_tokens must be at least 1, not {max_new_tokens}. To generate no answers in validation, set "
+                "the data's num_generation_examples to 0."
+            )
         self.save_hyperparameters(ignore=["optimizer", "metric"])
         self.name_or_path = name_or_path
         self.dtype_name = dtype

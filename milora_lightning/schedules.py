@@ -143,6 +143,8 @@ def run_length(trainer: Trainer) -> float:
     Raises:
         ValueError: If validation is to come later than the end of an epoch.
     """
+    if trainer.limit_train_batches == 0:
+        return 0  # Lightning does not even ask for the data then
     try:
         length = trainer.estimated_stepping_batches
     except ValueError as error:

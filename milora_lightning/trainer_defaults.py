@@ -40,7 +40,9 @@ def missing_options(given: Mapping[str, Any], trains: bool) -> tuple[dict[str, A
     if given.get("max_epochs") is None and not limited:
         options["max_epochs"] = EPOCHS
         lines.append(f"Training {EPOCHS} epochs: set trainer.max_epochs, max_steps or max_time for another length.")
-    saves = given.get("enable_checkpointing") is not False and not given.get("fast_dev_run")
+    if given.get("barebones") and given.get("log_every_n_steps") == LOG_EVERY_N_STEPS:
+        options["log_every_n_steps"] = None  # it takes no other
+    saves = given.get("enable_checkpointing") is not False and not (given.get("fast_dev_run") or given.get("barebones"))
     if saves and not any(isinstance(callback, Checkpoint) for callback in callbacks):
         # A folder that stays the same, where --ckpt_path last looks; what other runs have left there is not replaced.
         folder = Path(given.get("default_root_dir") or ".") / "checkpoints"

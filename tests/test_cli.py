@@ -193,6 +193,9 @@ def test_every_option_is_documented(help: str, capsys: pytest.CaptureFixture[str
         (["--data.source.prompt_field", "question"], r"question.*instruction"),
         (["--model.name_or_path", "nobody/nothing"], r"no model 'nobody/nothing'"),
         (["--ckpt_path", "absent.ckpt"], r"no checkpoint 'absent.ckpt'"),
+        (["--ckpt_path", "model"], r"'model' is a folder, and not one that the ranks of a sharded run wrote"),
+        (["--model.max_new_tokens", "0"], r"max_new_tokens must be at least 1, not 0"),
+        (["--trainer.precision", "transformer-engine"], r"Trainer's options: .*transformer_engine"),
         (["--adapter.init", "mica"], "mica"),
     ],
 )
@@ -205,6 +208,17 @@ def test_mistakes_are_named_before_training(
     assert re.search(message, output, re.DOTALL)
     assert "Traceback" not in output
     assert not list((project / "out").rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("options", [["--trainer.barebones", "true"], ["--trainer.limit_train_batches", "0"]])
+def test_options_that_leave_something_out_run(project: Path, options: list[str]) -> None:
+    trainer = run("fit", "--config", "mine.yaml", *options, "--trainer.num_sanity_val_steps", "0").trainer
+    assert trainer.global_step == (0 if "0" in options else 6)
+
+
+def test_predictions_that_cannot_be_written_are_named(project: Path) -> None:
+    with pytest.raises(SystemExit, match=r"cannot be written to model \(Is a directory\)"):
+        run("predict", "--config", "mine.yaml", "--predictions.output", "model")
 
 
 def saved_by_fit(*options: str) -> str:

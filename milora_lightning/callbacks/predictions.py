@@ -35,11 +35,21 @@ class PredictionWriter(BasePredictionWriter):
         self.generator = generator
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin empty files, so that an unwritable place is noticed before any work."""
+        """Begin empty files, so that an unwritable place is noticed before any work.
+
+        Raises:
+            ValueError: If it is that.
+        """
         for path in (self._file(trainer.global_rank, trainer.world_size), self.alpaca_eval):
-            if path is not None:
+            if path is None:
+                continue
+            try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text("", encoding="utf-8")
+            except OSError as error:
+                raise ValueError(
+                    f"Predictions cannot be written to {path} ({error.strerror}): name a file in another place."
+                ) from error
 
     def write_on_batch_end(
         self,
