@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from milora_lightning.checkpoint_options import say
 from milora_lightning.export import export_merged, export_peft
 from milora_lightning.folder import check_output
+from milora_lightning.hub import check_upload, local_base, upload
 from milora_lightning.inference import load_module
 from milora_lightning.merging import rounding_note
 
@@ -17,6 +19,8 @@ def export(
     rank: int | None = None,
     name_or_path: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> None:
     """Export the adapters of a checkpoint.
 
@@ -28,12 +32,18 @@ def export(
         name_or_path: Where the base model is now; by default where it was in training.
         dtype: For ``merged``: of the whole model. By default each weight keeps its own; says how much of the updates
             rounding to it has cost.
+        push_to_hub: Repository on the Hugging Face Hub to upload the folder to, ``user/name``; made if need be.
+        private: Make that repository private.
     """
+    if private and push_to_hub is None:
+        raise ValueError("private is of a repository on the Hub: give --push_to_hub its name, or leave it out.")
     if rank is not None and format == "merged":
         raise ValueError("rank compresses adapters; a merged model has none. Leave it out, or use --format peft.")
     if dtype is not None and format == "peft":
         raise ValueError("Adapters stay float32; dtype is of a merged model. Leave it out, or use --format merged.")
     check_output(output)
+    if push_to_hub is not None:
+        check_upload(push_to_hub, private)
     base: dict[str, Any] = {"quantization": None} if format == "merged" else {}
     module, checkpoint = load_module(ckpt_path, name_or_path, **base)
     scores = checkpoint.get("callbacks", {}).get("EvaluationSummary", {}).get("after")
@@ -48,3 +58,7 @@ def export(
         if rank is not None:
             print(f"Rank {rank} keeps {1 - lost:.2%} of the updates' energy and loses {lost:.2%}.")
     print(f"Exported to {output}")
+    if push_to_hub is not None:
+        if (name := local_base(output)) is not None:
+            say(f"The adapters name {name!r} as their base, which others do not have: tell them in the model card.")
+        print(f"Uploaded to {upload(output, push_to_hub, private)}")
