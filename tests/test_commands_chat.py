@@ -319,3 +319,36 @@ def test_a_model_that_nobody_knows_how_to_ask(tmp_path: Path, capsys: Any) -> No
     with pytest.raises(SystemExit, match="Give either --ckpt_path"):
         main(["chat"])
     assert generate(capsys, tmp_path, "--prompt", FIRST, "--template=plain")
+
+
+def test_predict_answers_prompts_without_answers(chats: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """In a file without the field, or with some that are empty, which an evaluation leaves out."""
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in (FIRST, SECOND)))
+    some = [{"instruction": FIRST, "output": ""}, {"instruction": SECOND, "output": "9"}]
+    Path("some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    says = Reference(chats / "a.ckpt")
+    for file, references in (("prompts.jsonl", ["", ""]), ("some.jsonl", ["", "9"])):
+        options = [
+            "--ckpt_path",
+            str(chats / "a.ckpt"),
+            "--data.source=milora_lightning.data.Files",
+            "--data.template=chat",
+        ]
+        options += ["--data.source.test", file, f"--model.max_new_tokens={LENGTH}", "--trainer.logger=false"]
+        main(["predict", *options, "--predictions.output=out.jsonl", "--trainer.accelerator=cpu"])
+        records = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+        assert [r["generation"] for r in records] == [says(FIRST), says(SECOND)]
+        assert [r["reference"] for r in records] == references
+    data = SFTDataModule(Files(test="some.jsonl"), str(chats / "base"), template="chat")
+    for stage, number in (("predict", 2), ("test", 1), ("predict", 2)):
+        data.setup(stage)
+        assert len(data.examples("test")) == number
+    data = SFTDataModule(Files(test="prompts.jsonl", response_field="answer"), str(chats / "base"))
+    with pytest.raises(ValueError, match="No example of the test data has a response"):
+        data.setup("test")
+    Path("texts.txt").write_text(f"{FIRST}\n")
+    data = SFTDataModule(Files(test="texts.txt"), str(chats / "base"))
+    data.setup("predict")
+    with pytest.raises(ValueError, match="nothing to answer in the test data"):
+        data.predict_dataloader()

@@ -123,6 +123,7 @@ class SFTDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._splits: dict[Split, datasets.Dataset | None] = {}
+        self._unanswered: bool | None = None  # whether prompts without a response are in test; None without any
         self._kinds: tuple[bool, bool] | None = None  # whether there are conversations, and nothing but plain texts
         name_of(template, False)
         self._resumption = Resumption(self)
@@ -140,8 +141,9 @@ class SFTDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Fill the caches in one process of each machine, before the others come to read them."""
         if self.trainer is not None and self.trainer.world_size > 1:
-            for split in SPLITS[self.trainer.state.fn and self.trainer.state.fn.value]:
-                self._tokenized(split)
+            stage = self.trainer.state.fn and self.trainer.state.fn.value
+            for split in SPLITS[stage]:
+                self._tokenized(split, stage == "predict")
 
     def setup(self, stage: str | None = None) -> None:
         """Load and tokenize what a stage needs, unless that has been done.
@@ -153,8 +155,9 @@ class SFTDataModule(LightningDataModule):
             ValueError: If the source lacks a needed split, or its data cannot be used.
         """
         for split in SPLITS[stage]:
-            if split not in self._splits:
-                self._splits[split] = self._tokenized(split)
+            predicts = stage == "predict"  # with prompts that have no response, which an evaluation leaves out
+            if split not in self._splits or (split == "test" and self._unanswered not in (None, predicts)):
+                self._splits[split] = self._tokenized(split, predicts)
         if stage is not None:
             self.examples(NEEDED[stage])
         if stage == "fit":
@@ -226,16 +229,25 @@ class SFTDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return generation batches of all test examples, in their order."""
+        asked = [i for i, length in enumerate(self.examples("test")["prompt_length"][:]) if length]
+        if not asked:
+            raise ValueError(
+                "There is nothing to answer in the test data: they are texts without prompts. Give rows with a prompt, "
+                "or ask with generate --input FILE, which takes a prompt in each line."
+            )
         self._check_model()
-        return self._generation("test", range(len(self.examples("test"))))
+        return self._generation("test", asked)
 
-    def _tokenized(self, split: Split) -> datasets.Dataset | None:
+    def _tokenized(self, split: Split, unanswered: bool = False) -> datasets.Dataset | None:
         dataset = self.source.load(split)
         if dataset is None:
             return None
         dataset = as_dataset(dataset, split)
         if self._kinds is None:
             self._kinds = _kinds(dataset)
+        if split == "test":
+            rows = zip(dataset["prompt"], dataset["response"], strict=True)
+            self._unanswered = unanswered if any(prompt and not response.strip() for prompt, response in rows) else None
         return tokenize_dataset(
             dataset,
             self.tokenizer_object,
@@ -245,6 +257,7 @@ class SFTDataModule(LightningDataModule):
             self.num_proc,
             split,
             self.train_on,
+            unanswered,
         )
 
     def _kinds_of_rows(self) -> tuple[bool, bool]:

@@ -63,6 +63,7 @@ def encode(
     max_length: int,
     train_on: TrainOn = ASSISTANT,
     split: str = "train",
+    unanswered: bool = False,
 ) -> dict[str, list[Any]]:
     """Encode a batch of rows, and leave out those in which there is nothing to learn.
 
@@ -76,6 +77,7 @@ def encode(
         max_length: Most tokens of an example.
         train_on: Which turns of conversations are learned, see :func:`choose_turns`.
         split: What to call the data in messages.
+        unanswered: Whether prompts without a response are kept, with nothing to learn.
 
     Returns:
         Columns ``input_ids``, ``spans`` (start, stop, start, stop ... of the ids that are to be learned),
@@ -95,7 +97,7 @@ def encode(
     prompts = [i for i in range(size) if i not in rows]
     some = {name: [values[i] for i in prompts] for name, values in batch.items()}
     where = [indices[i] for i in prompts]
-    answered = _answered_rows(some, where, tokenizer, template, prompt_suffix, max_length, split)
+    answered = _answered_rows(some, where, tokenizer, template, prompt_suffix, max_length, split, unanswered)
     for place, row in answered:
         rows[prompts[place]] = [row]
     columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
@@ -175,11 +177,12 @@ def _answered_rows(
     prompt_suffix: str,
     max_length: int,
     split: str,
+    unanswered: bool,
 ) -> list[tuple[int, Example]]:
     """Encode rows of a prompt and a response; returns each with its place among them."""
     responses = batch.get("response") or []
     inputs = batch.get("input") or [""] * len(responses)
-    kept = [i for i, response in enumerate(responses) if response.strip()]
+    kept = [i for i, response in enumerate(responses) if response.strip() or (unanswered and batch["prompt"][i])]
     roles = batch.get("prompt_role") or [""] * len(responses)
     texts = [(batch["prompt"][i], inputs[i], responses[i]) for i in kept]
     if not texts:

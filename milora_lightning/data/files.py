@@ -188,6 +188,7 @@ class Files(Source):
             "fields": self.fields,
             "convert": type(self).convert,
             "task": task,
+            "unanswered": split == "test",  # which predict answers
         }
         if is_hub_name(name) or is_saved(name):
             open_dataset = hub_dataset if is_hub_name(name) else functools.partial(saved_dataset, split=split)
@@ -259,13 +260,17 @@ def _joined(location: str | list[str]) -> str:
     return location if isinstance(location, str) else ", ".join(location)
 
 
-def _file_rows(files: tuple[tuple[str, int, int], ...], fields: Fields, convert: Convert, task: str) -> Iterator[Row]:
+def _file_rows(
+    files: tuple[tuple[str, int, int], ...], fields: Fields, convert: Convert, task: str, unanswered: bool
+) -> Iterator[Row]:
     for name, _, _ in files:
-        yield from checked_rows(read_records(name), name, fields, convert, task)
+        yield from checked_rows(read_records(name), name, fields, convert, task, unanswered)
 
 
-def _table_rows(dataset: datasets.Dataset, name: str, fields: Fields, convert: Convert, task: str) -> Iterator[Row]:
-    yield from checked_rows(enumerate(map(without_nulls, dataset), 1), name, fields, convert, task)
+def _table_rows(
+    dataset: datasets.Dataset, name: str, fields: Fields, convert: Convert, task: str, unanswered: bool
+) -> Iterator[Row]:
+    yield from checked_rows(enumerate(map(without_nulls, dataset), 1), name, fields, convert, task, unanswered)
 
 
 @functools.cache  # once for train and the validation data held out of it

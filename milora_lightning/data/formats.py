@@ -119,6 +119,30 @@ def recognise(naming: Fields, records: list[dict[str, Any]]) -> Format | None:
     return Format("texts", {TEXT: texts[0], **task})
 
 
+def with_response(record: dict[str, Any], naming: Fields) -> dict[str, Any]:
+    """Give a record that asks, and has no field of an answer, an empty one: it can be answered, though not learned.
+
+    Args:
+        record: The record; changed in place.
+        naming: The field of each column, ``"auto"`` where it is to be recognised.
+
+    Returns:
+        The record.
+
+    >>> with_response({"prompt": "Hi"}, {"response": "auto"}), with_response({"prompt": "Hi", "answer": "Hello!"}, {})
+    ({'prompt': 'Hi', 'completion': ''}, {'prompt': 'Hi', 'answer': 'Hello!'})
+    """
+    names = {str(key).lower() for key in dict.keys(record)}
+    response, prompt = _named(naming, "response"), _named(naming, "prompt")
+    prompts = [name for name in ([prompt.lower()] if prompt else PROMPTS) if name in names]
+    answers = [response.lower()] if response else [*RESPONSES, *CONVERSATIONS]
+    if prompts and not names.intersection(answers):
+        record[response or PARTNERS.get(prompts[0], "response")] = ""
+        if reference := _named(naming, "reference"):
+            dict.setdefault(record, reference, "")
+    return record
+
+
 def _conversations(naming: Fields, first: _Holding) -> list[str]:
     """Return the fields that may hold the conversation."""
     named = naming.get("messages")

@@ -9,7 +9,17 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from milora_lightning.data.conversations import as_json, conversation_of, read_tools
-from milora_lightning.data.formats import AUTO, INPUTS, OTHERS, Fields, Format, Kind, is_filled, recognise
+from milora_lightning.data.formats import (
+    AUTO,
+    INPUTS,
+    OTHERS,
+    Fields,
+    Format,
+    Kind,
+    is_filled,
+    recognise,
+    with_response,
+)
 from milora_lightning.data.records import Ambiguous
 from milora_lightning.data.values import as_text, shown
 
@@ -69,7 +79,7 @@ class Watched(dict[str, Any]):
 
 
 def checked_rows(
-    records: Iterable[tuple[int, Any]], name: str, fields: Fields, convert: Convert, task: str
+    records: Iterable[tuple[int, Any]], name: str, fields: Fields, convert: Convert, task: str, unanswered: bool = False
 ) -> Iterator[Row]:
     """Make rows of records.
 
@@ -79,6 +89,7 @@ def checked_rows(
         fields: The field that each column is read from, ``"auto"`` where it is to be recognised.
         convert: Brings a record into these fields.
         task: Name of the test set; empty to read it from a field, if there is one.
+        unanswered: Whether a record may ask without having a field of an answer.
 
     Yields:
         The columns of an example, ``UNREAD``, and ``FORMAT`` if it was to be recognised.
@@ -87,6 +98,8 @@ def checked_rows(
         ValueError: If there are no rows, or one is not as it should be; says which, and why.
     """
     converted = _converted_records(records, name, convert)
+    if unanswered:
+        converted = ((where, watched, with_response(record, fields)) for where, watched, record in converted)
     beginning = list(itertools.islice(converted, BEGINNING if AUTO in fields.values() else 1))
     if not beginning:
         raise ValueError(f"There are no rows in {name}. Point to data that is not empty.")

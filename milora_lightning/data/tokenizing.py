@@ -34,6 +34,7 @@ def tokenize_dataset(
     num_proc: int | None = None,
     split: str = "train",
     train_on: TrainOn = ASSISTANT,
+    unanswered: bool = False,
 ) -> datasets.Dataset:
     """Tokenize a source's dataset, or read it from the cache of ``datasets`` if that has been done before.
 
@@ -50,6 +51,7 @@ def tokenize_dataset(
         split: What to call the data in messages.
         train_on: Which turns of conversations are learned: ``"assistant"`` for all of the assistant's, ``"last"`` for
             its last one, or a list of roles.
+        unanswered: Whether prompts without a response are kept, to be answered.
 
     Returns:
         Dataset with the columns that :func:`encode` returns.
@@ -68,6 +70,8 @@ def tokenize_dataset(
     name = name_of(template, holds(dataset, "messages"))
     check_end(tokenizer, name)
     arguments = {"template": name, "prompt_suffix": prompt_suffix, "max_length": max_length, "train_on": train_on}
+    if unanswered:
+        arguments["unanswered"] = True
     # The tokenizer's own hash changes with use (it remembers padding and truncation), which would miss the cache.
     key = [dataset._fingerprint, _content(tokenizer), arguments, code_key(encode)]
     with progress_bars(len(dataset) >= LONG):
