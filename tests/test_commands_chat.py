@@ -246,6 +246,8 @@ def test_prompts_of_different_lengths_are_answered_as_each_alone(
     want = [says(prompt) for prompt in prompts]
     assert len(set(want)) > 1
     assert generate(capsys, path, "--prompt", FIRST) == f"{want[0]}\n"
+    for odd in ("#1 plus 2?", "null", "[1, 2]"):  # as it stands, not read as YAML
+        assert generate(capsys, path, "--prompt", odd) == f"{says(odd)}\n"
     text = "".join(f"{answer}\n\n" for answer in want)[:-1]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n\n".join(prompts)))
     assert generate(capsys, path, "--input", "-", "--batch_size=2") == text

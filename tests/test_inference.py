@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from conftest import quiet_trainer, tiny_tokenizer, write_examples
 from test_chat import folder_of, ids_of
+from torch.distributed.checkpoint import FileSystemWriter
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from milora_lightning import (
@@ -21,8 +23,10 @@ from milora_lightning import (
     load_for_inference,
     lora_layers,
 )
+from milora_lightning.checkpoint_io import KEY
 from milora_lightning.cli import main
 from milora_lightning.data import Files
+from milora_lightning.inference import kind_of
 from milora_lightning.lora import LoRALinear
 
 QUESTION = [{"role": "user", "content": "What is 1 plus 2?"}]
@@ -164,3 +168,15 @@ def test_a_module_answers_texts(trained: Path) -> None:
     module.prompt_format, module.tokenizer = None, tiny_tokenizer()
     with pytest.raises(ValueError, match="no chat template"):
         module.generate("Hi")
+
+
+def test_the_folder_of_a_sharded_run_is_loaded(trained: Path, tmp_path: Path) -> None:
+    content = torch.load(trained / "a.ckpt", weights_only=True)
+    state = content.pop("state_dict")
+    content = {name: value for name, value in content.items() if name != "optimizer_states"}
+    torch.save({**content, KEY: state.pop(KEY)}, tmp_path / "meta.pt")
+    writer = FileSystemWriter(tmp_path, single_file_per_rank=True)
+    dcp.save({"state_dict": state}, storage_writer=writer, no_dist=True)
+    assert kind_of(str(tmp_path)) == "checkpoint"
+    here, there = (logits(*load_for_inference(path, device="cpu")) for path in (tmp_path, trained / "a.ckpt"))
+    assert torch.equal(here, there)

@@ -32,7 +32,7 @@ WINDOW = 16  # batches among which prompts are sorted by length, and after which
 def generate(
     ckpt_path: str | None = None,
     model: str | None = None,
-    prompt: str | None = None,
+    prompt: str = "",  # None would make YAML of it, where # begins a comment
     input: str | None = None,
     output: str | None = None,
     format: Literal["auto", "text", "jsonl"] = "auto",
@@ -76,7 +76,7 @@ def generate(
         device: Where to compute, such as ``cpu`` or ``cuda:1``; by default the accelerator, if there is one.
     """
     sampling = Sampling(temperature, top_p, top_k)
-    if (prompt is None) == (input is None):
+    if bool(prompt) == (input is not None):
         raise ValueError("Give either --prompt TEXT or --input FILE (- for standard input).")
     for name, number in (("num_return_sequences", num_return_sequences), ("batch_size", batch_size)):
         if number < 1:
