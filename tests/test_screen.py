@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rich.console
 import torch
 import yaml
 from conftest import quiet_trainer, save_tiny_model
@@ -25,6 +26,8 @@ from milora_lightning.cli import main
 from milora_lightning.ending import ending
 from milora_lightning.logger_choice import make_logger
 from milora_lightning.screen.remaining import seconds_left
+from milora_lightning.screen.state import RunState, Work
+from milora_lightning.screen.views import LiveView
 
 NOTICES = (
     "Tip:",
@@ -142,6 +145,22 @@ def test_a_second_ctrl_c_ends_at_once(project: Path) -> None:
     assert time.monotonic() - started < 50
     assert recording.raw.rfind("\x1b[?25h") > recording.raw.rfind("\x1b[?25l")  # the cursor is there again
     assert not list(project.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("columns", [40, 80, 220])
+def test_times_are_seen_however_long_the_words_are(columns: int) -> None:
+    state = RunState(Work("Training", 12345, "steps", 67), end=time.monotonic() + 4000)
+    state.work = Work("Initializing adapters", 150, "matrices", 12, "model.model.layers.29.self_attn.v_proj" * 3)
+    console = rich.console.Console(width=columns)
+    with console.capture() as capture:
+        console.print(LiveView(console, state).draw())
+    rows = capture.get().splitlines()
+    assert len(rows) == 3
+    assert all(len(row) <= columns for row in rows)
+    assert re.search(r"0:00:00, 1:06:\d\d left *$", rows[0])
+    assert re.search(r"0:00:00 *$", rows[2])
+    assert "Training 67 of" in rows[0] or columns == 40
+    assert "Initializing adapters 12 of" in rows[2]
 
 
 class Interrupts(Callback):

@@ -121,6 +121,8 @@ class RunProgress(ProgressBar):
             yield batch
             if work is not None:
                 work.done += len(batch)
+        if batches:  # the last are still being decomposed; then the layers are compared with what they were
+            self.begin("Checking the adapters")
 
     # Training
 

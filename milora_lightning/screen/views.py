@@ -38,8 +38,9 @@ class LiveView:
 
     def __init__(self, console: Console, state: RunState) -> None:
         self.state = state
+        self._console = console
         self._spinner = Spinner("dots")
-        self._live = Live(console=console, get_renderable=self._draw, refresh_per_second=4, transient=True)
+        self._live = Live(console=console, get_renderable=self.draw, refresh_per_second=4, transient=True)
 
     def start(self) -> None:
         """Begin to draw."""
@@ -52,7 +53,8 @@ class LiveView:
         """Take the lines away."""
         self._live.stop()
 
-    def _draw(self) -> RenderableType:
+    def draw(self) -> RenderableType:
+        """Return what is to be seen now."""
         state = self.state
         training, work = state.training, state.work
         rows: list[RenderableType] = []
@@ -64,17 +66,19 @@ class LiveView:
         return Group(*rows)
 
     def _row(self, work: Work, left: str, spin: bool) -> Table:
-        row = Table.grid(padding=(0, 1), expand=True)
-        for _ in range(2):
-            row.add_column(no_wrap=True)
-        row.add_column(no_wrap=True, overflow="ellipsis")
-        row.add_column(ratio=1, min_width=4)
-        row.add_column(no_wrap=True, justify="right")
-        share = work.share
-        bar = ProgressBar(total=1.0, completed=share, width=None) if share is not None else Text()
+        """Lay out a row: in a narrow terminal first the bar goes, then the end of the words, never the times."""
         times = ", ".join(part for part in (duration(work.seconds), left) if part)
-        spinner = self._spinner if spin else Text(" ")
-        row.add_row(spinner, Text(work.name, style="bold"), Text(work.count), bar, Text(times, style="dim"))
+        room = self._console.width - len(times) - 4  # a spinner, and a blank between each two parts
+        words = Text(work.name, style="bold").append(f" {work.count}" if work.count else "", style="not bold")
+        words.truncate(room, overflow="ellipsis")
+        row = Table.grid(padding=(0, 1), expand=True)
+        row.add_column(width=1)
+        row.add_column(width=words.cell_len)
+        row.add_column(ratio=1)
+        row.add_column(width=len(times))
+        share, bar = work.share, room - words.cell_len
+        shown = ProgressBar(total=1.0, completed=share, width=bar) if share is not None and bar >= 4 else Text()
+        row.add_row(self._spinner if spin else Text(" "), words, shown, Text(times, style="dim"))
         return row
 
 
