@@ -137,6 +137,7 @@ def test_killed_in_the_middle_it_goes_on_as_if_nothing_had_happened(way: str, tm
             "adapter.lora_dropout": 0.3,
             "data.source": "milora_lightning.data.Files",
             "data.source.train": "train.jsonl",
+            "data.source.validation_size": 0,
             "data.batch_size": 2,
             "trainer.max_steps": 15,
             "trainer.accumulate_grad_batches": 2,
