@@ -204,6 +204,17 @@ def test_a_template_that_takes_arguments_as_text_gets_them_so() -> None:
     assert '"arguments": {"a":  1}}' in parts(tokenizer, example)[1]
 
 
+@pytest.mark.parametrize("rest", [[], [user(), assistant("It is 3.")]], ids=["alone", "followed"])
+def test_a_conversation_may_begin_with_the_assistant(rest: Messages) -> None:
+    """As many in ShareGPT do."""
+    tokenizer = chat_tokenizer(CHATML)
+    messages = [assistant("Hello! How can I help?"), *rest]
+    example = encoded(tokenizer, messages)
+    assert example.ids == ids_of(tokenizer, messages)
+    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    assert parts(tokenizer, example)[1::2] == [f"{answer}<|im_end|>" for answer in answers]
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "tools", "problem"),
     [

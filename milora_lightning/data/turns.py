@@ -154,7 +154,7 @@ class _Pen:
         if answers and not marked and (last := answers[-1]) < len(self.messages) - 1 and self._turn(last) is None:
             self.messages, self.learned = self.messages[: last + 1], self.learned[: last + 1]
             self.whole = self.beginning(last + 1)
-        if answers and not marked:
+        if answers and answers[-1] and not marked:
             self._check_asks_alike(answers[-1])
         turns, unlearned = [], 0
         for i, learn in enumerate(self.learned):
@@ -169,7 +169,7 @@ class _Pen:
 
     def _turn(self, i: int) -> Turn | None:
         """Find a message in the whole; None if it stands there otherwise than in the conversation up to it."""
-        if self.messages[i]["role"] != "assistant":
+        if self.messages[i]["role"] != "assistant" or i == 0:  # a greeting answers nothing that could be written
             return self._content(i)
         until, prompt = self.beginning(i + 1), self.beginning(i, True) + self.prefill
         stop = self._end_of_turn(until, len(prompt))
