@@ -30,6 +30,8 @@ BIDIRECTIONAL = (
     ("attn_type", ("bi",)),  # XLNet
     ("use_bidirectional_attention", (True, "all")),  # Gemma
 )
+ALWAYS_CAUSAL = ("gpt_neox", "gpt_neox_japanese")
+"""Types of models whose configurations have an ``is_decoder`` that they do not read."""
 
 
 class Logits(NamedTuple):
@@ -65,7 +67,7 @@ def check_causal(model: PreTrainedModel) -> None:
     for config in _configs(model.config):
         for name, values in BIDIRECTIONAL:
             value = getattr(config, name, None)
-            if value is not None and value in values:
+            if value is not None and value in values and config.model_type not in ALWAYS_CAUSAL:
                 raise ValueError(
                     f"{type(model).__name__} with {name}={value!r} in its configuration attends to the tokens that it "
                     "is to predict: load it with another value, or take a causal language model."

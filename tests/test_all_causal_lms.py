@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from milora_lightning.loss import causal_lm_loss, supervised_logits
+from milora_lightning.supervision import check_causal
 
 CLASSES: dict[str, type[PretrainedConfig]] = {config.__name__: config for config in MODEL_FOR_CAUSAL_LM_MAPPING}
 LEFT_OUT = {
@@ -104,3 +105,23 @@ def test_few_classes_are_left_out() -> None:
     if len(covered) + len(LEFT_OUT & CLASSES.keys()) < len(CLASSES):
         pytest.skip("Some of them did not run.")
     assert len(covered) >= 0.9 * len(CLASSES)
+
+
+def attends_to_what_follows(model: PreTrainedModel) -> bool:
+    tokens = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    with torch.no_grad():
+        logits = [model(input_ids=ids).logits[:, :-1] for ids in (tokens, tokens.where(tokens != 10, 11))]
+    return not torch.equal(*logits)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, c in CLASSES.items() if n not in LEFT_OUT and getattr(c(), "is_decoder", None) is False]
+)
+def test_exactly_the_models_that_attend_to_what_follows_are_refused(name: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config(CLASSES[name], is_decoder=False)).eval()
+    if attends_to_what_follows(model):
+        with pytest.raises(ValueError, match="is_decoder=False"):
+            check_causal(model)
+    else:
+        check_causal(model)
