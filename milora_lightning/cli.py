@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -38,6 +38,8 @@ from milora_lightning.trainer_defaults import LOG_EVERY_N_STEPS, missing_options
 
 PACKAGE = Path(__file__).parent
 INTERRUPTED = 130  # the exit status of what Ctrl-C ends, as shells have it
+
+CLI = TypeVar("CLI", bound="MiLoRACLI")
 
 
 class MiLoRACLI(LightningCLI):
@@ -201,6 +203,33 @@ class MiLoRACLI(LightningCLI):
 __all__ = ["CONFIGS", "MiLoRACLI", "main", "resolve_configs"]
 
 
+def command_line(kind: type[CLI], args: ArgsType = None) -> CLI:
+    """Make a command line of the package's module and data, and run what it is given.
+
+    Args:
+        kind: Its class.
+        args: Arguments, by default those of the process.
+
+    Returns:
+        The command line, with what it has made.
+    """
+    usage = {"usage": "%(prog)s [--config FILE] ... [--OPTION VALUE] ..."}
+    return kind(
+        CausalLMModule,
+        SFTDataModule,
+        args=args,
+        save_config_callback=RunConfig,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={name: {**usage, "description": text} for name, text in LIGHTNING.items()},
+        trainer_defaults={
+            "callbacks": [RandomState()],
+            "log_every_n_steps": LOG_EVERY_N_STEPS,
+            "enable_model_summary": False,  # which says less than MiLoRAInit's
+        },
+        auto_configure_optimizers=False,  # the module makes its own, from model.optimizer
+    )
+
+
 def main(args: ArgsType = None) -> Any:
     """Run the command line; see ``python main.py --help``.
 
@@ -214,24 +243,10 @@ def main(args: ArgsType = None) -> Any:
         sys.exit(0)
     if any(argument in ALL for argument in argv):
         args = ["--help" if argument in ALL else argument for argument in argv]
-    usage = {"usage": "%(prog)s [--config FILE] ... [--OPTION VALUE] ..."}
     try:
         if argv and argv[0] in COMMANDS:
             return run_command(argv[0], argv[1:])
-        return MiLoRACLI(
-            CausalLMModule,
-            SFTDataModule,
-            args=args,
-            save_config_callback=RunConfig,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={name: {**usage, "description": text} for name, text in LIGHTNING.items()},
-            trainer_defaults={
-                "callbacks": [RandomState()],
-                "log_every_n_steps": LOG_EVERY_N_STEPS,
-                "enable_model_summary": False,  # which says less than MiLoRAInit's
-            },
-            auto_configure_optimizers=False,  # the module makes its own, from model.optimizer
-        )
+        return command_line(MiLoRACLI, args)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:

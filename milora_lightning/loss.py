@@ -23,8 +23,8 @@ __all__ = ["causal_lm_loss", "linear_cross_entropy", "supervised_logits"]
 
 # Logits held at once, enough for fast products, and those of them in float32: on CPUs what stays in the cache.
 # Elsewhere both are as many as fill the device.
-_CPU_LOGITS, _CPU_PROBABILITIES = 3 * 2**22, 2**20
-_DEVICE_LOGITS = 2**26
+CPU_LOGITS, CPU_PROBABILITIES = 3 * 2**22, 2**20
+DEVICE_LOGITS = 2**26
 
 
 def causal_lm_loss(
@@ -109,7 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         on_cpu = hidden.device.type == "cpu"
-        limits = (_CPU_LOGITS, _CPU_PROBABILITIES) if on_cpu else (_DEVICE_LOGITS, _DEVICE_LOGITS)
+        limits = (CPU_LOGITS, CPU_PROBABILITIES) if on_cpu else (DEVICE_LOGITS, DEVICE_LOGITS)
         rows, part = (max(1, min(len(hidden), limit // len(weight))) for limit in limits)
         # Made once: every chunk would have to be given its memory by the system anew.
         own = hidden.new_empty(rows, len(weight))

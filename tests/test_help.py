@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -108,3 +109,15 @@ def test_all_that_is_offered_can_be_imported() -> None:
         assert getattr(milora_lightning, name) is getattr(api, name)
     with pytest.raises(AttributeError):
         milora_lightning.nothing  # noqa: B018
+
+
+def test_preview_shows_what_would_be_learned(project: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    run("preview", "--config", "mine.yaml", "--examples", "2", "--data.template", "plain")
+    text = capsys.readouterr().out
+    row = json.loads((project / "train.jsonl").read_text().splitlines()[0])
+    assert row["output"] in re.findall(r"«(.*?)»", text, re.DOTALL)[0]
+    assert row["instruction"] not in "".join(re.findall(r"«(.*?)»", text, re.DOTALL))
+    assert "24 examples" in text
+    assert "6 steps of 4 rows, 6 an epoch" in text
+    assert re.search(r"memory on cpu, estimated: [\d.]+ GB; [\d.]+ GB are available: it fits", text)
+    assert not list((project / "out").rglob("*.ckpt"))

@@ -38,8 +38,8 @@ def batch() -> tuple[Tensor, Tensor]:
 def test_loss_and_gradients_equal_those_of_whole_logits(
     kind: str, rows: int, part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "_CPU_LOGITS", 128 * rows)
-    monkeypatch.setattr(loss, "_CPU_PROBABILITIES", 128 * part)
+    monkeypatch.setattr(loss, "CPU_LOGITS", 128 * rows)
+    monkeypatch.setattr(loss, "CPU_PROBABILITIES", 128 * part)
     model = tiny_model(kind).eval()  # some architectures have dropout of their own
     adapters = inject(model, LoRAConfig(r=4))
     initialize(model)

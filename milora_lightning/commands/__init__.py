@@ -13,6 +13,7 @@ LIGHTNING = {
 """What each subcommand of Lightning's CLI does."""
 
 COMMANDS = {
+    "preview": "milora_lightning.commands.preview:preview",
     "compare": "milora_lightning.compare:compare",
     "chat": "milora_lightning.commands.chat:chat",
     "generate": "milora_lightning.commands.generate:generate",

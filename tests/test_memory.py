@@ -1,0 +1,104 @@
+"""The estimate of memory against what autograd keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+
+from milora_lightning import LoRAConfig, initialize, inject
+from milora_lightning.loss import causal_lm_loss
+from milora_lightning.memory import estimate, planned_model
+
+BATCH, LENGTH = 4, 128
+SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
+CONFIGS = {"llama": (LlamaConfig, {}), "qwen3": (Qwen3Config, {"head_dim": 32})}
+
+
+def config_of(kind: str, layers: int) -> PretrainedConfig:
+    cls, more = CONFIGS[kind]
+    return cls(**SIZES, **more, num_hidden_layers=layers, vocab_size=500, pad_token_id=0)
+
+
+def kept(config: PretrainedConfig, adapters: LoRAConfig, dtype: torch.dtype, attention: str) -> int:
+    """Return the bytes that autograd keeps for backward beside parameters."""
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    inject(model, adapters)
+    initialize(model)
+    model.train()
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    storages: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.randint(1, 500, (BATCH, LENGTH))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = causal_lm_loss(model, ids, ids)
+    assert loss.requires_grad
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"], "all-linear"])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "attention", "dropout"),
+    [
+        ("llama", torch.bfloat16, "sdpa", 0.0),
+        ("llama", torch.bfloat16, "causal_blocks", 0.1),
+        ("llama", torch.float32, "eager", 0.1),
+        ("qwen3", torch.float32, "sdpa", 0.1),
+        ("qwen3", torch.bfloat16, "eager", 0.0),
+    ],
+)
+def test_activations_are_those_that_autograd_keeps(
+    kind: str, dtype: torch.dtype, attention: str, dropout: float, targets: Any
+) -> None:
+    adapters = LoRAConfig(8, lora_dropout=dropout, target_modules=targets)
+    difference = [kept(config_of(kind, layers), adapters, dtype, attention) for layers in (2, 4)]
+    predicted = []
+    for layers in (2, 4):
+        config = config_of(kind, layers)
+        model = planned_model(config, dtype, adapters)
+        parts = estimate(model, config, BATCH, LENGTH, dropout=dropout, attention=attention).parts
+        predicted += [part.size for part in parts if part.name == "activations kept"]
+    assert predicted[1] - predicted[0] == pytest.approx(difference[1] - difference[0], rel=0.05)
+
+
+def test_weights_gradients_and_states_are_counted_without_weights() -> None:
+    config, adapters = config_of("llama", 2), LoRAConfig(8, target_modules=["q_proj"])
+    model = planned_model(config, torch.bfloat16, adapters)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    sizes = {part.name: part.size for part in estimate(model, config, BATCH, LENGTH).parts}
+    trained = 2 * 8 * (128 + 128)
+    assert estimate(model, config, BATCH, LENGTH).trainable == trained
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    assert sizes["frozen weights"] == pytest.approx(sum(p.nbytes for p in plain.parameters()), rel=0.01)
+    assert sizes["adapters"] == 2 * 4 * trained  # with the initial factors
+    assert (sizes["their gradients"], sizes["AdamW's state"]) == (4 * trained, 8 * trained)
+    assert estimate(model, config, BATCH, LENGTH, optimizer="SGD").peak < estimate(model, config, BATCH, LENGTH).peak
+
+
+def test_checkpointing_keeps_inputs_and_one_layer() -> None:
+    config = config_of("llama", 8)
+    model: nn.Module = planned_model(config, torch.bfloat16, LoRAConfig(8))
+    whole, less = (
+        {part.name: part.size for part in estimate(model, config, 4, 128, gradient_checkpointing=on).parts}
+        for on in (False, True)
+    )
+    assert less["activations kept"] < whole["activations kept"] / 3
+    assert {k: v for k, v in whole.items() if "kept" not in k} == {k: v for k, v in less.items() if "kept" not in k}
+
+
+def test_quantized_weights_take_their_codes_and_scales() -> None:
+    config = config_of("llama", 2)
+    model = planned_model(config, torch.bfloat16, LoRAConfig(8))
+    sizes = [estimate(model, config, 4, 128, quantization=how).parts[0].size for how in (None, "int8", "nf4")]
+    linear = 2 * (128 * (2 * 128 + 2 * 64) + 3 * 128 * 384)
+    assert sizes[0] - sizes[1] == linear
+    assert sizes[0] - sizes[2] == pytest.approx(linear * 1.4375)
