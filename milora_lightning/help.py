@@ -109,7 +109,9 @@ EXAMPLES = {
     "export": (
         "--ckpt_path runs/milora/last.ckpt --output adapters",
         "--ckpt_path runs/milora/last.ckpt --output merged --format merged --dtype bfloat16",
+        "--ckpt_path runs/milora/last.ckpt --output adapters --push_to_hub USER/NAME --private true",
     ),
+    "evaluate": ("--ckpt_path runs/milora/last.ckpt --tasks gsm8k,arc_easy --limit 100 --base true",),
     "analyze": ("--ckpt_path runs/milora/last.ckpt --output analysis",),
 }
 

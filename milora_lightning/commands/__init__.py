@@ -18,6 +18,7 @@ COMMANDS = {
     "chat": "milora_lightning.commands.chat:chat",
     "generate": "milora_lightning.commands.generate:generate",
     "export": "milora_lightning.commands.export:export",
+    "evaluate": "milora_lightning.commands.evaluate:evaluate",
     "analyze": "milora_lightning.commands.analyze:analyze",
 }
 """Where the function of each other command is."""
