@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from milora_lightning.callbacks import EvaluationSummary, MiLoRAInit, PredictionWriter, RandomState, RunProgress
 from milora_lightning.callbacks.given_options import GivenOptimizerOptions
@@ -175,7 +176,7 @@ class MiLoRACLI(LightningCLI):
             with base_may_have_moved(f"--{BASE}", own):
                 super()._run_subcommand(subcommand)
         except SystemExit as error:
-            if self.trainer.interrupted:
+            if self.trainer.interrupted and not isinstance(error, SIGTERMException):  # which ends a run in good order
                 raise SystemExit(INTERRUPTED) from error
             raise
         finally:
