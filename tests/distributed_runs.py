@@ -51,6 +51,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {  # the strategy, and what else i
     "fsdp2-random": ("fsdp2", {"adapter": {"init": "random"}}),
     "fsdp1": ("fsdp1", {}),
     "fsdp2-rich": ("fsdp2", {"accumulate_grad_batches": 2, "module": {"gradient_checkpointing": True}}),
+    "fsdp2-saved": ("fsdp2", {"adapter": {"modules_to_save": ["norm", "lm_head"]}}),
     "fsdp2-forgetting": ("fsdp2", {"callbacks": lambda folder: [forgetting(folder)]}),
     "fsdp2-whole": ("fsdp2", {"model": "gpt2"}),
 }
