@@ -70,6 +70,17 @@ def is_quantized_linear(module: nn.Module) -> bool:
     )
 
 
+def keep_codes_in_place(module: nn.Module) -> None:
+    """Have bitsandbytes leave the codes of four bits as they are when a model evaluates.
+
+    On CPUs with AVX512-BF16 it would repack them for a product that has no gradient: after the first evaluation, no
+    layer below would get one.
+    """
+    for child in module.modules():
+        if hasattr(child, "support_avx512bf16_for_cpu"):
+            cast(Any, child).support_avx512bf16_for_cpu = False
+
+
 def decoded(base: nn.Module, weight: Tensor) -> Tensor:
     """Return the weight that a linear layer computes with, in the base's own layout.
 

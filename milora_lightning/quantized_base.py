@@ -98,8 +98,6 @@ def remember_stored_weights(model: PreTrainedModel, location: str, quantization:
         if type(layer._parameters.get("weight")).__name__ not in BITSANDBYTES:
             continue
         number += 1
-        if hasattr(layer, "support_avx512bf16_for_cpu"):  # it would repack its codes when it evaluates on a CPU
-            layer.support_avx512bf16_for_cpu = False
         key = f"{name}.weight"
         stored = next((k for k in (key, key.removeprefix(f"{model.base_model_prefix}.")) if k in files), None)
         if stored is None:

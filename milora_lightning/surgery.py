@@ -18,7 +18,7 @@ from milora_lightning.lora import LoRALinear
 from milora_lightning.master_weights import keep_master_weights
 from milora_lightning.names import unwrapped_name
 from milora_lightning.parts import TargetNotFoundError, check_initialized, find_modules, find_part, some
-from milora_lightning.quantization import holds_its_weight
+from milora_lightning.quantization import holds_its_weight, keep_codes_in_place
 from milora_lightning.sharding import is_sharded
 from milora_lightning.targets import TRAINED_BEFORE, adaptable_layers, find_targets, select_layers
 
@@ -80,6 +80,7 @@ def inject_quietly(module: nn.Module, config: LoRAConfig, layers: Sequence[str] 
 
     _freeze(part, kept)
     freeze_statistics(part, kept)
+    keep_codes_in_place(module)
     keep_master_weights(module, saved)
     _replace(module, targets, config)
     for adapter in lora_layers(part).values():

@@ -65,6 +65,23 @@ def test_start_equals_the_quantized_model_and_training_leaves_its_codes(way: str
         assert torch.equal(model(IDS).logits, before)
 
 
+def test_codes_stay_in_place_when_the_model_evaluates_on_any_cpu(tmp_path: Path) -> None:
+    model = quantized(tmp_path, "nf4")
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = True  # which would repack them, for products without a gradient
+    inject(model, LoRAConfig(r=4))
+    initialize(model)
+    with torch.no_grad():
+        before = model.eval()(IDS).logits
+    model.train()(IDS, labels=IDS).loss.backward()
+    for name, layer in lora_layers(model).items():
+        assert layer.lora_A.grad.any(), name
+        assert not getattr(layer.base_layer.weight.quant_state, "packing_format_for_cpu", False)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, before)
+
+
 def test_factors_are_those_of_the_dequantized_weight(tmp_path: Path) -> None:
     model = quantized(tmp_path, "nf4")
     inject(model, LoRAConfig(r=4))
