@@ -166,9 +166,15 @@ def test_epochs_differ_so_that_going_on_elsewhere_would_show(tmp_path: Path) -> 
     assert len({str(batch) for _, batch in whole}) > 12
 
 
-@pytest.mark.parametrize("second", [{"max_steps": 12, "max_epochs": None}, {"max_epochs": 9, "max_steps": 12}])
+PROLONGED = [{"max_steps": 12, "max_epochs": None}, {"max_epochs": 9, "max_steps": 12}, {"max_epochs": 2}]
+
+
+@pytest.mark.parametrize("second", PROLONGED)
+@pytest.mark.parametrize("end", [3, 8])
 @pytest.mark.parametrize("way", ["on_train_epoch_end", "after fit"])
-def test_run_that_ended_in_the_middle_of_an_epoch_can_be_prolonged(way: str, second: Any, tmp_path: Path) -> None:
+def test_run_that_ended_in_the_middle_of_an_epoch_can_be_prolonged(
+    way: str, end: int, second: Any, tmp_path: Path
+) -> None:
     """Lightning takes the end by ``max_steps`` for an epoch's end, but does not begin a new one."""
 
     class SaveAtEnd(Callback):
@@ -182,7 +188,7 @@ def test_run_that_ended_in_the_middle_of_an_epoch_can_be_prolonged(way: str, sec
     limit = {"limit_train_batches": 5}
     whole = fit(tmp_path, Share(batch_size=2), **second, **limit)
     callback = SaveAtEnd() if way == "after fit" else SaveAtEpochEnd()
-    first = fit(tmp_path, Share(batch_size=2), callback, **{**second, "max_steps": 8}, **limit)
+    first = fit(tmp_path, Share(batch_size=2), callback, **{**second, "max_steps": end}, **limit)
     resumed = fit(tmp_path, Share(batch_size=2), ckpt=tmp_path / "last.ckpt", **second, **limit)
     assert [batch for _, batch in first + resumed] == [batch for _, batch in whole]
 

@@ -61,12 +61,17 @@ class Resumption:
         if end is None and consumed + left < len(sampler.lengths):
             end = consumed + int(left)
         position = replace(start, consumed=consumed, end=end)
-        return {**asdict(position), "run_batch": sampler.global_batch, "lengths": _digest(sampler.lengths)}
+        size, digest = len(sampler.lengths), _digest(sampler.lengths)
+        return {**asdict(position), "run_batch": sampler.global_batch, "size": size, "lengths": digest}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Have the next epoch begin, or be gone on with, at a place."""
         self.forget()
         self._saved = state and dict(state)
+        trainer, saved = self._owner.trainer, self._saved or {"consumed": 0}
+        if trainer is not None and saved["consumed"] > 0 and _position(saved).remaining(saved.get("size", 0)) > 0:
+            # Now, because the loops, which are restored later, may find that all is done.
+            _uncount_epoch(trainer._checkpoint_connector._loaded_checkpoint)
 
     def on_epoch(self, sampler: ResumableSampler) -> None:
         """Bring Lightning's count of batches together with the place, before it goes on with an epoch."""
@@ -160,6 +165,15 @@ def _begin_next_epoch(fit_loop: Any) -> None:
         epochs.completed = epochs.processed
         fit_loop.epoch_loop.restarting = False
         fit_loop.reset_restart_stage()
+
+
+def _uncount_epoch(checkpoint: dict[str, Any]) -> None:
+    """Have Lightning go on in the epoch that a checkpoint has as its last, though ``max_steps`` cut it short."""
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_progress")
+    if progress and 0 < progress["current"]["processed"] == progress["current"]["started"]:
+        for counts in progress.values():
+            counts["processed"] -= 1
+            counts["completed"] = counts["processed"]
 
 
 def _position(state: dict[str, Any]) -> Position:
