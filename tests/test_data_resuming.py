@@ -79,9 +79,9 @@ class Share(SFTDataModule):
     def _rank(self) -> dict[str, int]:
         return self.share
 
-    def _tokenized(self, split: Any) -> datasets.Dataset | None:
+    def _tokenized(self, split: Any, unanswered: bool = False) -> datasets.Dataset | None:
         if split == "train" and Share.tokenized is None:
-            Share.tokenized = super()._tokenized(split)
+            Share.tokenized = super()._tokenized(split, unanswered)
         return Share.tokenized if split == "train" else None
 
     def val_dataloader(self) -> Any:
