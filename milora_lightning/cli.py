@@ -71,6 +71,7 @@ class MiLoRACLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, with the names of shipped configs resolved; what is not given comes from a checkpoint that is."""
+        self._as_typed = [str(arg) for arg in args] if isinstance(args, list) else sys.argv[1:]
         if args is None:
             sys.argv[1:] = resolve_configs(sys.argv[1:])
         elif isinstance(args, list):
@@ -150,7 +151,7 @@ class MiLoRACLI(LightningCLI):
         options, lines = missing_options(given, trains=self.subcommand in ("fit", None))
         for line in lines:
             say(line)
-        go_on, trains = resumption(self._arguments()), self.subcommand == "fit"
+        go_on, trains = resumption(self._as_typed), self.subcommand == "fit"
         options["callbacks"] = with_screen({**given, **options}, go_on, trains)
         if "logger" not in kwargs and (name := self._get(self.config, "logger")) is not None:
             options["logger"] = make_logger(name, given.get("logger"), given.get("default_root_dir"))
@@ -162,9 +163,6 @@ class MiLoRACLI(LightningCLI):
         if self._given_optimizer:
             trainer.callbacks.insert(0, GivenOptimizerOptions(self._given_optimizer))  # type: ignore[attr-defined]
         return trainer
-
-    def _arguments(self) -> list[str]:
-        return [str(arg) for arg in self._args] if isinstance(self._args, list) else sys.argv[1:]
 
     def _run_subcommand(self, subcommand: str) -> None:
         name = self._from_checkpoint.get(BASE)

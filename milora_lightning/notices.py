@@ -22,6 +22,8 @@ LOGGED = {
         r"\s*Detected KeyboardInterrupt",
         r"Restor(ing|ed all) states from the checkpoint",
     ],
+    # A default of its own, said at every save.
+    "lightning.pytorch.trainer.connectors.checkpoint_connector": ["`weights_only` was not set"],
     # It is in the config.
     "lightning.fabric.utilities.seed": ["Seed set to"],
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -122,6 +123,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(project: Path) -> None:
     assert recording.status == 130, recording.last
     said = re.search(r"Interrupted at step (\d+)\. Saved in checkpoints/last.ckpt; go on with: (.*)", recording.last)
     assert said, recording.last
+    assert "Training" not in recording.last
     whole = recording.last.replace("\n", "")
     assert "python main.py fit --config mine.yaml --trainer.max_epochs=2000 --ckpt_path last" in whole
     step = int(said[1])
@@ -145,6 +147,42 @@ def test_a_second_ctrl_c_ends_at_once(project: Path) -> None:
     assert time.monotonic() - started < 50
     assert recording.raw.rfind("\x1b[?25h") > recording.raw.rfind("\x1b[?25l")  # the cursor is there again
     assert not list(project.rglob("*.ckpt"))
+
+
+def test_lines_of_loggers_go_above_what_moves() -> None:
+    def run() -> None:
+        logger = logging.getLogger("others")
+        logger.addHandler(logging.StreamHandler())  # which keeps the stream of now
+        view = LiveView(rich.get_console(), RunState(work=Work("Validating")))
+        view.start()
+        time.sleep(0.4)
+        logger.warning("a line")
+        time.sleep(0.4)
+        view.stop()
+        logger.warning("another")
+
+    recording = run_in_terminal(run, 80)
+    assert recording.last.split() == ["a", "line", "another"]
+    assert any(re.search(r"a line\s+\S Validating", "\n".join(lines)) for _, lines in recording.screens)
+
+
+def test_nothing_of_what_moves_is_left_behind() -> None:
+    """Lines are printed in one thread and drawn in another, while there is more or less to draw."""
+
+    def run() -> None:
+        state = RunState()
+        view = LiveView(rich.get_console(), state, per_second=1000)
+        view.start()
+        for line in range(400):
+            state.training = None if line % 2 else Work("Training", 9, "steps")
+            state.work = None if line % 3 else Work("Validating")
+            print(f"line {line}")
+            time.sleep(0.001)
+        view.stop()
+
+    recording = run_in_terminal(run, 80, rows=500)
+    assert recording.last.split("\n")[:400] == [f"line {line}".ljust(80) for line in range(400)]
+    assert not recording.last[81 * 400 :].strip()
 
 
 @pytest.mark.parametrize("columns", [40, 80, 220])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -14,6 +16,8 @@ from rich.text import Text
 
 from milora_lightning.screen.figures import duration
 from milora_lightning.screen.state import RunState, Work
+
+HEIGHT = 3
 
 
 class View(Protocol):
@@ -36,21 +40,30 @@ class LiveView:
     words: no figure waits for a device while it is drawn.
     """
 
-    def __init__(self, console: Console, state: RunState) -> None:
+    def __init__(self, console: Console, state: RunState, per_second: float = 4) -> None:
         self.state = state
         self._console = console
         self._spinner = Spinner("dots")
-        self._live = Live(console=console, get_renderable=self.draw, refresh_per_second=4, transient=True)
+        self._handlers: list[tuple[logging.StreamHandler[Any], Any]] = []
+        self._live = Live(console=console, get_renderable=self.draw, refresh_per_second=per_second, transient=True)
 
     def start(self) -> None:
         """Begin to draw."""
+        before = _files(sys.stdout) | _files(sys.stderr)
         self._live.start()
+        # Logging handlers have kept the streams that were there before, and would write across the lines.
+        self._handlers = [(h, h.stream) for h in _stream_handlers() if _files(h.stream) & before]
+        for handler, _ in self._handlers:
+            handler.setStream(sys.stderr)
 
     def tick(self) -> None:
         """Leave it to the thread."""
 
     def stop(self) -> None:
         """Take the lines away."""
+        for handler, stream in self._handlers:
+            handler.setStream(stream)
+        self._handlers = []
         self._live.stop()
 
     def draw(self) -> RenderableType:
@@ -60,10 +73,11 @@ class LiveView:
         rows: list[RenderableType] = []
         if training is not None:
             rows.append(self._row(training, state.left, spin=work is None))
-            rows.append(Text(" · ".join(state.figures), style="cyan"))
+            rows.append(Text(" · ".join(state.figures), style="cyan", no_wrap=True, overflow="ellipsis"))
         if work is not None:
             rows.append(self._row(work, "", spin=True))
-        return Group(*rows)
+        # Always as many lines: Rich may print in one thread and draw in another, and count the lines to erase before.
+        return Group(*[Text()] * (HEIGHT - len(rows)), *rows)
 
     def _row(self, work: Work, left: str, spin: bool) -> Table:
         """Lay out a row: in a narrow terminal first the bar goes, then the end of the words, never the times."""
@@ -80,6 +94,25 @@ class LiveView:
         shown = ProgressBar(total=1.0, completed=share, width=bar) if share is not None and bar >= 4 else Text()
         row.add_row(self._spinner if spin else Text(" "), words, shown, Text(times, style="dim"))
         return row
+
+
+def _stream_handlers() -> list[logging.StreamHandler[Any]]:
+    loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
+    handlers = {handler: None for logger in loggers for handler in logger.handlers}
+    follow = property  # those that look up sys.stderr each time have it as one
+    return [
+        handler
+        for handler in handlers
+        if isinstance(handler, logging.StreamHandler) and not isinstance(getattr(type(handler), "stream", None), follow)
+    ]
+
+
+def _files(stream: Any) -> set[int]:
+    """The file behind a stream; nothing, where there is none."""
+    try:
+        return {stream.fileno()}
+    except (AttributeError, OSError, ValueError):
+        return set()
 
 
 class LineView:
