@@ -5,6 +5,7 @@ python benchmarks/memory.py        # about ten minutes; prints a table in Markdo
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -18,22 +19,32 @@ from milora_lightning.pretrained import load_tokenizer
 
 MAIN = str(Path(__file__).parent.parent / "main.py")
 COMMON = [
-    *("--config", "milora.yaml", "--data.source.train_size=96", "--data.source.validation_size=0"),
-    *("--data.source.max_chars=null", "--data.max_length=512", "--data.num_generation_examples=0"),
-    *("--trainer.max_steps=3", "--trainer.limit_val_batches=0", "--trainer.num_sanity_val_steps=0"),
+    *("--config", "milora.yaml", "--config", "{folder}/data.yaml", "--data.num_generation_examples=0"),
+    *("--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--trainer.num_sanity_val_steps=0"),
     *("--trainer.callbacks=[]", "--trainer.enable_checkpointing=false", "--logger=none"),
 ]
 SETTINGS = {
-    "SmolLM2-135M, bfloat16, causal_blocks, batch 16": ["--data.batch_size=16"],
-    "SmolLM2-135M, float32, sdpa, checkpointing, batch 32": [
+    "SmolLM2-135M, float32, causal_blocks, 4 x 256": ["--model.dtype=float32", "--data.batch_size=4"],
+    "SmolLM2-135M, float32, sdpa, checkpointing, 8 x 256": [
         *("--model.dtype=float32", "--model.attn_implementation=sdpa", "--model.gradient_checkpointing=true"),
-        *("--data.batch_size=32",),
+        *("--data.batch_size=8",),
     ],
-    "Qwen3 of 8 layers of 512, bfloat16, sdpa, all layers, batch 32": [
-        *("--model.name_or_path={folder}", "--model.attn_implementation=sdpa", "--adapter.target_modules=all-linear"),
-        *("--data.batch_size=32",),
+    "Qwen3 of 8 layers of 512, float32, sdpa, all layers, 16 x 256": [
+        *(
+            "--model.name_or_path={folder}",
+            "--model.dtype=float32",
+            "--model.attn_implementation=sdpa",
+            "--adapter.target_modules=all-linear",
+        ),
+        *("--data.batch_size=16",),
     ],
 }
+# Examples of one length, so that every batch is as large as the largest.
+DATA = """
+data:
+  source: {class_path: milora_lightning.data.Files, init_args: {train: FOLDER/train.jsonl, validation_size: 0}}
+  max_length: 256
+"""
 
 
 def main() -> None:
@@ -41,8 +52,11 @@ def main() -> None:
     print("| model and settings | estimated | measured | error |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder)
+        row = json.dumps({"prompt": "Count.", "response": " ".join(map(str, range(1000)))})
+        Path(folder, "train.jsonl").write_text(f"{row}\n" * 64)
+        Path(folder, "data.yaml").write_text(DATA.replace("FOLDER", folder))
         for name, settings in SETTINGS.items():
-            options = [*COMMON, *(option.format(folder=folder) for option in settings)]
+            options = [option.format(folder=folder) for option in [*COMMON, *settings]]
             text = subprocess.run(
                 [sys.executable, MAIN, "preview", *options], check=True, capture_output=True, text=True
             ).stdout

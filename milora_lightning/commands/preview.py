@@ -14,7 +14,7 @@ from rich.text import Text
 from milora_lightning.cli import MiLoRACLI, command_line
 from milora_lightning.data.batching import learned_spans, round_up
 from milora_lightning.data.datamodule import SFTDataModule
-from milora_lightning.memory import Estimate, Part, estimate, planned_model
+from milora_lightning.memory import LOADED, Estimate, Part, estimate, planned_model
 from milora_lightning.pretrained import load_config
 
 LEARNED = "bold green"
@@ -155,7 +155,11 @@ def of_the_run(cli: MiLoRACLI, batches: int, lengths: list[list[int]]) -> list[s
     length = f"{min(limits):,} steps" if limits else "steps without end"
     kind = trainer.strategy.root_device.type
     expected = of_memory(cli, lengths, kind)
-    held = [Part("program and data", resident(), "what this preview takes")] if kind == "cpu" else []
+    held = (
+        [Part("program and data", resident() + LOADED, "what preview takes, and what torch loads to train")]
+        if kind == "cpu"
+        else []
+    )
     peak = expected.peak + sum(part.size for part in held)
     free = available(kind)
     fits = free is None or peak < free
