@@ -50,7 +50,7 @@ class LiveView:
     def start(self) -> None:
         """Begin to draw."""
         before = _files(sys.stdout) | _files(sys.stderr)
-        self._live.start()
+        self._live.start(refresh=True)  # before the thread draws, so that the first print finds what to erase
         # Logging handlers have kept the streams that were there before, and would write across the lines.
         self._handlers = [(h, h.stream) for h in _stream_handlers() if _files(h.stream) & before]
         for handler, _ in self._handlers:
@@ -73,19 +73,27 @@ class LiveView:
         rows: list[RenderableType] = []
         if training is not None:
             rows.append(self._row(training, state.left, spin=work is None))
-            rows.append(Text(" · ".join(state.figures), style="cyan", no_wrap=True, overflow="ellipsis"))
+            figures = Text(" · ".join(state.figures), style="cyan")
+            figures.truncate(self._width, overflow="ellipsis")
+            rows.append(figures)
         if work is not None:
             rows.append(self._row(work, "", spin=True))
         # Always as many lines: Rich may print in one thread and draw in another, and count the lines to erase before.
         return Group(*[Text()] * (HEIGHT - len(rows)), *rows)
 
+    @property
+    def _width(self) -> int:
+        # The terminal shows ^C, perhaps twice, where the cursor is: it must not begin a new line by that.
+        return self._console.width - 4
+
     def _row(self, work: Work, left: str, spin: bool) -> Table:
         """Lay out a row: in a narrow terminal first the bar goes, then the end of the words, never the times."""
         times = ", ".join(part for part in (duration(work.seconds), left) if part)
-        room = self._console.width - len(times) - 4  # a spinner, and a blank between each two parts
+        room = self._width - len(times) - 4  # a spinner, and a blank between each two parts
         words = Text(work.name, style="bold").append(f" {work.count}" if work.count else "", style="not bold")
         words.truncate(room, overflow="ellipsis")
-        row = Table.grid(padding=(0, 1), expand=True)
+        row = Table.grid(padding=(0, 1))
+        row.width = self._width
         row.add_column(width=1)
         row.add_column(width=words.cell_len)
         row.add_column(ratio=1)
