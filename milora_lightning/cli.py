@@ -158,7 +158,7 @@ class MiLoRACLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(**{**kwargs, **options})
         except (ValueError, ModuleNotFoundError) as error:  # options that do not go together, a package that is missing
-            raise MisconfigurationException(f"The Trainer's options: {error}") from error
+            raise ValueError(f"The Trainer's options: {error}") from error
         leave_out_bars()
         if self._given_optimizer:
             trainer.callbacks.insert(0, GivenOptimizerOptions(self._given_optimizer))  # type: ignore[attr-defined]

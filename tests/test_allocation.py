@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import resource, sys
-import torch
+import lightning.pytorch, torch  # as where it is used: the heap has to have grown beyond what torch alone takes
 from milora_lightning.allocation import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
