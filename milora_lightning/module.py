@@ -30,6 +30,7 @@ from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy
 from milora_lightning.optimization import OptimizedModule
 from milora_lightning.packed_rows import check_separation, check_takes_positions
 from milora_lightning.pretrained import load_causal_lm, load_tokenizer
+from milora_lightning.processor import warn_of_slow_products
 from milora_lightning.quantized_base import Quantization
 from milora_lightning.schedules import WARMUP
 from milora_lightning.screen.figures import peak_memory
@@ -153,6 +154,8 @@ class CausalLMModule(OptimizedModule):
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.compile_layers:
             compile_layers(model)
+        if self._trainer is not None and self._trainer.strategy.root_device.type == "cpu":
+            warn_of_slow_products(model.dtype)
         self.model = model.train()
         if self.device_mesh is not None:  # FSDP2: adapters go in before the model is sharded, weights after that
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]

@@ -1,0 +1,36 @@
+"""What a processor computes fast."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+INSTRUCTIONS = {
+    torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+    torch.float16: ("_is_amx_fp16_supported",),
+}
+"""Which of torch's questions about x86 processors say that they multiply numbers of a dtype."""
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Tell whether this machine's processor has instructions for products in a dtype, as far as torch can tell.
+
+    >>> multiplies(torch.float32)
+    True
+    """
+    if dtype not in INSTRUCTIONS or platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    questions = [getattr(torch.cpu, name, None) for name in INSTRUCTIONS[dtype]]
+    return None in questions or any(question() for question in questions if question is not None)
+
+
+def warn_of_slow_products(dtype: torch.dtype) -> None:
+    """Say it where training on the CPU in a dtype would take many times as long as in float32."""
+    if not multiplies(dtype):
+        name = str(dtype).removeprefix("torch.")
+        rank_zero_warn(
+            f"This processor has no instructions for products in {name}, in which a step takes many times as long as "
+            "in float32: set model.dtype: float32 (--model.dtype float32) to train on this CPU."
+        )
