@@ -70,11 +70,16 @@ def right_answer(generation: str, reference: str, pattern: str = MARKER, strict:
         generation: The text.
         reference: A whole solution with the marker, or the answer alone.
         pattern: See :func:`extract_answer`.
-        strict: Whether a generation without the marker is wrong; otherwise its last number counts.
+        strict: Whether a generation without the marker is wrong; otherwise its last number counts, or that it is the
+            reference to the letter.
 
+    >>> right_answer("It is 5.", "It is 5."), right_answer("It is 6.", "It is 5.")
+    (True, False)
     >>> right_answer("2 + 2 = 4. The answer is: 4", "#### 4"), right_answer("That makes 4.", "4", strict=True)
     (True, False)
     """
+    if not strict and generation.strip() == reference.strip():
+        return True
     answer = extract_answer(generation, pattern, strict)
     return answer is not None and same_answer(answer, extract_answer(reference, pattern, strict=True) or reference)
 
