@@ -78,7 +78,7 @@ def right_answer(generation: str, reference: str, pattern: str = MARKER, strict:
     >>> right_answer("2 + 2 = 4. The answer is: 4", "#### 4"), right_answer("That makes 4.", "4", strict=True)
     (True, False)
     """
-    if not strict and generation.strip() == reference.strip():
+    if not strict and generation.strip() and generation.strip() == reference.strip():
         return True
     answer = extract_answer(generation, pattern, strict)
     return answer is not None and same_answer(answer, extract_answer(reference, pattern, strict=True) or reference)
