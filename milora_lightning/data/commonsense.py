@@ -33,6 +33,8 @@ class Commonsense(Files):
         ValueError: If ``test`` does not say where the task's name belongs, or when loading as in :class:`Files`.
     """
 
+    takes_splits_beside = False
+
     def __init__(
         self,
         train: str | list[str] | None = "zwhe99/commonsense_170k",

@@ -88,6 +88,9 @@ class Files(Source):
             than text, or the held-out part is as large as the data.
     """
 
+    takes_splits_beside = True
+    """Whether splits that are not given are looked for beside the training data; a task knows its own."""
+
     def __init__(
         self,
         train: str | list[str] | None = None,
@@ -164,7 +167,8 @@ class Files(Source):
 
     def _beside(self, train: str | list[str], split: Split) -> datasets.Dataset | None:
         """Read the split that the training data have beside them, if they do and it is wanted."""
-        if split == "validation" and self.validation_size != AUTO:
+        unwanted = split == "validation" and self.validation_size != AUTO
+        if unwanted or not self.takes_splits_beside:
             return None
         return self._read(train, split, needed=False)
 

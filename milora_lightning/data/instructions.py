@@ -89,6 +89,7 @@ class Instructions(Files):
         ValueError: When loading, as for :class:`Files`.
     """
 
+    takes_splits_beside = False
     convert = staticmethod(instruction)
 
     def __init__(

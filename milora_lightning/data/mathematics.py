@@ -66,6 +66,7 @@ class Math(Files):
         ValueError: When loading, as for :class:`Files`.
     """
 
+    takes_splits_beside = False
     convert = staticmethod(worked_solution)
 
     def __init__(
