@@ -153,8 +153,8 @@ def _exact(average: Average) -> Average:
     """Have an average of equal numbers be this number: constants, such as frequencies of positions, stay what they are.
 
     >>> ema = lambda averaged, now, number: 0.9 * averaged + (1 - 0.9) * now
-    >>> third = torch.tensor(1 / 3)
-    >>> bool(ema(third, third, 1) == third), bool(_exact(ema)(third, third, 1) == third)
+    >>> tenth = torch.tensor(0.1)
+    >>> bool(ema(tenth, tenth, 1) == tenth), bool(_exact(ema)(tenth, tenth, 1) == tenth)
     (False, True)
     """
 
