@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from milora_lightning import LoRAConfig, adapters_disabled, initialize, inject, lora_layers
 from milora_lightning.factors import initial_factors
 from milora_lightning.parts import TargetNotFoundError
+from milora_lightning.processor import multiplies
 from milora_lightning.targets import find_targets
 
 PAPER_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
