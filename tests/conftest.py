@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; a test never waits for a network
 
 import atexit
+import copy
 import importlib.util
 import json
 import shutil
@@ -52,23 +53,34 @@ _SIZES = {
     "head_dim": 8,
     "max_position_embeddings": 64,
 }
-TINY_CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**_SIZES),
-    "gpt2": GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=64),
-    "qwen2": Qwen2Config(**_SIZES, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**_SIZES),
-    "gemma": GemmaConfig(**_SIZES),
-    "gemma2": Gemma2Config(**_SIZES, query_pre_attn_scalar=8),
-    "opt": OPTConfig(
-        vocab_size=128,
-        hidden_size=32,
-        word_embed_proj_dim=32,
-        ffn_dim=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    ),
-}
+
+
+class Configs(dict[str, PretrainedConfig]):
+    """Configurations of which everybody gets a copy: models write into theirs."""
+
+    def __getitem__(self, kind: str) -> PretrainedConfig:
+        return copy.deepcopy(super().__getitem__(kind))
+
+
+TINY_CONFIGS = Configs(
+    {
+        "llama": LlamaConfig(**_SIZES),
+        "gpt2": GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+        "qwen2": Qwen2Config(**_SIZES, tie_word_embeddings=True),
+        "qwen3": Qwen3Config(**_SIZES),
+        "gemma": GemmaConfig(**_SIZES),
+        "gemma2": Gemma2Config(**_SIZES, query_pre_attn_scalar=8),
+        "opt": OPTConfig(
+            vocab_size=128,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+        ),
+    }
+)
 
 
 def tiny_model(kind: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
