@@ -85,8 +85,11 @@ def chat(
         talk.note("Trained on single questions: each is asked by itself, and earlier turns are not seen.")
     with factors_kept(loaded):
         for line in _lines():
-            if not talk.take(line):
-                break
+            with _interruptible() as cut:
+                if not talk.take(line):
+                    break
+            if cut:  # before there was an answer to be stopped
+                talk.note("(stopped)")
 
 
 class Talk:
