@@ -12,8 +12,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from milora_lightning.data.chat import Message, fold_system, token_ids
 from milora_lightning.data.prompt_format import reads_one_question
-from milora_lightning.data.templates import question
 from milora_lightning.data.tokenizing import padding_id
+from milora_lightning.data.values import question
 from milora_lightning.limits import positions
 
 

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from typing import cast
+import warnings
+from typing import Protocol, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from milora_lightning.lora import LoRALinear
 from milora_lightning.quantization import decoded, holds_its_weight, refusal
-from milora_lightning.quantized_base import unquantized
 from milora_lightning.sharding import gather_to, is_sharded
+
+STORED = "stored_weight"
+"""The attribute by which a quantized layer knows its :class:`Stored`, set by whoever has quantized it."""
+
+CLOSE = 0.5
+"""How far, relative to its norm, a weight may be from its quantized self: four bits cost 0.1, another matrix 1.4."""
+
+
+class Stored(Protocol):
+    """Where the weight that a layer was quantized from can be read, and what it was quantized to."""
+
+    @property
+    def quantization(self) -> str:
+        """The kind of quantization, such as ``nf4``."""
+
+    def read(self) -> Tensor:
+        """Read the weight, in the file's layout."""
 
 
 def dense_weight(layer: LoRALinear) -> Tensor:
@@ -27,7 +44,7 @@ def dense_weight(layer: LoRALinear) -> Tensor:
 def pretrained_weight(layer: LoRALinear, rank: int) -> Tensor | None:
     """Collect the weight that factors start from: as :func:`collected_weight`, but before quantization where known."""
     weight = collected_weight(layer, rank)
-    return None if weight is None else unquantized(layer.base_layer, weight)
+    return None if weight is None else _unquantized(layer.base_layer, weight)
 
 
 def collected_weight(layer: LoRALinear, rank: int) -> Tensor | None:
@@ -50,3 +67,27 @@ def collected_weight(layer: LoRALinear, rank: int) -> Tensor | None:
     if weight.shape != (layer.out_features, layer.in_features):
         raise ValueError(refusal(base))
     return weight
+
+
+def _unquantized(base: nn.Module, dequantized: Tensor) -> Tensor:
+    """Return the weight that a layer was quantized from if that can be read, or else the dequantized one.
+
+    Args:
+        base: The layer.
+        dequantized: The weight that it computes with (out, in); what was stored has to be close to that.
+    """
+    stored: Stored | None = getattr(base, STORED, None)
+    if stored is None:
+        return dequantized
+    weight = stored.read().to(dequantized.device)
+    for candidate in (weight, weight.T) if weight.ndim == 2 else ():
+        if candidate.shape == dequantized.shape:
+            distance = (candidate.float() - dequantized.float()).norm()
+            if not distance > CLOSE * candidate.float().norm():  # entries that are no numbers are told of later
+                return candidate
+    warnings.warn(
+        "What the model's files call a quantized weight is not what it was quantized from: adapters start from the "
+        "dequantized weight there.",
+        stacklevel=3,
+    )
+    return dequantized

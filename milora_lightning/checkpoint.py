@@ -13,11 +13,11 @@ from torch import nn
 
 from milora_lightning.checkpoint_io import KEY, CheckpointError, read
 from milora_lightning.config import LoRAConfig
-from milora_lightning.fingerprint import base_keys, check_base, fingerprint
+from milora_lightning.fingerprint import check_base, fingerprint
 from milora_lightning.lora import INITIALIZED, LoRALinear
 from milora_lightning.names import key_in, rename_keys, unwrapped_name
 from milora_lightning.sharding import is_sharded
-from milora_lightning.surgery import inject, lora_layers
+from milora_lightning.surgery import base_keys, inject, lora_layers
 
 FORMAT = 1
 

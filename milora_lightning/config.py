@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_args
 
 ALL_LINEAR = "all-linear"
+IGNORE_INDEX = -100  # the label that the loss leaves out
 Init = Literal["milora", "pissa", "middle", "random", "lora"]
 Value = TypeVar("Value")
 

@@ -11,9 +11,9 @@ from typing import cast
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from transformers.pytorch_utils import Conv1D
 
 from milora_lightning.config import ALL_LINEAR, LoRAConfig
+from milora_lightning.linear_layers import is_linear
 from milora_lightning.lora import LoRALinear, linear_shape
 from milora_lightning.parts import ends_with, find_modules, find_part, modules_by_name, some
 from milora_lightning.quantization import is_plain, is_quantized_linear
@@ -154,7 +154,7 @@ def _fresh_heads(module: nn.Module, part: nn.Module, selection: Selection, kept:
     }
     heads = []
     for name, child in modules_by_name(module).items():
-        if not isinstance(child, (nn.Linear, Conv1D, _ConvNd)) or child in inside or child in kept or child in known:
+        if not (is_linear(child) or isinstance(child, _ConvNd)) or child in inside or child in kept or child in known:
             continue
         if (
             not getattr(child, TRAINED_BEFORE, False)
@@ -221,7 +221,7 @@ def _sizes(part: nn.Module, kept: set[nn.Module]) -> dict[str, int]:
             for key, parameter in child._parameters.items():
                 kind = None if parameter is None else _kind(child, f"{name}.{key}", parameter, kept)
                 if kind and parameter is not None:
-                    linear = isinstance(child, (nn.Linear, Conv1D)) and key == "weight"
+                    linear = is_linear(child) and key == "weight"
                     sizes[kind] += math.prod(linear_shape(child)) if linear else parameter.numel()
     return sizes
 
@@ -239,4 +239,4 @@ def _kind(owner: nn.Module, name: str, parameter: Tensor, kept: set[nn.Module]) 
         return "recurrent layers"
     if parameter.ndim > 2 and parameter.shape[0] > 1:  # unlike embeddings of positions, which have room for a batch
         return EXPERTS if "expert" in name else "other 3-D parameters"
-    return "other linear layers" if isinstance(owner, (nn.Linear, Conv1D)) else "other weights"
+    return "other linear layers" if is_linear(owner) else "other weights"

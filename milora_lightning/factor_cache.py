@@ -16,7 +16,7 @@ from torch import Tensor
 from milora_lightning.config import Init
 from milora_lightning.decomposition import SingularSlice
 from milora_lightning.factors import initial_factors, initial_triplets, scaled_factors
-from milora_lightning.pretrained import cache_folder
+from milora_lightning.folder import cache_folder
 
 _VERSION = 1  # of what the triplets of a given weight are; another one finds none of the old entries
 _CHECKSUM = "xxh3_128"

@@ -9,12 +9,12 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor, nn
 
+from milora_lightning.base_weight import STORED, Stored
 from milora_lightning.checkpoint_io import CheckpointError
-from milora_lightning.lora import LoRALinear
 from milora_lightning.names import pristine_name
 from milora_lightning.quantization import pieces
-from milora_lightning.quantized_base import STORED, StoredWeight
 from milora_lightning.sharding import as_bytes, gather_to, is_sharded
+from milora_lightning.surgery import base_keys
 
 QUANTIZED = " as "
 """Separates what a weight is known by from what it was quantized to."""
@@ -64,7 +64,7 @@ def _described(weight: Tensor) -> str:
     return f"{tuple(weight.shape)} {weight.dtype} {digest.hexdigest()}"
 
 
-def _stored(module: nn.Module, key: str) -> StoredWeight | None:
+def _stored(module: nn.Module, key: str) -> Stored | None:
     layer, _, name = key.rpartition(".")
     return getattr(module.get_submodule(layer), STORED, None) if name == "weight" else None
 
@@ -90,18 +90,6 @@ def quantization_of(base: Mapping[str, str]) -> str | None:
     'nf4'
     """
     return next((value.partition(QUANTIZED)[2] for value in base.values() if QUANTIZED in value), None)
-
-
-def base_keys(module: nn.Module, frozen_only: bool = True) -> set[str]:
-    """Return the names of all frozen parameters, or simply all, but those of adapters; as the module has them now."""
-    factors = {
-        f"{prefix}.{name}"
-        for prefix, layer in module.named_modules()
-        if isinstance(layer, LoRALinear)
-        for name, _ in layer.named_parameters(recurse=False)
-    }
-    parameters = module.named_parameters(remove_duplicate=False)
-    return {name for name, p in parameters if not (frozen_only and p.requires_grad)} - factors
 
 
 def check_base(saved: dict[str, str], here: dict[str, str]) -> None:

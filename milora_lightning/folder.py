@@ -1,12 +1,19 @@
-"""Folders that appear under their name when they are whole."""
+"""Where the package keeps what it makes, and folders that appear under their name when they are whole."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Return where converted models and decompositions are kept: ``$MILORA_CACHE``, else the user's cache folder."""
+    base = os.environ.get("MILORA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "milora_lightning"
+    return Path(base).expanduser()
 
 
 def check_output(output: str | Path) -> Path:

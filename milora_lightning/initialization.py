@@ -19,8 +19,11 @@ from milora_lightning.factor_cache import cached_factors
 from milora_lightning.factors import initial_factors
 from milora_lightning.lora import LoRALinear, linear_shape
 from milora_lightning.sharding import is_sharded
-from milora_lightning.sharing import Factors, cost, exchange_factors, in_rounds, raise_together, share_out
+from milora_lightning.sharing import cost, in_rounds, raise_together, share_out
 from milora_lightning.surgery import lora_layers
+
+Factors = tuple[Tensor, Tensor]
+"""``lora_A`` (r, in) and ``lora_B`` (out, r), whole."""
 
 Batch = list[tuple[str, LoRALinear, int]]
 """Name, layer and owning rank of weights that are decomposed at the same time, at most one by each rank."""
@@ -90,7 +93,7 @@ def initialize(
     factors = {layer: job.result() for layer, job in jobs.items()}
     layers = [layer for _, layer in pending]
     if world_size > 1:
-        exchange_factors(layers, owners, factors, device)
+        _exchange_factors(layers, owners, factors, device)
     else:
         for layer in layers:
             layer.set_initial_factors(*factors.pop(layer))
@@ -128,6 +131,30 @@ def _start_jobs(
                             unfinished.append(jobs[layer])
         failed = failed or any(job.exception() for job in unfinished)
     return jobs
+
+
+def _exchange_factors(
+    layers: Sequence[LoRALinear],
+    owners: Sequence[int],
+    factors: dict[LoRALinear, Factors],
+    device: torch.device | None = None,
+) -> None:
+    """Start each layer from the factors that its owner has computed, on all ranks.
+
+    Args:
+        layers: The layers, in the same order on all ranks.
+        owners: The rank that has the factors of each.
+        factors: Those that this rank has; emptied on the way.
+        device: Where they are; by default on the layers' device.
+    """
+    for layer, owner in zip(layers, owners, strict=True):
+        computed = factors.pop(layer, None)
+        if computed is None:
+            home = device or layer.lora_A.device
+            computed = torch.empty(layer.lora_A.shape, device=home), torch.empty(layer.lora_B.shape, device=home)
+        for factor in computed:
+            dist.broadcast(factor, src=owner)
+        layer.set_initial_factors(*computed)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from milora_lightning.data.batching import IGNORED
+from milora_lightning.config import IGNORE_INDEX
 from milora_lightning.supervision import (
     keeps_logits,
     rows_for,
@@ -41,7 +41,7 @@ def causal_lm_loss(
         model: Any causal language model of transformers.
         input_ids: Token ids (batch, length), padded on the right. Causal attention keeps the padding out of every
             token before it, so no attention mask is needed.
-        labels: Labels (batch, length), ``IGNORED`` where they do not count.
+        labels: Labels (batch, length), ``IGNORE_INDEX`` where they do not count.
         position_ids: Positions (batch, length) of packed rows, which begin anew with each example; None where each row
             is an example.
 
@@ -52,7 +52,7 @@ def causal_lm_loss(
         ValueError: If the model attends to the tokens that it is to predict.
     """
     input_ids, labels, position_ids = rows_for(model, input_ids, labels, position_ids)
-    targets = labels[:, 1:][labels[:, 1:] != IGNORED]
+    targets = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
     if not (_is_frozen_linear(model.get_output_embeddings()) and keeps_logits(model.config)):
         return F.cross_entropy(
             supervised_logits(model, input_ids, labels, position_ids).float(), targets, reduction="sum"

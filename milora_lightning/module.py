@@ -20,8 +20,9 @@ from milora_lightning.callbacks.milora_init import MiLoRAInit
 from milora_lightning.checkpoint import inject_as_in
 from milora_lightning.checkpoint_io import KEY
 from milora_lightning.compilation import compile_layers
+from milora_lightning.config import IGNORE_INDEX
 from milora_lightning.data import SFTDataModule
-from milora_lightning.data.batching import IGNORED, TEXTS
+from milora_lightning.data.batching import TEXTS
 from milora_lightning.data.model_check import check_model
 from milora_lightning.data.prompt_format import PromptFormat
 from milora_lightning.generation import generate_greedily, greedy_config, nothing_else, without_stop
@@ -203,7 +204,7 @@ class CausalLMModule(OptimizedModule):
         labels = batch["labels"]
         # The model runs even without a supervised token: under sharding the other ranks wait for this one.
         total = causal_lm_loss(self._built(), batch["input_ids"], labels, batch.get("position_ids"))
-        return total, (labels[:, 1:] != IGNORED).sum()
+        return total, (labels[:, 1:] != IGNORE_INDEX).sum()
 
     def on_train_start(self) -> None:
         """Try whether the model keeps packed examples apart."""
@@ -281,7 +282,7 @@ class CausalLMModule(OptimizedModule):
             For each example the choice whose response has the largest log-likelihood, summed over its tokens.
         """
         labels = batch["responses"]["labels"][:, 1:]
-        supervised = labels != IGNORED
+        supervised = labels != IGNORE_INDEX
         losses = F.cross_entropy(self(batch["responses"]).float(), labels[supervised], reduction="none")
         rows = supervised.nonzero()[:, 0]
         scores = -torch.zeros(len(labels), device=losses.device).index_add_(0, rows, losses)

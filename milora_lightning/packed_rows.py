@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from milora_lightning.data.batching import IGNORED
+from milora_lightning.config import IGNORE_INDEX
 from milora_lightning.supervision import supervised_logits
 
 REMEDY = "set data.packing to false"
@@ -72,7 +72,7 @@ def check_separation(model: PreTrainedModel, tokens: Sequence[int]) -> None:
 def _last_logits(model: PreTrainedModel, examples: Sequence[Tensor]) -> Tensor:
     ids = torch.cat(list(examples))[None]
     positions = torch.cat([torch.arange(len(example), device=ids.device) for example in examples])[None]
-    labels = torch.full_like(ids, IGNORED)
+    labels = torch.full_like(ids, IGNORE_INDEX)
     labels[0, -min(COMPARED, len(examples[-1]) - 1) :] = 0
     return supervised_logits(model, ids, labels, positions).double()
 

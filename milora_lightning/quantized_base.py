@@ -9,19 +9,14 @@ from typing import Any, Literal, cast
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
+from milora_lightning.base_weight import STORED
 from milora_lightning.model_files import UnusableModelError, weight_files
 from milora_lightning.quantization import BITSANDBYTES
 
 Quantization = Literal["nf4", "fp4", "int8"]
-
-STORED = "stored_weight"
-"""The attribute by which a quantized layer knows its :class:`StoredWeight`."""
-
-CLOSE = 0.5
-"""How far, relative to its norm, a weight may be from its quantized self: four bits cost 0.1, another matrix 1.4."""
 
 
 @dataclass(frozen=True)
@@ -110,27 +105,3 @@ def remember_stored_weights(model: PreTrainedModel, location: str, quantization:
             f"the model has for them ({missing[0]!r}): their adapters start from the dequantized weights.",
             stacklevel=3,
         )
-
-
-def unquantized(base: nn.Module, dequantized: Tensor) -> Tensor:
-    """Return the weight that a layer was quantized from if that can be read, or else the dequantized one.
-
-    Args:
-        base: The layer.
-        dequantized: The weight that it computes with (out, in); what was stored has to be close to that.
-    """
-    stored: StoredWeight | None = getattr(base, STORED, None)
-    if stored is None:
-        return dequantized
-    weight = stored.read().to(dequantized.device)
-    for candidate in (weight, weight.T) if weight.ndim == 2 else ():
-        if candidate.shape == dequantized.shape:
-            distance = (candidate.float() - dequantized.float()).norm()
-            if not distance > CLOSE * candidate.float().norm():  # entries that are no numbers are told of later
-                return candidate
-    warnings.warn(
-        "What the model's files call a quantized weight is not what it was quantized from: adapters start from the "
-        "dequantized weight there.",
-        stacklevel=2,
-    )
-    return dequantized

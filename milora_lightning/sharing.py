@@ -1,4 +1,4 @@
-"""Sharing the decompositions out among ranks."""
+"""Work shared out among ranks."""
 
 from __future__ import annotations
 
@@ -7,14 +7,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
-
-from milora_lightning.lora import LoRALinear
-
-Factors = tuple[Tensor, Tensor]
-"""``lora_A`` (r, in) and ``lora_B`` (out, r), whole."""
 
 
 def cost(shape: tuple[int, int]) -> int:
@@ -69,30 +62,6 @@ def in_rounds(owners: Sequence[int], costs: Sequence[float]) -> list[list[int]]:
         queues[owners[index]].append(index)
     rounds = zip_longest(*queues.values())
     return [[index for index in batch if index is not None] for batch in rounds]
-
-
-def exchange_factors(
-    layers: Sequence[LoRALinear],
-    owners: Sequence[int],
-    factors: dict[LoRALinear, Factors],
-    device: torch.device | None = None,
-) -> None:
-    """Start each layer from the factors that its owner has computed, on all ranks.
-
-    Args:
-        layers: The layers, in the same order on all ranks.
-        owners: The rank that has the factors of each.
-        factors: Those that this rank has; emptied on the way.
-        device: Where they are; by default on the layers' device.
-    """
-    for layer, owner in zip(layers, owners, strict=True):
-        own = factors.pop(layer, None)
-        if own is None:
-            home = device or layer.lora_A.device
-            own = torch.empty(layer.lora_A.shape, device=home), torch.empty(layer.lora_B.shape, device=home)
-        for factor in own:
-            dist.broadcast(factor, src=owner)
-        layer.set_initial_factors(*own)
 
 
 def raise_together(error: BaseException | None, world_size: int) -> None:

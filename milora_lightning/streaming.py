@@ -15,12 +15,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from milora_lightning.fingerprint import base_keys
 from milora_lightning.model_files import clear_errors, weight_files
 from milora_lightning.names import pristine_name, unwrapped_name
 from milora_lightning.pretrained import decoder_layers, load_causal_lm, load_config, locate
 from milora_lightning.sharding import as_bytes, fill, local_slices
 from milora_lightning.sharing import raise_together
+from milora_lightning.surgery import base_keys
 
 
 def empty_causal_lm(

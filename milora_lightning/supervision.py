@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
-from milora_lightning.data.batching import IGNORED
+from milora_lightning.config import IGNORE_INDEX
 
 # What configurations call what is done to the logits, to each position's by themselves; None where it is nothing.
 # Whatever is missing here is noticed in the model's forward, at the price of a second one.
@@ -77,7 +77,7 @@ def check_causal(model: PreTrainedModel) -> None:
 def supervised_positions(labels: Tensor) -> Tensor:
     """Tell which positions of the rows (batch, length) have a next label that counts."""
     supervised = torch.zeros_like(labels, dtype=torch.bool)
-    supervised[:, :-1] = labels[:, 1:] != IGNORED
+    supervised[:, :-1] = labels[:, 1:] != IGNORE_INDEX
     return supervised
 
 
@@ -92,7 +92,7 @@ def supervised_logits(
     Args:
         model: Any causal language model of transformers.
         input_ids: Token ids (batch, length), padded on the right.
-        labels: Labels (batch, length), ``IGNORED`` where they do not count.
+        labels: Labels (batch, length), ``IGNORE_INDEX`` where they do not count.
         position_ids: Positions (batch, length) of packed rows, which begin anew with each example; None where each row
             is an example.
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
-from transformers.pytorch_utils import Conv1D
 
 from milora_lightning.config import LoRAConfig, ends_in
 from milora_lightning.coverage import remarks, say_once
 from milora_lightning.frozen_statistics import freeze_statistics
 from milora_lightning.fused import stacked_factors
+from milora_lightning.linear_layers import is_linear
 from milora_lightning.lora import LoRALinear
 from milora_lightning.master_weights import keep_master_weights
 from milora_lightning.names import unwrapped_name
@@ -109,7 +109,7 @@ def _exactly(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
 def _check_trainable(saved: nn.Module) -> None:
     for layer in saved.modules():
         weight = layer._parameters.get("weight")
-        if not isinstance(layer, (nn.Linear, Conv1D)) or weight is None or weight.is_complex():
+        if not is_linear(layer) or weight is None or weight.is_complex():
             continue
         if not holds_its_weight(layer):
             raise ValueError(
@@ -139,6 +139,18 @@ def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
     {}
     """
     return {unwrapped_name(name): layer for name, layer in module.named_modules() if isinstance(layer, LoRALinear)}
+
+
+def base_keys(module: nn.Module, frozen_only: bool = True) -> set[str]:
+    """Return the names of all frozen parameters, or simply all, but those of adapters; as the module has them now."""
+    factors = {
+        f"{prefix}.{name}"
+        for prefix, layer in module.named_modules()
+        if isinstance(layer, LoRALinear)
+        for name, _ in layer.named_parameters(recurse=False)
+    }
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {name for name, p in parameters if not (frozen_only and p.requires_grad)} - factors
 
 
 @contextmanager
@@ -190,8 +202,9 @@ def factors_kept(module: nn.Module) -> Iterator[None]:
 
 
 def _check_no_peft(module: nn.Module) -> None:
+    peft = sys.modules.get("peft.tuners.tuners_utils")  # imported by whoever has called get_peft_model
     for name, child in module.named_modules():
-        if isinstance(child, BaseTunerLayer):
+        if peft is not None and isinstance(child, peft.BaseTunerLayer):
             raise ValueError(
                 f"The model already carries PEFT layers, such as {name!r}: leave out get_peft_model, the adapters "
                 "injected here take their place and can be exported for PEFT afterwards."

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from milora_lightning.config import ALL_LINEAR, LoRAConfig
+from milora_lightning.linear_layers import is_linear
 from milora_lightning.lora import PLAIN_LAYERS, LoRALinear, linear_shape
 from milora_lightning.names import unwrapped_name
 from milora_lightning.parts import TargetNotFoundError, ends_with, excluded_names, find_part, modules_by_name, some
@@ -163,20 +163,23 @@ def adaptable_layers(module: nn.Module) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {}
     for wrapped_name, child in module.named_modules():
         name = unwrapped_name(wrapped_name)
-        linear = name and isinstance(child, (nn.Linear, Conv1D)) and child not in bases
+        linear = name and is_linear(child) and child not in bases
         if isinstance(child, LoRALinear) or (linear and child._parameters.get("weight") is not None):
             layers[name] = child
     return layers
 
 
 def _computed(module: nn.Module, kept: Collection[nn.Module]) -> list[str]:
-    layers = ((n, m) for n, m in module.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m not in kept)
+    layers = ((n, m) for n, m in module.named_modules() if is_linear(m) and m not in kept)
     return [unwrapped_name(name) for name, layer in layers if name and layer._parameters.get("weight") is None]
 
 
 def output_heads(module: nn.Module) -> set[nn.Module | None]:
     """Return the output embeddings of all language models within a module."""
-    models = (m for m in module.modules() if isinstance(m, PreTrainedModel))
+    transformers = sys.modules.get("transformers.modeling_utils")  # imported by whoever has made such a model
+    if transformers is None:
+        return set()
+    models = (m for m in module.modules() if isinstance(m, transformers.PreTrainedModel))
     return {_base(head) for m in models if isinstance(head := m.get_output_embeddings(), nn.Module)}
 
 

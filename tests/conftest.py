@@ -31,7 +31,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from milora_lightning.pretrained import cache_folder, load_causal_lm
+from milora_lightning.folder import cache_folder
+from milora_lightning.pretrained import load_causal_lm
 
 # Tests neither read the user's cached decompositions nor add to them; the converted model is theirs too.
 _cache = Path(tempfile.mkdtemp(prefix="milora-tests-"))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from milora_lightning.config import IGNORE_INDEX
 from milora_lightning.data.sampling import FILLER
 
 Example = dict[str, Any]
-IGNORED = -100  # the label that the loss leaves out
 TEXTS = ("prompt", "instruction", "reference", "task")  # what travels with a prompt
 
 
@@ -69,7 +69,7 @@ class Collator:
         width = round_up(max(len(e["input_ids"]) for e in examples), self.multiple)
         input_ids = torch.full((len(examples), width), self.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
-        labels = torch.full_like(input_ids, IGNORED)
+        labels = torch.full_like(input_ids, IGNORE_INDEX)
         for row, example in enumerate(examples):
             ids = torch.tensor(example["input_ids"])
             input_ids[row, : len(ids)] = ids

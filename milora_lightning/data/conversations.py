@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from milora_lightning.data.templates import question
-from milora_lightning.data.values import as_text, shown
+from milora_lightning.data.values import as_text, question, shown
 
 Message = dict[str, Any]
 

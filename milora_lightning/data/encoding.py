@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from milora_lightning.data.batching import Example
 from milora_lightning.data.chat import ChatTemplate, ChatTemplateError, Message, token_ids
 from milora_lightning.data.prompt_format import for_conversations
-from milora_lightning.data.templates import TEMPLATES, TemplateName, bos_prefix, plain, question
+from milora_lightning.data.templates import TEMPLATES, TemplateName, bos_prefix, plain
 from milora_lightning.data.token_borders import locate_all
 from milora_lightning.data.truncation import common_length, join
 from milora_lightning.data.turn_encoding import (
@@ -25,6 +25,7 @@ from milora_lightning.data.turn_encoding import (
     encode_conversation,
 )
 from milora_lightning.data.turns import write_conversation
+from milora_lightning.data.values import question
 
 FEATURES = datasets.Features(
     {

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from milora_lightning.data.batching import IGNORED, Example, learned_spans, round_up
+from milora_lightning.config import IGNORE_INDEX
+from milora_lightning.data.batching import Example, learned_spans, round_up
 
 
 def pack(lengths: Sequence[int], capacity: int, seed: int = 0) -> list[list[int]]:
@@ -113,7 +114,7 @@ class PackingCollator:
         """
         lengths = [sum(len(example["input_ids"]) for example in row) for row in rows]
         shape = len(rows), round_up(max(lengths), self.multiple)
-        input_ids, labels = torch.full(shape, self.pad_token_id), torch.full(shape, IGNORED)
+        input_ids, labels = torch.full(shape, self.pad_token_id), torch.full(shape, IGNORE_INDEX)
         position_ids = torch.zeros(shape, dtype=torch.int64)
         for k, row in enumerate(rows):
             start = 0

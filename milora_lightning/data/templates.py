@@ -9,6 +9,8 @@ from typing import Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from milora_lightning.data.values import question
+
 TemplateName = Literal["alpaca", "chat", "plain"]
 AUTO = "auto"  # the tokenizer's chat template for conversations, alpaca for prompts with responses
 
@@ -30,11 +32,6 @@ def alpaca(prompt: str, input: str, tokenizer: PreTrainedTokenizerBase | None = 
     ['### Instruction:', 'Add the numbers.', '', '### Input:', '1, 2', '', '### Response:']
     """
     return (ALPACA_WITH_INPUT if input else ALPACA).format(prompt=prompt, input=input)
-
-
-def question(prompt: str, input: str) -> str:
-    """Write prompt and input as a user's message."""
-    return f"{prompt}\n\n{input}" if input else prompt
 
 
 def chat(prompt: str, input: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -8,6 +8,11 @@ from decimal import Decimal
 from typing import Any
 
 
+def question(prompt: str, input: str) -> str:
+    """Write prompt and input as a user's message."""
+    return f"{prompt}\n\n{input}" if input else prompt
+
+
 def as_text(value: Any, what: str, remedy: str = "Correct or remove the row") -> str:
     """Return a text, or a number as text.
 
