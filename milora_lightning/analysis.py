@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from milora_lightning.base_weight import dense_weight
 from milora_lightning.decomposition import SingularSlice, singular_slice
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.factors import stack_factors
 from milora_lightning.lora import LoRALinear
 from milora_lightning.metrics.subspace import Update, reference_subspaces
@@ -151,7 +152,9 @@ def analyze_model(module: nn.Module, description: str = "Analyzing") -> list[Mat
     ]
     moved = [matrix for matrix in found if matrix is not None]
     if not moved:
-        raise ValueError("There is no update to analyze: the module has no adapters, or they have not been trained.")
+        raise InvalidInputError(
+            "There is no update to analyze: the module has no adapters, or they have not been trained."
+        )
     return moved
 
 

@@ -14,10 +14,11 @@ from milora_lightning.data.chat import Message, fold_system, token_ids
 from milora_lightning.data.prompt_format import reads_one_question
 from milora_lightning.data.tokenizing import padding_id
 from milora_lightning.data.values import question
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.limits import positions
 
 
-class NotAskableError(ValueError):
+class NotAskableError(InvalidInputError):
     """A tokenizer has no chat template, or one that refuses a conversation."""
 
 

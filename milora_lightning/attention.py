@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.operators import differentiate, operator
 
 NAME = "causal_blocks"
@@ -42,7 +43,9 @@ def causal_blocks_forward(
         ValueError: If the model caps its attention scores, which neither kernel does.
     """
     if options.get("softcap"):
-        raise ValueError(f"attn_implementation={NAME!r} does not cap attention scores as this model does: use 'eager'.")
+        raise InvalidInputError(
+            f"attn_implementation={NAME!r} does not cap attention scores as this model does: use 'eager'."
+        )
     causal = options.get("is_causal")
     plain = (
         attention_mask is None

@@ -7,6 +7,7 @@ from typing import Protocol, cast
 
 from torch import Tensor, nn
 
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.lora import LoRALinear
 from milora_lightning.quantization import decoded, holds_its_weight, refusal
 from milora_lightning.sharding import gather_to, is_sharded
@@ -37,7 +38,9 @@ def dense_weight(layer: LoRALinear) -> Tensor:
             repacked by bitsandbytes for inference.
     """
     if is_sharded(layer.base_layer):
-        raise ValueError("The weight is in shards on several ranks: analyze the checkpoint on one device instead.")
+        raise InvalidInputError(
+            "The weight is in shards on several ranks: analyze the checkpoint on one device instead."
+        )
     return cast(Tensor, collected_weight(layer, 0))
 
 
@@ -56,16 +59,16 @@ def collected_weight(layer: LoRALinear, rank: int) -> Tensor | None:
     """
     base = layer.base_layer
     if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
-        raise ValueError("bitsandbytes has repacked it for inference on this CPU; initialize before evaluating.")
+        raise InvalidInputError("bitsandbytes has repacked it for inference on this CPU; initialize before evaluating.")
     if is_sharded(base) and not holds_its_weight(base):
-        raise ValueError(refusal(base))
+        raise InvalidInputError(refusal(base))
     weight = gather_to(base.weight.detach(), rank)
     if weight is None:
         return None
     weight = decoded(base, weight)
     weight = weight.T if layer.transposed else weight
     if weight.shape != (layer.out_features, layer.in_features):
-        raise ValueError(refusal(base))
+        raise InvalidInputError(refusal(base))
     return weight
 
 

@@ -15,11 +15,13 @@ from lightning.fabric.utilities.load import _METADATA_FILENAME, _load_distribute
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.distributed.checkpoint.api import CheckpointException
 
+from milora_lightning.errors import InvalidInputError, MissingFileError
+
 KEY = "milora_lightning"
 """The entry of a state dict that describes its adapters."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InvalidInputError):
     """A checkpoint is damaged, or does not belong to this model."""
 
 
@@ -113,7 +115,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 def _check_there(path: Path) -> None:
     if not path.exists():
-        raise FileNotFoundError(f"There is no checkpoint {str(path)!r}. Check the path.")
+        raise MissingFileError(f"There is no checkpoint {str(path)!r}. Check the path.")
     if path.is_dir() and not is_folder(path):
         inside = sorted(child.name for child in path.glob("*.ckpt"))
         found = f"Give the path of one in it, such as {path / inside[-1]}." if inside else "Check the path."

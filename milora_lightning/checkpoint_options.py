@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from milora_lightning.checkpoint import read_checkpoint
 from milora_lightning.checkpoint_io import KEY, read_without_weights
+from milora_lightning.errors import MissingFileError
 from milora_lightning.model_files import ModelNotFoundError
 
 BASE = "model.name_or_path"
@@ -97,7 +98,7 @@ def find_checkpoint(trainer: Trainer, keyword: str, subcommand: str) -> str:
         ", or leave --ckpt_path out to begin anew." if subcommand == "fit" else "."
     )
     if keyword == "best":
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"--ckpt_path best is known only to the process that trains, and {subcommand} begins another. {remedy}"
         )
     function = {"fit": TrainerFn.FITTING, "predict": TrainerFn.PREDICTING}.get(subcommand) or TrainerFn(subcommand)
@@ -114,7 +115,7 @@ def find_checkpoint(trainer: Trainer, keyword: str, subcommand: str) -> str:
         place = (
             f"in {', '.join(map(str, folders))}" if folders else "where this run's logger and default_root_dir point"
         )
-        raise FileNotFoundError(f"There is no checkpoint for --ckpt_path {keyword} {place}. {remedy}")
+        raise MissingFileError(f"There is no checkpoint for --ckpt_path {keyword} {place}. {remedy}")
     return str(path)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any, TypeVar
 
 from jsonargparse import Namespace
@@ -30,6 +29,7 @@ from milora_lightning.commands.running import run_command
 from milora_lightning.config_files import CONFIGS, replaced_checkpoints, resolve_configs
 from milora_lightning.data import Files, SFTDataModule
 from milora_lightning.ending import ending, resumption
+from milora_lightning.errors import InvalidInputError, sentence
 from milora_lightning.help import ALL, help_text
 from milora_lightning.logger_choice import LoggerName, make_logger
 from milora_lightning.module import CausalLMModule
@@ -37,7 +37,6 @@ from milora_lightning.notices import leave_out, leave_out_bars
 from milora_lightning.option_errors import Parser, missing_package
 from milora_lightning.trainer_defaults import LOG_EVERY_N_STEPS, missing_options, replaced_files, with_screen
 
-PACKAGE = Path(__file__).parent
 INTERRUPTED = 130  # the exit status of what Ctrl-C ends, as shells have it
 
 CLI = TypeVar("CLI", bound="MiLoRACLI")
@@ -158,7 +157,7 @@ class MiLoRACLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(**{**kwargs, **options})
         except (ValueError, ModuleNotFoundError) as error:  # options that do not go together, a package that is missing
-            raise ValueError(f"The Trainer's options: {error}") from error
+            raise InvalidInputError(f"The Trainer's options: {error}") from error
         leave_out_bars()
         if self._given_optimizer:
             trainer.callbacks.insert(0, GivenOptimizerOptions(self._given_optimizer))  # type: ignore[attr-defined]
@@ -232,8 +231,8 @@ def command_line(kind: type[CLI], args: ArgsType = None) -> CLI:
 def main(args: ArgsType = None) -> Any:
     """Run the command line; see ``python main.py --help``.
 
-    Errors that this package raises are messages to the user, and end the program as such; all others keep their
-    traceback.
+    Errors that this package raises for the user to read end the program with their sentence; all others keep their
+    traceback. See :mod:`milora_lightning.errors`.
     """
     leave_out()
     argv = list(args) if isinstance(args, list) else sys.argv[1:] if args is None else []
@@ -248,18 +247,9 @@ def main(args: ArgsType = None) -> Any:
         return command_line(MiLoRACLI, args)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
-        if _raised_here(error):
-            sys.exit(f"error: {error}")
-        if missing := missing_package(error):
-            sys.exit(f"error: {missing}")
-        raise
     except MisconfigurationException as error:  # Lightning's own message to the user
         sys.exit(f"error: {error}")
-
-
-def _raised_here(error: BaseException) -> bool:
-    traceback = error.__traceback__
-    while traceback and traceback.tb_next:
-        traceback = traceback.tb_next
-    return traceback is not None and PACKAGE in Path(traceback.tb_frame.f_code.co_filename).parents
+    except Exception as error:
+        if message := sentence(error) or missing_package(error):
+            sys.exit(f"error: {message}")
+        raise

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from milora_lightning.cli import MiLoRACLI
 from milora_lightning.data import SFTDataModule
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.folder import new_folder
 from milora_lightning.module import CausalLMModule
 
@@ -34,7 +35,7 @@ class Trajectory(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that there is validation, before time is spent on training."""
         if not self.rows:
-            raise ValueError(
+            raise InvalidInputError(
                 "Methods are compared by their validation loss, and there is no validation data. Give some."
             )
 
@@ -68,7 +69,7 @@ class RunCLI(MiLoRACLI):
         kwargs.update(callbacks=[*callbacks, self.trajectory], logger=False, enable_checkpointing=False)
         trainer = super().instantiate_trainer(**kwargs)
         if trainer.world_size > 1:
-            raise ValueError("compare trains on one device, and there are several: add --trainer.devices 1.")
+            raise InvalidInputError("compare trains on one device, and there are several: add --trainer.devices 1.")
         return trainer
 
     def fit(self) -> list[Row]:
@@ -149,7 +150,7 @@ class Comparison:
             parsed.add(run.method)
             if folder.is_dir():
                 if (folder / "config.yaml").read_text(encoding="utf-8") != settings:
-                    raise ValueError(
+                    raise InvalidInputError(
                         f"{folder} is of a run with other settings (its config.yaml differs from what is asked for "
                         "now). Choose another output, or remove the folder to run it again."
                     )
@@ -212,7 +213,7 @@ def compare(
     overlays = {Path(m).stem: m if m.endswith((".yaml", ".yml")) else f"method/{m}.yaml" for m in methods}
     for name, values in (("methods", methods), ("learning_rates", learning_rates), ("seeds", seeds)):
         if not values or len(set(values)) < len(values) or len(overlays) < len(methods):
-            raise ValueError(f"{name}={values} has to name at least one, and none twice.")
+            raise InvalidInputError(f"{name}={values} has to name at least one, and none twice.")
     if text is not None:
         options = {"text": text, "field": text_field, "max_tokens": text_tokens}
         fit = [*fit, "--trainer.callbacks+=milora_lightning.ForgettingMonitor"]
@@ -241,7 +242,7 @@ def best_rate(sweep: Sequence[Run]) -> float | None:
     """
     losses = {run.learning_rate: run.last["val_loss"] for run in sweep if math.isfinite(run.last["val_loss"])}
     if sweep and not losses:
-        raise ValueError(f"{sweep[0].method} diverges with every learning rate of the sweep: give smaller ones.")
+        raise InvalidInputError(f"{sweep[0].method} diverges with every learning rate of the sweep: give smaller ones.")
     return min(losses, key=losses.__getitem__, default=None)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_args
 
+from milora_lightning.errors import InvalidInputError
+
 ALL_LINEAR = "all-linear"
 IGNORE_INDEX = -100  # the label that the loss leaves out
 Init = Literal["milora", "pissa", "middle", "random", "lora"]
@@ -66,26 +68,30 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         if self.r < 1:
-            raise ValueError(f"r must be at least 1, not {self.r}.")
+            raise InvalidInputError(f"r must be at least 1, not {self.r}.")
         if self.lora_alpha is not None and self.lora_alpha <= 0:
-            raise ValueError(f"lora_alpha must be positive, not {self.lora_alpha}; leave it out for lora_alpha=r.")
+            raise InvalidInputError(
+                f"lora_alpha must be positive, not {self.lora_alpha}; leave it out for lora_alpha=r."
+            )
         if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout}.")
+            raise InvalidInputError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout}.")
         if self.init not in get_args(Init):
-            raise ValueError(f"init must be one of {', '.join(get_args(Init))}, not {self.init!r}.")
+            raise InvalidInputError(f"init must be one of {', '.join(get_args(Init))}, not {self.init!r}.")
         if not self.target_modules:
-            raise ValueError('target_modules is empty; name layers, or use "all-linear".')
+            raise InvalidInputError('target_modules is empty; name layers, or use "all-linear".')
         for name in ("rank_pattern", "alpha_pattern"):
             for key, value in getattr(self, name).items():
                 try:
                     re.compile(key)
                 except re.error as error:
-                    raise ValueError(f"{name} has the key {key!r}, which is no regular expression: {error}.") from error
+                    raise InvalidInputError(
+                        f"{name} has the key {key!r}, which is no regular expression: {error}."
+                    ) from error
                 if value <= 0 or (name == "rank_pattern" and value != int(value)):
                     wanted = "a whole number of at least 1" if name == "rank_pattern" else "positive"
-                    raise ValueError(f"{name} must be {wanted} for each key, not {value} as for {key!r}.")
+                    raise InvalidInputError(f"{name} must be {wanted} for each key, not {value} as for {key!r}.")
         if isinstance(self.modules_to_save, str):
-            raise ValueError(f"modules_to_save takes a list of names: [{self.modules_to_save!r}].")
+            raise InvalidInputError(f"modules_to_save takes a list of names: [{self.modules_to_save!r}].")
 
     @property
     def scaling(self) -> float:

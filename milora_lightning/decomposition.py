@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from milora_lightning.eigenpairs import dense_eigenpairs, gram, smallest_eigenpairs
+from milora_lightning.errors import InvalidInputError
 
 Slice = Literal["minor", "principal", "middle", "random"]
 
@@ -75,23 +76,27 @@ def singular_slice(
     tensor([0., 1., 2., 0.], dtype=torch.float64)
     """
     if which not in get_args(Slice):
-        raise ValueError(f"unknown slice {which!r}: choose one of {', '.join(get_args(Slice))}")
+        raise InvalidInputError(f"unknown slice {which!r}: choose one of {', '.join(get_args(Slice))}")
     if weight.ndim != 2:
-        raise ValueError(f"a weight of shape {tuple(weight.shape)} has no singular vectors: pass a matrix (out, in)")
+        raise InvalidInputError(
+            f"a weight of shape {tuple(weight.shape)} has no singular vectors: pass a matrix (out, in)"
+        )
     if not weight.is_floating_point():
-        raise ValueError(f"a weight of {weight.dtype} cannot be decomposed: pass it in a floating-point dtype")
+        raise InvalidInputError(f"a weight of {weight.dtype} cannot be decomposed: pass it in a floating-point dtype")
     if weight.is_meta:
-        raise ValueError("a weight on the meta device has no values: load it before decomposing it")
+        raise InvalidInputError("a weight on the meta device has no values: load it before decomposing it")
     k = min(weight.shape)
     if not 1 <= r <= k:
-        raise ValueError(f"a weight of shape {tuple(weight.shape)} has {k} triplets, not {r}: set r from 1 to {k}")
+        raise InvalidInputError(
+            f"a weight of shape {tuple(weight.shape)} has {k} triplets, not {r}: set r from 1 to {k}"
+        )
 
     home = weight.device
     no_double = home.type == "mps"
     W = (weight.detach().cpu() if no_double else weight.detach()).to(torch.float64)
     energy = torch.linalg.matrix_norm(W).square()
     if not energy.isfinite() and (bad := int(W.numel() - torch.isfinite(W).sum())):
-        raise ValueError(f"{bad} of the weight's {W.numel()} entries are NaN or infinite: check the checkpoint")
+        raise InvalidInputError(f"{bad} of the weight's {W.numel()} entries are NaN or infinite: check the checkpoint")
 
     tall = W.shape[0] > W.shape[1]
     if tall:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from milora_lightning.data.prompt_format import PromptFormat
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.factors import product_svd, stack_factors
 from milora_lightning.fingerprint import fingerprint, unquantized
 from milora_lightning.folder import check_output, new_folder
@@ -76,12 +77,14 @@ def export_peft(
     model = find_model(module)
     layers = _adapters(module, model)
     if said := objection(model):
-        raise ValueError(f"PEFT cannot hold these adapters: {said}. {MERGED}")
+        raise InvalidInputError(f"PEFT cannot hold these adapters: {said}. {MERGED}")
     kept = _kept_whole(model, layers)
     inside = tuple(f"{name}." for name in kept)
     outside = {name: layer for name, layer in layers.items() if not f"{name}.".startswith(inside)}
     if not outside:
-        raise ValueError(f"All adapters are in {', '.join(kept)}, which PEFT keeps whole for this task. {MERGED}")
+        raise InvalidInputError(
+            f"All adapters are in {', '.join(kept)}, which PEFT keeps whole for this task. {MERGED}"
+        )
     _check_rank(rank, outside)
     tensors: dict[str, Tensor] = {}
     ranks, alphas, lost, energy = {}, {}, 0.0, 0.0
@@ -108,7 +111,9 @@ def export_peft(
         config.save_pretrained(str(folder))
         scales = {name: alphas[name] / ranks[name] for name in ranks}
         if said := opens_otherwise(folder, model, tensors, scales):
-            raise ValueError(f"PEFT {version('peft')} would not open this export as it was trained: {said}. {MERGED}")
+            raise InvalidInputError(
+                f"PEFT {version('peft')} would not open this export as it was trained: {said}. {MERGED}"
+            )
         what = f"PEFT adapter of rank {_range(ranks.values())} on the unchanged base model"
         _finish(folder, model, model_card(model, what, "peft", metrics, data), tokenizer, prompt_format)
     return lost / energy if energy else 0.0
@@ -149,7 +154,7 @@ def export_merged(
     model = find_model(module)
     layers = _adapters(module, model)
     if not all(holds_its_weight(layer.base_layer) for layer in layers.values()):
-        raise ValueError(
+        raise InvalidInputError(
             "A quantized model cannot be merged without rounding again: export for PEFT, load that folder into the "
             "unquantized model with load_peft, and merge there."
         )
@@ -188,7 +193,9 @@ def compress(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, float, fl
             [0., 0.]]), 0.2)
     """
     if rank > A.shape[0]:
-        raise ValueError(f"rank={rank} is more than the adapters' {A.shape[0]}; leave it out to keep everything.")
+        raise InvalidInputError(
+            f"rank={rank} is more than the adapters' {A.shape[0]}; leave it out to keep everything."
+        )
     U, S, Vh = product_svd(B, A)
     root = S[:rank].sqrt()
     lost, energy = S[rank:].square().sum().item(), S.square().sum().item()
@@ -206,14 +213,14 @@ def find_model(module: nn.Module) -> PreTrainedModel:
     """
     models = outermost_models(module)
     if not models:
-        raise ValueError(f"{type(module).__name__} has no Hugging Face model, which these formats are for.")
+        raise InvalidInputError(f"{type(module).__name__} has no Hugging Face model, which these formats are for.")
     if len(models) == 1:
         return next(iter(models.values()))
     chosen = {name: m for name, m in models.items() if lora_layers(m)}
     chosen = chosen or {name: m for name, m in models.items() if any(p.requires_grad for p in m.parameters())}
     if len(chosen) != 1:
         names = ", ".join(map(repr, chosen or models))
-        raise ValueError(
+        raise InvalidInputError(
             f"{type(module).__name__} has several Hugging Face models that could be meant, {names}: give the one "
             f"itself, as in module.{next(iter(chosen or models))}."
         )
@@ -227,10 +234,12 @@ def _is_in(name: str, outer: str) -> bool:
 def _adapters(module: nn.Module, model: nn.Module) -> dict[str, LoRALinear]:
     layers = lora_layers(model)
     if not layers:
-        raise ValueError("The model has no adapters to export: load a checkpoint of a run with MiLoRAInit first.")
+        raise InvalidInputError(
+            "The model has no adapters to export: load a checkpoint of a run with MiLoRAInit first."
+        )
     outside = [name for name, layer in lora_layers(module).items() if layer not in layers.values()]
     if outside:
-        raise ValueError(
+        raise InvalidInputError(
             f"Layer {outside[0]!r} has an adapter and is outside the Hugging Face model that these formats hold: leave "
             "it out of target_modules, or export each part by itself."
         )
@@ -247,10 +256,10 @@ def _check_rank(rank: int | None, layers: Mapping[str, LoRALinear]) -> None:
     if rank is None:
         return
     if rank < 1:
-        raise ValueError(f"rank must be at least 1, not {rank}; leave it out to keep everything.")
+        raise InvalidInputError(f"rank must be at least 1, not {rank}; leave it out to keep everything.")
     largest = max(len(_factors(layer)[0]) for layer in layers.values())
     if rank > largest:
-        raise ValueError(f"rank={rank} is more than the adapters' {largest}; leave it out to keep everything.")
+        raise InvalidInputError(f"rank={rank} is more than the adapters' {largest}; leave it out to keep everything.")
 
 
 def _kept_whole(model: PreTrainedModel, layers: Mapping[str, LoRALinear]) -> list[str]:
@@ -264,7 +273,7 @@ def _kept_whole(model: PreTrainedModel, layers: Mapping[str, LoRALinear]) -> lis
     for name in kept:
         inside = [layer for layer in layers if _is_in(layer, name)]
         if inside or not name:
-            raise ValueError(
+            raise InvalidInputError(
                 f"Module {name or type(model).__name__!r} trains a parameter of its own beside the adapters in it, "
                 f"which PEFT cannot hold. {MERGED}"
             )

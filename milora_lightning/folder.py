@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from milora_lightning.errors import OutputExistsError
+
 
 def cache_folder() -> Path:
     """Return where converted models and decompositions are kept: ``$MILORA_CACHE``, else the user's cache folder."""
@@ -24,7 +26,7 @@ def check_output(output: str | Path) -> Path:
     """
     target = Path(output).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"There is something at {str(target)!r} already. Choose another output, or remove it.")
+        raise OutputExistsError(f"There is something at {str(target)!r} already. Choose another output, or remove it.")
     return target
 
 

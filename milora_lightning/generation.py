@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.sharding import is_sharded
 
 
@@ -94,10 +95,10 @@ class Sampling:
             ("top_k", self.top_k >= 0, "0 or more"),
         ):
             if not right:
-                raise ValueError(f"{name} must be {range}, not {getattr(self, name)}.")
+                raise InvalidInputError(f"{name} must be {range}, not {getattr(self, name)}.")
         for name, effect in (("top_p", self.top_p < 1), ("top_k", self.top_k > 0)):
             if effect and not self.temperature:
-                raise ValueError(
+                raise InvalidInputError(
                     f"{name}={getattr(self, name)} has no effect where the likeliest token is taken: give a "
                     "temperature, 0.7 for example."
                 )

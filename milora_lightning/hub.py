@@ -10,11 +10,13 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
+from milora_lightning.errors import InvalidInputError
+
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json"]
 """What must not stay behind of an earlier upload: adapters beside a merged model would be added to it again."""
 
 
-class HubError(ValueError):
+class HubError(InvalidInputError):
     """Something cannot be put on the Hub."""
 
 

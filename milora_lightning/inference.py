@@ -18,6 +18,7 @@ from milora_lightning.checkpoint_options import base_may_have_moved, differences
 from milora_lightning.data.chat import ChatTemplateError
 from milora_lightning.data.prompt_format import PromptFormat
 from milora_lightning.data.templates import name_of, with_template
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.fingerprint import only_codes, unquantized
 from milora_lightning.generation import stop_ids
 from milora_lightning.merging import merge_adapters, rounding_note
@@ -78,7 +79,9 @@ def load_for_inference(
         model, tokenizer = _load_peft(Path(path).expanduser(), dtype or "auto", name_or_path)
     else:
         if name_or_path is not None:
-            raise ValueError(f"{path!r} is a whole model: name_or_path is the base of a checkpoint or a PEFT folder.")
+            raise InvalidInputError(
+                f"{path!r} is a whole model: name_or_path is the base of a checkpoint or a PEFT folder."
+            )
         model, tokenizer = load_causal_lm(path, dtype or "auto"), load_tokenizer(path)
     if merge and (note := rounding_note(merge_adapters(model))):
         rank_zero_warn(note)

@@ -15,6 +15,7 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 from milora_lightning.base_weight import pretrained_weight
+from milora_lightning.errors import InvalidInputError, MiLoRAError
 from milora_lightning.factor_cache import cached_factors
 from milora_lightning.factors import initial_factors
 from milora_lightning.lora import LoRALinear, linear_shape
@@ -173,5 +174,5 @@ def _single_threaded(workers: int) -> Iterator[ThreadPoolExecutor]:
 def _naming(name: str) -> Iterator[None]:
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"The weight of layer {name!r} cannot be decomposed: {error}") from error
+    except MiLoRAError as error:
+        raise InvalidInputError(f"The weight of layer {name!r} cannot be decomposed: {error}") from error

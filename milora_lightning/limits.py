@@ -10,6 +10,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from milora_lightning.errors import InvalidInputError
+
 TABLES = ("pos", "wpe")  # what names of tables of positions hold, in every architecture that has one
 FIXED = {"mpt": "max_seq_len"}  # configuration entries of models that make something else of a fixed length
 
@@ -79,7 +81,7 @@ def check_token_ids(
         f"the model's embeddings (resize_token_embeddings({len(tokenizer)}), then train them too or save the model)"
     )
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
-        raise ValueError(
+        raise InvalidInputError(
             f"The tokenizer's padding token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, but {has}. "
             f"Set tokenizer.pad_token to one that the model has, {tokenizer.eos_token!r} for example, and save the "
             f"tokenizer; or resize {remedy}."
@@ -88,7 +90,7 @@ def check_token_ids(
         return
     for part, token in largest().items():
         if token >= rows:
-            raise ValueError(
+            raise InvalidInputError(
                 f"The {part} data holds the token {tokenizer.convert_ids_to_tokens(token)!r} of id {token}, as the "
                 f"tokenizer has {len(tokenizer)} tokens, but {has}. Use the model's own tokenizer, or resize {remedy}."
             )
@@ -136,5 +138,5 @@ def check_positions(
 
 def _say(message: str, refuse: bool) -> None:
     if refuse:
-        raise ValueError(message)
+        raise InvalidInputError(message)
     rank_zero_warn(message)

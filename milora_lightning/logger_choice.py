@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
+from milora_lightning.errors import MissingPackageError
+
 LoggerName = Literal["tensorboard", "wandb", "mlflow", "csv", "none"]
 
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
@@ -29,7 +31,7 @@ def make_logger(name: LoggerName, given: Any, folder: str | None) -> Logger | Li
         return False
     packages = PACKAGES.get(name, ())
     if packages and not any(importlib.util.find_spec(package) for package in packages):
-        raise ModuleNotFoundError(
+        raise MissingPackageError(
             f"--logger {name} needs the package {packages[0]}, which is not installed: pip install {packages[0]}"
         )
     place = _place(given)

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from milora_lightning.config import Init
 from milora_lightning.dropout import draw_mask, masked
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.factors import stack_factors
 from milora_lightning.folded import folded_lora, folded_weight, folding_pays
 from milora_lightning.fused import base_product, fused_lora, stacked_factors, updated_product
@@ -115,7 +116,7 @@ class LoRALinear(nn.Module):
             y = self.base_layer(x)
             update = self.update(x)
             if y.shape != update.shape:
-                raise ValueError(
+                raise InvalidInputError(
                     f"A {type(self.base_layer).__name__} turns inputs of shape {tuple(x.shape)} into {tuple(y.shape)}, "
                     f"not {tuple(update.shape)}: it is more than a matrix product, and cannot have an adapter. Leave "
                     "it out of target_modules."
@@ -158,7 +159,9 @@ class LoRALinear(nn.Module):
         """
         weight: Tensor = self.base_layer.weight
         if not holds_its_weight(self.base_layer):
-            raise ValueError(f"The weight of a {type(self.base_layer).__name__} is quantized and cannot be merged.")
+            raise InvalidInputError(
+                f"The weight of a {type(self.base_layer).__name__} is quantized and cannot be merged."
+            )
         A, B = stacked_factors(*self.factors, self.scaling, self.lora_A.dtype)
         return folded_weight(weight.to(A.dtype), A, B, self.transposed).to(weight.dtype)
 

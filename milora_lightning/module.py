@@ -25,6 +25,7 @@ from milora_lightning.data import SFTDataModule
 from milora_lightning.data.batching import TEXTS
 from milora_lightning.data.model_check import check_model
 from milora_lightning.data.prompt_format import PromptFormat
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.generation import generate_greedily, greedy_config, nothing_else, without_stop
 from milora_lightning.loss import causal_lm_loss, supervised_logits
 from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy
@@ -100,7 +101,7 @@ class CausalLMModule(OptimizedModule):
     ) -> None:
         super().__init__(optimizer, lr_scheduler, warmup_steps, lr_scheduler_kwargs, learning_rate)
         if max_new_tokens < 1:
-            raise ValueError(
+            raise InvalidInputError(
                 f"max_new_tokens must be at least 1, not {max_new_tokens}. To generate no answers in validation, set "
                 "the data's num_generation_examples to 0."
             )
@@ -144,7 +145,9 @@ class CausalLMModule(OptimizedModule):
     def _load(self) -> None:
         self._check_quantized()
         if self.compile_layers and self.device_mesh is not None:
-            raise ValueError("compile=True does not work with sharded models yet: leave it out, or use strategy: ddp.")
+            raise InvalidInputError(
+                "compile=True does not work with sharded models yet: leave it out, or use strategy: ddp."
+            )
         origin = self.name_or_path, self.dtype_name, self.attn_implementation
         if self.device_mesh is None:
             model = load_causal_lm(*origin, self.quantization, self._device_to_quantize_on())
@@ -175,13 +178,13 @@ class CausalLMModule(OptimizedModule):
         if self.quantization is None or self._trainer is None:
             return
         if shards(self._trainer.strategy):
-            raise ValueError(
+            raise InvalidInputError(
                 f"quantization: {self.quantization} does not work with sharded models, whose weights are read shard by "
                 "shard: leave it out, or use one device or strategy: ddp."
             )
         adapters = [c for c in self._trainer.callbacks if isinstance(c, MiLoRAInit) and c.config is not None]  # type: ignore[attr-defined]
         if self._trainer.state.fn == TrainerFn.FITTING and not adapters:
-            raise ValueError(
+            raise InvalidInputError(
                 f"Weights with quantization: {self.quantization} cannot be trained themselves: train adapters "
                 "(adapter.init: milora), or leave quantization out."
             )

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from milora_lightning.accumulation import TokenWindow
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.resuming import KEY, check_same, check_whole, describe, options, tell_differences
 from milora_lightning.schedules import (
     check_length,
@@ -140,7 +141,7 @@ class OptimizedModule(LightningModule):
         """Make the optimizer of the trainable parameters and its schedule over the whole run."""
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         if isinstance(optimizer, torch.optim.LBFGS) and self.trainer.accumulate_grad_batches > 1:
-            raise ValueError(
+            raise InvalidInputError(
                 "LBFGS computes the loss several times in a step, which does not go with accumulate_grad_batches: take "
                 "larger batches, or another optimizer."
             )
@@ -170,7 +171,7 @@ class OptimizedModule(LightningModule):
             return
         optimizer, schedule = self._optimization()
         if follows_loss(schedule) and not sum(self.trainer.num_val_batches):
-            raise ValueError(
+            raise InvalidInputError(
                 f"lr_scheduler {self.lr_scheduler!r} follows val_loss, and there is nothing to validate on: give the "
                 "data a validation split, or choose a schedule that follows the steps."
             )

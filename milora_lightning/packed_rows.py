@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from milora_lightning.config import IGNORE_INDEX
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.supervision import supervised_logits
 
 REMEDY = "set data.packing to false"
@@ -28,11 +29,11 @@ def check_takes_positions(model: PreTrainedModel) -> None:
     """
     name = type(model).__name__
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise ValueError(f"{name} takes no position_ids, by which packed examples are kept apart: {REMEDY}.")
+        raise InvalidInputError(f"{name} takes no position_ids, by which packed examples are kept apart: {REMEDY}.")
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
     others = sorted({str(kind) for kind in kinds} - {*ATTENTION})
     if others:
-        raise ValueError(f"{name} has layers of {others[0]}, which see all of a packed row: {REMEDY}.")
+        raise InvalidInputError(f"{name} has layers of {others[0]}, which see all of a packed row: {REMEDY}.")
 
 
 @torch.no_grad()
@@ -63,7 +64,7 @@ def check_separation(model: PreTrainedModel, tokens: Sequence[int]) -> None:
         if not difference <= tolerance * scale:
             implementation = model.config._attn_implementation
             other = ", or try model.attn_implementation: sdpa" if implementation != "sdpa" else ""
-            raise ValueError(
+            raise InvalidInputError(
                 f"What {type(model).__name__} with attn_implementation={implementation!r} makes of an example in a "
                 f"packed row {what}, its logits by {difference:.3g} of {scale:.3g}: {REMEDY}{other}."
             )

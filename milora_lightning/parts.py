@@ -8,12 +8,13 @@ from collections.abc import Collection, Sequence
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.linear_layers import is_linear
 from milora_lightning.lora import LoRALinear
 from milora_lightning.names import WRAPPERS, unwrapped_name
 
 
-class TargetNotFoundError(ValueError):
+class TargetNotFoundError(InvalidInputError):
     """What the configuration names, or a layer for it, is not in the model (or not yet)."""
 
 
@@ -68,7 +69,7 @@ def find_part(module: nn.Module, name: str | None) -> nn.Module:
             f"module={name!r} is no part of {type(module).__name__}, whose parts are: {parts or 'none'}."
         ) from error
     if is_linear(part) or isinstance(part, LoRALinear):
-        raise ValueError(f"module={name!r} is a single layer: name it in target_modules instead.")
+        raise InvalidInputError(f"module={name!r} is a single layer: name it in target_modules instead.")
     return part
 
 

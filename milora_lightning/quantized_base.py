@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from milora_lightning.base_weight import STORED
+from milora_lightning.errors import MissingPackageError
 from milora_lightning.model_files import UnusableModelError, weight_files
 from milora_lightning.quantization import BITSANDBYTES
 
@@ -59,7 +60,7 @@ def quantized_loading(
         ValueError: If the model is quantized in its files.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModuleNotFoundError(
+        raise MissingPackageError(
             f"quantization: {quantization} needs the package bitsandbytes: pip install milora-lightning[quantization]"
         )
     if getattr(config, "quantization_config", None) is not None:

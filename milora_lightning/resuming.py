@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.schedules import follows_loss
 
 KEY = "optimization"
@@ -40,7 +41,7 @@ def check_whole(checkpoint: Mapping[str, Any]) -> None:
     >>> check_whole({"optimizer_states": [], "lr_schedulers": []})
     """
     if "optimizer_states" not in checkpoint or "lr_schedulers" not in checkpoint:
-        raise ValueError(
+        raise InvalidInputError(
             "The checkpoint holds weights only (save_weights_only: true), which training cannot go on from: take one "
             "with the optimizer's state, or begin a new run from these adapters with load_adapter(module, path)."
         )
@@ -63,14 +64,14 @@ def check_same(checkpoint: Mapping[str, Any], optimizer: Optimizer, schedule: ob
     # Older checkpoints do not say the name, but show its options.
     foreign = bool(groups) and not (optimizer.defaults.keys() - _SPEED <= groups[0].keys())
     if was.get("optimizer", _name(optimizer)) != _name(optimizer) or foreign:
-        raise ValueError(
+        raise InvalidInputError(
             f"The checkpoint holds the state of {was.get('optimizer', 'another optimizer')}, and this run's optimizer "
             f"is {_name(optimizer)}: resume with the same optimizer, or begin a new run from the checkpoint's adapters "
             "with load_adapter(module, path)."
         )
     schedules = checkpoint["lr_schedulers"]
     if schedules and schedule is not None and follows_loss(schedule) != ("lr_lambdas" not in schedules[0]):
-        raise ValueError(
+        raise InvalidInputError(
             f"The checkpoint's lr_scheduler ({was.get('lr_scheduler', 'another')}) and this run's are of two kinds, "
             "one that follows the loss and one that follows the steps: resume with that of the checkpoint."
         )

@@ -16,6 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from transformers import SchedulerType, get_scheduler, optimization
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
+from milora_lightning.errors import InvalidInputError
+
 WARMUP = 0.03
 """The share of a run over which the rate rises, unless another is given."""
 
@@ -37,28 +39,30 @@ def check_schedule(name: str, warmup_steps: float, arguments: Mapping[str, Any])
 
     >>> check_schedule("cosin", 0, {})
     Traceback (most recent call last):
-    ValueError: There is no lr_scheduler 'cosin'; did you mean 'cosine'? Known are: linear, cosine, \
-cosine_with_restarts, polynomial, constant, constant_with_warmup, inverse_sqrt, reduce_lr_on_plateau, \
+    milora_lightning.errors.InvalidInputError: There is no lr_scheduler 'cosin'; did you mean 'cosine'? Known are: \
+linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup, inverse_sqrt, reduce_lr_on_plateau, \
 cosine_with_min_lr, cosine_warmup_with_min_lr, warmup_stable_decay, greedy.
     """
     known = [kind.value for kind in SchedulerType if kind in TYPE_TO_SCHEDULER_FUNCTION]
     if name not in known:
         close = difflib.get_close_matches(name, known, 1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise ValueError(f"There is no lr_scheduler {name!r}{hint} Known are: {', '.join(known)}.")
+        raise InvalidInputError(f"There is no lr_scheduler {name!r}{hint} Known are: {', '.join(known)}.")
     if not (warmup_steps >= 0 and (warmup_steps < 1 or warmup_steps == int(warmup_steps))):
-        raise ValueError(f"warmup_steps must be a number of steps, or below 1 a share of the run, not {warmup_steps}.")
+        raise InvalidInputError(
+            f"warmup_steps must be a number of steps, or below 1 a share of the run, not {warmup_steps}."
+        )
     takes = _parameters(name)
     own = [parameter for parameter in takes if parameter not in _GIVEN]
     unknown = [argument for argument in arguments if argument not in own]
     if unknown:
-        raise ValueError(
+        raise InvalidInputError(
             f"lr_scheduler {name!r} does not take {', '.join(unknown)}: its lr_scheduler_kwargs are "
             f"{', '.join(own) or 'none'}."
         )
     missing = [p for p in own if takes[p].default is inspect.Parameter.empty and p not in arguments]
     if missing:
-        raise ValueError(f"lr_scheduler {name!r} needs lr_scheduler_kwargs with {', '.join(missing)}.")
+        raise InvalidInputError(f"lr_scheduler {name!r} needs lr_scheduler_kwargs with {', '.join(missing)}.")
 
 
 def check_length(name: str, warmup_steps: float, arguments: Mapping[str, Any], length: float) -> None:
@@ -76,21 +80,22 @@ def check_length(name: str, warmup_steps: float, arguments: Mapping[str, Any], l
     >>> check_length("constant", 0, {}, math.inf)
     >>> check_length("linear", 100, {}, math.inf)
     Traceback (most recent call last):
-    ValueError: lr_scheduler 'linear' needs to know how many steps the run has, and it has no limit but time, if any: \
-set the Trainer's max_steps or max_epochs (beside max_time), or lr_scheduler: constant_with_warmup.
+    milora_lightning.errors.InvalidInputError: lr_scheduler 'linear' needs to know how many steps the run has, and it \
+has no limit but time, if any: set the Trainer's max_steps or max_epochs (beside max_time), or lr_scheduler: \
+constant_with_warmup.
     """
     if math.isfinite(length):
         return
     takes = _parameters(name)
     if "num_training_steps" in takes and "num_stable_steps" not in arguments:
-        raise ValueError(
+        raise InvalidInputError(
             f"lr_scheduler {name!r} needs to know how many steps the run has, and it has no limit but time, if any: "
             "set the Trainer's max_steps or max_epochs (beside max_time), or lr_scheduler: constant_with_warmup."
         )
     shares = {"warmup_steps": warmup_steps if "num_warmup_steps" in takes else 0, **arguments}
     for key, value in shares.items():
         if key.endswith("_steps") and 0 < value < 1:
-            raise ValueError(
+            raise InvalidInputError(
                 f"{key}={value} is a share of the run, and how many steps that has is not known: give a number of "
                 "steps, or set the Trainer's max_steps or max_epochs."
             )
@@ -116,7 +121,7 @@ def make_schedule(
     """
     check_length(name, warmup_steps, arguments, length)
     if any(group["lr"] is None for group in optimizer.param_groups):
-        raise ValueError(
+        raise InvalidInputError(
             f"{type(optimizer).__name__} as it is set chooses its own learning rate, which no schedule could follow: "
             "give it lr (transformers' Adafactor also needs relative_step: false and scale_parameter: false)."
         )
@@ -128,7 +133,7 @@ def make_schedule(
     try:
         schedule: LRScheduler = get_scheduler(name, optimizer, warmup, steps, options)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"lr_scheduler {name!r} with lr_scheduler_kwargs {options}: {error}") from error
+        raise InvalidInputError(f"lr_scheduler {name!r} with lr_scheduler_kwargs {options}: {error}") from error
     return schedule
 
 
@@ -150,7 +155,7 @@ def run_length(trainer: Trainer) -> float:
     except ValueError as error:
         if "`val_check_interval`" not in str(error):
             raise
-        raise ValueError(
+        raise InvalidInputError(
             f"val_check_interval is {trainer.val_check_interval} batches, and an epoch has "
             f"{trainer.fit_loop.max_batches}: set check_val_every_n_epoch: null, so that they are counted over epochs, "
             "or give a smaller number, or a share of the epoch such as 0.5."

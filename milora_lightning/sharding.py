@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from milora_lightning.errors import InvalidInputError
+
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether any parameter of a module is sharded by FSDP2.
@@ -43,7 +45,7 @@ def gather_to(tensor: Tensor, rank: int) -> Tensor | None:
         return tensor.to_local()
     (mesh_dim, placement) = sharded[0]
     if len(sharded) > 1 or type(placement) is not Shard:
-        raise ValueError(
+        raise InvalidInputError(
             f"A weight placed as {tensor.placements} is sharded in more than one way, as under tensor parallelism, "
             "which the adapters' factors are not. Shard with fully_shard alone."
         )

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from milora_lightning.errors import InvalidInputError
+
 
 def cost(shape: tuple[int, int]) -> int:
     """Estimate the cost of decomposing (m, n), m ≤ n: m²n for the Gram matrix plus m³ for its eigenvectors.
@@ -75,6 +77,6 @@ def raise_together(error: BaseException | None, world_size: int) -> None:
         messages: list[Any] = [None] * world_size
         dist.all_gather_object(messages, error and f"{type(error).__name__}: {error}")
         if error is None and any(messages):
-            raise ValueError(next(message for message in messages if message))
+            raise InvalidInputError(next(message for message in messages if message))
     if error is not None:
         raise error

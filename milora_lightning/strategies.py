@@ -21,6 +21,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers import PreTrainedModel
 
 from milora_lightning.checkpoint_io import ClearCheckpointIO
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.fsdp1 import adapter_state, load_fsdp1
 from milora_lightning.pretrained import decoder_layers
 from milora_lightning.sharded_checkpoint import load_sharded, save_sharded
@@ -47,7 +48,7 @@ def prepare(trainer: Trainer) -> None:
         strategy.load_checkpoint = partial(load_fsdp1, strategy)  # type: ignore[method-assign]
         strategy.lightning_module_state_dict = partial(adapter_state, strategy)  # type: ignore[method-assign]
     elif not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
-        raise ValueError(
+        raise InvalidInputError(
             f"MiLoRAInit does not work under {type(strategy).__name__}: use one device, strategy: ddp, or, for models "
             "that do not fit a device, ModelParallelStrategy (FSDP2)."
         )
@@ -64,7 +65,7 @@ def finish(trainer: Trainer, module: nn.Module) -> None:
         return
     other = {p.dtype for p in module.parameters() if p.is_floating_point()} - {torch.float32}
     if other:
-        raise ValueError(
+        raise InvalidInputError(
             f"FSDPStrategy (FSDP1) shards parameters of one dtype only, and adapters are float32 while the model has "
             f"{', '.join(map(str, other))}: set dtype: float32 and precision: bf16-mixed, or use FSDP2 "
             "(ModelParallelStrategy), which takes a half-precision model."
@@ -101,10 +102,11 @@ def check_whole(strategy: Strategy, name: str) -> None:
 
     >>> check_whole(FSDPStrategy(), "SubspaceMonitor")
     Traceback (most recent call last):
-    ValueError: SubspaceMonitor needs whole weights, and FSDPStrategy shards them: use one device, or strategy: ddp.
+    milora_lightning.errors.InvalidInputError: SubspaceMonitor needs whole weights, and FSDPStrategy shards them: \
+use one device, or strategy: ddp.
     """
     if shards(strategy):
-        raise ValueError(
+        raise InvalidInputError(
             f"{name} needs whole weights, and {type(strategy).__name__} shards them: use one device, or strategy: ddp."
         )
 
@@ -135,7 +137,7 @@ def clips_itself(strategy: Strategy) -> FullyShardedDataParallel | None:
 def _check_mesh(strategy: ModelParallelStrategy) -> None:
     size = strategy.device_mesh["tensor_parallel"].size()
     if size > 1:
-        raise ValueError(
+        raise InvalidInputError(
             f"tensor_parallel_size is {size}, and tensor parallelism cuts the layers that adapters are put around, "
             "which their factors do not follow: set tensor_parallel_size: 1 and data_parallel_size: "
             f"{strategy.world_size} in ModelParallelStrategy."
@@ -144,16 +146,16 @@ def _check_mesh(strategy: ModelParallelStrategy) -> None:
 
 def _prepare_fsdp1(strategy: FSDPStrategy) -> None:
     if strategy.precision_plugin.precision in ("bf16-true", "16-true"):
-        raise ValueError(
+        raise InvalidInputError(
             f"precision {strategy.precision_plugin.precision} under FSDPStrategy (FSDP1) would make the adapters half "
             "precision, too: set precision: bf16-mixed, or use FSDP2 (ModelParallelStrategy)."
         )
     if not strategy.kwargs["use_orig_params"]:
-        raise ValueError(
+        raise InvalidInputError(
             "FSDPStrategy cannot mix frozen and trained parameters with use_orig_params: false. Leave it out."
         )
     if strategy._state_dict_type == "sharded":
-        raise ValueError(
+        raise InvalidInputError(
             "Adapters under FSDPStrategy (FSDP1) are saved as one file: leave out state_dict_type: sharded, or use "
             "FSDP2 (ModelParallelStrategy)."
         )

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.model_files import clear_errors, weight_files
 from milora_lightning.names import pristine_name, unwrapped_name
 from milora_lightning.pretrained import decoder_layers, load_causal_lm, load_config, locate
@@ -46,7 +47,7 @@ def empty_causal_lm(
         dtype = config.dtype or "float32"
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
+        raise InvalidInputError(
             f"{location!r} is quantized, and its codes cannot be read into shards as weights: use an unquantized "
             "model, or strategy: ddp."
         )
@@ -55,7 +56,7 @@ def empty_causal_lm(
             config, dtype=dtype, attn_implementation=attn_implementation
         )
     if model._get_dtype_plan(dtype):
-        raise ValueError(
+        raise InvalidInputError(
             f"{type(model).__name__} keeps some weights in float32 in a {dtype} model, which cannot be sharded as it "
             "is read: use dtype: float32, or strategy: ddp."
         )
@@ -125,7 +126,9 @@ def _read_shards(names: dict[Tensor, str], files: dict[str, str]) -> None:
                 if files[name] == path:
                     stored = file.get_slice(name)
                     if tuple(stored.get_shape()) != tensor.shape:
-                        raise ValueError(f"{name!r} has shape {stored.get_shape()} in {path!r}, not {tensor.shape}.")
+                        raise InvalidInputError(
+                            f"{name!r} has shape {stored.get_shape()} in {path!r}, not {tensor.shape}."
+                        )
                     part = stored[local_slices(tensor)] if tensor.ndim else file.get_tensor(name)
                     (tensor.to_local() if isinstance(tensor, DTensor) else tensor).copy_(part)
 

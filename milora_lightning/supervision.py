@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from milora_lightning.config import IGNORE_INDEX
+from milora_lightning.errors import InvalidInputError
 
 # What configurations call what is done to the logits, to each position's by themselves; None where it is nothing.
 # Whatever is missing here is noticed in the model's forward, at the price of a second one.
@@ -68,7 +69,7 @@ def check_causal(model: PreTrainedModel) -> None:
         for name, values in BIDIRECTIONAL:
             value = getattr(config, name, None)
             if value is not None and value in values and config.model_type not in ALWAYS_CAUSAL:
-                raise ValueError(
+                raise InvalidInputError(
                     f"{type(model).__name__} with {name}={value!r} in its configuration attends to the tokens that it "
                     "is to predict: load it with another value, or take a causal language model."
                 )

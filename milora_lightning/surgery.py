@@ -11,6 +11,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 from milora_lightning.config import LoRAConfig, ends_in
 from milora_lightning.coverage import remarks, say_once
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.frozen_statistics import freeze_statistics
 from milora_lightning.fused import stacked_factors
 from milora_lightning.linear_layers import is_linear
@@ -112,7 +113,7 @@ def _check_trainable(saved: nn.Module) -> None:
         if not is_linear(layer) or weight is None or weight.is_complex():
             continue
         if not holds_its_weight(layer):
-            raise ValueError(
+            raise InvalidInputError(
                 f"modules_to_save means a {type(layer).__name__} whose weight is quantized and cannot train in full: "
                 "leave it out, or load the model with this part unquantized."
             )
@@ -205,7 +206,7 @@ def _check_no_peft(module: nn.Module) -> None:
     peft = sys.modules.get("peft.tuners.tuners_utils")  # imported by whoever has called get_peft_model
     for name, child in module.named_modules():
         if peft is not None and isinstance(child, peft.BaseTunerLayer):
-            raise ValueError(
+            raise InvalidInputError(
                 f"The model already carries PEFT layers, such as {name!r}: leave out get_peft_model, the adapters "
                 "injected here take their place and can be exported for PEFT afterwards."
             )
@@ -215,7 +216,7 @@ def _check_one_part(present: dict[str, LoRALinear], part: nn.Module, config: LoR
     inside = set(part.modules())
     outside = [name for name, layer in present.items() if layer not in inside]
     if outside:
-        raise ValueError(
+        raise InvalidInputError(
             f"Layer {outside[0]!r} has an adapter already and is outside of module={config.module!r}, but a checkpoint "
             "holds the adapters of one part. Adapt both by one configuration, without module or with what holds both: "
             "target_modules and exclude_modules say which layers, rank_pattern which have other ranks."
@@ -231,7 +232,7 @@ def _check_same_config(present: dict[str, LoRALinear], config: LoRAConfig) -> No
             ("init", layer.init, config.init),
         ):
             if has != wants:
-                raise ValueError(
+                raise InvalidInputError(
                     f"Layer {name!r} has an adapter with {key}={has} already, and {key}={wants} is asked for. "
                     "Start from a fresh model, or use the configuration it was injected with."
                 )
@@ -246,7 +247,7 @@ def _check_patterns(names: Collection[str], config: LoRAConfig) -> None:
 
 def _check_not_sharded(name: str, layer: nn.Module) -> None:
     if is_sharded(layer):
-        raise ValueError(
+        raise InvalidInputError(
             f"The weight of layer {name!r} is sharded already, too late for adapters: in configure_model, call "
             "milora_lightning.inject(model, LoRAConfig(...)) before fully_shard, with the same settings as MiLoRAInit."
         )

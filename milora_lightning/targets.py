@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from milora_lightning.config import ALL_LINEAR, LoRAConfig
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.linear_layers import is_linear
 from milora_lightning.lora import PLAIN_LAYERS, LoRALinear, linear_shape
 from milora_lightning.names import unwrapped_name
@@ -105,7 +106,7 @@ def select_layers(module: nn.Module, config: LoRAConfig, kept: Collection[nn.Mod
             if reason is None:
                 selection.layers[name] = layer
             elif named and reason != FROZEN:
-                raise ValueError(_refusal(name, layer, config.rank(name), reason))
+                raise InvalidInputError(_refusal(name, layer, config.rank(name), reason))
             else:
                 selection.left_out[name] = reason
     if not selection.layers:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from milora_lightning.config import LoRAConfig
 from milora_lightning.coverage import say_once
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.names import unwrapped_name
 from milora_lightning.parts import find_modules, find_part, some
 from milora_lightning.peft_format import objection, outermost_models
@@ -35,7 +36,7 @@ def check_optimizers(trainer: Trainer, module: LightningModule, config: LoRAConf
     wanted = {id(p) for p in [*factors, *(p for each in saved for p in each.parameters())] if p.requires_grad}
     missing = [unwrapped_name(name) for name, p in module.named_parameters() if id(p) in wanted - held]
     if missing:
-        raise ValueError(
+        raise InvalidInputError(
             f"{len(missing)} of {len(wanted)} parameters that MiLoRAInit is to train are in no optimizer, such as "
             f"{missing[0]!r}, and would stay as they are. Adapters are made after __init__: make the optimizer in "
             "configure_optimizers, from [p for p in self.parameters() if p.requires_grad]."

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.export import export_merged, export_peft
 from milora_lightning.folder import check_output
 from milora_lightning.merging import rounding_note
@@ -34,7 +35,7 @@ class AdapterExport(Callback):
     ) -> None:
         for name, value, other in (("rank", rank, "merged"), ("dtype", dtype, "peft")):
             if value is not None and format == other:
-                raise ValueError(f"AdapterExport has no {name} in the format {other!r}: leave it out.")
+                raise InvalidInputError(f"AdapterExport has no {name} in the format {other!r}: leave it out.")
         self.output = output
         self.format = format
         self.rank = rank
@@ -45,7 +46,7 @@ class AdapterExport(Callback):
         if stage == "fit":
             check_output(self.output)
             if shards(trainer.strategy):
-                raise ValueError(
+                raise InvalidInputError(
                     f"AdapterExport needs whole weights, which {type(trainer.strategy).__name__} does not leave on any "
                     "rank: leave it out, and export the checkpoint afterwards (milora export --ckpt_path ...)."
                 )

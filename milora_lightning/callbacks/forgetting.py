@@ -13,6 +13,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from milora_lightning.data.held_out import pack, read_texts
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.export import find_model
 from milora_lightning.metrics.forgetting import Forgetting
 from milora_lightning.pretrained import load_tokenizer
@@ -57,7 +58,7 @@ class ForgettingMonitor(Callback):
     ) -> None:
         for name, value in (("max_tokens", max_tokens), ("block_length", block_length), ("batch_size", batch_size)):
             if value < 2 - (name == "batch_size"):
-                raise ValueError(f"{name}={value} leaves nothing to measure on: raise it.")
+                raise InvalidInputError(f"{name}={value} leaves nothing to measure on: raise it.")
         self.text = text
         self.field = field
         self.split = split
@@ -73,7 +74,7 @@ class ForgettingMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the text, so that a wrong path is noticed before a model is loaded."""
         if not calls_parts(trainer.strategy):
-            raise ValueError(
+            raise InvalidInputError(
                 "ForgettingMonitor cannot call the language model under FSDPStrategy (FSDP1): use FSDP2 "
                 "(ModelParallelStrategy), ddp or one device."
             )
@@ -123,12 +124,12 @@ class ForgettingMonitor(Callback):
             factors = {p for layer in lora_layers(model).values() for p in layer.parameters()}
             beside = {name: p for name, p in model.named_parameters() if p.requires_grad and p not in factors}
             if beside and shards(trainer.strategy):  # which puts the trained weights in the place of others in a call
-                raise ValueError(
+                raise InvalidInputError(
                     f"{next(iter(beside))!r} trains beside the adapters, and ForgettingMonitor cannot put back what is "
                     "in shards: use one device, or strategy: ddp."
                 )
             if beside and (trainer.state.fn != TrainerFn.FITTING or trainer.global_step > 0):
-                raise ValueError(
+                raise InvalidInputError(
                     f"{next(iter(beside))!r} trains beside the adapters, and what it was before training is not known "
                     "here: ForgettingMonitor can measure such a run from its beginning only, or leave it out."
                 )
@@ -139,7 +140,7 @@ class ForgettingMonitor(Callback):
         if self._blocks is None:
             tokenizer = load_tokenizer(self.tokenizer) if self.tokenizer else getattr(pl_module, "tokenizer", None)
             if tokenizer is None:
-                raise ValueError(
+                raise InvalidInputError(
                     f"{type(pl_module).__name__} has no attribute tokenizer: pass ForgettingMonitor(tokenizer=...), "
                     "the name of the model whose tokenizer it is."
                 )
@@ -150,7 +151,7 @@ class ForgettingMonitor(Callback):
 def _language_model(pl_module: LightningModule) -> PreTrainedModel:
     model = find_model(pl_module)
     if model.get_output_embeddings() is None:
-        raise ValueError(f"{type(model).__name__} predicts no tokens, and forgetting is measured on those.")
+        raise InvalidInputError(f"{type(model).__name__} predicts no tokens, and forgetting is measured on those.")
     return model
 
 

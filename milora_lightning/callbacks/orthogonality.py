@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from milora_lightning.base_weight import dense_weight
 from milora_lightning.decomposition import singular_slice
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.lora import LoRALinear
 from milora_lightning.sharing import raise_together
 from milora_lightning.strategies import check_whole
@@ -43,7 +44,7 @@ class PrincipalProjection(Callback):
 
     def __init__(self, p: int = 128) -> None:
         if p < 1:
-            raise ValueError(f"p must be at least 1, not {p}; leave PrincipalProjection out to protect nothing.")
+            raise InvalidInputError(f"p must be at least 1, not {p}; leave PrincipalProjection out to protect nothing.")
         self.p = p
         self._protected: list[Protected] = []
         self._handles: list[RemovableHandle] = []
@@ -57,7 +58,7 @@ class PrincipalProjection(Callback):
         """Decompose the weights, and see to it that gradients and steps are projected."""
         layers = lora_layers(pl_module)
         if not layers:
-            raise ValueError("PrincipalProjection restrains adapters, and the module has none: add MiLoRAInit.")
+            raise InvalidInputError("PrincipalProjection restrains adapters, and the module has none: add MiLoRAInit.")
         bases: list[tuple[Tensor, Tensor]] = []
         error = None
         if trainer.is_global_zero:
@@ -107,7 +108,7 @@ class Protected(NamedTuple):
         """Refuse an adapter whose initial factors are not orthogonal to the protected directions."""
         layer = self.layer
         if layer.initial_A is not None and (layer.initial_A @ self.V).norm() > 1e-3 * layer.initial_A.norm():
-            raise ValueError(
+            raise InvalidInputError(
                 f"The initial factors of layer {name!r} (init={layer.init!r}) lie in the subspace that "
                 "PrincipalProjection is to protect. Use init milora or lora."
             )
@@ -155,7 +156,9 @@ def _bases(name: str, layer: LoRALinear, p: int) -> tuple[Tensor, Tensor]:
     weight = dense_weight(layer)
     free = min(weight.shape) - layer.r
     if free < 1:
-        raise ValueError(f"Layer {name!r} has no direction beside the r={layer.r} that are trained: use a smaller r.")
+        raise InvalidInputError(
+            f"Layer {name!r} has no direction beside the r={layer.r} that are trained: use a smaller r."
+        )
     U, _, Vh = singular_slice(weight, min(p, free), "principal")
     # On the CPU, because another rank's device is not this one's.
     return U.to("cpu", layer.lora_B.dtype), Vh.mT.to("cpu", layer.lora_A.dtype).contiguous()

@@ -12,6 +12,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from milora_lightning.errors import InvalidInputError
+
 
 class PredictionWriter(BasePredictionWriter):
     """Writes prompt, instruction, generation, reference and task of every predicted example as JSON lines.
@@ -47,7 +49,7 @@ class PredictionWriter(BasePredictionWriter):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text("", encoding="utf-8")
             except OSError as error:
-                raise ValueError(
+                raise InvalidInputError(
                     f"Predictions cannot be written to {path} ({error.strerror}): name a file in another place."
                 ) from error
 

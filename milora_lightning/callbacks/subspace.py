@@ -13,6 +13,7 @@ from torch import Tensor
 
 from milora_lightning.analysis import reference_vectors, update_of
 from milora_lightning.base_weight import dense_weight
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.strategies import check_whole
 from milora_lightning.surgery import lora_layers
 
@@ -34,7 +35,7 @@ class SubspaceMonitor(Callback):
 
     def __init__(self, every_n_steps: int = 100) -> None:
         if every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, not {every_n_steps}.")
+            raise InvalidInputError(f"every_n_steps must be at least 1, not {every_n_steps}.")
         self.every_n_steps = every_n_steps
         self._vectors: dict[str, dict[str, Tensor]] = {}
         self._last_step = 0

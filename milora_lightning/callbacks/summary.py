@@ -8,6 +8,7 @@ import rich
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.screen.figures import number
 from milora_lightning.screen.samples import Sample, choose, log_samples, table
 
@@ -30,7 +31,7 @@ class EvaluationSummary(Callback):
 
     def __init__(self, samples: int = 3) -> None:
         if samples < 0:
-            raise ValueError(f"samples is the number of answers to show, at least 0, and not {samples}.")
+            raise InvalidInputError(f"samples is the number of answers to show, at least 0, and not {samples}.")
         self.samples = samples
         self.tables = True  # whether to show the results of validate and test, too
         self.before: dict[str, float] = {}

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from milora_lightning.errors import InvalidInputError, MissingFileError, MissingPackageError, OutputExistsError
 from milora_lightning.inference import load_for_inference
 from milora_lightning.suggestions import closest
 from milora_lightning.surgery import adapters_disabled, lora_layers
@@ -56,19 +57,23 @@ def evaluate(
         device: Where to compute; by default the accelerator, if there is one.
     """
     if (ckpt_path is None) == (model is None):
-        raise ValueError("Give either --ckpt_path, a checkpoint of fit, or --model, an exported folder or another one.")
+        raise InvalidInputError(
+            "Give either --ckpt_path, a checkpoint of fit, or --model, an exported folder or another one."
+        )
     if output is not None and (Path(output).exists() or not Path(output).absolute().parent.is_dir()):
-        raise FileExistsError(f"{output!r} is there already, or its folder is not: choose another output.")
+        raise OutputExistsError(f"{output!r} is there already, or its folder is not: choose another output.")
     if include_path is not None and not Path(include_path).is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"There is no folder {include_path!r}: include_path is where your tasks' YAML files are."
         )
     manager, names = find_tasks(tasks, include_path)
     loaded, tokenizer = load_for_inference(str(ckpt_path or model), False, device, dtype, name_or_path)
     if base and not lora_layers(loaded):
-        raise ValueError("The model has no adapters to do without: leave --base out, and evaluate the base by --model.")
+        raise InvalidInputError(
+            "The model has no adapters to do without: leave --base out, and evaluate the base by --model."
+        )
     if apply_chat_template and not tokenizer.chat_template:
-        raise ValueError("The tokenizer has no chat template: leave --apply_chat_template out.")
+        raise InvalidInputError("The tokenizer has no chat template: leave --apply_chat_template out.")
     options = {
         "tasks": names,
         "task_manager": manager,
@@ -100,12 +105,12 @@ def find_tasks(tasks: str, include_path: str | None) -> tuple[Any, list[str]]:
         ValueError: If there is no such task.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise ModuleNotFoundError("evaluate needs the package lm-eval: pip install milora-lightning[eval]")
+        raise MissingPackageError("evaluate needs the package lm-eval: pip install milora-lightning[eval]")
     from lm_eval.tasks import TaskManager
 
     wanted = [name for name in (part.strip() for part in tasks.split(",")) if name]
     if not wanted:
-        raise ValueError("tasks is empty: give names of the harness's tasks, as in --tasks gsm8k,arc_easy.")
+        raise InvalidInputError("tasks is empty: give names of the harness's tasks, as in --tasks gsm8k,arc_easy.")
     if include_path is not None:
         own = TaskManager(include_path=include_path, include_defaults=False)
         if set(wanted) <= set(own.all_subtasks):  # to read the harness's own, thousands of files, takes its time
@@ -116,7 +121,9 @@ def find_tasks(tasks: str, include_path: str | None) -> tuple[Any, list[str]]:
         matching = manager.match_tasks([name])
         if not matching:
             meant = closest(name, manager.all_tasks)
-            raise ValueError(f"The harness has no task {name!r}{'' if meant is None else f'; {meant!r} is one'}.")
+            raise InvalidInputError(
+                f"The harness has no task {name!r}{'' if meant is None else f'; {meant!r} is one'}."
+            )
         found += matching
     return manager, list(dict.fromkeys(found))
 
@@ -156,7 +163,7 @@ def score(
             results = simple_evaluate(model=harness, log_samples=False, **options)
         except (OSError, ImportError) as error:  # ConnectionError too; packages that a task needs
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-            raise ValueError(f"The harness cannot run {', '.join(options['tasks'])}: {reason}.") from error
+            raise InvalidInputError(f"The harness cannot run {', '.join(options['tasks'])}: {reason}.") from error
     return dict(results or {})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from milora_lightning.checkpoint_options import say
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.export import export_merged, export_peft
 from milora_lightning.folder import check_output
 from milora_lightning.hub import check_upload, local_base, upload
@@ -36,11 +37,15 @@ def export(
         private: Make that repository private.
     """
     if private and push_to_hub is None:
-        raise ValueError("private is of a repository on the Hub: give --push_to_hub its name, or leave it out.")
+        raise InvalidInputError("private is of a repository on the Hub: give --push_to_hub its name, or leave it out.")
     if rank is not None and format == "merged":
-        raise ValueError("rank compresses adapters; a merged model has none. Leave it out, or use --format peft.")
+        raise InvalidInputError(
+            "rank compresses adapters; a merged model has none. Leave it out, or use --format peft."
+        )
     if dtype is not None and format == "peft":
-        raise ValueError("Adapters stay float32; dtype is of a merged model. Leave it out, or use --format merged.")
+        raise InvalidInputError(
+            "Adapters stay float32; dtype is of a merged model. Leave it out, or use --format merged."
+        )
     check_output(output)
     if push_to_hub is not None:
         check_upload(push_to_hub, private)

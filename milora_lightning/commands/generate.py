@@ -14,12 +14,13 @@ import torch
 from lightning.pytorch import seed_everything
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from milora_lightning.asking import NotAskableError, messages_for, padded, prompt_ids, room
+from milora_lightning.asking import messages_for, padded, prompt_ids, room
 from milora_lightning.checkpoint_options import say
 from milora_lightning.commands.loading import load_to_ask
 from milora_lightning.data.chat import Message
 from milora_lightning.data.records import read_records
 from milora_lightning.data.values import as_text
+from milora_lightning.errors import InvalidInputError, MiLoRAError, MissingFileError
 from milora_lightning.generation import Sampling, generate_greedily, greedy_config, nothing_else, without_stop
 from milora_lightning.surgery import factors_kept
 
@@ -77,12 +78,14 @@ def generate(
     """
     sampling = Sampling(temperature, top_p, top_k)
     if bool(prompt) == (input is not None):
-        raise ValueError("Give either --prompt TEXT or --input FILE (- for standard input).")
+        raise InvalidInputError("Give either --prompt TEXT or --input FILE (- for standard input).")
     for name, number in (("num_return_sequences", num_return_sequences), ("batch_size", batch_size)):
         if number < 1:
-            raise ValueError(f"{name} must be at least 1, not {number}.")
+            raise InvalidInputError(f"{name} must be at least 1, not {number}.")
     if num_return_sequences > 1 and not temperature:
-        raise ValueError("Without sampling all answers to a prompt are the same: give a temperature, 0.7 for example.")
+        raise InvalidInputError(
+            "Without sampling all answers to a prompt are the same: give a temperature, 0.7 for example."
+        )
     rows = [{"prompt": prompt}] if input is None else list(read_prompts(input))
     loaded, tokenizer = load_to_ask(ckpt_path, model, name_or_path, template, dtype, device)
     asker = Asker(loaded, tokenizer, sampling, max_new_tokens, num_return_sequences)
@@ -122,7 +125,7 @@ def read_prompts(name: str) -> Iterator[dict[str, Any]]:
     path = Path(name).expanduser()
     number = 0
     if name != "-" and not path.is_file():
-        raise FileNotFoundError(f"There is no file {name!r} of prompts. Check the path.")
+        raise MissingFileError(f"There is no file {name!r} of prompts. Check the path.")
     if name != "-" and path.suffix.lower() in (".json", ".jsonl", ".parquet"):
         for number, row in read_records(str(path)):  # noqa: B007
             yield row if isinstance(row, dict) else {"prompt": row}
@@ -130,16 +133,16 @@ def read_prompts(name: str) -> Iterator[dict[str, Any]]:
         try:
             lines = (sys.stdin.read() if name == "-" else path.read_text(encoding="utf-8-sig")).splitlines()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{name} is no text in UTF-8: {error.reason} at byte {error.start}.") from error
+            raise InvalidInputError(f"{name} is no text in UTF-8: {error.reason} at byte {error.start}.") from error
         lines = [line for line in lines if line.strip()]
         as_json = bool(lines) and isinstance(_parsed(lines[0]), dict)
         for number, line in enumerate(lines, 1):
             row = _parsed(line) if as_json else {"prompt": line}
             if not isinstance(row, dict):
-                raise ValueError(f"Line {number} of {name} is no JSON object, as the first is: {line[:60]!r}.")
+                raise InvalidInputError(f"Line {number} of {name} is no JSON object, as the first is: {line[:60]!r}.")
             yield row
     if number == 0:
-        raise ValueError(f"There are no prompts in {'standard input' if name == '-' else name}.")
+        raise InvalidInputError(f"There are no prompts in {'standard input' if name == '-' else name}.")
 
 
 def _parsed(line: str) -> Any:
@@ -168,15 +171,15 @@ def conversation(row: dict[str, Any], system: str, tokenizer: PreTrainedTokenize
         messages = row["messages"]
         messages = json.loads(messages) if isinstance(messages, str) else messages
         if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
-            raise ValueError("its messages are no list of objects with role and content.")
+            raise InvalidInputError("its messages are no list of objects with role and content.")
         last = max((i for i, m in enumerate(messages) if m["role"] != "assistant"), default=-1)
         if last < 0:
-            raise ValueError("its messages are none but the assistant's.")
+            raise InvalidInputError("its messages are none but the assistant's.")
         has_system = messages[0]["role"] == "system"
         return [*([{"role": "system", "content": system}] if system and not has_system else []), *messages[: last + 1]]
     field = next((name for name in PROMPTS if row.get(name) not in (None, "")), None)
     if field is None:
-        raise ValueError(f"it has none of the fields {', '.join(PROMPTS)} and messages, only {sorted(row)}.")
+        raise InvalidInputError(f"it has none of the fields {', '.join(PROMPTS)} and messages, only {sorted(row)}.")
     context = as_text(row.get("input") or "", "the field 'input'")
     return messages_for(as_text(row[field], f"the field {field!r}"), context, system, tokenizer)
 
@@ -210,11 +213,11 @@ class Asker:
             where = "The prompt" if name is None else f"Row {number} of {'standard input' if name == '-' else name}"
             try:
                 ids = prompt_ids(conversation(row, system, self.tokenizer), self.tokenizer)
-            except (NotAskableError, ValueError) as error:
-                raise ValueError(f"{where} cannot be asked: {error}") from error
+            except MiLoRAError as error:
+                raise InvalidInputError(f"{where} cannot be asked: {error}") from error
             length, sentence = room(self.model, len(ids), self.max_new_tokens)
             if length < self.max_new_tokens:
-                raise ValueError(f"{where} is too long: {sentence} Shorten it, or lower max_new_tokens.")
+                raise InvalidInputError(f"{where} is too long: {sentence} Shorten it, or lower max_new_tokens.")
             said = said or (sentence and f"{where}: {sentence}")
             prompts.append(ids)
         if said:

@@ -7,6 +7,7 @@ from typing import Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from milora_lightning.asking import check_askable
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.inference import load_for_inference
 
 
@@ -24,7 +25,7 @@ def load_to_ask(
         ValueError: If not one of both is given, or it is not known how to ask.
     """
     if (ckpt_path is None) == (model is None):
-        raise ValueError(
+        raise InvalidInputError(
             "Give either --ckpt_path, a checkpoint of fit, or --model, a folder that export wrote or another model."
         )
     path = ckpt_path if ckpt_path is not None else model

@@ -8,12 +8,14 @@ from typing import Any, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from milora_lightning.errors import InvalidInputError
+
 Message = dict[str, Any]  # role and content, and what else a template reads
 
 SYSTEM, USER, ANSWER = (f"milora {role} probe" for role in ("system", "user", "answer"))  # in no template
 
 
-class ChatTemplateError(ValueError):
+class ChatTemplateError(InvalidInputError):
     """A chat template cannot write a chat, or writes one from which it cannot be told what is to be learned."""
 
 

@@ -12,6 +12,7 @@ from milora_lightning.data.code_key import code_key
 from milora_lightning.data.conversations import as_json, read_conversation, read_tools
 from milora_lightning.data.sources import COLUMNS
 from milora_lightning.data.values import as_text
+from milora_lightning.errors import InvalidInputError, MiLoRAError
 
 NEEDED = ("prompt", "response")
 OTHER_KINDS = ("messages", "text")  # of which one takes the place of these two
@@ -39,19 +40,19 @@ def as_dataset(data: Any, split: str) -> datasets.Dataset:
         dataset = data.with_format(None) if data.format["type"] else data
         names = dict.fromkeys(dataset.column_names)
     else:
-        raise ValueError(
+        raise InvalidInputError(
             f"The source returns {_kind(data)} for {split}; it has to return a datasets.Dataset{_way(data)}."
         )
     missing = [name for name in NEEDED if name not in names]
     if len(missing) == len(NEEDED) and any(name in names for name in OTHER_KINDS):
         missing = []
     if missing and (len(data) or dataset is not None):
-        raise ValueError(
+        raise InvalidInputError(
             f"The {split} data has no column {' and no column '.join(map(repr, missing))}, only {list(names)}. "
             "A source has to return the columns 'prompt' and 'response', or 'messages', or 'text'."
         )
     if len(data) == 0:
-        raise ValueError(f"The {split} data has no rows. Point the source at data, or leave this split out.")
+        raise InvalidInputError(f"The {split} data has no rows. Point the source at data, or leave this split out.")
     columns = [name for name in COLUMNS if name in names or name in NEEDED]
     features = datasets.Features({name: datasets.Value("large_string") for name in columns})
     if dataset is None:
@@ -96,8 +97,8 @@ def _text(name: str, value: Any, what: str) -> str:
     if name == "messages" and value != "":
         try:
             return as_json(read_conversation(value, name), what)
-        except ValueError as error:
-            raise ValueError(f"{what} is no conversation: {error}") from error
+        except MiLoRAError as error:
+            raise InvalidInputError(f"{what} is no conversation: {error}") from error
     if name == "tools":
         return read_tools(value, name)
     return as_text(value, what)

@@ -7,6 +7,7 @@ import re
 from torchmetrics import Metric
 
 from milora_lightning.data.files import Files
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.metrics import TaskAccuracy, right_choice
 
 TASKS = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa")
@@ -46,7 +47,9 @@ class Commonsense(Files):
     ) -> None:
         tasks = list(TASKS) if tasks is None else tasks
         if test is not None and "{task}" not in test:
-            raise ValueError(f"test={test!r} holds all test sets, so {{task}} must stand where a task's name belongs.")
+            raise InvalidInputError(
+                f"test={test!r} holds all test sets, so {{task}} must stand where a task's name belongs."
+            )
         super().__init__(
             train,
             validation,
@@ -74,5 +77,7 @@ class Commonsense(Files):
         """
         found = re.findall(r"Answer format: (\S+)", prompt)
         if not found:
-            raise ValueError(f"The question has no line 'Answer format: .../...', which names the choices: {prompt!r}.")
+            raise InvalidInputError(
+                f"The question has no line 'Answer format: .../...', which names the choices: {prompt!r}."
+            )
         return [RESPONSE.format(choice) for choice in found[-1].split("/")]

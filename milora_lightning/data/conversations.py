@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from milora_lightning.data.values import as_text, question, shown
+from milora_lightning.errors import InvalidInputError
 
 Message = dict[str, Any]
 
@@ -52,7 +53,7 @@ def read_conversation(value: Any, field: str) -> list[Message]:
     if isinstance(value, dict):
         value = _by_message(value) or value
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{field!r} holds {shown(value)} ({type(value).__name__}), but has to be {FORM}.")
+        raise InvalidInputError(f"{field!r} holds {shown(value)} ({type(value).__name__}), but has to be {FORM}.")
     return [_message(message, f"message {i} of {field!r}") for i, message in enumerate(value, 1)]
 
 
@@ -93,13 +94,15 @@ def conversation_of(record: dict[str, Any], fields: dict[str, str | None]) -> li
         if messages[0]["role"] != "system":
             return [{"role": "system", "content": text}, *messages]
         if messages[0]["content"] != text:
-            raise ValueError(f"there are two system messages, one in {field!r}. Remove one, or set system_field: null.")
+            raise InvalidInputError(
+                f"there are two system messages, one in {field!r}. Remove one, or set system_field: null."
+            )
     return messages
 
 
 def _turn(record: dict[str, Any], field: str, role: str) -> list[Message]:
     if field not in record:
-        raise ValueError(f"there is no field {field!r}, only {sorted(map(str, record))}. Correct the row.")
+        raise InvalidInputError(f"there is no field {field!r}, only {sorted(map(str, record))}. Correct the row.")
     value = record[field]
     if is_conversation(value) and not isinstance(value, str):
         return read_conversation(value, field)
@@ -111,7 +114,9 @@ def _history(record: dict[str, Any], field: str | None) -> list[Message]:
     if isinstance(turns, str):
         turns = _parsed(turns, f"{field!r}")
     if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
-        raise ValueError(f"{field!r} holds {shown(turns)}, but has to be a list of pairs of a question and its answer.")
+        raise InvalidInputError(
+            f"{field!r} holds {shown(turns)}, but has to be a list of pairs of a question and its answer."
+        )
     texts = [
         (as_text(text, f"a turn of {field!r}"), role)
         for turn in turns
@@ -134,7 +139,7 @@ def as_json(value: Any, what: str) -> str:
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{what} cannot be written as JSON ({error}). Correct or remove the row.") from error
+        raise InvalidInputError(f"{what} cannot be written as JSON ({error}). Correct or remove the row.") from error
     return as_text(text, what)
 
 
@@ -149,24 +154,28 @@ def read_tools(value: Any, field: str) -> str:
     if value is None or value == []:
         return ""
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise ValueError(f"{field!r} holds {shown(value)} ({type(value).__name__}), but has to be a list of tools.")
+        raise InvalidInputError(
+            f"{field!r} holds {shown(value)} ({type(value).__name__}), but has to be a list of tools."
+        )
     return as_json(value, f"{field!r}")
 
 
 def _message(message: Any, what: str) -> Message:
     if not isinstance(message, dict):
-        raise ValueError(f"{what} is {shown(message)} ({type(message).__name__}), but has to have role and content.")
+        raise InvalidInputError(
+            f"{what} is {shown(message)} ({type(message).__name__}), but has to have role and content."
+        )
     message = {key: value for key, value in message.items() if value is not None}  # tables have every field in each
     speaker = next((key for key in ("role", "from") if key in message), None)
     body = next((key for key in ("content", "value") if key in message), None)
     calls = [key for key in ("tool_calls", "function_call") if message.get(key)]
     missing = [name for name, key in (("role", speaker), ("content", body or calls)) if not key]
     if speaker is None or missing:
-        raise ValueError(f"{what} has no {' and no '.join(missing)}, only {sorted(map(str, message))}.")
+        raise InvalidInputError(f"{what} has no {' and no '.join(missing)}, only {sorted(map(str, message))}.")
     written = as_text(message.pop(speaker), f"the role of {what}")
     role = ROLES.get(written.strip().lower())
     if role is None:
-        raise ValueError(f"the role of {what} is {written!r:.80}, but has to be one of {', '.join(ROLES)}.")
+        raise InvalidInputError(f"the role of {what} is {written!r:.80}, but has to be one of {', '.join(ROLES)}.")
     content = _content(message.pop(body), f"the content of {what}") if body else ""
     if role == "tool_call":
         calls_read = [_call(call, what) for call in _listed(_parsed(content, f"the content of {what}"))]
@@ -185,7 +194,7 @@ def _content(value: Any, what: str) -> str:
     parts = []
     for part in value:
         if not isinstance(part, dict) or part.get("type", "text") != "text" or part.get("text") is None:
-            raise ValueError(f"{what} has the part {shown(part)}, which is no text. Correct or remove the row.")
+            raise InvalidInputError(f"{what} has the part {shown(part)}, which is no text. Correct or remove the row.")
         parts.append(as_text(part["text"], what))
     return "".join(parts)
 
@@ -202,7 +211,7 @@ def _call(call: Any, what: str) -> dict[str, Any]:
             outside = {key: value for key, value in call.items() if key not in ("function", "name", "arguments")}
             outside.pop("parameters", None)
             return {"type": "function", **outside, "function": {"name": function["name"], "arguments": arguments}}
-    raise ValueError(f"a call in {what} is {shown(call)}, but has to have a name and arguments.")
+    raise InvalidInputError(f"a call in {what} is {shown(call)}, but has to have a name and arguments.")
 
 
 def _listed(value: Any) -> list[Any]:
@@ -213,4 +222,6 @@ def _parsed(text: str, what: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} holds {shown(text)}, which is not valid JSON ({error}). Correct it.") from error
+        raise InvalidInputError(
+            f"{what} holds {shown(text)}, which is not valid JSON ({error}). Correct it."
+        ) from error

@@ -27,6 +27,7 @@ from milora_lightning.data.sources import MultipleChoice, Source, Split, Task, d
 from milora_lightning.data.templates import AUTO, TemplateName, name_of, with_template
 from milora_lightning.data.tokenizing import holds, padding_id, tokenize_dataset
 from milora_lightning.data.turn_encoding import ASSISTANT
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.metrics import AnswerAccuracy
 
 # Which splits each stage loads, and which it cannot do without.
@@ -131,9 +132,9 @@ class SFTDataModule(LightningDataModule):
         counts = ("num_generation_examples", "num_test_generation_examples")
         for name, least in [*((size, 1) for size in sizes), *((count, 0) for count in counts)]:
             if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}.")
+                raise InvalidInputError(f"{name} must be at least {least}, not {value}.")
         if answer_by == "likelihood" and not isinstance(source, MultipleChoice):
-            raise ValueError(
+            raise InvalidInputError(
                 f"answer_by='likelihood' needs a source with choices, which {type(source).__name__} is not. Use "
                 "'generation', or give the source a method choices(prompt)."
             )
@@ -231,7 +232,7 @@ class SFTDataModule(LightningDataModule):
         """Return generation batches of all test examples, in their order."""
         asked = [i for i, length in enumerate(self.examples("test")["prompt_length"][:]) if length]
         if not asked:
-            raise ValueError(
+            raise InvalidInputError(
                 "There is nothing to answer in the test data: they are texts without prompts. Give rows with a prompt, "
                 "or ask with generate --input FILE, which takes a prompt in each line."
             )
@@ -273,7 +274,9 @@ class SFTDataModule(LightningDataModule):
         """The tokenizer, loaded if only the model's name was given."""
         if isinstance(self.tokenizer, str):
             if not self.tokenizer:
-                raise ValueError("SFTDataModule needs a tokenizer: pass the model's name, or a tokenizer object.")
+                raise InvalidInputError(
+                    "SFTDataModule needs a tokenizer: pass the model's name, or a tokenizer object."
+                )
             from milora_lightning.pretrained import load_tokenizer
 
             self.tokenizer = load_tokenizer(self.tokenizer)
@@ -303,7 +306,7 @@ class SFTDataModule(LightningDataModule):
         """
         examples = self._splits.get(split)
         if examples is None:
-            raise ValueError(
+            raise InvalidInputError(
                 f"There is no {split} data. Give the source some"
                 + ("." if split in self._splits else f", and call setup() for a stage that uses {split}.")
             )

@@ -26,6 +26,7 @@ from milora_lightning.data.turn_encoding import (
 )
 from milora_lightning.data.turns import write_conversation
 from milora_lightning.data.values import question
+from milora_lightning.errors import InvalidInputError, MiLoRAError
 
 FEATURES = datasets.Features(
     {
@@ -148,8 +149,8 @@ def _naming(index: int, split: str) -> Iterator[None]:
     """Say of an error in which row it is."""
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"In row {index + 1} of the {split} data, {error}") from error
+    except MiLoRAError as error:
+        raise InvalidInputError(f"In row {index + 1} of the {split} data, {error}") from error
 
 
 def _conversation_row(encoded: EncodedConversation) -> Example:
@@ -241,7 +242,7 @@ def _as_chats(
             chats.append(template.write(messages, prompt_suffix))
         except ChatTemplateError as error:
             asked = messages[-2]["content"]
-            raise ValueError(f"In row {index + 1} of the {split} data ({asked!r:.60}), {error}") from error
+            raise InvalidInputError(f"In row {index + 1} of the {split} data ({asked!r:.60}), {error}") from error
     encoded = []
     for messages, (prompt, _), (ids, (span,)) in zip(rows.values(), chats, template.tokenize(chats), strict=True):
         head = 0

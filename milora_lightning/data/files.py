@@ -19,6 +19,7 @@ from milora_lightning.data.records import read_records
 from milora_lightning.data.rows import FORMAT, UNREAD, Convert, Row, checked_rows
 from milora_lightning.data.sources import COLUMNS, PROMPT_COLUMNS, Source, Split, cached_dataset
 from milora_lightning.data.tables import without_nulls
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy, right_answer
 
 SHARE_HELD_OUT, MOST_HELD_OUT, LEAST_TO_HOLD_OUT_OF = 0.05, 500, 20
@@ -233,7 +234,7 @@ class Files(Source):
             return min(MOST_HELD_OUT, math.ceil(SHARE_HELD_OUT * size)) if size >= LEAST_TO_HOLD_OUT_OF else 0
         held_out = self.validation_size if self.validation_size >= 1 else math.ceil(self.validation_size * size)
         if held_out and not (0 < held_out < size and held_out == int(held_out)):
-            raise ValueError(
+            raise InvalidInputError(
                 f"validation_size is {self.validation_size}, but must be a whole number below the {size} examples of "
                 "train, or a fraction between 0 and 1."
             )
@@ -250,7 +251,7 @@ def _settled(named: dict[str, str | None]) -> Fields:
     given = {kinds[name] for name, field in named.items() if field not in (None, AUTO)}
     if len(given) > 1:
         names = ", ".join(f"{name}_field={field!r}" for name, field in named.items() if field not in (None, AUTO))
-        raise ValueError(f"{names} name more than one place of an example. Give one, and leave the others out.")
+        raise InvalidInputError(f"{names} name more than one place of an example. Give one, and leave the others out.")
     return {name: None if field == AUTO and given - {kinds[name]} else field for name, field in named.items()}
 
 

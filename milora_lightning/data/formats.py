@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from milora_lightning.data.conversations import is_conversation
+from milora_lightning.errors import InvalidInputError
 
 Fields = dict[str, "str | None"]
 Kind = Literal["prompts", "conversations", "texts"]
@@ -97,7 +98,7 @@ def recognise(naming: Fields, records: list[dict[str, Any]]) -> Format | None:
     found = [f"messages_field: {field}" for field in messages]
     found += [f"prompt_field: {prompt} and response_field: {response}" for prompt, response in pairs]
     if len(found) > 1:
-        raise ValueError(f"there are several fields that may hold the example. Set {', or '.join(found)}.")
+        raise InvalidInputError(f"there are several fields that may hold the example. Set {', or '.join(found)}.")
     if messages:
         around = {key: others[key] for key in ("system", "tools")}
         return Format("conversations", {"messages": messages[0], **around, **task})
@@ -112,7 +113,7 @@ def recognise(naming: Fields, records: list[dict[str, Any]]) -> Format | None:
         return None
     if answers := first.filled(*RESPONSES):
         text, answer = texts[0], answers[0]
-        raise ValueError(
+        raise InvalidInputError(
             f"{text!r} may be a text to learn or a question. Set text_field: {text}, or prompt_field: {text} and "
             f"response_field: {answer}."
         )
@@ -179,7 +180,7 @@ def _pair_format(
         inputs = [field for field in every.holds(*INPUTS) if field not in (prompt, response)]
         fields["input"] = inputs[0] if inputs and _named(naming, "prompt") in (None, "instruction") else None
         if len(inputs) > 1 and fields["input"]:
-            raise ValueError(f"it has a further context in {' and '.join(map(repr, inputs))}: set input_field.")
+            raise InvalidInputError(f"it has a further context in {' and '.join(map(repr, inputs))}: set input_field.")
     if any(others.values()) or first.in_turns(prompt, response):
         return Format("conversations", {**fields, **others, "task": naming.get("task")})
     reference = naming.get("reference")

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from milora_lightning.data.files import Files
 from milora_lightning.data.formats import Format
+from milora_lightning.errors import InvalidInputError, MissingFileError
 
 
 class _Texts(Files):
@@ -39,11 +40,11 @@ def read_texts(location: str, field: str = "text", split: str = "test") -> list[
     if location.endswith(".txt"):
         path = Path(location).expanduser()
         if not path.is_file():
-            raise FileNotFoundError(f"There is no text file {path.absolute()}. Check the path.")
+            raise MissingFileError(f"There is no text file {path.absolute()}. Check the path.")
         try:
             texts = [path.read_text(encoding="utf-8")]
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not text in UTF-8 ({error}). Convert it.") from error
+            raise InvalidInputError(f"{path} is not text in UTF-8 ({error}). Convert it.") from error
     else:
         source = _Texts(
             validation=location, prompt_field=field, response_field=field, input_field=None, validation_split=split
@@ -51,7 +52,7 @@ def read_texts(location: str, field: str = "text", split: str = "test") -> list[
         texts = cast("list[str]", source.load("validation")["response"][:])  # type: ignore[index]
     texts = [text for text in texts if text.strip()]
     if not texts:
-        raise ValueError(f"There is no text in {location!r}. Point to a file that is not empty.")
+        raise InvalidInputError(f"There is no text in {location!r}. Point to a file that is not empty.")
     return texts
 
 
@@ -85,7 +86,7 @@ def pack(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, max_
         tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     blocks = min(len(tokens) // room, wanted)
     if blocks < 1:
-        raise ValueError(
+        raise InvalidInputError(
             f"The held-out text has {len(tokens)} tokens (at most {max_tokens} are taken), which do not fill one block "
             f"of {length}. Give more text, or make the blocks shorter."
         )

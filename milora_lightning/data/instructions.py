@@ -6,6 +6,7 @@ from typing import Any
 
 from milora_lightning.data.files import Files
 from milora_lightning.data.values import shown
+from milora_lightning.errors import InvalidInputError
 
 
 def instruction(record: dict[str, Any]) -> dict[str, Any]:
@@ -30,14 +31,16 @@ def instruction(record: dict[str, Any]) -> dict[str, Any]:
         return {"instruction": _text(record.get("prompt"), "the field 'prompt'"), "output": record["chosen"]}
     field = "chosen" if record.get("chosen") else "messages"
     if not record.get(field):
-        raise ValueError(
+        raise InvalidInputError(
             f"there is no instruction with an answer among the fields {sorted(map(str, record))}: instruction and "
             "output, prompt and chosen, or messages are known."
         )
     turns = [_turn(message, f"message {i} of {field!r}") for i, message in enumerate(_chat(record[field], field), 1)]
     roles = [role for role, _ in turns]
     if roles[-2:] != ["user", "assistant"] or roles[:-2] not in ([], ["system"]):
-        raise ValueError(f"the chat goes {roles}, but has to be a user's message and the assistant's answer. Split it.")
+        raise InvalidInputError(
+            f"the chat goes {roles}, but has to be a user's message and the assistant's answer. Split it."
+        )
     question, answer = (content for _, content in turns[-2:])
     if roles[:-2]:
         return {"instruction": turns[0][1], "input": question, "output": answer, "prompt_role": "system"}
@@ -46,7 +49,7 @@ def instruction(record: dict[str, Any]) -> dict[str, Any]:
 
 def _chat(messages: Any, field: str) -> list[Any]:
     if not isinstance(messages, list):
-        raise ValueError(
+        raise InvalidInputError(
             f"{field!r} holds {shown(messages)} ({type(messages).__name__}), but has to be a list of messages, each "
             "with role and content."
         )
@@ -56,16 +59,18 @@ def _chat(messages: Any, field: str) -> list[Any]:
 def _turn(message: Any, what: str) -> tuple[str, str]:
     """Return who says what."""
     if not isinstance(message, dict):
-        raise ValueError(f"{what} is {shown(message)} ({type(message).__name__}), but has to have role and content.")
+        raise InvalidInputError(
+            f"{what} is {shown(message)} ({type(message).__name__}), but has to have role and content."
+        )
     if missing := [key for key in ("role", "content") if key not in message]:
         hint = " Rename from to role (human to user, gpt to assistant) and value to content." * ("from" in message)
-        raise ValueError(f"{what} has no {' and no '.join(missing)}, only {sorted(map(str, message))}.{hint}")
+        raise InvalidInputError(f"{what} has no {' and no '.join(missing)}, only {sorted(map(str, message))}.{hint}")
     return _text(message["role"], f"the role of {what}"), _text(message["content"], f"the content of {what}")
 
 
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{what} is {shown(value)} ({type(value).__name__}), which is no text.")
+        raise InvalidInputError(f"{what} is {shown(value)} ({type(value).__name__}), which is no text.")
     return value
 
 

@@ -11,6 +11,7 @@ import datasets
 
 from milora_lightning.data.records import SUFFIXES, is_data_file
 from milora_lightning.data.sources import Split
+from milora_lightning.errors import InvalidInputError, MissingFileError
 
 # The words in the names of files and folders that tell their split.
 WORDS: dict[Split, set[str]] = {
@@ -52,7 +53,9 @@ def saved_dataset(name: str, split: Split, split_name: str, needed: bool) -> dat
     try:
         data = datasets.load_from_disk(str(folder))
     except Exception as error:  # of whichever kind a damaged file gives
-        raise ValueError(f"{folder} is no data set that can be opened ({type(error).__name__}: {error}).") from error
+        raise InvalidInputError(
+            f"{folder} is no data set that can be opened ({type(error).__name__}: {error})."
+        ) from error
     if isinstance(data, datasets.Dataset):
         return data.with_format(None) if needed else None
     names = [split_name, *sorted(WORDS[split])] if split_name == split else [split_name]
@@ -60,7 +63,7 @@ def saved_dataset(name: str, split: Split, split_name: str, needed: bool) -> dat
     if found is None and needed and len(data) == 1:
         found = next(iter(data))
     if found is None and needed:
-        raise ValueError(
+        raise InvalidInputError(
             f"{folder} has the splits {list(data)}, but no {split_name!r}: set {split}_split to one of them."
         )
     return None if found is None else data[found].with_format(None)
@@ -87,7 +90,7 @@ def files_at(name: str, split: Split, needed: bool) -> list[Path]:
             return _files_in(path, split, needed)
         return _found(name, path) if needed else []
     except PermissionError as error:
-        raise ValueError(
+        raise InvalidInputError(
             f"{path} cannot be read ({error}). Check the permissions of the file and its folder."
         ) from error
 
@@ -95,10 +98,10 @@ def files_at(name: str, split: Split, needed: bool) -> list[Path]:
 def _found(name: str, path: Path) -> list[Path]:
     found = [Path(p) for p in sorted(glob.glob(str(path)))] if not path.exists() and glob.has_magic(name) else [path]
     if not found or not found[0].exists():
-        raise FileNotFoundError(f"There is no data file {path}. Check the path; a relative one starts at {Path.cwd()}.")
+        raise MissingFileError(f"There is no data file {path}. Check the path; a relative one starts at {Path.cwd()}.")
     for file in found:
         if not file.is_file() or not is_data_file(file):
-            raise ValueError(f"{file} is no data file: {_endings()}. Convert it, or leave it out.")
+            raise InvalidInputError(f"{file} is no data file: {_endings()}. Convert it, or leave it out.")
     return found
 
 
@@ -106,13 +109,13 @@ def _files_in(folder: Path, split: Split, needed: bool) -> list[Path]:
     """Return the files of a split in a folder, which all are those of the split that is asked for if none names one."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and _is_data(file.relative_to(folder))]
     if not files:
-        raise ValueError(f"There is no data file in the folder {folder}: {_endings()}.")
+        raise InvalidInputError(f"There is no data file in the folder {folder}: {_endings()}.")
     splits = {file: _split_of(file.relative_to(folder)) for file in files}
     without = [file for file, found in splits.items() if found is None]
     if len(without) == len(files):
         return files if needed else []
     if without:
-        raise ValueError(
+        raise InvalidInputError(
             f"{without[0]} names no split, while {next(f for f in files if f not in without)} does. Name the files "
             "themselves, or have the names of all tell train, validation or test."
         )
@@ -120,7 +123,7 @@ def _files_in(folder: Path, split: Split, needed: bool) -> list[Path]:
     if not chosen and needed:
         if len(set(splits.values())) == 1:
             return files
-        raise ValueError(
+        raise InvalidInputError(
             f"No file in the folder {folder} is of the {split} split, by its name. Name the files themselves."
         )
     return chosen
@@ -141,7 +144,7 @@ def _split_of(path: Path) -> Split | None:
         words = set(re.split(r"[^a-z]+", part.lower()))
         found = [split for split, known in WORDS.items() if words & known]
         if len(found) > 1:
-            raise ValueError(
+            raise InvalidInputError(
                 f"The name of {path} tells {' and '.join(found)}. Name the files of each split themselves."
             )
         if found:
@@ -172,7 +175,7 @@ def hub_dataset(name: str, split_name: str, needed: bool) -> datasets.Dataset | 
     try:
         return datasets.load_dataset(repository, config or None, split=split_name)
     except (OSError, datasets.exceptions.DatasetsError) as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"There is no file {Path(name).expanduser().absolute()}, and the Hugging Face Hub does not have the data "
             f"set {name!r} or cannot be reached. Check the name and the network, or give the path of a file, "
             f"whose name ends in {', '.join(_short(SUFFIXES))}. ({type(error).__name__}: {error})"
@@ -180,4 +183,4 @@ def hub_dataset(name: str, split_name: str, needed: bool) -> datasets.Dataset | 
     except ValueError as error:  # no such split, or no such configuration
         if not needed and "split" in str(error):
             return None
-        raise ValueError(f"The data set {name!r} cannot be loaded with split={split_name!r}: {error}") from error
+        raise InvalidInputError(f"The data set {name!r} cannot be loaded with split={split_name!r}: {error}") from error

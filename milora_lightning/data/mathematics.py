@@ -9,6 +9,7 @@ from typing import Any
 from torchmetrics import Metric
 
 from milora_lightning.data.files import Files
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.metrics import TaskAccuracy, extract_solution, right_answer, right_solution
 from milora_lightning.metrics.latex import require_math_verify
 
@@ -34,7 +35,9 @@ def worked_solution(record: dict[str, Any]) -> dict[str, Any]:
             break
     else:
         pairs = ", ".join(" and ".join(pair) for pair in FORMATS)
-        raise ValueError(f"there is no question with a solution among the fields {sorted(record)}: {pairs} are known.")
+        raise InvalidInputError(
+            f"there is no question with a solution among the fields {sorted(record)}: {pairs} are known."
+        )
     text = re.sub(r"<<[^<>]*>>", "", text)  # what GSM8K's calculator was told
     text = re.sub(r"####\s*(?=[^#]*$)", MARKER, text)
     answer = extract_solution(text)

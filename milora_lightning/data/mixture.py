@@ -12,6 +12,7 @@ from torchmetrics import Metric
 
 from milora_lightning.data.columns import as_dataset
 from milora_lightning.data.sources import Source, Split, Task, describe
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.metrics import AnswerAccuracy
 
 
@@ -42,13 +43,17 @@ class Mixture(Source):
         self, sources: list[Source], weights: list[float] | None = None, size: int | None = None, seed: int = 0
     ) -> None:
         if not sources:
-            raise ValueError("Mixture has no sources. Give it at least one.")
+            raise InvalidInputError("Mixture has no sources. Give it at least one.")
         if weights is not None and (
             len(weights) != len(sources) or not all(weight > 0 and math.isfinite(weight) for weight in weights)
         ):
-            raise ValueError(f"weights={weights} has to be one positive number for each of the {len(sources)} sources.")
+            raise InvalidInputError(
+                f"weights={weights} has to be one positive number for each of the {len(sources)} sources."
+            )
         if size is not None and (weights is None or size < 1):
-            raise ValueError(f"size={size} is of a mixture with weights, at least 1. Give weights, or leave size out.")
+            raise InvalidInputError(
+                f"size={size} is of a mixture with weights, at least 1. Give weights, or leave size out."
+            )
         self.sources = sources
         self.weights = weights
         self.size = size
@@ -62,7 +67,7 @@ class Mixture(Source):
             return None
         if split == "train" and len(parts) < len(self.sources):
             missing = self.sources[next(i for i, part in enumerate(loaded) if part is None)]
-            raise ValueError(f"A source of the mixture has no train data: {describe(missing)}. Give it some.")
+            raise InvalidInputError(f"A source of the mixture has no train data: {describe(missing)}. Give it some.")
         mixed = datasets.concatenate_datasets(parts)
         if split != "train" or self.weights is None:
             return mixed

@@ -13,6 +13,8 @@ from typing import IO, Any
 
 import pyarrow as pa
 
+from milora_lightning.errors import InvalidInputError
+
 COMPRESSED: dict[str, Callable[[str], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
@@ -62,13 +64,15 @@ def open_text(name: str, newline: str | None = None) -> Iterator[IO[str]]:
         with _open_binary(name) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline=newline) as file:
             yield file
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not text in UTF-8 ({error}). Convert it.") from error
+        raise InvalidInputError(f"{name} is not text in UTF-8 ({error}). Convert it.") from error
     except (EOFError, lzma.LZMAError, gzip.zlib.error, gzip.BadGzipFile, pa.ArrowException) as error:  # type: ignore[attr-defined]
-        raise ValueError(f"{name} cannot be unpacked ({type(error).__name__}: {error}). Write it anew.") from error
+        raise InvalidInputError(
+            f"{name} cannot be unpacked ({type(error).__name__}: {error}). Write it anew."
+        ) from error
     except OSError as error:
         if not is_compressed(name) or isinstance(error, PermissionError):
             raise
-        raise ValueError(f"{name} cannot be unpacked ({error}). Write it anew.") from error
+        raise InvalidInputError(f"{name} cannot be unpacked ({error}). Write it anew.") from error
 
 
 def _open_binary(name: str) -> Any:
@@ -78,5 +82,5 @@ def _open_binary(name: str) -> Any:
         beginning = binary.read(4)
     for magic, what in MAGIC.items():
         if beginning.startswith(magic):
-            raise ValueError(f"{name} {what}.")
+            raise InvalidInputError(f"{name} {what}.")
     return open(name, "rb")

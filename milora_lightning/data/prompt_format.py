@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from milora_lightning.data.chat import ChatTemplate, token_ids
 from milora_lightning.data.templates import TEMPLATES, TemplateName, bos_prefix
+from milora_lightning.errors import InvalidInputError
 
 KEY = "prompt_format"
 """The entry of a checkpoint, among the data's, that holds the record."""
@@ -93,7 +94,7 @@ def for_conversations(
         return tokenizer
     prompt_format = PromptFormat.of(tokenizer, template, prompt_suffix)
     if prompt_format.chat_template is None:
-        raise ValueError(
+        raise InvalidInputError(
             f"No chat template writes conversations as template={template!r} writes prompts with the tokenizer of "
             f"{tokenizer.name_or_path!r}. Use template='chat', or a Jinja file."
         )

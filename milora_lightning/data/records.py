@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from milora_lightning.data.opening import COMPRESSED, is_compressed, kind_of, open_text
 from milora_lightning.data.tables import arrow_records, csv_records
+from milora_lightning.errors import InvalidInputError
 
 FORM = "a file holds one array of objects, or one object on each line"
 LONGEST_TEXT = 1_000_000  # characters of a plain text that become one row
@@ -36,7 +37,7 @@ def read_records(name: str) -> Iterator[tuple[int, Any]]:
     try:
         yield from READERS[kind_of(name)](name)
     except OSError as error:
-        raise ValueError(f"{name} cannot be read ({type(error).__name__}: {error}). Check the file.") from error
+        raise InvalidInputError(f"{name} cannot be read ({type(error).__name__}: {error}). Check the file.") from error
 
 
 def is_data_file(name: str | Path) -> bool:
@@ -60,13 +61,15 @@ def _json_records(name: str) -> Iterator[tuple[int, Any]]:
     except json.JSONDecodeError as error:
         if line:
             _refuse_spread_objects(name, line)
-        raise ValueError(
+        raise InvalidInputError(
             f"{name} is not valid JSON in line {line or error.lineno}, column {error.colno} ({error.msg}). Correct it; "
             f"{FORM}."
         ) from error
     except RecursionError as error:
         where = f"line {line} of {name}" if line else name
-        raise ValueError(f"In {where} there are lists or objects nested too deeply to be read. Correct it.") from error
+        raise InvalidInputError(
+            f"In {where} there are lists or objects nested too deeply to be read. Correct it."
+        ) from error
 
 
 def _texts(name: str) -> Iterator[tuple[int, dict[str, str]]]:
@@ -153,4 +156,4 @@ def _refuse_spread_objects(name: str, line: int) -> None:
     else:
         what = f"is a single object with the fields {list(value)}, which begins in"
         remedy = f"Write the array in its field {lists[0]!r} to a file" if lists else f"Put it into an array: {FORM}"
-    raise ValueError(f"{name} {what} line {line}. {remedy}.")
+    raise InvalidInputError(f"{name} {what} line {line}. {remedy}.")

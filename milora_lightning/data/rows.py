@@ -22,6 +22,7 @@ from milora_lightning.data.formats import (
 )
 from milora_lightning.data.records import Ambiguous
 from milora_lightning.data.values import as_text, shown
+from milora_lightning.errors import InvalidInputError, MiLoRAError
 
 Row = dict[str, str]
 Convert = Callable[[dict[str, Any]], dict[str, Any]]
@@ -102,7 +103,7 @@ def checked_rows(
         converted = ((where, watched, with_response(record, fields)) for where, watched, record in converted)
     beginning = list(itertools.islice(converted, BEGINNING if AUTO in fields.values() else 1))
     if not beginning:
-        raise ValueError(f"There are no rows in {name}. Point to data that is not empty.")
+        raise InvalidInputError(f"There are no rows in {name}. Point to data that is not empty.")
     format = _recognised(fields, [record for *_, record in beginning], beginning[0][0])
     note = {FORMAT: format.note()} if AUTO in fields.values() else {}
     read = set(format.fields.values())
@@ -126,9 +127,11 @@ def _converted_records(
     for number, record in records:
         where = f"row {number} (the first is row 1) of {name}"
         if not isinstance(record, dict):
-            raise ValueError(f"In {where} there is no object with fields but {type(record).__name__}: {shown(record)}.")
+            raise InvalidInputError(
+                f"In {where} there is no object with fields but {type(record).__name__}: {shown(record)}."
+            )
         if isinstance(record, Ambiguous):
-            raise ValueError(f"The field {record.twice!r} comes twice in {where}. Remove one.")
+            raise InvalidInputError(f"The field {record.twice!r} comes twice in {where}. Remove one.")
         watched = Watched(record)
         yield where, watched, _converted(convert, watched, where)
 
@@ -136,10 +139,10 @@ def _converted_records(
 def _recognised(fields: Fields, records: list[dict[str, Any]], where: str) -> Format:
     try:
         format = recognise(fields, records)
-    except ValueError as error:
-        raise ValueError(f"In {where}, {error}") from error
+    except MiLoRAError as error:
+        raise InvalidInputError(f"In {where}, {error}") from error
     if format is None:
-        raise ValueError(
+        raise InvalidInputError(
             f"In {where} there are the fields {sorted(map(str, records[0]))}, and none is known to hold an "
             "example, as messages, conversations, prompt and completion, text and others are. Name yours: set "
             "prompt_field and response_field, messages_field, or text_field."
@@ -154,7 +157,7 @@ def _refuse_other_format(fields: Fields, format: Format, record: dict[str, Any],
     except ValueError:
         return
     if other is not None and (other.kind, other.needed) != (format.kind, format.needed):
-        raise ValueError(
+        raise InvalidInputError(
             f"In {where} there is {other}, but in the first row {format}: a file holds one format. Put the rows into "
             "files of their own."
         )
@@ -172,7 +175,7 @@ def _refuse_late(fields: Fields, format: Format, unread: str, early: set[str], w
     for column, field in _late(unread) if unread != "[]" else ():
         around = ("system", "tools") if "messages" in format.fields else ("input", *OTHERS)
         if field not in early and fields.get(column) == AUTO and column in around and format.kind != "texts":
-            raise ValueError(
+            raise InvalidInputError(
                 f"There is something in {field!r} in {where}, but in none of the first {BEGINNING} rows. Set "
                 f"{column}_field: {field}, or null to leave it out."
             )
@@ -182,8 +185,8 @@ def _conversation(record: dict[str, Any], fields: Fields, where: str) -> Row:
     try:
         messages = as_json(conversation_of(record, fields), "the conversation")
         tools = read_tools(record.get(field), field) if (field := fields.get("tools")) else ""
-    except ValueError as error:
-        raise ValueError(f"In {where}: {error}") from error
+    except MiLoRAError as error:
+        raise InvalidInputError(f"In {where}: {error}") from error
     return {"messages": messages, "tools": tools, **_checked(record, {"task": fields["task"]}, where)}
 
 
@@ -196,12 +199,14 @@ def _converted(convert: Convert, record: Watched, where: str) -> dict[str, Any]:
     try:
         converted = convert(record)
     except ValueError as error:
-        raise ValueError(f"In {where}: {error}") from error
+        raise InvalidInputError(f"In {where}: {error}") from error
     except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         name = getattr(convert, "__qualname__", type(convert).__name__)
-        raise ValueError(f"In {where}: {name} fails with {type(error).__name__}: {error}.") from error
+        raise InvalidInputError(f"In {where}: {name} fails with {type(error).__name__}: {error}.") from error
     if not isinstance(converted, dict):
-        raise ValueError(f"In {where}: the converter returns {type(converted).__name__}, but has to return a dict.")
+        raise InvalidInputError(
+            f"In {where}: the converter returns {type(converted).__name__}, but has to return a dict."
+        )
     return converted
 
 
@@ -213,7 +218,7 @@ def _checked(record: dict[str, Any], fields: Fields, where: str) -> Row:
             row[column] = ""
             continue
         if field not in record:
-            raise ValueError(
+            raise InvalidInputError(
                 f"There is no field {field!r} in {where}; it has {sorted(map(str, record))}. Correct the row, or set "
                 f"{column}_field to the right one."
             )

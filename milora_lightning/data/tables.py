@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from milora_lightning.data.opening import open_text
+from milora_lightning.errors import InvalidInputError
 
 AT_ONCE = 1000  # rows that become Python objects together
 
@@ -30,7 +31,7 @@ def arrow_records(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if isinstance(error, PermissionError):
             raise
         kind = "Parquet" if is_parquet else "Arrow"
-        raise ValueError(f"{name} is not a valid {kind} file ({error}). Write it anew.") from error
+        raise InvalidInputError(f"{name} is not a valid {kind} file ({error}). Write it anew.") from error
     while True:
         try:
             batch = next(batches, None)
@@ -103,17 +104,19 @@ def csv_records(name: str, delimiters: str) -> Iterator[tuple[int, dict[str, Any
         try:
             names = next(reader, [])
             if twice := [field for i, field in enumerate(names) if field in names[:i]]:
-                raise ValueError(f"The first row of {name} names the field {twice[0]!r} twice. Rename one.")
+                raise InvalidInputError(f"The first row of {name} names the field {twice[0]!r} twice. Rename one.")
             for cells in reader:
                 if not cells:
                     continue
                 number += 1
                 if len(cells) != len(names):
-                    raise ValueError(
+                    raise InvalidInputError(
                         f"Row {number} (the first is row 1, after that of the names) of {name}, up to line "
                         f"{reader.line_num}, has {len(cells)} cells for the {len(names)} fields {names}. Correct it; "
                         f"texts with {delimiter!r} or line breaks have to be in quotation marks."
                     )
                 yield number, dict(zip(names, cells, strict=True))
         except csv.Error as error:
-            raise ValueError(f"{name} is not valid CSV in line {reader.line_num} ({error}). Correct it.") from error
+            raise InvalidInputError(
+                f"{name} is not valid CSV in line {reader.line_num} ({error}). Correct it."
+            ) from error

@@ -10,6 +10,7 @@ from typing import Literal, cast
 from transformers import PreTrainedTokenizerBase
 
 from milora_lightning.data.values import question
+from milora_lightning.errors import InvalidInputError
 
 TemplateName = Literal["alpaca", "chat", "plain"]
 AUTO = "auto"  # the tokenizer's chat template for conversations, alpaca for prompts with responses
@@ -43,7 +44,7 @@ def chat(prompt: str, input: str, tokenizer: PreTrainedTokenizerBase) -> str:
         ValueError: If the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
-        raise ValueError(
+        raise InvalidInputError(
             f"The tokenizer of {tokenizer.name_or_path!r} has no chat template. Use template='alpaca' or 'plain', or "
             "a model made for chat."
         )
@@ -86,7 +87,7 @@ def name_of(template: str, conversations: bool) -> TemplateName:
     if template == AUTO:
         return "chat" if conversations else "alpaca"
     if not Path(template).is_file():
-        raise ValueError(
+        raise InvalidInputError(
             f"There is no template {template!r}: {', '.join([AUTO, *TEMPLATES])} are known, and the path of a file "
             "that holds a chat template in Jinja."
         )

@@ -19,6 +19,7 @@ from milora_lightning.data.sources import progress_bars
 from milora_lightning.data.templates import AUTO, TemplateName, name_of, with_template
 from milora_lightning.data.truncation import join
 from milora_lightning.data.turn_encoding import ASSISTANT, TrainOn
+from milora_lightning.errors import InvalidInputError
 
 __all__ = ["check_end", "holds", "join", "padding_id", "tokenize_dataset"]
 
@@ -62,7 +63,7 @@ def tokenize_dataset(
     """
     dataset = as_dataset(dataset, split)
     if max_length < 2:
-        raise ValueError(
+        raise InvalidInputError(
             f"max_length={max_length} leaves no token of any response to learn from. Use 2 at the very least; 512 or "
             "1024 are usual."
         )
@@ -99,7 +100,7 @@ def check_end(tokenizer: PreTrainedTokenizerBase, template: TemplateName) -> Non
     if template == "chat" and ChatTemplate.of(tokenizer).end_of_turn is not None:
         return
     if tokenizer.eos_token_id is None:
-        raise ValueError(
+        raise InvalidInputError(
             f"The tokenizer of {tokenizer.name_or_path!r} has no EOS token, so the model could not learn to stop. "
             "Set tokenizer.eos_token."
         )
@@ -117,7 +118,7 @@ def holds(dataset: datasets.Dataset, column: str, all_rows: bool = False) -> boo
 
 def _report(size: int, encoded: datasets.Dataset, max_length: int, split: str) -> None:
     if len(encoded) == 0:
-        raise ValueError(
+        raise InvalidInputError(
             f"No example of the {split} data has a response to learn from, of {size}: all are empty. Check which field "
             "holds the response."
         )

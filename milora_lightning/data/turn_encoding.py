@@ -13,6 +13,7 @@ from milora_lightning.data.token_borders import Located, locate
 from milora_lightning.data.truncation import common_length, join
 from milora_lightning.data.turns import Conversation, Written, shown_text, write_conversation
 from milora_lightning.data.values import shown
+from milora_lightning.errors import InvalidInputError
 
 TrainOn = str | list[str]
 ASSISTANT, LAST = "assistant", "last"
@@ -58,7 +59,7 @@ def choose_turns(messages: Any, tools: Any, train_on: TrainOn = ASSISTANT) -> Co
     messages, tools = (_parsed(value, name) for value, name in ((messages, "messages"), (tools, "tools")))
     for i, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(f"message {i} is {shown(message)}, but has to be an object with role and content.")
+            raise InvalidInputError(f"message {i} is {shown(message)}, but has to be an object with role and content.")
     roles = [message["role"] for message in messages]
     if train_on == LAST:
         chosen = {max((i for i, role in enumerate(roles) if role == ASSISTANT), default=-1)}
@@ -84,7 +85,7 @@ def check_roles(conversation: Conversation, template: str) -> None:
     ]
     if misplaced or conversation.tools or any(message.get("tool_calls") for message in conversation.messages):
         what = f"a message of the role {misplaced[0]!r} there" if misplaced else "tools"
-        raise ValueError(
+        raise InvalidInputError(
             f"the conversation goes {roles}, but template={template!r} has no place for {what}. Use template='chat' "
             "with a tokenizer that has a chat template, or a Jinja file."
         )
@@ -184,9 +185,9 @@ def _parsed(value: Any, name: str) -> list[Any]:
         try:
             value = json.loads(value) if value.strip() else []
         except ValueError as error:
-            raise ValueError(f"{name!r} holds {shown(value)}, which is no JSON ({error}).") from error
+            raise InvalidInputError(f"{name!r} holds {shown(value)}, which is no JSON ({error}).") from error
     if not isinstance(value, Sequence):
-        raise ValueError(f"{name!r} holds {shown(value)} ({type(value).__name__}), but has to be a list.")
+        raise InvalidInputError(f"{name!r} holds {shown(value)} ({type(value).__name__}), but has to be a list.")
     return list(value)
 
 
@@ -195,10 +196,12 @@ def _own_choice(message: Message, number: int) -> bool | None:
     given = {name: message[name] for name in OWN if message.get(name) is not None}
     for name, value in given.items():
         if value not in (0, 1):
-            raise ValueError(
+            raise InvalidInputError(
                 f"message {number} has {name}={value!r}, but a message is learned or not: give 0 or 1, false or true."
             )
     choices = {bool(value) for value in given.values()}
     if len(choices) > 1:
-        raise ValueError(f"message {number} has {given}, of which one says to learn it, another not to. Leave one.")
+        raise InvalidInputError(
+            f"message {number} has {given}, of which one says to learn it, another not to. Leave one."
+        )
     return choices.pop() if choices else None

@@ -7,6 +7,8 @@ import numbers
 from decimal import Decimal
 from typing import Any
 
+from milora_lightning.errors import InvalidInputError
+
 
 def question(prompt: str, input: str) -> str:
     """Write prompt and input as a user's message."""
@@ -31,7 +33,7 @@ def as_text(value: Any, what: str, remedy: str = "Correct or remove the row") ->
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(
+            raise InvalidInputError(
                 f"{what} holds half a character at position {error.start} ({value[error.start]!r}, a lone surrogate), "
                 f"which is no text. {remedy}."
             ) from error
@@ -40,8 +42,8 @@ def as_text(value: Any, what: str, remedy: str = "Correct or remove the row") ->
         try:
             return str(value)
         except ValueError as error:
-            raise ValueError(f"{what} holds too long a number ({error}). {remedy}.") from error
-    raise ValueError(f"{what} holds {shown(value)} ({type(value).__name__}), which is no text. {remedy}.")
+            raise InvalidInputError(f"{what} holds too long a number ({error}). {remedy}.") from error
+    raise InvalidInputError(f"{what} holds {shown(value)} ({type(value).__name__}), which is no text. {remedy}.")
 
 
 def _is_number(value: Any) -> bool:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from milora_lightning.errors import InvalidInputError
+
 MARKER = r"the answer is:|####"  # the paper's, and that of GSM8K's references
 
 # A sign belongs to a number only where no operand stands before it: "10-5" ends in 5, "= -5" in -5.
@@ -129,7 +131,7 @@ class AnswerAccuracy(Metric):
     def update(self, generations: Sequence[str], references: Sequence[str]) -> None:
         """Count the right answers among generated texts."""
         if len(generations) != len(references):
-            raise ValueError(f"There are {len(generations)} generated texts but {len(references)} references.")
+            raise InvalidInputError(f"There are {len(generations)} generated texts but {len(references)} references.")
         for generation, reference in zip(generations, references, strict=True):
             self.correct += right_answer(generation, reference, self.pattern, self.strict)
         self.total += len(generations)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from milora_lightning.errors import InvalidInputError
+
 # The words that the benchmark's tasks answer with: BoolQ; SIQA, ARC and OBQA; PIQA; HellaSwag; WinoGrande.
 CHOICES = ("true|false", "answer[1-5]", "solution[12]", "ending[1-4]", "option[12]")
 
@@ -32,7 +34,7 @@ def extract_choice(text: str, reference: str) -> str | None:
         if re.search(words, reference):
             found = re.search(words, text)
             return found.group() if found else None
-    raise ValueError(f"The reference {reference!r} names no choice; it has to be one of {', '.join(CHOICES)}.")
+    raise InvalidInputError(f"The reference {reference!r} names no choice; it has to be one of {', '.join(CHOICES)}.")
 
 
 def right_choice(generation: str, reference: str) -> bool:

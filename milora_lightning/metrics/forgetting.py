@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from milora_lightning.errors import InvalidInputError
+
 CHUNK = 2**20
 """Logits taken at once: float32 copies of them fit a CPU's cache, which is four times faster than 256 positions."""
 
@@ -75,7 +77,7 @@ class Forgetting(Metric):
             ValueError: If the shapes differ.
         """
         if logits.shape != base_logits.shape:
-            raise ValueError(
+            raise InvalidInputError(
                 f"The models' logits have shapes {tuple(logits.shape)} and {tuple(base_logits.shape)}: give both "
                 "models the same tokens."
             )

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import threading
 
+from milora_lightning.errors import MissingPackageError
 from milora_lightning.metrics.answers import extract_answer
 
 SECONDS = 5  # for reading or comparing one expression: 9^{9^{9^9}} would take for ever
@@ -51,7 +52,7 @@ def require_math_verify() -> None:
         ModuleNotFoundError: If it is not.
     """
     if importlib.util.find_spec("math_verify") is None:
-        raise ModuleNotFoundError("MATH's answers are compared by math-verify: pip install milora-lightning[math]")
+        raise MissingPackageError("MATH's answers are compared by math-verify: pip install milora-lightning[math]")
 
 
 def right_solution(generation: str, reference: str) -> bool:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from milora_lightning.errors import InvalidInputError
+
 Judge = Callable[[str, str], bool]
 """Tells whether a generated text is right, given the reference."""
 
@@ -43,12 +45,12 @@ class TaskAccuracy(Metric):
     def update(self, generations: Sequence[str], references: Sequence[str], tasks: Sequence[str]) -> None:
         """Count the right texts of each task."""
         if not len(generations) == len(references) == len(tasks):
-            raise ValueError(
+            raise InvalidInputError(
                 f"There are {len(generations)} generated texts, {len(references)} references and {len(tasks)} tasks."
             )
         for generation, reference, task in zip(generations, references, tasks, strict=True):
             if task not in self.judges:
-                raise ValueError(f"There is no task {task!r}, only {list(self.judges)}.")
+                raise InvalidInputError(f"There is no task {task!r}, only {list(self.judges)}.")
             index = list(self.judges).index(task)
             self.correct[index] += self.judges[task](generation, reference)
             self.total[index] += 1
