@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Protocol, cast
 
 from torch import Tensor, nn
 
 from milora_lightning.errors import InvalidInputError
 from milora_lightning.lora import LoRALinear
+from milora_lightning.messages import warn
 from milora_lightning.quantization import decoded, holds_its_weight, refusal
 from milora_lightning.sharding import gather_to, is_sharded
 
@@ -88,9 +88,9 @@ def _unquantized(base: nn.Module, dequantized: Tensor) -> Tensor:
             distance = (candidate.float() - dequantized.float()).norm()
             if not distance > CLOSE * candidate.float().norm():  # entries that are no numbers are told of later
                 return candidate
-    warnings.warn(
+    warn(
         "What the model's files call a quantized weight is not what it was quantized from: adapters start from the "
         "dequantized weight there.",
-        stacklevel=3,
+        from_any_rank=True,
     )
     return dequantized

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
 
 from milora_lightning.checkpoint import read_checkpoint
 from milora_lightning.checkpoint_io import KEY, read_without_weights
@@ -75,12 +73,6 @@ def differences(given: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]
         for name, value in there.items()
         if name in here and here[name] != value
     ]
-
-
-@rank_zero_only
-def say(line: str) -> None:
-    """Print a line for the user, on one rank, apart from what a command prints as its result."""
-    print(line, file=sys.stderr)
 
 
 def find_checkpoint(trainer: Trainer, keyword: str, subcommand: str) -> str:

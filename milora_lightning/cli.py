@@ -22,7 +22,6 @@ from milora_lightning.checkpoint_options import (
     differences,
     find_checkpoint,
     read_options,
-    say,
 )
 from milora_lightning.commands import COMMANDS, LIGHTNING
 from milora_lightning.commands.running import run_command
@@ -32,6 +31,7 @@ from milora_lightning.ending import ending, resumption
 from milora_lightning.errors import InvalidInputError, sentence
 from milora_lightning.help import ALL, help_text
 from milora_lightning.logger_choice import LoggerName, make_logger
+from milora_lightning.messages import inform
 from milora_lightning.module import CausalLMModule
 from milora_lightning.notices import leave_out, leave_out_bars
 from milora_lightning.option_errors import Parser, missing_package
@@ -84,7 +84,7 @@ class MiLoRACLI(LightningCLI):
             self._take_options(path)
         super().parse_arguments(parser, args)
         for line in replaced_checkpoints(sys.argv[1:] if args is None else args):
-            say(line)
+            inform(line)
 
     def _given_checkpoint(self, parser: LightningArgumentParser) -> str | None:
         """Return ``ckpt_path`` as given, of a command line that may lack what the checkpoint brings."""
@@ -128,7 +128,7 @@ class MiLoRACLI(LightningCLI):
         """Show where what was given differs from the checkpoint, which Lightning would put above it."""
         config = self.config.get(str(self.config.get("subcommand")), self.config)
         for line in differences({name: config[name] for name in self._from_checkpoint}, self._from_checkpoint):
-            say(line)
+            inform(line)
 
     def instantiate_classes(self) -> None:
         """Instantiate; that brings to light which checkpoint a keyword stands for, and that may bring options."""
@@ -149,7 +149,7 @@ class MiLoRACLI(LightningCLI):
         given = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         options, lines = missing_options(given, trains=self.subcommand in ("fit", None))
         for line in lines:
-            say(line)
+            inform(line)
         go_on, trains = resumption(self._as_typed), self.subcommand == "fit"
         options["callbacks"] = with_screen({**given, **options}, go_on, trains)
         if "logger" not in kwargs and (name := self._get(self.config, "logger")) is not None:
@@ -190,7 +190,7 @@ class MiLoRACLI(LightningCLI):
     def before_fit(self) -> None:
         """Say if checkpoints of an earlier run will be replaced."""
         for line in replaced_files(self.trainer, self._get(self.config, "ckpt_path")):
-            say(line)
+            inform(line)
 
     def after_fit(self) -> None:
         """Say where the result is, and what to do with it."""

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import cast
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from milora_lightning.config import ALL_LINEAR, LoRAConfig
 from milora_lightning.linear_layers import is_linear
 from milora_lightning.lora import LoRALinear, linear_shape
+from milora_lightning.messages import warn
 from milora_lightning.parts import ends_with, find_modules, find_part, modules_by_name, some
 from milora_lightning.quantization import is_plain, is_quantized_linear
 from milora_lightning.sharding import is_sharded
@@ -66,8 +65,7 @@ def say_once(module: nn.Module, message: str) -> None:
     said: set[str] = vars(module).setdefault("_said_in_surgery", set())
     if message not in said:
         said.add(message)
-        if not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0):
-            warnings.warn(message, stacklevel=3)
+        warn(message)
 
 
 def coverage(module: nn.Module, config: LoRAConfig) -> str:

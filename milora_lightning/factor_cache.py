@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import warnings
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from milora_lightning.config import Init
 from milora_lightning.decomposition import SingularSlice
 from milora_lightning.factors import initial_factors, initial_triplets, scaled_factors
 from milora_lightning.folder import cache_folder
+from milora_lightning.messages import warn
 
 _VERSION = 1  # of what the triplets of a given weight are; another one finds none of the old entries
 _CHECKSUM = "xxh3_128"
@@ -94,7 +94,7 @@ def _read(path: Path, shape: torch.Size, r: int) -> SingularSlice | None:
         return None
     except (SafetensorError, OSError) as error:
         problem = str(error)
-    warnings.warn(f"The cached decomposition {str(path)!r} is unusable and computed anew: {problem}.", stacklevel=2)
+    warn(f"The cached decomposition {str(path)!r} is unusable and computed anew: {problem}.", from_any_rank=True)
     return None
 
 
@@ -111,8 +111,8 @@ def _write(path: Path, triplets: SingularSlice) -> None:
         finally:
             Path(unfinished).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
-        warnings.warn(
+        warn(
             f"Decompositions cannot be kept in {str(path.parent)!r} ({error}): later runs compute them again. Set "
             "MILORA_CACHE to a folder that can be written.",
-            stacklevel=2,
+            from_any_rank=True,
         )

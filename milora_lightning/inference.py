@@ -9,12 +9,11 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.strategies.fsdp import _is_sharded_checkpoint as is_sharded_folder
-from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from milora_lightning.checkpoint import read_checkpoint
 from milora_lightning.checkpoint_io import KEY, CheckpointError, read
-from milora_lightning.checkpoint_options import base_may_have_moved, differences, options_in, say
+from milora_lightning.checkpoint_options import base_may_have_moved, differences, options_in
 from milora_lightning.data.chat import ChatTemplateError
 from milora_lightning.data.prompt_format import PromptFormat
 from milora_lightning.data.templates import name_of, with_template
@@ -22,6 +21,7 @@ from milora_lightning.errors import InvalidInputError
 from milora_lightning.fingerprint import only_codes, unquantized
 from milora_lightning.generation import stop_ids
 from milora_lightning.merging import merge_adapters, rounding_note
+from milora_lightning.messages import inform, warn
 from milora_lightning.model_files import UnusableModelError
 from milora_lightning.module import CausalLMModule
 from milora_lightning.peft_import import load_peft
@@ -74,7 +74,7 @@ def load_for_inference(
         assert module.model is not None
         model, tokenizer, prompt_format = module.model, module.tokenizer, module.prompt_format
         if prompt_format is None and template is None:
-            say(f"{path} does not say how prompts were written: the tokenizer's own chat template is used.")
+            inform(f"{path} does not say how prompts were written: the tokenizer's own chat template is used.")
     elif kind == "peft":
         model, tokenizer = _load_peft(Path(path).expanduser(), dtype or "auto", name_or_path)
     else:
@@ -84,7 +84,7 @@ def load_for_inference(
             )
         model, tokenizer = load_causal_lm(path, dtype or "auto"), load_tokenizer(path)
     if merge and (note := rounding_note(merge_adapters(model))):
-        rank_zero_warn(note)
+        warn(note)
     if template is not None:
         prompt_format = format_named(template, tokenizer)
     tokenizer = tokenizer if prompt_format is None else prompt_format.applied_to(tokenizer)
@@ -148,7 +148,7 @@ def load_module(
     file.seek(0)
     saved = options_in(checkpoint)
     for line in differences({} if name_or_path is None else {BASE: name_or_path}, saved):
-        say(line)
+        inform(line)
     with base_may_have_moved("--name_or_path", saved.get(BASE) if name_or_path is None else None):
         return CausalLMModule.load_from_checkpoint(file, map_location="cpu", **options), checkpoint
 
@@ -164,7 +164,7 @@ def _on_unquantized_base(checkpoint: dict[str, Any]) -> dict[str, Any]:
             f"The checkpoint knows {name!r} of its base by {quantization} codes alone, so that nothing tells whether "
             "an unquantized base is the same: use --format peft, and merge that folder with PEFT."
         )
-    say(f"The base was {quantization} in training; the adapters are merged into its unquantized weights.")
+    inform(f"The base was {quantization} in training; the adapters are merged into its unquantized weights.")
     state = {**checkpoint["state_dict"], KEY: {**description, "base": unquantized(description["base"])}}
     return {**checkpoint, "state_dict": state}
 

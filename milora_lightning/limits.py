@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import NamedTuple
 
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from milora_lightning.errors import InvalidInputError
+from milora_lightning.messages import warn
 
 TABLES = ("pos", "wpe")  # what names of tables of positions hold, in every architecture that has one
 FIXED = {"mpt": "max_seq_len"}  # configuration entries of models that make something else of a fixed length
@@ -139,4 +139,4 @@ def check_positions(
 def _say(message: str, refuse: bool) -> None:
     if refuse:
         raise InvalidInputError(message)
-    rank_zero_warn(message)
+    warn(message)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+
+from milora_lightning.messages import warn
 
 INSTRUCTIONS = {
     torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
@@ -30,7 +31,7 @@ def warn_of_slow_products(dtype: torch.dtype) -> None:
     """Say it where training on the CPU in a dtype would take many times as long as in float32."""
     if not multiplies(dtype):
         name = str(dtype).removeprefix("torch.")
-        rank_zero_warn(
+        warn(
             f"This processor has no instructions for products in {name}, in which a step takes many times as long as "
             "in float32: set model.dtype: float32 (--model.dtype float32) to train on this CPU."
         )

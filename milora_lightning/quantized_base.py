@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -14,6 +13,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from milora_lightning.base_weight import STORED
 from milora_lightning.errors import MissingPackageError
+from milora_lightning.messages import warn
 from milora_lightning.model_files import UnusableModelError, weight_files
 from milora_lightning.quantization import BITSANDBYTES
 
@@ -101,8 +101,7 @@ def remember_stored_weights(model: PreTrainedModel, location: str, quantization:
         else:
             setattr(layer, STORED, StoredWeight(files[stored], stored, model.dtype, quantization))
     if missing:
-        warnings.warn(
+        warn(
             f"The files of {location!r} do not have {len(missing)} of the {number} quantized weights by the names that "
             f"the model has for them ({missing[0]!r}): their adapters start from the dequantized weights.",
-            stacklevel=3,
         )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from milora_lightning.errors import InvalidInputError
+from milora_lightning.messages import inform, warn
 from milora_lightning.schedules import follows_loss
 
 KEY = "optimization"
@@ -95,14 +95,14 @@ def tell_differences(
         if was[key] != has[key]
     }
     if kept:
-        rank_zero_warn(
+        warn(
             f"The optimizer goes on as in the checkpoint, with {', '.join(sorted(kept))}. To change the highest "
             "learning rate, set the module's learning_rate."
         )
     before = checkpoint.get(KEY, {})
     if any(key in before and before[key] != now[key] for key in ("lr_scheduler", "steps")):
         was, has = (f"{x['lr_scheduler']} over {x['steps'] or 'unlimited'} steps" for x in (before, now))
-        rank_zero_info(f"From here on the learning rate follows {has}; up to the checkpoint it followed {was}.")
+        inform(f"From here on the learning rate follows {has}; up to the checkpoint it followed {was}.")
 
 
 def _name(optimizer: Optimizer) -> str:

@@ -10,13 +10,13 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from transformers import SchedulerType, get_scheduler, optimization
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from milora_lightning.errors import InvalidInputError
+from milora_lightning.messages import warn
 
 WARMUP = 0.03
 """The share of a run over which the rate rises, unless another is given."""
@@ -197,10 +197,10 @@ def _steps(value: float, length: float) -> int:
 def _tell_of_warmup(name: str, optimizer: Optimizer, given: float, warmup: int, length: float) -> None:
     if "num_warmup_steps" not in _parameters(name):
         if given not in (0, WARMUP):
-            rank_zero_warn(f"warmup_steps={given} has no effect: lr_scheduler {name!r} has no warm-up.")
+            warn(f"warmup_steps={given} has no effect: lr_scheduler {name!r} has no warm-up.")
     elif warmup >= length > 0:
         rate = optimizer.param_groups[0]["lr"]
-        rank_zero_warn(
+        warn(
             f"The run's {length} steps end within its warm-up of {warmup}: the highest learning rate will be "
             f"{rate * (length - 1) / warmup:.3g} of {rate:.3g}. Give warmup_steps as a share of the run, such as "
             f"{WARMUP}, or fewer of them."

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from milora_lightning.data.prompt_format import PromptFormat
 from milora_lightning.generation import stop_ids
+from milora_lightning.messages import warn
 
 USAGE = """
 ## How to ask
@@ -55,7 +55,7 @@ def save_tokenizer(
         config.save_pretrained(folder)
     suffix = f" and the suffix `{prompt_format.prompt_suffix!r}`" if prompt_format.prompt_suffix else ""
     if prompt_format.chat_template is None:
-        rank_zero_warn(
+        warn(
             f"No chat template writes the prompts of template={prompt_format.template!r} with this tokenizer, so the "
             "exported one has none: ask with the texts that the model was trained on."
         )

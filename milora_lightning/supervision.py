@@ -8,13 +8,13 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from milora_lightning.config import IGNORE_INDEX
 from milora_lightning.errors import InvalidInputError
+from milora_lightning.messages import warn
 
 # What configurations call what is done to the logits, to each position's by themselves; None where it is nothing.
 # Whatever is missing here is noticed in the model's forward, at the price of a second one.
@@ -222,7 +222,7 @@ def _is_as_exact(result: Tensor, before: Tensor) -> bool:
 
 @cache
 def _say_that_it_runs_twice(name: str) -> None:
-    rank_zero_warn(
+    warn(
         f"What {name} does to its logits is not known here, so that each of its losses takes a second forward: right, "
         "and slower."
     )

@@ -43,7 +43,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lines: list[str] = []
     _say.cache_clear()
-    monkeypatch.setattr("milora_lightning.data.files.rank_zero_info", lines.append)
+    monkeypatch.setattr("milora_lightning.data.files.inform", lines.append)
     return lines
 
 

@@ -346,7 +346,7 @@ ALPACA = {"instruction": "Add.", "input": "1, 2", "output": "3"}
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lines: list[str] = []
     _say.cache_clear()
-    monkeypatch.setattr("milora_lightning.data.files.rank_zero_info", lines.append)
+    monkeypatch.setattr("milora_lightning.data.files.inform", lines.append)
     return lines
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from torch.distributed.fsdp import FSDPModule
@@ -12,6 +10,7 @@ from torch.optim import Optimizer
 from milora_lightning.config import LoRAConfig
 from milora_lightning.coverage import say_once
 from milora_lightning.errors import InvalidInputError
+from milora_lightning.messages import warn
 from milora_lightning.names import unwrapped_name
 from milora_lightning.parts import find_modules, find_part, some
 from milora_lightning.peft_format import objection, outermost_models
@@ -64,8 +63,7 @@ def warn_of_export(module: LightningModule) -> None:
     """Say now, and not when training is over, where PEFT will not hold the adapters."""
     for model in outermost_models(module).values():
         if lora_layers(model) and (said := objection(model)):
-            warnings.warn(
+            warn(
                 f"An export for PEFT will be refused at the end, as PEFT cannot hold these adapters: {said}. A merged "
                 "export works; for PEFT, leave these layers out of target_modules.",
-                stacklevel=2,
             )

@@ -10,6 +10,7 @@ from milora_lightning.errors import InvalidInputError
 from milora_lightning.export import export_merged, export_peft
 from milora_lightning.folder import check_output
 from milora_lightning.merging import rounding_note
+from milora_lightning.messages import inform
 from milora_lightning.strategies import shards
 
 
@@ -68,4 +69,4 @@ class AdapterExport(Callback):
             export_peft(pl_module, self.output, self.rank, **options)
         else:
             if note := rounding_note(export_merged(pl_module, self.output, dtype=self.dtype, **options)):
-                print(note)
+                inform(note)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 
+from milora_lightning.messages import inform
 from milora_lightning.resuming import options
 from milora_lightning.schedules import set_rate
 
@@ -34,7 +34,7 @@ class GivenOptimizerOptions(Callback):
                 was = tuple(saved[name]) if isinstance(saved.get(name), list) else saved.get(name)
                 if name not in saved or was == value:
                     continue
-                rank_zero_info(f"model.optimizer.{name}: {value} here, {was} in the checkpoint")
+                inform(f"model.optimizer.{name}: {value} here, {was} in the checkpoint")
                 if name == "lr":
                     schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
                     set_rate(optimizer, schedules[index] if index < len(schedules) else None, value)

@@ -12,7 +12,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_only
+
+from milora_lightning.messages import inform
 
 SHOW_CURSOR = b"\x1b[?25h\n"
 
@@ -85,13 +86,13 @@ class SaveOnInterrupt(Callback):
         if trained and self._saved is None and trainer.world_size == 1 and not self._in_step:
             self._save(trainer)  # between two steps: in an evaluation
         if not trained:
-            say("Interrupted before the first step: there is nothing to save.")
+            inform("Interrupted before the first step: there is nothing to save.")
         elif self._saved is None:
-            say(f"Interrupted at step {trainer.global_step}, which is not saved.")
+            inform(f"Interrupted at step {trainer.global_step}, which is not saved.")
         else:
             step, path = self._saved
             go_on = self.go_on.replace("{path}", path)
-            say(f"Interrupted at step {step}. Saved in {path}; go on with: {go_on}")
+            inform(f"Interrupted at step {step}. Saved in {path}; go on with: {go_on}")
         self.teardown(trainer, pl_module, "fit")
 
     def _save(self, trainer: Trainer) -> None:
@@ -110,13 +111,7 @@ class SaveOnInterrupt(Callback):
         several = self._trainer is not None and self._trainer.world_size > 1
         if not self._in_step and not several:
             raise KeyboardInterrupt
-        say("Ctrl-C: finishing this step, then saving. Once more ends at once, without saving.")
-
-
-@rank_zero_only
-def say(line: str) -> None:
-    """Print a line for the user, apart from results."""
-    print(line, file=sys.stderr, flush=True)
+        inform("Ctrl-C: finishing this step, then saving. Once more ends at once, without saving.")
 
 
 def _path(trainer: Trainer) -> str:

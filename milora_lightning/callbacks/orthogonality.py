@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import track
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -15,6 +14,7 @@ from milora_lightning.base_weight import dense_weight
 from milora_lightning.decomposition import singular_slice
 from milora_lightning.errors import InvalidInputError
 from milora_lightning.lora import LoRALinear
+from milora_lightning.messages import inform
 from milora_lightning.sharing import raise_together
 from milora_lightning.strategies import check_whole
 from milora_lightning.surgery import lora_layers
@@ -78,7 +78,7 @@ class PrincipalProjection(Callback):
             self._handles += protected.project_gradients()
         self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
         size = sum(x.nbytes for basis in bases for x in basis)
-        rank_zero_info(f"Protected: up to {self.p} directions of {len(bases)} weights, {size / 1e6:.0f} MB.")
+        inform(f"Protected: up to {self.p} directions of {len(bases)} weights, {size / 1e6:.0f} MB.")
 
     def _after_step(self, *_: Any) -> None:
         for protected in self._protected:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from milora_lightning.checkpoint_options import say
 from milora_lightning.errors import InvalidInputError
 from milora_lightning.export import export_merged, export_peft
 from milora_lightning.folder import check_output
 from milora_lightning.hub import check_upload, local_base, upload
 from milora_lightning.inference import load_module
 from milora_lightning.merging import rounding_note
+from milora_lightning.messages import inform
 
 
 def export(
@@ -65,5 +65,5 @@ def export(
     print(f"Exported to {output}")
     if push_to_hub is not None:
         if (name := local_base(output)) is not None:
-            say(f"The adapters name {name!r} as their base, which others do not have: tell them in the model card.")
+            inform(f"The adapters name {name!r} as their base, which others do not have: tell them in the model card.")
         print(f"Uploaded to {upload(output, push_to_hub, private)}")

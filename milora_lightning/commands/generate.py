@@ -15,13 +15,13 @@ from lightning.pytorch import seed_everything
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from milora_lightning.asking import messages_for, padded, prompt_ids, room
-from milora_lightning.checkpoint_options import say
 from milora_lightning.commands.loading import load_to_ask
 from milora_lightning.data.chat import Message
 from milora_lightning.data.records import read_records
 from milora_lightning.data.values import as_text
 from milora_lightning.errors import InvalidInputError, MiLoRAError, MissingFileError
 from milora_lightning.generation import Sampling, generate_greedily, greedy_config, nothing_else, without_stop
+from milora_lightning.messages import inform
 from milora_lightning.surgery import factors_kept
 
 PROMPTS = ("prompt", "instruction", "question")
@@ -105,7 +105,7 @@ def generate(
             _write(file, rows[start : start + size], answers, as_json, first=start == 0)
             done += len(answers)
             if output is not None:
-                say(f"{done} of {len(rows)} prompts answered, in {output}")
+                inform(f"{done} of {len(rows)} prompts answered, in {output}")
 
 
 def read_prompts(name: str) -> Iterator[dict[str, Any]]:
@@ -221,7 +221,7 @@ class Asker:
             said = said or (sentence and f"{where}: {sentence}")
             prompts.append(ids)
         if said:
-            say(said)
+            inform(said)
         return prompts
 
     def answer(self, prompts: Sequence[list[int]], batch_size: int) -> list[list[str]]:

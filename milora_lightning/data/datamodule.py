@@ -9,7 +9,6 @@ from typing import Any, Literal, cast
 import datasets
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
@@ -28,6 +27,7 @@ from milora_lightning.data.templates import AUTO, TemplateName, name_of, with_te
 from milora_lightning.data.tokenizing import holds, padding_id, tokenize_dataset
 from milora_lightning.data.turn_encoding import ASSISTANT
 from milora_lightning.errors import InvalidInputError
+from milora_lightning.messages import warn
 from milora_lightning.metrics import AnswerAccuracy
 
 # Which splits each stage loads, and which it cannot do without.
@@ -214,7 +214,7 @@ class SFTDataModule(LightningDataModule):
         """
         trained, now = PromptFormat.found_in({"data": state_dict}), self.prompt_format
         if trained is not None and now is not None and trained != now:
-            rank_zero_warn(f"The checkpoint was trained on prompts of another format: {trained.difference(now)}.")
+            warn(f"The checkpoint was trained on prompts of another format: {trained.difference(now)}.")
         # Older checkpoints have no position: Lightning's count of batches serves.
         self._resumption.load_state_dict(state_dict.get("position"))
 

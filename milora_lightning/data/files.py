@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics import Metric
 
 from milora_lightning.data.formats import AUTO, Fields, Format, Kind
@@ -20,6 +19,7 @@ from milora_lightning.data.rows import FORMAT, UNREAD, Convert, Row, checked_row
 from milora_lightning.data.sources import COLUMNS, PROMPT_COLUMNS, Source, Split, cached_dataset
 from milora_lightning.data.tables import without_nulls
 from milora_lightning.errors import InvalidInputError
+from milora_lightning.messages import inform
 from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy, right_answer
 
 SHARE_HELD_OUT, MOST_HELD_OUT, LEAST_TO_HOLD_OUT_OF = 0.05, 500, 20
@@ -280,4 +280,4 @@ def _table_rows(
 
 @functools.cache  # once for train and the validation data held out of it
 def _say(text: str) -> None:
-    rank_zero_info(text)
+    inform(text)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import datasets
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics import Metric
 
 from milora_lightning.data.columns import as_dataset
 from milora_lightning.data.sources import Source, Split, Task, describe
 from milora_lightning.errors import InvalidInputError
+from milora_lightning.messages import inform
 from milora_lightning.metrics import AnswerAccuracy
 
 
@@ -77,7 +77,7 @@ class Mixture(Source):
             f"{share} of {count} from {describe(source)}"
             for share, count, source in zip(shares, counts, self.sources, strict=True)
         )
-        rank_zero_info(f"Mixture: {sum(shares)} examples an epoch, {', '.join(given)}.")
+        inform(f"Mixture: {sum(shares)} examples an epoch, {', '.join(given)}.")
         return mixed.select(drawn(counts, shares, self.seed))
 
     def metric(self) -> Metric | None:

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 
 import numpy as np
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import SequentialSampler
 
 from milora_lightning.data.sampling import Indices, LengthGroupedSampler, Position
+from milora_lightning.messages import warn
 
 
 class HasTrainer(Protocol):
@@ -187,7 +187,7 @@ def _digest(lengths: Sequence[int] | Indices) -> str:
 
 def _warn_of_other_data(saved: str, lengths: Indices, epoch: int) -> None:
     if saved != _digest(lengths):
-        rank_zero_warn(
+        warn(
             "The training data are other examples, or of other lengths in tokens, than those of the checkpoint: epoch "
             f"{epoch} goes on in another order, so that some examples come twice in it and some not at all."
         )

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import datasets
 from datasets.fingerprint import Hasher
-from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from milora_lightning.data.chat import ChatTemplate
@@ -20,6 +19,7 @@ from milora_lightning.data.templates import AUTO, TemplateName, name_of, with_te
 from milora_lightning.data.truncation import join
 from milora_lightning.data.turn_encoding import ASSISTANT, TrainOn
 from milora_lightning.errors import InvalidInputError
+from milora_lightning.messages import warn
 
 __all__ = ["check_end", "holds", "join", "padding_id", "tokenize_dataset"]
 
@@ -105,7 +105,7 @@ def check_end(tokenizer: PreTrainedTokenizerBase, template: TemplateName) -> Non
             "Set tokenizer.eos_token."
         )
     if template == "chat":
-        rank_zero_warn(
+        warn(
             f"The chat template of {tokenizer.name_or_path!r} ends the assistant's turn with no special token: the EOS "
             f"token {tokenizer.eos_token!r} is put after it, so that the model learns to stop."
         )
@@ -125,22 +125,22 @@ def _report(size: int, encoded: datasets.Dataset, max_length: int, split: str) -
     pieces = sum(piece > 0 for piece in encoded["piece"])
     if len(encoded) - pieces < size:
         missing = size - len(encoded) + pieces
-        rank_zero_warn(f"{missing} of {size} examples of the {split} data have no response: left out.")
+        warn(f"{missing} of {size} examples of the {split} data have no response: left out.")
     truncated = sum(encoded["truncated"][:])
     if truncated:
-        rank_zero_warn(
+        warn(
             f"{truncated} of {len(encoded)} examples of the {split} data are longer than max_length={max_length} "
             "tokens: truncated. Raise max_length to keep them whole."
         )
     if pieces:
         cut = sum(piece == 1 for piece in encoded["piece"])
-        rank_zero_warn(
+        warn(
             f"{cut} texts of the {split} data are longer than max_length={max_length} tokens: cut into {cut + pieces} "
             "pieces, with no token lost."
         )
     turns = encoded["unlearned"][:]
     if any(turns):
-        rank_zero_warn(
+        warn(
             f"The chat template writes {sum(turns)} answers in {sum(map(bool, turns))} conversations of the {split} "
             "data otherwise once others follow (most often without thoughts) than a model has to write them: these "
             "are not learned, later ones are."
