@@ -23,6 +23,7 @@ from milora_lightning.initialization import initialize
 from milora_lightning.lora import LoRALinear
 from milora_lightning.module import CausalLMModule
 from milora_lightning.peft_import import load_peft
+from milora_lightning.strategies import MiLoRAFSDPStrategy, MiLoRAModelParallelStrategy
 from milora_lightning.surgery import adapters_disabled, inject, lora_layers
 
 __all__ = [
@@ -33,7 +34,9 @@ __all__ = [
     "ForgettingMonitor",
     "LoRAConfig",
     "LoRALinear",
+    "MiLoRAFSDPStrategy",
     "MiLoRAInit",
+    "MiLoRAModelParallelStrategy",
     "PredictionWriter",
     "PrincipalProjection",
     "RandomState",

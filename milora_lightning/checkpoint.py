@@ -49,10 +49,16 @@ class AdapterCheckpoint:
         return self.fingerprint
 
     @staticmethod
+    def of(module: nn.Module | None) -> AdapterCheckpoint | None:
+        """Return what is attached to a module, if it is one and something is."""
+        attached = getattr(module, "_adapter_checkpoint", None)
+        return attached if isinstance(attached, AdapterCheckpoint) else None
+
+    @staticmethod
     def attach(module: nn.Module, config: LoRAConfig) -> AdapterCheckpoint:
         """Attach to a module, unless that has been done; return what is attached."""
-        attached = getattr(module, "_adapter_checkpoint", None)
-        if isinstance(attached, AdapterCheckpoint):
+        attached = AdapterCheckpoint.of(module)
+        if attached is not None:
             attached.config = config
         else:
             attached = AdapterCheckpoint(module, config)

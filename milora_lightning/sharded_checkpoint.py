@@ -1,82 +1,129 @@
-"""Checkpoints of adapters that are sharded among ranks: as one file or as a folder, for any number of ranks."""
+"""FSDP2: checkpoints of adapters that are sharded among ranks, as one file or as a folder, for any number of ranks."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from milora_lightning.checkpoint import AdapterCheckpoint
 from milora_lightning.checkpoint_io import KEY, read
+from milora_lightning.errors import InvalidInputError
 from milora_lightning.names import unwrapped_name
 from milora_lightning.sharding import shard_like
 from milora_lightning.sharing import raise_together
 
 
-def save_sharded(
-    strategy: ModelParallelStrategy, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
-) -> None:
-    """Write a checkpoint; all ranks must call this. One that was there before is whole until this one is.
+class MiLoRAModelParallelStrategy(ModelParallelStrategy):
+    """Lightning's strategy for FSDP2, ``milora_fsdp2``, whose checkpoints hold adapters and what else is trained.
 
     Args:
-        strategy: The strategy, whose own way of writing is used.
-        checkpoint: What ``Trainer.save_checkpoint`` has collected.
-        filepath: File or, where each rank writes its own shards, folder to make or replace.
-        storage_options: Not supported by the strategy.
+        data_parallel_size: Among how many devices weights are sharded; ``"auto"`` for all of them.
+        tensor_parallel_size: 1, because adapters do not follow shards within a layer.
+        save_distributed_checkpoint: Whether each rank writes its part, into a folder; else there is one file.
+        **kwargs: Others of ``ModelParallelStrategy``.
     """
-    save = type(strategy).save_checkpoint
-    if not strategy._save_distributed_checkpoint:
-        save(strategy, checkpoint, filepath, storage_options)  # which replaces a file at once
-        return
-    path = Path(strategy.broadcast(filepath))
-    unfinished, previous = (path.with_name(f".{path.name}.{state}") for state in ("unfinished", "previous"))
-    if strategy.is_global_zero:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    strategy.barrier()
-    # The description of the adapters is no tensor; it goes where the folder keeps such things.
-    state = dict(checkpoint["state_dict"])
-    described = {KEY: state.pop(KEY)} if KEY in state else {}
-    save(strategy, {**checkpoint, **described, "state_dict": state}, unfinished, storage_options)
-    strategy.barrier()
-    if strategy.is_global_zero:
-        if path.exists():
-            path.rename(previous)
-        unfinished.rename(path)
-        shutil.rmtree(previous) if previous.is_dir() else previous.unlink(missing_ok=True)
-    strategy.barrier()
 
+    def __init__(
+        self,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        tensor_parallel_size: Literal["auto"] | int = 1,
+        save_distributed_checkpoint: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, **kwargs)
 
-def load_sharded(
-    strategy: ModelParallelStrategy, checkpoint_path: str | Path, weights_only: bool | None = None
-) -> dict[str, Any]:
-    """Load a checkpoint, a file or a folder, written by any number of ranks; all ranks must call this.
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Make the name known to the Trainer."""
+        strategy_registry.register("milora_fsdp2", cls, description=cls.__doc__, override=True)
 
-    Every rank reads all of it, which is no more than the adapters, and keeps its shards.
+    def setup_environment(self) -> None:
+        """Connect the processes, and lay out the devices."""
+        if (self._data_parallel_size, self._tensor_parallel_size) == ("auto", 1):  # Lightning takes one for each node
+            self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
 
-    Args:
-        strategy: The strategy, its model and optimizers set up.
-        checkpoint_path: The checkpoint.
-        weights_only: Ignored: nothing but tensors and primitives is read.
+    def check(self) -> None:
+        """Refuse settings with which adapters do not work.
 
-    Returns:
-        The content of the checkpoint.
+        Raises:
+            ValueError: If there are such.
+        """
+        size = self.device_mesh["tensor_parallel"].size()
+        if size > 1:
+            raise InvalidInputError(
+                f"tensor_parallel_size is {size}, and tensor parallelism cuts the layers that adapters are put around, "
+                "which their factors do not follow: set tensor_parallel_size: 1 and data_parallel_size: "
+                f"{self.world_size} in {type(self).__name__}."
+            )
+        if self.precision_plugin.precision == "16-mixed":
+            raise InvalidInputError(
+                "precision 16-mixed scales gradients, which FSDP2 does not do: set precision: bf16-mixed."
+            )
 
-    Raises:
-        CheckpointError: If it cannot be read or does not fit the module; nothing is loaded then.
-        ValueError: Likewise, if another rank has met that.
-    """
-    checkpoint = read_together(strategy, checkpoint_path)
-    module = strategy.lightning_module
-    assert module is not None
-    _load_module(module, checkpoint["state_dict"], strict=module.strict_loading)
-    if module.trainer.state.fn == TrainerFn.FITTING:
-        for optimizer, state in zip(strategy.optimizers, checkpoint.get("optimizer_states", []), strict=False):
-            _load_optimizer(optimizer, state)
-    return checkpoint
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint; all ranks must call this. One that was there before is whole until this one is.
+
+        Args:
+            checkpoint: What ``Trainer.save_checkpoint`` has collected.
+            filepath: File or, where each rank writes its own shards, folder to make or replace.
+            storage_options: Not supported by the strategy.
+        """
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)  # which replaces a file at once
+            return
+        path = Path(self.broadcast(filepath))
+        unfinished, previous = (path.with_name(f".{path.name}.{state}") for state in ("unfinished", "previous"))
+        if self.is_global_zero:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self.barrier()
+        # The description of the adapters is no tensor; it goes where the folder keeps such things.
+        state = dict(checkpoint["state_dict"])
+        described = {KEY: state.pop(KEY)} if KEY in state else {}
+        super().save_checkpoint({**checkpoint, **described, "state_dict": state}, unfinished, storage_options)
+        self.barrier()
+        if self.is_global_zero:
+            if path.exists():
+                path.rename(previous)
+            unfinished.rename(path)
+            shutil.rmtree(previous) if previous.is_dir() else previous.unlink(missing_ok=True)
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a checkpoint, a file or a folder, written by any number of ranks; all ranks must call this.
+
+        Every rank reads all of it, which is no more than the adapters, and keeps its shards. Without adapters,
+        Lightning loads it.
+
+        Args:
+            checkpoint_path: The checkpoint.
+            weights_only: Ignored with adapters: nothing but tensors and primitives is read.
+
+        Returns:
+            The content of the checkpoint.
+
+        Raises:
+            CheckpointError: If it cannot be read or does not fit the module; nothing is loaded then.
+            ValueError: Likewise, if another rank has met that.
+        """
+        module = self.lightning_module
+        assert module is not None
+        if AdapterCheckpoint.of(module) is None:
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        checkpoint = read_together(self, checkpoint_path)
+        _load_module(module, checkpoint["state_dict"], strict=module.strict_loading)
+        if module.trainer.state.fn == TrainerFn.FITTING:
+            for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
+                _load_optimizer(optimizer, state)
+        return checkpoint
 
 
 def read_together(strategy: ParallelStrategy, checkpoint_path: str | Path) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -14,18 +12,39 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
     Strategy,
+    StrategyRegistry,
 )
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from transformers import PreTrainedModel
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from milora_lightning.checkpoint_io import ClearCheckpointIO
 from milora_lightning.errors import InvalidInputError
-from milora_lightning.fsdp1 import adapter_state, load_fsdp1
-from milora_lightning.pretrained import decoder_layers
-from milora_lightning.sharded_checkpoint import load_sharded, save_sharded
+from milora_lightning.fsdp1 import MiLoRAFSDPStrategy
+from milora_lightning.sharded_checkpoint import MiLoRAModelParallelStrategy
 from milora_lightning.sharding import full_tensor
+
+__all__ = [
+    "MiLoRAFSDPStrategy",
+    "MiLoRAModelParallelStrategy",
+    "calls_parts",
+    "check_whole",
+    "clips_itself",
+    "finish",
+    "gradient_norm",
+    "needs_early_start",
+    "prepare",
+    "restores_late",
+    "shards",
+]
+
+SHARDING: dict[type[Strategy], type[Strategy]] = {
+    ModelParallelStrategy: MiLoRAModelParallelStrategy,
+    FSDPStrategy: MiLoRAFSDPStrategy,
+}
+"""Ours, by those of Lightning's strategies that they derive from."""
+
+for _strategy in SHARDING.values():
+    _strategy.register_strategies(StrategyRegistry)
 
 
 def prepare(trainer: Trainer) -> None:
@@ -37,43 +56,39 @@ def prepare(trainer: Trainer) -> None:
     strategy = trainer.strategy
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = ClearCheckpointIO()
-    # Lightning's own ways would want the base's weights in each checkpoint, take the optimizer's parameters for all of
-    # the model's, and overwrite a folder in place.
-    if isinstance(strategy, ModelParallelStrategy):
-        _check_mesh(strategy)
-        strategy.load_checkpoint = partial(load_sharded, strategy)  # type: ignore[method-assign]
-        strategy.save_checkpoint = partial(save_sharded, strategy)  # type: ignore[method-assign]
-    elif isinstance(strategy, FSDPStrategy):
-        _prepare_fsdp1(strategy)
-        strategy.load_checkpoint = partial(load_fsdp1, strategy)  # type: ignore[method-assign]
-        strategy.lightning_module_state_dict = partial(adapter_state, strategy)  # type: ignore[method-assign]
-    elif not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+    for kind, ours in SHARDING.items():
+        if isinstance(strategy, kind):
+            _become(strategy, kind, ours)
+            strategy.check()  # type: ignore[attr-defined]
+            return
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise InvalidInputError(
             f"MiLoRAInit does not work under {type(strategy).__name__}: use one device, strategy: ddp, or, for models "
-            "that do not fit a device, ModelParallelStrategy (FSDP2)."
+            "that do not fit a device, strategy: milora_fsdp2 (FSDP2)."
         )
 
 
+def _become(strategy: Strategy, kind: type[Strategy], ours: type[Strategy]) -> None:
+    """Let a strategy of Lightning's class, or of one derived from it, do for adapters what ours does.
+
+    Lightning's own ways would want the base's weights in each checkpoint, take the optimizer's parameters for all of
+    the model's, and overwrite a folder in place. Projects and YAML files name its classes all the same, and the Trainer
+    has made the object already. What a user's class overrides stays, with ours as its ``super()``.
+    """
+    given = type(strategy)
+    if not isinstance(strategy, ours):
+        attributes = {"__module__": given.__module__, "__qualname__": given.__qualname__, "__doc__": given.__doc__}
+        strategy.__class__ = ours if given is kind else type(given.__name__, (given, ours), attributes)
+
+
 def finish(trainer: Trainer, module: nn.Module) -> None:
-    """Tell a strategy what it needs to know of a module, between the building of the model and the strategy's setup.
+    """Have a strategy look at a module, between the building of the model and the strategy's setup.
 
     Raises:
         ValueError: If the strategy cannot hold the module's parameters.
     """
-    strategy = trainer.strategy
-    if not isinstance(strategy, FSDPStrategy):
-        return
-    other = {p.dtype for p in module.parameters() if p.is_floating_point()} - {torch.float32}
-    if other:
-        raise InvalidInputError(
-            f"FSDPStrategy (FSDP1) shards parameters of one dtype only, and adapters are float32 while the model has "
-            f"{', '.join(map(str, other))}: set dtype: float32 and precision: bf16-mixed, or use FSDP2 "
-            "(ModelParallelStrategy), which takes a half-precision model."
-        )
-    if "auto_wrap_policy" not in strategy.kwargs:
-        models = [child for child in module.modules() if isinstance(child, PreTrainedModel)][:1]
-        layers = {type(layer) for model in models for layer in decoder_layers(model)}
-        strategy.kwargs["auto_wrap_policy"] = ModuleWrapPolicy(layers)
+    if isinstance(trainer.strategy, MiLoRAFSDPStrategy):
+        trainer.strategy.check_module(module)
 
 
 def needs_early_start(trainer: Trainer) -> bool:
@@ -132,34 +147,3 @@ def gradient_norm(strategy: Strategy, gradients: list[Tensor]) -> Tensor:
 def clips_itself(strategy: Strategy) -> FullyShardedDataParallel | None:
     """Return the wrapped model where only that can clip by norm, as under FSDP1, for which Lightning has no way."""
     return strategy.model if isinstance(strategy.model, FullyShardedDataParallel) else None
-
-
-def _check_mesh(strategy: ModelParallelStrategy) -> None:
-    size = strategy.device_mesh["tensor_parallel"].size()
-    if size > 1:
-        raise InvalidInputError(
-            f"tensor_parallel_size is {size}, and tensor parallelism cuts the layers that adapters are put around, "
-            "which their factors do not follow: set tensor_parallel_size: 1 and data_parallel_size: "
-            f"{strategy.world_size} in ModelParallelStrategy."
-        )
-
-
-def _prepare_fsdp1(strategy: FSDPStrategy) -> None:
-    if strategy.precision_plugin.precision in ("bf16-true", "16-true"):
-        raise InvalidInputError(
-            f"precision {strategy.precision_plugin.precision} under FSDPStrategy (FSDP1) would make the adapters half "
-            "precision, too: set precision: bf16-mixed, or use FSDP2 (ModelParallelStrategy)."
-        )
-    if not strategy.kwargs["use_orig_params"]:
-        raise InvalidInputError(
-            "FSDPStrategy cannot mix frozen and trained parameters with use_orig_params: false. Leave it out."
-        )
-    if strategy._state_dict_type == "sharded":
-        raise InvalidInputError(
-            "Adapters under FSDPStrategy (FSDP1) are saved as one file: leave out state_dict_type: sharded, or use "
-            "FSDP2 (ModelParallelStrategy)."
-        )
-    if strategy.mixed_precision is None:
-        # Factors that were cast for the forward pass would lose what training adds to them; autocast casts what is
-        # multiplied.
-        strategy.mixed_precision = MixedPrecision()

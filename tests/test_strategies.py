@@ -9,11 +9,20 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import FSDPPrecision
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
 from torch import nn
 
-from milora_lightning import AdapterExport, LoRAConfig, inject
+from milora_lightning import (
+    AdapterExport,
+    LoRAConfig,
+    MiLoRAFSDPStrategy,
+    MiLoRAModelParallelStrategy,
+    inject,
+)
+from milora_lightning.checkpoint import AdapterCheckpoint
+from milora_lightning.fsdp1 import decoder_policy
 from milora_lightning.sharding import fill, gather_to, local_slices, shard_like
 from milora_lightning.strategies import finish, prepare
 
@@ -44,20 +53,61 @@ def test_fsdp1_wraps_decoder_layers_and_casts_no_factors() -> None:
     strategy = FSDPStrategy(precision_plugin=FSDPPrecision("bf16-mixed"))
     assert strategy.mixed_precision_config.param_dtype == torch.bfloat16  # Lightning's own choice
     prepare(trainer_with(strategy))
-    assert strategy.mixed_precision_config.param_dtype is None
+    assert strategy.mixed_precision_config.param_dtype == torch.bfloat16  # as long as there are no adapters
     model = tiny_model("llama")
     inject(model, LoRAConfig(r=4))
-    finish(trainer_with(strategy), nn.ModuleDict({"model": model}))
-    policy = strategy.kwargs["auto_wrap_policy"]
-    wrapped = policy._run_policy(model, ignored_modules=set(), root_kwargs={})
+    module = LightningModule()
+    module.model = model
+    AdapterCheckpoint.attach(module, LoRAConfig(r=4))
+    strategy.connect(module)
+    finish(trainer_with(strategy), module)
+    assert strategy.mixed_precision_config.param_dtype is None
+    wrapped = decoder_policy(module)._run_policy(model, ignored_modules=set(), root_kwargs={})
     assert set(wrapped) == set(model.model.layers)
+
+
+class Louder(FSDPStrategy):
+    """A user's own strategy."""
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return {**super().lightning_module_state_dict(), "said": "aloud"}
+
+
+def test_lightning_s_own_classes_and_users_classes_become_ours_and_stay_what_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bare, own, ours = FSDPStrategy(), Louder(), MiLoRAFSDPStrategy()
+    for strategy in (bare, own, ours):
+        prepare(trainer_with(strategy))
+        prepare(trainer_with(strategy))  # fit, then test
+    assert type(bare) is type(ours) is MiLoRAFSDPStrategy
+    assert isinstance(own, Louder)
+    assert isinstance(own, MiLoRAFSDPStrategy)
+    assert type(own).__name__ == "Louder"
+    assert type(Louder()) is Louder
+    monkeypatch.setattr(MiLoRAFSDPStrategy, "lightning_module_state_dict", lambda self: {"adapters": 1})
+    assert own.lightning_module_state_dict() == {"adapters": 1, "said": "aloud"}
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"), [("milora_fsdp1", MiLoRAFSDPStrategy), ("milora_fsdp2", MiLoRAModelParallelStrategy)]
+)
+def test_the_trainer_knows_them_by_name(name: str, ours: type) -> None:
+    assert name in StrategyRegistry.available_strategies()
+    if name == "milora_fsdp1":  # which has no way to CPUs: said as of Lightning's own
+        with pytest.raises(ValueError, match="requires a GPU"):
+            Trainer(strategy=name, accelerator="cpu", logger=False)
+    else:
+        assert type(Trainer(strategy=name, accelerator="cpu", devices=2, logger=False).strategy) is ours
 
 
 def test_fsdp1_refuses_a_half_precision_base() -> None:
     model = tiny_model("llama", torch.bfloat16)
     inject(model, LoRAConfig(r=4))
+    trainer = trainer_with(FSDPStrategy())
+    prepare(trainer)
     with pytest.raises(ValueError, match=r"torch.bfloat16: set dtype: float32 and precision: bf16-mixed"):
-        finish(trainer_with(FSDPStrategy()), model)
+        finish(trainer, model)
 
 
 def test_export_at_the_end_is_refused_for_shards(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ class ForgettingMonitor(Callback):
         if not calls_parts(trainer.strategy):
             raise InvalidInputError(
                 "ForgettingMonitor cannot call the language model under FSDPStrategy (FSDP1): use FSDP2 "
-                "(ModelParallelStrategy), ddp or one device."
+                "(strategy: milora_fsdp2), ddp or one device."
             )
         if not self._texts:
             self._texts = read_texts(self.text, self.field, self.split)
