@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from milora_lightning.compare import Row, Run, best_rate, write_rows
 from milora_lightning.plots import new_figure
+from milora_lightning.runs import Row, Run, best_rate, write_rows
 
 NAMES = {
     "val_loss": "validation loss",

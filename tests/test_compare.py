@@ -15,8 +15,9 @@ from test_cli import project  # noqa: F401 (a fixture)
 
 from milora_lightning.checkpoint import read_checkpoint
 from milora_lightning.cli import main
-from milora_lightning.compare import Run, RunCLI, best_rate
+from milora_lightning.compare import RunCLI
 from milora_lightning.report import by_method, paired_table, results_table, spread, sweep_table
+from milora_lightning.runs import Run, best_rate
 
 LORA = {"adapter": {"init": "lora", "lora_alpha": 8}}
 
