@@ -2,9 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 READY := $(VENV)/.ready
+# Has glibc keep the memory that a step frees for the next one. It would return large pieces to the system, which clears
+# each page when it is used again.
+KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776
 
 fit: $(READY)
-	$(VENV)/bin/python main.py fit --config milora.yaml
+	$(KEEP_MEMORY) $(VENV)/bin/python main.py fit --config milora.yaml
 
 test: $(READY)
 	$(VENV)/bin/ruff check

@@ -1,10 +1,10 @@
 """What a training step is made of: adapters against the frozen model, and everything against its matrix products.
 
 One batch of 16 rows of random tokens each, half of which count, the embedded model, r = 32 on the paper's five target
-modules, memory kept between steps as CausalLMModule has it. The frozen model is differentiated to its inputs, as
-adapters need it. The matrix products of a step are noted while it runs, with their shapes, layouts and dtypes, and run
-again on random numbers by themselves. Then how a step's time grows with r, with the batch and with the length, in
-bfloat16. Arguments choose from bfloat16, float32 and growth.
+modules. The frozen model is differentiated to its inputs, as adapters need it. The matrix products of a step are noted
+while it runs, with their shapes, layouts and dtypes, and run again on random numbers by themselves. Then how a step's
+time grows with r, with the batch and with the length, in bfloat16. To have memory kept between steps, set the variables
+of `make fit`. Arguments choose from bfloat16, float32 and growth.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from milora_lightning import LoRAConfig, adapters_disabled, attention, initialize, inject
-from milora_lightning.allocation import keep_freed_memory
 from milora_lightning.compilation import compile_layers
 from milora_lightning.loss import causal_lm_loss
 from milora_lightning.pretrained import load_causal_lm
@@ -144,6 +143,5 @@ PARTS = {"bfloat16": partial(shares, "bfloat16"), "float32": partial(shares, "fl
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     for part in sys.argv[1:] or PARTS:
         PARTS[part]()

@@ -24,7 +24,7 @@ from milora_lightning.lora import LoRALinear
 from milora_lightning.module import CausalLMModule
 from milora_lightning.peft_import import load_peft
 from milora_lightning.strategies import MiLoRAFSDPStrategy, MiLoRAModelParallelStrategy
-from milora_lightning.surgery import adapters_disabled, inject, lora_layers
+from milora_lightning.surgery import adapters_disabled, adapters_merged, inject, lora_layers
 
 __all__ = [
     "AdapterExport",
@@ -44,6 +44,7 @@ __all__ = [
     "SFTDataModule",
     "SubspaceMonitor",
     "adapters_disabled",
+    "adapters_merged",
     "causal_attention",
     "export_merged",
     "export_peft",

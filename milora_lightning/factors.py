@@ -106,11 +106,16 @@ def product_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def stack_factors(
-    lora_A: Tensor, lora_B: Tensor, initial_A: Tensor | None, initial_B: Tensor | None
+    lora_A: Tensor,
+    lora_B: Tensor,
+    initial_A: Tensor | None,
+    initial_B: Tensor | None,
+    scaling: float = 1.0,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Write the update B A − B₀A₀ as one product of two factors.
+    """Write the update s (B A − B₀A₀) as one product of two factors.
 
-    [ΔB, B₀] [A; ΔA] with ΔA = A − A₀ and ΔB = B − B₀ equals B A − B₀A₀, is exactly zero at the start, and its
+    s [ΔB, B₀] [A; ΔA] with ΔA = A − A₀ and ΔB = B − B₀ equals s (B A − B₀A₀), is exactly zero at the start, and its
     rounding in a lower precision is relative to the update rather than to the initial product.
 
     Args:
@@ -118,16 +123,19 @@ def stack_factors(
         lora_B: Factor of shape (out, r).
         initial_A: Its initial value, or None where the initial product is zero (LoRA's own start).
         initial_B: Likewise.
+        scaling: The scale s, which goes into the second factor.
+        dtype: What both are rounded to in the end; by default they keep the factors' dtype.
 
     Returns:
-        The stacked factors of shapes (2r, in) and (out, 2r), or ``lora_A`` and ``lora_B`` themselves where there
-        are no initial factors.
+        The stacked factors of shapes (2r, in) and (out, 2r), or of ``lora_A`` and ``lora_B`` alone where there are no
+        initial factors.
 
     >>> A, B = torch.randn(2, 5), torch.randn(3, 2)
     >>> A2, B2 = stack_factors(A, B, A, B)
     >>> (B2 @ A2).abs().max().item()
     0.0
     """
-    if initial_A is None or initial_B is None:
-        return lora_A, lora_B
-    return torch.cat([lora_A, lora_A - initial_A]), torch.cat([lora_B - initial_B, initial_B], dim=1)
+    A, B = lora_A, lora_B
+    if initial_A is not None and initial_B is not None:
+        A, B = torch.cat([A, A - initial_A]), torch.cat([B - initial_B, initial_B], dim=1)
+    return A.to(dtype or A.dtype), (scaling * B).to(dtype or B.dtype)

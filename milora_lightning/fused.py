@@ -1,4 +1,4 @@
-"""The adapter's arithmetic as one operation: base product and update, forward and backward."""
+"""An adapted layer as one operation for autograd: base product and update, forward and backward."""
 
 from __future__ import annotations
 
@@ -7,19 +7,49 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from milora_lightning.dropout import masked
 from milora_lightning.factors import stack_factors
-from milora_lightning.operators import compiling_for_cpu, operator, transformed
 
 
-def fused_lora(*arguments: Any) -> Tensor:
-    """Compute an adapted layer's output; the arguments are those of :meth:`_FusedLoRA.forward`."""
-    output: Tensor = _FusedLoRA.apply(*arguments)  # type: ignore[no-untyped-call]
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    initial_A: Tensor | None = None,
+    initial_B: Tensor | None = None,
+    mask: Tensor | None = None,
+    scaling: float = 1.0,
+    transposed: bool = False,
+) -> Tensor:
+    """Compute W x + bias + s (B A − B₀A₀) x, in the dtype of x.
+
+    Differentiable in x, ``lora_A`` and ``lora_B``; whatever else is given counts as frozen.
+
+    Args:
+        x: Input (..., in).
+        weight: Weight (out, in), or (in, out) if ``transposed``.
+        bias: Bias (out,), or None.
+        lora_A: Factor (r, in).
+        lora_B: Factor (out, r).
+        initial_A: Initial value of ``lora_A``, or None where there is no initial product.
+        initial_B: Likewise.
+        mask: Which entries of x the update sees, 0 or 1 (..., in); None for all.
+        scaling: The scale s.
+        transposed: Whether the weight is a ``Conv1D``'s.
+
+    Returns:
+        The output (..., out).
+    """
+    arguments = x, weight, bias, lora_A, lora_B, initial_A, initial_B, mask, scaling, transposed
+    output: Tensor = _LoRALinear.apply(*arguments)  # type: ignore[no-untyped-call]
     return output
 
 
-class _FusedLoRA(torch.autograd.Function):
+class _LoRALinear(torch.autograd.Function):
     """Base product and update as one operation.
 
     The update is accumulated into the base product's output, and saved for backward are only the input, its
@@ -41,7 +71,7 @@ class _FusedLoRA(torch.autograd.Function):
         scaling: float,
         transposed: bool,
     ) -> Tensor:
-        A, B = stacked_factors(lora_A, lora_B, initial_A, initial_B, scaling, x.dtype)
+        A, B = stack_factors(lora_A, lora_B, initial_A, initial_B, scaling, x.dtype)
         y, hidden = updated_product(x, weight, bias, A, B, mask, transposed)
         projection = hidden[:, : lora_A.shape[0]].contiguous()
         ctx.save_for_backward(x, weight, lora_A, lora_B, initial_A, initial_B, mask, projection)
@@ -53,9 +83,9 @@ class _FusedLoRA(torch.autograd.Function):
         x, weight, lora_A, lora_B, initial_A, initial_B, mask, projection = ctx.saved_tensors
         if torch.is_grad_enabled() or transformed():
             factors = lora_A, lora_B, initial_A, initial_B
-            gradients = plain_gradients(grad, x, weight, *factors, mask, ctx.scaling, ctx.transposed)
+            gradients = _plain_gradients(grad, x, weight, *factors, mask, ctx.scaling, ctx.transposed)
             return gradients[0], None, None, *gradients[1:], None, None, None, None, None
-        A, B = stacked_factors(lora_A, lora_B, initial_A, initial_B, ctx.scaling, x.dtype)
+        A, B = stack_factors(lora_A, lora_B, initial_A, initial_B, ctx.scaling, x.dtype)
         r = lora_A.shape[0]
         rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         grad_hidden = grad_rows @ B  # (tokens, 2r), the scale included
@@ -65,20 +95,20 @@ class _FusedLoRA(torch.autograd.Function):
             to_A = grad_hidden if initial_A is None else grad_hidden[:, :r] + grad_hidden[:, r:]
             grad_A = (to_A.T @ masked(rows, mask)).to(lora_A.dtype)
         if ctx.needs_input_grad[4]:
-            # oneDNN's bfloat16 products are a third faster this way round; in float32 the other way is (folded.py).
+            # oneDNN's bfloat16 products are a third faster this way round than grad_rows.T @ projection.
             grad_B = (projection.T @ grad_rows).T.to(lora_B.dtype) * ctx.scaling
         if ctx.needs_input_grad[0]:
             W = weight.to(x.dtype)
             grad_x = grad_rows @ (W.T if ctx.transposed else W)
             if mask is None:
-                _add_product(grad_x, grad_hidden, A)
+                grad_x.addmm_(grad_hidden, A)
             else:
                 grad_x += masked(grad_hidden @ A, mask)
             grad_x = grad_x.view_as(x)
         return grad_x, None, None, grad_A, grad_B, None, None, None, None, None
 
 
-def plain_gradients(
+def _plain_gradients(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -94,20 +124,8 @@ def plain_gradients(
 
     They depend on x, the factors and the output's gradient: each of these has its share in second derivatives, also
     where the output's gradient is constant. (``once_differentiable`` looks at that one alone, and is silent then.)
-
-    Args:
-        grad: Gradient of the output (..., out).
-        x: Input (..., in).
-        weight: Frozen weight, in either layout.
-        lora_A: Factor (r, in).
-        lora_B: Factor (out, r).
-        initial_A: Initial factor, or None.
-        initial_B: Likewise.
-        mask: Which entries of x the update sees, or None for all.
-        scaling: The scale s.
-        transposed: Whether the weight is a ``Conv1D``'s.
     """
-    A, B = stacked_factors(lora_A, lora_B, initial_A, initial_B, scaling, x.dtype)
+    A, B = stack_factors(lora_A, lora_B, initial_A, initial_B, scaling, x.dtype)
     W = weight.to(x.dtype)
     grad_x = grad @ (W.T if transposed else W) + masked(grad @ B @ A, mask)
     rows, grad_rows = masked(x, mask).reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
@@ -134,20 +152,9 @@ def updated_product(
         The output (..., out), and A x of shape (tokens, n).
     """
     y = base_product(x, weight, bias, transposed)
-    hidden = masked(x.reshape(-1, x.shape[-1]), mask) @ A.T
-    _add_product(y.view(-1, B.shape[0]), hidden, B.T)
+    hidden = masked(x, mask).reshape(-1, x.shape[-1]) @ A.T
+    y.view(-1, B.shape[0]).addmm_(hidden, B.T)
     return y, hidden
-
-
-def _add_product(y: Tensor, a: Tensor, b: Tensor) -> None:
-    (_add_product_opaquely if compiling_for_cpu(y) else _addmm_)(y, a, b)
-
-
-def _addmm_(y: Tensor, a: Tensor, b: Tensor) -> None:
-    y.addmm_(a, b)
-
-
-_add_product_opaquely = operator("add_product", _addmm_, lambda y, a, b: None, mutates_args=("y",))
 
 
 def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -159,14 +166,11 @@ def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: boo
     return torch.addmm(b, x.reshape(-1, x.shape[-1]), W).view(*x.shape[:-1], len(b))
 
 
-def stacked_factors(
-    lora_A: Tensor,
-    lora_B: Tensor,
-    initial_A: Tensor | None,
-    initial_B: Tensor | None,
-    scaling: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Stack the factors (see :func:`milora_lightning.factors.stack_factors`), scale the second one, and cast them."""
-    A, B = stack_factors(lora_A, lora_B, initial_A, initial_B)
-    return A.to(dtype), (scaling * B).to(dtype)
+def transformed() -> bool:
+    """Whether torch.func's transforms (grad, vmap, jvp) or forward-mode differentiation look on.
+
+    They differentiate, or repeat, each operation by itself: what is written as one operation has to be written in
+    torch's own there.
+    """
+    # What torch.autograd.Function itself asks.
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -16,11 +16,10 @@ from milora_lightning.config import Init
 from milora_lightning.dropout import draw_mask, masked
 from milora_lightning.errors import InvalidInputError
 from milora_lightning.factors import stack_factors
-from milora_lightning.folded import folded_lora, folded_weight, folding_pays
-from milora_lightning.fused import base_product, fused_lora, stacked_factors, updated_product
-from milora_lightning.operators import transformed
+from milora_lightning.fused import lora_linear, transformed
+from milora_lightning.merged_product import MergedProduct, merged_weight
 from milora_lightning.quantization import holds_its_weight, is_plain
-from milora_lightning.sharding import fill, full_tensor
+from milora_lightning.sharding import fill, full_tensor, is_sharded
 
 INITIALIZED = "initialized"
 """What a state dict calls it that an adapter's factors have had their initial values."""
@@ -58,13 +57,12 @@ class LoRALinear(nn.Module):
         initial_B: Frozen initial value of ``lora_B``, or None.
         enabled: Whether the update is applied; see :func:`milora_lightning.adapters_disabled`.
         initialized: Whether the factors have their initial values.
-        stacked: The factors as the layer's products need them, where they are kept from one call to the next; see
-            :func:`milora_lightning.surgery.factors_kept`.
-        folded: The sum of weight and update, likewise.
 
     Raises:
         TypeError: If ``base_layer`` is no linear layer.
     """
+
+    _merged: MergedProduct | None = None
 
     def __init__(
         self,
@@ -85,8 +83,6 @@ class LoRALinear(nn.Module):
         self.init = init
         self.enabled = True
         self.initialized = False
-        self.stacked: tuple[Tensor, Tensor] | None = None
-        self.folded: Tensor | None = None
         self.transposed = isinstance(base_layer, Conv1D)
         self.out_features, self.in_features = linear_shape(base_layer)
 
@@ -112,28 +108,40 @@ class LoRALinear(nn.Module):
                 "This LoRALinear has no initial factors yet and would not train: call "
                 "milora_lightning.initialize(model) after inject, or add the MiLoRAInit callback to the Trainer."
             )
-        if transformed() or not self._base_is_plain() or self._base_trains():
-            y = self.base_layer(x)
-            update = self.update(x)
-            if y.shape != update.shape:
-                raise InvalidInputError(
-                    f"A {type(self.base_layer).__name__} turns inputs of shape {tuple(x.shape)} into {tuple(y.shape)}, "
-                    f"not {tuple(update.shape)}: it is more than a matrix product, and cannot have an adapter. Leave "
-                    "it out of target_modules."
-                )
-            return cast(Tensor, y + update.to(y.dtype))
+        if transformed() or not self._base_is_plain():
+            return self._beside_base(x)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        mask, scaling = self._dropout_mask(x)
-        base = self.base_layer
-        if self.stacked is not None and mask is None and not torch.is_grad_enabled():
-            if self.folded is not None and self.folded.dtype == x.dtype:  # not under autocast
-                return base_product(x, self.folded, base.bias, self.transposed)
-            A, B = (factor.to(x.dtype) for factor in self.stacked)
-            return updated_product(x, base.weight, base.bias, A, B, None, self.transposed)[0]
-        if mask is None and folding_pays(x, base.weight):
-            return folded_lora(x, base.weight, base.bias, *self.factors, scaling, self.transposed)
-        return fused_lora(x, base.weight, base.bias, *self.factors, mask, scaling, self.transposed)
+        base, (mask, scaling) = self.base_layer, self._dropout_mask(x)
+        if mask is None and not torch.is_grad_enabled() and (merged := self._merged_for(x)) is not None:
+            return merged(x, base.bias)
+        return lora_linear(x, base.weight, base.bias, *self.factors, mask, scaling, self.transposed)
+
+    def merge(self) -> None:
+        """Form W + ΔW once, where each call would form the update: for generation, whose calls are many and small.
+
+        Serves calls without gradients alone; training, a state dict, an export or :func:`adapters_disabled` do not know
+        of it. The weight is not written: the sum takes the memory of a second one. A half-precision sum would round the
+        update, so that in half precision its factors are stacked and cast once instead, and outputs stay the same bit
+        for bit. When the factors or the weight change, the next call merges anew. (Only what is written through
+        ``tensor.data`` goes unseen: call this again after it.)
+
+        Does nothing where the weight is quantized, or in shards, which FSDP makes whole for a call only.
+        """
+        tensors = [t for t in (self.base_layer.weight, *self.factors) if t is not None]
+        shards = is_sharded(self) or self.lora_A.ndim != 2  # FSDP1's are flat
+        self._merged = None
+        if holds_its_weight(self.base_layer) and not shards and not any(t.is_inference() for t in tensors):
+            self._merged = MergedProduct(self.base_layer.weight, self.factors, self.scaling, self.transposed)
+
+    def unmerge(self) -> None:
+        """Let go of what :meth:`merge` has formed."""
+        self._merged = None
+
+    @property
+    def merged(self) -> bool:
+        """Whether calls without gradients compute with what :meth:`merge` has formed."""
+        return self._merged is not None
 
     def update(self, x: Tensor) -> Tensor:
         """Compute the update's part of the output, s (B A − B₀A₀) x, of shape (..., out).
@@ -142,14 +150,13 @@ class LoRALinear(nn.Module):
         what is added to the output of a base layer that only its own code can evaluate (a quantised one).
         """
         mask, scaling = self._dropout_mask(x)
-        x = masked(x, mask)
-        A, B = stack_factors(*self.factors)
-        return F.linear(F.linear(x, A.to(x.dtype)), (scaling * B).to(x.dtype))
+        A, B = stack_factors(*self.factors, scaling, x.dtype)
+        return F.linear(F.linear(masked(x, mask), A), B)
 
     def delta_weight(self) -> Tensor:
         """Compute ΔW = s (B A − B₀A₀), of shape (out, in), in the factors' precision."""
-        A, B = stack_factors(*self.factors)
-        return self.scaling * B @ A
+        A, B = stack_factors(*self.factors, self.scaling)
+        return B @ A
 
     def merged_weight(self) -> Tensor:
         """Compute W + ΔW in float32 and round it once to W's dtype; in the base layer's own layout.
@@ -162,8 +169,7 @@ class LoRALinear(nn.Module):
             raise InvalidInputError(
                 f"The weight of a {type(self.base_layer).__name__} is quantized and cannot be merged."
             )
-        A, B = stacked_factors(*self.factors, self.scaling, self.lora_A.dtype)
-        return folded_weight(weight.to(A.dtype), A, B, self.transposed).to(weight.dtype)
+        return merged_weight(weight, self.factors, self.scaling, self.transposed).to(weight.dtype)
 
     @property
     def factors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -209,17 +215,34 @@ class LoRALinear(nn.Module):
         mask, keep = draw_mask(x, self.lora_dropout)
         return mask, self.scaling / keep
 
+    def _merged_for(self, x: Tensor) -> MergedProduct | None:
+        """What :meth:`merge` has formed, if it is of use for x; anew where something has changed since."""
+        if torch.compiler.is_compiling() or self._merged is None:
+            return None
+        if not self._merged.is_of(self.base_layer.weight, self.factors):
+            self.merge()
+        return self._merged if self._merged is not None and self._merged.dtype == x.dtype else None  # not in autocast
+
+    def _beside_base(self, x: Tensor) -> Tensor:
+        """Let the base layer compute its part by its own code, and add the update."""
+        y, update = self.base_layer(x), self.update(x)
+        if y.shape != update.shape:
+            raise InvalidInputError(
+                f"A {type(self.base_layer).__name__} turns inputs of shape {tuple(x.shape)} into {tuple(y.shape)}, "
+                f"not {tuple(update.shape)}: it is more than a matrix product, and cannot have an adapter. Leave "
+                "it out of target_modules."
+            )
+        return cast(Tensor, y + update.to(y.dtype))
+
     def _base_is_plain(self) -> bool:
-        """Whether the base layer does nothing but multiply by its weight and add its bias."""
+        """Whether the base layer multiplies by its weight and adds its bias, nothing else, and all of it is frozen."""
         base = self.base_layer
         hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         changed = hooks or "forward" in vars(base) or _has_any_global_hook()  # type: ignore[no-untyped-call]
-        return type(base) in PLAIN_LAYERS and is_plain(base.weight) and not changed
-
-    def _base_trains(self) -> bool:
-        """Whether what is frozen gets a gradient nevertheless, which the fused operations do not compute."""
-        frozen = (self.base_layer.weight, self.base_layer.bias, self.initial_A, self.initial_B)
-        return any(tensor is not None and tensor.requires_grad for tensor in frozen)
+        if type(base) not in PLAIN_LAYERS or changed or not is_plain(base.weight):
+            return False
+        frozen = (base.weight, base.bias, self.initial_A, self.initial_B)
+        return not any(tensor is not None and tensor.requires_grad for tensor in frozen)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
         # Half-precision plugins cast whole models; the factors and their optimizer state stay in full precision.

@@ -14,7 +14,6 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from transformers import PreTrainedModel
 
-from milora_lightning.allocation import keep_freed_memory
 from milora_lightning.asking import question_batch
 from milora_lightning.callbacks.milora_init import MiLoRAInit
 from milora_lightning.checkpoint import inject_as_in
@@ -38,7 +37,7 @@ from milora_lightning.schedules import WARMUP
 from milora_lightning.screen.figures import peak_memory
 from milora_lightning.strategies import shards
 from milora_lightning.streaming import empty_causal_lm, shard, stream_weights
-from milora_lightning.surgery import factors_kept, inject, lora_layers
+from milora_lightning.surgery import adapters_merged, inject, lora_layers
 
 Batch = dict[str, Any]
 Answers = dict[str, list[dict[str, str]]]
@@ -122,10 +121,8 @@ class CausalLMModule(OptimizedModule):
         self._clock: tuple[float, Tensor] | None = None
 
     def setup(self, stage: str) -> None:
-        """Ask as the data does, and take its metric unless one is given; keep memory for the next step."""
+        """Ask as the data does, and take its metric unless one is given."""
         super().setup(stage)
-        if self.trainer.strategy.root_device.type == "cpu":
-            keep_freed_memory()
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, SFTDataModule):
             self.prompt_format = datamodule.prompt_format
@@ -323,7 +320,7 @@ class CausalLMModule(OptimizedModule):
         end_of_turn = None if self.prompt_format is None else self.prompt_format.end_of_turn
         model = self._built()
         config = greedy_config(model, tokenizer, self.max_new_tokens, end_of_turn)
-        with factors_kept(self), nothing_else(model, config):
+        with adapters_merged(self), nothing_else(model, config):
             tokens = generate_greedily(model, batch["input_ids"], batch["attention_mask"], config)
         ids = without_stop(tokens, config.eos_token_id or [])
         return cast(list[str], tokenizer.batch_decode(ids, skip_special_tokens=True))

@@ -13,7 +13,6 @@ from milora_lightning.config import LoRAConfig, ends_in
 from milora_lightning.coverage import remarks, say_once
 from milora_lightning.errors import InvalidInputError
 from milora_lightning.frozen_statistics import freeze_statistics
-from milora_lightning.fused import stacked_factors
 from milora_lightning.linear_layers import is_linear
 from milora_lightning.lora import LoRALinear
 from milora_lightning.master_weights import keep_master_weights
@@ -176,30 +175,24 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def factors_kept(module: nn.Module) -> Iterator[None]:
-    """Within this context, without gradients, each adapter prepares its factors once and not in every call.
+def adapters_merged(module: nn.Module) -> Iterator[None]:
+    """Within this context, each adapter's update is merged with its weight: see :meth:`LoRALinear.merge`.
 
-    For generation, where the calls are many and small. Where the weight has the factors' precision, the update is added
-    to a copy of it, which takes the memory of a second weight; a half-precision weight would round the update, and its
-    factors are stacked and cast only. The factors must not change within the context. Those in shards, which FSDP makes
-    whole for a call only, are stacked in each as ever.
+    For generation. The base weights are not written, outputs stay the same to float32's rounding (bit for bit on a
+    half-precision base), and everything else works as ever: training, checkpoints, :func:`adapters_disabled`.
 
     >>> model = nn.Sequential(nn.Linear(8, 8))
-    >>> with factors_kept(model):
+    >>> with adapters_merged(model):
     ...     pass
     """
-    # FSDP1's shards are flat.
-    whole = [layer for layer in lora_layers(module).values() if layer.lora_A.ndim == 2 and not is_sharded(layer)]
-    layers = [layer for layer in whole if holds_its_weight(layer.base_layer)]
+    layers = [layer for layer in lora_layers(module).values() if not layer.merged]
     try:
         for layer in layers:
-            dtype = layer.base_layer.weight.dtype
-            layer.stacked = stacked_factors(*layer.factors, layer.scaling, dtype)
-            layer.folded = layer.merged_weight().detach() if dtype == layer.lora_A.dtype else None
+            layer.merge()
         yield
     finally:
         for layer in layers:
-            layer.stacked = layer.folded = None
+            layer.unmerge()
 
 
 def _check_no_peft(module: nn.Module) -> None:

@@ -18,7 +18,7 @@ from milora_lightning.base_weight import dense_weight
 from milora_lightning.fingerprint import fingerprint
 from milora_lightning.quantization import decoded, holds_its_weight
 from milora_lightning.streaming import empty_causal_lm
-from milora_lightning.surgery import factors_kept
+from milora_lightning.surgery import adapters_merged
 
 OUT, IN, R = 20, 12, 3
 FP8 = torch.float8_e4m3fn
@@ -139,7 +139,7 @@ def test_fp8_computes_through_its_own_code_and_is_not_merged(monkeypatch: pytest
         layer.lora_B.add_(0.1)
     delta = layer.delta_weight()
     torch.testing.assert_close(layer(x), before + x @ delta.T)
-    with torch.no_grad(), factors_kept(layer):
+    with torch.no_grad(), adapters_merged(layer):
         torch.testing.assert_close(layer(x), before + x @ delta.T)
     with adapters_disabled(layer):
         assert torch.equal(layer(x), before)

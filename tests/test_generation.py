@@ -1,4 +1,4 @@
-"""Greedy answers to padded prompts, and the adapters folded into the weights for them."""
+"""Greedy answers to padded prompts, with adapters beside the weights and merged."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import copy
 import pytest
 import torch
 from conftest import TINY_CONFIGS
-from test_lora import IN, TOKENS, adapted
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from milora_lightning import LoRAConfig, initialize, inject
 from milora_lightning.attention import NAME
 from milora_lightning.generation import generate_greedily
-from milora_lightning.surgery import factors_kept
+from milora_lightning.surgery import adapters_merged
 
 NEW = 12
 CONFIG = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=0)
@@ -56,34 +55,5 @@ def test_answers_are_those_to_each_prompt_alone(kind: str, attention: str) -> No
     with torch.no_grad():
         want = [reference(model, row[mask.bool()][None]) for row, mask in zip(input_ids, attention_mask, strict=True)]
         assert torch.equal(generate_greedily(model, input_ids, attention_mask, CONFIG), torch.cat(want))
-        with factors_kept(model):
+        with adapters_merged(model):
             assert torch.equal(generate_greedily(model, input_ids, attention_mask, CONFIG), torch.cat(want))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_factors_are_kept_where_they_do_not_change(dtype: torch.dtype) -> None:
-    """With no more than float32's rounding in the output, and without effect once the context has ended."""
-    layer = adapted().to(dtype)
-    x, weight = torch.randn(TOKENS, IN, dtype=dtype), layer.base_layer.weight.clone()
-    with torch.no_grad():
-        before = layer(x)
-        with factors_kept(layer):
-            assert (layer.folded is None) == (dtype == torch.bfloat16)  # which would round the update
-            kept = layer(x)
-            torch.testing.assert_close(kept, before, rtol=0 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
-            layer.lora_B += 1
-            assert torch.equal(layer(x), kept)  # as they were
-        assert not torch.allclose(layer(x), before)
-    assert torch.equal(layer.base_layer.weight, weight)
-    with factors_kept(layer):
-        layer(x).sum().backward()  # gradients need the factors themselves
-    assert layer.lora_B.grad.abs().sum() > 0
-
-
-def test_a_folded_update_is_not_rounded_under_autocast() -> None:
-    layer = adapted()
-    x = torch.randn(TOKENS, IN)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        before = layer(x)
-        with factors_kept(layer):
-            assert torch.equal(layer(x), before)

@@ -111,7 +111,6 @@ RUN = """
 import resource, sys, torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from milora_lightning import LoRAConfig, initialize, inject
-from milora_lightning.allocation import keep_freed_memory
 from milora_lightning.commands.preview import resident
 from milora_lightning.loss import causal_lm_loss
 from milora_lightning.memory import LOADED, estimate, planned_model
@@ -120,7 +119,6 @@ sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8
 config = LlamaConfig(**sizes, num_hidden_layers=6, vocab_size=8000, pad_token_id=0)
 adapters = LoRAConfig(16, lora_dropout=0.1)
 checkpointing = sys.argv[1] == "True"
-keep_freed_memory()
 expected = estimate(
     planned_model(config, torch.float32, adapters), config, 8, 256, dropout=0.1, gradient_checkpointing=checkpointing
 )

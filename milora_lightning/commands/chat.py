@@ -18,7 +18,7 @@ from milora_lightning.commands.loading import load_to_ask
 from milora_lightning.data.chat import Message
 from milora_lightning.data.prompt_format import reads_one_question
 from milora_lightning.generation import Sampling, generate_greedily, greedy_config, nothing_else
-from milora_lightning.surgery import adapters_disabled, factors_kept, lora_layers
+from milora_lightning.surgery import adapters_disabled, adapters_merged, lora_layers
 
 HELP = """\
 /base           answer with the base model, without its adapters
@@ -83,7 +83,7 @@ def chat(
         print(f"{ckpt_path or model}{f' ({adapters} adapters)' if adapters else ''}; /help shows the commands.")
     if one:
         talk.note("Trained on single questions: each is asked by itself, and earlier turns are not seen.")
-    with factors_kept(loaded):
+    with adapters_merged(loaded):
         for line in _lines():
             with _interruptible() as cut:
                 if not talk.take(line):

@@ -22,7 +22,7 @@ from milora_lightning.data.values import as_text
 from milora_lightning.errors import InvalidInputError, MiLoRAError, MissingFileError
 from milora_lightning.generation import Sampling, generate_greedily, greedy_config, nothing_else, without_stop
 from milora_lightning.messages import inform
-from milora_lightning.surgery import factors_kept
+from milora_lightning.surgery import adapters_merged
 
 PROMPTS = ("prompt", "instruction", "question")
 """Fields of JSON rows that may hold the prompt; the first that is there does."""
@@ -97,7 +97,7 @@ def generate(
         if output is not None:
             Path(output).expanduser().parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(Path(output).expanduser().open("w", encoding="utf-8"))
-        stack.enter_context(factors_kept(loaded))
+        stack.enter_context(adapters_merged(loaded))
         done = 0
         size = WINDOW * batch_size
         for start in range(0, len(rows), size):
