@@ -36,6 +36,7 @@ from milora_lightning.module import CausalLMModule
 from milora_lightning.notices import leave_out, leave_out_bars
 from milora_lightning.option_errors import Parser, missing_package
 from milora_lightning.trainer_defaults import LOG_EVERY_N_STEPS, missing_options, replaced_files, with_screen
+from milora_lightning.typed_text import take_text_as_typed
 
 INTERRUPTED = 130  # the exit status of what Ctrl-C ends, as shells have it
 
@@ -52,6 +53,7 @@ class MiLoRACLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make a parser whose errors are sentences."""
         self.parser_class = Parser
+        take_text_as_typed()
         return super().init_parser(**kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -62,8 +62,9 @@ def load_for_inference(
 
     Raises:
         FileNotFoundError: If there is nothing of that name, or no base model.
-        ValueError: If it cannot be read, does not fit its base, or is something else.
+        ValueError: If it cannot be read, does not fit its base, or is something else, or there is no such device.
     """
+    device = device_named(device)
     path, kind = str(path), kind_of(str(path))
     prompt_format = None
     if kind == "checkpoint":
@@ -89,9 +90,31 @@ def load_for_inference(
         prompt_format = format_named(template, tokenizer)
     tokenizer = tokenizer if prompt_format is None else prompt_format.applied_to(tokenizer)
     _end_as_trained(model, tokenizer, prompt_format)
-    if device is None:
-        device = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or "cpu"
     return model.to(device).eval(), tokenizer
+
+
+def device_named(name: torch.device | str | None) -> torch.device:
+    """Return a device of this machine; by default the accelerator, if there is one.
+
+    Raises:
+        ValueError: If there is no such device here.
+
+    >>> device_named("cpu")
+    device(type='cpu')
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name is None:
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    here = ["cpu"]
+    if accelerator is not None:
+        here += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    if device is None or str(device) not in (*here, "cpu:0"):
+        raise InvalidInputError(f"There is no device {str(name)!r} here, only {', '.join(here)}.")
+    return device
 
 
 def kind_of(path: str) -> Kind:

@@ -33,7 +33,7 @@ WINDOW = 16  # batches among which prompts are sorted by length, and after which
 def generate(
     ckpt_path: str | None = None,
     model: str | None = None,
-    prompt: str = "",  # None would make YAML of it, where # begins a comment
+    prompt: str | None = None,
     input: str | None = None,
     output: str | None = None,
     format: Literal["auto", "text", "jsonl"] = "auto",
@@ -86,6 +86,8 @@ def generate(
         raise InvalidInputError(
             "Without sampling all answers to a prompt are the same: give a temperature, 0.7 for example."
         )
+    if output is not None and Path(output).expanduser().is_dir():
+        raise InvalidInputError(f"output is the file for the answers, and {output!r} is a folder.")
     rows = [{"prompt": prompt}] if input is None else list(read_prompts(input))
     loaded, tokenizer = load_to_ask(ckpt_path, model, name_or_path, template, dtype, device)
     asker = Asker(loaded, tokenizer, sampling, max_new_tokens, num_return_sequences)

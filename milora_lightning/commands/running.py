@@ -12,7 +12,7 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from milora_lightning.commands import COMMANDS
-from milora_lightning.option_errors import Parser
+from milora_lightning.typed_text import CommandParser, take_text_as_typed
 
 FIT = "fit"
 
@@ -27,12 +27,13 @@ def run_command(name: str, args: Sequence[str]) -> Any:
     Returns:
         What its function returns.
     """
+    take_text_as_typed()
     module, _, function_name = COMMANDS[name].partition(":")
     function: Callable[..., Any] = getattr(import_module(module), function_name)
     prog = f"{Path(sys.argv[0]).name} {name}"
     if next(iter(inspect.signature(function).parameters), None) != FIT:
-        return auto_cli(function, args=list(args), as_positional=False, parser_class=Parser, prog=prog)
-    parser = Parser(prog=prog)
+        return auto_cli(function, args=list(args), as_positional=False, parser_class=CommandParser, prog=prog)
+    parser = CommandParser(prog=prog)
     parser.add_function_arguments(function, as_group=False, skip={FIT})
     names = {option for action in parser._actions for option in action.option_strings}
     own, fit = split_arguments(args, names)
