@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 from test_cli import project, run  # noqa: F401 (a fixture)
 
-import milora_lightning
-from milora_lightning import api
 from milora_lightning.commands import COMMANDS, LIGHTNING
 from milora_lightning.help import help_text
 
@@ -102,13 +100,6 @@ def test_classes_go_by_their_short_names(project: Path, capsys: pytest.CaptureFi
         run("fit", "--config", "mine.yaml", "--data.source", "WordProblems", "--print_config")
     assert done.value.code == 0
     assert "class_path: milora_lightning.data.WordProblems" in capsys.readouterr().out
-
-
-def test_all_that_is_offered_can_be_imported() -> None:
-    for name in api.__all__:
-        assert getattr(milora_lightning, name) is getattr(api, name)
-    with pytest.raises(AttributeError):
-        milora_lightning.nothing  # noqa: B018
 
 
 def test_preview_shows_what_would_be_learned(project: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811

@@ -1,0 +1,42 @@
+"""What is offered can be imported by its name, and brings along no more than it needs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import milora_lightning
+
+HEAVY = {"accelerate", "datasets", "lightning", "matplotlib", "peft", "torchmetrics", "transformers"}
+
+
+def test_type_checkers_read_the_same_names() -> None:
+    tree = ast.parse(Path(milora_lightning.__file__).read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    read = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert read == milora_lightning._HOMES
+    assert all(getattr(milora_lightning, name).__name__ == name for name in milora_lightning.__all__)
+    assert set(milora_lightning.__all__) <= set(dir(milora_lightning))
+    with pytest.raises(AttributeError, match="has no attribute 'MiLoRAInitt'"):
+        milora_lightning.MiLoRAInitt  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("statement", "brings"),
+    [
+        ("import milora_lightning", set()),
+        ("from milora_lightning import singular_slice, LoRAConfig", {"torch", "scipy"}),
+        ("from milora_lightning import MiLoRAInit", {"lightning"}),  # to see that this sees it
+    ],
+)
+def test_what_an_import_brings_along(statement: str, brings: set[str]) -> None:
+    code = f"import sys\n{statement}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    found = set(done.stdout.split())
+    assert brings <= found
+    assert not (HEAVY & found) or "lightning" in brings
+    assert "torch" in brings or "torch" not in found or "lightning" in brings
