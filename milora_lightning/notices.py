@@ -22,6 +22,8 @@ LOGGED = {
         r"\s*Detected KeyboardInterrupt",
         r"Restor(ing|ed all) states from the checkpoint",
     ],
+    # How its 8-bit kernels work, whatever the model's dtype is.
+    "bitsandbytes.autograd._functions": ["MatMul8bitLt: inputs will be cast"],
     # A default of its own, said at every save.
     "lightning.pytorch.trainer.connectors.checkpoint_connector": ["`weights_only` was not set"],
     # It is in the config.

@@ -19,6 +19,7 @@ import torch
 from conftest import save_tiny_model
 from test_inference import train
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils import logging as transformers_logging
 
 from milora_lightning import SFTDataModule, adapters_disabled, load_for_inference
 from milora_lightning.asking import TextStream, prompt_ids
@@ -63,12 +64,17 @@ class Reference:
         return str(self.tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-def talk(monkeypatch: Any, capsys: Any, path: Path, *lines: str, **options: Any) -> str:
+def talk(monkeypatch: Any, capsys: Any, path: Path, *lines: str, **options: Any) -> tuple[str, str]:
+    """Chat in a pipe; returns the answers, which are all of standard output, and what was said beside them."""
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
     name = "--ckpt_path" if path.suffix == ".ckpt" else "--model"
     more = [f"--{key}={value}" for key, value in options.items()]
     main(["chat", name, str(path), "--max_new_tokens", str(LENGTH), "--device=cpu", *more])
-    return str(capsys.readouterr().out)
+    return tuple(capsys.readouterr())
+
+
+def lines(*texts: str) -> str:
+    return "".join(f"{text}\n" for text in texts)
 
 
 @pytest.mark.parametrize("kind", ["a.ckpt", "peft"])
@@ -79,29 +85,31 @@ def test_a_conversation_in_a_pipe(kind: str, chats: Path, monkeypatch: Any, caps
     base = says(FIRST, first, SECOND, second, FIRST, base=True)
     assert base != says(FIRST, first, SECOND, second, FIRST)
     assert second != says(SECOND)  # negative control: the first turn matters
-    printed = talk(monkeypatch, capsys, chats / kind, FIRST, SECOND, "/base", FIRST, "/reset", "/adapter", FIRST)
-    want = [first, second, "The base model answers.", base, "A new conversation.", "The adapters are on.", first]
-    assert printed == "".join(f"{text}\n" for text in want)
+    capsys.readouterr()
+    answers, notes = talk(monkeypatch, capsys, chats / kind, FIRST, SECOND, "/base", FIRST, "/reset", "/adapter", FIRST)
+    assert answers == lines(first, second, base, first)
+    assert notes == lines("The base model answers.", "A new conversation.", "The adapters are on.")
 
 
 def test_both_answers_to_a_question(chats: Path, monkeypatch: Any, capsys: Any) -> None:
     says = Reference(chats / "a.ckpt")
     first = says(FIRST)
-    printed = talk(monkeypatch, capsys, chats / "a.ckpt", "/both", FIRST, SECOND)
+    capsys.readouterr()
+    answers, notes = talk(monkeypatch, capsys, chats / "a.ckpt", "/both", FIRST, SECOND)
     assert says(FIRST, base=True) != first
-    want = ["Both answer.", "base:", says(FIRST, base=True), "adapter:", first]
-    want += ["base:", says(FIRST, first, SECOND, base=True), "adapter:", says(FIRST, first, SECOND)]
-    assert printed == "".join(f"{text}\n" for text in want)
-    assert "no adapters" in talk(monkeypatch, capsys, chats / "merged", "/both")
+    then = says(FIRST, first, SECOND, base=True), says(FIRST, first, SECOND)
+    assert answers == lines(says(FIRST, base=True), first, *then)
+    assert notes == lines("Both answer.", *["base:", "adapter:"] * 2)
+    assert "no adapters" in talk(monkeypatch, capsys, chats / "merged", "/both")[1]
 
 
 def test_single_questions_are_asked_by_themselves(questions: Path, monkeypatch: Any, capsys: Any) -> None:
     says = Reference(questions / "a.ckpt")
     for kind in ("a.ckpt", "peft", "merged"):
-        note, _, answers = talk(monkeypatch, capsys, questions / kind, FIRST, SECOND).partition("\n")
+        answers, note = talk(monkeypatch, capsys, questions / kind, FIRST, SECOND)
         assert "earlier turns are not seen" in note
-        assert answers == f"{says(FIRST)}\n{says(SECOND)}\n"
-    answers = talk(monkeypatch, capsys, questions / kind, FIRST, SECOND, earlier_turns="true")
+        assert answers == lines(says(FIRST), says(SECOND))
+    answers, _ = talk(monkeypatch, capsys, questions / kind, FIRST, SECOND, earlier_turns="true")
     first = says(FIRST)
     assert answers == f"{first}\n{says(FIRST, first, SECOND)}\n"
     assert says(FIRST, first, SECOND) != says(SECOND)
@@ -113,10 +121,10 @@ def test_what_is_saved_is_read_by_fit(
 ) -> None:
     path = request.getfixturevalue(kind) / "a.ckpt"
     file = tmp_path / "saved.jsonl"
-    printed = talk(
+    _, notes = talk(
         monkeypatch, capsys, path, f"/save {file}", FIRST, SECOND, "/system Be kind.", FIRST, f"/save {file}"
     )
-    assert "nothing to save yet" in printed
+    assert "nothing to save yet" in notes
     (row,) = map(json.loads, file.read_text().splitlines())
     assert [m["role"] for m in row["messages"]] == ["system", "user", "assistant"]
     assert row["messages"][0]["content"] == "Be kind."
@@ -130,26 +138,23 @@ def test_what_is_saved_is_read_by_fit(
 def test_a_system_message(chats: Path, monkeypatch: Any, capsys: Any) -> None:
     says = Reference(chats / "a.ckpt")
     want = says(FIRST, system="Be brief.")
-    assert talk(monkeypatch, capsys, chats / "a.ckpt", FIRST, system="Be brief.") == f"{want}\n"
-    printed = talk(monkeypatch, capsys, chats / "a.ckpt", "/system Be brief.", FIRST, "/system", FIRST)
+    assert talk(monkeypatch, capsys, chats / "a.ckpt", FIRST, system="Be brief.")[0] == f"{want}\n"
+    answers, notes = talk(monkeypatch, capsys, chats / "a.ckpt", "/system Be brief.", FIRST, "/system", FIRST)
     begun = "A new conversation"
-    assert printed == f"{begun} with the system message 'Be brief.'.\n{want}\n{begun}.\n{says(FIRST)}\n"
+    assert answers == lines(want, says(FIRST))
+    assert notes == lines(f"{begun} with the system message 'Be brief.'.", f"{begun}.")
     assert says(FIRST) != want
 
 
 def test_lines_that_are_no_questions(chats: Path, monkeypatch: Any, capsys: Any) -> None:
     says = Reference(chats / "a.ckpt")
-    lines = ["", "/nothing", "/save", " /etc is", "What is\\", "1?", "/exit", FIRST]
-    printed = talk(monkeypatch, capsys, chats / "a.ckpt", *lines)
+    typed = ["", "/nothing", "/save", " /etc is", "What is\\", "1?", "/exit", FIRST]
+    capsys.readouterr()
+    answers, notes = talk(monkeypatch, capsys, chats / "a.ckpt", *typed)
     first = says("/etc is")
-    want = [
-        "There is no command /nothing; /help shows those there are.",
-        "There is nothing to save yet.",
-        first,
-        says("/etc is", first, "What is\n1?"),
-    ]
-    assert printed == "".join(f"{text}\n" for text in want)
-    assert "/both" in talk(monkeypatch, capsys, chats / "a.ckpt", "/help")
+    assert answers == lines(first, says("/etc is", first, "What is\n1?"))
+    assert notes == lines("There is no command /nothing; /help shows those there are.", "There is nothing to save yet.")
+    assert "/both" in talk(monkeypatch, capsys, chats / "a.ckpt", "/help")[1]
 
 
 def test_a_fixed_number_of_positions_ends_a_conversation(
@@ -162,9 +167,9 @@ def test_a_fixed_number_of_positions_ends_a_conversation(
     model.generation_config.eos_token_id = 1
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    printed = talk(monkeypatch, capsys, tmp_path, FIRST, SECOND).splitlines()
-    assert f"has {prompt + 2} positions, and the prompt takes {prompt}: 3 are left" in printed[0]
-    assert "0 are left. /reset begins" in printed[-1]
+    _, notes = talk(monkeypatch, capsys, tmp_path, FIRST, SECOND)
+    assert f"has {prompt + 2} positions, and the prompt takes {prompt}: 3 are left" in notes.splitlines()[0]
+    assert "0 are left. /reset begins" in notes.splitlines()[-1]
     with pytest.raises(SystemExit, match=r"The prompt is too long: .* lower max_new_tokens"):
         main(["generate", "--model", str(tmp_path), "--prompt", FIRST])
 
@@ -212,6 +217,23 @@ def test_a_terminal_has_prompts_and_ctrl_c_stops_an_answer(chats: Path) -> None:
         (start, end),
     )
     assert "/help shows the commands" in seen
+    assert "weights" not in seen  # bars of other projects
+
+
+def test_nothing_but_results_in_a_pipe(chats: Path, tmp_path: Path, capfd: Any) -> None:
+    """None of the bars of other projects, which are there unless they are left out."""
+    options = ["--ckpt_path", str(chats / "a.ckpt")]
+    for command in (
+        ["generate", "--prompt", FIRST, "--max_new_tokens=2", "--device=cpu"],
+        ["export", "--format=merged", "--output", str(tmp_path / "merged")],
+        ["export", "--output", str(tmp_path / "peft")],
+        ["analyze", "--output", str(tmp_path / "tables")],
+    ):
+        transformers_logging.enable_progress_bar()
+        main([*command, *options])
+        out, err = capfd.readouterr()
+        assert not err
+        assert not set("\r\b\x1b") & set(out)
 
 
 class Pieces:

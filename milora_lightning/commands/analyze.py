@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from milora_lightning.analysis import analyze_model, summary, write_tables
+from milora_lightning.commands.loading import loading
 from milora_lightning.folder import check_output, new_folder
 from milora_lightning.inference import load_module
 
@@ -22,7 +23,8 @@ def analyze(ckpt_path: str, output: str, name_or_path: str | None = None) -> Non
     from milora_lightning.plots import plot_analysis  # needs the extra package matplotlib: missing before any work
 
     check_output(output)
-    module, _ = load_module(ckpt_path, name_or_path)
+    with loading():
+        module, _ = load_module(ckpt_path, name_or_path)
     matrices = analyze_model(module)
     with new_folder(output) as folder:
         write_tables(folder, matrices)

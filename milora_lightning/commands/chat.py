@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import seed_everything
@@ -52,7 +52,7 @@ def chat(
     """Talk to a model: ask it in the template that it was trained with, and watch the answers come.
 
     /help shows what can be done beside asking, such as /both for the answers with and without adapters. In a pipe,
-    each line of standard input is a question.
+    each line of standard input is a question, and standard output holds nothing but the answers.
 
     Args:
         ckpt_path: Checkpoint written by ``fit``: a file, or the folder of a sharded run.
@@ -80,7 +80,8 @@ def chat(
     if sys.stdin.isatty():
         _edit_lines()
         adapters = len(lora_layers(loaded))
-        print(f"{ckpt_path or model}{f' ({adapters} adapters)' if adapters else ''}; /help shows the commands.")
+        name = f"{ckpt_path or model}{f' ({adapters} adapters)' if adapters else ''}"
+        talk.note(f"{name}; /help shows the commands.")
     if one:
         talk.note("Trained on single questions: each is asked by itself, and earlier turns are not seen.")
     with adapters_merged(loaded):
@@ -102,7 +103,6 @@ class Talk:
         max_new_tokens: Length limit of answers.
         system: System message; may be empty.
         one_question: Whether the model sees each question by itself.
-        out: Where answers are written.
     """
 
     def __init__(
@@ -113,7 +113,6 @@ class Talk:
         max_new_tokens: int,
         system: str = "",
         one_question: bool = False,
-        out: TextIO | None = None,
     ) -> None:
         check_askable(tokenizer)
         self.model = model
@@ -122,7 +121,6 @@ class Talk:
         self.max_new_tokens = max_new_tokens
         self.system = system
         self.one_question = one_question
-        self.out = out
         self.mode: Mode = "adapter"
         self.turns: list[Message] = []
         self.commands: dict[str, Callable[[str], Any]] = {
@@ -200,9 +198,8 @@ class Talk:
         self.note(f"{len(self.turns)} messages added to {name}.")
 
     def note(self, text: str) -> None:
-        """Say something that is no answer."""
-        tell = self.out or sys.stdout
-        print(f"\033[2m{text}\033[0m" if tell.isatty() else text, file=tell, flush=True)
+        """Say something that is no answer, apart from these."""
+        print(f"\033[2m{text}\033[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
     def _with_system(self, turns: list[Message]) -> list[Message]:
         return [*([{"role": "system", "content": self.system}] if self.system else []), *turns]
@@ -229,7 +226,7 @@ class Talk:
         return stream.text
 
     def _write(self, text: str) -> None:
-        print(text, end="", file=self.out or sys.stdout, flush=True)
+        print(text, end="", flush=True)
 
 
 @contextmanager
@@ -254,19 +251,20 @@ def _lines() -> Iterator[str]:
                 line = f"{line[:-1]}\n{_line('. ' if terminal else '')}"
         except EOFError:
             if terminal:
-                print()
+                print(file=sys.stderr)
             return
         except KeyboardInterrupt:  # what has been written is taken back
             if not terminal:
                 raise
-            print()
+            print(file=sys.stderr)
             continue
         yield line
 
 
 def _line(prompt: str) -> str:
-    if prompt:
+    if prompt and sys.stdout.isatty():
         return input(prompt)
+    print(prompt, end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
     if not line:
         raise EOFError

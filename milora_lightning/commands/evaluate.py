@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from milora_lightning.commands.loading import loading
 from milora_lightning.errors import InvalidInputError, MissingFileError, MissingPackageError, OutputExistsError
 from milora_lightning.inference import load_for_inference
 from milora_lightning.suggestions import closest
@@ -67,7 +68,8 @@ def evaluate(
             f"There is no folder {include_path!r}: include_path is where your tasks' YAML files are."
         )
     manager, names = find_tasks(tasks, include_path)
-    loaded, tokenizer = load_for_inference(str(ckpt_path or model), False, device, dtype, name_or_path)
+    with loading():
+        loaded, tokenizer = load_for_inference(str(ckpt_path or model), False, device, dtype, name_or_path)
     if base and not lora_layers(loaded):
         raise InvalidInputError(
             "The model has no adapters to do without: leave --base out, and evaluate the base by --model."

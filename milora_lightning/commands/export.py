@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from milora_lightning.commands.loading import loading
 from milora_lightning.errors import InvalidInputError
 from milora_lightning.export import export_merged, export_peft
 from milora_lightning.folder import check_output
@@ -50,7 +51,8 @@ def export(
     if push_to_hub is not None:
         check_upload(push_to_hub, private)
     base: dict[str, Any] = {"quantization": None} if format == "merged" else {}
-    module, checkpoint = load_module(ckpt_path, name_or_path, **base)
+    with loading():
+        module, checkpoint = load_module(ckpt_path, name_or_path, **base)
     scores = checkpoint.get("callbacks", {}).get("EvaluationSummary", {}).get("after")
     data = checkpoint.get("SFTDataModule", {}).get("description")
     if format == "merged":

@@ -1,14 +1,30 @@
-"""What the commands share that ask a model."""
+"""What the commands share that load a model."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
+from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from milora_lightning.asking import check_askable
 from milora_lightning.errors import InvalidInputError
 from milora_lightning.inference import load_for_inference
+from milora_lightning.notices import leave_out_bars
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Within this context, show on a terminal that a model is loaded, and nothing in a file or a pipe.
+
+    In place of bars of other projects, which would stay on the terminal, and fill files with control characters.
+    """
+    leave_out_bars()
+    console = Console(stderr=True)
+    with console.status("Loading the model") if console.is_terminal else nullcontext():
+        yield
 
 
 def load_to_ask(
@@ -30,6 +46,7 @@ def load_to_ask(
         )
     path = ckpt_path if ckpt_path is not None else model
     assert path is not None
-    loaded, tokenizer = load_for_inference(path, False, device, dtype, name_or_path, template)
+    with loading():
+        loaded, tokenizer = load_for_inference(path, False, device, dtype, name_or_path, template)
     check_askable(tokenizer)
     return loaded, tokenizer
