@@ -17,6 +17,9 @@ from milora_lightning.operators import differentiate, operator
 NAME = "causal_blocks"
 """What ``attn_implementation`` calls it."""
 
+UNKNOWN = {"softcap": "cap attention scores", "s_aux": "add attention sinks", "sinks": "add attention sinks"}
+"""What transformers may pass along that changes the weights, and what it does."""
+
 BLOCK = 64  # positions whose queries meet the same keys, those up to the block's end
 
 
@@ -40,17 +43,17 @@ def causal_blocks_forward(
         The output (batch, length, heads, head_dim), and None in place of the attention weights.
 
     Raises:
-        ValueError: If the model caps its attention scores, which neither kernel does.
+        ValueError: If the model caps its attention scores or has sinks, which neither kernel knows.
     """
-    if options.get("softcap"):
-        raise InvalidInputError(
-            f"attn_implementation={NAME!r} does not cap attention scores as this model does: use 'eager'."
-        )
+    for option, what in UNKNOWN.items():
+        if options.get(option) is not None:
+            raise InvalidInputError(f"attn_implementation={NAME!r} does not {what} as this model does: use 'eager'.")
     causal = options.get("is_causal")
     plain = (
         attention_mask is None
+        and options.get("position_bias") is None
         and query.device.type == "cpu"
-        and query.shape[2] == key.shape[2] > 1
+        and key.shape[2] >= query.shape[2] > 1
         and query.shape[-1] == value.shape[-1]
         and not options.get("dropout")
         and (getattr(module, "is_causal", True) if causal is None else causal)
@@ -60,6 +63,9 @@ def causal_blocks_forward(
             "tuple[Tensor, None]",
             sdpa_attention_forward(module, query, key, value, attention_mask, **options),
         )
+    # Without a mask the first keys are of the queries' positions, and those behind them hidden: in a cache with room
+    # for more, or one to which a checkpoint that computes the layer again adds its keys again.
+    key, value = (x[:, :, : query.shape[2]] for x in (key, value))
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
     return causal_attention(query, key, value, scaling).transpose(1, 2), None
 

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY_CONFIGS, tiny_model
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from milora_lightning.attention import BLOCK, NAME, causal_attention
+from milora_lightning.attention import BLOCK, NAME, causal_attention, causal_blocks_forward
 
 
 def with_blocks(kind: str) -> PreTrainedModel:
@@ -116,10 +117,38 @@ def test_models_compute_the_same_with_it(kind: str) -> None:
     assert torch.equal(*texts)
 
 
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_layers_that_are_computed_again_have_the_same_gradients(use_cache: bool) -> None:
+    """By torch's own wrapper, also where a cache gets the keys of the second time behind those of the first."""
+    gradients = []
+    for wrap in (lambda layer: layer, checkpoint_wrapper):
+        torch.manual_seed(0)
+        model = with_blocks("llama").train()
+        model.model.layers = torch.nn.ModuleList(wrap(layer) for layer in model.model.layers)
+        ids = torch.randint(5, 120, (2, BLOCK + 6))
+        model(input_ids=ids, labels=ids, use_cache=use_cache).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
 def test_models_that_cap_their_scores_are_refused() -> None:
     model = with_blocks("gemma2")
     with pytest.raises(ValueError, match="does not cap attention scores"):
         model(input_ids=torch.ones(1, 4, dtype=torch.int64))
+
+
+def test_models_with_sinks_are_refused() -> None:
+    module, x = torch.nn.Module(), torch.randn(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="does not add attention sinks as this model does: use 'eager'"):
+        causal_blocks_forward(module, x, x, x, None, s_aux=torch.zeros(2))
+
+
+def test_biases_of_positions_are_added() -> None:
+    module, x, bias = torch.nn.Module(), torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 4)
+    options = {"scaling": 1.0, "is_causal": True, "position_bias": bias}
+    with_bias = causal_blocks_forward(module, x, x, x, None, **options)[0].transpose(1, 2)
+    hidden = torch.ones(4, 4).triu(1).bool()
+    torch.testing.assert_close(with_bias, (x @ x.mT + bias).masked_fill(hidden, -torch.inf).softmax(-1) @ x)
 
 
 def test_name_stays_out_of_saved_models(tmp_path: Path) -> None:
