@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import Strategy
 from torchmetrics import Metric
 
 from milora_lightning.data import Files, Source
+from milora_lightning.optimizers import know_short_names
 from milora_lightning.suggestions import closest, suggest
 
 # What can be given by the name of a class.
@@ -46,6 +47,7 @@ class Parser(LightningArgumentParser):
     """A parser whose errors are one sentence each, with what may have been meant, and that takes no half names."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        know_short_names()
         super().__init__(*args, **{"allow_abbrev": False, "formatter_class": ShortFormatter, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -147,6 +149,8 @@ def _unrecognized(arguments: list[str], options: Iterable[str]) -> str:
 
 def _of_a_class(key: str, message: str) -> str | None:
     """Say what is wrong with a class that is given by name, or with its options."""
+    if match := re.search(r"The optimizer \w+ needs the package .*", message):
+        return f"--{key}: {match[0]}"
     given = re.search(r"given class_path '([\w.]+)'", message)
     short = given[1].rpartition(".")[2] if given else ""
     if given and (match := re.search(r"Option '(\w+)' is not accepted", message)):
