@@ -30,7 +30,7 @@ from milora_lightning.data import Files, SFTDataModule
 from milora_lightning.ending import ending, resumption
 from milora_lightning.errors import InvalidInputError, sentence
 from milora_lightning.help import ALL, help_text
-from milora_lightning.logger_choice import LoggerName, make_logger
+from milora_lightning.logger_choice import LoggerName, make_logger, start
 from milora_lightning.messages import inform
 from milora_lightning.module import CausalLMModule
 from milora_lightning.notices import leave_out, leave_out_bars
@@ -150,7 +150,7 @@ class MiLoRACLI(LightningCLI):
         """Make the Trainer, with the command line's own answers to what was not given."""
         given = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         options, lines = missing_options(given, trains=self.subcommand in ("fit", None))
-        for line in lines:
+        for line in lines if not hasattr(self, "trainer") else ():  # made anew, of options that a checkpoint brought
             inform(line)
         go_on, trains = resumption(self._as_typed), self.subcommand == "fit"
         options["callbacks"] = with_screen({**given, **options}, go_on, trains)
@@ -168,6 +168,8 @@ class MiLoRACLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         name = self._from_checkpoint.get(BASE)
         own = name if name == self._get(self.config, BASE) else None
+        for logger in self.trainer.loggers:
+            start(logger)
         bar = self.trainer.progress_bar_callback
         if isinstance(bar, RunProgress) and self.trainer.is_global_zero:
             bar.begin("Preparing the data")

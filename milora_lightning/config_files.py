@@ -22,9 +22,15 @@ class SaveConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save, unless that would replace the config that a run was fitted with."""
         folder = trainer.log_dir  # all ranks have to ask
-        there = folder is not None and (Path(folder) / self.config_filename).is_file()
-        if stage == "fit" or not trainer.strategy.broadcast(there):
-            super().setup(trainer, pl_module, stage)
+        path = Path(folder or trainer.default_root_dir) / self.config_filename
+        if stage != "fit" and trainer.strategy.broadcast(path.is_file()):
+            return
+        if folder is None and self.save_to_log_dir:  # of a logger that writes into no folder, as MLflow's to a server
+            self.save_to_log_dir = False
+            if trainer.is_global_zero:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)
+        super().setup(trainer, pl_module, stage)
 
 
 def resolve_configs(args: list[str]) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from milora_lightning.errors import MissingPackageError
+from milora_lightning.errors import InvalidInputError, MissingPackageError
 
 LoggerName = Literal["tensorboard", "wandb", "mlflow", "csv", "none"]
 
@@ -39,10 +41,55 @@ def make_logger(name: LoggerName, given: Any, folder: str | None) -> Logger | Li
     if name == "tensorboard":
         return TensorBoardLogger(save_dir, run)
     if name == "wandb":
-        return WandbLogger(project=run, save_dir=save_dir)
+        return _wandb(os.environ.get("WANDB_PROJECT") or run, save_dir)
     if name == "mlflow":
-        return MLFlowLogger(run, save_dir=f"{save_dir}/mlruns")
+        return _mlflow(os.environ.get("MLFLOW_EXPERIMENT_NAME") or run, save_dir)
     return CSVLogger(save_dir, run)
+
+
+def start(logger: Logger) -> None:
+    """Have a logger that talks to a server begin its run: before the screen moves, because it may ask for a key.
+
+    Raises:
+        InvalidInputError: If it cannot; says how to go on.
+    """
+    if not isinstance(logger, (WandbLogger, MLFlowLogger)):
+        return
+    try:
+        _ = logger.experiment
+    except (KeyboardInterrupt, ModuleNotFoundError):
+        raise
+    except Exception as error:  # of either package, which says what it is
+        kind, remedy = (
+            ("W&B", "run wandb login, or set WANDB_MODE=offline")
+            if isinstance(logger, WandbLogger)
+            else ("MLflow", "see to MLFLOW_TRACKING_URI, or unset it to log into a file")
+        )
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        raise InvalidInputError(
+            f"{kind} cannot log the run: {reason}. To go on, {remedy}; or take --logger csv."
+        ) from error
+
+
+def _wandb(project: str, save_dir: str) -> WandbLogger:
+    Path(save_dir).mkdir(parents=True, exist_ok=True)  # W&B looks there for a git repository, and warns if it is not
+    logger = WandbLogger(project=project, save_dir=save_dir)
+    logger._wandb_init.pop("anonymous", None)  # of which W&B says that it has no effect
+    return logger
+
+
+def _mlflow(experiment: str, save_dir: str) -> MLFlowLogger:
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # it would run through the run's own
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if uri:
+        return MLFlowLogger(experiment, tracking_uri=uri)
+    folder = Path(save_dir).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    # A database, because MLflow refuses folders of files from 3.17 on.
+    artifacts = (folder / "mlartifacts").as_uri()
+    return MLFlowLogger(
+        experiment, tracking_uri=f"sqlite:///{(folder / 'mlflow.db').as_posix()}", artifact_location=artifacts
+    )
 
 
 def _place(given: Any) -> Mapping[str, Any]:

@@ -28,6 +28,9 @@ LOGGED = {
     "lightning.pytorch.trainer.connectors.checkpoint_connector": ["`weights_only` was not set"],
     # It is in the config.
     "lightning.fabric.utilities.seed": ["Seed set to"],
+    # Of MLflow's first run in a folder.
+    "lightning.pytorch.loggers.mlflow": [r"Experiment with name .* not found\. Creating it"],
+    "mlflow.store.db.utils": ["Creating initial MLflow database tables", "Updating database tables"],
 }
 """Beginnings of messages, as regular expressions, by the name of their logger."""
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import yaml
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import MLFlowLogger
 
 from milora_lightning.config_files import SaveConfig
 
@@ -19,14 +22,25 @@ class RunConfig(SaveConfig):
             options = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
             for logger in trainer.loggers:
                 logger.log_hyperparams(dict(flat(options)))
+                if isinstance(logger, MLFlowLogger):  # whose hyperparameters end after 250 characters
+                    experiment: Any = logger.experiment
+                    experiment.log_text(logger.run_id, yaml.safe_dump(options), self.config_filename)
 
 
 def flat(options: Any, name: str = "") -> list[tuple[str, Any]]:
     """Name each of nested options by its path; lists stay as they are.
 
-    >>> flat({"adapter": {"r": 8, "init": None}, "seed_everything": 0, "data": {}})
-    [('adapter.r', 8), ('adapter.init', None), ('seed_everything', 0)]
+    So do, in JSON, mappings whose keys are a user's own, such as patterns of layers: trackers take few characters in
+    names.
+
+    >>> flat({"adapter": {"r": 8, "init": None}, "seed_everything": 0, "data": {}, "rank_pattern": {"q_(a|b)": 2}})
+    [('adapter.r', 8), ('adapter.init', None), ('seed_everything', 0), ('rank_pattern', '{"q_(a|b)": 2}')]
     """
     if not isinstance(options, dict):
         return [(name, options)]
+    if name and not all(_NAME.fullmatch(str(key)) for key in options):
+        return [(name, json.dumps(options, ensure_ascii=False))]
     return [pair for key, value in options.items() for pair in flat(value, f"{name}.{key}" if name else str(key))]
+
+
+_NAME = re.compile(r"\w+", re.ASCII)
