@@ -12,7 +12,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from milora_lightning.errors import InvalidInputError
-from milora_lightning.operators import differentiate, operator
 
 NAME = "causal_blocks"
 """What ``attn_implementation`` calls it."""
@@ -213,13 +212,12 @@ def _differentiable_backward(
     return (grad_s @ k).reshape(query.shape), (grad_s.mT @ q).sum(2), (p.mT @ g).sum(2)
 
 
-_attend_opaquely = operator(
-    "causal_attention", _attend, lambda q, k, *_: (_empty_like(q), q.new_empty(_weight_count(q, k)))
-)
-_backward_opaquely = operator(
-    "causal_attention_backward", _backward, lambda grad, q, k, v, *_: tuple(_empty_like(x) for x in (q, k, v))
-)
-differentiate("causal_attention", _differentiate, _setup_context)
+# As operators, which compilers call and do not look into.
+_attend_opaquely = torch.library.custom_op("milora_lightning::causal_attention", _attend, mutates_args=())
+_backward_opaquely = torch.library.custom_op("milora_lightning::causal_attention_backward", _backward, mutates_args=())
+_attend_opaquely.register_fake(lambda q, k, *_: (_empty_like(q), q.new_empty(_weight_count(q, k))))
+_backward_opaquely.register_fake(lambda grad, q, k, v, *_: tuple(_empty_like(x) for x in (q, k, v)))
+_attend_opaquely.register_autograd(_differentiate, setup_context=_setup_context)
 
 AttentionInterface.register(NAME, causal_blocks_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)

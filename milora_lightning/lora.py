@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
-from transformers.pytorch_utils import Conv1D
 
 from milora_lightning.config import Init
 from milora_lightning.dropout import draw_mask, masked
 from milora_lightning.errors import InvalidInputError
 from milora_lightning.factors import stack_factors
 from milora_lightning.fused import lora_linear, transformed
+from milora_lightning.linear_layers import is_conv1d, is_linear
 from milora_lightning.merged_product import MergedProduct, merged_weight
 from milora_lightning.quantization import holds_its_weight, is_plain
 from milora_lightning.sharding import fill, full_tensor, is_sharded
@@ -24,7 +24,7 @@ from milora_lightning.sharding import fill, full_tensor, is_sharded
 INITIALIZED = "initialized"
 """What a state dict calls it that an adapter's factors have had their initial values."""
 
-PLAIN_LAYERS = (nn.Linear, NonDynamicallyQuantizableLinear, Conv1D)
+PLAIN_LAYERS = (nn.Linear, NonDynamicallyQuantizableLinear)
 
 
 class LoRALinear(nn.Module):
@@ -73,7 +73,7 @@ class LoRALinear(nn.Module):
         init: Init = "milora",
     ) -> None:
         super().__init__()
-        if not isinstance(base_layer, (nn.Linear, Conv1D)):
+        if not is_linear(base_layer):
             raise TypeError(f"LoRALinear adapts nn.Linear or Conv1D layers, not {type(base_layer).__name__}.")
         self.base_layer = base_layer
         self.r = r
@@ -83,7 +83,7 @@ class LoRALinear(nn.Module):
         self.init = init
         self.enabled = True
         self.initialized = False
-        self.transposed = isinstance(base_layer, Conv1D)
+        self.transposed = is_conv1d(base_layer)
         self.out_features, self.in_features = linear_shape(base_layer)
 
         def factor(*shape: int, trainable: bool) -> nn.Parameter:
@@ -239,7 +239,8 @@ class LoRALinear(nn.Module):
         base = self.base_layer
         hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         changed = hooks or "forward" in vars(base) or _has_any_global_hook()  # type: ignore[no-untyped-call]
-        if type(base) not in PLAIN_LAYERS or changed or not is_plain(base.weight):
+        conv1d = self.transposed and type(base).__module__ == "transformers.pytorch_utils"
+        if not (type(base) in PLAIN_LAYERS or conv1d) or changed or not is_plain(base.weight):
             return False
         frozen = (base.weight, base.bias, self.initial_A, self.initial_B)
         return not any(tensor is not None and tensor.requires_grad for tensor in frozen)
@@ -253,7 +254,7 @@ class LoRALinear(nn.Module):
             return result
 
         if recurse:
-            self.base_layer._apply(fn)
+            self.base_layer._apply(fn)  # type: ignore[no-untyped-call]
         super()._apply(in_full_precision, recurse=False)  # type: ignore[no-untyped-call]
         return self
 
@@ -287,6 +288,6 @@ def factors_tell(state: Mapping[str, Any], prefix: str) -> bool:
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
     """Return (out, in) of a linear layer, from its attributes: a quantised weight has another shape."""
-    if isinstance(layer, Conv1D):
-        return layer.nf, layer.nx
+    if is_conv1d(layer):
+        return cast(int, layer.nf), cast(int, layer.nx)
     return cast(int, layer.out_features), cast(int, layer.in_features)
