@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
@@ -23,6 +25,7 @@ def generate_greedily(
     attention_mask: Tensor,
     config: GenerationConfig,
     streamer: BaseStreamer | None = None,
+    cache: Cache | None = None,
 ) -> Tensor:
     """Continue prompts, by transformers' own ``generate``.
 
@@ -32,13 +35,16 @@ def generate_greedily(
         attention_mask: 1 for tokens and 0 for padding (batch, length).
         config: What ``generate`` is told.
         streamer: Takes each token as it comes, of one prompt.
+        cache: What the model has read of the prompts already; it takes up what is read now.
 
     Returns:
         The new tokens (batch, new tokens).
     """
     # Ranks that share a model's shards (by FSDP2, by FSDP1) go on until the last of them is done.
     sharded = is_sharded(model) or is_fsdp_managed_module(model)
-    prompts = {"input_ids": input_ids, "attention_mask": attention_mask}
+    prompts: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if cache is not None:
+        prompts["past_key_values"] = cache
     tokens: Tensor = model.generate(**prompts, generation_config=config, synced_gpus=sharded, streamer=streamer)
     return tokens[:, input_ids.shape[1] :]
 

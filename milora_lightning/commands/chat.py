@@ -19,6 +19,7 @@ from milora_lightning.data.chat import Message
 from milora_lightning.data.prompt_format import reads_one_question
 from milora_lightning.generation import Sampling, generate_greedily, greedy_config, nothing_else
 from milora_lightning.surgery import adapters_disabled, adapters_merged, lora_layers
+from milora_lightning.turn_cache import TurnCache
 
 HELP = """\
 /base           answer with the base model, without its adapters
@@ -122,6 +123,7 @@ class Talk:
         self.system = system
         self.one_question = one_question
         self.mode: Mode = "adapter"
+        self.read = TurnCache(model)
         self.turns: list[Message] = []
         self.commands: dict[str, Callable[[str], Any]] = {
             "base": lambda _: self.switch("base"),
@@ -159,11 +161,9 @@ class Talk:
             return
         if self.mode == "both":
             self.note("base:")
-            with adapters_disabled(self.model):
-                self._answer(ids)
+            self._answer(ids, "base")
             self.note("adapter:")
-        with adapters_disabled(self.model) if self.mode == "base" else nullcontext():
-            answer = self._answer(ids)
+        answer = self._answer(ids, "base" if self.mode == "base" else "adapter")
         if answer is not None:
             self.turns += [asked, {"role": "assistant", "content": answer}]
 
@@ -207,7 +207,7 @@ class Talk:
     def _seen(self, asked: Message) -> list[Message]:
         return self._with_system([*([] if self.one_question else self.turns), asked])
 
-    def _answer(self, ids: list[int]) -> str | None:
+    def _answer(self, ids: list[int], who: Literal["adapter", "base"]) -> str | None:
         """Write an answer as it comes, and return it; None if there is no room for one."""
         length, said = room(self.model, len(ids), self.max_new_tokens)
         if length == 0:
@@ -218,8 +218,11 @@ class Talk:
         config = self.sampling.applied_to(greedy_config(self.model, self.tokenizer, length))
         stream = TextStream(self.tokenizer, config.eos_token_id or [], self._write)
         prompt = torch.tensor([ids], device=self.model.device)
-        with nothing_else(self.model, config), torch.no_grad(), _interruptible() as cut:
-            generate_greedily(self.model, prompt, torch.ones_like(prompt), config, stream)
+        adapters = adapters_disabled(self.model) if who == "base" else nullcontext()
+        with adapters, nothing_else(self.model, config), torch.no_grad(), _interruptible() as cut:
+            cache = self.read.take(who, ids)
+            tokens = generate_greedily(self.model, prompt, torch.ones_like(prompt), config, stream, cache)
+            self.read.keep(who, ids + tokens[0].tolist(), cache)
         self._write("\n")
         if cut:
             self.note("(stopped)")
