@@ -135,7 +135,7 @@ class CausalLMModule(OptimizedModule):
             self._load()
         datamodule = getattr(self._trainer, "datamodule", None)
         if isinstance(datamodule, SFTDataModule):
-            check_model(datamodule, self)
+            check_model(datamodule, self, datamodule.pad_to_multiple_of)
             if datamodule.packing:
                 check_takes_positions(self._built())
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from milora_lightning.cli import MiLoRACLI, command_line
 from milora_lightning.data.batching import learned_spans, round_up
 from milora_lightning.data.datamodule import SFTDataModule
+from milora_lightning.data.stream_encoding import check_trainer
 from milora_lightning.memory import LOADED, Estimate, Part, estimate, planned_model
 from milora_lightning.pretrained import load_config
 
@@ -28,6 +29,8 @@ class PreviewCLI(MiLoRACLI):
     """The command line of ``fit`` that makes everything and runs nothing."""
 
     def _run_subcommand(self, subcommand: str) -> None:
+        if self.datamodule.streaming:
+            check_trainer(self.trainer)
         self.datamodule.setup("fit")
 
 
@@ -123,8 +126,8 @@ def histogram(lengths: Sequence[int], width: int = 40) -> list[str]:
 
 
 def epoch(data: SFTDataModule) -> list[list[int]]:
-    """Return the lengths of the rows of each batch of an epoch."""
-    loader = data.train_dataloader()
+    """Return the lengths of the rows of each batch of an epoch, or of the beginning of a stream."""
+    loader = data.epoch()
     lengths = getattr(loader.dataset, "lengths", None) or data.examples("train")["length"][:]
     return [[lengths[i] for i in batch] for batch in loader.batch_sampler or ()]
 
@@ -135,10 +138,12 @@ def of_the_data(data: SFTDataModule, lengths: Sequence[int], batches: list[list[
     learned = sum(stop - start for e in examples.select_columns(["spans"]) for start, stop in learned_spans(e))
     padded = sum(len(batch) * round_up(max(batch), data.pad_to_multiple_of) for batch in batches)
     truncated = sum(examples["truncated"][:])
+    where = " at the beginning of the stream, the only ones read" if data.streaming else ""
+    whole = "of these" if data.streaming else "an epoch"
     return [
-        f"{len(lengths):,} examples; mean {sum(lengths) / len(lengths):.0f}, longest {max(lengths)} tokens; "
+        f"{len(lengths):,} examples{where}; mean {sum(lengths) / len(lengths):.0f}, longest {max(lengths)} tokens; "
         f"{truncated:,} truncated at max_length={data.max_length}",
-        f"tokens an epoch: {sum(lengths):,}, of which {learned:,} are learned ({learned / sum(lengths):.0%}); "
+        f"tokens {whole}: {sum(lengths):,}, of which {learned:,} are learned ({learned / sum(lengths):.0%}); "
         f"padding adds {1 - sum(map(sum, batches)) / padded:.1%} of the batches",
         f"template: {data.template_name}",
     ]
@@ -149,7 +154,7 @@ def of_the_run(cli: MiLoRACLI, batches: int, lengths: list[list[int]]) -> list[s
     trainer, data = cli.trainer, cli.datamodule
     each, epochs = trainer.accumulate_grad_batches, trainer.max_epochs or -1
     steps = math.ceil(batches / each)
-    limits = [limit for limit in (trainer.max_steps, steps * epochs) if limit > 0]
+    limits = [limit for limit in (trainer.max_steps, 0 if data.streaming else steps * epochs) if limit > 0]
     rows = f"{data.batch_size} rows" + (f" x {each} batches" if each > 1 else "")
     rows += f" x {trainer.world_size} devices" if trainer.world_size > 1 else ""
     length = f"{min(limits):,} steps" if limits else "steps without end"
@@ -166,7 +171,7 @@ def of_the_run(cli: MiLoRACLI, batches: int, lengths: list[list[int]]) -> list[s
     verdict = "" if free is None else f"; {_bytes(free)} are available: it {'fits' if fits else 'does NOT fit'}"
     share = expected.trainable / expected.total
     lines = [
-        f"{length} of {rows}, {steps:,} an epoch",
+        f"{length} of {rows}, " + ("over as much of the stream" if data.streaming else f"{steps:,} an epoch"),
         f"{expected.trainable:,} of {expected.total:,} parameters train ({share:.2%})",
         f"memory on {kind}, estimated: {_bytes(peak)}{verdict}",
         *(f"  {_bytes(part.size):>9}  {part.name} ({part.reason})" for part in [*held, *expected.parts]),

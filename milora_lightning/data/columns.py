@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import datasets
 from datasets.fingerprint import Hasher
@@ -43,14 +43,8 @@ def as_dataset(data: Any, split: str) -> datasets.Dataset:
         raise InvalidInputError(
             f"The source returns {_kind(data)} for {split}; it has to return a datasets.Dataset{_way(data)}."
         )
-    missing = [name for name in NEEDED if name not in names]
-    if len(missing) == len(NEEDED) and any(name in names for name in OTHER_KINDS):
-        missing = []
-    if missing and (len(data) or dataset is not None):
-        raise InvalidInputError(
-            f"The {split} data has no column {' and no column '.join(map(repr, missing))}, only {list(names)}. "
-            "A source has to return the columns 'prompt' and 'response', or 'messages', or 'text'."
-        )
+    if len(data) or dataset is not None:
+        _check_needed(names, split)
     if len(data) == 0:
         raise InvalidInputError(f"The {split} data has no rows. Point the source at data, or leave this split out.")
     columns = [name for name in COLUMNS if name in names or name in NEEDED]
@@ -69,6 +63,38 @@ def as_dataset(data: Any, split: str) -> datasets.Dataset:
         features=features,
         new_fingerprint=Hasher.hash([dataset._fingerprint, columns, code_key(_texts)]),
     )
+
+
+def as_columns(rows: Sequence[dict[str, Any]], indices: Sequence[int], split: str) -> dict[str, list[str]]:
+    """Bring rows of a stream into columns of text, as :func:`as_dataset` does with all rows of a source.
+
+    Args:
+        rows: The rows, at least one.
+        indices: Which rows of the data these are, for messages.
+        split: What to call the data in messages.
+
+    Raises:
+        ValueError: As :func:`as_dataset`.
+    """
+    names = dict.fromkeys(name for row in rows for name in row)
+    _check_needed(names, split)
+    batch = {name: [row.get(name) for row in rows] for name in names}
+    if all(name in names and all(type(value) is str for value in batch[name]) for name in NEEDED):
+        others = [name for name in COLUMNS if name in names and name not in NEEDED]
+        if all(type(value) is str for name in others for value in batch[name]):
+            return cast("dict[str, list[str]]", batch)
+    return _texts(batch, indices, split)
+
+
+def _check_needed(names: dict[str, None], split: str) -> None:
+    missing = [name for name in NEEDED if name not in names]
+    if len(missing) == len(NEEDED) and any(name in names for name in OTHER_KINDS):
+        return
+    if missing:
+        raise InvalidInputError(
+            f"The {split} data has no column {' and no column '.join(map(repr, missing))}, only {list(names)}. "
+            "A source has to return the columns 'prompt' and 'response', or 'messages', or 'text'."
+        )
 
 
 def _is_text(dataset: datasets.Dataset, name: str) -> bool:
@@ -114,6 +140,5 @@ def _way(data: Any) -> str:
     if isinstance(data, datasets.DatasetDict) and data:
         return f": one of these, data[{next(iter(data))!r}] for example"
     if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
-        # Batches are grouped by length over all the data, and epochs shuffled.
-        return ", which has all rows at hand: Dataset.from_list(list(stream.take(10_000))) makes one of a stream"
+        return ", which has all rows at hand. To train on a stream, set data.streaming: true"
     return " or a list of dicts"

@@ -2,46 +2,40 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
-import datasets
 import torch
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
-from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
 from milora_lightning.data.batching import Collator, FilledDataset, PromptCollator
 from milora_lightning.data.chat import ChatTemplate
 from milora_lightning.data.choices import ChoiceCollator
-from milora_lightning.data.columns import as_dataset
-from milora_lightning.data.model_check import check_model
+from milora_lightning.data.model_check import check_model, language_model
 from milora_lightning.data.packing import PackedDataset, PackingCollator
 from milora_lightning.data.prompt_format import KEY, PromptFormat
 from milora_lightning.data.resuming import OverfittingSampler, ResumableSampler, Resumption
 from milora_lightning.data.sampling import EvaluationSampler, ResumableDataLoader
-from milora_lightning.data.sources import MultipleChoice, Source, Split, Task, describe
-from milora_lightning.data.templates import AUTO, TemplateName, name_of, with_template
-from milora_lightning.data.tokenizing import holds, padding_id, tokenize_dataset
+from milora_lightning.data.sources import MultipleChoice, Source, Split
+from milora_lightning.data.splits import SPLITS, TokenizedSplits
+from milora_lightning.data.stream_encoding import StreamEncoder, check_trainer
+from milora_lightning.data.stream_loading import StreamedBatches, StreamLoader
+from milora_lightning.data.stream_places import StreamPlaces
+from milora_lightning.data.streams import stream_of
+from milora_lightning.data.templates import AUTO
+from milora_lightning.data.tokenizing import padding_id
 from milora_lightning.data.turn_encoding import ASSISTANT
 from milora_lightning.errors import InvalidInputError
+from milora_lightning.limits import embedding_rows
 from milora_lightning.messages import warn
-from milora_lightning.metrics import AnswerAccuracy
 
-# Which splits each stage loads, and which it cannot do without.
-SPLITS: dict[str | None, tuple[Split, ...]] = {
-    "fit": ("train", "validation"),
-    "validate": ("validation",),
-    "test": ("test",),
-    "predict": ("test",),
-    None: ("train", "validation", "test"),
-}
+# Which split a stage cannot do without.
 NEEDED: dict[str | None, Split] = {"fit": "train", "validate": "validation", "test": "test", "predict": "test"}
 
 
-class SFTDataModule(LightningDataModule):
+class SFTDataModule(TokenizedSplits):
     r"""Prompts and responses for supervised fine-tuning of a causal language model.
 
     Training and loss batches are dicts of ``input_ids``, ``attention_mask`` and ``labels``, each int64 of shape
@@ -79,6 +73,11 @@ class SFTDataModule(LightningDataModule):
         packing: Put several training examples into each row of up to ``max_length`` tokens, so that next to nothing
             is padding; ``batch_size`` counts rows then. The model keeps them apart by ``position_ids``, which their
             batches hold in place of the mask. Which examples share a row is the same in each epoch.
+        streaming: Read the training data as they are asked for, and tokenize them then: they may be larger than memory
+            and disk. Needs the Trainer's ``max_steps``, since the length is not known; the stream is read again when it
+            has ended. Validation data are the first ``validation_size`` rows, or data of their own.
+        shuffle_buffer: With ``streaming``, how many records are in memory at a time, to be shuffled, grouped by length
+            and packed.
 
     Raises:
         ValueError: If a size is out of range, or ``answer_by="likelihood"`` with a source that names no choices; in
@@ -104,31 +103,34 @@ class SFTDataModule(LightningDataModule):
         seed: int = 0,
         train_on: str | list[str] = ASSISTANT,
         packing: bool = False,
+        streaming: bool = False,
+        shuffle_buffer: int = 1000,
     ) -> None:
-        super().__init__()
-        self.source = source
-        self.tokenizer = tokenizer
-        self.template = template
-        self.train_on = train_on
-        self.packing = packing
-        self.prompt_suffix = prompt_suffix
-        self.max_length = max_length
+        super().__init__(
+            source,
+            tokenizer,
+            template,
+            prompt_suffix,
+            max_length,
+            num_proc,
+            train_on,
+            streaming,
+            num_generation_examples,
+            num_test_generation_examples,
+            answer_by,
+        )
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.generation_batch_size = self.eval_batch_size if generation_batch_size is None else generation_batch_size
-        self.num_generation_examples = num_generation_examples
-        self.num_test_generation_examples = num_test_generation_examples
-        self.answer_by = answer_by
         self.pad_to_multiple_of = pad_to_multiple_of
-        self.num_proc = num_proc
         self.num_workers = num_workers
         self.seed = seed
-        self._splits: dict[Split, datasets.Dataset | None] = {}
-        self._unanswered: bool | None = None  # whether prompts without a response are in test; None without any
-        self._kinds: tuple[bool, bool] | None = None  # whether there are conversations, and nothing but plain texts
-        name_of(template, False)
+        self.packing = packing
+        self.shuffle_buffer = shuffle_buffer
         self._resumption = Resumption(self)
-        sizes = ("batch_size", "eval_batch_size", "generation_batch_size", "pad_to_multiple_of")
+        order = {"num_workers": max(1, num_workers), "shuffle_buffer": shuffle_buffer, "packing": packing, "seed": seed}
+        self._places = StreamPlaces(self, order)
+        sizes = ("batch_size", "eval_batch_size", "generation_batch_size", "pad_to_multiple_of", "shuffle_buffer")
         counts = ("num_generation_examples", "num_test_generation_examples")
         for name, least in [*((size, 1) for size in sizes), *((count, 0) for count in counts)]:
             if (value := getattr(self, name)) is not None and value < least:
@@ -141,7 +143,7 @@ class SFTDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Fill the caches in one process of each machine, before the others come to read them."""
-        if self.trainer is not None and self.trainer.world_size > 1:
+        if self.trainer is not None and self.trainer.world_size > 1 and not self.streaming:
             stage = self.trainer.state.fn and self.trainer.state.fn.value
             for split in SPLITS[stage]:
                 self._tokenized(split, stage == "predict")
@@ -153,8 +155,10 @@ class SFTDataModule(LightningDataModule):
             stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``; None for everything there is.
 
         Raises:
-            ValueError: If the source lacks a needed split, or its data cannot be used.
+            ValueError: If the source lacks a needed split, its data cannot be used, or a stream lacks ``max_steps``.
         """
+        if stage == "fit" and self.streaming and self.trainer is not None:
+            check_trainer(self.trainer)
         for split in SPLITS[stage]:
             predicts = stage == "predict"  # with prompts that have no response, which an evaluation leaves out
             if split not in self._splits or (split == "test" and self._unanswered not in (None, predicts)):
@@ -163,10 +167,15 @@ class SFTDataModule(LightningDataModule):
             self.examples(NEEDED[stage])
         if stage == "fit":
             self._resumption.forget()
+            self._places.forget()
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> DataLoader[Any] | StreamLoader:
         """Return training batches, shuffled anew each epoch and grouped by length."""
         self._check_model()
+        return self._stream_loader() if self.streaming else self.epoch()
+
+    def epoch(self) -> DataLoader[Any]:
+        """Return batches of the training examples that are loaded; of a stream, those of its beginning."""
         examples = self.examples("train")
         kind = OverfittingSampler if self._overfits() else ResumableSampler
         # Without the texts, which only generation needs.
@@ -179,33 +188,14 @@ class SFTDataModule(LightningDataModule):
         collator = self._collator(PackingCollator if self.packing else Collator)
         return self._loader(columns, sampler, self.batch_size, collator, ResumableDataLoader)
 
-    def metric(self) -> Metric | None:
-        """Make the metric that scores answers: the source's own; None if it says that there is nothing to score."""
-        return self.source.metric() if isinstance(self.source, Task) else AnswerAccuracy()
-
-    @property
-    def description(self) -> str:
-        """What the data is, for model cards: the source and what it was given, in a line of words."""
-        return describe(self.source)
-
-    @property
-    def prompt_format(self) -> PromptFormat | None:
-        """How prompts are written; None of data that is nothing but plain texts."""
-        _, only_texts = self._kinds_of_rows()
-        return None if only_texts else PromptFormat.of(self.tokenizer_object, self.template_name, self.prompt_suffix)
-
-    @property
-    def template_name(self) -> TemplateName:
-        """Name of the template, decided by the data where it is ``"auto"``."""
-        return name_of(self.template, self._kinds_of_rows()[0] if self.template == AUTO else False)
-
     def state_dict(self) -> dict[str, Any]:
         """Return for the checkpoint where in the data training is, what the data is, and how prompts are."""
         # Not left to Lightning's own handling of stateful loaders, which is passed over if the loader was made
         # before the loops are restored, as computing the schedule's length does.
         position, prompt_format = self._resumption.state_dict(), self.prompt_format
         record = None if prompt_format is None else prompt_format.record()
-        return {"position": position, "description": self.description, KEY: record}
+        stream = self._places.state_dict() if self.streaming else None
+        return {"position": position, "stream": stream, "description": self.description, KEY: record}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on in training where the checkpoint was written, also on another number of ranks.
@@ -215,6 +205,14 @@ class SFTDataModule(LightningDataModule):
         trained, now = PromptFormat.found_in({"data": state_dict}), self.prompt_format
         if trained is not None and now is not None and trained != now:
             warn(f"The checkpoint was trained on prompts of another format: {trained.difference(now)}.")
+        stream = state_dict.get("stream")
+        if self.trainer is not None and self.trainer.state.fn == "fit" and self.streaming != (stream is not None):
+            raise InvalidInputError(
+                f"The checkpoint was written {'with' if stream else 'without'} data.streaming: a run goes on where it "
+                f"was only {'with' if stream else 'without'} it. Set data.streaming so, or begin anew."
+            )
+        if stream is not None and self.streaming:
+            self._places.load_state_dict(stream)
         # Older checkpoints have no position: Lightning's count of batches serves.
         self._resumption.load_state_dict(state_dict.get("position"))
 
@@ -239,84 +237,44 @@ class SFTDataModule(LightningDataModule):
         self._check_model()
         return self._generation("test", asked)
 
-    def _tokenized(self, split: Split, unanswered: bool = False) -> datasets.Dataset | None:
-        dataset = self.source.load(split)
-        if dataset is None:
-            return None
-        dataset = as_dataset(dataset, split)
-        if self._kinds is None:
-            self._kinds = _kinds(dataset)
-        if split == "test":
-            rows = zip(dataset["prompt"], dataset["response"], strict=True)
-            self._unanswered = unanswered if any(prompt and not response.strip() for prompt, response in rows) else None
-        return tokenize_dataset(
-            dataset,
+    def _stream_loader(self) -> StreamLoader:
+        """Return as many batches of the stream as the run takes."""
+        stream = stream_of(self.source, "train")
+        assert stream is not None  # since its beginning has been read
+        module = getattr(self.trainer, "lightning_module", None)
+        model = None if module is None else language_model(module)
+        conversations, only_texts = self._kinds_of_rows()
+        encoder = StreamEncoder(
             self.tokenizer_object,
             self.template_name,
             self.prompt_suffix,
             self.max_length,
-            self.num_proc,
-            split,
             self.train_on,
-            unanswered,
+            conversations=conversations or self.template != AUTO,
+            only_texts=only_texts,
+            passed=getattr(stream, "skipped", 0),
+            embeddings=None if model is None else embedding_rows(model),
         )
-
-    def _kinds_of_rows(self) -> tuple[bool, bool]:
-        """Look at the first split there is, if none has been loaded."""
-        if self._kinds is None:
-            data = ((split, self.source.load(split)) for split in SPLITS[None])
-            found = next(((split, dataset) for split, dataset in data if dataset is not None), None)
-            self._kinds = (False, False) if found is None else _kinds(as_dataset(found[1], found[0]))
-        return self._kinds
-
-    @property
-    def tokenizer_object(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded if only the model's name was given."""
-        if isinstance(self.tokenizer, str):
-            if not self.tokenizer:
-                raise InvalidInputError(
-                    "SFTDataModule needs a tokenizer: pass the model's name, or a tokenizer object."
-                )
-            from milora_lightning.pretrained import load_tokenizer
-
-            self.tokenizer = load_tokenizer(self.tokenizer)
-        self.tokenizer = with_template(self.tokenizer, self.template)
-        return self.tokenizer
-
-    def loaded(self, stage: str) -> list[Split]:
-        """Return which splits of a stage there are."""
-        return [split for split in SPLITS[stage] if self._splits.get(split) is not None]
-
-    def answered(self, split: Split) -> Sequence[int]:
-        """Return the indices of the examples that an evaluation answers, beside taking their loss."""
-        number = {"validation": self.num_generation_examples, "test": self.num_test_generation_examples}.get(split, 0)
-        if self.metric() is None or number == 0:
-            return []
-        examples = self.examples(split)
-        asked = [i for i, length in enumerate(examples["prompt_length"][:]) if length]  # plain texts ask nothing
-        if number is None:
-            return asked
-        return [asked[i] for i in _first_of_each([examples["task"][i] for i in asked], number)]
-
-    def examples(self, split: Split) -> datasets.Dataset:
-        """Return the tokenized examples of a split.
-
-        Raises:
-            ValueError: If there is none, or it has not been loaded.
-        """
-        examples = self._splits.get(split)
-        if examples is None:
-            raise InvalidInputError(
-                f"There is no {split} data. Give the source some"
-                + ("." if split in self._splits else f", and call setup() for a stage that uses {split}.")
-            )
-        return examples
+        batches = StreamedBatches(
+            stream,
+            encoder,
+            self._collator(PackingCollator if self.packing else Collator),
+            self.shuffle_buffer,
+            self.batch_size,
+            self.max_length if self.packing else None,
+            self.seed,
+            **self._rank(),
+        )
+        steps, each = (
+            (self.trainer.max_steps, self.trainer.accumulate_grad_batches) if self.trainer else (sys.maxsize, 1)
+        )
+        return StreamLoader(batches, self._places, self.num_workers, steps * each)
 
     def _check_model(self) -> None:
         """Check whatever module trains on the data; :class:`CausalLMModule` does it when its model is built."""
         module = getattr(self.trainer, "lightning_module", None)
         if module is not None:
-            check_model(self, module)
+            check_model(self, module, self.pad_to_multiple_of)
 
     def _evaluation(self, split: Split) -> list[DataLoader[Any]]:
         self._check_model()
@@ -373,11 +331,6 @@ class SFTDataModule(LightningDataModule):
         return (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
 
 
-def _kinds(dataset: datasets.Dataset) -> tuple[bool, bool]:
-    """Tell whether there are conversations among rows, and whether there is nothing but plain texts."""
-    return holds(dataset, "messages"), holds(dataset, "text", all_rows=True)
-
-
 def _longest_first(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:
     """Sort examples for little padding, and so that a lack of memory shows at once.
 
@@ -385,18 +338,3 @@ def _longest_first(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:
     [1, 3, 0]
     """
     return sorted(indices, key=lambda i: -lengths[i])
-
-
-def _first_of_each(tasks: Sequence[str], number: int) -> list[int]:
-    """Return the indices of the first examples of each task.
-
-    >>> _first_of_each(["a", "a", "b", "a", "b"], 2)
-    [0, 1, 2, 4]
-    """
-    seen: Counter[str] = Counter()
-    first = []
-    for index, task in enumerate(tasks):
-        seen[task] += 1
-        if seen[task] <= number:
-            first.append(index)
-    return first

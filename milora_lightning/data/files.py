@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections import Counter
 from typing import Any, Literal
 
 import datasets
@@ -14,10 +15,10 @@ from torchmetrics import Metric
 
 from milora_lightning.data.formats import AUTO, Fields, Format, Kind
 from milora_lightning.data.locations import files_at, hub_dataset, is_hub_name, is_saved, saved_dataset
-from milora_lightning.data.records import read_records
-from milora_lightning.data.rows import FORMAT, UNREAD, Convert, Row, checked_rows
+from milora_lightning.data.row_readers import OpenRows, file_rows, rows_at, table_rows
+from milora_lightning.data.rows import BEGINNING, FORMAT, UNREAD
 from milora_lightning.data.sources import COLUMNS, PROMPT_COLUMNS, Source, Split, cached_dataset
-from milora_lightning.data.tables import without_nulls
+from milora_lightning.data.streams import RowStream
 from milora_lightning.errors import InvalidInputError
 from milora_lightning.messages import inform
 from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy, right_answer
@@ -157,6 +158,43 @@ class Files(Source):
         chosen = order[:held_out] if split == "validation" else order[held_out:]
         return dataset.select(sorted(chosen.tolist()))
 
+    def stream(self, split: Split) -> RowStream | None:
+        """Return one split as a stream, for ``data.streaming``; None if it is not configured.
+
+        Where ``validation`` is None and ``validation_size`` a number, the first rows of ``train`` are the validation
+        data, and no others.
+
+        Raises:
+            ValueError: If ``validation_size`` is a share: how much that is, is not known of a stream.
+        """
+        if split == "test" and self.test_sets:
+            sets = [self._rows_at(location, split, name) for name, location in self.test_sets.items()]
+            return RowStream([part for parts in sets for part in parts])
+        train, location = self.locations["train"], self.locations[split]
+        size = self.validation_size
+        if location and split != "train":
+            return RowStream(self._rows_at(location, split))
+        if not train:
+            return None
+        held_out = 0 if size == AUTO or self.locations["validation"] else size
+        if held_out != int(held_out):
+            raise InvalidInputError(
+                f"validation_size is {size}, a share of a stream, whose length is not known: give a number, and as "
+                "many first rows of train are held out; or 0, or validation data."
+            )
+        if split == "train":
+            return RowStream(self._rows_at(train, split)).skip(int(held_out))
+        if split == "validation" and held_out:
+            return RowStream(self._rows_at(train, "train")).take(int(held_out))
+        beside = self.takes_splits_beside and (split == "test" or size == AUTO)
+        parts = self._rows_at(train, split, needed=False) if beside else []
+        if not parts and split == "validation" and size == AUTO:
+            _say(
+                f"{_joined(train)}: nothing is held out of the stream for validation. Set validation_size: 500 for its "
+                "first 500 rows."
+            )
+        return RowStream(parts) if parts else None
+
     def metric(self) -> Metric | None:
         """Make the metric of generated answers, for each test set by itself if they have names."""
         return TaskAccuracy(dict.fromkeys(["", *self.test_sets], right_answer)) if self.test_sets else AnswerAccuracy()
@@ -187,26 +225,48 @@ class Files(Source):
         columns += [column for column, kind in KINDS.items() if kind in kinds]
         return dataset.select_columns(columns)
 
-    def _part(self, name: str, split: Split, task: str, needed: bool) -> datasets.Dataset | None:
-        common: dict[str, Any] = {
-            "columns": (*COLUMNS, *self.fields.keys() & {"prompt_role"}, UNREAD, FORMAT),
+    def _reading(self, split: Split, task: str) -> dict[str, Any]:
+        """Return how rows are made of records."""
+        return {
             "fields": self.fields,
             "convert": type(self).convert,
             "task": task,
             "unanswered": split == "test",  # which predict answers
         }
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return (*COLUMNS, *self.fields.keys() & {"prompt_role"}, UNREAD, FORMAT)
+
+    def _rows_at(self, location: str | list[str], split: Split, task: str = "", needed: bool = True) -> list[OpenRows]:
+        """Return what opens the rows of each part of a location, and say what is at its beginning."""
+        parts: list[OpenRows] = []
+        for name in [location] if isinstance(location, str) else location:
+            how, split_name = self._reading(split, task), self.hub_splits[split]
+            found = rows_at(name, split, split_name, needed, columns=self._columns, **how)
+            rows = list(itertools.islice(RowStream(found), BEGINNING))
+            if rows:
+                formats = Counter(row[FORMAT] for row in rows if row[FORMAT])
+                unread = {field: None for row in rows for field in json.loads(row[UNREAD])}
+                known = [(Format.read(note), size) for note, size in formats.items()]
+                self.say_read(f"{name}, the beginning of a stream", known, list(unread))
+            parts += found
+        return parts
+
+    def _part(self, name: str, split: Split, task: str, needed: bool) -> datasets.Dataset | None:
+        common: dict[str, Any] = {"columns": self._columns, **self._reading(split, task)}
         if is_hub_name(name) or is_saved(name):
             open_dataset = hub_dataset if is_hub_name(name) else functools.partial(saved_dataset, split=split)
             table = open_dataset(name, split_name=self.hub_splits[split], needed=needed)
             if table is None:
                 return None
-            dataset = cached_dataset(_table_rows, dataset=table, name=name, **common)
+            dataset = cached_dataset(table_rows, dataset=table, name=name, **common)
         else:
             # Size and time of change go into the cache's key, so that an edited file is read again.
             files = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files_at(name, split, needed))
             if not files:
                 return None
-            dataset = cached_dataset(_file_rows, files=files, **common)
+            dataset = cached_dataset(file_rows, files=files, **common)
         unread = {field: None for fields in dataset.unique(UNREAD) for field in json.loads(fields)}
         formats = _formats(dataset)
         if formats or unread:
@@ -263,19 +323,6 @@ def _formats(dataset: datasets.Dataset) -> list[tuple[Format, int]]:
 
 def _joined(location: str | list[str]) -> str:
     return location if isinstance(location, str) else ", ".join(location)
-
-
-def _file_rows(
-    files: tuple[tuple[str, int, int], ...], fields: Fields, convert: Convert, task: str, unanswered: bool
-) -> Iterator[Row]:
-    for name, _, _ in files:
-        yield from checked_rows(read_records(name), name, fields, convert, task, unanswered)
-
-
-def _table_rows(
-    dataset: datasets.Dataset, name: str, fields: Fields, convert: Convert, task: str, unanswered: bool
-) -> Iterator[Row]:
-    yield from checked_rows(enumerate(map(without_nulls, dataset), 1), name, fields, convert, task, unanswered)
 
 
 @functools.cache  # once for train and the validation data held out of it

@@ -6,6 +6,7 @@ import glob
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import datasets
 
@@ -161,11 +162,17 @@ def _short(suffixes: Iterable[str]) -> list[str]:
     return [*plain[:-1], f"{plain[-1]}, or .gz, .bz2, .xz or .zst after one of text"]
 
 
-def hub_dataset(name: str, split_name: str, needed: bool) -> datasets.Dataset | None:
+def hub_dataset(name: str, split_name: str, needed: bool, streaming: bool = False) -> Any:
     """Load a split of a data set from the Hub.
 
+    Args:
+        name: Its name there, with a configuration behind a colon.
+        split_name: The split.
+        needed: Whether there has to be one.
+        streaming: Whether to read it as it is asked for.
+
     Returns:
-        The data set; None if it has no such split and need not.
+        The data set, an ``IterableDataset`` with ``streaming``; None if it has no such split and need not.
 
     Raises:
         FileNotFoundError: If the Hub does not have it, or cannot be reached.
@@ -173,7 +180,8 @@ def hub_dataset(name: str, split_name: str, needed: bool) -> datasets.Dataset | 
     """
     repository, _, config = name.partition(":")
     try:
-        return datasets.load_dataset(repository, config or None, split=split_name)
+        options = {"streaming": True} if streaming else {}
+        return datasets.load_dataset(repository, config or None, split=split_name, **options)
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise MissingFileError(
             f"There is no file {Path(name).expanduser().absolute()}, and the Hugging Face Hub does not have the data "

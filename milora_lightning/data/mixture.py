@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 from milora_lightning.data.columns import as_dataset
 from milora_lightning.data.sources import Source, Split, Task, describe
+from milora_lightning.data.streams import MixedStream, stream_of
 from milora_lightning.errors import InvalidInputError
 from milora_lightning.messages import inform
 from milora_lightning.metrics import AnswerAccuracy
@@ -79,6 +80,26 @@ class Mixture(Source):
         )
         inform(f"Mixture: {sum(shares)} examples an epoch, {', '.join(given)}.")
         return mixed.select(drawn(counts, shares, self.seed))
+
+    def stream(self, split: Split) -> MixedStream | None:
+        """Return one split as a stream, for ``data.streaming``; None if no source has it.
+
+        With weights, training rows come in these shares, exact to one row at every moment, and a source that ends
+        begins anew; without, the sources take turns, and each row comes once in an epoch.
+
+        Raises:
+            ValueError: If there is a ``size``, or a source has no training data or no stream.
+        """
+        if self.size is not None:
+            raise InvalidInputError(f"size={self.size} is of an epoch, and a stream has none. Leave size out.")
+        streams = [stream_of(source, split) for source in self.sources]
+        found = [stream for stream in streams if stream is not None]
+        if split != "train":
+            return MixedStream(found) if found else None
+        if len(found) < len(streams):
+            missing = self.sources[streams.index(None)]
+            raise InvalidInputError(f"A source of the mixture has no train data: {describe(missing)}. Give it some.")
+        return MixedStream(found, self.weights)
 
     def metric(self) -> Metric | None:
         """Make the metric of generated answers; None unless all sources score them in the same, plain way."""

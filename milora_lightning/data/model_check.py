@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lightning.pytorch import LightningModule
 from transformers import PreTrainedModel
 
 from milora_lightning.data.sources import Split
+from milora_lightning.data.splits import TokenizedSplits
 from milora_lightning.limits import check_positions, check_token_ids
-
-if TYPE_CHECKING:
-    from milora_lightning.data.datamodule import SFTDataModule
 
 # The Trainer's name of a stage's batches.
 BATCHES = {"train": "train", "validation": "val", "test": "test"}
 
 
-def check_model(data: SFTDataModule, module: LightningModule) -> None:
+def check_model(data: TokenizedSplits, module: LightningModule, padded: int = 1) -> None:
     """Check a module's language model, if it has one, against what is loaded for the Trainer's stage.
+
+    Args:
+        data: The data.
+        module: The module, with its Trainer.
+        padded: Examples are padded to a multiple of this.
 
     Raises:
         ValueError: If tokens have no embedding or no position. Of a model that computes its positions, however many,
             this is a warning.
     """
-    model, stage = _language_model(module), module.trainer.state.fn
+    model, stage = language_model(module), module.trainer.state.fn
     if model is None or stage is None:
         return
     splits = [split for split in data.loaded(stage.value) if _runs(module, split, stage.value)]
@@ -35,17 +36,17 @@ def check_model(data: SFTDataModule, module: LightningModule) -> None:
         lambda: {name: max(map(max, part["input_ids"][:])) for name, part in examples.items()},
     )
     predicts = stage.value == "predict"
-    lengths: dict[str, int] = {} if predicts else {name: max(part["length"][:]) for name, part in examples.items()}
+    lengths: dict[str, int] = {} if predicts else {name: data.longest(name) for name in splits}
     prompts: dict[str, int] = {}
     for split, part in examples.items():
         answered = range(len(part)) if predicts else data.answered(split)
         if answered and data.answer_by == "generation":
             tokens = part["prompt_length"][:]
             prompts[split] = max(tokens[i] for i in answered)
-    check_positions(model, lengths, prompts, getattr(module, "max_new_tokens", 1), data.pad_to_multiple_of)
+    check_positions(model, lengths, prompts, getattr(module, "max_new_tokens", 1), padded)
 
 
-def _language_model(module: LightningModule) -> PreTrainedModel | None:
+def language_model(module: LightningModule) -> PreTrainedModel | None:
     """Return the one model of transformers in a module; None also if there are several, which may read other things."""
     models = [m for m in module.modules() if isinstance(m, PreTrainedModel)]
     inside = {child for model in models for child in model.modules() if child is not model}

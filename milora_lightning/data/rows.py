@@ -6,7 +6,7 @@ import functools
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from milora_lightning.data.conversations import as_json, conversation_of, read_tools
 from milora_lightning.data.formats import (
@@ -82,9 +82,24 @@ class Watched(dict[str, Any]):
 def checked_rows(
     records: Iterable[tuple[int, Any]], name: str, fields: Fields, convert: Convert, task: str, unanswered: bool = False
 ) -> Iterator[Row]:
-    """Make rows of records.
+    """Make rows of records, all of them; see :func:`rows_after`."""
+    return cast("Iterator[Row]", rows_after(0, records, name, fields, convert, task, unanswered))
+
+
+def rows_after(
+    passed: int,
+    records: Iterable[tuple[int, Any]],
+    name: str,
+    fields: Fields,
+    convert: Convert,
+    task: str,
+    unanswered: bool = False,
+) -> Iterator[Row | None]:
+    """Make rows of records, but for the first ones.
 
     Args:
+        passed: How many first records are passed over: they are read, and the format is recognised by them, but they
+            are not checked.
         records: The number of a row and what is in it, one after the other.
         name: Where they come from, for messages.
         fields: The field that each column is read from, ``"auto"`` where it is to be recognised.
@@ -93,7 +108,8 @@ def checked_rows(
         unanswered: Whether a record may ask without having a field of an answer.
 
     Yields:
-        The columns of an example, ``UNREAD``, and ``FORMAT`` if it was to be recognised.
+        The columns of an example, ``UNREAD``, and ``FORMAT`` if it was to be recognised; None for a record that is
+        passed over.
 
     Raises:
         ValueError: If there are no rows, or one is not as it should be; says which, and why.
@@ -108,7 +124,10 @@ def checked_rows(
     note = {FORMAT: format.note()} if AUTO in fields.values() else {}
     read = set(format.fields.values())
     early = {key for _, watched, _ in beginning for key in watched if is_filled(dict.get(watched, key))}
-    for where, watched, record in itertools.chain(beginning, converted):
+    for index, (where, watched, record) in enumerate(itertools.chain(beginning, converted)):
+        if index < passed:
+            yield None
+            continue
         if note and not format.fits(record):
             _refuse_other_format(fields, format, record, where)
         row = READERS[format.kind](record, format.fields, where)

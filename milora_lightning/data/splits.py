@@ -1,0 +1,210 @@
+"""The splits of a source, tokenized."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import datasets
+from lightning.pytorch import LightningDataModule
+from torchmetrics import Metric
+from transformers import PreTrainedTokenizerBase
+
+from milora_lightning.data.columns import as_columns, as_dataset
+from milora_lightning.data.prompt_format import PromptFormat
+from milora_lightning.data.rows import BEGINNING
+from milora_lightning.data.sources import Source, Split, Task, describe
+from milora_lightning.data.streams import stream_of
+from milora_lightning.data.templates import AUTO, TemplateName, name_of, with_template
+from milora_lightning.data.tokenizing import holds, tokenize_dataset
+from milora_lightning.errors import InvalidInputError
+from milora_lightning.metrics import AnswerAccuracy
+
+# Which splits each stage loads.
+SPLITS: dict[str | None, tuple[Split, ...]] = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+    "predict": ("test",),
+    None: ("train", "validation", "test"),
+}
+
+
+class TokenizedSplits(LightningDataModule):
+    """A source's examples as tokens; the loaders of :class:`milora_lightning.SFTDataModule` make batches of them.
+
+    Args:
+        source: Where examples come from; for this and the others see there.
+        tokenizer: The model's name, or its tokenizer.
+        template: How prompts and conversations are written.
+        prompt_suffix: What every prompt ends in.
+        max_length: Most tokens of an example.
+        num_proc: Number of processes that tokenize.
+        train_on: Which turns of conversations are learned.
+        streaming: Whether of the training data only the beginning is loaded.
+        numbers: How many examples an evaluation of a split answers, None for all.
+        answer_by: How.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: str | PreTrainedTokenizerBase,
+        template: str,
+        prompt_suffix: str,
+        max_length: int,
+        num_proc: int | None,
+        train_on: str | list[str],
+        streaming: bool,
+        num_generation_examples: int | None,
+        num_test_generation_examples: int | None,
+        answer_by: Literal["generation", "likelihood"],
+    ) -> None:
+        super().__init__()
+        name_of(template, False)
+        self.source = source
+        self.tokenizer = tokenizer
+        self.template = template
+        self.prompt_suffix = prompt_suffix
+        self.max_length = max_length
+        self.num_proc = num_proc
+        self.train_on = train_on
+        self.streaming = streaming
+        self.num_generation_examples = num_generation_examples
+        self.num_test_generation_examples = num_test_generation_examples
+        self.answer_by = answer_by
+        self._splits: dict[Split, datasets.Dataset | None] = {}
+        self._unanswered: bool | None = None  # whether prompts without a response are in test; None without any
+        self._kinds: tuple[bool, bool] | None = None  # whether there are conversations, and nothing but plain texts
+
+    def metric(self) -> Metric | None:
+        """Make the metric that scores answers: the source's own; None if it says that there is nothing to score."""
+        return self.source.metric() if isinstance(self.source, Task) else AnswerAccuracy()
+
+    @property
+    def description(self) -> str:
+        """What the data is, for model cards: the source and what it was given, in a line of words."""
+        return describe(self.source)
+
+    @property
+    def prompt_format(self) -> PromptFormat | None:
+        """How prompts are written; None of data that is nothing but plain texts."""
+        _, only_texts = self._kinds_of_rows()
+        return None if only_texts else PromptFormat.of(self.tokenizer_object, self.template_name, self.prompt_suffix)
+
+    @property
+    def template_name(self) -> TemplateName:
+        """Name of the template, decided by the data where it is ``"auto"``."""
+        return name_of(self.template, self._kinds_of_rows()[0] if self.template == AUTO else False)
+
+    @property
+    def tokenizer_object(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded if only the model's name was given."""
+        if isinstance(self.tokenizer, str):
+            if not self.tokenizer:
+                raise InvalidInputError("SFTDataModule needs a tokenizer: pass the model's name, or the tokenizer.")
+            from milora_lightning.pretrained import load_tokenizer
+
+            self.tokenizer = load_tokenizer(self.tokenizer)
+        self.tokenizer = with_template(self.tokenizer, self.template)
+        return self.tokenizer
+
+    def loaded(self, stage: str) -> list[Split]:
+        """Return which splits of a stage there are."""
+        return [split for split in SPLITS[stage] if self._splits.get(split) is not None]
+
+    def answered(self, split: Split) -> Sequence[int]:
+        """Return the indices of the examples that an evaluation answers, beside taking their loss."""
+        number = {"validation": self.num_generation_examples, "test": self.num_test_generation_examples}.get(split, 0)
+        if self.metric() is None or number == 0:
+            return []
+        examples = self.examples(split)
+        asked = [i for i, length in enumerate(examples["prompt_length"][:]) if length]  # plain texts ask nothing
+        if number is None:
+            return asked
+        return [asked[i] for i in _first_of_each([examples["task"][i] for i in asked], number)]
+
+    def examples(self, split: Split) -> datasets.Dataset:
+        """Return the tokenized examples of a split.
+
+        Raises:
+            ValueError: If there is none, or it has not been loaded.
+        """
+        examples = self._splits.get(split)
+        if examples is None:
+            raise InvalidInputError(
+                f"There is no {split} data. Give the source some"
+                + ("." if split in self._splits else f", and call setup() for a stage that uses {split}.")
+            )
+        return examples
+
+    def longest(self, split: Split) -> int:
+        """Return the most tokens of an example of a split; of a stream, what they may be."""
+        if self._is_stream(split):
+            return self.max_length
+        return int(max(self.examples(split)["length"][:]))
+
+    def _is_stream(self, split: Split) -> bool:
+        return self.streaming and split == "train"
+
+    def _load(self, split: Split) -> Any:
+        """Load a split; of a stream to train on its beginning."""
+        if not self.streaming:
+            return self.source.load(split)
+        stream = stream_of(self.source, split)
+        if stream is None:
+            return None
+        rows = list(itertools.islice(stream, BEGINNING if self._is_stream(split) else None))
+        return datasets.Dataset.from_dict(as_columns(rows, range(len(rows)), split)) if rows else []
+
+    def _tokenized(self, split: Split, unanswered: bool = False) -> datasets.Dataset | None:
+        dataset = self._load(split)
+        if dataset is None:
+            return None
+        dataset = as_dataset(dataset, split)
+        if self._kinds is None:
+            self._kinds = _kinds(dataset)
+        if split == "test":
+            rows = zip(dataset["prompt"], dataset["response"], strict=True)
+            self._unanswered = unanswered if any(prompt and not response.strip() for prompt, response in rows) else None
+        return tokenize_dataset(
+            dataset,
+            self.tokenizer_object,
+            self.template_name,
+            self.prompt_suffix,
+            self.max_length,
+            self.num_proc,
+            f"beginning of the {split}" if self._is_stream(split) else split,
+            self.train_on,
+            unanswered,
+        )
+
+    def _kinds_of_rows(self) -> tuple[bool, bool]:
+        """Look at the first split there is, if none has been loaded."""
+        if self._kinds is None:
+            data = ((split, self._load(split)) for split in SPLITS[None])
+            found = next(((split, dataset) for split, dataset in data if dataset is not None), None)
+            self._kinds = (False, False) if found is None else _kinds(as_dataset(found[1], found[0]))
+        return self._kinds
+
+
+def _kinds(dataset: datasets.Dataset) -> tuple[bool, bool]:
+    """Tell whether there are conversations among rows, and whether there is nothing but plain texts."""
+    return holds(dataset, "messages"), holds(dataset, "text", all_rows=True)
+
+
+def _first_of_each(tasks: Sequence[str], number: int) -> list[int]:
+    """Return the indices of the first examples of each task.
+
+    >>> _first_of_each(["a", "a", "b", "a", "b"], 2)
+    [0, 1, 2, 4]
+    """
+    seen: Counter[str] = Counter()
+    first = []
+    for index, task in enumerate(tasks):
+        seen[task] += 1
+        if seen[task] <= number:
+            first.append(index)
+    return first
