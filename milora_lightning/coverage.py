@@ -13,7 +13,6 @@ from torch.nn.modules.conv import _ConvNd
 from milora_lightning.config import ALL_LINEAR, LoRAConfig
 from milora_lightning.linear_layers import is_linear
 from milora_lightning.lora import LoRALinear, linear_shape
-from milora_lightning.messages import warn
 from milora_lightning.parts import ends_with, find_modules, find_part, modules_by_name, some
 from milora_lightning.quantization import is_plain, is_quantized_linear
 from milora_lightning.sharding import is_sharded
@@ -58,14 +57,6 @@ def remarks(module: nn.Module, config: LoRAConfig) -> Iterator[str]:
     yield from _left_out(module, selection, config)
     yield from _fresh_heads(module, part, selection, kept)
     yield from _unreached(part, config, kept)
-
-
-def say_once(module: nn.Module, message: str) -> None:
-    """Warn, on the first rank, of what concerns a module, unless that was said of it before."""
-    said: set[str] = vars(module).setdefault("_said_in_surgery", set())
-    if message not in said:
-        said.add(message)
-        warn(message)
 
 
 def coverage(module: nn.Module, config: LoRAConfig) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from milora_lightning.errors import InvalidInputError
-from milora_lightning.messages import warn
+from milora_lightning.messages import warn_once
 
 TABLES = ("pos", "wpe")  # what names of tables of positions hold, in every architecture that has one
 FIXED = {"mpt": "max_seq_len"}  # configuration entries of models that make something else of a fixed length
@@ -123,6 +123,7 @@ def check_positions(
             rounded = f", padded to {width}" if length <= limit.number else ""
             most = limit.number - limit.number % padded if limit.fixed else limit.number
             _say(
+                model,
                 f"The longest example of the {part} data has {length} tokens{rounded}, but {has}: "
                 f"set max_length to {most} at most.",
                 limit.fixed,
@@ -130,13 +131,14 @@ def check_positions(
     for part, length in prompts.items():
         if length + max_new_tokens - 1 > limit.number:  # the last token is not read again
             _say(
+                model,
                 f"The longest prompt of the {part} data has {length} tokens, and max_new_tokens={max_new_tokens} may "
                 f"follow, but {has}: lower max_new_tokens, or max_length for shorter prompts.",
                 limit.fixed,
             )
 
 
-def _say(message: str, refuse: bool) -> None:
+def _say(model: PreTrainedModel, message: str, refuse: bool) -> None:
     if refuse:
         raise InvalidInputError(message)
-    warn(message)
+    warn_once(model, message)

@@ -39,6 +39,22 @@ def warn(text: str, from_any_rank: bool = False) -> None:
         warnings.warn(text, stacklevel=2)
 
 
+def warn_once(owner: object, text: str) -> None:
+    """Tell the user of something about an object to act on, unless that was said of it before.
+
+    Python's own filters forget what was shown whenever somebody changes them for a while.
+
+    Args:
+        owner: Such as a model: another one of the same kind may do with the same words.
+        text: The warning.
+    """
+    said: set[str] = vars(owner).setdefault("_warned_of", set())
+    if text not in said:
+        said.add(text)
+        if is_first_rank():
+            warnings.warn(text, stacklevel=2)
+
+
 def is_first_rank() -> bool:
     """Whether this process speaks for its run: launchers say its rank before torch knows it."""
     if dist.is_available() and dist.is_initialized():

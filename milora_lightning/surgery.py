@@ -10,12 +10,13 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from milora_lightning.config import LoRAConfig, ends_in
-from milora_lightning.coverage import remarks, say_once
+from milora_lightning.coverage import remarks
 from milora_lightning.errors import InvalidInputError
 from milora_lightning.frozen_statistics import freeze_statistics
 from milora_lightning.linear_layers import is_linear
 from milora_lightning.lora import LoRALinear
 from milora_lightning.master_weights import keep_master_weights
+from milora_lightning.messages import warn_once
 from milora_lightning.names import unwrapped_name
 from milora_lightning.parts import TargetNotFoundError, check_initialized, find_modules, find_part, some
 from milora_lightning.quantization import holds_its_weight, keep_codes_in_place
@@ -55,7 +56,7 @@ def inject(module: nn.Module, config: LoRAConfig, layers: Sequence[str] | None =
     """
     adapters = inject_quietly(module, config, layers)
     for remark in remarks(module, config) if layers is None else ():
-        say_once(module, remark)
+        warn_once(module, remark)
     return adapters
 
 

@@ -16,7 +16,8 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from milora_lightning import MiLoRAInit, lora_layers
+from milora_lightning import LoRAConfig, MiLoRAInit, initialize, inject, lora_layers
+from milora_lightning.callbacks._display import _largest_change
 
 
 class Regression(LightningModule):
@@ -207,6 +208,24 @@ def test_summary_gives_the_figures(tmp_path: Path, capsys: pytest.CaptureFixture
     assert f"{trainable} of {total} ({trainable / total:.2%})" in printed
     assert "4, 8, 0" in printed
     assert [line.split("│")[2].strip() for line in printed.splitlines() if "largest change" in line] == ["0"]
+
+
+def test_the_summary_s_largest_change_is_that_of_the_outputs() -> None:
+    """Of layers that have been changed, and of base layers that it need not call."""
+    module = Regression()
+    module.setup("fit")
+    inject(module, LoRAConfig(r=4, lora_alpha=8))
+    initialize(module)
+    assert _largest_change(module) == 0
+    x = {n: torch.randn(4, n, generator=torch.Generator().manual_seed(0)) for n in (12, 24)}
+    for layer in lora_layers(module).values():
+        layer.lora_B.data.add_(1.0)
+    with torch.no_grad():
+        changes = [
+            (layer(x[layer.in_features]) - layer.base_layer(x[layer.in_features])).abs().max()
+            for layer in lora_layers(module).values()
+        ]
+    assert _largest_change(module) == pytest.approx(float(max(changes)), rel=1e-5)
 
 
 def test_dropout_is_on_in_training_although_the_model_came_in_eval_mode(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,21 @@ def test_too_long_examples_are_mentioned_where_positions_are_computed(tmp_path: 
         UserWarning, match="has 102 tokens, but LlamaForCausalLM has 64 positions and has not learnt any"
     ):
         trainer(tmp_path, limit_val_batches=0).fit(CausalLMModule(path), datamodule=data(path, LONG))
+
+
+def test_what_is_mentioned_is_mentioned_once_in_a_run(tmp_path: Path) -> None:
+    """However often the data is asked for, and whoever changes Python's filters meanwhile; of another model again."""
+    path = str(save_tiny_model(tmp_path / "llama", "llama"))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            run = quiet_trainer(
+                tmp_path, max_epochs=2, callbacks=[MiLoRAInit(r=2)], reload_dataloaders_every_n_epochs=1
+            )
+            run.fit(CausalLMModule(path, max_new_tokens=2), datamodule=data(path, LONG))
+    about = [str(each.message) for each in said if "has not learnt any" in str(each.message)]
+    assert len(set(about)) == 2  # of the training data and of the validation data
+    assert len(about) == 2 * 2
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])

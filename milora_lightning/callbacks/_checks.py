@@ -8,9 +8,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from milora_lightning.config import LoRAConfig
-from milora_lightning.coverage import say_once
 from milora_lightning.errors import InvalidInputError
-from milora_lightning.messages import warn
+from milora_lightning.messages import warn, warn_once
 from milora_lightning.names import unwrapped_name
 from milora_lightning.parts import find_modules, find_part, some
 from milora_lightning.peft_format import objection, outermost_models
@@ -52,7 +51,7 @@ def say_without_gradient(module: LightningModule, optimizer: Optimizer) -> None:
             names.append(name)
     if names:
         parts = sorted({name.split(".")[0] for name in names})
-        say_once(
+        warn_once(
             module,
             f"No gradient has reached the adapters of {some(names)} in the first step: what is used under no_grad, or "
             f"not at all, does not train. Leave it out (exclude_modules={parts}), or name the part to adapt (module).",
