@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import milora_lightning.attention  # noqa: F401  (which transformers knows by its name from then on)
 from milora_lightning.errors import InvalidInputError, MissingFileError, MissingPackageError
 from milora_lightning.folder import cache_folder
 from milora_lightning.model_files import (

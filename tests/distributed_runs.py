@@ -54,6 +54,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {  # the strategy, and what else i
     "fsdp2-saved": ("fsdp2", {"adapter": {"modules_to_save": ["norm", "lm_head"]}}),
     "fsdp2-forgetting": ("fsdp2", {"callbacks": lambda folder: [forgetting(folder)]}),
     "fsdp2-whole": ("fsdp2", {"model": "gpt2"}),
+    "ddp-packed": ("ddp", {"data": {"packing": True}}),
+    "fsdp2-packed": ("fsdp2", {"data": {"packing": True}}),
 }
 
 
@@ -105,7 +107,9 @@ def adapters_of(trainer: Trainer) -> dict[str, Any]:
 def fit(folder: Path, name: str, kind: str = "auto", model: str = "llama", **options: Any) -> dict[str, Any]:
     """Train with a global batch of 4, saving in the middle; return what this rank has at the end."""
     devices = 1 if kind == "auto" else 2
-    resume, adapter, lm_options = (options.pop(key, None) or {} for key in ("resume", "adapter", "module"))
+    resume, adapter, lm_options, rows = (
+        options.pop(key, None) or {} for key in ("resume", "adapter", "module", "data")
+    )
     more = options.pop("callbacks", lambda folder: [])(folder)
     record = Record()
     spent[:] = []
@@ -123,7 +127,7 @@ def fit(folder: Path, name: str, kind: str = "auto", model: str = "llama", **opt
     files = folder / f"data{trainer.global_rank}"
     files.mkdir(exist_ok=True)
     with patch.object(initialization, "cached_factors", counted):
-        trainer.fit(lm, data(files, folder / model, batch_size=4 // devices), **resume)
+        trainer.fit(lm, data(files, folder / model, batch_size=4 // devices, **rows), **resume)
     ended = {
         "losses": record.losses,
         "norms": record.norms,

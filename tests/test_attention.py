@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -154,3 +156,14 @@ def test_biases_of_positions_are_added() -> None:
 def test_name_stays_out_of_saved_models(tmp_path: Path) -> None:
     with_blocks("llama").save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text()
+
+
+def test_who_loads_a_model_can_name_it() -> None:
+    """In a process that has imported nothing else, as the command line's is."""
+    program = (
+        "import milora_lightning.pretrained\n"
+        "from transformers import AttentionInterface, AttentionMaskInterface\n"
+        f"assert {NAME!r} in AttentionInterface().valid_keys()\n"
+        f"assert {NAME!r} in AttentionMaskInterface().valid_keys()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)

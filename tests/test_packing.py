@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+import transformers.modeling_flash_attention_utils as flash
 from conftest import _SIZES, TINY_CONFIGS, quiet_trainer, save_tiny_model, write_examples
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     BloomConfig,
     FalconH1Config,
@@ -20,8 +24,10 @@ from transformers import (
     MistralConfig,
     PreTrainedModel,
 )
+from transformers.masking_utils import flash_attention_mask
 
 from milora_lightning import CausalLMModule, MiLoRAInit, SFTDataModule
+from milora_lightning.attention import NAME as CAUSAL_BLOCKS
 from milora_lightning.data import Collator, Files
 from milora_lightning.data.packing import PackedDataset, PackingCollator, pack
 from milora_lightning.loss import causal_lm_loss, supervised_logits
@@ -60,7 +66,7 @@ def examples(*lengths: int, seed: int = 0) -> list[dict[str, Any]]:
 ROWS = [examples(9, 14, 7, 12), examples(20, 11, seed=1)]
 
 
-@pytest.mark.parametrize(("name", "implementation"), [*IMPLEMENTATIONS, ("llama", "causal_blocks")])
+@pytest.mark.parametrize(("name", "implementation"), [*IMPLEMENTATIONS, ("llama", CAUSAL_BLOCKS)])
 @pytest.mark.parametrize("head", ["frozen", "trained"])
 def test_loss_and_gradient_are_those_of_the_examples_one_by_one(name: str, implementation: str, head: str) -> None:
     model = model_of(name, implementation)
@@ -84,7 +90,7 @@ def test_loss_and_gradient_are_those_of_the_examples_one_by_one(name: str, imple
     assert abs(loss_and_gradients([mixed])[0] / alone - 1) > 1e-4
 
 
-@pytest.mark.parametrize(("name", "implementation"), IMPLEMENTATIONS)
+@pytest.mark.parametrize(("name", "implementation"), [*IMPLEMENTATIONS, ("llama", CAUSAL_BLOCKS)])
 def test_logits_do_not_change_with_the_neighbour(name: str, implementation: str) -> None:
     model = model_of(name, implementation)
     first, second, other = examples(13, 17, 13)
@@ -226,3 +232,50 @@ def test_a_resumed_run_goes_on_where_it_was(base: Path, tmp_path: Path) -> None:
     resumed = run(8, tmp_path / "5.ckpt")
     for name, parameter in straight.named_parameters():
         torch.testing.assert_close(resumed.get_parameter(name), parameter, rtol=0, atol=0)
+
+
+def varlen_reference(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
+    """What flash attention computes, with the sequences that transformers' own code finds in what the layers pass."""
+    positions = options["position_ids"]
+    assert attention_mask is None
+    assert flash._is_packed_sequence(positions, len(query))
+    (starts, _), _ = flash.prepare_fa_kwargs_from_position_ids(positions)
+    outputs = []
+    for start, stop in pairwise(starts.tolist()):
+        q, k, v = (x[:, :, start:stop] for x in (query, key, value))
+        distance = torch.arange(stop - start)[:, None] - torch.arange(stop - start)
+        window = options.get("sliding_window") or stop
+        seen = (distance >= 0) & (distance < window)
+        k, v = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (k, v))
+        scores = q @ k.mT * options["scaling"]
+        if (cap := options.get("softcap")) is not None:
+            scores = (scores / cap).tanh() * cap
+        outputs.append(scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v)
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3", "mistral"])
+def test_flash_attention_finds_the_examples_by_what_models_pass_it(name: str) -> None:
+    AttentionInterface.register("varlen_reference", varlen_reference)
+    AttentionMaskInterface.register("varlen_reference", flash_attention_mask)
+    reference, model = model_of(name, "eager"), model_of(name, "varlen_reference")
+    batch = PackingCollator(0)(ROWS)
+    inputs = [batch[key] for key in ("input_ids", "labels", "position_ids")]
+    expected = causal_lm_loss(reference, *inputs)
+    flat = [x.reshape(1, -1) for x in inputs]  # as rows_for does for flash attention
+    torch.testing.assert_close(causal_lm_loss(model, *flat), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+def test_flex_attention_keeps_examples_apart() -> None:
+    """Which compiles its masks, on CPUs with a C++ compiler."""
+    model, (first, second, other) = model_of("llama", "flex_attention"), examples(13, 17, 13)
+    logits = []
+    for neighbour in (first, other):
+        batch = PackingCollator(0, 1)([[neighbour, second]])
+        batch["labels"][:, :14] = -100
+        with torch.no_grad():
+            logits.append(supervised_logits(model, batch["input_ids"], batch["labels"], batch["position_ids"]))
+            control = supervised_logits(model, batch["input_ids"], batch["labels"])
+    assert torch.equal(*logits)
+    assert not torch.allclose(control, logits[0], atol=1e-3)
