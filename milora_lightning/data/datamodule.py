@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from milora_lightning.data.batching import Collator, FilledDataset, PromptCollator
-from milora_lightning.data.chat import ChatTemplate
-from milora_lightning.data.choices import ChoiceCollator
-from milora_lightning.data.model_check import check_model, language_model
+from milora_lightning.data.batching import Collator
+from milora_lightning.data.evaluation_loading import EvaluationLoaders
+from milora_lightning.data.model_check import language_model
 from milora_lightning.data.packing import PackedDataset, PackingCollator
 from milora_lightning.data.prompt_format import KEY, PromptFormat
 from milora_lightning.data.resuming import OverfittingSampler, ResumableSampler, Resumption
-from milora_lightning.data.sampling import EvaluationSampler, ResumableDataLoader
+from milora_lightning.data.sampling import ResumableDataLoader
 from milora_lightning.data.sources import MultipleChoice, Source, Split
-from milora_lightning.data.splits import SPLITS, TokenizedSplits
+from milora_lightning.data.splits import SPLITS
 from milora_lightning.data.stream_encoding import StreamEncoder, check_trainer
 from milora_lightning.data.stream_loading import StreamedBatches, StreamLoader
 from milora_lightning.data.stream_places import StreamPlaces
 from milora_lightning.data.streams import stream_of
 from milora_lightning.data.templates import AUTO
-from milora_lightning.data.tokenizing import padding_id
 from milora_lightning.data.turn_encoding import ASSISTANT
 from milora_lightning.errors import InvalidInputError
 from milora_lightning.limits import embedding_rows
@@ -35,7 +31,7 @@ from milora_lightning.messages import warn
 NEEDED: dict[str | None, Split] = {"fit": "train", "validate": "validation", "test": "test", "predict": "test"}
 
 
-class SFTDataModule(TokenizedSplits):
+class SFTDataModule(EvaluationLoaders):
     r"""Prompts and responses for supervised fine-tuning of a causal language model.
 
     Training and loss batches are dicts of ``input_ids``, ``attention_mask`` and ``labels``, each int64 of shape
@@ -216,27 +212,6 @@ class SFTDataModule(TokenizedSplits):
         # Older checkpoints have no position: Lightning's count of batches serves.
         self._resumption.load_state_dict(state_dict.get("position"))
 
-    def val_dataloader(self) -> list[DataLoader[Any]]:
-        """Return the loss batches and the generation batches of validation; nothing if there is no such split."""
-        if self._splits.get("validation") is None:
-            return []
-        return self._evaluation("validation")
-
-    def test_dataloader(self) -> list[DataLoader[Any]]:
-        """Return the loss batches and the generation batches of test."""
-        return self._evaluation("test")
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Return generation batches of all test examples, in their order."""
-        asked = [i for i, length in enumerate(self.examples("test")["prompt_length"][:]) if length]
-        if not asked:
-            raise InvalidInputError(
-                "There is nothing to answer in the test data: they are texts without prompts. Give rows with a prompt, "
-                "or ask with generate --input FILE, which takes a prompt in each line."
-            )
-        self._check_model()
-        return self._generation("test", asked)
-
     def _stream_loader(self) -> StreamLoader:
         """Return as many batches of the stream as the run takes."""
         stream = stream_of(self.source, "train")
@@ -269,72 +244,3 @@ class SFTDataModule(TokenizedSplits):
             (self.trainer.max_steps, self.trainer.accumulate_grad_batches) if self.trainer else (sys.maxsize, 1)
         )
         return StreamLoader(batches, self._places, self.num_workers, steps * each)
-
-    def _check_model(self) -> None:
-        """Check whatever module trains on the data; :class:`CausalLMModule` does it when its model is built."""
-        module = getattr(self.trainer, "lightning_module", None)
-        if module is not None:
-            check_model(self, module, self.pad_to_multiple_of)
-
-    def _evaluation(self, split: Split) -> list[DataLoader[Any]]:
-        self._check_model()
-        examples = self.examples(split)
-        everything: Sequence[int] = range(len(examples))
-        order = everything if self._overfits() else _longest_first(everything, examples["length"][:])
-        sampler = EvaluationSampler(order, **self._rank())
-        loaders = [self._loader(FilledDataset(examples), sampler, self.eval_batch_size, self._collator(Collator))]
-        answered = self.answered(split)
-        if answered:
-            by_length = _longest_first(answered, examples["prompt_length"][:])
-            loaders.append(self._generation(split, answered if self._overfits() else by_length))
-        return loaders
-
-    def _generation(self, split: Split, indices: Sequence[int]) -> DataLoader[Any]:
-        sampler = EvaluationSampler(indices, **self._rank())
-        examples = FilledDataset(self.examples(split))
-        collator: Any = self._collator(PromptCollator)
-        if self.answer_by == "likelihood":
-            choices = cast(MultipleChoice, self.source).choices
-            chat = ChatTemplate.of(self.tokenizer_object) if self.template_name == "chat" else None
-            collator = ChoiceCollator(self.tokenizer_object, choices, self.pad_to_multiple_of, chat)
-        return self._loader(examples, sampler, self.generation_batch_size, collator)
-
-    def _collator(self, kind: Callable[[int, int], Any]) -> Any:
-        return kind(padding_id(self.tokenizer_object), self.pad_to_multiple_of)
-
-    def _loader(
-        self,
-        examples: Any,
-        sampler: Any,
-        batch_size: int,
-        collator: Any,
-        loader: type[DataLoader[Any]] = DataLoader,
-    ) -> DataLoader[Any]:
-        return loader(
-            examples,
-            batch_size=batch_size,
-            sampler=sampler,
-            collate_fn=collator,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            # Its own generator: an evaluation must not draw from the one that training's dropout uses.
-            generator=torch.Generator().manual_seed(self.seed),
-        )
-
-    def _overfits(self) -> bool:
-        """Tell whether a few batches are trained on and evaluated: then the first ones of the data as they stand."""
-        return bool(getattr(self.trainer, "overfit_batches", 0))
-
-    def _rank(self) -> dict[str, int]:
-        """Return how the data is shared out: not by the world's size alone, tensor-parallel ranks share batches."""
-        return (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
-
-
-def _longest_first(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    """Sort examples for little padding, and so that a lack of memory shows at once.
-
-    >>> _longest_first([0, 1, 3], [5, 7, 9, 6])
-    [1, 3, 0]
-    """
-    return sorted(indices, key=lambda i: -lengths[i])

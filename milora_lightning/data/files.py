@@ -13,11 +13,10 @@ import datasets
 import numpy as np
 from torchmetrics import Metric
 
-from milora_lightning.data.formats import AUTO, Fields, Format, Kind
-from milora_lightning.data.locations import files_at, hub_dataset, is_hub_name, is_saved, saved_dataset
-from milora_lightning.data.row_readers import OpenRows, file_rows, rows_at, table_rows
+from milora_lightning.data.formats import AUTO, Fields, Format, Kind, settled
+from milora_lightning.data.row_readers import OpenRows, formats_of, kept_rows_at, rows_at
 from milora_lightning.data.rows import BEGINNING, FORMAT, UNREAD
-from milora_lightning.data.sources import COLUMNS, PROMPT_COLUMNS, Source, Split, cached_dataset
+from milora_lightning.data.sources import COLUMNS, PROMPT_COLUMNS, Source, Split
 from milora_lightning.data.streams import RowStream
 from milora_lightning.errors import InvalidInputError
 from milora_lightning.messages import inform
@@ -116,7 +115,7 @@ class Files(Source):
         self.locations = {"train": train, "validation": validation, "test": None if isinstance(test, dict) else test}
         named = {"prompt": prompt_field, "response": response_field, "messages": messages_field, "text": text_field}
         self.fields: Fields = {
-            **_settled(named),
+            **settled(named),
             "input": input_field,
             "reference": reference_field,
             "task": None,
@@ -220,7 +219,7 @@ class Files(Source):
         if not parts:
             return None
         dataset = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-        kinds = {format.kind for format, _ in _formats(dataset)} or {"prompts"}
+        kinds = {format.kind for format, _ in formats_of(dataset)} or {"prompts"}
         columns = [*PROMPT_COLUMNS, *self.fields.keys() & {"prompt_role"}]
         columns += [column for column, kind in KINDS.items() if kind in kinds]
         return dataset.select_columns(columns)
@@ -255,20 +254,11 @@ class Files(Source):
 
     def _part(self, name: str, split: Split, task: str, needed: bool) -> datasets.Dataset | None:
         common: dict[str, Any] = {"columns": self._columns, **self._reading(split, task)}
-        if is_hub_name(name) or is_saved(name):
-            open_dataset = hub_dataset if is_hub_name(name) else functools.partial(saved_dataset, split=split)
-            table = open_dataset(name, split_name=self.hub_splits[split], needed=needed)
-            if table is None:
-                return None
-            dataset = cached_dataset(table_rows, dataset=table, name=name, **common)
-        else:
-            # Size and time of change go into the cache's key, so that an edited file is read again.
-            files = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files_at(name, split, needed))
-            if not files:
-                return None
-            dataset = cached_dataset(file_rows, files=files, **common)
+        dataset = kept_rows_at(name, split, self.hub_splits[split], needed, **common)
+        if dataset is None:
+            return None
         unread = {field: None for fields in dataset.unique(UNREAD) for field in json.loads(fields)}
-        formats = _formats(dataset)
+        formats = formats_of(dataset)
         if formats or unread:
             self.say_read(name, formats or [(Format("prompts", self.fields), len(dataset))], list(unread))
         return dataset
@@ -299,26 +289,6 @@ class Files(Source):
                 "train, or a fraction between 0 and 1."
             )
         return int(held_out)
-
-
-def _settled(named: dict[str, str | None]) -> Fields:
-    """Leave what is not named to be recognised, as far as it is not excluded by what is.
-
-    Raises:
-        ValueError: If what is named excludes one another.
-    """
-    kinds = {"prompt": "prompts", "response": "prompts", "messages": "conversations", "text": "texts"}
-    given = {kinds[name] for name, field in named.items() if field not in (None, AUTO)}
-    if len(given) > 1:
-        names = ", ".join(f"{name}_field={field!r}" for name, field in named.items() if field not in (None, AUTO))
-        raise InvalidInputError(f"{names} name more than one place of an example. Give one, and leave the others out.")
-    return {name: None if field == AUTO and given - {kinds[name]} else field for name, field in named.items()}
-
-
-def _formats(dataset: datasets.Dataset) -> list[tuple[Format, int]]:
-    """Return the formats that were recognised, and how many rows have each."""
-    counts = dataset.data.column(FORMAT).value_counts().to_pylist()
-    return [(Format.read(each["values"]), each["counts"]) for each in counts if each["values"]]
 
 
 def _joined(location: str | list[str]) -> str:

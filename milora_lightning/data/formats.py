@@ -76,6 +76,20 @@ class Format:
         return f"{what} in {' and '.join(map(repr, self.needed))}"
 
 
+def settled(named: dict[str, str | None]) -> Fields:
+    """Leave what is not named to be recognised, as far as it is not excluded by what is.
+
+    Raises:
+        ValueError: If what is named excludes one another.
+    """
+    kinds = {"prompt": "prompts", "response": "prompts", "messages": "conversations", "text": "texts"}
+    given = {kinds[name] for name, field in named.items() if field not in (None, AUTO)}
+    if len(given) > 1:
+        names = ", ".join(f"{name}_field={field!r}" for name, field in named.items() if field not in (None, AUTO))
+        raise InvalidInputError(f"{names} name more than one place of an example. Give one, and leave the others out.")
+    return {name: None if field == AUTO and given - {kinds[name]} else field for name, field in named.items()}
+
+
 def recognise(naming: Fields, records: list[dict[str, Any]]) -> Format | None:
     """Recognise the format of the first of some records, with what the others hold beside it.
 

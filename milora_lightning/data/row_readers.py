@@ -8,11 +8,11 @@ from typing import Any
 
 import datasets
 
-from milora_lightning.data.formats import Fields
+from milora_lightning.data.formats import Fields, Format
 from milora_lightning.data.locations import files_at, hub_dataset, is_hub_name, is_saved, saved_dataset
 from milora_lightning.data.records import read_records
-from milora_lightning.data.rows import Convert, Row, checked_rows, rows_after
-from milora_lightning.data.sources import Split
+from milora_lightning.data.rows import FORMAT, Convert, Row, checked_rows, rows_after
+from milora_lightning.data.sources import Split, cached_dataset
 from milora_lightning.data.tables import without_nulls
 
 OpenRows = Callable[[int], Iterator["Row | None"]]
@@ -32,6 +32,23 @@ def table_rows(
 ) -> Iterator[Row]:
     """Read the rows of a table."""
     yield from checked_rows(enumerate(map(without_nulls, dataset), 1), name, fields, convert, task, unanswered)
+
+
+def kept_rows_at(
+    name: str, split: Split, split_name: str, needed: bool, columns: tuple[str, ...], **reading: Any
+) -> datasets.Dataset | None:
+    """Read the rows at a location and keep them in the cache of ``datasets``; for the arguments see :func:`rows_at`.
+
+    Returns:
+        The rows; None only if there need not be any.
+    """
+    if is_hub_name(name) or is_saved(name):
+        open_dataset = hub_dataset if is_hub_name(name) else functools.partial(saved_dataset, split=split)
+        table = open_dataset(name, split_name=split_name, needed=needed)
+        return None if table is None else cached_dataset(table_rows, columns, dataset=table, name=name, **reading)
+    # Size and time of change go into the cache's key, so that an edited file is read again.
+    files = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files_at(name, split, needed))
+    return cached_dataset(file_rows, columns, files=files, **reading) if files else None
 
 
 def rows_at(
@@ -66,6 +83,12 @@ def rows_at(
     else:
         records = [(str(path), functools.partial(read_records, str(path))) for path in files_at(name, split, needed)]
     return [functools.partial(_open, columns, opened, part, reading) for part, opened in records]
+
+
+def formats_of(dataset: datasets.Dataset) -> list[tuple[Format, int]]:
+    """Return the formats that were recognised, and how many rows have each."""
+    counts = dataset.data.column(FORMAT).value_counts().to_pylist()
+    return [(Format.read(each["values"]), each["counts"]) for each in counts if each["values"]]
 
 
 def _numbered(table: Any) -> Iterator[tuple[int, Any]]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from milora_lightning.data.chat import ChatTemplate, ChatTemplateError, Message, check_prefix, dense, write
-from milora_lightning.data.chat import fold_system as fold
+from milora_lightning.data.prepared_messages import prepared
 
 PROBE = "milora content probe"  # in no template
 REASONING = ("reasoning_content", "reasoning", "thinking")  # where messages hold an assistant's thoughts
@@ -101,7 +101,7 @@ def write_conversation(conversation: Conversation, template: ChatTemplate, prefi
         ChatTemplateError: If the template refuses the conversation, leaves out a part of it, or asks for the last
             answer otherwise than it begins one.
     """
-    messages = _prepared(conversation.messages, template, prefill)
+    messages = prepared(conversation.messages, template, prefill)
     offset = len(conversation.messages) - len(messages)  # a folded system message
     learned = list(conversation.learned)[offset:]
     if offset and conversation.learned[0]:
@@ -276,42 +276,6 @@ class _Pen:
             f"{self.name} leaves out {what}. Use a template that writes it (template: a Jinja file), or take it out of "
             "the data."
         )
-
-
-def _prepared(messages: Sequence[Message], template: ChatTemplate, prefill: str) -> list[Message]:
-    """Bring messages into the form that the template takes."""
-    prepared = list(messages) if template.takes_system else fold(messages)
-    prepared = [
-        {**m, "content": prefill + m["content"]}
-        if prefill and m["role"] == "assistant" and isinstance(m.get("content"), str)
-        else m
-        for m in prepared
-    ]
-    parsed = [_with_parsed_arguments(message) for message in prepared]
-    if parsed != prepared:
-        try:
-            write(parsed, template.tokenizer, False)
-        except ChatTemplateError:  # a template that puts the text of the arguments together with others
-            return prepared
-    return parsed
-
-
-def _with_parsed_arguments(message: Message) -> Message:
-    """Give the arguments of calls as objects, as servers do and templates expect them, not as the API's JSON text."""
-    calls = message.get("tool_calls")
-    if not calls:
-        return message
-    parsed = []
-    for call in calls:
-        function = call.get("function", call)
-        try:
-            arguments = json.loads(function["arguments"])
-        except (KeyError, TypeError, ValueError):
-            arguments = function.get("arguments")
-        if isinstance(arguments, dict):
-            function = {**function, "arguments": arguments}
-        parsed.append({**call, "function": function} if "function" in call else function)
-    return {**message, "tool_calls": parsed}
 
 
 def _name(call: dict[str, Any]) -> str:
