@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from milora_lightning._compat import multiply_together
+
 
 class TokenWindow:
     """The micro-batches of one optimizer step, of which the i-th has n_i tokens and the mean loss L_i over them.
@@ -65,4 +67,4 @@ class TokenWindow:
                 local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
                 gradients[local.device].append(local)
         for device, tensors in gradients.items():
-            torch._foreach_mul_(tensors, scale.to(device))
+            multiply_together(tensors, scale.to(device))

@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from milora_lightning._compat import softmax_backward
 from milora_lightning.errors import InvalidInputError
 
 NAME = "causal_blocks"
@@ -123,7 +124,7 @@ def _backward(
     for block in _blocks(query, key, weights):
         g_rows, seen = g[:, block.queries], slice(block.keys)
         grad_p = torch.bmm(g_rows, v[:, seen].mT)
-        grad_s = torch._softmax_backward_data(grad_p, block.weights, -1, grad_p.dtype)
+        grad_s = softmax_backward(grad_p, block.weights, -1, grad_p.dtype)
         torch.bmm(grad_s, k[:, seen], out=grad_q[:, block.queries])
         beta = 0 if block.keys == k.shape[1] else 1  # the first block meets all keys, and finds nothing to add to
         grad_k[:, seen].baddbmm_(grad_s.mT, q[:, block.queries], beta=beta)

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from milora_lightning._compat import averaged_model, change_average
 from milora_lightning.frozen_statistics import unfrozen_modules
 from milora_lightning.strategies import check_whole
 from milora_lightning.surgery import lora_layers
@@ -52,11 +53,11 @@ def copy_adapted(trainer: Trainer, module: LightningModule, stage: str) -> None:
     for callback in _averaging(trainer):
         with _shared_when_copied(module):
             callback.setup(trainer, module, stage)
-        average = callback._average_model
+        average = averaged_model(callback)
         if isinstance(average, AveragedModel):
             average.update_parameters = partial(_update, average)  # type: ignore[method-assign]
         elif isinstance(callback, StochasticWeightAveraging):
-            callback._avg_fn = _exact(callback._avg_fn)
+            change_average(callback, _exact)
             _spare_frozen_statistics(callback)
 
 
@@ -78,9 +79,10 @@ def start_averages(trainer: Trainer, module: nn.Module) -> None:
     """Give the averages of adapters that had no factors when they were copied those of the module."""
     layers = lora_layers(module)
     for callback in _averaging(trainer):
-        if callback._average_model is None:
+        average = averaged_model(callback)
+        if average is None:
             continue
-        held = cast(nn.Module, getattr(callback._average_model, "module", callback._average_model))
+        held = cast(nn.Module, getattr(average, "module", average))
         for name, layer in lora_layers(held).items():
             if layers[name].initialized and not layer.initialized:
                 with torch.no_grad():

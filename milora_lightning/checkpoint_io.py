@@ -10,11 +10,10 @@ from typing import Any
 from zipfile import is_zipfile
 
 import torch
-from lightning.fabric.strategies.fsdp import _is_sharded_checkpoint as is_folder
-from lightning.fabric.utilities.load import _METADATA_FILENAME, _load_distributed_checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.distributed.checkpoint.api import CheckpointException
 
+from milora_lightning._compat import is_sharded_folder, metadata_file, read_sharded_folder
 from milora_lightning.errors import InvalidInputError, MissingFileError
 
 KEY = "milora_lightning"
@@ -55,7 +54,7 @@ class ClearCheckpointIO(TorchCheckpointIO):
             FileNotFoundError: If there is no such file.
             CheckpointError: If it cannot be read.
         """
-        if is_folder(Path(path)):
+        if is_sharded_folder(Path(path)):
             return read(path)
         with readable(path):
             return super().load_checkpoint(path, *args, **kwargs)
@@ -77,7 +76,7 @@ def read_without_weights(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     _check_there(path)
     with readable(path):
-        file = path / _METADATA_FILENAME if path.is_dir() else path
+        file = metadata_file(path) if path.is_dir() else path
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
     if not isinstance(content, dict):
         raise CheckpointError(f"{str(path)!r} is no Lightning checkpoint: it has no state_dict.")
@@ -104,7 +103,7 @@ def read(path: str | Path) -> dict[str, Any]:
         if not path.is_dir():
             content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             return content
-        content = _load_distributed_checkpoint(path)
+        content = read_sharded_folder(path)
     state = content.pop("state_dict", None) or content.pop("model")  # FSDP2's name for it, and FSDP1's
     if KEY in content:
         state[KEY] = content.pop(KEY)
@@ -116,7 +115,7 @@ def read(path: str | Path) -> dict[str, Any]:
 def _check_there(path: Path) -> None:
     if not path.exists():
         raise MissingFileError(f"There is no checkpoint {str(path)!r}. Check the path.")
-    if path.is_dir() and not is_folder(path):
+    if path.is_dir() and not is_sharded_folder(path):
         inside = sorted(child.name for child in path.glob("*.ckpt"))
         found = f"Give the path of one in it, such as {path / inside[-1]}." if inside else "Check the path."
         raise CheckpointError(f"{str(path)!r} is a folder, and not one that the ranks of a sharded run wrote. {found}")

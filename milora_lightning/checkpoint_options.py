@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from milora_lightning._compat import find_by_keyword
 from milora_lightning.checkpoint import read_checkpoint
 from milora_lightning.checkpoint_io import KEY, read_without_weights
 from milora_lightning.errors import MissingFileError
@@ -97,9 +98,7 @@ def find_checkpoint(trainer: Trainer, keyword: str, subcommand: str) -> str:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*no last checkpoint available.*")
-            path = trainer._checkpoint_connector._parse_ckpt_path(
-                function, keyword, model_provided=True, model_connected=False
-            )
+            path = find_by_keyword(trainer, keyword, function)
     except ValueError:  # which is how Lightning says that there is none
         path = None
     if path is None:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import cast
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
+from milora_lightning._compat import ConvNd
 from milora_lightning.config import ALL_LINEAR, LoRAConfig
 from milora_lightning.linear_layers import is_linear
 from milora_lightning.lora import LoRALinear, linear_shape
@@ -143,7 +143,7 @@ def _fresh_heads(module: nn.Module, part: nn.Module, selection: Selection, kept:
     }
     heads = []
     for name, child in modules_by_name(module).items():
-        if not (is_linear(child) or isinstance(child, _ConvNd)) or child in inside or child in kept or child in known:
+        if not (is_linear(child) or isinstance(child, ConvNd)) or child in inside or child in kept or child in known:
             continue
         if (
             not getattr(child, TRAINED_BEFORE, False)
@@ -220,7 +220,7 @@ def _kind(owner: nn.Module, name: str, parameter: Tensor, kept: set[nn.Module]) 
         return "trained in full"
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) or frozen_by_user(owner) or parameter.ndim < 2:
         return None
-    if isinstance(owner, _ConvNd):
+    if isinstance(owner, ConvNd):
         return "convolutions"
     if isinstance(owner, nn.MultiheadAttention):
         return "nn.MultiheadAttention's in_proj_weight"

@@ -6,10 +6,9 @@ from collections.abc import Collection
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from milora_lightning._compat import NormBase, SpectralNormParametrization
 from milora_lightning.derived_class import Derived, derive
 
 
@@ -52,7 +51,7 @@ def freeze_statistics(module: nn.Module, kept: Collection[nn.Module]) -> None:
 
 
 def _has_statistics(module: nn.Module) -> bool:
-    if isinstance(module, _NormBase):
+    if isinstance(module, NormBase):
         return module.track_running_stats
     hooks = module._forward_pre_hooks.values()
-    return isinstance(module, _SpectralNorm) or any(isinstance(hook, SpectralNorm) for hook in hooks)
+    return isinstance(module, SpectralNormParametrization) or any(isinstance(hook, SpectralNorm) for hook in hooks)

@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.strategies.fsdp import _get_full_state_dict_context
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
-from torch.distributed.fsdp._common_utils import clean_tensor_name
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from milora_lightning._compat import fsdp_name, whole_optimizer_states
 from milora_lightning.checkpoint import AdapterCheckpoint, check_tensors, told_initialized
 from milora_lightning.checkpoint_io import KEY
 from milora_lightning.errors import InvalidInputError
@@ -186,7 +185,7 @@ def _load_optimizer(strategy: FSDPStrategy, optimizer: Optimizer, saved: dict[st
     module, model = strategy.lightning_module, strategy.model
     assert module is not None
     assert model is not None
-    names = {parameter: clean_tensor_name(name) for name, parameter in module.named_parameters()}
+    names = {parameter: fsdp_name(name) for name, parameter in module.named_parameters()}
     keys = [key for group in saved["param_groups"] for key in group["params"]]
     here = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     renamed = dict(zip(keys, here, strict=True))
@@ -194,7 +193,6 @@ def _load_optimizer(strategy: FSDPStrategy, optimizer: Optimizer, saved: dict[st
         "state": {renamed[key]: entry for key, entry in saved["state"].items()},
         "param_groups": [{**g, "params": [renamed[key] for key in g["params"]]} for g in saved["param_groups"]],
     }
-    whole: Any = _get_full_state_dict_context(model, world_size=strategy.world_size, rank0_only=False)
-    with whole:
+    with whole_optimizer_states(model, strategy.world_size):
         flat = FullyShardedDataParallel.optim_state_dict_to_load(model, optimizer, state)
     optimizer.load_state_dict(flat)

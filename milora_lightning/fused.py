@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from milora_lightning._compat import transformed
 from milora_lightning.dropout import masked
 from milora_lightning.factors import stack_factors
 
@@ -164,13 +164,3 @@ def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: boo
         return F.linear(x, W.T if transposed else W, b)
     # The very call that Conv1D makes, which always has a bias.
     return torch.addmm(b, x.reshape(-1, x.shape[-1]), W).view(*x.shape[:-1], len(b))
-
-
-def transformed() -> bool:
-    """Whether torch.func's transforms (grad, vmap, jvp) or forward-mode differentiation look on.
-
-    They differentiate, or repeat, each operation by itself: what is written as one operation has to be written in
-    torch's own there.
-    """
-    # What torch.autograd.Function itself asks.
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

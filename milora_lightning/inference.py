@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.strategies.fsdp import _is_sharded_checkpoint as is_sharded_folder
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from milora_lightning._compat import is_sharded_folder
 from milora_lightning.checkpoint import read_checkpoint
 from milora_lightning.checkpoint_io import KEY, CheckpointError, read
 from milora_lightning.checkpoint_options import base_may_have_moved, differences, options_in

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
+from milora_lightning._compat import options_of_wandb
 from milora_lightning.errors import InvalidInputError, MissingPackageError
 
 LoggerName = Literal["tensorboard", "wandb", "mlflow", "csv", "none"]
@@ -74,7 +75,7 @@ def start(logger: Logger) -> None:
 def _wandb(project: str, save_dir: str) -> WandbLogger:
     Path(save_dir).mkdir(parents=True, exist_ok=True)  # W&B looks there for a git repository, and warns if it is not
     logger = WandbLogger(project=project, save_dir=save_dir)
-    logger._wandb_init.pop("anonymous", None)  # of which W&B says that it has no effect
+    options_of_wandb(logger).pop("anonymous", None)  # of which W&B says that it has no effect
     return logger
 
 

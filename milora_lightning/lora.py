@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.modules.module import _has_any_global_hook
 
+from milora_lightning._compat import is_hooked, transformed
 from milora_lightning.config import Init
 from milora_lightning.dropout import draw_mask, masked
 from milora_lightning.errors import InvalidInputError
 from milora_lightning.factors import stack_factors
-from milora_lightning.fused import lora_linear, transformed
+from milora_lightning.fused import lora_linear
 from milora_lightning.linear_layers import is_conv1d, is_linear
 from milora_lightning.merged_product import MergedProduct, merged_weight
 from milora_lightning.quantization import holds_its_weight, is_plain
@@ -237,8 +237,7 @@ class LoRALinear(nn.Module):
     def _base_is_plain(self) -> bool:
         """Whether the base layer multiplies by its weight and adds its bias, nothing else, and all of it is frozen."""
         base = self.base_layer
-        hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-        changed = hooks or "forward" in vars(base) or _has_any_global_hook()  # type: ignore[no-untyped-call]
+        changed = "forward" in vars(base) or is_hooked(base)
         conv1d = self.transposed and type(base).__module__ == "transformers.pytorch_utils"
         if not (type(base) in PLAIN_LAYERS or conv1d) or changed or not is_plain(base.weight):
             return False

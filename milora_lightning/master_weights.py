@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from milora_lightning._compat import flat_weights
 from milora_lightning.derived_class import Derived, derive
 from milora_lightning.names import unwrapped_name
 
@@ -51,7 +52,7 @@ class MasterWeights(Derived):
         """Return the class attributes that the parameters of these names need."""
         attributes: dict[str, Any] = {name: CastParameter(name) for name in names}
         if issubclass(base, nn.RNNBase):  # which keeps a list of its parameters
-            attributes["_flat_weights"] = property(_flat_weights, lambda module, value: None)
+            attributes["_flat_weights"] = property(flat_weights, lambda module, value: None)
         return attributes
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -129,7 +130,3 @@ def compute_dtypes(module: nn.Module) -> dict[str, torch.dtype]:
 
 def _is_floating_point(parameter: Tensor | None) -> bool:
     return parameter is not None and parameter.is_floating_point()
-
-
-def _flat_weights(module: Any) -> list[Any]:
-    return [getattr(module, name, None) for name in module._flat_weights_names]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils._validators import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 
 from milora_lightning.peft_format import TASKS, base_name, task_type

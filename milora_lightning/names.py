@@ -6,13 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_WRAPPED_MODULE
-from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
 
-COMPILED = "_orig_mod"
-"""Under which ``torch.compile`` keeps a module; unlike the other wrappers it leaves its name in a state dict's keys."""
+from milora_lightning._compat import CHECKPOINT_WRAPPED, COMPILED, FSDP_WRAPPED
 
-WRAPPERS = frozenset({COMPILED, FSDP_WRAPPED_MODULE, _CHECKPOINT_WRAPPED_MODULE})
+# The first, unlike the other wrappers, leaves its name in a state dict's keys.
+WRAPPERS = frozenset({COMPILED, FSDP_WRAPPED, CHECKPOINT_WRAPPED})
 
 
 def unwrapped_name(name: str) -> str:

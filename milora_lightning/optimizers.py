@@ -7,8 +7,8 @@ import importlib.util
 from typing import Any
 
 import torch
-from jsonargparse import _typehints
 
+from milora_lightning._compat import class_resolver, set_class_resolver
 from milora_lightning.errors import InvalidInputError
 
 LIBRARY = "bitsandbytes"
@@ -47,7 +47,7 @@ def _is_optimizer(module: Any, name: str) -> bool:
     return isinstance(found, type) and issubclass(found, torch.optim.Optimizer)
 
 
-_resolve = _typehints.resolve_class_path_by_name
+_resolve = class_resolver()
 
 
 def _resolve_with_optimizers(cls: Any, name: str) -> str:
@@ -59,4 +59,4 @@ def know_short_names() -> None:
 
     It knows the classes that have been imported, and of two of one name neither.
     """
-    _typehints.resolve_class_path_by_name = _resolve_with_optimizers
+    set_class_resolver(_resolve_with_optimizers)

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 from torchmetrics import Metric
 
+from milora_lightning._compat import option_strings
 from milora_lightning.data import Files, Source
 from milora_lightning.optimizers import know_short_names
 from milora_lightning.suggestions import closest, suggest
@@ -64,7 +65,7 @@ class Parser(LightningArgumentParser):
 
 def known_options(parser: Any) -> list[str]:
     """Return the options of a parser, with those of the classes that are usual for some."""
-    options = {option for action in parser._actions for option in action.option_strings}
+    options = option_strings(parser)
     nested = (
         f"--{name}.{option}" for name, cls in NESTED.items() if f"--{name}" in options for option in options_of(cls)
     )

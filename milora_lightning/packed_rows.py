@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from milora_lightning._compat import attention_of
 from milora_lightning.config import IGNORE_INDEX
 from milora_lightning.errors import InvalidInputError
 from milora_lightning.supervision import supervised_logits
@@ -62,7 +63,7 @@ def check_separation(model: PreTrainedModel, tokens: Sequence[int]) -> None:
     ):
         difference = float((a - b).abs().max())
         if not difference <= tolerance * scale:
-            implementation = model.config._attn_implementation
+            implementation = attention_of(model)
             other = ", or try model.attn_implementation: sdpa" if implementation != "sdpa" else ""
             raise InvalidInputError(
                 f"What {type(model).__name__} with attn_implementation={implementation!r} makes of an example in a "

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import milora_lightning.attention  # noqa: F401  (which transformers knows by its name from then on)
+from milora_lightning._compat import decoder_layer_names
 from milora_lightning.errors import InvalidInputError, MissingFileError, MissingPackageError
 from milora_lightning.folder import cache_folder
 from milora_lightning.model_files import (
@@ -137,7 +138,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     Raises:
         ValueError: If the model's class does not name them.
     """
-    names = set(model._no_split_modules or ())
+    names = decoder_layer_names(model)
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
         raise InvalidInputError(

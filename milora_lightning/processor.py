@@ -6,13 +6,8 @@ import platform
 
 import torch
 
+from milora_lightning._compat import PRODUCTS_ON_X86
 from milora_lightning.messages import warn
-
-INSTRUCTIONS = {
-    torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
-    torch.float16: ("_is_amx_fp16_supported",),
-}
-"""Which of torch's questions about x86 processors say that they multiply numbers of a dtype."""
 
 
 def multiplies(dtype: torch.dtype) -> bool:
@@ -21,9 +16,9 @@ def multiplies(dtype: torch.dtype) -> bool:
     >>> multiplies(torch.float32)
     True
     """
-    if dtype not in INSTRUCTIONS or platform.machine().lower() not in ("x86_64", "amd64"):
+    if dtype not in PRODUCTS_ON_X86 or platform.machine().lower() not in ("x86_64", "amd64"):
         return True
-    questions = [getattr(torch.cpu, name, None) for name in INSTRUCTIONS[dtype]]
+    questions = [getattr(torch.cpu, name, None) for name in PRODUCTS_ON_X86[dtype]]
     return None in questions or any(question() for question in questions if question is not None)
 
 

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from transformers import SchedulerType, get_scheduler, optimization
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
+from milora_lightning._compat import set_last_lr
 from milora_lightning.errors import InvalidInputError
 from milora_lightning.messages import warn
 
@@ -174,8 +175,8 @@ def set_rate(optimizer: Optimizer, schedule: object, rate: float) -> None:
     """Make a schedule's highest learning rate another, also in the middle of a run."""
     if isinstance(schedule, LambdaLR):
         schedule.base_lrs = [rate for _ in optimizer.param_groups]
-        schedule._last_lr = [rate * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
-    now = schedule._last_lr if isinstance(schedule, LambdaLR) else [rate] * len(optimizer.param_groups)
+        set_last_lr(schedule, [rate * factor(schedule.last_epoch) for factor in schedule.lr_lambdas])
+    now = schedule.get_last_lr() if isinstance(schedule, LambdaLR) else [rate] * len(optimizer.param_groups)
     for group, lr in zip(optimizer.param_groups, now, strict=True):
         group["initial_lr"], group["lr"] = rate, lr
 

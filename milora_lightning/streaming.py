@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from milora_lightning._compat import kept_in_float32
 from milora_lightning.errors import InvalidInputError
 from milora_lightning.model_files import clear_errors, weight_files
 from milora_lightning.names import pristine_name, unwrapped_name
@@ -55,7 +56,7 @@ def empty_causal_lm(
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation
         )
-    if model._get_dtype_plan(dtype):
+    if kept_in_float32(model, dtype):
         raise InvalidInputError(
             f"{type(model).__name__} keeps some weights in float32 in a {dtype} model, which cannot be sharded as it "
             "is read: use dtype: float32, or strategy: ddp."

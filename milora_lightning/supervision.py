@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
+from milora_lightning._compat import attention_of
 from milora_lightning.config import IGNORE_INDEX
 from milora_lightning.errors import InvalidInputError
 from milora_lightning.messages import warn
@@ -118,7 +119,7 @@ def rows_for(
 
     By the positions alone transformers' flash attention does it within one row, masks of the others in any number.
     """
-    if position_ids is None or "flash" not in str(model.config._attn_implementation):
+    if position_ids is None or "flash" not in attention_of(model):
         return input_ids, labels, position_ids
     return input_ids.reshape(1, -1), labels.reshape(1, -1), position_ids.reshape(1, -1)
 

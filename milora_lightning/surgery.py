@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 
+from milora_lightning._compat import bind_compiled
 from milora_lightning.config import LoRAConfig, ends_in
 from milora_lightning.coverage import remarks
 from milora_lightning.errors import InvalidInputError
@@ -259,5 +259,4 @@ def _replace(module: nn.Module, targets: dict[str, nn.Module], config: LoRAConfi
         for key, child in list(parent._modules.items()):  # named_children would skip a second registration
             if child in adapters:
                 setattr(parent, key, adapters[child])
-                if isinstance(parent, OptimizedModule):  # a compiled layer, which has bound the layer's own call
-                    parent.__setstate__(parent.__getstate__())
+                bind_compiled(parent)

@@ -10,8 +10,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from milora_lightning._compat import is_traceable_wrapper_subclass
 from milora_lightning.config import ALL_LINEAR, LoRAConfig
 from milora_lightning.errors import InvalidInputError
 from milora_lightning.linear_layers import is_linear

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, Timer
 
+from milora_lightning._compat import numbers_versions
 from milora_lightning.callbacks.interruption import SaveOnInterrupt
 from milora_lightning.callbacks.progress import RunProgress
 
@@ -77,7 +78,7 @@ def replaced_files(trainer: Trainer, ckpt_path: str | None) -> list[str]:
     folders = {
         str(callback.dirpath): None
         for callback in trainer.checkpoint_callbacks
-        if isinstance(callback, ModelCheckpoint) and callback.dirpath and not callback._enable_version_counter
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath and not numbers_versions(callback)
     }
     return [
         f"{folder} holds checkpoints of an earlier run, which this one replaces where they have the same names."

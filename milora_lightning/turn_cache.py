@@ -8,6 +8,8 @@ from itertools import takewhile
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from milora_lightning._compat import takes_dynamic_cache
+
 LENGTH_DEPENDENT = {"dynamic", "longrope"}
 """Kinds of rotary embeddings with which the keys of early tokens are others in a longer text."""
 
@@ -64,7 +66,7 @@ def _goes_back(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config(decoder=True)
     own = getattr(model.generation_config, "cache_implementation", None)
     rope = str(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None))
-    if own is not None or model.config.is_encoder_decoder or not model._supports_default_dynamic_cache():
+    if own is not None or model.config.is_encoder_decoder or not takes_dynamic_cache(model):
         return False
     if "mamba" in type(model).__name__.lower() or any(f"'{kind}'" in rope for kind in LENGTH_DEPENDENT):
         return False

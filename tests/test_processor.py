@@ -8,13 +8,14 @@ import warnings
 import pytest
 import torch
 
-from milora_lightning.processor import INSTRUCTIONS, warn_of_slow_products
+from milora_lightning._compat import PRODUCTS_ON_X86
+from milora_lightning.processor import warn_of_slow_products
 
 
 @pytest.mark.parametrize("has", [False, True])
 def test_slow_products_are_told_and_fast_ones_are_not(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    for name in INSTRUCTIONS[torch.bfloat16]:
+    for name in PRODUCTS_ON_X86[torch.bfloat16]:
         monkeypatch.setattr(torch.cpu, name, lambda: has, raising=False)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

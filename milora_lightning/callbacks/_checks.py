@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.core.optimizer import _MockOptimizer
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from milora_lightning._compat import is_placeholder
 from milora_lightning.config import LoRAConfig
 from milora_lightning.errors import InvalidInputError
 from milora_lightning.messages import warn, warn_once
@@ -22,7 +22,7 @@ def check_optimizers(trainer: Trainer, module: LightningModule, config: LoRAConf
     Raises:
         ValueError: If adapters, or parameters in ``modules_to_save``, are in no optimizer.
     """
-    optimizers = [optimizer for optimizer in trainer.optimizers if not isinstance(optimizer, _MockOptimizer)]
+    optimizers = [optimizer for optimizer in trainer.optimizers if not is_placeholder(optimizer)]
     if not optimizers and not module.automatic_optimization:
         return  # the module has optimizers of its own, of which nothing is known here
     for child in module.modules():

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
+from milora_lightning._compat import current_hook
 from milora_lightning.averaging import check_averaging, copy_adapted, start_averages
 from milora_lightning.callbacks._checks import check_optimizers, say_without_gradient, warn_of_export
 from milora_lightning.callbacks._display import progress, summary
@@ -198,7 +199,7 @@ def _call_after_configure_model(
     own = pl_module.configure_model
 
     def configure_model() -> None:
-        by_trainer = pl_module._current_fx_name == "configure_model"
+        by_trainer = current_hook(pl_module) == "configure_model"
         if by_trainer:
             vars(pl_module).pop("configure_model", None)
         own()

@@ -11,6 +11,7 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
+from milora_lightning._compat import option_strings
 from milora_lightning.commands import COMMANDS
 from milora_lightning.typed_text import CommandParser, take_text_as_typed
 
@@ -35,7 +36,7 @@ def run_command(name: str, args: Sequence[str]) -> Any:
         return auto_cli(function, args=list(args), as_positional=False, parser_class=CommandParser, prog=prog)
     parser = CommandParser(prog=prog)
     parser.add_function_arguments(function, as_group=False, skip={FIT})
-    names = {option for action in parser._actions for option in action.option_strings}
+    names = option_strings(parser)
     own, fit = split_arguments(args, names)
     return function(fit, **parser.parse_args(own).as_dict())
 

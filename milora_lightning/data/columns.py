@@ -8,6 +8,7 @@ from typing import Any, cast
 import datasets
 from datasets.fingerprint import Hasher
 
+from milora_lightning._compat import fingerprint_of
 from milora_lightning.data.code_key import code_key
 from milora_lightning.data.conversations import as_json, read_conversation, read_tools
 from milora_lightning.data.sources import COLUMNS
@@ -61,7 +62,7 @@ def as_dataset(data: Any, split: str) -> datasets.Dataset:
         fn_kwargs={"split": split},
         remove_columns=[name for name in names if name not in columns],
         features=features,
-        new_fingerprint=Hasher.hash([dataset._fingerprint, columns, code_key(_texts)]),
+        new_fingerprint=Hasher.hash([fingerprint_of(dataset), columns, code_key(_texts)]),
     )
 
 

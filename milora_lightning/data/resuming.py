@@ -19,6 +19,7 @@ import numpy as np
 from lightning.pytorch import Trainer
 from torch.utils.data import SequentialSampler
 
+from milora_lightning._compat import checkpoint_being_loaded
 from milora_lightning.data.sampling import Indices, LengthGroupedSampler, Position
 from milora_lightning.messages import warn
 
@@ -71,7 +72,7 @@ class Resumption:
         trainer, saved = self._owner.trainer, self._saved or {"consumed": 0}
         if trainer is not None and saved["consumed"] > 0 and _position(saved).remaining(saved.get("size", 0)) > 0:
             # Now, because the loops, which are restored later, may find that all is done.
-            _uncount_epoch(trainer._checkpoint_connector._loaded_checkpoint)
+            _uncount_epoch(checkpoint_being_loaded(trainer))
 
     def on_epoch(self, sampler: ResumableSampler) -> None:
         """Bring Lightning's count of batches together with the place, before it goes on with an epoch."""

@@ -12,6 +12,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from torchmetrics import Metric
 
+from milora_lightning._compat import fingerprint_of
 from milora_lightning.data.code_key import code_key
 from milora_lightning.data.rows import Row
 
@@ -84,7 +85,9 @@ def cached_dataset(
     """
     functions = [rows, *filter(callable, arguments.values())]
     # A dataset among the arguments stands with its fingerprint.
-    values = {k: getattr(v, "_fingerprint", v) for k, v in arguments.items() if not callable(v)}
+    values = {
+        k: fingerprint_of(v) if isinstance(v, datasets.Dataset) else v for k, v in arguments.items() if not callable(v)
+    }
     with progress_bars(False):
         try:
             return datasets.Dataset.from_generator(

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from milora_lightning._compat import forget_worker
 from milora_lightning.data.batching import Example
 from milora_lightning.data.packing import pack
 from milora_lightning.data.sampling import grouped_order
@@ -79,7 +80,7 @@ class StreamedBatches(IterableDataset[Any]):
         """Iterate over batches, each with the place behind it, or where no more of that has changed, how many rows."""
         worker = get_worker_info()
         # The stream is divided here: a data set of `datasets` would divide itself once more, by what torch tells it.
-        torch.utils.data._utils.worker._worker_info = None
+        forget_worker()
         try:
             yield from self.batches(self.places[worker.id if worker else 0])
         except MiLoRAError as error:

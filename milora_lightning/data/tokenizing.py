@@ -10,6 +10,7 @@ import datasets
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
+from milora_lightning._compat import fingerprint_of
 from milora_lightning.data.chat import ChatTemplate
 from milora_lightning.data.code_key import code_key
 from milora_lightning.data.columns import as_dataset
@@ -74,7 +75,7 @@ def tokenize_dataset(
     if unanswered:
         arguments["unanswered"] = True
     # The tokenizer's own hash changes with use (it remembers padding and truncation), which would miss the cache.
-    key = [dataset._fingerprint, _content(tokenizer), arguments, code_key(encode)]
+    key = [fingerprint_of(dataset), _content(tokenizer), arguments, code_key(encode)]
     with progress_bars(len(dataset) >= LONG):
         encoded = dataset.map(
             encode,

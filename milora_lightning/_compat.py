@@ -1,0 +1,265 @@
+"""What is used of other packages without their promise that it stays: here, with the versions in which it was read.
+
+After an upgrade this is the one place to look at. Read in torch 2.13, lightning 2.6, transformers 5.23, datasets 5.2
+and jsonargparse 4.53. No more than torch is imported with it; the others by the functions, or not at all.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _NormBase as NormBase  # batch and instance norms, synchronized ones too
+from torch.nn.modules.conv import _ConvNd as ConvNd  # all convolutions, lazy and transposed ones too
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils.parametrizations import _SpectralNorm as SpectralNormParametrization
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+if TYPE_CHECKING:
+    import datasets
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.loggers import WandbLogger
+    from lightning.pytorch.trainer.states import TrainerFn
+    from transformers import PreTrainedModel
+
+__all__ = ["ConvNd", "NormBase", "SpectralNormParametrization", "is_traceable_wrapper_subclass"]
+
+USED_IN_PLACE = {
+    # torch.nn.Module's own tables, whose public iterators leave out None, and what is registered twice; its seams for
+    # subclasses. All of them as old as the class, and used by everybody.
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent_buffers_set",
+    "_forward_pre_hooks",
+    "_apply",
+    "_save_to_state_dict",
+    "_load_from_state_dict",
+    "_metadata",
+    # How often a tensor was written to, as torch's notes on autograd describe it.
+    "_version",
+    # Attributes of Lightning's strategies and LightningCLI, and of jsonargparse's parsers, in subclasses of ours.
+    "_data_parallel_size",
+    "_tensor_parallel_size",
+    "_save_distributed_checkpoint",
+    "_state_dict_type",
+    "_registered_strategies",
+    "_parser",
+    "_get",
+    "_subcommand_parsers",
+    "_run_subcommand",
+    "_prepare_subcommand_kwargs",
+    "_parse_ckpt_path",
+    "_split_lines",
+    "_actions",
+    "_typehint",
+    # typing's mark of a protocol.
+    "_is_protocol",
+}
+"""Private names that stand where they are needed, because a function around each would say less than the name."""
+
+# ---- torch ----
+
+COMPILED = "_orig_mod"
+"""Under which ``torch.compile`` keeps a module (``torch._dynamo.eval_frame.OptimizedModule``)."""
+
+FSDP_WRAPPED = "_fsdp_wrapped_module"
+"""Under which FSDP1 does (``torch.distributed.fsdp._common_utils.FSDP_WRAPPED_MODULE``)."""
+
+CHECKPOINT_WRAPPED = "_checkpoint_wrapped_module"
+"""Under which activation checkpointing does (``checkpoint_wrapper._CHECKPOINT_WRAPPED_MODULE``)."""
+
+PRODUCTS_ON_X86 = {
+    torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+    torch.float16: ("_is_amx_fp16_supported",),
+}
+"""Which questions in ``torch.cpu``, as far as a version has them, tell of instructions for products in a dtype."""
+
+# (gradient, softmax's result, dimension, dtype of its input): what softmax's own backward calls.
+softmax_backward = torch._softmax_backward_data
+# (tensors, factor): multiplies all of them in place, as optimizers do.
+multiply_together = torch._foreach_mul_
+
+
+def bind_compiled(module: Any) -> None:
+    """If a module is what ``torch.compile`` has put around one, have it call what is inside it now.
+
+    It has bound the call of what was there. Before Dynamo is imported no module is one.
+    """
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    if frames is not None and isinstance(module, frames.OptimizedModule):
+        module.__setstate__(module.__getstate__())
+
+
+def transformed() -> bool:
+    """Whether torch.func's transforms (grad, vmap, jvp) or forward-mode differentiation look on.
+
+    They differentiate, or repeat, each operation by itself: what is written as one operation has to be written in
+    torch's own there. ``torch.autograd.Function`` asks the same.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling a module runs hooks, its own or global ones."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or _has_any_global_hook()  # type: ignore[no-untyped-call]
+
+
+def flat_weights(rnn: Any) -> list[Any]:
+    """Return the weights of a recurrent layer in the order in which its kernels take them."""
+    return [getattr(rnn, name, None) for name in rnn._flat_weights_names]
+
+
+def set_last_lr(schedule: LRScheduler, rates: list[float]) -> None:
+    """Have ``get_last_lr`` of a schedule return other rates until its next step."""
+    schedule._last_lr = [*rates]
+
+
+def fsdp_name(name: str) -> str:
+    """Return a parameter's name as FSDP1 has it in the state of optimizers."""
+    from torch.distributed.fsdp._common_utils import clean_tensor_name
+
+    return clean_tensor_name(name)
+
+
+def forget_worker() -> None:
+    """Have ``torch.utils.data.get_worker_info`` say that this process is no worker."""
+    torch.utils.data._utils.worker._worker_info = None
+
+
+# ---- Lightning ----
+
+
+def is_sharded_folder(path: Path) -> bool:
+    """Whether a folder is one into which the ranks of a sharded run have written a checkpoint."""
+    from lightning.fabric.strategies.fsdp import _is_sharded_checkpoint
+
+    return _is_sharded_checkpoint(path)
+
+
+def metadata_file(folder: Path) -> Path:
+    """Return the file of such a folder that holds what is no tensor."""
+    from lightning.fabric.utilities.load import _METADATA_FILENAME
+
+    return folder / _METADATA_FILENAME
+
+
+def read_sharded_folder(folder: Path) -> dict[str, Any]:
+    """Read such a folder in one process."""
+    from lightning.fabric.utilities.load import _load_distributed_checkpoint
+
+    return _load_distributed_checkpoint(folder)
+
+
+def whole_optimizer_states(model: nn.Module, world_size: int) -> AbstractContextManager[None]:
+    """Have FSDP1 take and give states of optimizers whole, on all ranks."""
+    from lightning.fabric.strategies.fsdp import _get_full_state_dict_context
+
+    context: Any = _get_full_state_dict_context(model, world_size=world_size, rank0_only=False)
+    return context  # type: ignore[no-any-return]
+
+
+def is_placeholder(optimizer: object) -> bool:
+    """Whether an optimizer stands in for none, where ``configure_optimizers`` returns nothing."""
+    from lightning.pytorch.core.optimizer import _MockOptimizer
+
+    return isinstance(optimizer, _MockOptimizer)
+
+
+def current_hook(module: LightningModule) -> str | None:
+    """Return the name of the hook in which the Trainer is calling a module."""
+    return module._current_fx_name
+
+
+def find_by_keyword(trainer: Trainer, keyword: str, function: TrainerFn) -> Any:
+    """Return the path of the checkpoint that ``ckpt_path=keyword`` means for a Trainer, or None.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    find = trainer._checkpoint_connector._parse_ckpt_path
+    return find(function, keyword, model_provided=True, model_connected=False)
+
+
+def checkpoint_being_loaded(trainer: Trainer) -> dict[str, Any]:
+    """Return the content of the checkpoint that a Trainer is restoring."""
+    return trainer._checkpoint_connector._loaded_checkpoint
+
+
+def averaged_model(callback: Any) -> Any:
+    """Return the average of WeightAveraging or StochasticWeightAveraging, or None before there is one."""
+    return callback._average_model
+
+
+def change_average(callback: Any, change: Any) -> None:
+    """Replace the function by which StochasticWeightAveraging averages by what ``change`` makes of it."""
+    callback._avg_fn = change(callback._avg_fn)
+
+
+def numbers_versions(callback: ModelCheckpoint) -> bool:
+    """Whether a ModelCheckpoint gives a file another name where there is one of the same."""
+    return callback._enable_version_counter
+
+
+def options_of_wandb(logger: WandbLogger) -> dict[str, Any]:
+    """Return the options with which a logger will begin its run, to be changed."""
+    return logger._wandb_init
+
+
+# ---- transformers ----
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """Return the name of the attention that a model uses."""
+    return str(model.config._attn_implementation)
+
+
+def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> Any:
+    """Return which weights a model keeps in float32 whatever dtype it is loaded in; nothing if there are none."""
+    return model._get_dtype_plan(dtype)
+
+
+def decoder_layer_names(model: PreTrainedModel) -> set[str]:
+    """Return the names of the classes of layers that are not to be split among devices."""
+    return set(model._no_split_modules or ())
+
+
+def takes_dynamic_cache(model: PreTrainedModel) -> bool:
+    """Whether a model generates with transformers' own growing cache."""
+    return bool(model._supports_default_dynamic_cache())
+
+
+# ---- datasets, jsonargparse ----
+
+
+def fingerprint_of(dataset: datasets.Dataset) -> str:
+    """Return what names a dataset's content in the cache of datasets."""
+    return str(dataset._fingerprint)
+
+
+def option_strings(parser: Any) -> set[str]:
+    """Return all options of a parser, as they are written."""
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+def class_resolver() -> Callable[[Any, str], str]:
+    """Return what jsonargparse calls to find the full path of a class that is given by its name, and by its base."""
+    from jsonargparse import _typehints
+
+    return _typehints.resolve_class_path_by_name
+
+
+def set_class_resolver(resolve: Callable[[Any, str], str]) -> None:
+    """Have jsonargparse call something else for it."""
+    from jsonargparse import _typehints
+
+    _typehints.resolve_class_path_by_name = resolve  # type: ignore[assignment]
