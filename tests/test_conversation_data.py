@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from test_chat import folder_of, ids_of
 from test_turns import LONG, TALK, TOOL, with_calls
 
 from milora_lightning import CausalLMModule, MiLoRAInit, SFTDataModule
-from milora_lightning.data import Collator, tokenize_dataset
+from milora_lightning.data import Collator, Files, tokenize_dataset
 from milora_lightning.data.prompt_format import PromptFormat
 
 PAIR = {"prompt": "Add.", "response": "3"}
@@ -141,3 +142,31 @@ def test_a_run_on_conversations_or_texts(kind: str, tmp_path: Path) -> None:
         assert prompts["input_ids"][0, -40:].tolist() == ids
     else:
         assert again.prompt_format is None
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_predict_answers_conversations_that_end_in_a_question(template: str, tmp_path: Path) -> None:
+    """What is asked is what the template asks with, and of an evaluation they are left out as before."""
+    user, assistant = ({"role": role, "content": "{}"} for role in ("user", "assistant"))
+    talks = [
+        [{**user, "content": "Hi?"}, {**assistant, "content": "Hello."}, {**user, "content": "How are you?"}],
+        [{**user, "content": "Alone?"}],
+        [{**user, "content": "One?"}, {**assistant, "content": "Two."}],
+        [{**user, "content": "First?"}, {**assistant, "content": "No."}, {**user, "content": "word " * 99}],
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": talk}) for talk in talks))
+    tokenizer = make_tokenizer()
+    data = SFTDataModule(Files(test=str(tmp_path / "a.jsonl")), tokenizer, template=template, max_length=64)
+    data.setup("predict")
+    batches = list(data.predict_dataloader())
+    asked = [
+        ids[mask > 0].tolist() for b in batches for ids, mask in zip(b["input_ids"], b["attention_mask"], strict=True)
+    ]
+    asks = data.prompt_format.applied_to(tokenizer)
+    for ids, talk in zip(asked[:3], [talks[0], talks[1], talks[2][:1]], strict=True):
+        assert ids == asks.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
+    assert len(asked[3]) < 64  # what is too long loses its beginning, and no less is asked
+    assert tokenizer.decode(asked[3]).rstrip().endswith("<|assistant|>" if template == "chat" else "word")
+    assert [reference for b in batches for reference in b["reference"]] == ["", "", "Two.", ""]
+    data.setup("test")
+    assert data.examples("test")["reference"][:] == ["Hello.", "Two.", "No."]

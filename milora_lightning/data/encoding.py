@@ -79,7 +79,8 @@ def encode(
         max_length: Most tokens of an example.
         train_on: Which turns of conversations are learned, see :func:`choose_turns`.
         split: What to call the data in messages.
-        unanswered: Whether prompts without a response are kept, with nothing to learn.
+        unanswered: Whether prompts without a response are kept, with nothing to learn, and of conversations that end in
+            a question all is the prompt.
 
     Returns:
         Columns ``input_ids``, ``spans`` (start, stop, start, stop ... of the ids that are to be learned),
@@ -94,7 +95,9 @@ def encode(
     size = len(indices)
     messages, tools, texts = (batch.get(name) or [""] * size for name in ("messages", "tools", "text"))
     given = {i: (indices[i], messages[i], tools[i]) for i in range(size) if messages[i]}
-    rows = _conversation_rows(given, tokenizer, template, prompt_suffix, max_length, train_on, split) if given else {}
+    rows: dict[int, list[Example]] = {}
+    if given:
+        rows = _conversation_rows(given, tokenizer, template, prompt_suffix, max_length, train_on, split, unanswered)
     rows |= {i: _pieces(texts[i], tokenizer, max_length) for i in range(size) if texts[i] and i not in rows}
     prompts = [i for i in range(size) if i not in rows]
     some = {name: [values[i] for i in prompts] for name, values in batch.items()}
@@ -122,14 +125,19 @@ def _conversation_rows(
     max_length: int,
     train_on: TrainOn,
     split: str,
+    unanswered: bool,
 ) -> dict[int, list[Example]]:
     """Encode conversations: index of the row, messages and tools of each."""
     chat = ChatTemplate.of(for_conversations(tokenizer, template, prompt_suffix))
     prefill = prompt_suffix if template == "chat" else ""  # others end in the suffix as chat templates by themselves
     conversations, written = {}, {}
+    asking: set[int] = set()
     for i, (index, messages, tools) in given.items():
         with _naming(index, split):
             conversations[i] = choose_turns(messages, tools, train_on)
+            if unanswered and conversations[i].asks:
+                asking.add(i)
+                conversations[i] = conversations[i].answered()
             if template != "chat":
                 check_roles(conversations[i], template)
             if any(conversations[i].learned):
@@ -140,7 +148,8 @@ def _conversation_rows(
     for i, text in written.items():
         with _naming(given[i][0], split):
             encoded = encode_conversation(conversations[i], chat, max_length, prefill, text, located[i])
-        rows[i] = [] if encoded is None else [_conversation_row(encoded)]
+        if encoded is not None:
+            rows[i] = [_conversation_row(encoded.asked() if i in asking else encoded)]
     return rows
 
 

@@ -19,6 +19,7 @@ from milora_lightning.data.sources import Source, Split, Task, describe
 from milora_lightning.data.streams import stream_of
 from milora_lightning.data.templates import AUTO, TemplateName, name_of, with_template
 from milora_lightning.data.tokenizing import holds, tokenize_dataset
+from milora_lightning.data.turn_encoding import choose_turns
 from milora_lightning.errors import InvalidInputError
 from milora_lightning.metrics import AnswerAccuracy
 
@@ -167,8 +168,7 @@ class TokenizedSplits(LightningDataModule):
         if self._kinds is None:
             self._kinds = _kinds(dataset)
         if split == "test":
-            rows = zip(dataset["prompt"], dataset["response"], strict=True)
-            self._unanswered = unanswered if any(prompt and not response.strip() for prompt, response in rows) else None
+            self._unanswered = unanswered if _asks(dataset) else None
         return tokenize_dataset(
             dataset,
             self.tokenizer_object,
@@ -188,6 +188,15 @@ class TokenizedSplits(LightningDataModule):
             found = next(((split, dataset) for split, dataset in data if dataset is not None), None)
             self._kinds = (False, False) if found is None else _kinds(as_dataset(found[1], found[0]))
         return self._kinds
+
+
+def _asks(dataset: datasets.Dataset) -> bool:
+    """Tell whether there are rows without the answer to their last question."""
+    rows = zip(dataset["prompt"], dataset["response"], strict=True)
+    if any(prompt and not response.strip() for prompt, response in rows):
+        return True
+    talks = dataset["messages"] if "messages" in dataset.column_names else []
+    return any(choose_turns(talk, "").asks for talk in talks if talk)
 
 
 def _kinds(dataset: datasets.Dataset) -> tuple[bool, bool]:

@@ -43,6 +43,11 @@ class EncodedConversation(NamedTuple):
     truncated: bool
     unlearned: int
 
+    def asked(self) -> EncodedConversation:
+        """Leave out the assistant's last turn, which is still to be answered."""
+        length = self.prompt_length
+        return self._replace(ids=self.ids[:length], spans=[Span(length, length)], reference="", unlearned=0)
+
 
 def choose_turns(messages: Any, tools: Any, train_on: TrainOn = ASSISTANT) -> Conversation:
     """Read the columns ``messages`` and ``tools`` of a row.

@@ -48,6 +48,16 @@ class Conversation:
         kept = [*range(users[0]), *range(users[exchanges], len(self.messages))]
         return replace(self, messages=[self.messages[i] for i in kept], learned=[bool(self.learned[i]) for i in kept])
 
+    @property
+    def asks(self) -> bool:
+        """Whether it ends where the assistant is to answer."""
+        return bool(self.messages) and self.messages[-1]["role"] not in ("assistant", "system")
+
+    def answered(self) -> Conversation:
+        """Put an answer of no meaning to the end, which shows how it is asked for, and have it alone learned."""
+        answer = {"role": "assistant", "content": "An answer."}
+        return replace(self, messages=[*self.messages, answer], learned=[*[False] * len(self.messages), True])
+
     def exchanges(self) -> int:
         """Count the user's messages."""
         return sum(message["role"] == "user" for message in self.messages)
