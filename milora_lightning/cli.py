@@ -35,7 +35,7 @@ from milora_lightning.messages import inform
 from milora_lightning.module import CausalLMModule
 from milora_lightning.notices import leave_out, leave_out_bars
 from milora_lightning.option_errors import Parser, missing_package
-from milora_lightning.trainer_defaults import LOG_EVERY_N_STEPS, missing_options, replaced_files, with_screen
+from milora_lightning.trainer_defaults import LOG_EVERY_N_STEPS, earlier_checkpoints, missing_options, with_screen
 from milora_lightning.typed_text import take_text_as_typed
 
 INTERRUPTED = 130  # the exit status of what Ctrl-C ends, as shells have it
@@ -192,8 +192,8 @@ class MiLoRACLI(LightningCLI):
         return options
 
     def before_fit(self) -> None:
-        """Say if checkpoints of an earlier run will be replaced."""
-        for line in replaced_files(self.trainer, self._get(self.config, "ckpt_path")):
+        """Say what becomes of the checkpoints of an earlier run."""
+        for line in earlier_checkpoints(self.trainer, self._get(self.config, "ckpt_path")):
             inform(line)
 
     def after_fit(self) -> None:

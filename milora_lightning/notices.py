@@ -47,6 +47,8 @@ WARNED = [
     r"The number of training batches \(\d+\) is smaller than the logging interval",
     # It is the CLI's own, and in the config that it saves.
     r"No seed found, seed set to",
+    # They are summed over all ranks before they are logged.
+    r"It is recommended to use `self\.log\('(val|test)_\S+', \.\.\., sync_dist=True\)`",
     # Between transformers and what calls it.
     r"`gradient_checkpointing_enable` is deprecated",
 ]

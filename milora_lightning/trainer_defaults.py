@@ -71,17 +71,25 @@ def with_screen(given: Mapping[str, Any], go_on: str, trains: bool) -> list[Call
     return callbacks
 
 
-def replaced_files(trainer: Trainer, ckpt_path: str | None) -> list[str]:
-    """Say which folders hold checkpoints that the run will replace, unless it goes on from one."""
+def earlier_checkpoints(trainer: Trainer, ckpt_path: str | None) -> list[str]:
+    """Say which folders hold checkpoints of an earlier run, and what becomes of them, unless the run goes on from one.
+
+    Args:
+        trainer: Its callbacks say where checkpoints go, and whether they may replace others.
+        ckpt_path: Where the run goes on from.
+    """
     if ckpt_path is not None:
         return []
-    folders = {
-        str(callback.dirpath): None
-        for callback in trainer.checkpoint_callbacks
-        if isinstance(callback, ModelCheckpoint) and callback.dirpath and not numbers_versions(callback)
-    }
-    return [
-        f"{folder} holds checkpoints of an earlier run, which this one replaces where they have the same names."
-        for folder in folders
-        if any(Path(folder).glob("*.ckpt"))
-    ]
+    lines = {}
+    for callback in trainer.checkpoint_callbacks:
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        folder = callback.dirpath or (None if trainer.loggers else Path(trainer.default_root_dir) / "checkpoints")
+        if folder is None or not any(Path(folder).glob("*.ckpt")):  # a logger gives each run a folder of its own
+            continue
+        lines[str(folder)] = f"{folder} holds checkpoints of an earlier run, " + (
+            "which stay: those of this one get other names where need be, and --ckpt_path last is the newest."
+            if numbers_versions(callback)
+            else "which this one replaces where they have the same names."
+        )
+    return list(lines.values())

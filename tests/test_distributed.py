@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 from conftest import save_tiny_model, tiny_model, write_examples
 from distributed_runs import ORIGINS, RUNS, STEPS, command_line, fit
 from safetensors.torch import load_file
+from terminal import run_in_terminal
 from transformers import AutoModelForCausalLM
 
 from milora_lightning.checkpoint import read_checkpoint
@@ -222,6 +224,39 @@ def test_a_rank_that_dies_ends_the_job_with_a_message_and_a_whole_checkpoint(
         monkeypatch.chdir(folder)
         assert read_checkpoint("dying/last.ckpt")["global_step"] == 1
         main(["export", "--ckpt_path=dying/last.ckpt", "--output=survived"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_ctrl_c_saves_once_and_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal sends it to both processes; the run that goes on from there ends."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(TESTS.parent))
+    save_tiny_model(tmp_path / "llama", "llama")
+    write_examples(tmp_path / "examples.jsonl", 16)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(CONFIG))
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.log_every_n_steps=2"]
+    options += ["--trainer.enable_progress_bar=true", "--data.template=plain", "--trainer.limit_val_batches=0"]
+    command = [sys.executable, str(TESTS.parent / "main.py"), "fit", "--config=mine.yaml", *options]
+
+    pressed: list[str] = []
+
+    def press(screen: str) -> bytes | None:
+        if pressed or not re.search(r"Training +\d+ of", screen):
+            return None
+        pressed.append(screen)
+        return b"\x03"
+
+    seen = run_in_terminal(lambda: os.execv(command[0], [*command, "--trainer.max_epochs=999"]), 200, 50, press, 300)
+    assert seen.status == 130, seen.last
+    said = re.findall(r"Interrupted at step (\d+). Saved in checkpoints/last.ckpt; go on with: ", seen.last)
+    assert len(said) == 1, seen.last
+    assert "Traceback" not in seen.raw
+    step = int(said[0])
+    assert read_checkpoint("checkpoints/last.ckpt")["global_step"] == step
+    done = launch(tmp_path, *command[1:], "--ckpt_path=last", f"--trainer.max_steps={step + 2}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"Last checkpoint (step {step + 2})" in done.stdout
 
 
 def test_work_is_shared_out_by_cost() -> None:

@@ -17,18 +17,20 @@ import torch
 import yaml
 from conftest import quiet_trainer, save_tiny_model
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from terminal import run_in_terminal
 
 from milora_lightning import CausalLMModule, RunProgress
 from milora_lightning.callbacks.interruption import SaveOnInterrupt
+from milora_lightning.checkpoint_options import find_checkpoint
 from milora_lightning.cli import main
 from milora_lightning.ending import ending
 from milora_lightning.logger_choice import make_logger
 from milora_lightning.screen.remaining import seconds_left
 from milora_lightning.screen.state import RunState, Work
 from milora_lightning.screen.views import LiveView
+from milora_lightning.trainer_defaults import earlier_checkpoints
 
 NOTICES = (
     "Tip:",
@@ -245,6 +247,47 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path, where:
     assert not torch.equal(interrupted.layer.weight, whole.layer.weight)
     trainer().fit(resumed, loader, loader, ckpt_path=str(tmp_path / "interrupted.ckpt"))
     assert torch.equal(resumed.layer.weight, whole.layer.weight)
+
+
+@pytest.mark.parametrize("saving", [{"filename": "last"}, {"save_last": True}, {"save_last": True, "monitor": "x"}])
+def test_the_newest_run_is_what_last_means_and_no_earlier_file_is_written_over(
+    tmp_path: Path, saving: dict[str, Any]
+) -> None:
+    """Of three runs into one folder, the second interrupted before its own first checkpoint, the third going on."""
+    loader = torch.utils.data.DataLoader([torch.linspace(-1, 1, 32)] * 8)
+    limits = {"limit_val_batches": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "enable_checkpointing": True}
+
+    def run(*callbacks: Callback, **options: Any) -> tuple[Trainer, list[str]]:
+        saves = ModelCheckpoint(tmp_path, **saving, save_on_train_epoch_end=True)
+        trainer = quiet_trainer(tmp_path, callbacks=[saves, *callbacks], **limits)
+        said = earlier_checkpoints(trainer, options.get("ckpt_path"))
+        model = Model()
+        model.on_train_epoch_end = lambda: model.log("x", torch.tensor(1.0))
+        trainer.fit(model, loader, **options)
+        return trainer, said
+
+    def step_of(path: str | Path) -> int:
+        return int(torch.load(path, weights_only=False)["global_step"])
+
+    first, said = run()
+    assert not said
+    assert (tmp_path / "last.ckpt").is_file()
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.ckpt")}
+    with pytest.raises(SystemExit):
+        run(SaveOnInterrupt(), Interrupts("step"))
+    assert {path: path.read_bytes() for path in before} == before
+    newest = find_checkpoint(first, "last", "fit")
+    assert step_of(newest) == 5
+    resumed, said = run(ckpt_path="last")
+    assert not said  # the run goes on, and knows its files
+    assert {path: path.read_bytes() for path in before} == before
+    assert find_checkpoint(resumed, "last", "fit") == newest
+    assert step_of(newest) == 8
+    assert any("(step 8)" in line and Path(newest).name in line for line in ending(resumed))
+    again, (line,) = run()
+    assert "which stay" in line
+    assert find_checkpoint(again, "last", "fit") != newest
+    assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.parametrize(("batches", "epoch"), [(1, 2), (4, 1)])

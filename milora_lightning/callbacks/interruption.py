@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from milora_lightning._compat import numbers_versions
 from milora_lightning.messages import inform
 
 SHOW_CURSOR = b"\x1b[?25h\n"
@@ -98,7 +99,7 @@ class SaveOnInterrupt(Callback):
     def _save(self, trainer: Trainer) -> None:
         path = _path(trainer)
         trainer.save_checkpoint(path)
-        self._saved = trainer.global_step, path
+        self._saved = trainer.global_step, os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted:
@@ -115,9 +116,25 @@ class SaveOnInterrupt(Callback):
 
 
 def _path(trainer: Trainer) -> str:
-    """Return where the checkpoint of an interrupted run goes: where ``last`` is looked for."""
+    """Return where the checkpoint of an interrupted run goes: where ``last`` is looked for, and nobody else's is.
+
+    The callback that has its ``last`` there gets to know of it, so that the run that goes on replaces it.
+    """
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath:
-            name = callback.format_checkpoint_name({}, callback.CHECKPOINT_NAME_LAST)
-            return os.path.relpath(name) if Path(name).is_relative_to(Path.cwd()) else name
+            own = "best_model_path" if _calls_its_only_one_last(callback) else "last_model_path"
+            path = callback.format_checkpoint_name({}, callback.CHECKPOINT_NAME_LAST)
+            version = callback.STARTING_VERSION
+            # As the callback itself finds a name.
+            while numbers_versions(callback) and path != getattr(callback, own):
+                if not callback.file_exists(path, trainer):
+                    break
+                path = callback.format_checkpoint_name({}, callback.CHECKPOINT_NAME_LAST, ver=version)
+                version += 1
+            setattr(callback, own, path)
+            return path
     return str(Path(trainer.default_root_dir) / "interrupted.ckpt")
+
+
+def _calls_its_only_one_last(callback: ModelCheckpoint) -> bool:
+    return callback.filename == callback.CHECKPOINT_NAME_LAST and not callback.save_last
