@@ -212,6 +212,9 @@ class RunProgress(ProgressBar):
         """Count."""
         self._end_batch()
 
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember how long it took, for the time that is left."""
         work, state = self.state.work, self.state
@@ -226,53 +229,15 @@ class RunProgress(ProgressBar):
         """Begin to count batches."""
         self._evaluate("Testing", trainer.num_test_batches, pl_module)
 
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Begin to count tokens."""
-        self._begin_batch(batch)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Count."""
-        self._end_batch()
-
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """There is nothing more to count."""
         self._finish_evaluation()
 
+    on_predict_end = on_test_end
+
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to count batches."""
         self._evaluate("Predicting", trainer.num_predict_batches, pl_module)
-
-    def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Begin to count tokens."""
-        self._begin_batch(batch)
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Count."""
-        self._end_batch()
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """There is nothing more to count."""
-        self._finish_evaluation()
 
     def _evaluate(self, name: str, batches: Sequence[float], pl_module: LightningModule) -> None:
         self._pace.pause()

@@ -43,10 +43,6 @@ class EvaluationSummary(Callback):
         """Forget the last answers."""
         self._answered = []
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the last answers."""
-        self._answered = []
-
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -59,17 +55,8 @@ class EvaluationSummary(Callback):
         """Keep answers."""
         self._keep(outputs)
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep answers."""
-        self._keep(outputs)
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the results from before training."""
