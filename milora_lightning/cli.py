@@ -109,9 +109,12 @@ class MiLoRACLI(LightningCLI):
             given = alone.get("fit.model.optimizer.init_args")
             self._given_optimizer = {} if given is None else given.as_dict()
         if not self._given.get(BASE) and (path is None or path in KEYWORDS):
-            parser.error(
-                f"{BASE} is missing: give the model's Hub name, folder or .gguf file (and --data.source.train, your "
-                "data), or a --config that does, such as milora.yaml."
+            with_it = (
+                "--data.source.train, your data" if self._given_to == "fit" else "--ckpt_path, which can bring both"
+            )
+            self._parser(self._given_to).error(
+                f"{BASE} is missing: give the model's Hub name, folder or .gguf file (and {with_it}), or a --config "
+                "that does, such as milora.yaml."
             )
         return None if path is None else str(path)
 

@@ -79,7 +79,7 @@ def _config_path(name: str) -> str:
     if shipped.is_file():
         return str(shipped)
     names = ", ".join(sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")))
-    sys.exit(f"There is no config {name!r}, neither here nor among the shipped ones: {names}.")
+    sys.exit(f"error: There is no config {name!r}, neither here nor among the shipped ones: {names}.")
 
 
 def replaced_checkpoints(args: Any) -> list[str]:

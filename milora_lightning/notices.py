@@ -8,6 +8,10 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
 
 LOGGED = {
     "lightning.pytorch.utilities.rank_zero": [
@@ -66,11 +70,27 @@ class _LeftOut(logging.Filter):
 
 
 def leave_out() -> None:
-    """Leave out what is listed, in this process; once is enough, and twice does no harm."""
+    """Leave out what is listed, and the places in this package that warn; once is enough, and twice does no harm."""
     for name, beginnings in LOGGED.items():
         _filter(name, beginnings)
     for beginning in WARNED:
         warnings.filterwarnings("ignore", message=beginning)
+    if not isinstance(warnings.formatwarning, _WithoutPlace):
+        warnings.formatwarning = _WithoutPlace(warnings.formatwarning)
+
+
+class _WithoutPlace:
+    """Writes this package's warnings without the line of its code that they come from; others stay as they are."""
+
+    def __init__(self, others: Callable[..., str]) -> None:
+        self.others = others
+
+    def __call__(
+        self, message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if PACKAGE in Path(filename).parents:
+            return f"warning: {message}\n"
+        return self.others(message, category, filename, lineno, line)
 
 
 def leave_out_kernels() -> None:

@@ -89,6 +89,8 @@ def in_a_sentence(message: str, options: Iterable[str] = ()) -> str:
     """
     if match := re.match(r"unrecognized arguments: (.*)", message, re.DOTALL):
         return _unrecognized(match[1].split(), options)
+    if message.startswith("Unexpected config: "):
+        return "--config: the file is no YAML mapping of options, such as model: {name_or_path: embedded}."
     if match := re.match(r"argument (--[\w.+]+).*: expected (?:one|at least one) argument", message):
         return f"{match[1]}: a value is missing behind it."
     if match := re.match(r"the following arguments are required: (.*)", message):
@@ -143,7 +145,8 @@ def _subclasses(cls: type) -> Iterator[type]:
 def _unrecognized(arguments: list[str], options: Iterable[str]) -> str:
     option = arguments[0].partition("=")[0]
     if not option.startswith("-"):
-        return f"{option!r} is no option: options begin with --, and a value with spaces or brackets needs quotes."
+        needs = "a value with spaces or brackets needs quotes, and so does a pattern such as *.jsonl"
+        return f"{option!r} is no option: options begin with --, and {needs}."
     meant = suggest(option, options)
     return f"{option}: there is no such option." + (f" Did you mean {' or '.join(meant)}?" if meant else "")
 

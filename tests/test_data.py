@@ -160,7 +160,7 @@ def test_workers_change_nothing(num_workers):
     ("stage", "split"), [("fit", "train"), ("validate", "validation"), ("test", "test"), ("predict", "test")]
 )
 def test_missing_split_is_named(stage, split):
-    with pytest.raises(ValueError, match=f"There is no {split} data. Give the source some"):
+    with pytest.raises(ValueError, match=f"There is no {split} data. Set data.source.{split} to"):
         make_data({}).setup(stage)
 
 

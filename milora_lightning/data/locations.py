@@ -13,6 +13,7 @@ import datasets
 from milora_lightning.data.records import SUFFIXES, is_data_file
 from milora_lightning.data.sources import Split
 from milora_lightning.errors import InvalidInputError, MissingFileError
+from milora_lightning.suggestions import closest
 
 # The words in the names of files and folders that tell their split.
 WORDS: dict[Split, set[str]] = {
@@ -99,7 +100,9 @@ def files_at(name: str, split: Split, needed: bool) -> list[Path]:
 def _found(name: str, path: Path) -> list[Path]:
     found = [Path(p) for p in sorted(glob.glob(str(path)))] if not path.exists() and glob.has_magic(name) else [path]
     if not found or not found[0].exists():
-        raise MissingFileError(f"There is no data file {path}. Check the path; a relative one starts at {Path.cwd()}.")
+        meant = closest(path.name, [file.name for file in path.parent.glob("*") if is_data_file(file)])
+        hint = f"Did you mean {meant}?" if meant else f"Check the path; a relative one starts at {Path.cwd()}."
+        raise MissingFileError(f"There is no data file {path}. {hint}")
     for file in found:
         if not file.is_file() or not is_data_file(file):
             raise InvalidInputError(f"{file} is no data file: {_endings()}. Convert it, or leave it out.")

@@ -61,9 +61,10 @@ def _json_records(name: str) -> Iterator[tuple[int, Any]]:
     except json.JSONDecodeError as error:
         if line:
             _refuse_spread_objects(name, line)
+        arrays = "; an array on each line names no fields" if first == "[" and error.msg == "Extra data" else ""
         raise InvalidInputError(
             f"{name} is not valid JSON in line {line or error.lineno}, column {error.colno} ({error.msg}). Correct it; "
-            f"{FORM}."
+            f"{FORM}{arrays}."
         ) from error
     except RecursionError as error:
         where = f"line {line} of {name}" if line else name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from milora_lightning.errors import InvalidInputError, MiLoRAError
 Row = dict[str, str]
 Convert = Callable[[dict[str, Any]], dict[str, Any]]
 OPTIONAL = ("input", "task", "prompt_role")
+TABLE = re.compile(r"\.[ct]sv(\.\w+)?$", re.IGNORECASE)
 BEGINNING = 1000  # rows whose fields tell the format
 FORMAT = "format"
 """Column with the kind of a format that was recognised, and the field of each column, as a list in JSON."""
@@ -161,12 +163,25 @@ def _recognised(fields: Fields, records: list[dict[str, Any]], where: str) -> Fo
     except MiLoRAError as error:
         raise InvalidInputError(f"In {where}, {error}") from error
     if format is None:
+        inner = next((name for name, value in records[0].items() if _holds_rows(value)), None)
+        if len(records) == 1 and inner is not None:
+            raise InvalidInputError(
+                f"In {where} the rows seem to be in the field {inner!r}. Write the array that it holds to a file of "
+                "its own."
+            )
+        header = " The first line of such a file has to name the fields." if TABLE.search(where) else ""
         raise InvalidInputError(
             f"In {where} there are the fields {sorted(map(str, records[0]))}, and none is known to hold an "
             "example, as messages, conversations, prompt and completion, text and others are. Name yours: set "
-            "prompt_field and response_field, messages_field, or text_field."
+            f"prompt_field and response_field, messages_field, or text_field.{header}"
         )
     return format
+
+
+def _holds_rows(value: Any) -> bool:
+    """Whether the value of a field is a list of records, rather than of messages."""
+    is_list = isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+    return is_list and not value[0].keys() & {"role", "from"}
 
 
 def _refuse_other_format(fields: Fields, format: Format, record: dict[str, Any], where: str) -> None:

@@ -136,7 +136,7 @@ class TokenizedSplits(LightningDataModule):
         examples = self._splits.get(split)
         if examples is None:
             raise InvalidInputError(
-                f"There is no {split} data. Give the source some"
+                f"There is no {split} data. Set data.source.{split} to a file, a folder or a data set on the Hub"
                 + ("." if split in self._splits else f", and call setup() for a stage that uses {split}.")
             )
         return examples

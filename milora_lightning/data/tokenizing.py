@@ -136,8 +136,8 @@ def _report(size: int, encoded: datasets.Dataset, max_length: int, split: str) -
     if pieces:
         cut = sum(piece == 1 for piece in encoded["piece"])
         warn(
-            f"{cut} texts of the {split} data are longer than max_length={max_length} tokens: cut into {cut + pieces} "
-            "pieces, with no token lost."
+            f"{cut} {'text' if cut == 1 else 'texts'} of the {split} data longer than max_length={max_length} tokens: "
+            f"cut into {cut + pieces} pieces, with no token lost."
         )
     turns = encoded["unlearned"][:]
     if any(turns):
