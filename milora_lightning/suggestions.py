@@ -78,9 +78,17 @@ def closest(name: str, known: Iterable[str]) -> str | None:
     >>> closest("EarlyStoping", ["EarlyStopping", "Timer"]), closest("x", ["abc"])
     ('EarlyStopping', None)
     """
+    return next(iter(similar(name, known, 1)), None)
+
+
+def similar(name: str, known: Iterable[str], most: int = MOST) -> list[str]:
+    """Return those of some names that are like another, the likest first.
+
+    >>> similar("sum", ["gsm8k", "xsum", "sums"])
+    ['xsum', 'sums']
+    """
     lowered = {each.lower(): each for each in known}
-    match = difflib.get_close_matches(name.lower(), lowered, 1, 0.6)
-    return lowered[match[0]] if match else None
+    return [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, most, 0.6)]
 
 
 def _same_place(option: str, names: list[str]) -> list[str]:

@@ -70,6 +70,9 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(tmp_path: Path, monk
     (tmp_path / "tasks").mkdir()
     local_task(tmp_path / "tasks")
     assert find_tasks("sums", str(tmp_path / "tasks"))[1] == ["sums"]
+    assert find_tasks(f"{tmp_path}/tasks/sums.yaml, sums", None)[1] == ["sums"]
+    with pytest.raises(FileNotFoundError, match=r"no file 'nothing.yaml'"):
+        find_tasks("nothing.yaml", None)
     with pytest.raises(ValueError, match="Give either --ckpt_path"):
         evaluate("sums")
     with pytest.raises(FileExistsError, match="choose another output"):
@@ -84,3 +87,5 @@ def test_tasks_are_found_by_patterns_and_those_that_are_not_are_named(tmp_path: 
     local_task(tmp_path)
     with pytest.raises(ValueError, match="has no task 'sums_'; 'sums' is one"):
         find_tasks("arc_eas?, sums, sums_", str(tmp_path))
+    with pytest.raises(ValueError, match="has no task 'sum'; 'sums' is one, 'xsum'"):  # the user's own first
+        find_tasks("sum", str(tmp_path))

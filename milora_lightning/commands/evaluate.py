@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from milora_lightning.commands.loading import loading
 from milora_lightning.errors import InvalidInputError, MissingFileError, MissingPackageError, OutputExistsError
 from milora_lightning.inference import load_for_inference
-from milora_lightning.suggestions import closest
+from milora_lightning.suggestions import similar
 from milora_lightning.surgery import adapters_disabled, lora_layers
 
 Scores = dict[str, dict[str, float]]
@@ -41,7 +42,7 @@ def evaluate(
     """Score a model on benchmarks of the evaluation harness (lm-eval), after fine-tuning and before.
 
     Args:
-        tasks: Names of the harness's tasks or groups of them, as in ``gsm8k,arc_easy``.
+        tasks: Names of the harness's tasks or groups of them, as in ``gsm8k,arc_easy``, or YAML files of your own.
         ckpt_path: Checkpoint written by ``fit``: a file, or the folder of a sharded run.
         model: Or whatever else is to be scored: a folder that ``export`` wrote, a Hub name, a folder, a ``.gguf``
             file, or ``embedded``.
@@ -96,7 +97,7 @@ def find_tasks(tasks: str, include_path: str | None) -> tuple[Any, list[str]]:
     """Find the harness's tasks of some names, before a model is loaded for them.
 
     Args:
-        tasks: Names or patterns, with commas between them.
+        tasks: Names, patterns, or paths of tasks' YAML files, with commas between them.
         include_path: Folder of further tasks.
 
     Returns:
@@ -113,21 +114,42 @@ def find_tasks(tasks: str, include_path: str | None) -> tuple[Any, list[str]]:
     wanted = [name for name in (part.strip() for part in tasks.split(",")) if name]
     if not wanted:
         raise InvalidInputError("tasks is empty: give names of the harness's tasks, as in --tasks gsm8k,arc_easy.")
-    if include_path is not None:
-        own = TaskManager(include_path=include_path, include_defaults=False)
-        if set(wanted) <= set(own.all_subtasks):  # to read the harness's own, thousands of files, takes its time
-            return own, wanted
-    manager = TaskManager(include_path=include_path)
+    folders = {} if include_path is None else {include_path: None}
+    for number, name in enumerate(wanted):
+        if name.endswith((".yaml", ".yml")):
+            wanted[number] = _task_in(name)
+            folders[str(Path(name).absolute().parent)] = None
+    include: Any = list(folders) or None
+    known: list[str] = []
+    if folders:
+        own = TaskManager(include_path=include, include_defaults=False)
+        known = list(own.all_subtasks)
+        if set(wanted) <= set(known):  # to read the harness's own, thousands of files, takes its time
+            return own, list(dict.fromkeys(wanted))
+    manager = TaskManager(include_path=include)
     found: list[str] = []
     for name in wanted:
         matching = manager.match_tasks([name])
         if not matching:
-            meant = closest(name, manager.all_tasks)
+            like = list(dict.fromkeys([*similar(name, known), *similar(name, manager.all_tasks)]))[:3]
+            others = f", {' and '.join(map(repr, like[1:]))} others" if like[1:] else ""
             raise InvalidInputError(
-                f"The harness has no task {name!r}{'' if meant is None else f'; {meant!r} is one'}."
+                f"The harness has no task {name!r}{f'; {like[0]!r} is one{others}' if like else ''}."
             )
         found += matching
     return manager, list(dict.fromkeys(found))
+
+
+def _task_in(path: str) -> str:
+    """Return the name of the task, or group of tasks, that a YAML file is."""
+    if not Path(path).is_file():
+        raise MissingFileError(f"There is no file {path!r}, which --tasks names: give a task's name, or its YAML file.")
+    name = re.search(
+        r"^(?:task|group)\s*:\s*['\"]?([^'\"\s#\[]+)", Path(path).read_text(encoding="utf-8"), re.MULTILINE
+    )
+    if name is None:
+        raise InvalidInputError(f"{path!r} is no file of a task: it has no line 'task: NAME'.")
+    return name[1]
 
 
 def score(
