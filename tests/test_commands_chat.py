@@ -373,8 +373,8 @@ def test_predict_answers_prompts_without_answers(chats: Path, tmp_path: Path, mo
     data = SFTDataModule(Files(test="prompts.jsonl", response_field="answer"), str(chats / "base"))
     with pytest.raises(ValueError, match="No example of the test data has a response"):
         data.setup("test")
-    Path("texts.txt").write_text(f"{FIRST}\n")
-    data = SFTDataModule(Files(test="texts.txt"), str(chats / "base"))
+    Path("texts.jsonl").write_text(json.dumps({"text": FIRST}))
+    data = SFTDataModule(Files(test="texts.jsonl"), str(chats / "base"))
     data.setup("predict")
     with pytest.raises(ValueError, match="nothing to answer in the test data"):
         data.predict_dataloader()

@@ -170,3 +170,13 @@ def test_predict_answers_conversations_that_end_in_a_question(template: str, tmp
     assert [reference for b in batches for reference in b["reference"]] == ["", "", "Two.", ""]
     data.setup("test")
     assert data.examples("test")["reference"][:] == ["Hello.", "Two.", "No."]
+
+
+def test_predict_answers_each_line_of_a_text_and_evaluations_read_it_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("What is 1?\n\nWhat is 2?\n")
+    data = SFTDataModule(Files(test=str(tmp_path / "a.txt")), make_tokenizer(), template="plain")
+    for stage, texts in (("test", 1), ("predict", 2), ("test", 1), ("predict", 2)):
+        data.setup(stage)
+        assert len(data.examples("test")) == texts
+    (batch,) = data.predict_dataloader()
+    assert batch["instruction"] == ["What is 1?", "What is 2?"]

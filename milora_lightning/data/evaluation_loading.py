@@ -52,7 +52,7 @@ class EvaluationLoaders(TokenizedSplits):
         if not asked:
             raise InvalidInputError(
                 "There is nothing to answer in the test data: they are texts without prompts. Give rows with a prompt, "
-                "or ask with generate --input FILE, which takes a prompt in each line."
+                "or a .txt file with a prompt in each line."
             )
         self._check_model()
         return self._generation("test", asked)

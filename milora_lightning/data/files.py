@@ -14,7 +14,8 @@ import numpy as np
 from torchmetrics import Metric
 
 from milora_lightning.data.formats import AUTO, Fields, Format, Kind, settled
-from milora_lightning.data.row_readers import OpenRows, formats_of, kept_rows_at, rows_at
+from milora_lightning.data.opening import kind_of
+from milora_lightning.data.row_readers import OpenRows, formats_of, kept_rows_at, prompt_lines, rows_at
 from milora_lightning.data.rows import BEGINNING, FORMAT, UNREAD
 from milora_lightning.data.sources import COLUMNS, PROMPT_COLUMNS, Source, Split
 from milora_lightning.data.streams import RowStream
@@ -193,6 +194,12 @@ class Files(Source):
                 "first 500 rows."
             )
         return RowStream(parts) if parts else None
+
+    def lines(self) -> list[str] | None:
+        """Return the lines of ``test``, if that is files of text, for ``predict`` to answer; None if it is not."""
+        location = self.locations["test"]
+        names = [location] if isinstance(location, str) else location or []
+        return prompt_lines(names) if names and all(kind_of(name) == ".txt" for name in names) else None
 
     def metric(self) -> Metric | None:
         """Make the metric of generated answers, for each test set by itself if they have names."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import datasets
 
 from milora_lightning.data.formats import Fields, Format
 from milora_lightning.data.locations import files_at, hub_dataset, is_hub_name, is_saved, saved_dataset
+from milora_lightning.data.opening import open_text
 from milora_lightning.data.records import read_records
 from milora_lightning.data.rows import FORMAT, Convert, Row, checked_rows, rows_after
 from milora_lightning.data.sources import Split, cached_dataset
@@ -49,6 +50,20 @@ def kept_rows_at(
     # Size and time of change go into the cache's key, so that an edited file is read again.
     files = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files_at(name, split, needed))
     return cached_dataset(file_rows, columns, files=files, **reading) if files else None
+
+
+def prompt_lines(names: Sequence[str]) -> list[str]:
+    """Read the lines of files of text that hold something.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If one cannot be read.
+    """
+    lines: list[str] = []
+    for path in (path for name in names for path in files_at(name, "test", needed=True)):
+        with open_text(str(path)) as file:
+            lines += [line.rstrip("\n") for line in file if line.strip()]
+    return lines
 
 
 def rows_at(

@@ -65,6 +65,15 @@ class MultipleChoice(Task, Protocol):
         ...
 
 
+@runtime_checkable
+class AsksLines(Source, Protocol):
+    """A source whose test data may be files of text, of which ``predict`` answers each line."""
+
+    def lines(self) -> list[str] | None:
+        """Return the lines that are to be answered; None if the test data are something else."""
+        ...
+
+
 def cached_dataset(
     rows: Callable[..., Iterator[Row]], columns: tuple[str, ...] = PROMPT_COLUMNS, **arguments: Any
 ) -> datasets.Dataset:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from milora_lightning.data.columns import as_columns, as_dataset
 from milora_lightning.data.prompt_format import PromptFormat
 from milora_lightning.data.rows import BEGINNING
-from milora_lightning.data.sources import Source, Split, Task, describe
+from milora_lightning.data.sources import AsksLines, Source, Split, Task, describe
 from milora_lightning.data.streams import stream_of
 from milora_lightning.data.templates import AUTO, TemplateName, name_of, with_template
 from milora_lightning.data.tokenizing import holds, tokenize_dataset
@@ -150,8 +150,10 @@ class TokenizedSplits(LightningDataModule):
     def _is_stream(self, split: Split) -> bool:
         return self.streaming and split == "train"
 
-    def _load(self, split: Split) -> Any:
-        """Load a split; of a stream to train on its beginning."""
+    def _load(self, split: Split, unanswered: bool = False) -> Any:
+        """Load a split; of a stream to train on its beginning, and to answer, the lines of files of text."""
+        if unanswered and isinstance(self.source, AsksLines) and (lines := self.source.lines()) is not None:
+            return [{"prompt": line, "response": ""} for line in lines]
         if not self.streaming:
             return self.source.load(split)
         stream = stream_of(self.source, split)
@@ -161,14 +163,15 @@ class TokenizedSplits(LightningDataModule):
         return datasets.Dataset.from_dict(as_columns(rows, range(len(rows)), split)) if rows else []
 
     def _tokenized(self, split: Split, unanswered: bool = False) -> datasets.Dataset | None:
-        dataset = self._load(split)
+        dataset = self._load(split, unanswered)
         if dataset is None:
             return None
         dataset = as_dataset(dataset, split)
         if self._kinds is None:
             self._kinds = _kinds(dataset)
         if split == "test":
-            self._unanswered = unanswered if _asks(dataset) else None
+            lines = isinstance(self.source, AsksLines) and self.source.lines() is not None
+            self._unanswered = unanswered if lines or _asks(dataset) else None
         return tokenize_dataset(
             dataset,
             self.tokenizer_object,
