@@ -24,7 +24,8 @@ from transformers import (
     MistralConfig,
     PreTrainedModel,
 )
-from transformers.masking_utils import flash_attention_mask
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
 from milora_lightning import CausalLMModule, MiLoRAInit, SFTDataModule
 from milora_lightning.attention import NAME as CAUSAL_BLOCKS
@@ -279,3 +280,13 @@ def test_flex_attention_keeps_examples_apart() -> None:
             control = supervised_logits(model, batch["input_ids"], batch["labels"])
     assert torch.equal(*logits)
     assert not torch.allclose(control, logits[0], atol=1e-3)
+
+
+def test_an_attention_that_forgets_the_mask_is_refused() -> None:
+    def forgetful(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
+        return sdpa_attention_forward(module, query, key, value, None, **options)
+
+    AttentionInterface.register("forgetful", forgetful)
+    AttentionMaskInterface.register("forgetful", sdpa_mask)
+    with pytest.raises(ValueError, match="'forgetful' makes of an example in a packed row changes with its neighbour"):
+        check_separation(model_of("llama", "forgetful"), examples(16)[0]["input_ids"])
