@@ -17,6 +17,7 @@ from milora_lightning.cli import MiLoRACLI
 from milora_lightning.data import SFTDataModule
 from milora_lightning.errors import InvalidInputError
 from milora_lightning.folder import new_folder
+from milora_lightning.metrics.results import results
 from milora_lightning.module import CausalLMModule
 from milora_lightning.runs import Row, Run, best_rate, read_rows, write_rows
 
@@ -39,8 +40,8 @@ class Trajectory(Callback):
         """Keep the step, the seconds since the beginning, and all results of validation."""
         if self.rows and self.rows[-1]["step"] == trainer.global_step:
             return
-        results = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(("val_", "forgetting_"))}
-        self.rows.append({"step": trainer.global_step, "seconds": time.monotonic() - self._started, **results})
+        measured = results(trainer.callback_metrics, "val")
+        self.rows.append({"step": trainer.global_step, "seconds": time.monotonic() - self._started, **measured})
 
 
 class RunCLI(MiLoRACLI):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -15,8 +13,9 @@ from torch import Tensor
 from milora_lightning.config import Init
 from milora_lightning.decomposition import SingularSlice
 from milora_lightning.factors import initial_factors, initial_triplets, scaled_factors
-from milora_lightning.folder import cache_folder
+from milora_lightning.folder import cache_folder, replaced_file
 from milora_lightning.messages import warn
+from milora_lightning.sharding import memory_of
 
 _VERSION = 1  # of what the triplets of a given weight are; another one finds none of the old entries
 _CHECKSUM = "xxh3_128"
@@ -63,20 +62,16 @@ def cached_factors(
 
 def _key(weight: Tensor, r: int, init: Init, generator: torch.Generator | None) -> str:
     digest = xxhash.xxh3_128(f"{_VERSION} {tuple(weight.shape)} {weight.dtype} {init} {r} ".encode())
-    digest.update(_bits(weight))
+    digest.update(memory_of(weight))
     if init == "random":
-        digest.update(_bits(torch.get_rng_state() if generator is None else generator.get_state()))
+        digest.update(memory_of(torch.get_rng_state() if generator is None else generator.get_state()))
     return digest.hexdigest()
-
-
-def _bits(x: Tensor) -> memoryview:
-    return x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _checksum(triplets: SingularSlice) -> str:
     digest = xxhash.xxh3_128()
     for x in triplets:
-        digest.update(_bits(x))
+        digest.update(memory_of(x))
     return digest.hexdigest()
 
 
@@ -101,15 +96,9 @@ def _read(path: Path, shape: torch.Size, r: int) -> SingularSlice | None:
 def _write(path: Path, triplets: SingularSlice) -> None:
     """Write an entry, whole or not at all."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")
-        os.close(handle)
-        try:
+        with replaced_file(path) as unfinished:
             on_cpu = {name: x.cpu() for name, x in triplets._asdict().items()}
             save_file(on_cpu, unfinished, metadata={_CHECKSUM: _checksum(triplets)})
-            os.replace(unfinished, path)
-        finally:
-            Path(unfinished).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         warn(
             f"Decompositions cannot be kept in {str(path.parent)!r} ({error}): later runs compute them again. Set "

@@ -13,7 +13,7 @@ from milora_lightning.base_weight import STORED, Stored
 from milora_lightning.checkpoint_io import CheckpointError
 from milora_lightning.names import pristine_name
 from milora_lightning.quantization import pieces
-from milora_lightning.sharding import as_bytes, gather_to, is_sharded
+from milora_lightning.sharding import gather_to, is_sharded, memory_of
 from milora_lightning.surgery import base_keys
 
 QUANTIZED = " as "
@@ -60,7 +60,7 @@ def fingerprint(module: nn.Module, frozen_only: bool = True) -> dict[str, str]:
 def _described(weight: Tensor) -> str:
     digest = xxhash.xxh3_128()
     for piece in pieces(weight):
-        digest.update(as_bytes(piece.cpu().contiguous()).numpy().data)
+        digest.update(memory_of(piece))
     return f"{tuple(weight.shape)} {weight.dtype} {digest.hexdigest()}"
 
 

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 
+from milora_lightning.markdown import table
 from milora_lightning.peft_format import TASKS, base_name, task_type
 from milora_lightning.surgery import lora_layers
 
@@ -53,7 +54,7 @@ def model_card(
         f"```python\n{_usage(model, library)}\n```",
         f"Trained on: {_code(data)}." if data else "",
         notes,
-        _table(metrics or {}),
+        table(["metric", "value"], [[name, f"{value:.4g}"] for name, value in metrics.items()]) if metrics else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -104,8 +105,3 @@ def _code(text: str) -> str:
     """
     line = " ".join(text.split())
     return f"`` {line} ``" if "`" in line else f"`{line}`"
-
-
-def _table(metrics: Mapping[str, float]) -> str:
-    rows = [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
-    return "\n".join(["| metric | value |", "|---|---|", *rows]) if rows else ""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import shutil
-import tempfile
-import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import cast
 
@@ -25,7 +23,7 @@ from transformers import (
 import milora_lightning.attention  # noqa: F401  (which transformers knows by its name from then on)
 from milora_lightning._compat import decoder_layer_names
 from milora_lightning.errors import InvalidInputError, MissingFileError, MissingPackageError
-from milora_lightning.folder import cache_folder
+from milora_lightning.folder import cache_folder, new_cache_folder
 from milora_lightning.model_files import (
     EMBEDDED,
     ModelNotFoundError,
@@ -184,9 +182,14 @@ def _converted(gguf: Path) -> str:
     folder = cache_folder() / "models" / f"{gguf.stem}-{digest[:16]}"
     if folder.is_dir():
         return str(folder)
-    # Renamed into place when whole, so that neither a kill nor a second process leaves half a folder.
-    unfinished = _unfinished(folder)
-    try:
+    with ExitStack() as stack:
+        try:
+            unfinished = stack.enter_context(new_cache_folder(folder))
+        except OSError as error:
+            raise UnusableModelError(
+                f"Converted models cannot be kept in {str(folder.parent)!r} ({error.strerror}): set MILORA_CACHE to a "
+                "folder that can be written."
+            ) from error
         dense = {"quantization_config": GgufConfig(dequantize=True)} if GgufConfig else {}
         with clear_errors(str(gguf), str(gguf)):
             model, loading = AutoModelForCausalLM.from_pretrained(
@@ -201,27 +204,4 @@ def _converted(gguf: Path) -> str:
             del model.config.quantization_config
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # another process was first: its folder is as good
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return str(folder)
-
-
-def _unfinished(folder: Path) -> Path:
-    """Make a folder in which to write what becomes another, and remove those that killed processes have left."""
-    prefix = f".{folder.name}-"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(f"{prefix}*"):
-            if time.time() - left.stat().st_mtime > 24 * 3600:
-                shutil.rmtree(left, ignore_errors=True)
-        return Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
-    except OSError as error:
-        raise UnusableModelError(
-            f"Converted models cannot be kept in {str(folder.parent)!r} ({error.strerror}): set MILORA_CACHE to a "
-            "folder that can be written."
-        ) from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from milora_lightning.markdown import table
 from milora_lightning.plots import new_figure
 from milora_lightning.runs import Row, Run, best_rate, write_rows
 
@@ -70,7 +71,7 @@ def results_table(groups: dict[str, list[Run]]) -> str:
     for method, runs in groups.items():
         values = [spread([run.last[column] for run in runs]) for column in columns]
         rows.append([method, f"{runs[0].learning_rate:g}", *values])
-    return markdown(["method", "learning rate", *(NAMES[c] for c in columns)], rows)
+    return table(["method", "learning rate", *(NAMES[c] for c in columns)], rows)
 
 
 def paired_table(groups: dict[str, list[Run]]) -> str:
@@ -86,7 +87,7 @@ def paired_table(groups: dict[str, list[Run]]) -> str:
             larger = sum(d > 0 for d in differences)
             cells.append(f"{spread(differences, sign='+')} (larger in {larger} of {len(differences)})")
         rows.append([method, *cells])
-    return f"Difference from {reference} with the same seed:\n\n" + markdown(
+    return f"Difference from {reference} with the same seed:\n\n" + table(
         ["method", *(NAMES[c] for c in columns)], rows
     )
 
@@ -102,7 +103,7 @@ def sweep_table(sweep: Sequence[Run]) -> str:
         rows.append([method, *(cells[rate] for rate in rates)])
         at_edge += [method] if best in (rates[0], rates[-1]) else []
     measured = "Validation loss and KL from the base" if KL in sweep[0].last else "Validation loss"
-    text = f"{measured} in the learning-rate sweep (seed {sweep[0].seed}):\n\n" + markdown(
+    text = f"{measured} in the learning-rate sweep (seed {sweep[0].seed}):\n\n" + table(
         ["method", *(f"{rate:g}" for rate in rates)], rows
     )
     if at_edge:
@@ -124,11 +125,6 @@ def spread(values: Sequence[float], sign: str = "") -> str:
     if len(values) == 1:
         return f"{values[0]:{sign}.4g}"
     return f"{mean(values):{sign}.4g} ± {stdev(values):.2g}"
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *rows])
 
 
 def plot_curves(path: Path, groups: dict[str, list[Run]]) -> None:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from milora_lightning.checkpoint import AdapterCheckpoint
 from milora_lightning.checkpoint_io import KEY, read
 from milora_lightning.errors import InvalidInputError
+from milora_lightning.folder import replace_by
 from milora_lightning.names import unwrapped_name
 from milora_lightning.sharding import shard_like
 from milora_lightning.sharing import raise_together
@@ -81,7 +82,7 @@ class MiLoRAModelParallelStrategy(ModelParallelStrategy):
             super().save_checkpoint(checkpoint, filepath, storage_options)  # which replaces a file at once
             return
         path = Path(self.broadcast(filepath))
-        unfinished, previous = (path.with_name(f".{path.name}.{state}") for state in ("unfinished", "previous"))
+        unfinished = path.with_name(f".{path.name}.unfinished")
         if self.is_global_zero:
             shutil.rmtree(unfinished, ignore_errors=True)
         self.barrier()
@@ -91,10 +92,7 @@ class MiLoRAModelParallelStrategy(ModelParallelStrategy):
         super().save_checkpoint({**checkpoint, **described, "state_dict": state}, unfinished, storage_options)
         self.barrier()
         if self.is_global_zero:
-            if path.exists():
-                path.rename(previous)
-            unfinished.rename(path)
-            shutil.rmtree(previous) if previous.is_dir() else previous.unlink(missing_ok=True)
+            replace_by(path, unfinished)
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:

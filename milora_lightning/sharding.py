@@ -106,3 +106,9 @@ def _chunk(size: int, ranks: int) -> int:
 def as_bytes(tensor: Tensor) -> Tensor:
     """View a contiguous tensor as bytes, because not every backend knows every dtype."""
     return tensor.view(-1).view(torch.uint8)
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """Return what a tensor holds, bit for bit, as what hashes and files take; from the CPU, without a copy."""
+    memory: memoryview = as_bytes(tensor.detach().cpu().contiguous()).numpy().data
+    return memory

@@ -11,6 +11,7 @@ from milora_lightning.export import export_merged, export_peft
 from milora_lightning.folder import check_output
 from milora_lightning.merging import rounding_note
 from milora_lightning.messages import inform
+from milora_lightning.metrics.results import results
 from milora_lightning.strategies import shards
 
 
@@ -56,12 +57,10 @@ class AdapterExport(Callback):
         """Export, on the first rank."""
         if not trainer.is_global_zero:
             return
-        results = trainer.callback_metrics.items()
-        scores = {name: value.item() for name, value in results if name.startswith(("val_", "test_"))}
         data = getattr(trainer, "datamodule", None)
         options: dict[str, Any] = {
             "tokenizer": getattr(pl_module, "tokenizer", None),
-            "metrics": scores,
+            "metrics": results(trainer.callback_metrics, "val", "test"),
             "data": getattr(data, "description", None),
             "prompt_format": getattr(data, "prompt_format", None) or getattr(pl_module, "prompt_format", None),
         }

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
 from milora_lightning.errors import InvalidInputError
+from milora_lightning.metrics.results import Stage, results
 from milora_lightning.screen.figures import number
 from milora_lightning.screen.samples import Sample, choose, log_samples, table
 
@@ -60,14 +61,14 @@ class EvaluationSummary(Callback):
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the results from before training."""
-        self.before = _results(trainer, "val_")
+        self.before = _results(trainer, "val")
         self.shown = [_sample(record, "before") for record in choose(self._answered, self.samples)]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the latest results, and show answers."""
         if trainer.sanity_checking:
             return
-        self.after = _results(trainer, "val_")
+        self.after = _results(trainer, "val")
         if trainer.state.fn == "fit":
             self._keep_shown()
         self._show(trainer, "val")
@@ -113,7 +114,7 @@ class EvaluationSummary(Callback):
             if sample["prompt"] in answers:
                 sample["after"] = answers[sample["prompt"]]
 
-    def _show(self, trainer: Trainer, stage: str) -> None:
+    def _show(self, trainer: Trainer, stage: Stage) -> None:
         """Show what an evaluation has found, and log its answers."""
         if not trainer.is_global_zero:
             return
@@ -129,7 +130,7 @@ class EvaluationSummary(Callback):
             console.print(table(samples, ["answer"], f"answers, {at}"))
             for logger in trainer.loggers:
                 log_samples(logger, samples, trainer.global_step, stage)
-        results = _results(trainer, f"{stage}_")
+        results = _results(trainer, stage)
         if fitting and results:
             words = (f"{name} {number(value)}" for name, value in results.items())
             console.print(f"Step {trainer.global_step}: {', '.join(words)}", highlight=False)
@@ -148,5 +149,5 @@ def _sample(record: dict[str, str], answer: str | None = None) -> Sample:
     return sample if answer is None else {**sample, answer: record["generation"]}
 
 
-def _results(trainer: Trainer, prefix: str) -> dict[str, float]:
-    return {k: v.item() for k, v in sorted(trainer.callback_metrics.items()) if k.startswith((prefix, "forgetting_"))}
+def _results(trainer: Trainer, stage: Stage) -> dict[str, float]:
+    return dict(sorted(results(trainer.callback_metrics, stage).items()))

@@ -13,6 +13,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from milora_lightning.markdown import table as markdown
+
 Sample = dict[str, str]
 """Of an example its prompt, instruction and reference, and answers by when they were given."""
 
@@ -91,16 +93,3 @@ def log_samples(logger: Logger, samples: Sequence[Sample], step: int, stage: str
             for row in rows:
                 record: Mapping[str, Any] = {"step": step, "stage": stage, **dict(zip(columns, row, strict=True))}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    r"""Write a table in Markdown.
-
-    >>> print(markdown(["a", "b"], [["1", "2\n|"]]))
-    | a | b |
-    | --- | --- |
-    | 1 | 2<br>\| |
-    """
-    lines = [list(columns), ["---"] * len(columns), *rows]
-    cells = [[cell.replace("|", "\\|").replace("\n", "<br>") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
