@@ -288,27 +288,26 @@ def test_no_more_is_read_than_is_needed(tmp_path: Path) -> None:
     assert max(seen(batches).values()) == 1
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("where", ["file", "source", "template"])
+@pytest.mark.parametrize(("where", "workers"), [("file", 1), ("source", 0), ("template", 0)])
 def test_broken_record_far_into_the_stream_is_named(where: str, workers: int, tmp_path: Path) -> None:
     if where == "file":
-        path = Path(prompts(tmp_path, 1500))
+        path = Path(prompts(tmp_path, 1100))
         lines = path.read_text().splitlines()
-        lines[1300] = '{"prompt": "a", "completion": ["b"]}'
+        lines[1050] = '{"prompt": "a", "completion": ["b"]}'
         path.write_text("\n".join(lines))
         source: Any = Files(str(path), validation_size=7)
-        says = r"^The field 'completion' in row 1301 \(the first is row 1\) of .*rows.jsonl holds .*no text"
+        says = r"^The field 'completion' in row 1051 \(the first is row 1\) of .*rows.jsonl holds .*no text"
     elif where == "source":
-        source, says = Itself(1500, broken=1300), r"^The column 'response' in row 1301 .* holds"
+        source, says = Itself(1100, broken=1050), r"^The column 'response' in row 1051 .* holds"
     else:
         rows = [
             {"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "b"}]}
             for i in range(1500)
         ]
-        rows[1300]["messages"][0]["role"] = "narrator"
+        rows[1050]["messages"][0]["role"] = "narrator"
         (tmp_path / "talks.jsonl").write_text("\n".join(map(json.dumps, rows)))
         source = Files(str(tmp_path / "talks.jsonl"), validation_size=7)
-        says = r"row 1301"
+        says = r"row 1051"
     data = Data(source, shuffle_buffer=64, num_workers=workers, batch_size=16)
     data.setup("fit")
     with pytest.raises(ValueError, match=says) as error:
@@ -433,3 +432,35 @@ def test_nothing_to_learn_ends_the_run(tmp_path: Path) -> None:
     data.setup("fit")
     with pytest.raises(ValueError, match=r"as many rows as data\.num_workers"):
         epochs(data, 9)
+
+
+def test_hub_is_read_as_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, read = [], []
+
+    def rows(size: int) -> Iterator[dict[str, str]]:
+        for i in range(size):
+            read.append(i)
+            yield {"question": f"What is {i}?", "answer": f"It is {i}."}
+
+    def load(name: str, config: Any = None, split: str = "", streaming: bool = False) -> Any:
+        asked.append((name, split, streaming))
+        if split != "train":
+            raise ValueError(f"Bad split: {split}. Available splits: ['train']")
+        return Mapped(10**9)
+
+    class Mapped:
+        def __init__(self, size: int) -> None:
+            self.size = size
+
+        def __iter__(self) -> Iterator[dict[str, str]]:
+            return rows(self.size)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    data = Data(Files("org/name", validation_size=5), shuffle_buffer=20)
+    data.setup("fit")
+    assert data.examples("validation")["reference"][:] == [f"It is {i}." for i in range(5)]
+    assert max(seen(epochs(data, 20)).values()) == 1
+    assert {streaming for *_, streaming in asked} == {True}
+    assert max(read) < 1100
+    with pytest.raises(ValueError, match="validation_size is -1"):
+        Data(Files("org/name", validation_size=-1)).setup("fit")

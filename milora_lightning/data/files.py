@@ -177,7 +177,7 @@ class Files(Source):
         if not train:
             return None
         held_out = 0 if size == AUTO or self.locations["validation"] else size
-        if held_out != int(held_out):
+        if held_out < 0 or held_out != int(held_out):
             raise InvalidInputError(
                 f"validation_size is {size}, a share of a stream, whose length is not known: give a number, and as "
                 "many first rows of train are held out; or 0, or validation data."
