@@ -147,7 +147,7 @@ def test_prompts_of_another_format_than_in_training_are_mentioned(tmp_path: Path
         for template, suffix in (("plain", ""), ("alpaca", ""), ("plain", "Now: "))
     )
     state = plain.state_dict()
-    with pytest.warns(UserWarning, match="prompts of another format: template='plain', here it is 'alpaca'"):
+    with pytest.warns(UserWarning, match=r"template='plain', here it is 'alpaca'\. Set data\.template: plain to"):
         alpaca.load_state_dict(state)
     with pytest.warns(UserWarning, match="prompts of another format: prompt_suffix='', here it is 'Now: '"):
         suffixed.load_state_dict(state)

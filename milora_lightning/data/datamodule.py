@@ -200,7 +200,9 @@ class SFTDataModule(EvaluationLoaders):
         """
         trained, now = PromptFormat.found_in({"data": state_dict}), self.prompt_format
         if trained is not None and now is not None and trained != now:
-            warn(f"The checkpoint was trained on prompts of another format: {trained.difference(now)}.")
+            named = trained.template != now.template
+            remedy = f" Set data.template: {trained.template} to ask as in training." if named else ""
+            warn(f"The checkpoint was trained on prompts of another format: {trained.difference(now)}.{remedy}")
         stream = state_dict.get("stream")
         if self.trainer is not None and self.trainer.state.fn == "fit" and self.streaming != (stream is not None):
             raise InvalidInputError(
