@@ -1,15 +1,18 @@
-"""Record what a command shows on a terminal, as text.
+"""Record what a command shows on a terminal, or writes into pipes, as text.
 
     python benchmarks/record_screen.py 80 fit --config milora.yaml
+    python benchmarks/record_screen.py pipe chat --ckpt_path runs/milora/last.ckpt < questions.txt
 
-Prints the screen whenever something else is being done, and the last one. What is done is told by the first words of
-the moving lines, so that a recording has one screen of each kind and not hundreds.
+On a terminal of so many columns it prints the screen whenever something else is being done, and the last one. What is
+done is told by the first words of the moving lines, so that a recording has one screen of each kind and not hundreds.
+Of pipes it prints what came out of standard output and what of standard error.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 from bisect import bisect
 from pathlib import Path
@@ -33,8 +36,27 @@ def kind(lines: list[str]) -> tuple[str, ...]:
 
 
 def main() -> None:
-    columns, command = int(sys.argv[1]), [sys.executable, "main.py", *sys.argv[2:]]
+    command = [sys.executable, "main.py", *sys.argv[2:]]
     os.chdir(ROOT)
+    if sys.argv[1] == "pipe":
+        record_pipes(command)
+    else:
+        record_terminal(command, int(sys.argv[1]))
+
+
+def record_pipes(command: list[str]) -> None:
+    """Show what a command writes to standard output and to standard error, control characters made visible."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    for title, text in (("standard output", done.stdout), ("standard error", done.stderr)):
+        show(
+            title,
+            [line.encode("unicode_escape").decode() if not line.isprintable() else line for line in text.split("\n")],
+        )
+    print(f"exit status {done.returncode}")
+
+
+def record_terminal(command: list[str], columns: int) -> None:
+    """Show the screens of a command."""
     recording = run_in_terminal(lambda: os.execv(command[0], command), columns, rows=30, limit=7200)
     seen: set[tuple[str, ...]] = set()
     for at, lines in recording.screens:

@@ -7,6 +7,7 @@ and jsonargparse 4.53. No more than torch is imported with it; the others by the
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -208,6 +209,16 @@ def change_average(callback: Any, change: Any) -> None:
 def numbers_versions(callback: ModelCheckpoint) -> bool:
     """Whether a ModelCheckpoint gives a file another name where there is one of the same."""
     return callback._enable_version_counter
+
+
+def expect_processes_to_end() -> None:
+    """Have Lightning not take the end of processes that it has started for a failure, for which it would kill this one.
+
+    Its thread that watches them sees them killed where Lightning itself ends a run on Ctrl-C.
+    """
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            thread._child_processes = []  # type: ignore[attr-defined]
 
 
 def options_of_wandb(logger: WandbLogger) -> dict[str, Any]:

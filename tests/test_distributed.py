@@ -237,7 +237,11 @@ def test_ctrl_c_saves_once_and_says_so_once(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(CONFIG))
     options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.log_every_n_steps=2"]
     options += ["--trainer.enable_progress_bar=true", "--data.template=plain", "--trainer.limit_val_batches=0"]
-    command = [sys.executable, str(TESTS.parent / "main.py"), "fit", "--config=mine.yaml", *options]
+    # Slow to end, as a machine with much to do is: Lightning then kills the first process because the second is gone.
+    (tmp_path / "slow_end.py").write_text(
+        "import atexit, time\nfrom milora_lightning.cli import main\natexit.register(time.sleep, 7)\nmain()\n"
+    )
+    command = [sys.executable, str(tmp_path / "slow_end.py"), "fit", "--config=mine.yaml", *options]
 
     pressed: list[str] = []
 

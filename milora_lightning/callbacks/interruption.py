@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from milora_lightning._compat import numbers_versions
+from milora_lightning._compat import expect_processes_to_end, numbers_versions
 from milora_lightning.messages import inform
 
 SHOW_CURSOR = b"\x1b[?25h\n"
@@ -82,6 +82,7 @@ class SaveOnInterrupt(Callback):
         """Say where the run can go on from."""
         if not isinstance(exception, KeyboardInterrupt):
             return
+        expect_processes_to_end()
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
         trained = trainer.global_step > 0
         if trained and self._saved is None and trainer.world_size == 1 and not self._in_step:
