@@ -10,12 +10,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
@@ -26,6 +23,9 @@ from milora_lightning.config import Value
 from milora_lightning.lora import LoRALinear, linear_shape
 from milora_lightning.names import WRAPPERS, unwrapped_name
 from milora_lightning.surgery import lora_layers
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before a layer's name."""
@@ -87,6 +87,8 @@ def lora_config(
     Returns:
         The configuration, with patterns for the layers that differ from most others.
     """
+    from peft import LoraConfig  # here and below when it is used: it takes seconds to import
+
     layers = lora_layers(model)
     first = next(iter(layers.values()))
     r, alpha = most_common(ranks), most_common(alphas)
@@ -136,6 +138,8 @@ def objection(model: PreTrainedModel) -> str | None:
     layers = lora_layers(model)
     if len({id(m) for m in layers.values()}) < len(registrations(model)):
         return "a layer with an adapter is used in several places of the model, which PEFT cannot express"
+    from peft import inject_adapter_in_model
+
     ranks = {name: layer.r for name, layer in layers.items()}
     config = lora_config(model, ranks, ranks, [])
     base = skeleton(model)
@@ -178,6 +182,8 @@ def opens_otherwise(
     Returns:
         That PEFT refuses it, or has adapters on other layers, or other tensors, or other scales; None if all is well.
     """
+    from peft import PeftModel
+
     try:
         with _quiet():
             wrapped = PeftModel.from_pretrained(
@@ -199,6 +205,8 @@ def _other_layers(opened: nn.Module, names: Iterable[str]) -> str | None:
 
 
 def _other_tensors(opened: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
+    from peft.utils import ModulesToSaveWrapper
+
     found = {}
     for name, layer in _peft_layers(opened).items():
         for factor in ("lora_A", "lora_B"):
@@ -221,6 +229,8 @@ def _other_scales(opened: nn.Module, scales: Mapping[str, float]) -> str | None:
 
 
 def _peft_layers(opened: nn.Module) -> dict[str, Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     return {name: module for name, module in opened.named_modules() if isinstance(module, BaseTunerLayer)}
 
 

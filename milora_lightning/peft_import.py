@@ -6,10 +6,9 @@ import json
 import math
 import pickle
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftConfig
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -25,6 +24,9 @@ from milora_lightning.peft_format import PEFT_PREFIX, deviations, most_common, o
 from milora_lightning.sharding import fill, full_tensor
 from milora_lightning.surgery import inject, lora_layers
 from milora_lightning.targets import find_targets
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 UNSUPPORTED = (
     "use_dora",
@@ -102,6 +104,8 @@ def load_peft(module: nn.Module, folder: str | Path) -> LoRAConfig:
 
 def _read(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str, str]]:
     """Read configuration, tensors and metadata of a folder, and refuse what plain LoRA layers cannot hold."""
+    from peft import LoraConfig, PeftConfig
+
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, OSError, TypeError, KeyError) as error:
@@ -134,6 +138,8 @@ def _read(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str, 
 
 
 def _as_ours(config: LoraConfig, tensors: dict[str, Tensor]) -> LoRAConfig:
+    from peft.utils.other import get_pattern_key
+
     names = _layer_names(tensors)
     ranks = {name: tensors[_key(name, "lora_A")].shape[0] for name in names}
     alphas = {}

@@ -7,7 +7,6 @@ from contextlib import suppress
 
 import torch
 import torch.distributed as dist
-from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -52,6 +51,8 @@ def empty_causal_lm(
             f"{location!r} is quantized, and its codes cannot be read into shards as weights: use an unquantized "
             "model, or strategy: ddp."
         )
+    from accelerate import init_empty_weights
+
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation
