@@ -1,6 +1,6 @@
 """Compares what ``preview`` estimates with the peak of memory that ``fit`` reaches on this machine's CPU.
 
-python benchmarks/memory.py        # about ten minutes; prints a table in Markdown
+python benchmarks/memory.py        # about five minutes; publishes a table in docs/preview.md
 """
 
 from __future__ import annotations
@@ -12,77 +12,125 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoModelForCausalLM, Qwen3Config
+from common import machine, table
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
-from milora_lightning.pretrained import load_tokenizer
-
-MAIN = str(Path(__file__).parent.parent / "main.py")
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "preview.md"
+BEGIN, END = "<!-- memory -->", "<!-- /memory -->"
 COMMON = [
     *("--config", "milora.yaml", "--config", "{folder}/data.yaml", "--data.num_generation_examples=0"),
     *("--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--trainer.num_sanity_val_steps=0"),
-    *("--trainer.callbacks=[]", "--trainer.enable_checkpointing=false", "--logger=none"),
+    *("--trainer.callbacks=[]", "--trainer.enable_checkpointing=false", "--logger=none", "--model.dtype=float32"),
 ]
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+MODELS = {
+    "wide": LlamaConfig(
+        **SPECIAL,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=4,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        vocab_size=512,
+        max_position_embeddings=4096,
+    ),
+    "words": Qwen2Config(
+        **SPECIAL,
+        hidden_size=448,
+        intermediate_size=1216,
+        num_hidden_layers=6,
+        num_attention_heads=7,
+        num_key_value_heads=7,
+        vocab_size=128000,
+        tie_word_embeddings=True,
+    ),
+    "deep": Qwen3Config(
+        **SPECIAL,
+        hidden_size=320,
+        intermediate_size=960,
+        num_hidden_layers=32,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        head_dim=64,
+        vocab_size=4096,
+    ),
+}
 SETTINGS = {
-    "SmolLM2-135M, float32, causal_blocks, 4 x 256": ["--model.dtype=float32", "--data.batch_size=4"],
-    "SmolLM2-135M, float32, sdpa, checkpointing, 8 x 256": [
-        *("--model.dtype=float32", "--model.attn_implementation=sdpa", "--model.gradient_checkpointing=true"),
-        *("--data.batch_size=8",),
+    "long rows, few words: Llama of 4 layers of 768, sdpa, 1 x 1536": [
+        *("--model.name_or_path={folder}/wide", "--model.attn_implementation=sdpa"),
+        *("--data.batch_size=1", "--data.max_length=1536"),
     ],
-    "Qwen3 of 8 layers of 512, float32, sdpa, all layers, 16 x 256": [
-        *(
-            "--model.name_or_path={folder}",
-            "--model.dtype=float32",
-            "--model.attn_implementation=sdpa",
-            "--adapter.target_modules=all-linear",
-        ),
-        *("--data.batch_size=16",),
+    "many words, short rows: Qwen2 of 6 layers of 448, 128000 words, eager, 24 x 48": [
+        *("--model.name_or_path={folder}/words", "--model.attn_implementation=eager"),
+        *("--data.batch_size=24", "--data.max_length=48"),
+    ],
+    "deep, checkpoints: Qwen3 of 32 layers of 320, sdpa, all layers adapted, 3 x 320": [
+        *("--model.name_or_path={folder}/deep", "--model.attn_implementation=sdpa", "--data.batch_size=3"),
+        *("--model.gradient_checkpointing=true", "--adapter.target_modules=all-linear", "--data.max_length=320"),
     ],
 }
 # Examples of one length, so that every batch is as large as the largest.
 DATA = """
 data:
+  template: plain
   source: {class_path: milora_lightning.data.Files, init_args: {train: FOLDER/train.jsonl, validation_size: 0}}
-  max_length: 256
 """
 
 
 def main() -> None:
-    """Print the table."""
-    print("| model and settings | estimated | measured | error |\n|---|---|---|---|")
+    """Publish the table."""
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        save_model(folder)
-        row = json.dumps({"prompt": "Count.", "response": " ".join(map(str, range(1000)))})
-        Path(folder, "train.jsonl").write_text(f"{row}\n" * 64)
-        Path(folder, "data.yaml").write_text(DATA.replace("FOLDER", folder))
+        prepare(Path(folder))
         for name, settings in SETTINGS.items():
-            options = [option.format(folder=folder) for option in [*COMMON, *settings]]
-            text = subprocess.run(
-                [sys.executable, MAIN, "preview", *options], check=True, capture_output=True, text=True
-            ).stdout
-            estimated = float(re.findall(r"estimated: ([\d.]+) GB", text)[0])
-            measured = peak([sys.executable, MAIN, "fit", *options])
-            print(f"| {name} | {estimated:.2f} GB | {measured:.2f} GB | {estimated / measured - 1:+.0%} |", flush=True)
+            estimated, measured = compare(folder, settings)
+            error = f"{estimated / measured - 1:+.0%}"
+            rows.append([name, f"{estimated:.2f} GB", f"{measured:.2f} GB", error])
+            print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
+    text = table(["model and settings", "estimated", "measured", "error"], rows)
+    text += f"\n\n({machine()}, two steps in float32; `python benchmarks/memory.py`)"
+    print(text)
+    head, rest = PAGE.read_text().split(BEGIN)
+    PAGE.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
 
 
-def save_model(folder: str) -> None:
-    tokenizer = load_tokenizer("embedded")
-    config = Qwen3Config(
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-        vocab_size=len(tokenizer),
-    )
-    AutoModelForCausalLM.from_config(config, dtype="bfloat16").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def prepare(folder: Path) -> None:
+    """Write the models, from their configurations, and the data."""
+    for name, config in MODELS.items():
+        AutoModelForCausalLM.from_config(config, dtype="float32").save_pretrained(folder / name)
+        tokenizer_of_bytes().save_pretrained(folder / name)
+    row = json.dumps({"prompt": "Count.", "response": " ".join(map(str, range(3000)))})
+    (folder / "train.jsonl").write_text(f"{row}\n" * 48)
+    (folder / "data.yaml").write_text(DATA.replace("FOLDER", str(folder)))
 
 
-def peak(command: list[str]) -> float:
+def tokenizer_of_bytes() -> Any:
+    """Make a tokenizer for any vocabulary of 259 words or more."""
+    words = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def compare(folder: str, settings: list[str]) -> tuple[float, float]:
+    """Return what preview estimates of a run and the peak of fit, in GB."""
+    options = [option.format(folder=folder) for option in [*COMMON, *settings]]
+    command = [sys.executable, str(ROOT / "main.py")]
+    text = subprocess.run(
+        [*command, "preview", *options], check=True, capture_output=True, text=True, cwd=folder
+    ).stdout
+    (estimated,) = re.findall(r"estimated: ([\d.]+) GB", text)
+    return float(estimated), peak([*command, "fit", *options], folder)
+
+
+def peak(command: list[str], folder: str) -> float:
     """Run a command and return the most memory that it had, in GB."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

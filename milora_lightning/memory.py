@@ -22,11 +22,11 @@ OPTIMIZER_STATES = {"SGD": 0, "Adagrad": 4, "RMSprop": 4, "AdamW": 8, "Adam": 8,
 QUANTIZED = {"nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64, "int8": 1.0}
 """Bytes of a quantized weight: its code, and its share of a block's scale."""
 
-BETWEEN = 0.25
-"""What the C library leaves between tensors that come and go, as a share of them: 0.2 to 0.3 in measured runs."""
+BETWEEN = 0.5
+"""What the C library leaves between tensors that come and go, as a share of them: 0.5 to 0.7 in measured runs."""
 
-LOADED = 200_000_000
-"""What torch loads into a process when it first computes, differentiates and steps, in bytes."""
+LOADED = 40_000_000
+"""What the threads of the decompositions keep, and torch loads for its first step, in bytes."""
 
 MASK = 1  # byte of each entry of a dropout mask
 
@@ -132,10 +132,12 @@ def estimate(
         weights -= int(linear * (width - QUANTIZED[quantization]))
     per_token = max((_kept_by_layer(layer, config, width, length, dropout, attention) for layer in layers), default=0)
     size = config.get_text_config()
-    kept_layers = 1 if gradient_checkpointing else len(layers)
-    inputs = len(layers) * size.hidden_size * width if gradient_checkpointing else 0
-    activations = tokens * (per_token * kept_layers + inputs + 4 * size.hidden_size)
-    transient = tokens * width * (4 * _intermediate(size) + 4 * size.hidden_size)
+    hidden = size.hidden_size * width
+    each_layer, widest = tokens * per_token, tokens * width * 4 * (_intermediate(size) + size.hidden_size)
+    kept = tokens * hidden * len(layers) if gradient_checkpointing else each_layer * len(layers)
+    # Not together: when layers have gradients, beside a checkpoint with what they compute again, the logits are gone.
+    in_backward = widest + (each_layer if gradient_checkpointing else 0)
+    logits = _logits(size, width, tokens * supervised, device)
     states = OPTIMIZER_STATES.get(optimizer, OPTIMIZER_STATES["AdamW"])
     parts = [
         Part("frozen weights", weights, quantization or f"{width} bytes each"),
@@ -144,16 +146,23 @@ def estimate(
         Part(f"{optimizer}'s state", states * trained, f"{states} bytes for each parameter that trains"),
         Part(
             "activations kept",
-            activations,
-            f"{batch_size} x {length} tokens, "
-            + ("layer inputs, one layer" if gradient_checkpointing else "all layers"),
+            kept + 4 * tokens * size.hidden_size,
+            f"{batch_size} x {length} tokens, " + ("layer inputs" if gradient_checkpointing else "all layers"),
         ),
-        Part("gradients of one layer", transient, "of its widest part, in backward"),
-        Part("logits", _logits(size, width, tokens * supervised, device), "a chunk at a time, where labels are"),
+        Part(
+            "computed at once",
+            max(logits, in_backward),
+            "a chunk of logits" if logits > in_backward else "the gradients of one layer",
+        ),
     ]
     if device == "cpu":
-        between = int(BETWEEN * sum(part.size for part in parts[-3:]))
-        parts.append(Part("between tensors", between, f"{BETWEEN:.0%} of the last three, as measured with glibc"))
+        if gradient_checkpointing:
+            between = len(layers) * widest
+            why = "under each layer's input, where glibc's default leaves what it computed"
+        else:
+            between = int(BETWEEN * sum(part.size for part in parts[-2:]))
+            why = f"{BETWEEN:.0%} of the last two, as measured with glibc"
+        parts.append(Part("between tensors", between, why))
     return Estimate(parts, _surgery(model, device), trained, sum(_sizes(model)[:2]))
 
 
