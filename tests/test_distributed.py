@@ -258,7 +258,9 @@ def test_ctrl_c_saves_once_and_says_so_once(tmp_path: Path, monkeypatch: pytest.
     assert "Traceback" not in seen.raw
     step = int(said[0])
     assert read_checkpoint("checkpoints/last.ckpt")["global_step"] == step
-    done = launch(tmp_path, *command[1:], "--ckpt_path=last", f"--trainer.max_steps={step + 2}")
+    done = launch(
+        tmp_path, *command[1:], "--ckpt_path=last", "--trainer.max_epochs=999", f"--trainer.max_steps={step + 2}"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"Last checkpoint (step {step + 2})" in done.stdout
 
