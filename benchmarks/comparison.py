@@ -12,8 +12,8 @@ from pathlib import Path
 from common import README, publish
 from figures import PLOTS
 
-from milora_lightning.compare import Run, read_rows
-from milora_lightning.report import by_method, plot_plane, results_table, sweep_table
+from milora_lightning.cli.compare import Run, read_rows
+from milora_lightning.cli.report import by_method, plot_plane, results_table, sweep_table
 
 TASKS = {"gsm8k": "GSM8K", "commonsense": "ARC-Easy"}
 

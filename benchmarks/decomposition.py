@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from common import alternate, publish, table
 
-from milora_lightning.decomposition import SingularSlice, singular_slice
+from milora_lightning.linalg.singular import SingularSlice, singular_slice
 
 SHAPES = {"4096x4096": (4096, 4096), "4096x11008": (4096, 11008), "11008x4096": (11008, 4096)}
 R = 64

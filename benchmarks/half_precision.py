@@ -12,7 +12,7 @@ from torch.nn.functional import kl_div
 
 from milora_lightning import LoRAConfig, initialize, inject, lora_layers
 from milora_lightning.data import WordProblems
-from milora_lightning.pretrained import load_causal_lm, load_tokenizer
+from milora_lightning.models.pretrained import load_causal_lm, load_tokenizer
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from milora_lightning import LoRAConfig, adapters_disabled, attention, initialize, inject
-from milora_lightning.compilation import compile_layers
-from milora_lightning.loss import causal_lm_loss
-from milora_lightning.pretrained import load_causal_lm
+from milora_lightning import LoRAConfig, adapters_disabled, initialize, inject
+from milora_lightning.models import attention
+from milora_lightning.models.compile import compile_layers
+from milora_lightning.models.loss import causal_lm_loss
+from milora_lightning.models.pretrained import load_causal_lm
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}

@@ -22,8 +22,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from milora_lightning import LoRAConfig, initialize, inject
-from milora_lightning.folder import cache_folder
-from milora_lightning.pretrained import load_causal_lm
+from milora_lightning.models.pretrained import load_causal_lm
+from milora_lightning.utils.folders import cache_folder
 
 ROUNDS = 3
 LLAMA = LlamaConfig(

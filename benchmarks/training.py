@@ -30,7 +30,7 @@ from lightning.pytorch import Callback, Trainer
 
 from milora_lightning import CausalLMModule, MiLoRAInit, SFTDataModule
 from milora_lightning.data import Files, tokenize_dataset
-from milora_lightning.pretrained import load_causal_lm, load_tokenizer
+from milora_lightning.models.pretrained import load_causal_lm, load_tokenizer
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 BATCH, STEPS, ROUNDS = 16, 3, 3

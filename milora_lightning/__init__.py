@@ -5,10 +5,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from milora_lightning.notices import leave_out_kernels
+from milora_lightning.utils.notices import leave_out_kernels
 
 if TYPE_CHECKING:
-    from milora_lightning.attention import causal_attention as causal_attention
+    from milora_lightning.adapters import LoRALinear as LoRALinear
+    from milora_lightning.adapters import adapters_disabled as adapters_disabled
+    from milora_lightning.adapters import adapters_merged as adapters_merged
+    from milora_lightning.adapters import initialize as initialize
+    from milora_lightning.adapters import inject as inject
+    from milora_lightning.adapters import lora_layers as lora_layers
     from milora_lightning.callbacks import AdapterExport as AdapterExport
     from milora_lightning.callbacks import EvaluationSummary as EvaluationSummary
     from milora_lightning.callbacks import ForgettingMonitor as ForgettingMonitor
@@ -18,32 +23,27 @@ if TYPE_CHECKING:
     from milora_lightning.callbacks import RandomState as RandomState
     from milora_lightning.callbacks import RunProgress as RunProgress
     from milora_lightning.callbacks import SubspaceMonitor as SubspaceMonitor
+    from milora_lightning.checkpoint import CheckpointError as CheckpointError
     from milora_lightning.checkpoint import load_adapter as load_adapter
-    from milora_lightning.checkpoint_io import CheckpointError as CheckpointError
     from milora_lightning.config import LoRAConfig as LoRAConfig
     from milora_lightning.data import SFTDataModule as SFTDataModule
-    from milora_lightning.decomposition import singular_slice as singular_slice
-    from milora_lightning.errors import MiLoRAError as MiLoRAError
     from milora_lightning.export import export_merged as export_merged
     from milora_lightning.export import export_peft as export_peft
+    from milora_lightning.export import load_peft as load_peft
     from milora_lightning.inference import load_for_inference as load_for_inference
-    from milora_lightning.initialization import initialize as initialize
-    from milora_lightning.lora import LoRALinear as LoRALinear
+    from milora_lightning.linalg import singular_slice as singular_slice
+    from milora_lightning.models import causal_attention as causal_attention
     from milora_lightning.module import CausalLMModule as CausalLMModule
-    from milora_lightning.peft_import import load_peft as load_peft
     from milora_lightning.strategies import MiLoRAFSDPStrategy as MiLoRAFSDPStrategy
     from milora_lightning.strategies import MiLoRAModelParallelStrategy as MiLoRAModelParallelStrategy
-    from milora_lightning.surgery import adapters_disabled as adapters_disabled
-    from milora_lightning.surgery import adapters_merged as adapters_merged
-    from milora_lightning.surgery import inject as inject
-    from milora_lightning.surgery import lora_layers as lora_layers
+    from milora_lightning.utils import MiLoRAError as MiLoRAError
 
 __version__ = "0.1.0"
 
-# What is offered, each in a module that is imported when one of its names is asked for: singular_slice takes torch and
+# What is offered, each in a room that is imported when one of its names is asked for: singular_slice takes torch and
 # scipy, a callback Lightning and transformers, help neither. Type checkers read the same above.
 _OFFERED = {
-    "attention": ["causal_attention"],
+    "adapters": ["LoRALinear", "adapters_disabled", "adapters_merged", "initialize", "inject", "lora_layers"],
     "callbacks": [
         "AdapterExport",
         "EvaluationSummary",
@@ -55,20 +55,16 @@ _OFFERED = {
         "RunProgress",
         "SubspaceMonitor",
     ],
-    "checkpoint": ["load_adapter"],
-    "checkpoint_io": ["CheckpointError"],
+    "checkpoint": ["CheckpointError", "load_adapter"],
     "config": ["LoRAConfig"],
     "data": ["SFTDataModule"],
-    "decomposition": ["singular_slice"],
-    "errors": ["MiLoRAError"],
-    "export": ["export_merged", "export_peft"],
+    "export": ["export_merged", "export_peft", "load_peft"],
     "inference": ["load_for_inference"],
-    "initialization": ["initialize"],
-    "lora": ["LoRALinear"],
+    "linalg": ["singular_slice"],
+    "models": ["causal_attention"],
     "module": ["CausalLMModule"],
-    "peft_import": ["load_peft"],
     "strategies": ["MiLoRAFSDPStrategy", "MiLoRAModelParallelStrategy"],
-    "surgery": ["adapters_disabled", "adapters_merged", "inject", "lora_layers"],
+    "utils": ["MiLoRAError"],
 }
 _HOMES = {name: f"{__name__}.{module}" for module, names in _OFFERED.items() for name in names}
 

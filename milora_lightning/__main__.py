@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from milora_lightning.help import help_text
+from milora_lightning.cli.help import help_text
 
 
 def main() -> None:
@@ -13,7 +13,7 @@ def main() -> None:
     if text is not None:
         print(text)
         return
-    from milora_lightning.cli import main as run
+    from milora_lightning.cli.main import main as run
 
     run()
 

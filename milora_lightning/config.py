@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_args
 
-from milora_lightning.errors import InvalidInputError
+from milora_lightning.utils.errors import InvalidInputError
 
 ALL_LINEAR = "all-linear"
 IGNORE_INDEX = -100  # the label that the loss leaves out

@@ -10,22 +10,22 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from milora_lightning._compat import is_sharded_folder
-from milora_lightning.checkpoint import read_checkpoint
-from milora_lightning.checkpoint_io import KEY, CheckpointError, read
-from milora_lightning.checkpoint_options import base_may_have_moved, differences, options_in
-from milora_lightning.data.chat import ChatTemplateError
-from milora_lightning.data.prompt_format import PromptFormat
-from milora_lightning.data.templates import name_of, with_template
-from milora_lightning.errors import InvalidInputError
-from milora_lightning.fingerprint import only_codes, unquantized
-from milora_lightning.generation import stop_ids
-from milora_lightning.merging import merge_adapters, rounding_note
-from milora_lightning.messages import inform, warn
-from milora_lightning.model_files import UnusableModelError
+from milora_lightning.checkpoint.adapter import read_checkpoint
+from milora_lightning.checkpoint.fingerprint import only_codes, unquantized
+from milora_lightning.checkpoint.io import KEY, CheckpointError, read
+from milora_lightning.checkpoint.options import base_may_have_moved, differences, options_in
+from milora_lightning.data.encoding.chat import ChatTemplateError
+from milora_lightning.data.encoding.prompt_format import PromptFormat
+from milora_lightning.data.encoding.templates import name_of, with_template
+from milora_lightning.export.merging import merge_adapters, rounding_note
+from milora_lightning.export.peft_import import load_peft
+from milora_lightning.models.files import UnusableModelError
+from milora_lightning.models.generation import stop_ids
+from milora_lightning.models.pretrained import load_causal_lm, load_tokenizer
 from milora_lightning.module import CausalLMModule
-from milora_lightning.peft_import import load_peft
-from milora_lightning.pretrained import load_causal_lm, load_tokenizer
+from milora_lightning.utils.compat import is_sharded_folder
+from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.messages import inform, warn
 
 BASE = "model.name_or_path"
 Kind = Literal["checkpoint", "peft", "model"]

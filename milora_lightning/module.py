@@ -14,30 +14,30 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from transformers import PreTrainedModel
 
-from milora_lightning.asking import question_batch
+from milora_lightning.adapters.injection import adapters_merged, inject, lora_layers
 from milora_lightning.callbacks.milora_init import MiLoRAInit
-from milora_lightning.checkpoint import inject_as_in
-from milora_lightning.checkpoint_io import KEY
-from milora_lightning.compilation import compile_layers
+from milora_lightning.checkpoint.adapter import inject_as_in
+from milora_lightning.checkpoint.io import KEY
 from milora_lightning.config import IGNORE_INDEX
 from milora_lightning.data import SFTDataModule
-from milora_lightning.data.batching import TEXTS
+from milora_lightning.data.batches.batching import TEXTS
+from milora_lightning.data.encoding.asking import question_batch
+from milora_lightning.data.encoding.prompt_format import PromptFormat
 from milora_lightning.data.model_check import check_model
-from milora_lightning.data.prompt_format import PromptFormat
-from milora_lightning.errors import InvalidInputError
-from milora_lightning.generation import generate_greedily, greedy_config, nothing_else, without_stop
-from milora_lightning.loss import causal_lm_loss, supervised_logits
 from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy
-from milora_lightning.optimization import OptimizedModule
-from milora_lightning.packed_rows import check_separation, check_takes_positions
-from milora_lightning.pretrained import load_causal_lm, load_tokenizer
-from milora_lightning.processor import warn_of_slow_products
-from milora_lightning.quantized_base import Quantization
-from milora_lightning.schedules import WARMUP
+from milora_lightning.models.compile import compile_layers
+from milora_lightning.models.generation import generate_greedily, greedy_config, nothing_else, without_stop
+from milora_lightning.models.loss import causal_lm_loss, supervised_logits
+from milora_lightning.models.packed_rows import check_separation, check_takes_positions
+from milora_lightning.models.pretrained import load_causal_lm, load_tokenizer
+from milora_lightning.models.processor import warn_of_slow_products
+from milora_lightning.models.quantized import Quantization
+from milora_lightning.models.streaming import empty_causal_lm, shard, stream_weights
 from milora_lightning.screen.figures import peak_memory
-from milora_lightning.strategies import shards
-from milora_lightning.streaming import empty_causal_lm, shard, stream_weights
-from milora_lightning.surgery import adapters_merged, inject, lora_layers
+from milora_lightning.strategies.base import shards
+from milora_lightning.training.optimization import OptimizedModule
+from milora_lightning.training.schedules import WARMUP
+from milora_lightning.utils.errors import InvalidInputError
 
 Batch = dict[str, Any]
 Answers = dict[str, list[dict[str, str]]]

@@ -10,59 +10,30 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import quiet_trainer, tiny_tokenizer, write_examples
-from test_chat import folder_of, ids_of
+from helpers.chats import ids_of
+from helpers.models import tiny_tokenizer
+from helpers.trained import fit, train
 from torch.distributed.checkpoint import FileSystemWriter
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from milora_lightning import (
     CausalLMModule,
-    MiLoRAInit,
-    SFTDataModule,
     adapters_disabled,
     load_for_inference,
     lora_layers,
 )
-from milora_lightning.checkpoint_io import KEY
-from milora_lightning.cli import main
-from milora_lightning.data import Files
+from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.checkpoint.io import KEY
 from milora_lightning.inference import kind_of
-from milora_lightning.lora import LoRALinear
 
 QUESTION = [{"role": "user", "content": "What is 1 plus 2?"}]
 TEMPLATES = ["alpaca", "chat"]
-
-
-def fit(folder: Path, template: str, adapters: bool = True) -> Path:
-    """Train a small model for a few steps, far enough to answer otherwise, and return its checkpoint."""
-    torch.manual_seed(3)  # some models answer the same with adapters and without
-    base = folder_of(folder / "base", "qwen")
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model.config.max_position_embeddings = 1024
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter *= 8 if parameter.ndim == 2 else 1  # so that answers hang on what is asked
-    model.save_pretrained(base)
-    data = SFTDataModule(Files(str(write_examples(folder / "train.jsonl", 8))), base, template=template, max_length=256)
-    lm = CausalLMModule(base, max_new_tokens=8, warmup_steps=0, learning_rate=0.01)
-    trainer = quiet_trainer(folder, max_epochs=4, callbacks=[MiLoRAInit(r=4, init="milora" if adapters else "full")])
-    trainer.fit(lm, data)
-    trainer.save_checkpoint(folder / "a.ckpt")
-    return folder / "a.ckpt"
 
 
 @pytest.fixture(scope="module", params=TEMPLATES)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base, a checkpoint and both exports."""
     return train(tmp_path_factory.mktemp(request.param), request.param)
-
-
-def train(folder: Path, template: str) -> Path:
-    """Fill a folder with a base, a checkpoint and both exports."""
-    checkpoint = fit(folder, template)
-    for format in ("peft", "merged"):
-        main(["export", "--ckpt_path", str(checkpoint), "--output", str(folder / format), "--format", format])
-    return folder
 
 
 def logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -149,7 +120,7 @@ def test_what_cannot_be_loaded_is_named(trained: Path, tmp_path: Path) -> None:
 
 
 def test_a_quantized_base_is_not_merged(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("milora_lightning.merging.holds_its_weight", lambda layer: False)
+    monkeypatch.setattr("milora_lightning.export.merging.holds_its_weight", lambda layer: False)
     with pytest.raises(ValueError, match="leave merge out"):
         load_for_inference(trained / "a.ckpt", merge=True)
 

@@ -10,30 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_CONFIGS, quiet_trainer, save_tiny_model, write_examples
+from helpers.models import TINY_CONFIGS, quiet_trainer, save_tiny_model
+from helpers.modules import data, module
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from milora_lightning import (
-    CausalLMModule,
-    EvaluationSummary,
-    MiLoRAInit,
-    PredictionWriter,
-    SFTDataModule,
-    lora_layers,
-)
-from milora_lightning.data import Files
-from milora_lightning.pretrained import load_causal_lm
-
-
-def data(folder: Path, model: Path, **options: Any) -> SFTDataModule:
-    train, validation = write_examples(folder / "train.jsonl", 40), write_examples(folder / "validation.jsonl", 11)
-    source = Files(str(train), str(validation), str(validation))
-    defaults = {"template": "plain", "max_length": 64, "batch_size": 4, "num_generation_examples": 5}
-    return SFTDataModule(source, str(model), **{**defaults, **options})
-
-
-def module(model: Path, **options: Any) -> CausalLMModule:
-    return CausalLMModule(str(model), **{"warmup_steps": 2, "max_new_tokens": 4, **options})
+from milora_lightning import CausalLMModule, EvaluationSummary, MiLoRAInit, PredictionWriter, SFTDataModule, lora_layers
+from milora_lightning.models.pretrained import load_causal_lm
 
 
 @pytest.fixture

@@ -6,14 +6,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from milora_lightning._compat import is_placeholder
+from milora_lightning.adapters.injection import lora_layers
+from milora_lightning.adapters.parts import find_modules, find_part, some
 from milora_lightning.config import LoRAConfig
-from milora_lightning.errors import InvalidInputError
-from milora_lightning.messages import warn, warn_once
-from milora_lightning.names import unwrapped_name
-from milora_lightning.parts import find_modules, find_part, some
-from milora_lightning.peft_format import objection, outermost_models
-from milora_lightning.surgery import lora_layers
+from milora_lightning.export.peft_format import objection, outermost_models
+from milora_lightning.utils.compat import is_placeholder
+from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.messages import warn, warn_once
+from milora_lightning.utils.names import unwrapped_name
 
 
 def check_optimizers(trainer: Trainer, module: LightningModule, config: LoRAConfig) -> None:

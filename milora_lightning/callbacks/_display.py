@@ -9,12 +9,12 @@ from lightning.pytorch import LightningModule
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from milora_lightning.adapters.coverage import adapters_by_part, coverage
+from milora_lightning.adapters.factors import stack_factors
+from milora_lightning.adapters.initialization import Batch
+from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.config import LoRAConfig
-from milora_lightning.coverage import adapters_by_part, coverage
-from milora_lightning.factors import stack_factors
-from milora_lightning.initialization import Batch
-from milora_lightning.sharding import full_tensor
-from milora_lightning.surgery import lora_layers
+from milora_lightning.parallel.dtensor import full_tensor
 
 
 def progress(batches: Sequence[Batch]) -> Iterator[Batch]:

@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from milora_lightning.errors import InvalidInputError
-from milora_lightning.export import export_merged, export_peft
-from milora_lightning.folder import check_output
-from milora_lightning.merging import rounding_note
-from milora_lightning.messages import inform
+from milora_lightning.export.folders import export_merged, export_peft
+from milora_lightning.export.merging import rounding_note
 from milora_lightning.metrics.results import results
-from milora_lightning.strategies import shards
+from milora_lightning.strategies.base import shards
+from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.folders import check_output
+from milora_lightning.utils.messages import inform
 
 
 class AdapterExport(Callback):

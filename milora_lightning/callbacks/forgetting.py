@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from milora_lightning.adapters.injection import adapters_disabled, lora_layers
 from milora_lightning.data.held_out import pack, read_texts
-from milora_lightning.errors import InvalidInputError
-from milora_lightning.export import find_model
+from milora_lightning.export.folders import find_model
 from milora_lightning.metrics.forgetting import Forgetting
-from milora_lightning.pretrained import load_tokenizer
-from milora_lightning.strategies import calls_parts, shards
-from milora_lightning.surgery import adapters_disabled, lora_layers
+from milora_lightning.models.pretrained import load_tokenizer
+from milora_lightning.strategies.base import calls_parts, shards
+from milora_lightning.utils.errors import InvalidInputError
 
 
 class ForgettingMonitor(Callback):

@@ -13,8 +13,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from milora_lightning._compat import expect_processes_to_end, numbers_versions
-from milora_lightning.messages import inform
+from milora_lightning.utils.compat import expect_processes_to_end, numbers_versions
+from milora_lightning.utils.messages import inform
 
 SHOW_CURSOR = b"\x1b[?25h\n"
 

@@ -13,18 +13,18 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from milora_lightning._compat import current_hook
-from milora_lightning.averaging import check_averaging, copy_adapted, start_averages
+from milora_lightning.adapters.initialization import initialize
+from milora_lightning.adapters.injection import freeze_again, inject, inject_quietly, lora_layers
+from milora_lightning.adapters.parts import TargetNotFoundError, find_part
 from milora_lightning.callbacks._checks import check_optimizers, say_without_gradient, warn_of_export
 from milora_lightning.callbacks._display import progress, summary
 from milora_lightning.callbacks.progress import RunProgress
-from milora_lightning.checkpoint import AdapterCheckpoint
+from milora_lightning.checkpoint.adapter import AdapterCheckpoint
 from milora_lightning.config import Init, LoRAConfig
-from milora_lightning.initialization import initialize
-from milora_lightning.parts import TargetNotFoundError, find_part
-from milora_lightning.peft_import import load_peft, peft_config
-from milora_lightning.strategies import calls_parts, finish, needs_early_start, prepare, restores_late, shards
-from milora_lightning.surgery import freeze_again, inject, inject_quietly, lora_layers
+from milora_lightning.export.peft_import import load_peft, peft_config
+from milora_lightning.strategies.base import calls_parts, finish, needs_early_start, prepare, restores_late, shards
+from milora_lightning.training.averaging import check_averaging, copy_adapted, start_averages
+from milora_lightning.utils.compat import current_hook
 
 
 class MiLoRAInit(Callback):

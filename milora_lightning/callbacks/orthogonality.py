@@ -10,14 +10,14 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from milora_lightning.base_weight import dense_weight
-from milora_lightning.decomposition import singular_slice
-from milora_lightning.errors import InvalidInputError
-from milora_lightning.lora import LoRALinear
-from milora_lightning.messages import inform
-from milora_lightning.sharing import raise_together
-from milora_lightning.strategies import check_whole
-from milora_lightning.surgery import lora_layers
+from milora_lightning.adapters.base_weight import dense_weight
+from milora_lightning.adapters.injection import lora_layers
+from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.linalg.singular import singular_slice
+from milora_lightning.parallel.work import raise_together
+from milora_lightning.strategies.base import check_whole
+from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.messages import inform
 
 
 class PrincipalProjection(Callback):

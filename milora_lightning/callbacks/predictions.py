@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from milora_lightning.errors import InvalidInputError
+from milora_lightning.utils.errors import InvalidInputError
 
 
 class PredictionWriter(BasePredictionWriter):

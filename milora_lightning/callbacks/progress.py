@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from milora_lightning.initialization import Batch
-from milora_lightning.schedules import run_length
+from milora_lightning.adapters.initialization import Batch
 from milora_lightning.screen.figures import duration, peak_memory
 from milora_lightning.screen.pace import Pace, SmoothedLoss
-from milora_lightning.screen.remaining import seconds_left
 from milora_lightning.screen.state import RunState, Work
 from milora_lightning.screen.views import LineView, LiveView, View
+from milora_lightning.training.remaining import seconds_left
+from milora_lightning.training.schedules import run_length
 
 READ_EVERY = 0.5  # seconds: reading a figure from a device waits for it
 OWN = ("loss", "train_loss", "lr", "tokens_per_second", "v_num")  # shown in a way of their own

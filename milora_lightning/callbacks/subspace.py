@@ -11,11 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import track
 from torch import Tensor
 
-from milora_lightning.analysis import reference_vectors, update_of
-from milora_lightning.base_weight import dense_weight
-from milora_lightning.errors import InvalidInputError
-from milora_lightning.strategies import check_whole
-from milora_lightning.surgery import lora_layers
+from milora_lightning.adapters.base_weight import dense_weight
+from milora_lightning.adapters.injection import lora_layers
+from milora_lightning.analysis.spectra import reference_vectors, update_of
+from milora_lightning.strategies.base import check_whole
+from milora_lightning.utils.errors import InvalidInputError
 
 
 class SubspaceMonitor(Callback):

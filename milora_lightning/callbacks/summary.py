@@ -8,10 +8,10 @@ import rich
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
-from milora_lightning.errors import InvalidInputError
 from milora_lightning.metrics.results import Stage, results
 from milora_lightning.screen.figures import number
 from milora_lightning.screen.samples import Sample, choose, log_samples, table
+from milora_lightning.utils.errors import InvalidInputError
 
 
 class EvaluationSummary(Callback):

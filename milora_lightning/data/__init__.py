@@ -1,18 +1,18 @@
 """Data for supervised fine-tuning: sources, prompt templates, tokenizing, batches and the data module."""
 
-from milora_lightning.data.batching import Collator, PromptCollator
-from milora_lightning.data.choices import ChoiceCollator
-from milora_lightning.data.commonsense import Commonsense
+from milora_lightning.data.batches.batching import Collator, PromptCollator
+from milora_lightning.data.batches.choices import ChoiceCollator
+from milora_lightning.data.batches.sampling import EvaluationSampler, LengthGroupedSampler
 from milora_lightning.data.datamodule import SFTDataModule
+from milora_lightning.data.encoding.templates import TEMPLATES
 from milora_lightning.data.files import Files
-from milora_lightning.data.instructions import Instructions
-from milora_lightning.data.mathematics import Math
 from milora_lightning.data.mixture import Mixture
-from milora_lightning.data.sampling import EvaluationSampler, LengthGroupedSampler
 from milora_lightning.data.sources import MultipleChoice, Source, Task
-from milora_lightning.data.templates import TEMPLATES
+from milora_lightning.data.tasks.commonsense import Commonsense
+from milora_lightning.data.tasks.instructions import Instructions
+from milora_lightning.data.tasks.mathematics import Math
+from milora_lightning.data.tasks.word_problems import WordProblems
 from milora_lightning.data.tokenizing import tokenize_dataset
-from milora_lightning.data.word_problems import WordProblems
 
 __all__ = [
     "TEMPLATES",

@@ -8,12 +8,12 @@ from typing import Any, cast
 import datasets
 from datasets.fingerprint import Hasher
 
-from milora_lightning._compat import fingerprint_of
 from milora_lightning.data.code_key import code_key
-from milora_lightning.data.conversations import as_json, read_conversation, read_tools
+from milora_lightning.data.reading.conversations import as_json, read_conversation, read_tools
+from milora_lightning.data.reading.values import as_text
 from milora_lightning.data.sources import COLUMNS
-from milora_lightning.data.values import as_text
-from milora_lightning.errors import InvalidInputError, MiLoRAError
+from milora_lightning.utils.compat import fingerprint_of
+from milora_lightning.utils.errors import InvalidInputError, MiLoRAError
 
 NEEDED = ("prompt", "response")
 OTHER_KINDS = ("messages", "text")  # of which one takes the place of these two

@@ -8,24 +8,24 @@ from typing import Any, Literal
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from milora_lightning.data.batching import Collator
+from milora_lightning.data.batches.batching import Collator
+from milora_lightning.data.batches.packing import PackedDataset, PackingCollator
+from milora_lightning.data.batches.resuming import OverfittingSampler, ResumableSampler, Resumption
+from milora_lightning.data.batches.sampling import ResumableDataLoader
+from milora_lightning.data.encoding.prompt_format import KEY, PromptFormat
+from milora_lightning.data.encoding.templates import AUTO
+from milora_lightning.data.encoding.turn_encoding import ASSISTANT
 from milora_lightning.data.evaluation_loading import EvaluationLoaders
 from milora_lightning.data.model_check import language_model
-from milora_lightning.data.packing import PackedDataset, PackingCollator
-from milora_lightning.data.prompt_format import KEY, PromptFormat
-from milora_lightning.data.resuming import OverfittingSampler, ResumableSampler, Resumption
-from milora_lightning.data.sampling import ResumableDataLoader
 from milora_lightning.data.sources import MultipleChoice, Source, Split
 from milora_lightning.data.splits import SPLITS
-from milora_lightning.data.stream_encoding import StreamEncoder, check_trainer
-from milora_lightning.data.stream_loading import StreamedBatches, StreamLoader
-from milora_lightning.data.stream_places import StreamPlaces
-from milora_lightning.data.streams import stream_of
-from milora_lightning.data.templates import AUTO
-from milora_lightning.data.turn_encoding import ASSISTANT
-from milora_lightning.errors import InvalidInputError
-from milora_lightning.limits import embedding_rows
-from milora_lightning.messages import warn
+from milora_lightning.data.streaming.encoding import StreamEncoder, check_trainer
+from milora_lightning.data.streaming.loading import StreamedBatches, StreamLoader
+from milora_lightning.data.streaming.places import StreamPlaces
+from milora_lightning.data.streaming.rows import stream_of
+from milora_lightning.models.limits import embedding_rows
+from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.messages import warn
 
 # Which split a stage cannot do without.
 NEEDED: dict[str | None, Split] = {"fit": "train", "validate": "validation", "test": "test", "predict": "test"}
@@ -43,7 +43,7 @@ class SFTDataModule(EvaluationLoaders):
 
     Args:
         source: Where examples come from.
-        tokenizer: The model's name (see :func:`milora_lightning.pretrained.load_tokenizer`), or its tokenizer.
+        tokenizer: The model's name (see :func:`milora_lightning.models.pretrained.load_tokenizer`), or its tokenizer.
         template: How prompts and conversations are written: ``"alpaca"`` as in the paper, ``"chat"`` for the
             tokenizer's own chat template, ``"plain"`` for the bare prompt and a line break, or the path of a Jinja file
             with a chat template; ``"auto"`` is ``"chat"`` if there are conversations, and ``"alpaca"`` if not.

@@ -8,15 +8,15 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader
 
-from milora_lightning.data.batching import Collator, FilledDataset, PromptCollator
-from milora_lightning.data.chat import ChatTemplate
-from milora_lightning.data.choices import ChoiceCollator
+from milora_lightning.data.batches.batching import Collator, FilledDataset, PromptCollator
+from milora_lightning.data.batches.choices import ChoiceCollator
+from milora_lightning.data.batches.sampling import EvaluationSampler
+from milora_lightning.data.encoding.chat import ChatTemplate
 from milora_lightning.data.model_check import check_model
-from milora_lightning.data.sampling import EvaluationSampler
 from milora_lightning.data.sources import MultipleChoice, Split
 from milora_lightning.data.splits import TokenizedSplits
 from milora_lightning.data.tokenizing import padding_id
-from milora_lightning.errors import InvalidInputError
+from milora_lightning.utils.errors import InvalidInputError
 
 
 class EvaluationLoaders(TokenizedSplits):

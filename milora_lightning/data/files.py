@@ -13,15 +13,15 @@ import datasets
 import numpy as np
 from torchmetrics import Metric
 
-from milora_lightning.data.formats import AUTO, Fields, Format, Kind, settled
-from milora_lightning.data.opening import kind_of
+from milora_lightning.data.reading.formats import AUTO, Fields, Format, Kind, settled
+from milora_lightning.data.reading.opening import kind_of
+from milora_lightning.data.reading.rows import BEGINNING, FORMAT, UNREAD
 from milora_lightning.data.row_readers import OpenRows, formats_of, kept_rows_at, prompt_lines, rows_at
-from milora_lightning.data.rows import BEGINNING, FORMAT, UNREAD
 from milora_lightning.data.sources import COLUMNS, PROMPT_COLUMNS, Source, Split
-from milora_lightning.data.streams import RowStream
-from milora_lightning.errors import InvalidInputError
-from milora_lightning.messages import inform
+from milora_lightning.data.streaming.rows import RowStream
 from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy, right_answer
+from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.messages import inform
 
 SHARE_HELD_OUT, MOST_HELD_OUT, LEAST_TO_HOLD_OUT_OF = 0.05, 500, 20
 KINDS: dict[str, Kind] = {"messages": "conversations", "tools": "conversations", "text": "texts"}

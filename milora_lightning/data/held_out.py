@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from milora_lightning.data.files import Files
-from milora_lightning.data.formats import Format
-from milora_lightning.errors import InvalidInputError, MissingFileError
+from milora_lightning.data.reading.formats import Format
+from milora_lightning.utils.errors import InvalidInputError, MissingFileError
 
 
 class _Texts(Files):

@@ -10,10 +10,10 @@ from typing import Any
 
 import datasets
 
-from milora_lightning.data.records import SUFFIXES, is_data_file
+from milora_lightning.data.reading.records import SUFFIXES, is_data_file
 from milora_lightning.data.sources import Split
-from milora_lightning.errors import InvalidInputError, MissingFileError
-from milora_lightning.suggestions import closest
+from milora_lightning.utils.errors import InvalidInputError, MissingFileError
+from milora_lightning.utils.suggestions import closest
 
 # The words in the names of files and folders that tell their split.
 WORDS: dict[Split, set[str]] = {

@@ -11,10 +11,10 @@ from torchmetrics import Metric
 
 from milora_lightning.data.columns import as_dataset
 from milora_lightning.data.sources import Source, Split, Task, describe
-from milora_lightning.data.streams import MixedStream, stream_of
-from milora_lightning.errors import InvalidInputError
-from milora_lightning.messages import inform
+from milora_lightning.data.streaming.rows import MixedStream, stream_of
 from milora_lightning.metrics import AnswerAccuracy
+from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.messages import inform
 
 
 class Mixture(Source):

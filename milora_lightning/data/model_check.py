@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from milora_lightning.data.sources import Split
 from milora_lightning.data.splits import TokenizedSplits
-from milora_lightning.limits import check_positions, check_token_ids
+from milora_lightning.models.limits import check_positions, check_token_ids
 
 # The Trainer's name of a stage's batches.
 BATCHES = {"train": "train", "validation": "val", "test": "test"}

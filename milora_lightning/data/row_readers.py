@@ -8,13 +8,13 @@ from typing import Any
 
 import datasets
 
-from milora_lightning.data.formats import Fields, Format
 from milora_lightning.data.locations import files_at, hub_dataset, is_hub_name, is_saved, saved_dataset
-from milora_lightning.data.opening import open_text
-from milora_lightning.data.records import read_records
-from milora_lightning.data.rows import FORMAT, Convert, Row, checked_rows, rows_after
+from milora_lightning.data.reading.formats import Fields, Format
+from milora_lightning.data.reading.opening import open_text
+from milora_lightning.data.reading.records import read_records
+from milora_lightning.data.reading.rows import FORMAT, Convert, Row, checked_rows, rows_after
+from milora_lightning.data.reading.tables import without_nulls
 from milora_lightning.data.sources import Split, cached_dataset
-from milora_lightning.data.tables import without_nulls
 
 OpenRows = Callable[[int], Iterator["Row | None"]]
 """Opens rows; told how many of them to pass over, yields None for each of these."""
@@ -77,7 +77,7 @@ def rows_at(
         split_name: What it is called in a data set.
         needed: Whether there has to be one.
         columns: Columns that every row is to have, empty where it has nothing.
-        reading: How rows are made of records, see :func:`milora_lightning.data.rows.rows_after`.
+        reading: How rows are made of records, see :func:`milora_lightning.data.reading.rows.rows_after`.
 
     Returns:
         What opens them, one for each file; none only if there need not be any.

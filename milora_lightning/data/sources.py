@@ -12,9 +12,9 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from torchmetrics import Metric
 
-from milora_lightning._compat import fingerprint_of
 from milora_lightning.data.code_key import code_key
-from milora_lightning.data.rows import Row
+from milora_lightning.data.reading.rows import Row
+from milora_lightning.utils.compat import fingerprint_of
 
 Split = Literal["train", "validation", "test"]
 PROMPT_COLUMNS = ("prompt", "input", "response", "reference", "task")

@@ -13,15 +13,15 @@ from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
 from milora_lightning.data.columns import as_columns, as_dataset
-from milora_lightning.data.prompt_format import PromptFormat
-from milora_lightning.data.rows import BEGINNING
+from milora_lightning.data.encoding.prompt_format import PromptFormat
+from milora_lightning.data.encoding.templates import AUTO, TemplateName, name_of, with_template
+from milora_lightning.data.encoding.turn_encoding import choose_turns
+from milora_lightning.data.reading.rows import BEGINNING
 from milora_lightning.data.sources import AsksLines, Source, Split, Task, describe
-from milora_lightning.data.streams import stream_of
-from milora_lightning.data.templates import AUTO, TemplateName, name_of, with_template
+from milora_lightning.data.streaming.rows import stream_of
 from milora_lightning.data.tokenizing import holds, tokenize_dataset
-from milora_lightning.data.turn_encoding import choose_turns
-from milora_lightning.errors import InvalidInputError
 from milora_lightning.metrics import AnswerAccuracy
+from milora_lightning.utils.errors import InvalidInputError
 
 # Which splits each stage loads.
 SPLITS: dict[str | None, tuple[Split, ...]] = {
@@ -106,7 +106,7 @@ class TokenizedSplits(LightningDataModule):
         if isinstance(self.tokenizer, str):
             if not self.tokenizer:
                 raise InvalidInputError("SFTDataModule needs a tokenizer: pass the model's name, or the tokenizer.")
-            from milora_lightning.pretrained import load_tokenizer
+            from milora_lightning.models.pretrained import load_tokenizer
 
             self.tokenizer = load_tokenizer(self.tokenizer)
         self.tokenizer = with_template(self.tokenizer, self.template)

@@ -10,17 +10,17 @@ import datasets
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from milora_lightning._compat import fingerprint_of
-from milora_lightning.data.chat import ChatTemplate
 from milora_lightning.data.code_key import code_key
 from milora_lightning.data.columns import as_dataset
-from milora_lightning.data.encoding import FEATURES, encode
+from milora_lightning.data.encoding.chat import ChatTemplate
+from milora_lightning.data.encoding.examples import FEATURES, encode
+from milora_lightning.data.encoding.templates import AUTO, TemplateName, name_of, with_template
+from milora_lightning.data.encoding.truncation import join
+from milora_lightning.data.encoding.turn_encoding import ASSISTANT, TrainOn
 from milora_lightning.data.sources import progress_bars
-from milora_lightning.data.templates import AUTO, TemplateName, name_of, with_template
-from milora_lightning.data.truncation import join
-from milora_lightning.data.turn_encoding import ASSISTANT, TrainOn
-from milora_lightning.errors import InvalidInputError
-from milora_lightning.messages import warn
+from milora_lightning.utils.compat import fingerprint_of
+from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.messages import warn
 
 __all__ = ["check_end", "holds", "join", "padding_id", "tokenize_dataset"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from milora_lightning.errors import InvalidInputError
+from milora_lightning.utils.errors import InvalidInputError
 
 # The words that the benchmark's tasks answer with: BoolQ; SIQA, ARC and OBQA; PIQA; HellaSwag; WinoGrande.
 CHOICES = ("true|false", "answer[1-5]", "solution[12]", "ending[1-4]", "option[12]")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from milora_lightning.errors import InvalidInputError
+from milora_lightning.utils.errors import InvalidInputError
 
 CHUNK = 2**20
 """Logits taken at once: float32 copies of them fit a CPU's cache, which is four times faster than 256 positions."""

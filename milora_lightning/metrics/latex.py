@@ -6,8 +6,8 @@ import importlib.util
 import re
 import threading
 
-from milora_lightning.errors import MissingPackageError
 from milora_lightning.metrics.answers import extract_answer
+from milora_lightning.utils.errors import MissingPackageError
 
 SECONDS = 5  # for reading or comparing one expression: 9^{9^{9^9}} would take for ever
 

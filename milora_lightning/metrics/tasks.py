@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from milora_lightning.errors import InvalidInputError
+from milora_lightning.utils.errors import InvalidInputError
 
 Judge = Callable[[str, str], bool]
 """Tells whether a generated text is right, given the reference."""

@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from milora_lightning.markdown import table as markdown
+from milora_lightning.utils.markdown import table as markdown
 
 Sample = dict[str, str]
 """Of an example its prompt, instruction and reference, and answers by when they were given."""

@@ -1,0 +1,16 @@
+"""The method: which layers get adapters, what an adapter computes, and where its factors start."""
+
+from milora_lightning.adapters.initialization import initialize
+from milora_lightning.adapters.injection import adapters_disabled, adapters_merged, inject, lora_layers
+from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.parts import TargetNotFoundError
+
+__all__ = [
+    "LoRALinear",
+    "TargetNotFoundError",
+    "adapters_disabled",
+    "adapters_merged",
+    "initialize",
+    "inject",
+    "lora_layers",
+]

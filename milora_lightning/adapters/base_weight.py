@@ -1,0 +1,96 @@
+"""The frozen weight under an adapter as a plain matrix, whether it is quantized, transposed or in shards."""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+from torch import Tensor, nn
+
+from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.quantization import decoded, holds_its_weight, refusal
+from milora_lightning.parallel.dtensor import gather_to, is_sharded
+from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.messages import warn
+
+STORED = "stored_weight"
+"""The attribute by which a quantized layer knows its :class:`Stored`, set by whoever has quantized it."""
+
+CLOSE = 0.5
+"""How far, relative to its norm, a weight may be from its quantized self: four bits cost 0.1, another matrix 1.4."""
+
+
+class Stored(Protocol):
+    """Where the weight that a layer was quantized from can be read, and what it was quantized to."""
+
+    @property
+    def quantization(self) -> str:
+        """The kind of quantization, such as ``nf4``."""
+
+    def read(self) -> Tensor:
+        """Read the weight, in the file's layout."""
+
+
+def dense_weight(layer: LoRALinear) -> Tensor:
+    """Return the frozen weight of an adapter's base layer as a matrix of shape (out, in).
+
+    Raises:
+        ValueError: If it is in shards, of an unknown kind (see :func:`milora_lightning.adapters.quantization.decoded`),
+            or repacked by bitsandbytes for inference.
+    """
+    if is_sharded(layer.base_layer):
+        raise InvalidInputError(
+            "The weight is in shards on several ranks: analyze the checkpoint on one device instead."
+        )
+    return cast(Tensor, collected_weight(layer, 0))
+
+
+def pretrained_weight(layer: LoRALinear, rank: int) -> Tensor | None:
+    """Collect the weight that factors start from: as :func:`collected_weight`, but before quantization where known."""
+    weight = collected_weight(layer, rank)
+    return None if weight is None else _unquantized(layer.base_layer, weight)
+
+
+def collected_weight(layer: LoRALinear, rank: int) -> Tensor | None:
+    """Collect a weight (out, in), where it is in shards, on one rank, while the others get None; all must call this.
+
+    Raises:
+        ValueError: If it is sharded in more than one way, of an unknown kind (see
+            :func:`milora_lightning.adapters.quantization.decoded`), or repacked by bitsandbytes for inference.
+    """
+    base = layer.base_layer
+    if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
+        raise InvalidInputError("bitsandbytes has repacked it for inference on this CPU; initialize before evaluating.")
+    if is_sharded(base) and not holds_its_weight(base):
+        raise InvalidInputError(refusal(base))
+    weight = gather_to(base.weight.detach(), rank)
+    if weight is None:
+        return None
+    weight = decoded(base, weight)
+    weight = weight.T if layer.transposed else weight
+    if weight.shape != (layer.out_features, layer.in_features):
+        raise InvalidInputError(refusal(base))
+    return weight
+
+
+def _unquantized(base: nn.Module, dequantized: Tensor) -> Tensor:
+    """Return the weight that a layer was quantized from if that can be read, or else the dequantized one.
+
+    Args:
+        base: The layer.
+        dequantized: The weight that it computes with (out, in); what was stored has to be close to that.
+    """
+    stored: Stored | None = getattr(base, STORED, None)
+    if stored is None:
+        return dequantized
+    weight = stored.read().to(dequantized.device)
+    for candidate in (weight, weight.T) if weight.ndim == 2 else ():
+        if candidate.shape == dequantized.shape:
+            distance = (candidate.float() - dequantized.float()).norm()
+            if not distance > CLOSE * candidate.float().norm():  # entries that are no numbers are told of later
+                return candidate
+    warn(
+        "What the model's files call a quantized weight is not what it was quantized from: adapters start from the "
+        "dequantized weight there.",
+        from_any_rank=True,
+    )
+    return dequantized

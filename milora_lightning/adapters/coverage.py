@@ -1,0 +1,231 @@
+"""What adapters reach of a model and what they leave out, in words."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import cast
+
+from torch import Tensor, nn
+
+from milora_lightning.adapters.layer import LoRALinear, linear_shape
+from milora_lightning.adapters.linear_layers import is_linear
+from milora_lightning.adapters.parts import ends_with, find_modules, find_part, modules_by_name, some
+from milora_lightning.adapters.quantization import is_plain, is_quantized_linear
+from milora_lightning.adapters.targets import (
+    FROZEN,
+    TOO_SMALL,
+    TRAINED_BEFORE,
+    Selection,
+    frozen_by_user,
+    output_heads,
+    select_layers,
+)
+from milora_lightning.config import ALL_LINEAR, LoRAConfig
+from milora_lightning.parallel.dtensor import is_sharded
+from milora_lightning.utils.compat import ConvNd
+
+LARGE_SHARE = 0.1
+"""The share of the weights from which it is worth a word that no adapter reaches them."""
+
+EXPERTS = "experts in 3-D parameters"
+QUANTIZED = "linear layers whose weights are codes"
+UNSUPPORTED = (
+    EXPERTS,
+    "other 3-D parameters",
+    "convolutions",
+    "nn.MultiheadAttention's in_proj_weight",
+    "recurrent layers",
+    QUANTIZED,
+)
+HEADS = {"head", "heads", "classifier", "classification_head", "cls_head", "fc", "score", "out_proj", "out", "output"}
+HEADS |= {"output_layer", "qa_outputs", "regressor", "regression_head", "prediction_head", "value_head", "v_head"}
+"""Names that the layers of a task go by."""
+
+
+def remarks(module: nn.Module, config: LoRAConfig) -> Iterator[str]:
+    """Say, after surgery, what the user of a module may not expect of it, each in a sentence or two.
+
+    Args:
+        module: The module with adapters.
+        config: The configuration they were injected with.
+    """
+    part = find_part(module, config.module)
+    kept = _kept(part, config)
+    selection = select_layers(module, config, kept)
+    yield from _left_out(module, selection, config)
+    yield from _fresh_heads(module, part, selection, kept)
+    yield from _unreached(part, config, kept)
+
+
+def coverage(module: nn.Module, config: LoRAConfig) -> str:
+    """Say which share of the weights has adapters, and what the largest part of the others is.
+
+    Embeddings, the output embeddings of language models, and parts that were frozen for another purpose do not count.
+    """
+    sizes = _sizes(part := find_part(module, config.module), _kept(part, config))
+    total = sum(sizes.values())
+    without = sorted((kind for kind in sizes if kind != "adapted"), key=lambda kind: -sizes[kind])
+    rest = ", ".join(f"{kind} {sizes[kind] / total:.1%}" for kind in without if sizes[kind] / total >= 0.001)
+    return f"{sizes['adapted'] / total:.1%} of the weights" + (f"; without: {rest}" if rest else "")
+
+
+def adapters_by_part(module: nn.Module, config: LoRAConfig) -> str:
+    """Say how many matrices have adapters in each part of a module, and why none, where there are none.
+
+    Args:
+        module: The module with adapters.
+        config: The configuration they were injected with.
+    """
+    root = find_part(module, config.module)
+    selection = select_layers(module, config, kept := _kept(root, config))
+    layers = modules_by_name(module)
+    reasons = {layers[name]: reason for name, reason in selection.left_out.items()}
+    counts = {}
+    for name, part in module.named_children():
+        if not any(True for _ in part.parameters()):
+            continue
+        inside = list(part.modules())
+        number = sum(isinstance(child, LoRALinear) for child in inside)
+        counts[name] = f"{number} {'matrix' if number == 1 else 'matrices'}" if number else "none"
+        if not number:
+            why = {reasons[child] for child in inside if child in reasons}
+            if (
+                config.module is not None
+                and not any(child is root for child in inside)
+                and part not in set(root.modules())
+            ):
+                counts[name] += " (left as it is)"
+            elif all(child in kept for child in inside if child._parameters):
+                counts[name] += " (trains in full)"
+            elif FROZEN in why or all(
+                frozen_by_user(m) for m in inside if any(p is not None for p in m._parameters.values())
+            ):
+                counts[name] += " (frozen by you)"
+            elif why:
+                counts[name] += f" ({', '.join(sorted(why)).removeprefix('is ')})"
+    return "; ".join(f"{name}: {count}" for name, count in counts.items())
+
+
+def _kept(part: nn.Module, config: LoRAConfig) -> set[nn.Module]:
+    return {child for saved in find_modules(part, config.modules_to_save) for child in saved.modules()}
+
+
+def _left_out(module: nn.Module, selection: Selection, config: LoRAConfig) -> Iterator[str]:
+    reasons = defaultdict(list)
+    for name, reason in selection.left_out.items():
+        reasons[reason].append(name)
+    reasons.pop(FROZEN, None)  # as the user wants it; the summary says it
+    small = reasons.pop(TOO_SMALL, [])
+    if small:
+        layers = modules_by_name(module)
+        shapes = {name: linear_shape(layers[name]) for name in small}
+        listed = ", ".join(f"{name!r} ({m}×{n})" for name, (m, n) in list(shapes.items())[:3])
+        more = f" and {len(small) - 3} more" if len(small) > 3 else ""
+        heads = [name for name in small if not any(part.isdigit() for part in name.split("."))] or small
+        yield (
+            f"Too small for adapters of r={config.r}, and frozen: {listed}{more}. What is new, as a head, has to train "
+            f"in full: modules_to_save={[heads[-1].rsplit('.', 1)[-1]]!r}."
+        )
+    for reason, names in reasons.items():
+        one = len(names) == 1
+        yield f"Layer{'' if one else 's'} {some(names)} {reason} and get{'s' if one else ''} no adapter."
+
+
+def _fresh_heads(module: nn.Module, part: nn.Module, selection: Selection, kept: set[nn.Module]) -> Iterator[str]:
+    """Name what looks newly made for the task and neither trains nor has an adapter."""
+    known = output_heads(part)
+    adapted = [m.base_layer for m in part.modules() if isinstance(m, LoRALinear)]
+    pretrained = not all(_looks_new(layer) for layer in adapted[:: max(1, len(adapted) // 8)])
+    inside = {
+        child for m in part.modules() if isinstance(m, (LoRALinear, nn.MultiheadAttention)) for child in m.modules()
+    }
+    heads = []
+    for name, child in modules_by_name(module).items():
+        if not (is_linear(child) or isinstance(child, ConvNd)) or child in inside or child in kept or child in known:
+            continue
+        if (
+            not getattr(child, TRAINED_BEFORE, False)
+            or selection.left_out.get(name) == TOO_SMALL
+            or ends_with(name, "lm_head")
+        ):
+            continue
+        if _named_as_head(name) or (pretrained and isinstance(child, nn.Linear) and _looks_new(child)):
+            heads.append(name)
+    if heads:
+        yield (
+            f"{some(heads)}: looks newly made for this task, and neither trains nor has an adapter. If it is, train it "
+            f"in full: modules_to_save={[heads[-1]]!r}."
+        )
+
+
+def _named_as_head(name: str) -> bool:
+    """Whether a layer is in a part that goes by a head's name and is no part of a list of layers."""
+    for part in name.split("."):
+        if part.isdigit():
+            return False
+        if part in HEADS:
+            return True
+    return False
+
+
+def _looks_new(layer: nn.Module) -> bool:
+    """Whether a weight's entries are uniformly distributed, as torch's initializers leave them, or all alike.
+
+    Their largest is √3 times their root mean square, where it is a multiple of that in weights that have been trained.
+    """
+    weight = layer._parameters.get("weight")
+    if weight is None or weight.is_meta or is_sharded(layer) or not is_plain(weight):
+        return False
+    sample = weight.detach().flatten()[:4096].float()
+    size = sample.square().mean().sqrt().item()
+    return sample.numel() >= 64 and sample.abs().max().item() <= 1.03 * math.sqrt(3) * size
+
+
+def _unreached(part: nn.Module, config: LoRAConfig, kept: set[nn.Module]) -> Iterator[str]:
+    sizes = _sizes(part, kept)
+    total = sum(sizes.values())
+    kinds = UNSUPPORTED if config.target_modules == ALL_LINEAR else (EXPERTS,)
+    without = {kind: sizes[kind] / total for kind in kinds if sizes.get(kind)}
+    if sum(without.values()) >= LARGE_SHARE:
+        listed = ", ".join(f"{kind} {share:.0%}" for kind, share in without.items())
+        yield (
+            f"Adapters reach {sizes['adapted'] / total:.0%} of the weights (without embeddings and output embeddings), "
+            f"because they fit linear layers only: {listed} stay frozen without adapters."
+        )
+
+
+def _sizes(part: nn.Module, kept: set[nn.Module]) -> dict[str, int]:
+    """Count the weights of each kind."""
+    sizes: dict[str, int] = defaultdict(int, adapted=0)
+    heads = output_heads(part)
+    bases = {m.base_layer for m in part.modules() if isinstance(m, LoRALinear)}
+    for name, child in modules_by_name(part).items():
+        if isinstance(child, LoRALinear):
+            sizes["adapted"] += math.prod(linear_shape(child.base_layer))
+        elif is_quantized_linear(child):
+            sizes[QUANTIZED] += cast(int, child.in_features) * cast(int, child.out_features)
+        elif child not in bases and child not in heads and not ends_with(name, "lm_head"):
+            for key, parameter in child._parameters.items():
+                kind = None if parameter is None else _kind(child, f"{name}.{key}", parameter, kept)
+                if kind and parameter is not None:
+                    linear = is_linear(child) and key == "weight"
+                    sizes[kind] += math.prod(linear_shape(child)) if linear else parameter.numel()
+    return sizes
+
+
+def _kind(owner: nn.Module, name: str, parameter: Tensor, kept: set[nn.Module]) -> str | None:
+    if owner in kept:
+        return "trained in full"
+    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) or frozen_by_user(owner) or parameter.ndim < 2:
+        return None
+    if isinstance(owner, ConvNd):
+        return "convolutions"
+    if isinstance(owner, nn.MultiheadAttention):
+        return "nn.MultiheadAttention's in_proj_weight"
+    if isinstance(owner, nn.RNNBase):
+        return "recurrent layers"
+    if parameter.ndim > 2 and parameter.shape[0] > 1:  # unlike embeddings of positions, which have room for a batch
+        return EXPERTS if "expert" in name else "other 3-D parameters"
+    return "other linear layers" if is_linear(owner) else "other weights"

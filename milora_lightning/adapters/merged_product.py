@@ -1,0 +1,76 @@
+"""A layer's weight and update, formed once for many calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from milora_lightning.adapters.autograd import base_product, updated_product
+from milora_lightning.adapters.factors import stack_factors
+
+Factors = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None"]
+
+
+class MergedProduct:
+    """The product with W + ΔW, without gradients.
+
+    The sum is a tensor of its own, and W stays what it is. Where W or the product is not as precise as the factors, the
+    sum would round small updates away (in bfloat16 a third of the first ones): there the update stays beside W, as
+    stacked factors in W's dtype, and the product is bit for bit that of
+    :func:`milora_lightning.adapters.autograd.lora_linear`.
+
+    Args:
+        weight: Weight (out, in), or (in, out) if ``transposed``.
+        factors: ``lora_A``, ``lora_B`` and their initial values, as :func:`stack_factors` takes them.
+        scaling: The scale s.
+        transposed: Whether the weight is a ``Conv1D``'s.
+    """
+
+    @torch.no_grad()
+    def __init__(self, weight: Tensor, factors: Factors, scaling: float, transposed: bool) -> None:
+        self.transposed = transposed
+        self.dtype = weight.dtype
+        self.weight = weight.detach()
+        self.update: tuple[Tensor, Tensor] | None = None
+        if weight.dtype == factors[0].dtype and _products_are_exact(weight.device):
+            self.weight = merged_weight(weight, factors, scaling, transposed)
+        else:
+            self.update = stack_factors(*factors, scaling, weight.dtype)
+        self._sources = weight, *factors  # kept, so that no other tensor takes the place of one of them in memory
+        self._versions = _versions(self._sources)
+
+    def is_of(self, weight: Tensor, factors: Factors) -> bool:
+        """Whether it was formed of these tensors, and none has changed since.
+
+        Changes through ``tensor.data``, of which torch keeps no record, are not seen.
+        """
+        same = all(a is b for a, b in zip((weight, *factors), self._sources, strict=True))
+        return same and _versions(self._sources) == self._versions
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute (W + ΔW) x + bias (..., out) for x (..., in) of W's dtype."""
+        if self.update is None:
+            return base_product(x, self.weight, bias, self.transposed)
+        return updated_product(x, self.weight, bias, *self.update, None, self.transposed)[0]
+
+
+def merged_weight(weight: Tensor, factors: Factors, scaling: float, transposed: bool) -> Tensor:
+    """Compute W + s (B A − B₀A₀) in the factors' dtype and the weight's layout; arguments as for the class."""
+    A, B = stack_factors(*factors, scaling)
+    weight = weight.to(A.dtype)
+    return torch.addmm(weight, A.T, B.T) if transposed else torch.addmm(weight, B, A)
+
+
+def _versions(tensors: tuple[Tensor | None, ...]) -> list[Any]:
+    return [None if t is None else (t.data_ptr(), t._version) for t in tensors]
+
+
+def _products_are_exact(device: torch.device) -> bool:
+    """Whether float32 products are formed in float32; TF32 and oneDNN's fast modes round what goes in."""
+    backend = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
+    precision = getattr(getattr(backend, "matmul", None), "fp32_precision", None)  # torch 2.9
+    if precision is None:
+        return torch.get_float32_matmul_precision() == "highest"
+    return precision in ("none", "ieee")

@@ -1,0 +1,113 @@
+"""Parts of a module by their names, as a configuration names them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.linear_layers import is_linear
+from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.names import WRAPPERS, unwrapped_name
+
+
+class TargetNotFoundError(InvalidInputError):
+    """What the configuration names, or a layer for it, is not in the model (or not yet)."""
+
+
+def modules_by_name(module: nn.Module) -> dict[str, nn.Module]:
+    """Return all modules by the names that they have without wrappers, such as ``torch.compile``'s."""
+    return {unwrapped_name(name): child for name, child in module.named_modules()}  # the wrapped after its wrapper
+
+
+def ends_with(name: str, target: str) -> bool:
+    """Whether a name is, or ends in, another.
+
+    >>> [ends_with("layers.0.q_proj", target) for target in ("q_proj", "proj")]
+    [True, False]
+    """
+    return name == target or name.endswith(f".{target}")
+
+
+def find_modules(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """Find all modules whose name ends in one of ``names``.
+
+    Raises:
+        TargetNotFoundError: If a name matches nothing.
+    """
+    kept = []
+    for wanted in names:
+        matches = [
+            child
+            for name, child in module.named_modules()
+            if ends_with(unwrapped_name(name), unwrapped_name(wanted)) and name.rpartition(".")[2] not in WRAPPERS
+        ]
+        if not matches:
+            raise TargetNotFoundError(
+                f"modules_to_save names {wanted!r}, but {type(module).__name__} has no such module."
+            )
+        kept += matches
+    return kept
+
+
+def find_part(module: nn.Module, name: str | None) -> nn.Module:
+    """Return the part of a module that is to be adapted; all of it without a name.
+
+    Raises:
+        TargetNotFoundError: If there is no part of that name.
+    """
+    if name is None:
+        return module
+    try:
+        part = module.get_submodule(name)
+    except AttributeError as error:
+        parts = ", ".join(child for child, _ in module.named_children())
+        raise TargetNotFoundError(
+            f"module={name!r} is no part of {type(module).__name__}, whose parts are: {parts or 'none'}."
+        ) from error
+    if is_linear(part) or isinstance(part, LoRALinear):
+        raise InvalidInputError(f"module={name!r} is a single layer: name it in target_modules instead.")
+    return part
+
+
+def excluded_names(module: nn.Module, exclude_modules: str | Sequence[str]) -> set[str]:
+    """The names of all modules that are excluded, with those inside them."""
+    names = [unwrapped_name(name) for name, _ in module.named_modules() if name]
+    found: set[str] = set()
+    for entry in [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules:
+        is_name = not isinstance(exclude_modules, str)
+        matches = {n for n in names if (ends_with(n, unwrapped_name(entry)) if is_name else re.fullmatch(entry, n))}
+        if not matches:
+            raise TargetNotFoundError(
+                f"exclude_modules names {entry!r}, but {type(module).__name__} has no such module."
+            )
+        found |= matches
+    return found | {name for name in names if any(name.startswith(f"{outer}.") for outer in found)} if found else found
+
+
+def check_initialized(module: nn.Module, kept: Collection[nn.Module] = ()) -> None:
+    """Refuse lazy layers that have no weights yet.
+
+    Raises:
+        TargetNotFoundError: If there are any, but for those that train in full.
+    """
+    for name, child in modules_by_name(module).items():
+        lazy = [p for p in child._parameters.values() if p is not None and is_lazy(p)]
+        if lazy and child not in kept:
+            raise TargetNotFoundError(
+                f"Layer {name!r} ({type(child).__name__}) has no weights yet that could be adapted or frozen: run a "
+                "dummy batch through the module before fit, for example at the end of its __init__."
+            )
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """List names, the first few of many.
+
+    >>> some(["a", "b"]), some(["a", "b", "c"], 1)
+    ("'a', 'b'", "'a' and 2 more")
+    """
+    listed = ", ".join(map(repr, names[:most]))
+    return f"{listed} and {len(names) - most} more" if len(names) > most else listed

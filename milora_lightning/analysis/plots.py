@@ -1,0 +1,76 @@
+"""Pictures of analyses and comparisons, drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from milora_lightning.analysis.spectra import MatrixAnalysis, averages, by_type
+from milora_lightning.utils.errors import MissingPackageError
+
+try:
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display
+except ModuleNotFoundError as error:
+    raise MissingPackageError("Plots need the package matplotlib: pip install milora-lightning[plots]") from error
+
+Draw = Callable[[Any, list[MatrixAnalysis]], None]
+
+
+def plot_analysis(folder: Path, matrices: Sequence[MatrixAnalysis]) -> None:
+    """Draw spectra.png, similarity.png and energy.png, each with one panel for every module type."""
+    groups = by_type(matrices)
+    _panels(folder / "spectra.png", groups, "singular values of W and ΔW, a line for each layer", _draw_spectra)
+    _panels(folder / "similarity.png", groups, "similarity φ of ΔW with parts of W's spectrum", _draw_similarity)
+    energy = "energy of ΔW along W's spectrum, mean over layers; the rest is in W's null spaces"
+    _panels(folder / "energy.png", groups, energy, _draw_energy)
+
+
+def _draw_spectra(axes: Any, group: list[MatrixAnalysis]) -> None:
+    for name, color, values in (
+        ("W", "tab:blue", [m.singular_values for m in group]),
+        ("ΔW", "tab:orange", [m.delta_singular_values for m in group]),
+    ):
+        for i, line in enumerate(values):
+            axes.plot(range(1, len(line) + 1), line.cpu(), color=color, alpha=0.3, lw=0.8, label=None if i else name)
+    axes.set(xscale="log", yscale="log", xlabel="index", ylabel="singular value")
+
+
+def _draw_similarity(axes: Any, group: list[MatrixAnalysis]) -> None:
+    for name, color in (("top", "tab:red"), ("bottom", "tab:blue"), ("random", "tab:gray")):
+        axes.plot([m.depth for m in group], [m.similarity[name] for m in group], color=color, marker=".", label=name)
+    axes.axhline(averages(group)["expected"], color="black", ls=":", lw=1, label="r / out")
+    axes.set(xlabel="block", ylabel="φ", ylim=(0, None))
+
+
+def _draw_energy(axes: Any, group: list[MatrixAnalysis]) -> None:
+    for name, color in (("left", "tab:blue"), ("right", "tab:orange")):
+        shares = torch.stack([getattr(m, f"{name}_energy").cpu() for m in group]).mean(0)
+        edges = [i / len(shares) for i in range(len(shares) + 1)]
+        axes.stairs(shares, edges, color=color, label=f"{name} singular vectors")
+    axes.axhline(1 / len(shares), color="black", ls=":", lw=1, label="evenly spread")
+    axes.set(xlabel="place in the spectrum (1: smallest)", ylabel="share of ‖ΔW‖²", ylim=(0, None))
+
+
+def _panels(path: Path, groups: dict[str, list[MatrixAnalysis]], title: str, draw: Draw) -> None:
+    rows = -(-len(groups) // 4)
+    columns = -(-len(groups) // rows)  # as even as can be
+    with new_figure(path, 3.6 * columns, 3 * rows + 0.7) as figure:
+        for number, (name, group) in enumerate(groups.items(), 1):
+            axes = figure.add_subplot(rows, columns, number, title=name)
+            draw(axes, group)
+        legend = figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        for handle in legend.legend_handles:
+            handle.set(alpha=1, linewidth=1.5)
+        figure.suptitle(title)
+
+
+@contextmanager
+def new_figure(path: Path, width: float, height: float) -> Iterator[Any]:
+    """Make a figure that is written to ``path`` at the end; sizes in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,98 @@
+"""Where an update lies in the spectrum of the weight it updates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from milora_lightning.adapters.factors import product_svd
+from milora_lightning.linalg.singular import SingularSlice
+
+
+def similarity(A: Tensor, B: Tensor) -> float:
+    """Compute the similarity of two subspaces, φ = ‖AᵀB‖²_F / r.
+
+    It is 1 where one contains the other and 0 where they are orthogonal; subspaces at random have r / out of the
+    larger one on average (LoRA, arXiv 2106.09685, section 7.2; MiLoRA, arXiv 2406.09044, section 6).
+
+    Args:
+        A: Orthonormal columns, shape (out, a).
+        B: Orthonormal columns, shape (out, b).
+
+    Returns:
+        ‖AᵀB‖²_F / min(a, b).
+
+    >>> E = torch.eye(4)
+    >>> similarity(E[:, :2], E[:, :2]), similarity(E[:, :2], E[:, 1:3]), similarity(E[:, :1], E[:, 3:])
+    (1.0, 0.5, 0.0)
+    """
+    return ((A.mT @ B).square().sum() / min(A.shape[1], B.shape[1])).item()
+
+
+def reference_subspaces(left: Tensor, r: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    """Choose the left singular vectors of a weight that an update is compared with.
+
+    Args:
+        left: All left singular vectors, shape (out, k), the largest singular value's first.
+        r: How many to choose.
+        generator: CPU generator for the random choice.
+
+    Returns:
+        The first r as ``"top"``, the last r as ``"bottom"``, and r drawn without replacement as ``"random"``, each of
+        shape (out, r).
+    """
+    drawn = torch.randperm(left.shape[1], generator=generator, device="cpu")[:r].to(left.device)
+    return {"top": left[:, :r], "bottom": left[:, -r:], "random": left[:, drawn]}
+
+
+@dataclass(frozen=True)
+class Update:
+    """A low-rank update ΔW by its singular triplets, without those that are zero.
+
+    Attributes:
+        U: Left singular vectors, shape (out, rank).
+        S: Singular values in descending order, shape (rank,).
+        Vh: Right singular vectors, shape (rank, in).
+    """
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+
+    @staticmethod
+    def of(B: Tensor, A: Tensor) -> Update:
+        """Decompose ΔW = B A, of factors (out, n) and (n, in), without forming it."""
+        U, S, Vh = product_svd(B, A)
+        # Relative to the factors and not to S alone, so that products that cancel count as zero.
+        scale = torch.linalg.matrix_norm(B.double()) * torch.linalg.matrix_norm(A.double())
+        rank = int((torch.finfo(A.dtype).eps * scale < S).sum())
+        return Update(U[:, :rank], S[:rank], Vh[:rank])
+
+    def similarities(self, subspaces: dict[str, Tensor], r: int) -> dict[str, float]:
+        """Compute φ of the top r left singular vectors with each of some subspaces."""
+        return {name: similarity(self.U[:, :r], vectors.double()) for name, vectors in subspaces.items()}
+
+    def amplification(self, weight: Tensor, r: int) -> float:
+        """Compute ‖UᵀΔWV‖_F / ‖UᵀWV‖_F, for the top r singular vectors U and V of ΔW."""
+        inside = self.U[:, :r].mT @ weight.double() @ self.Vh[:r].mT
+        return float(torch.linalg.vector_norm(self.S[:r]) / torch.linalg.matrix_norm(inside))
+
+    def energy(self, weight: SingularSlice, bins: int) -> tuple[Tensor, Tensor]:
+        """Compute which shares of ‖ΔW‖²_F lie where along a weight's spectrum.
+
+        Args:
+            weight: All k singular triplets (uᵢ, σᵢ, vᵢ) of the weight.
+            bins: Number of bins into which the k singular directions are divided, largest first; at most k.
+
+        Returns:
+            ‖uᵢᵀΔW‖² / ‖ΔW‖² and ‖ΔWvᵢ‖² / ‖ΔW‖², each summed over the directions of a bin, shape (bins,). Each sums
+            to 1, less what is in the null space of the longer side.
+        """
+        total = self.S.square().sum()
+        left = ((weight.U.mT @ self.U) * self.S).square().sum(1) / total
+        right = ((weight.Vh @ self.Vh.mT) * self.S).square().sum(1) / total
+        index = torch.arange(len(weight.S), device=left.device) * bins // len(weight.S)
+        zeros = torch.zeros(bins, dtype=left.dtype, device=left.device)
+        return zeros.index_add(0, index, left), zeros.index_add(0, index, right)

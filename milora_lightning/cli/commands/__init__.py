@@ -1,0 +1,24 @@
+"""The commands: those of Lightning's CLI, and one file for each other, loaded when it is asked for.
+
+A command is a function whose arguments are its options, described in its docstring. If the first is called ``fit``, the
+command also takes the options of ``fit``: those that are not its own are handed on as a list.
+"""
+
+LIGHTNING = {
+    "fit": "Fine-tune a model.",
+    "validate": "Measure a checkpoint on the validation data.",
+    "test": "Measure a checkpoint on the test data.",
+    "predict": "Answer the prompts of the test data, and write the answers to a file.",
+}
+"""What each subcommand of Lightning's CLI does."""
+
+COMMANDS = {
+    "preview": "milora_lightning.cli.commands.preview:preview",
+    "compare": "milora_lightning.cli.compare:compare",
+    "chat": "milora_lightning.cli.commands.chat:chat",
+    "generate": "milora_lightning.cli.commands.generate:generate",
+    "export": "milora_lightning.cli.commands.export:export",
+    "evaluate": "milora_lightning.cli.commands.evaluate:evaluate",
+    "analyze": "milora_lightning.cli.commands.analyze:analyze",
+}
+"""Where the function of each other command is."""

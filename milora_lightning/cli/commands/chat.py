@@ -1,0 +1,282 @@
+"""``chat``: talk to a model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import seed_everything
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from milora_lightning.adapters.injection import adapters_disabled, adapters_merged, lora_layers
+from milora_lightning.cli.commands.loading import load_to_ask
+from milora_lightning.data.encoding.asking import NotAskableError, TextStream, check_askable, prompt_ids, room
+from milora_lightning.data.encoding.chat import Message
+from milora_lightning.data.encoding.prompt_format import reads_one_question
+from milora_lightning.models.generation import Sampling, generate_greedily, greedy_config, nothing_else
+from milora_lightning.models.turn_cache import TurnCache
+
+HELP = """\
+/base           answer with the base model, without its adapters
+/adapter        answer with the adapters again
+/both           show both answers to each question; the conversation goes on with the adapters'
+/reset          begin a new conversation
+/system TEXT    begin a new conversation with a system message; without TEXT, with none
+/save FILE      add the conversation to FILE, as JSON lines that fit reads
+/help           show this
+/exit           leave (or Ctrl-D)
+Ctrl-C stops an answer. A line that ends in \\ goes on in the next; a space before a / makes it text."""
+
+Mode = Literal["adapter", "base", "both"]
+
+
+def chat(
+    ckpt_path: str | None = None,
+    model: str | None = None,
+    system: str = "",
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    earlier_turns: bool | None = None,
+    template: str | None = None,
+    name_or_path: str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
+    device: str | None = None,
+) -> None:
+    """Talk to a model: ask it in the template that it was trained with, and watch the answers come.
+
+    /help shows what can be done beside asking, such as /both for the answers with and without adapters. In a pipe,
+    each line of standard input is a question, and standard output holds nothing but the answers.
+
+    Args:
+        ckpt_path: Checkpoint written by ``fit``: a file, or the folder of a sharded run.
+        model: Or whatever else is to answer: a folder that ``export`` wrote, a Hub name, a folder, a ``.gguf`` file,
+            or ``embedded``.
+        system: System message to begin with.
+        max_new_tokens: Length limit of answers.
+        temperature: What logits are divided by before a token is drawn; 0 takes the likeliest.
+        top_p: Draw from the fewest likeliest tokens whose probabilities sum to this.
+        top_k: Draw from this many likeliest tokens; 0 for all.
+        seed: Seed of what is drawn.
+        earlier_turns: Whether the model sees the conversation so far; by default it does, unless its template
+            (``alpaca``, ``plain``) has room for one question alone.
+        template: How to ask, in place of what is known of the training: ``alpaca``, ``chat``, ``plain`` or the path of
+            a Jinja file.
+        name_or_path: Where the base model is now; by default where it was in training.
+        dtype: Dtype of the base's weights.
+        device: Where to compute, such as ``cpu`` or ``cuda:1``; by default the accelerator, if there is one.
+    """
+    sampling = Sampling(temperature, top_p, top_k)
+    loaded, tokenizer = load_to_ask(ckpt_path, model, name_or_path, template, dtype, device)
+    seed_everything(seed, verbose=False)
+    one = reads_one_question(str(tokenizer.chat_template)) if earlier_turns is None else not earlier_turns
+    talk = Talk(loaded, tokenizer, sampling, max_new_tokens, system, one)
+    if sys.stdin.isatty():
+        _edit_lines()
+        adapters = len(lora_layers(loaded))
+        name = f"{ckpt_path or model}{f' ({adapters} adapters)' if adapters else ''}"
+        talk.note(f"{name}; /help shows the commands.")
+    if one:
+        talk.note("Trained on single questions: each is asked by itself, and earlier turns are not seen.")
+    with adapters_merged(loaded):
+        for line in _lines():
+            with _interruptible() as cut:
+                if not talk.take(line):
+                    break
+            if cut:  # before there was an answer to be stopped
+                talk.note("(stopped)")
+
+
+class Talk:
+    """A conversation with a model, and what its user wants of it.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer, whose chat template asks as in training.
+        sampling: How tokens are chosen.
+        max_new_tokens: Length limit of answers.
+        system: System message; may be empty.
+        one_question: Whether the model sees each question by itself.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        max_new_tokens: int,
+        system: str = "",
+        one_question: bool = False,
+    ) -> None:
+        check_askable(tokenizer)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.max_new_tokens = max_new_tokens
+        self.system = system
+        self.one_question = one_question
+        self.mode: Mode = "adapter"
+        self.read = TurnCache(model)
+        self.turns: list[Message] = []
+        self.commands: dict[str, Callable[[str], Any]] = {
+            "base": lambda _: self.switch("base"),
+            "adapter": lambda _: self.switch("adapter"),
+            "both": lambda _: self.switch("both"),
+            "reset": lambda _: self.begin(self.system),
+            "system": self.begin,
+            "save": self.save,
+            "help": lambda _: self.note(HELP),
+        }
+
+    def take(self, line: str) -> bool:
+        """Do what a line says, or answer it; False if it says to leave."""
+        if not line.startswith("/"):
+            if line.strip():
+                self.ask(line.strip())
+            return True
+        name, _, rest = line[1:].partition(" ")
+        name = name.strip()
+        if name in ("exit", "quit"):
+            return False
+        if name in self.commands:
+            self.commands[name](rest.strip())
+        else:
+            self.note(f"There is no command /{name}; /help shows those there are.")
+        return True
+
+    def ask(self, question: str) -> None:
+        """Answer a question, and add both to the conversation."""
+        asked: Message = {"role": "user", "content": question}
+        try:
+            ids = prompt_ids(self._seen(asked), self.tokenizer)
+        except NotAskableError as error:
+            self.note(str(error))
+            return
+        if self.mode == "both":
+            self.note("base:")
+            self._answer(ids, "base")
+            self.note("adapter:")
+        answer = self._answer(ids, "base" if self.mode == "base" else "adapter")
+        if answer is not None:
+            self.turns += [asked, {"role": "assistant", "content": answer}]
+
+    def switch(self, mode: Mode) -> None:
+        """Choose who answers."""
+        if mode != "adapter" and not lora_layers(self.model):
+            self.note("This model has no adapters that could be switched off.")
+            return
+        self.mode = mode
+        who = {"base": "The base model answers.", "adapter": "The adapters are on.", "both": "Both answer."}
+        self.note(who[mode])
+
+    def begin(self, system: str) -> None:
+        """Begin a new conversation."""
+        self.turns, self.system = [], system
+        self.note("A new conversation" + (f" with the system message {system!r}." if system else "."))
+
+    def save(self, name: str) -> None:
+        """Add the conversation to a file: one row, or one for each question where each was asked by itself."""
+        if not name or not self.turns:
+            self.note("Give the name of a file: /save FILE." if self.turns else "There is nothing to save yet.")
+            return
+        step = 2 if self.one_question else len(self.turns)
+        rows = [{"messages": self._with_system(self.turns[i : i + step])} for i in range(0, len(self.turns), step)]
+        path = Path(name).expanduser()
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        except OSError as error:
+            self.note(f"{name} cannot be written: {error.strerror}.")
+            return
+        self.note(f"{len(self.turns)} messages added to {name}.")
+
+    def note(self, text: str) -> None:
+        """Say something that is no answer, apart from these."""
+        print(f"\033[2m{text}\033[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+
+    def _with_system(self, turns: list[Message]) -> list[Message]:
+        return [*([{"role": "system", "content": self.system}] if self.system else []), *turns]
+
+    def _seen(self, asked: Message) -> list[Message]:
+        return self._with_system([*([] if self.one_question else self.turns), asked])
+
+    def _answer(self, ids: list[int], who: Literal["adapter", "base"]) -> str | None:
+        """Write an answer as it comes, and return it; None if there is no room for one."""
+        length, said = room(self.model, len(ids), self.max_new_tokens)
+        if length == 0:
+            self.note(f"{said} /reset begins a new conversation.")
+            return None
+        if said:
+            self.note(said)
+        config = self.sampling.applied_to(greedy_config(self.model, self.tokenizer, length))
+        stream = TextStream(self.tokenizer, config.eos_token_id or [], self._write)
+        prompt = torch.tensor([ids], device=self.model.device)
+        adapters = adapters_disabled(self.model) if who == "base" else nullcontext()
+        with adapters, nothing_else(self.model, config), torch.no_grad(), _interruptible() as cut:
+            cache = self.read.take(who, ids)
+            tokens = generate_greedily(self.model, prompt, torch.ones_like(prompt), config, stream, cache)
+            self.read.keep(who, ids + tokens[0].tolist(), cache)
+        self._write("\n")
+        if cut:
+            self.note("(stopped)")
+        return stream.text
+
+    def _write(self, text: str) -> None:
+        print(text, end="", flush=True)
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[bool]]:
+    """Within this context, Ctrl-C on a terminal ends what goes on; the list is empty unless it has."""
+    cut: list[bool] = []
+    try:
+        yield cut
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+        cut.append(True)
+
+
+def _lines() -> Iterator[str]:
+    """Read what the user writes, until Ctrl-D; of a terminal with a prompt."""
+    terminal = sys.stdin.isatty()
+    while True:
+        try:
+            line = _line("> " if terminal else "")
+            while line.endswith("\\"):
+                line = f"{line[:-1]}\n{_line('. ' if terminal else '')}"
+        except EOFError:
+            if terminal:
+                print(file=sys.stderr)
+            return
+        except KeyboardInterrupt:  # what has been written is taken back
+            if not terminal:
+                raise
+            print(file=sys.stderr)
+            continue
+        yield line
+
+
+def _line(prompt: str) -> str:
+    if prompt and sys.stdout.isatty():
+        return input(prompt)
+    print(prompt, end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.rstrip("\n")
+
+
+def _edit_lines() -> None:
+    """Have arrow keys move in the line and among earlier ones."""
+    try:
+        import readline  # noqa: F401
+    except ImportError:  # not on Windows
+        return

@@ -1,0 +1,227 @@
+"""``evaluate``: benchmarks of the evaluation harness (lm-eval) on a checkpoint, and on its base beside it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import re
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from milora_lightning.adapters.injection import adapters_disabled, lora_layers
+from milora_lightning.cli.commands.loading import loading
+from milora_lightning.inference import load_for_inference
+from milora_lightning.utils.errors import InvalidInputError, MissingFileError, MissingPackageError, OutputExistsError
+from milora_lightning.utils.suggestions import similar
+
+Scores = dict[str, dict[str, float]]
+"""The values of a task's metrics by their names, by the names of tasks."""
+
+
+def evaluate(
+    tasks: str,
+    ckpt_path: str | None = None,
+    model: str | None = None,
+    base: bool = False,
+    output: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    apply_chat_template: bool = False,
+    include_path: str | None = None,
+    name_or_path: str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
+    device: str | None = None,
+) -> None:
+    """Score a model on benchmarks of the evaluation harness (lm-eval), after fine-tuning and before.
+
+    Args:
+        tasks: Names of the harness's tasks or groups of them, as in ``gsm8k,arc_easy``, or YAML files of your own.
+        ckpt_path: Checkpoint written by ``fit``: a file, or the folder of a sharded run.
+        model: Or whatever else is to be scored: a folder that ``export`` wrote, a Hub name, a folder, a ``.gguf``
+            file, or ``embedded``.
+        base: Score the model without its adapters, too, so that one run tells what training has changed.
+        output: File to write the results to, in JSON.
+        limit: Examples of each task, to try it; by default all.
+        num_fewshot: Examples in the prompt; by default each task's own choice.
+        batch_size: Prompts in a batch.
+        apply_chat_template: Ask in the template that the model was trained with; by default prompts stay as tasks have
+            them.
+        include_path: Folder of YAML files with tasks of your own.
+        name_or_path: Where the base model is now; by default where it was in training.
+        dtype: Dtype of the base's weights; by default that of the training.
+        device: Where to compute; by default the accelerator, if there is one.
+    """
+    if (ckpt_path is None) == (model is None):
+        raise InvalidInputError(
+            "Give either --ckpt_path, a checkpoint of fit, or --model, an exported folder or another one."
+        )
+    if output is not None and (Path(output).exists() or not Path(output).absolute().parent.is_dir()):
+        raise OutputExistsError(f"{output!r} is there already, or its folder is not: choose another output.")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise MissingFileError(
+            f"There is no folder {include_path!r}: include_path is where your tasks' YAML files are."
+        )
+    manager, names = find_tasks(tasks, include_path)
+    with loading():
+        loaded, tokenizer = load_for_inference(str(ckpt_path or model), False, device, dtype, name_or_path)
+    if base and not lora_layers(loaded):
+        raise InvalidInputError(
+            "The model has no adapters to do without: leave --base out, and evaluate the base by --model."
+        )
+    if apply_chat_template and not tokenizer.chat_template:
+        raise InvalidInputError("The tokenizer has no chat template: leave --apply_chat_template out.")
+    options = {
+        "tasks": names,
+        "task_manager": manager,
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "apply_chat_template": apply_chat_template,
+    }
+    results = {"model": score(loaded, tokenizer, batch_size, **options)}
+    if base:
+        results["base"] = score(loaded, tokenizer, batch_size, without_adapters=True, **options)
+    Console().print(table({name: scores_in(result) for name, result in results.items()}, limit))
+    if output is not None:
+        Path(output).write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
+        print(f"Results are in {output}")
+
+
+def find_tasks(tasks: str, include_path: str | None) -> tuple[Any, list[str]]:
+    """Find the harness's tasks of some names, before a model is loaded for them.
+
+    Args:
+        tasks: Names, patterns, or paths of tasks' YAML files, with commas between them.
+        include_path: Folder of further tasks.
+
+    Returns:
+        The harness's ``TaskManager``, and the names.
+
+    Raises:
+        ModuleNotFoundError: If the harness is not installed.
+        ValueError: If there is no such task.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingPackageError("evaluate needs the package lm-eval: pip install milora-lightning[eval]")
+    from lm_eval.tasks import TaskManager
+
+    wanted = [name for name in (part.strip() for part in tasks.split(",")) if name]
+    if not wanted:
+        raise InvalidInputError("tasks is empty: give names of the harness's tasks, as in --tasks gsm8k,arc_easy.")
+    folders = {} if include_path is None else {include_path: None}
+    for number, name in enumerate(wanted):
+        if name.endswith((".yaml", ".yml")):
+            wanted[number] = _task_in(name)
+            folders[str(Path(name).absolute().parent)] = None
+    include: Any = list(folders) or None
+    known: list[str] = []
+    if folders:
+        own = TaskManager(include_path=include, include_defaults=False)
+        known = list(own.all_subtasks)
+        if set(wanted) <= set(known):  # to read the harness's own, thousands of files, takes its time
+            return own, list(dict.fromkeys(wanted))
+    manager = TaskManager(include_path=include)
+    found: list[str] = []
+    for name in wanted:
+        matching = manager.match_tasks([name])
+        if not matching:
+            like = list(dict.fromkeys([*similar(name, known), *similar(name, manager.all_tasks)]))[:3]
+            others = f", {' and '.join(map(repr, like[1:]))} others" if like[1:] else ""
+            raise InvalidInputError(
+                f"The harness has no task {name!r}{f'; {like[0]!r} is one{others}' if like else ''}."
+            )
+        found += matching
+    return manager, list(dict.fromkeys(found))
+
+
+def _task_in(path: str) -> str:
+    """Return the name of the task, or group of tasks, that a YAML file is."""
+    if not Path(path).is_file():
+        raise MissingFileError(f"There is no file {path!r}, which --tasks names: give a task's name, or its YAML file.")
+    name = re.search(
+        r"^(?:task|group)\s*:\s*['\"]?([^'\"\s#\[]+)", Path(path).read_text(encoding="utf-8"), re.MULTILINE
+    )
+    if name is None:
+        raise InvalidInputError(f"{path!r} is no file of a task: it has no line 'task: NAME'.")
+    return name[1]
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    without_adapters: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Have the harness score a model that is in memory.
+
+    Args:
+        model: The model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        batch_size: Prompts in a batch.
+        without_adapters: Whether to score the pretrained model.
+        options: Of the harness's ``simple_evaluate``.
+
+    Returns:
+        What the harness returns, without the examples.
+
+    Raises:
+        ValueError: If a task's data cannot be had.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    # It warns that a model in memory is scored by this process alone, which is what is wanted.
+    logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
+    with ExitStack() as stack:
+        if without_adapters:
+            stack.enter_context(adapters_disabled(model))
+        harness = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        try:
+            results = simple_evaluate(model=harness, log_samples=False, **options)
+        except (OSError, ImportError) as error:  # ConnectionError too; packages that a task needs
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+            raise InvalidInputError(f"The harness cannot run {', '.join(options['tasks'])}: {reason}.") from error
+    return dict(results or {})
+
+
+def scores_in(results: dict[str, Any]) -> Scores:
+    """Take the values of metrics out of the harness's results.
+
+    >>> scores_in({"results": {"sums": {"alias": "sums", "acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 9}}})
+    {'sums': {'acc': 0.5, 'acc_stderr': 0.1}}
+    """
+    return {
+        task: {
+            key.removesuffix(",none"): value
+            for key, value in values.items()
+            if "," in key and isinstance(value, (int, float))
+        }
+        for task, values in results["results"].items()
+    }
+
+
+def table(scores: dict[str, Scores], limit: int | None) -> Table:
+    """Make a table of the metrics of each task, of the models beside one another."""
+    drawn = Table("task", "metric", title=None if limit is None else f"The first {limit} examples of each task")
+    columns = [name for name in ("base", "model") if name in scores]
+    for name in columns:
+        drawn.add_column(name, justify="right")
+    for task, values in scores["model"].items():
+        for metric in values:
+            if "_stderr" not in metric:
+                cells = [_with_error(scores[name][task], metric) for name in columns]
+                drawn.add_row(task, metric, *cells)
+    return drawn
+
+
+def _with_error(values: dict[str, float], metric: str) -> str:
+    name, comma, rest = metric.partition(",")
+    error = values.get(f"{name}_stderr{comma}{rest}")
+    return f"{values[metric]:.4f}" + ("" if error is None else f" ± {error:.4f}")

@@ -1,0 +1,71 @@
+"""Writes a checkpoint's adapters as a folder that other tools open."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from milora_lightning.cli.commands.loading import loading
+from milora_lightning.export.folders import export_merged, export_peft
+from milora_lightning.export.hub import check_upload, local_base, upload
+from milora_lightning.export.merging import rounding_note
+from milora_lightning.inference import load_module
+from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.folders import check_output
+from milora_lightning.utils.messages import inform
+
+
+def export(
+    ckpt_path: str,
+    output: str,
+    format: Literal["peft", "merged"] = "peft",
+    rank: int | None = None,
+    name_or_path: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
+) -> None:
+    """Export the adapters of a checkpoint.
+
+    Args:
+        ckpt_path: Checkpoint written by ``fit``; a file, or the folder of a sharded run.
+        output: Folder to make.
+        format: ``peft`` for an adapter folder that opens in every PEFT tool, ``merged`` for a whole model.
+        rank: For ``peft``: compress each update to this rank; says how much of it is lost.
+        name_or_path: Where the base model is now; by default where it was in training.
+        dtype: For ``merged``: of the whole model. By default each weight keeps its own; says how much of the updates
+            rounding to it has cost.
+        push_to_hub: Repository on the Hugging Face Hub to upload the folder to, ``user/name``; made if need be.
+        private: Make that repository private.
+    """
+    if private and push_to_hub is None:
+        raise InvalidInputError("private is of a repository on the Hub: give --push_to_hub its name, or leave it out.")
+    if rank is not None and format == "merged":
+        raise InvalidInputError(
+            "rank compresses adapters; a merged model has none. Leave it out, or use --format peft."
+        )
+    if dtype is not None and format == "peft":
+        raise InvalidInputError(
+            "Adapters stay float32; dtype is of a merged model. Leave it out, or use --format merged."
+        )
+    check_output(output)
+    if push_to_hub is not None:
+        check_upload(push_to_hub, private)
+    base: dict[str, Any] = {"quantization": None} if format == "merged" else {}
+    with loading():
+        module, checkpoint = load_module(ckpt_path, name_or_path, **base)
+    scores = checkpoint.get("callbacks", {}).get("EvaluationSummary", {}).get("after")
+    data = checkpoint.get("SFTDataModule", {}).get("description")
+    if format == "merged":
+        if note := rounding_note(
+            export_merged(module, output, module.tokenizer, scores, data, dtype, module.prompt_format)
+        ):
+            print(note)
+    else:
+        lost = export_peft(module, output, rank, module.tokenizer, scores, data, module.prompt_format)
+        if rank is not None:
+            print(f"Rank {rank} keeps {1 - lost:.2%} of the updates' energy and loses {lost:.2%}.")
+    print(f"Exported to {output}")
+    if push_to_hub is not None:
+        if (name := local_base(output)) is not None:
+            inform(f"The adapters name {name!r} as their base, which others do not have: tell them in the model card.")
+        print(f"Uploaded to {upload(output, push_to_hub, private)}")

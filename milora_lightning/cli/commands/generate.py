@@ -1,0 +1,265 @@
+"""``generate``: answer prompts from the command line, a file or a pipe."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO, cast
+
+import torch
+from lightning.pytorch import seed_everything
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from milora_lightning.adapters.injection import adapters_merged
+from milora_lightning.cli.commands.loading import load_to_ask
+from milora_lightning.data.encoding.asking import messages_for, padded, prompt_ids, room
+from milora_lightning.data.encoding.chat import Message
+from milora_lightning.data.reading.records import read_records
+from milora_lightning.data.reading.values import as_text
+from milora_lightning.models.generation import Sampling, generate_greedily, greedy_config, nothing_else, without_stop
+from milora_lightning.utils.errors import InvalidInputError, MiLoRAError, MissingFileError
+from milora_lightning.utils.messages import inform
+
+PROMPTS = ("prompt", "instruction", "question")
+"""Fields of JSON rows that may hold the prompt; the first that is there does."""
+
+WINDOW = 16  # batches among which prompts are sorted by length, and after which answers are written
+
+
+def generate(
+    ckpt_path: str | None = None,
+    model: str | None = None,
+    prompt: str | None = None,
+    input: str | None = None,
+    output: str | None = None,
+    format: Literal["auto", "text", "jsonl"] = "auto",
+    system: str = "",
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    num_return_sequences: int = 1,
+    seed: int = 0,
+    batch_size: int = 16,
+    template: str | None = None,
+    name_or_path: str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
+    device: str | None = None,
+) -> None:
+    """Answer prompts in the template that a model was trained with.
+
+    Args:
+        ckpt_path: Checkpoint written by ``fit``: a file, or the folder of a sharded run.
+        model: Or whatever else is to answer: a folder that ``export`` wrote, a Hub name, a folder, a ``.gguf`` file,
+            or ``embedded``.
+        prompt: A prompt.
+        input: Or a file of prompts, ``-`` for standard input: one in each line, or JSON lines with ``prompt``,
+            ``instruction`` (and ``input``), ``question`` or ``messages``.
+        output: File to write; by default standard output.
+        format: ``text`` for the answers alone, an empty line between them; ``jsonl`` for the fields of each prompt with
+            its answer as ``generation``. By default ``jsonl`` where ``output`` ends in ``.jsonl``.
+        system: System message of each conversation that has none.
+        max_new_tokens: Length limit of answers.
+        temperature: What logits are divided by before a token is drawn; 0 takes the likeliest.
+        top_p: Draw from the fewest likeliest tokens whose probabilities sum to this.
+        top_k: Draw from this many likeliest tokens; 0 for all.
+        num_return_sequences: Number of answers to each prompt.
+        seed: Seed of what is drawn.
+        batch_size: Prompts that are answered at a time, those of about the same length together.
+        template: How to ask, in place of what is known of the training: ``alpaca``, ``chat``, ``plain`` or the path of
+            a Jinja file.
+        name_or_path: Where the base model is now; by default where it was in training.
+        dtype: Dtype of the base's weights.
+        device: Where to compute, such as ``cpu`` or ``cuda:1``; by default the accelerator, if there is one.
+    """
+    sampling = Sampling(temperature, top_p, top_k)
+    if bool(prompt) == (input is not None):
+        raise InvalidInputError("Give either --prompt TEXT or --input FILE (- for standard input).")
+    for name, number in (("num_return_sequences", num_return_sequences), ("batch_size", batch_size)):
+        if number < 1:
+            raise InvalidInputError(f"{name} must be at least 1, not {number}.")
+    if num_return_sequences > 1 and not temperature:
+        raise InvalidInputError(
+            "Without sampling all answers to a prompt are the same: give a temperature, 0.7 for example."
+        )
+    if output is not None and Path(output).expanduser().is_dir():
+        raise InvalidInputError(f"output is the file for the answers, and {output!r} is a folder.")
+    rows = [{"prompt": prompt}] if input is None else list(read_prompts(input))
+    loaded, tokenizer = load_to_ask(ckpt_path, model, name_or_path, template, dtype, device)
+    asker = Asker(loaded, tokenizer, sampling, max_new_tokens, num_return_sequences)
+    asked = asker.encode(rows, system, input)
+    seed_everything(seed, verbose=False)
+    as_json = format == "jsonl" or (format == "auto" and output is not None and output.endswith(".jsonl"))
+    with ExitStack() as stack:
+        file = sys.stdout
+        if output is not None:
+            Path(output).expanduser().parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(Path(output).expanduser().open("w", encoding="utf-8"))
+        stack.enter_context(adapters_merged(loaded))
+        done = 0
+        size = WINDOW * batch_size
+        for start in range(0, len(rows), size):
+            answers = asker.answer(asked[start : start + size], batch_size)
+            _write(file, rows[start : start + size], answers, as_json, first=start == 0)
+            done += len(answers)
+            if output is not None:
+                inform(f"{done} of {len(rows)} prompts answered, in {output}")
+
+
+def read_prompts(name: str) -> Iterator[dict[str, Any]]:
+    """Read the prompts of a file, or of standard input.
+
+    Args:
+        name: A ``.json``, ``.jsonl`` or ``.parquet`` file; another file or ``-``, which hold a prompt in each line, or
+            JSON lines.
+
+    Yields:
+        Rows, with a ``prompt`` for a line of text.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If there is no prompt, or a line is no JSON object where the first is one.
+    """
+    path = Path(name).expanduser()
+    number = 0
+    if name != "-" and not path.is_file():
+        raise MissingFileError(f"There is no file {name!r} of prompts. Check the path.")
+    if name != "-" and path.suffix.lower() in (".json", ".jsonl", ".parquet"):
+        for number, row in read_records(str(path)):  # noqa: B007
+            yield row if isinstance(row, dict) else {"prompt": row}
+    else:
+        try:
+            lines = (sys.stdin.read() if name == "-" else path.read_text(encoding="utf-8-sig")).splitlines()
+        except UnicodeDecodeError as error:
+            raise InvalidInputError(f"{name} is no text in UTF-8: {error.reason} at byte {error.start}.") from error
+        lines = [line for line in lines if line.strip()]
+        as_json = bool(lines) and isinstance(_parsed(lines[0]), dict)
+        for number, line in enumerate(lines, 1):
+            row = _parsed(line) if as_json else {"prompt": line}
+            if not isinstance(row, dict):
+                raise InvalidInputError(f"Line {number} of {name} is no JSON object, as the first is: {line[:60]!r}.")
+            yield row
+    if number == 0:
+        raise InvalidInputError(f"There are no prompts in {'standard input' if name == '-' else name}.")
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def conversation(row: dict[str, Any], system: str, tokenizer: PreTrainedTokenizerBase) -> list[Message]:
+    """Return the conversation that a row asks to go on.
+
+    Args:
+        row: With ``messages``, whose last answer is left out, or with one of ``PROMPTS``, and ``input`` or not.
+        system: System message where the row has none; may be empty.
+        tokenizer: What writes the messages.
+
+    Raises:
+        ValueError: If there is nothing to ask.
+
+    >>> row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
+    >>> conversation(row, "", None)
+    [{'role': 'user', 'content': 'Hi'}]
+    """
+    if row.get("messages"):
+        messages = row["messages"]
+        messages = json.loads(messages) if isinstance(messages, str) else messages
+        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
+            raise InvalidInputError("its messages are no list of objects with role and content.")
+        last = max((i for i, m in enumerate(messages) if m["role"] != "assistant"), default=-1)
+        if last < 0:
+            raise InvalidInputError("its messages are none but the assistant's.")
+        has_system = messages[0]["role"] == "system"
+        return [*([{"role": "system", "content": system}] if system and not has_system else []), *messages[: last + 1]]
+    field = next((name for name in PROMPTS if row.get(name) not in (None, "")), None)
+    if field is None:
+        raise InvalidInputError(f"it has none of the fields {', '.join(PROMPTS)} and messages, only {sorted(row)}.")
+    context = as_text(row.get("input") or "", "the field 'input'")
+    return messages_for(as_text(row[field], f"the field {field!r}"), context, system, tokenizer)
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Answers prompts in batches.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer, whose chat template asks as in training.
+        sampling: How tokens are chosen.
+        max_new_tokens: Length limit of answers.
+        number: Number of answers to each prompt.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+    max_new_tokens: int
+    number: int = 1
+
+    def encode(self, rows: Sequence[dict[str, Any]], system: str, name: str | None) -> list[list[int]]:
+        """Return the token ids of all prompts.
+
+        Raises:
+            ValueError: If a row has no prompt, the template refuses it, or the model has no positions for an answer.
+        """
+        prompts, said = [], ""
+        for number, row in enumerate(rows, 1):
+            where = "The prompt" if name is None else f"Row {number} of {'standard input' if name == '-' else name}"
+            try:
+                ids = prompt_ids(conversation(row, system, self.tokenizer), self.tokenizer)
+            except MiLoRAError as error:
+                raise InvalidInputError(f"{where} cannot be asked: {error}") from error
+            length, sentence = room(self.model, len(ids), self.max_new_tokens)
+            if length < self.max_new_tokens:
+                raise InvalidInputError(f"{where} is too long: {sentence} Shorten it, or lower max_new_tokens.")
+            said = said or (sentence and f"{where}: {sentence}")
+            prompts.append(ids)
+        if said:
+            inform(said)
+        return prompts
+
+    def answer(self, prompts: Sequence[list[int]], batch_size: int) -> list[list[str]]:
+        """Answer prompts, those of about the same length together.
+
+        Returns:
+            For each prompt its answers.
+        """
+        answers: list[list[str]] = [[] for _ in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            for i, texts in zip(batch, self._batch([prompts[i] for i in batch]), strict=True):
+                answers[i] = texts
+        return answers
+
+    @torch.no_grad()
+    def _batch(self, prompts: list[list[int]]) -> Iterator[list[str]]:
+        batch = padded(prompts, self.tokenizer, self.model.device)
+        config = self.sampling.applied_to(greedy_config(self.model, self.tokenizer, self.max_new_tokens))
+        config.num_return_sequences = self.number
+        with nothing_else(self.model, config):
+            tokens = generate_greedily(self.model, **batch, config=config)
+        answers = without_stop(tokens, config.eos_token_id or [])
+        decoded = cast("list[str]", self.tokenizer.batch_decode(answers, skip_special_tokens=True))
+        return (decoded[i : i + self.number] for i in range(0, len(decoded), self.number))
+
+
+def _write(
+    file: TextIO, rows: Sequence[dict[str, Any]], answers: Sequence[list[str]], as_json: bool, first: bool
+) -> None:
+    for row, texts in zip(rows, answers, strict=True):
+        for text in texts:
+            if as_json:
+                file.write(json.dumps({**row, "generation": text}, ensure_ascii=False) + "\n")
+            else:
+                file.write(text + "\n" if first else f"\n{text}\n")
+            first = False
+    file.flush()

@@ -1,0 +1,241 @@
+"""``preview``: see what a run would train on and what it would take, before it starts."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from milora_lightning.cli.main import MiLoRACLI, command_line
+from milora_lightning.data.batches.batching import learned_spans, round_up
+from milora_lightning.data.datamodule import SFTDataModule
+from milora_lightning.data.streaming.encoding import check_trainer
+from milora_lightning.models.memory import LOADED, Estimate, Part, estimate, planned_model
+from milora_lightning.models.pretrained import load_config
+
+LEARNED = "bold green"
+BARS = 10
+REMEDIES = (
+    "--model.gradient_checkpointing true, --model.dtype bfloat16, a smaller --data.batch_size or --data.max_length"
+)
+
+
+class PreviewCLI(MiLoRACLI):
+    """The command line of ``fit`` that makes everything and runs nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self.datamodule.streaming:
+            check_trainer(self.trainer)
+        self.datamodule.setup("fit")
+
+
+def preview(fit: Sequence[str], examples: int = 3, max_tokens: int = 400) -> None:
+    """Show what fit would train on and what it would take, before it starts.
+
+    Takes the options of fit. Prints examples as the model gets them, with what is learned in colour (in a pipe:
+    between « and »), the lengths, what is truncated, the steps, and an estimate of the memory. Weights are not loaded.
+
+    Args:
+        fit: Options of ``fit``.
+        examples: How many examples to print.
+        max_tokens: Most tokens to print of each.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
+        cli = command_line(PreviewCLI, ["fit", *fit])
+    console = Console(soft_wrap=True, highlight=False)
+    data: SFTDataModule = cli.datamodule
+    for number, example in enumerate(data.examples("train").select(range(min(examples, _size(data)))), 1):
+        console.rule(f"example {number}, {len(example['input_ids'])} tokens")
+        console.print(shown(example, data.tokenizer_object, max_tokens, console.is_terminal))
+    console.rule("data")
+    lengths = data.examples("train")["length"][:]
+    console.print("\n".join(histogram(lengths)))
+    batches = epoch(data)
+    for line in of_the_data(data, lengths, batches):
+        console.print(line)
+    console.rule("run")
+    for line in of_the_run(cli, len(batches), batches):
+        console.print(line)
+
+
+def shown(example: dict[str, Any], tokenizer: Any, most: int, colours: bool) -> Text:
+    """Write an example as text, with what is learned in colour, or between marks.
+
+    Args:
+        example: A tokenized example.
+        tokenizer: Its tokenizer.
+        most: Most tokens to write.
+        colours: Whether to colour rather than mark.
+
+    Returns:
+        The text, special tokens included.
+    """
+    ids, text, end = example["input_ids"][:most], Text(), 0
+    for start, stop in [*learned_spans(example), (len(ids), len(ids))]:
+        start, stop = min(start, len(ids)), min(stop, len(ids))
+        text.append(tokenizer.decode(ids[end:start]))
+        if stop > start:
+            learned = tokenizer.decode(ids[start:stop])
+            text.append(*((learned, LEARNED) if colours else (f"«{learned}»",)))
+        end = stop
+    if len(example["input_ids"]) > most:
+        text.append(f" ... and {len(example['input_ids']) - most} more tokens")
+    return text
+
+
+def histogram(lengths: Sequence[int], width: int = 40) -> list[str]:
+    r"""Draw how long examples are.
+
+    Args:
+        lengths: Tokens of each example.
+        width: Length of the longest bar.
+
+    Returns:
+        The lines.
+
+    >>> print(*histogram([3, 14, 90, 100], width=4), sep="\n")
+    tokens       examples
+         1 -    10  1  ████
+        11 -    20  1  ████
+        21 -    30  0
+        31 -    40  0
+        41 -    50  0
+        51 -    60  0
+        61 -    70  0
+        71 -    80  0
+        81 -    90  1  ████
+        91 -   100  1  ████
+    """
+    step = max(1, _round(max(lengths) / BARS))
+    counts = [0] * math.ceil(max(lengths) / step)
+    for length in lengths:
+        counts[max(0, length - 1) // step] += 1
+    digits = len(str(max(counts)))
+    bars = ["█" * math.ceil(count * width / max(counts)) for count in counts]
+    rows = [
+        f"{i * step + 1:>6} - {(i + 1) * step:>5}  {count:>{digits}}  {bar}".rstrip()
+        for i, (count, bar) in enumerate(zip(counts, bars, strict=True))
+    ]
+    return ["tokens       examples", *rows]
+
+
+def epoch(data: SFTDataModule) -> list[list[int]]:
+    """Return the lengths of the rows of each batch of an epoch, or of the beginning of a stream."""
+    loader = data.epoch()
+    lengths = getattr(loader.dataset, "lengths", None) or data.examples("train")["length"][:]
+    return [[lengths[i] for i in batch] for batch in loader.batch_sampler or ()]
+
+
+def of_the_data(data: SFTDataModule, lengths: Sequence[int], batches: list[list[int]]) -> list[str]:
+    """Say how much there is to learn, and what is truncated."""
+    examples = data.examples("train")
+    learned = sum(stop - start for e in examples.select_columns(["spans"]) for start, stop in learned_spans(e))
+    padded = sum(len(batch) * round_up(max(batch), data.pad_to_multiple_of) for batch in batches)
+    truncated = sum(examples["truncated"][:])
+    where = " at the beginning of the stream, the only ones read" if data.streaming else ""
+    whole = "of these" if data.streaming else "an epoch"
+    return [
+        f"{len(lengths):,} examples{where}; mean {sum(lengths) / len(lengths):.0f}, longest {max(lengths)} tokens; "
+        f"{truncated:,} truncated at max_length={data.max_length}",
+        f"tokens {whole}: {sum(lengths):,}, of which {learned:,} are learned ({learned / sum(lengths):.0%}); "
+        f"padding adds {1 - sum(map(sum, batches)) / padded:.1%} of the batches",
+        f"template: {data.template_name}",
+    ]
+
+
+def of_the_run(cli: MiLoRACLI, batches: int, lengths: list[list[int]]) -> list[str]:
+    """Say how long the run is, what trains, and what memory it takes."""
+    trainer, data = cli.trainer, cli.datamodule
+    each, epochs = trainer.accumulate_grad_batches, trainer.max_epochs or -1
+    steps = math.ceil(batches / each)
+    limits = [limit for limit in (trainer.max_steps, 0 if data.streaming else steps * epochs) if limit > 0]
+    rows = f"{data.batch_size} rows" + (f" x {each} batches" if each > 1 else "")
+    rows += f" x {trainer.world_size} devices" if trainer.world_size > 1 else ""
+    length = f"{min(limits):,} steps" if limits else "steps without end"
+    kind = trainer.strategy.root_device.type
+    expected = of_memory(cli, lengths, kind)
+    held = (
+        [Part("program and data", resident() + LOADED, "what preview takes, and what torch loads to train")]
+        if kind == "cpu"
+        else []
+    )
+    peak = expected.peak + sum(part.size for part in held)
+    free = available(kind)
+    fits = free is None or peak < free
+    verdict = "" if free is None else f"; {_bytes(free)} are available: it {'fits' if fits else 'does NOT fit'}"
+    share = expected.trainable / expected.total
+    lines = [
+        f"{length} of {rows}, " + ("over as much of the stream" if data.streaming else f"{steps:,} an epoch"),
+        f"{expected.trainable:,} of {expected.total:,} parameters train ({share:.2%})",
+        f"memory on {kind}, estimated: {_bytes(peak)}{verdict}",
+        *(f"  {_bytes(part.size):>9}  {part.name} ({part.reason})" for part in [*held, *expected.parts]),
+    ]
+    return lines if fits else [*lines, f"What takes less: {REMEDIES}."]
+
+
+def of_memory(cli: MiLoRACLI, lengths: list[list[int]], kind: str) -> Estimate:
+    """Estimate the memory of the run's largest batch."""
+    module, data = cli.model, cli.datamodule
+    config = load_config(module.name_or_path)
+    adapters = cli.config_init["fit"]["adapter"].config
+    name = module.dtype_name if module.dtype_name != "auto" else (config.dtype or torch.float32)
+    dtype = getattr(torch, name) if isinstance(name, str) else name
+    width = [len(batch) * round_up(max(batch), data.pad_to_multiple_of) for batch in lengths]
+    largest = lengths[width.index(max(width))]
+    examples = data.examples("train")
+    learned = sum(b - a for e in examples.select_columns(["spans"]) for a, b in learned_spans(e))
+    optimizer = cli.config["fit"]["model"]["optimizer"]
+    return estimate(
+        planned_model(config, dtype, adapters),
+        config,
+        len(largest),
+        round_up(max(largest), data.pad_to_multiple_of),
+        supervised=learned / sum(examples["length"][:]),
+        dropout=adapters.lora_dropout if adapters else 0.0,
+        gradient_checkpointing=module.gradient_checkpointing,
+        optimizer=str(getattr(optimizer, "class_path", "AdamW")).rpartition(".")[2],
+        attention=module.attn_implementation or "sdpa",
+        quantization=module.quantization,
+        device="cpu" if kind == "cpu" else "cuda",
+    )
+
+
+def resident() -> int:
+    """Return the memory that this process has now, in bytes; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * 4096
+    except OSError:
+        return 0
+
+
+def available(kind: str) -> int | None:
+    """Return the memory that is available on the device, in bytes; None where that is not known."""
+    if kind == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":") for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return None
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _round(step: float) -> int:
+    """Round up to a number that reads well."""
+    scale = 10 ** max(0, math.floor(math.log10(max(step, 1))))
+    return next(int(n * scale) for n in (1, 2, 5, 10) if n * scale >= step)
+
+
+def _size(data: SFTDataModule) -> int:
+    return len(data.examples("train"))

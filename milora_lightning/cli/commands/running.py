@@ -1,0 +1,60 @@
+"""Calls a command's function with what the command line gives."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import auto_cli
+
+from milora_lightning.cli.commands import COMMANDS
+from milora_lightning.cli.typed_text import CommandParser, take_text_as_typed
+from milora_lightning.utils.compat import option_strings
+
+FIT = "fit"
+
+
+def run_command(name: str, args: Sequence[str]) -> Any:
+    """Run a command.
+
+    Args:
+        name: One of :data:`COMMANDS`.
+        args: Its command-line arguments.
+
+    Returns:
+        What its function returns.
+    """
+    take_text_as_typed()
+    module, _, function_name = COMMANDS[name].partition(":")
+    function: Callable[..., Any] = getattr(import_module(module), function_name)
+    prog = f"{Path(sys.argv[0]).name} {name}"
+    if next(iter(inspect.signature(function).parameters), None) != FIT:
+        return auto_cli(function, args=list(args), as_positional=False, parser_class=CommandParser, prog=prog)
+    parser = CommandParser(prog=prog)
+    parser.add_function_arguments(function, as_group=False, skip={FIT})
+    names = option_strings(parser)
+    own, fit = split_arguments(args, names)
+    return function(fit, **parser.parse_args(own).as_dict())
+
+
+def split_arguments(args: Sequence[str], names: set[str]) -> tuple[list[str], list[str]]:
+    """Divide command-line arguments into options of certain names, with their values, and all others.
+
+    >>> split_arguments(["--seeds", "[0]", "--config", "a.yaml", "--output=x"], {"--seeds", "--output"})
+    (['--seeds', '[0]', '--output=x'], ['--config', 'a.yaml'])
+    """
+    own: list[str] = []
+    fit: list[str] = []
+    rest: Iterator[str] = iter(args)
+    for argument in rest:
+        if argument.partition("=")[0] not in names:
+            fit.append(argument)
+            continue
+        own.append(argument)
+        if "=" not in argument and argument not in ("-h", "--help"):
+            own += [value for value in [next(rest, None)] if value is not None]
+    return own, fit

@@ -1,0 +1,204 @@
+"""One command that trains several methods alike, and says how they compare."""
+
+from __future__ import annotations
+
+import gc
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint
+from rich.console import Console
+
+from milora_lightning.cli.main import MiLoRACLI
+from milora_lightning.cli.runs import Row, Run, best_rate, read_rows, write_rows
+from milora_lightning.data import SFTDataModule
+from milora_lightning.metrics.results import results
+from milora_lightning.module import CausalLMModule
+from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.folders import new_folder
+
+
+class Trajectory(Callback):
+    """Keeps what is measured at every validation, from before training to its end."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self._started = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make sure that there is validation, before time is spent on training."""
+        if not self.rows:
+            raise InvalidInputError(
+                "Methods are compared by their validation loss, and there is no validation data. Give some."
+            )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the step, the seconds since the beginning, and all results of validation."""
+        if self.rows and self.rows[-1]["step"] == trainer.global_step:
+            return
+        measured = results(trainer.callback_metrics, "val")
+        self.rows.append({"step": trainer.global_step, "seconds": time.monotonic() - self._started, **measured})
+
+
+class RunCLI(MiLoRACLI):
+    """The command line of one run, which is parsed at once and instantiated when it is its turn.
+
+    The run logs and saves nothing of its own: loggers and checkpoint callbacks of the configs are left out.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        self.trajectory = Trajectory()
+        options: dict[str, Any] = {"save_config_callback": None, "auto_configure_optimizers": False}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
+            super().__init__(CausalLMModule, SFTDataModule, args=args, run=False, **options)
+
+    def instantiate_classes(self) -> None:
+        """Leave it to :meth:`fit`."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the Trainer, with the trajectory's callback."""
+        callbacks = [c for c in self.config_init.trainer.callbacks or [] if not isinstance(c, Checkpoint)]
+        kwargs.update(callbacks=[*callbacks, self.trajectory], logger=False, enable_checkpointing=False)
+        trainer = super().instantiate_trainer(**kwargs)
+        if trainer.world_size > 1:
+            raise InvalidInputError("compare trains on one device, and there are several: add --trainer.devices 1.")
+        return trainer
+
+    def fit(self) -> list[Row]:
+        """Train, and return what was measured at every validation; the last row is that of the end."""
+        seed_everything(self.config.seed_everything, workers=True, verbose=False)
+        super().instantiate_classes()
+        self.trainer.fit(self.model, self.datamodule)
+        if self.trajectory.rows[-1]["step"] != self.trainer.global_step:
+            self.trainer.validate(self.model, self.datamodule, verbose=False)
+        return self.trajectory.rows
+
+
+class Comparison:
+    """Runs that differ in method, learning rate and seed alone, each in a folder that appears when it is finished.
+
+    Args:
+        fit: Options of ``fit`` that all runs share.
+        methods: Overlay of each method by its name.
+        output: Folder of the runs' folders.
+    """
+
+    def __init__(self, fit: Sequence[str], methods: dict[str, str], output: Path) -> None:
+        self.fit = list(fit)
+        self.methods = methods
+        self.output = output
+
+    def parse(self, run: Run) -> RunCLI:
+        """Parse the configuration of a run."""
+        own = [
+            *("--config", self.methods[run.method]),
+            f"--seed_everything={run.seed}",
+            f"--data.seed={run.seed}",
+            f"--model.optimizer.lr={run.learning_rate}",
+            "--model.learning_rate=null",  # which would go before that
+            "--trainer.num_sanity_val_steps=-1",
+        ]
+        return RunCLI([*self.fit, *own])
+
+    def check(self, runs: Sequence[Run]) -> None:
+        """Parse a configuration of each method, and read the results of runs that are finished.
+
+        Raises:
+            ValueError: If a finished run had other settings.
+        """
+        parsed: set[str] = set()
+        for run in runs:
+            folder = self.output / run.name
+            if run.method in parsed and not folder.is_dir():
+                continue  # it differs by two numbers from one that is known to parse
+            settings = _settings(self.parse(run))
+            parsed.add(run.method)
+            if folder.is_dir():
+                if (folder / "config.yaml").read_text(encoding="utf-8") != settings:
+                    raise InvalidInputError(
+                        f"{folder} is of a run with other settings (its config.yaml differs from what is asked for "
+                        "now). Choose another output, or remove the folder to run it again."
+                    )
+                run.rows = read_rows(folder / "trajectory.csv")
+
+    def run(self, runs: Sequence[Run], what: str, save: bool) -> None:
+        """Train what is not finished; with ``save`` the adapters are kept."""
+        pending = [run for run in runs if not run.rows]
+        for number, run in enumerate(pending, 1):
+            Console().rule(f"{what}, run {number} of {len(pending)}: {run.name}")
+            cli = self.parse(run)
+            with new_folder(self.output / run.name) as folder:
+                run.rows = cli.fit()
+                write_rows(folder / "trajectory.csv", run.rows)
+                (folder / "config.yaml").write_text(_settings(cli), encoding="utf-8")
+                if save:
+                    cli.trainer.save_checkpoint(folder / "last.ckpt", weights_only=True)
+            del cli
+            gc.collect()  # a module and its Trainer know each other: without this two models would be in memory
+
+
+def _settings(cli: RunCLI) -> str:
+    return str(cli.parser.dump(cli.config))
+
+
+def compare(
+    fit: Sequence[str],
+    methods: list[str],
+    output: str,
+    learning_rates: list[float],
+    seeds: list[int] = [0, 1, 2],  # noqa: B006 (never changed, and shown in the help)
+    sweep_seed: int | None = None,
+    text: str | None = None,
+    text_field: str = "text",
+    text_tokens: int = 16384,
+) -> None:
+    """Train several methods with several seeds, and write a report of how they compare.
+
+    Every method gets the same learning rates to choose from: each is tried with a seed of its own, and the one with
+    the lowest validation loss at the end is used for the runs that are reported. All options beside these are those of
+    fit (--config, --trainer.max_steps ...) and hold for all runs; how often the trajectories are measured is
+    --trainer.val_check_interval. A comparison that was interrupted goes on with the first unfinished run.
+
+    Args:
+        fit: Options of ``fit`` that all runs share.
+        methods: Names of shipped overlays (milora, pissa, lora, random, milora-strict ...) or paths of your own.
+        output: Folder for results.csv, report.md, the plots, and a folder for each run.
+        learning_rates: Learning rates to choose from, for every method.
+        seeds: Seeds of the runs that are reported.
+        sweep_seed: Seed of the runs that choose the learning rate; by default one that is not reported.
+        text: Held-out text on which forgetting is measured: a .txt, JSON, JSON lines or Parquet file, or a Hub name.
+        text_field: Field with the text, in everything but .txt files.
+        text_tokens: Most tokens of it to measure on.
+
+    Raises:
+        ValueError: If a list is empty or says something twice, or finished runs had other settings.
+    """
+    from milora_lightning.cli.report import write_report  # needs the extra package matplotlib: missing before any work
+
+    overlays = {Path(m).stem: m if m.endswith((".yaml", ".yml")) else f"method/{m}.yaml" for m in methods}
+    for name, values in (("methods", methods), ("learning_rates", learning_rates), ("seeds", seeds)):
+        if not values or len(set(values)) < len(values) or len(overlays) < len(methods):
+            raise InvalidInputError(f"{name}={values} has to name at least one, and none twice.")
+    if text is not None:
+        options = {"text": text, "field": text_field, "max_tokens": text_tokens}
+        fit = [*fit, "--trainer.callbacks+=milora_lightning.ForgettingMonitor"]
+        fit += [f"--trainer.callbacks.{name}={value}" for name, value in options.items()]
+    comparison = Comparison(fit, overlays, Path(output).expanduser())
+    sweep_seed = max(seeds) + 1 if sweep_seed is None else sweep_seed
+    grid = [(method, rate) for method in overlays for rate in learning_rates]
+    sweep = [Run(*point, sweep_seed) for point in grid if len(learning_rates) > 1]
+    # Which of these will be run is known after the sweep; that all parse and fit what is there already, now.
+    possible = {run.name: run for run in [*(Run(*point, seed) for point in grid for seed in seeds), *sweep]}
+    comparison.check(list(possible.values()))
+
+    comparison.run(sweep, "Learning-rate sweep", save=sweep_seed in seeds)
+    best = {m: best_rate([run for run in sweep if run.method == m]) or learning_rates[0] for m in overlays}
+    runs = [possible[Run(m, best[m], seed).name] for seed in seeds for m in overlays]
+    comparison.run(runs, "Comparison", save=True)
+    write_report(comparison.output, runs, sweep, comparison.parse(runs[0]).config)
+    print(f"The report is in {comparison.output / 'report.md'}")

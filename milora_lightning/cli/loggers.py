@@ -1,0 +1,100 @@
+"""A logger by one word."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+
+from milora_lightning.utils.compat import options_of_wandb
+from milora_lightning.utils.errors import InvalidInputError, MissingPackageError
+
+LoggerName = Literal["tensorboard", "wandb", "mlflow", "csv", "none"]
+
+PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
+"""Of each logger that needs one, the packages of which one has to be there."""
+
+
+def make_logger(name: LoggerName, given: Any, folder: str | None) -> Logger | Literal[False]:
+    """Make the logger of a name, where the config's own logger would have logged.
+
+    Args:
+        name: Which.
+        given: The Trainer's ``logger``: a logger, a list of them, or whether there is one.
+        folder: The Trainer's ``default_root_dir``.
+
+    Raises:
+        ModuleNotFoundError: If its package is not installed.
+    """
+    if name == "none":
+        return False
+    packages = PACKAGES.get(name, ())
+    if packages and not any(importlib.util.find_spec(package) for package in packages):
+        raise MissingPackageError(
+            f"--logger {name} needs the package {packages[0]}, which is not installed: pip install {packages[0]}"
+        )
+    place = _place(given)
+    save_dir, run = place.get("save_dir") or folder or ".", place.get("name") or "lightning_logs"
+    if name == "tensorboard":
+        return TensorBoardLogger(save_dir, run)
+    if name == "wandb":
+        return _wandb(os.environ.get("WANDB_PROJECT") or run, save_dir)
+    if name == "mlflow":
+        return _mlflow(os.environ.get("MLFLOW_EXPERIMENT_NAME") or run, save_dir)
+    return CSVLogger(save_dir, run)
+
+
+def start(logger: Logger) -> None:
+    """Have a logger that talks to a server begin its run: before the screen moves, because it may ask for a key.
+
+    Raises:
+        InvalidInputError: If it cannot; says how to go on.
+    """
+    if not isinstance(logger, (WandbLogger, MLFlowLogger)):
+        return
+    try:
+        _ = logger.experiment
+    except (KeyboardInterrupt, ModuleNotFoundError):
+        raise
+    except Exception as error:  # of either package, which says what it is
+        kind, remedy = (
+            ("W&B", "run wandb login, or set WANDB_MODE=offline")
+            if isinstance(logger, WandbLogger)
+            else ("MLflow", "see to MLFLOW_TRACKING_URI, or unset it to log into a file")
+        )
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        raise InvalidInputError(
+            f"{kind} cannot log the run: {reason}. To go on, {remedy}; or take --logger csv."
+        ) from error
+
+
+def _wandb(project: str, save_dir: str) -> WandbLogger:
+    Path(save_dir).mkdir(parents=True, exist_ok=True)  # W&B looks there for a git repository, and warns if it is not
+    logger = WandbLogger(project=project, save_dir=save_dir)
+    options_of_wandb(logger).pop("anonymous", None)  # of which W&B says that it has no effect
+    return logger
+
+
+def _mlflow(experiment: str, save_dir: str) -> MLFlowLogger:
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # it would run through the run's own
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if uri:
+        return MLFlowLogger(experiment, tracking_uri=uri)
+    folder = Path(save_dir).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    # A database, because MLflow refuses folders of files from 3.17 on.
+    artifacts = (folder / "mlartifacts").as_uri()
+    return MLFlowLogger(
+        experiment, tracking_uri=f"sqlite:///{(folder / 'mlflow.db').as_posix()}", artifact_location=artifacts
+    )
+
+
+def _place(given: Any) -> Mapping[str, Any]:
+    first = next(iter(given), None) if isinstance(given, (list, tuple)) else given
+    if not isinstance(first, Logger):
+        return {}
+    return {"save_dir": first.save_dir, "name": first.name}

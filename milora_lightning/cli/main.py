@@ -1,0 +1,262 @@
+"""The command line: Lightning's CLI with the package's module, data, adapter and configs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TypeVar
+
+from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from milora_lightning.callbacks import EvaluationSummary, MiLoRAInit, PredictionWriter, RandomState, RunProgress
+from milora_lightning.checkpoint.io import CheckpointError
+from milora_lightning.checkpoint.options import (
+    BASE,
+    KEYWORDS,
+    base_may_have_moved,
+    differences,
+    find_checkpoint,
+    read_options,
+)
+from milora_lightning.cli.commands import COMMANDS, LIGHTNING
+from milora_lightning.cli.commands.running import run_command
+from milora_lightning.cli.config_files import CONFIGS, replaced_checkpoints, resolve_configs
+from milora_lightning.cli.ending import ending, resumption
+from milora_lightning.cli.given_options import GivenOptimizerOptions
+from milora_lightning.cli.help import ALL, help_text
+from milora_lightning.cli.loggers import LoggerName, make_logger, start
+from milora_lightning.cli.option_errors import Parser, missing_package
+from milora_lightning.cli.run_config import RunConfig
+from milora_lightning.cli.trainer_defaults import LOG_EVERY_N_STEPS, earlier_checkpoints, missing_options, with_screen
+from milora_lightning.cli.typed_text import take_text_as_typed
+from milora_lightning.data import Files, SFTDataModule
+from milora_lightning.module import CausalLMModule
+from milora_lightning.utils.errors import InvalidInputError, sentence
+from milora_lightning.utils.messages import inform
+from milora_lightning.utils.notices import leave_out, leave_out_bars
+
+INTERRUPTED = 130  # the exit status of what Ctrl-C ends, as shells have it
+
+CLI = TypeVar("CLI", bound="MiLoRACLI")
+
+
+class MiLoRACLI(LightningCLI):
+    """LightningCLI whose parts know one another.
+
+    ``adapter`` configures :class:`MiLoRAInit`, ``predictions`` the file that ``predict`` writes; the tokenizer
+    follows the model. ``--config`` may name a shipped config.
+    """
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make a parser whose errors are sentences."""
+        self.parser_class = Parser
+        take_text_as_typed()
+        return super().init_parser(**kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the callbacks that every run has, and say nothing twice."""
+        parser.add_lightning_class_args(MiLoRAInit, "adapter")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.add_lightning_class_args(EvaluationSummary, "summary")
+        parser.link_arguments(BASE, "data.tokenizer")
+        parser.add_argument(
+            "--logger",
+            type=LoggerName | None,
+            default=None,
+            help="tensorboard, wandb, mlflow, csv or none, in place of trainer.logger: it logs where that would have.",
+        )
+        parser.set_defaults({"data.source": {"class_path": f"{Files.__module__}.{Files.__name__}"}})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, with the names of shipped configs resolved; what is not given comes from a checkpoint that is."""
+        self._as_typed = [str(arg) for arg in args] if isinstance(args, list) else sys.argv[1:]
+        if args is None:
+            sys.argv[1:] = resolve_configs(sys.argv[1:])
+        elif isinstance(args, list):
+            args = resolve_configs(args)
+        self._args = args
+        self._from_checkpoint: dict[str, Any] = {}
+        self._given_optimizer: dict[str, Any] = {}
+        path = self._given_checkpoint(parser)
+        # now, before a model is loaded for it
+        if path is not None and path not in KEYWORDS and not path.startswith("registry"):
+            self._take_options(path)
+        super().parse_arguments(parser, args)
+        for line in replaced_checkpoints(sys.argv[1:] if args is None else args):
+            inform(line)
+
+    def _given_checkpoint(self, parser: LightningArgumentParser) -> str | None:
+        """Return ``ckpt_path`` as given, of a command line that may lack what the checkpoint brings."""
+        parsers = list(getattr(self, "_subcommand_parsers", {}).values()) or [parser]
+        defaults = [each.get_default(BASE) for each in parsers]
+        for each in parsers:  # the tokenizer follows it, and would be missed
+            each.set_defaults({BASE: ""})
+        if isinstance(self._args, (dict, Namespace)):
+            config = parser.parse_object(self._args, _skip_validation=True)
+        else:
+            args = sys.argv[1:] if self._args is None else list(self._args)
+            config = parser.parse_args([a for a in args if not a.startswith("--print_config")], _skip_validation=True)
+        for each, default in zip(parsers, defaults, strict=True):
+            each.set_defaults({BASE: default})
+        self._given_to = str(config.get("subcommand"))
+        self._given = config.get(self._given_to, config)
+        path = self._given.get("ckpt_path")
+        if path is not None and self._given_to == "fit" and not isinstance(self._args, (dict, Namespace)):
+            alone = parser.parse_args([*args, f"--{BASE}=."], defaults=False, _skip_validation=True)
+            given = alone.get("fit.model.optimizer.init_args")
+            self._given_optimizer = {} if given is None else given.as_dict()
+        if not self._given.get(BASE) and (path is None or path in KEYWORDS):
+            with_it = (
+                "--data.source.train, your data" if self._given_to == "fit" else "--ckpt_path, which can bring both"
+            )
+            self._parser(self._given_to).error(
+                f"{BASE} is missing: give the model's Hub name, folder or .gguf file (and {with_it}), or a --config "
+                "that does, such as milora.yaml."
+            )
+        return None if path is None else str(path)
+
+    def _take_options(self, path: str) -> None:
+        """Make a checkpoint's options the defaults: what is given, in whichever way, goes before these."""
+        full = self._given.get("adapter.init") == "full"
+        saved = read_options(path, adapters=not full)
+        if full and any(name.startswith("adapter.") for name in saved):
+            raise CheckpointError(f"{path!r} holds adapters, and adapter.init is full: leave that out.")
+        parser = self._parser(self._given_to)
+        known = parser.get_defaults(skip_validation=True)
+        self._from_checkpoint = {name: value for name, value in saved.items() if name in known}
+        parser.set_defaults(self._from_checkpoint)
+
+    def _parse_ckpt_path(self) -> None:
+        """Show where what was given differs from the checkpoint, which Lightning would put above it."""
+        config = self.config.get(str(self.config.get("subcommand")), self.config)
+        for line in differences({name: config[name] for name in self._from_checkpoint}, self._from_checkpoint):
+            inform(line)
+
+    def instantiate_classes(self) -> None:
+        """Instantiate; that brings to light which checkpoint a keyword stands for, and that may bring options."""
+        super().instantiate_classes()
+        keyword = self._get(self.config, "ckpt_path")
+        if keyword not in KEYWORDS:
+            return
+        path = find_checkpoint(self.trainer, keyword, str(self.subcommand))
+        before = self.config
+        self._take_options(path)
+        LightningCLI.parse_arguments(self, self.parser, self._args)
+        self._parse_ckpt_path()
+        if self.config != before:
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the Trainer, with the command line's own answers to what was not given."""
+        given = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        options, lines = missing_options(given, trains=self.subcommand in ("fit", None))
+        for line in lines if not hasattr(self, "trainer") else ():  # made anew, of options that a checkpoint brought
+            inform(line)
+        go_on, trains = resumption(self._as_typed), self.subcommand == "fit"
+        options["callbacks"] = with_screen({**given, **options}, go_on, trains)
+        if "logger" not in kwargs and (name := self._get(self.config, "logger")) is not None:
+            options["logger"] = make_logger(name, given.get("logger"), given.get("default_root_dir"))
+        try:
+            trainer = super().instantiate_trainer(**{**kwargs, **options})
+        except (ValueError, ModuleNotFoundError) as error:  # options that do not go together, a package that is missing
+            raise InvalidInputError(f"The Trainer's options: {error}") from error
+        leave_out_bars()
+        if self._given_optimizer:
+            trainer.callbacks.insert(0, GivenOptimizerOptions(self._given_optimizer))  # type: ignore[attr-defined]
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        name = self._from_checkpoint.get(BASE)
+        own = name if name == self._get(self.config, BASE) else None
+        for logger in self.trainer.loggers:
+            start(logger)
+        bar = self.trainer.progress_bar_callback
+        if isinstance(bar, RunProgress) and self.trainer.is_global_zero:
+            bar.begin("Preparing the data")
+        try:
+            with base_may_have_moved(f"--{BASE}", own):
+                super()._run_subcommand(subcommand)
+        except SystemExit as error:
+            if self.trainer.interrupted and not isinstance(error, SIGTERMException):  # which ends a run in good order
+                raise SystemExit(INTERRUPTED) from error
+            raise
+        finally:
+            if isinstance(bar, RunProgress):
+                bar.stop()
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        options = super()._prepare_subcommand_kwargs(subcommand)
+        if "verbose" in options:  # Lightning's table has a column for each loader, all with the same results
+            self._get(self.config_init, "summary").tables = options["verbose"]
+            options["verbose"] = False
+        return options
+
+    def before_fit(self) -> None:
+        """Say what becomes of the checkpoints of an earlier run."""
+        for line in earlier_checkpoints(self.trainer, self._get(self.config, "ckpt_path")):
+            inform(line)
+
+    def after_fit(self) -> None:
+        """Say where the result is, and what to do with it."""
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            print(*ending(self.trainer), sep="\n")
+
+
+__all__ = ["CONFIGS", "MiLoRACLI", "main", "resolve_configs"]
+
+
+def command_line(kind: type[CLI], args: ArgsType = None) -> CLI:
+    """Make a command line of the package's module and data, and run what it is given.
+
+    Args:
+        kind: Its class.
+        args: Arguments, by default those of the process.
+
+    Returns:
+        The command line, with what it has made.
+    """
+    usage = {"usage": "%(prog)s [--config FILE] ... [--OPTION VALUE] ..."}
+    return kind(
+        CausalLMModule,
+        SFTDataModule,
+        args=args,
+        save_config_callback=RunConfig,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={name: {**usage, "description": text} for name, text in LIGHTNING.items()},
+        trainer_defaults={
+            "callbacks": [RandomState()],
+            "log_every_n_steps": LOG_EVERY_N_STEPS,
+            "enable_model_summary": False,  # which says less than MiLoRAInit's
+        },
+        auto_configure_optimizers=False,  # the module makes its own, from model.optimizer
+    )
+
+
+def main(args: ArgsType = None) -> Any:
+    """Run the command line; see ``python main.py --help``.
+
+    Errors that this package raises for the user to read end the program with their sentence; all others keep their
+    traceback. See :mod:`milora_lightning.utils.errors`.
+    """
+    leave_out()
+    argv = list(args) if isinstance(args, list) else sys.argv[1:] if args is None else []
+    if (args is None or argv) and (text := help_text(argv)) is not None:
+        print(text)
+        sys.exit(0)
+    if any(argument in ALL for argument in argv):
+        args = ["--help" if argument in ALL else argument for argument in argv]
+    try:
+        if argv and argv[0] in COMMANDS:
+            return run_command(argv[0], argv[1:])
+        return command_line(MiLoRACLI, args)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except MisconfigurationException as error:  # Lightning's own message to the user
+        sys.exit(f"error: {error}")
+    except Exception as error:
+        if message := sentence(error) or missing_package(error):
+            sys.exit(f"error: {message}")
+        raise

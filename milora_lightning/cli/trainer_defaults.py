@@ -1,0 +1,95 @@
+"""What the command line's Trainer does where it is not told: three epochs, as in the paper, and the last is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, Timer
+
+from milora_lightning.callbacks.interruption import SaveOnInterrupt
+from milora_lightning.callbacks.progress import RunProgress
+from milora_lightning.utils.compat import numbers_versions
+
+EPOCHS = 3
+LOG_EVERY_N_STEPS = 10
+
+
+def missing_options(given: Mapping[str, Any], trains: bool) -> tuple[dict[str, Any], list[str]]:
+    """Return options of the Trainer in place of those that were not given.
+
+    Args:
+        given: The Trainer's options, callbacks instantiated.
+        trains: Whether it is to train, or only where a run left its checkpoint is to be known.
+
+    Returns:
+        The options, and lines that say what was chosen and how to choose otherwise.
+
+    >>> options, lines = missing_options({"max_steps": 100, "enable_checkpointing": False}, trains=True)
+    >>> options, lines
+    ({}, [])
+    """
+    given = {"max_steps": -1, **given}
+    callbacks = given.get("callbacks") or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    options: dict[str, Any] = {}
+    lines = []
+    # Lightning's own answer is 1,000 epochs, but for one of these.
+    limited = given["max_steps"] != -1 or given.get("max_time") or any(isinstance(c, Timer) for c in callbacks)
+    if given.get("max_epochs") is None and not limited:
+        options["max_epochs"] = EPOCHS
+        lines.append(f"Training {EPOCHS} epochs: set trainer.max_epochs, max_steps or max_time for another length.")
+    if given.get("barebones") and given.get("log_every_n_steps") == LOG_EVERY_N_STEPS:
+        options["log_every_n_steps"] = None  # it takes no other
+    saves = given.get("enable_checkpointing") is not False and not (given.get("fast_dev_run") or given.get("barebones"))
+    if saves and not any(isinstance(callback, Checkpoint) for callback in callbacks):
+        # A folder that stays the same, where --ckpt_path last looks; what other runs have left there is not replaced.
+        folder = Path(given.get("default_root_dir") or ".") / "checkpoints"
+        options["callbacks"] = [*callbacks, ModelCheckpoint(str(folder), filename="last")]
+        lines.append(f"Keeping the last checkpoint in {folder}: set trainer.callbacks for another place or choice.")
+    return options, lines if trains and not given.get("fast_dev_run") else []
+
+
+def with_screen(given: Mapping[str, Any], go_on: str, trains: bool) -> list[Callback]:
+    """Return the callbacks with those for a person before the screen, unless there are others.
+
+    Args:
+        given: The Trainer's options.
+        go_on: The command that resumes the run.
+        trains: Whether Ctrl-C is to save a checkpoint.
+    """
+    callbacks = given.get("callbacks") or []
+    callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+    shows = given.get("enable_progress_bar") is not False
+    if shows and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+        callbacks.append(RunProgress())
+    saves = given.get("enable_checkpointing") is not False and not given.get("fast_dev_run")
+    if trains and saves and not any(isinstance(callback, SaveOnInterrupt) for callback in callbacks):
+        callbacks.append(SaveOnInterrupt(go_on))
+    return callbacks
+
+
+def earlier_checkpoints(trainer: Trainer, ckpt_path: str | None) -> list[str]:
+    """Say which folders hold checkpoints of an earlier run, and what becomes of them, unless the run goes on from one.
+
+    Args:
+        trainer: Its callbacks say where checkpoints go, and whether they may replace others.
+        ckpt_path: Where the run goes on from.
+    """
+    if ckpt_path is not None:
+        return []
+    lines = {}
+    for callback in trainer.checkpoint_callbacks:
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        folder = callback.dirpath or (None if trainer.loggers else Path(trainer.default_root_dir) / "checkpoints")
+        if folder is None or not any(Path(folder).glob("*.ckpt")):  # a logger gives each run a folder of its own
+            continue
+        lines[str(folder)] = f"{folder} holds checkpoints of an earlier run, " + (
+            "which stay: those of this one get other names where need be, and --ckpt_path last is the newest."
+            if numbers_versions(callback)
+            else "which this one replaces where they have the same names."
+        )
+    return list(lines.values())

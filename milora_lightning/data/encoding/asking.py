@@ -1,0 +1,167 @@
+"""Messages as the tokens that ask for an answer, and answers as text while they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from milora_lightning.data.encoding.chat import Message, fold_system, token_ids
+from milora_lightning.data.encoding.prompt_format import reads_one_question
+from milora_lightning.data.reading.values import question
+from milora_lightning.data.tokenizing import padding_id
+from milora_lightning.models.limits import positions
+from milora_lightning.utils.errors import InvalidInputError
+
+
+class NotAskableError(InvalidInputError):
+    """A tokenizer has no chat template, or one that refuses a conversation."""
+
+
+def check_askable(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that it is known how a model wants to be asked.
+
+    Raises:
+        NotAskableError: If its tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise NotAskableError(
+            f"The tokenizer of {tokenizer.name_or_path!r} has no chat template, so it is not known how to ask: choose "
+            "one with --template (alpaca, plain or a Jinja file; in Python, template=...)."
+        )
+
+
+def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Write a conversation in a tokenizer's chat template, up to where the assistant begins.
+
+    Args:
+        messages: With ``role`` and ``content``. A system message goes before the first user's text where the template
+            refuses it or leaves it out.
+        tokenizer: As :func:`milora_lightning.load_for_inference` returns it: its chat template asks as in training.
+
+    Returns:
+        Token ids.
+
+    Raises:
+        NotAskableError: If there is no chat template, or it refuses the conversation.
+    """
+    check_askable(tokenizer)
+    folded = fold_system(messages)
+    try:
+        text = _write(messages, tokenizer)
+        if len(folded) < len(messages) and messages[0]["content"].strip() not in text:
+            text = _write(folded, tokenizer)
+    except NotAskableError:
+        if len(folded) == len(messages):
+            raise
+        text = _write(folded, tokenizer)
+    return token_ids([text], tokenizer)[0]
+
+
+def _write(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program, which raises whatever its expressions do
+        roles = ", ".join(message["role"] for message in messages)
+        raise NotAskableError(f"The chat template refuses a conversation of the roles {roles}: {error}") from error
+
+
+def messages_for(prompt: str, input: str, system: str, tokenizer: PreTrainedTokenizerBase) -> list[Message]:
+    """Make messages of a prompt, and of an input to it, so that the template writes them as in training.
+
+    Args:
+        prompt: Question or instruction.
+        input: Further context; may be empty.
+        system: A system message; may be empty.
+        tokenizer: What writes the messages.
+    """
+    if input and not system and tokenizer.chat_template and reads_one_question(str(tokenizer.chat_template)):
+        return [{"role": "system", "content": prompt}, {"role": "user", "content": input}]
+    before = [{"role": "system", "content": system}] if system else []
+    return [*before, {"role": "user", "content": question(prompt, input)}]
+
+
+def padded(prompts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device) -> dict[str, Tensor]:
+    """Make a batch of prompts: ``input_ids`` and ``attention_mask`` (batch, length), padded on the left."""
+    width = max(map(len, prompts))
+    input_ids = torch.tensor([[padding_id(tokenizer)] * (width - len(ids)) + ids for ids in prompts])
+    attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
+    return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+
+
+def question_batch(
+    questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> dict[str, Tensor]:
+    """Make a batch of questions, each asked by itself; see :func:`padded`.
+
+    Raises:
+        NotAskableError: As :func:`prompt_ids`.
+    """
+    prompts = [prompt_ids([{"role": "user", "content": question}], tokenizer) for question in questions]
+    return padded(prompts, tokenizer, device)
+
+
+def room(model: PreTrainedModel, prompt: int, max_new_tokens: int) -> tuple[int, str]:
+    """Return how many tokens an answer may have, and what is to be said of it.
+
+    Args:
+        model: The model.
+        prompt: How many tokens the prompt has.
+        max_new_tokens: How many the answer is to have at most.
+
+    Returns:
+        A number that is lower where the model has a fixed number of positions, 0 if none is left; and a sentence,
+        empty if there are enough positions.
+    """
+    limit = positions(model)
+    if limit is None or prompt + max_new_tokens - 1 <= limit.number:  # the last token is not read again
+        return max_new_tokens, ""
+    if limit.fixed:
+        left = max(limit.number - prompt + 1, 0)
+        return left, f"The model has {limit.number} positions, and the prompt takes {prompt}: {left} are left."
+    if prompt <= limit.number:  # perhaps the answer ends before that
+        return max_new_tokens, ""
+    return max_new_tokens, f"The prompt has {prompt} tokens, and the model has learnt no more than {limit.number}."
+
+
+class TextStream(BaseStreamer):  # type: ignore[misc]
+    """Passes an answer on piece by piece while it is generated.
+
+    The pieces together are what decoding the whole answer gives: characters of several tokens come when they are
+    complete.
+
+    Args:
+        tokenizer: The tokenizer.
+        stop: Tokens that end an answer, and are no part of it.
+        write: Takes each piece.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Collection[int], write: Callable[[str], Any]) -> None:
+        self.tokenizer = tokenizer
+        self.stop = frozenset(stop)
+        self.write = write
+        self.text = ""
+        self._ids: list[int] | None = None  # not before the prompt has come
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, and then one token after the other."""
+        if self._ids is None:
+            self._ids = []
+            return
+        self._ids += [token for token in value.flatten().tolist() if token not in self.stop]
+        text = self.tokenizer.decode(self._ids, skip_special_tokens=True)
+        if not text.endswith("�"):
+            self._pass_on(text)
+
+    def end(self) -> None:
+        """Pass on what is left."""
+        self._pass_on(self.tokenizer.decode(self._ids or [], skip_special_tokens=True))
+
+    def _pass_on(self, text: str) -> None:
+        new, self.text = text[len(self.text) :], text
+        if new:
+            self.write(new)

@@ -1,0 +1,261 @@
+"""Chats as a tokenizer's chat template writes them, and which of their tokens a model is to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from milora_lightning.utils.errors import InvalidInputError
+
+Message = dict[str, Any]  # role and content, and what else a template reads
+
+SYSTEM, USER, ANSWER = (f"milora {role} probe" for role in ("system", "user", "answer"))  # in no template
+
+
+class ChatTemplateError(InvalidInputError):
+    """A chat template cannot write a chat, or writes one from which it cannot be told what is to be learned."""
+
+
+class Span(NamedTuple):
+    """Positions of tokens: from ``start`` up to, and without, ``stop``."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """What the chat template of a tokenizer puts around the texts of a chat.
+
+    Args:
+        tokenizer: The tokenizer.
+        lead: What stands between the prompt and the assistant's text: often nothing, or an empty block of thoughts.
+        tail: What stands after the assistant's text.
+        end_of_turn: Id of the token that ends the assistant's turn, the first special or added one of ``tail``; None
+            where there is none.
+        behind: How many tokens follow in ``tail`` after the end of turn, such as a line break.
+        takes_system: Whether it writes a system message.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    lead: str
+    tail: str
+    end_of_turn: int | None
+    behind: int
+    takes_system: bool
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+        """Find out what a tokenizer's chat template does, from a chat of one question and one answer.
+
+        Raises:
+            ChatTemplateError: If there is no chat template, or it cannot write such a chat.
+        """
+        if not tokenizer.chat_template:
+            raise ChatTemplateError(
+                f"The tokenizer of {tokenizer.name_or_path!r} has no chat template. Use template='alpaca' or 'plain', "
+                "or a model made for chat."
+            )
+        question, answer = {"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}
+        prompt, whole = write([question], tokenizer, True), write([question, answer], tokenizer, False)
+        if USER not in prompt or ANSWER not in whole:
+            missing = "user" if USER not in prompt else "assistant"
+            raise ChatTemplateError(
+                f"The chat template of {tokenizer.name_or_path!r} leaves out the text of the {missing}'s message. "
+                f"Give the tokenizer one that writes it, or use {_OTHERS}."
+            )
+        check_prefix(prompt, whole, tokenizer)
+        lead, _, tail = whole[len(prompt) :].rpartition(ANSWER)
+        special = (set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)) - _unknown(tokenizer)
+        after = token_ids([tail], tokenizer)[0]
+        # Gemma has added tokens of white space, which end no turn.
+        ends = [i for i, token in enumerate(after) if token in special and tokenizer.decode([token]).strip()]
+        end_of_turn, behind = (after[ends[0]], len(after) - 1 - ends[0]) if ends else (None, 0)
+        return cls(tokenizer, lead, tail, end_of_turn, behind, _takes_system(tokenizer))
+
+    def write(self, messages: Sequence[Message], prefill: str = "") -> tuple[str, str]:
+        """Write a chat.
+
+        Args:
+            messages: Messages with ``role`` and ``content``; the last one is the assistant's. A system message goes
+                before the first user's text where the template does not take one.
+            prefill: What the assistant's text starts with, before the last message's: it belongs to the prompt.
+
+        Returns:
+            The prompt, as what generates will write it, and the whole chat, which begins with it. The texts hold all
+            special tokens: tokenize them without adding any.
+
+        Raises:
+            ChatTemplateError: If the template refuses the chat, leaves out a part of the answer, or begins the answer
+                otherwise than it does for generating.
+        """
+        messages = list(messages) if self.takes_system else fold_system(messages)
+        *before, answer = messages
+        whole = write([*before, {**answer, "content": prefill + answer["content"]}], self.tokenizer, False)
+        prompt = write(before, self.tokenizer, True) + prefill
+        check_prefix(prompt, whole, self.tokenizer, prefill)
+        written = whole[len(prompt) :]
+        if not (
+            written.endswith(self.tail)
+            and dense(written[: len(written) - len(self.tail)]).endswith(dense(answer["content"]))
+        ):
+            raise ChatTemplateError(
+                f"the chat template of {self.tokenizer.name_or_path!r} does not write the answer as it is: "
+                f"{answer['content']!r:.80} has become {written!r:.80}. Bring the answer into the form that the "
+                f"template expects, or use {_OTHERS}."
+            )
+        return prompt, whole
+
+    def tokenize(self, chats: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[Span]]]:
+        """Tokenize chats.
+
+        The ids are those of the whole text. Only where a token would reach over the border between prompt and answer,
+        the two are tokenized each by itself, because what generates has to start from the prompt's own tokens.
+
+        Args:
+            chats: What :meth:`write` returned.
+
+        Returns:
+            For each chat its token ids and the spans that are to be learned: one, from the end of the prompt to the
+            token that ends the turn, which is the EOS token where the template has none.
+
+        Raises:
+            ChatTemplateError: If the tokens do not give the text, or the end of turn is not among them.
+        """
+        prompts, wholes = (token_ids([chat[part] for chat in chats], self.tokenizer) for part in (0, 1))
+        rows = []
+        for (prompt, whole), prompt_ids, ids in zip(chats, prompts, wholes, strict=True):
+            if ids[: len(prompt_ids)] != prompt_ids:
+                ids = self._joined(prompt_ids, whole[len(prompt) :], ids)
+            if self.end_of_turn is None:
+                ids = [*ids, cast(int, self.tokenizer.eos_token_id)]
+            stop = len(ids) - self.behind
+            if self.end_of_turn is not None and ids[stop - 1] != self.end_of_turn:
+                raise ChatTemplateError(
+                    f"the end of turn {self.tokenizer.decode([self.end_of_turn])!r} is not found in the tokens of "
+                    f"{whole!r:.80}. Use {_OTHERS}."
+                )
+            rows.append((ids, [Span(len(prompt_ids), stop)]))
+        return rows
+
+    def respond(self, prompt: str, answers: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of answers to a prompt that :meth:`write` wrote, each up to the end of the turn."""
+        chats = [(prompt, prompt + self.lead + answer + self.tail) for answer in answers]
+        return [ids[span.start : span.stop] for ids, (span,) in self.tokenize(chats)]
+
+    def _joined(self, prompt_ids: list[int], rest: str, whole_ids: list[int]) -> list[int]:
+        ids = prompt_ids + token_ids([rest], self.tokenizer)[0]
+        if self.tokenizer.decode(ids) != self.tokenizer.decode(whole_ids):
+            raise ChatTemplateError(
+                f"the tokenizer of {self.tokenizer.name_or_path!r} joins the end of the prompt and the beginning of "
+                f"the answer {rest!r:.40} in one token, and cannot write them one by one. Take white space off the "
+                f"beginning of the answer, or use {_OTHERS}."
+            )
+        return ids
+
+
+def token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokenize texts without adding special tokens."""
+    if not texts:
+        return []
+    # verbose=False: no warning about the tokenizer's own maximal length, since too long examples are truncated.
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return cast("list[list[int]]", encoded["input_ids"])
+
+
+def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[Span]]:
+    """Write a chat in the tokenizer's chat template, as token ids and the spans that a model is to learn.
+
+    Args:
+        messages: Messages with ``role`` and ``content``; the last one is the assistant's.
+        tokenizer: A tokenizer with a chat template.
+
+    Returns:
+        The ids that ``tokenizer.apply_chat_template(messages)`` gives, and the span of the last answer with the token
+        that ends its turn (see :meth:`ChatTemplate.tokenize` for the two exceptions).
+
+    Raises:
+        ChatTemplateError: As in :meth:`ChatTemplate.of`, :meth:`ChatTemplate.write` and :meth:`ChatTemplate.tokenize`.
+    """
+    template = ChatTemplate.of(tokenizer)
+    return template.tokenize([template.write(messages)])[0]
+
+
+def fold_system(messages: Sequence[Message]) -> list[Message]:
+    r"""Put a system message before the first user's text.
+
+    >>> fold_system([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}])
+    [{'role': 'user', 'content': 'Be kind.\n\nHi'}]
+    """
+    if len(messages) < 2 or [message["role"] for message in messages[:2]] != ["system", "user"]:
+        return list(messages)
+    system, user, *others = messages
+    if not (isinstance(system["content"], str) and isinstance(user["content"], str)):
+        return list(messages)
+    return [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *others]
+
+
+_OTHERS = "template='alpaca' or 'plain'"
+
+
+def write(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    generates: bool,
+    tools: Sequence[dict[str, Any]] | None = None,
+) -> str:
+    """Write messages in a tokenizer's chat template, and what asks for an answer if one is to be generated.
+
+    Raises:
+        ChatTemplateError: If the template refuses them.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tools=tools and list(tools), tokenize=False, add_generation_prompt=generates
+        )
+    except Exception as error:  # a template is a program, which raises whatever its expressions do
+        roles = [message["role"] for message in messages]
+        raise ChatTemplateError(
+            f"the chat template of {tokenizer.name_or_path!r} refuses a chat of the roles {roles}: {error}. Bring the "
+            f"chat into the form that it expects, or use {_OTHERS}."
+        ) from error
+    return cast(str, text)
+
+
+def check_prefix(prompt: str, whole: str, tokenizer: PreTrainedTokenizerBase, prefill: str = "") -> None:
+    """Check that a chat begins with its prompt.
+
+    Raises:
+        ChatTemplateError: If it does not.
+    """
+    if whole.startswith(prompt):
+        return
+    same = next(
+        (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
+    )
+    suffix = f" (prompt_suffix={prefill!r} included)" if prefill else ""
+    raise ChatTemplateError(
+        f"the chat template of {tokenizer.name_or_path!r} asks for an answer with {prompt[same:]!r:.60}{suffix}, where "
+        f"before an answer that is there it has {whole[same:]!r:.60}: a model trained on the one would be asked with "
+        f"the other. Give the tokenizer a template that writes both alike, or use {_OTHERS}."
+    )
+
+
+def _takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": USER}]
+    try:
+        return SYSTEM in write(messages, tokenizer, True)
+    except ChatTemplateError:
+        return False
+
+
+def _unknown(tokenizer: PreTrainedTokenizerBase) -> set[int | None]:
+    return {tokenizer.unk_token_id} - {tokenizer.eos_token_id}  # GPT-2's are the same
+
+
+def dense(text: str) -> str:
+    """Take the white space out of a text."""
+    return "".join(text.split())

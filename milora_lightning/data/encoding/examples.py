@@ -1,0 +1,262 @@
+"""Rows as token ids, with an exact border between what is asked and what is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from milora_lightning.data.batches.batching import Example
+from milora_lightning.data.encoding.chat import ChatTemplate, ChatTemplateError, Message, token_ids
+from milora_lightning.data.encoding.prompt_format import for_conversations
+from milora_lightning.data.encoding.templates import TEMPLATES, TemplateName, bos_prefix, plain
+from milora_lightning.data.encoding.token_borders import locate_all
+from milora_lightning.data.encoding.truncation import common_length, join
+from milora_lightning.data.encoding.turn_encoding import (
+    ASSISTANT,
+    EncodedConversation,
+    TrainOn,
+    check_roles,
+    choose_turns,
+    encode_conversation,
+)
+from milora_lightning.data.encoding.turns import write_conversation
+from milora_lightning.data.reading.values import question
+from milora_lightning.utils.errors import InvalidInputError, MiLoRAError
+
+FEATURES = datasets.Features(
+    {
+        "input_ids": [datasets.Value("int32")],
+        "spans": [datasets.Value("int32")],
+        "prompt_length": datasets.Value("int32"),
+        "response_end": datasets.Value("int32"),
+        "length": datasets.Value("int32"),
+        "truncated": datasets.Value("bool"),
+        "piece": datasets.Value("int32"),
+        "unlearned": datasets.Value("int32"),
+        "prompt": datasets.Value("large_string"),
+        "instruction": datasets.Value("large_string"),
+        "reference": datasets.Value("large_string"),
+        "task": datasets.Value("large_string"),
+    }
+)
+
+
+class Encoded(NamedTuple):
+    """An example before it is brought within a length."""
+
+    text: str  # the prompt
+    prompt: list[int]
+    response: list[int]
+    learned: int  # so many first tokens of the response; what a template puts after the end of turn is not learned
+    head: int = 0  # so many first tokens of the prompt stay where it is too long
+
+
+def encode(
+    batch: dict[str, list[Any]],
+    indices: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    template: TemplateName,
+    prompt_suffix: str,
+    max_length: int,
+    train_on: TrainOn = ASSISTANT,
+    split: str = "train",
+    unanswered: bool = False,
+) -> dict[str, list[Any]]:
+    """Encode a batch of rows, and leave out those in which there is nothing to learn.
+
+    Args:
+        batch: Columns ``prompt`` and ``response``, optionally ``input``, ``reference``, ``task`` and ``prompt_role``;
+            or, not empty in the rows that are such, ``messages`` with ``tools``, or ``text``.
+        indices: Which rows of the data these are, for messages.
+        tokenizer: Tokenizer with an EOS token.
+        template: Name of the prompt template.
+        prompt_suffix: What every prompt ends in, after the template.
+        max_length: Most tokens of an example.
+        train_on: Which turns of conversations are learned, see :func:`choose_turns`.
+        split: What to call the data in messages.
+        unanswered: Whether prompts without a response are kept, with nothing to learn, and of conversations that end in
+            a question all is the prompt.
+
+    Returns:
+        Columns ``input_ids``, ``spans`` (start, stop, start, stop ... of the ids that are to be learned),
+        ``prompt_length`` (how many ids are the prompt), ``response_end`` (where the last span stops), ``length``,
+        ``truncated``, ``piece`` (the number of a piece of a long text), ``unlearned`` (turns that are not learned
+        because the template writes them otherwise later on), ``prompt`` (the text that the model reads),
+        ``instruction`` (the prompt without its template), ``reference`` and ``task`` (empty without that column).
+
+    Raises:
+        ValueError: If a chat template cannot write a row; says which.
+    """
+    size = len(indices)
+    messages, tools, texts = (batch.get(name) or [""] * size for name in ("messages", "tools", "text"))
+    given = {i: (indices[i], messages[i], tools[i]) for i in range(size) if messages[i]}
+    rows: dict[int, list[Example]] = {}
+    if given:
+        rows = _conversation_rows(given, tokenizer, template, prompt_suffix, max_length, train_on, split, unanswered)
+    rows |= {i: _pieces(texts[i], tokenizer, max_length) for i in range(size) if texts[i] and i not in rows}
+    prompts = [i for i in range(size) if i not in rows]
+    some = {name: [values[i] for i in prompts] for name, values in batch.items()}
+    where = [indices[i] for i in prompts]
+    answered = _answered_rows(some, where, tokenizer, template, prompt_suffix, max_length, split, unanswered)
+    for place, row in answered:
+        rows[prompts[place]] = [row]
+    columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
+    tasks, references = (batch.get(name) or [""] * size for name in ("task", "reference"))
+    for i in sorted(rows):
+        for example in rows[i]:
+            end = example["spans"][-1]
+            values = {"response_end": end, "length": len(example["input_ids"]), "piece": 0, "unlearned": 0, **example}
+            values = {**values, "task": tasks[i], "reference": references[i] or example["reference"]}
+            for name, column in columns.items():
+                column.append(values[name])
+    return columns
+
+
+def _conversation_rows(
+    given: dict[int, tuple[int, Any, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    template: TemplateName,
+    prompt_suffix: str,
+    max_length: int,
+    train_on: TrainOn,
+    split: str,
+    unanswered: bool,
+) -> dict[int, list[Example]]:
+    """Encode conversations: index of the row, messages and tools of each."""
+    chat = ChatTemplate.of(for_conversations(tokenizer, template, prompt_suffix))
+    prefill = prompt_suffix if template == "chat" else ""  # others end in the suffix as chat templates by themselves
+    conversations, written = {}, {}
+    asking: set[int] = set()
+    for i, (index, messages, tools) in given.items():
+        with _naming(index, split):
+            conversations[i] = choose_turns(messages, tools, train_on)
+            if unanswered and conversations[i].asks:
+                asking.add(i)
+                conversations[i] = conversations[i].answered()
+            if template != "chat":
+                check_roles(conversations[i], template)
+            if any(conversations[i].learned):
+                written[i] = write_conversation(conversations[i], chat, prefill)
+    texts, borders = [w.text for w in written.values()], [w.borders() for w in written.values()]
+    located = dict(zip(written, locate_all(texts, borders, chat.tokenizer), strict=True))
+    rows: dict[int, list[Example]] = {i: [] for i in given}
+    for i, text in written.items():
+        with _naming(given[i][0], split):
+            encoded = encode_conversation(conversations[i], chat, max_length, prefill, text, located[i])
+        if encoded is not None:
+            rows[i] = [_conversation_row(encoded.asked() if i in asking else encoded)]
+    return rows
+
+
+@contextmanager
+def _naming(index: int, split: str) -> Iterator[None]:
+    """Say of an error in which row it is."""
+    try:
+        yield
+    except MiLoRAError as error:
+        raise InvalidInputError(f"In row {index + 1} of the {split} data, {error}") from error
+
+
+def _conversation_row(encoded: EncodedConversation) -> Example:
+    values = encoded._asdict()
+    return {**values, "input_ids": values.pop("ids"), "spans": [b for span in encoded.spans for b in span]}
+
+
+def _pieces(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
+    """Cut a text for continued pre-training into rows, of which every token counts; none is lost."""
+    (ids,) = token_ids([text], tokenizer)
+    ids = [*bos_prefix(tokenizer), *ids, cast(int, tokenizer.eos_token_id)]
+    # A token alone would have nothing to be predicted from: the piece before it gives one off.
+    stops = [*range(max_length, len(ids), max_length), len(ids)]
+    if len(stops) > 1 and stops[-1] - stops[-2] == 1 and max_length > 2:
+        stops[-2] -= 1
+    shared = {"prompt_length": 0, "truncated": False, "prompt": "", "instruction": "", "reference": ""}
+    pieces = (ids[start:stop] for start, stop in pairwise([0, *stops]))
+    return [{"input_ids": piece, "spans": [0, len(piece)], "piece": k, **shared} for k, piece in enumerate(pieces)]
+
+
+def _answered_rows(
+    batch: dict[str, list[Any]],
+    indices: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    template: TemplateName,
+    prompt_suffix: str,
+    max_length: int,
+    split: str,
+    unanswered: bool,
+) -> list[tuple[int, Example]]:
+    """Encode rows of a prompt and a response; returns each with its place among them."""
+    responses = batch.get("response") or []
+    inputs = batch.get("input") or [""] * len(responses)
+    kept = [i for i, response in enumerate(responses) if response.strip() or (unanswered and batch["prompt"][i])]
+    roles = batch.get("prompt_role") or [""] * len(responses)
+    texts = [(batch["prompt"][i], inputs[i], responses[i]) for i in kept]
+    if not texts:
+        return []
+    if template == "chat":
+        chats = {indices[i]: _messages(*row, roles[i]) for i, row in zip(kept, texts, strict=True)}
+        rows = _as_chats(chats, tokenizer, prompt_suffix, max_length, split)
+    else:
+        rows = _as_texts(texts, tokenizer, template, prompt_suffix)
+    examples = []
+    for i, row in zip(kept, rows, strict=True):
+        ids, prompt_length = join(row.prompt, row.response, max_length, tokenizer.bos_token_id, row.head)
+        example = {
+            "input_ids": ids,
+            "spans": [prompt_length, min(prompt_length + row.learned, len(ids))],
+            "prompt_length": prompt_length,
+            "truncated": len(ids) < len(row.prompt) + len(row.response),
+            "prompt": row.text,
+            "instruction": plain(batch["prompt"][i], inputs[i]).removesuffix("\n"),
+            "reference": responses[i],
+        }
+        examples.append((i, example))
+    return examples
+
+
+def _as_texts(
+    rows: list[tuple[str, str, str]], tokenizer: PreTrainedTokenizerBase, template: TemplateName, prompt_suffix: str
+) -> list[Encoded]:
+    """Encode rows (prompt, input, response), each response ending in the EOS token."""
+    render = TEMPLATES[template]
+    prompts = [render(prompt, input, tokenizer) + prompt_suffix for prompt, input, _ in rows]
+    # Special tokens come from here, not from the tokenizer: one BOS at most, no EOS between prompt and response.
+    prefix = bos_prefix(tokenizer)
+    prompt_ids = [prefix + ids for ids in token_ids(prompts, tokenizer)]
+    response_ids = [
+        [*ids, tokenizer.eos_token_id] for ids in token_ids([response for _, _, response in rows], tokenizer)
+    ]
+    return [Encoded(*row, len(row[2])) for row in zip(prompts, prompt_ids, response_ids, strict=True)]
+
+
+def _messages(prompt: str, input: str, response: str, role: str) -> list[Message]:
+    """Make a chat of a row, in which the prompt may be the system's and the input the user's."""
+    asked = [("system", prompt), ("user", input)] if role == "system" else [("user", question(prompt, input))]
+    return [{"role": role, "content": text} for role, text in [*asked, ("assistant", response)]]
+
+
+def _as_chats(
+    rows: dict[int, list[Message]], tokenizer: PreTrainedTokenizerBase, prompt_suffix: str, max_length: int, split: str
+) -> list[Encoded]:
+    """Encode the chats of rows, each response ending as the template ends a turn."""
+    template = ChatTemplate.of(tokenizer)
+    chats = []
+    for index, messages in rows.items():
+        try:
+            chats.append(template.write(messages, prompt_suffix))
+        except ChatTemplateError as error:
+            asked = messages[-2]["content"]
+            raise InvalidInputError(f"In row {index + 1} of the {split} data ({asked!r:.60}), {error}") from error
+    encoded = []
+    for messages, (prompt, _), (ids, (span,)) in zip(rows.values(), chats, template.tokenize(chats), strict=True):
+        head = 0
+        if len(ids) > max_length:  # what the template has before the question stays, the question loses its beginning
+            before = prompt[: prompt.rfind(messages[-2]["content"].strip())]
+            head = common_length(token_ids([before], tokenizer)[0], ids[: span.start])
+        encoded.append(Encoded(prompt, ids[: span.start], ids[span.start :], span.stop - span.start, head))
+    return encoded

@@ -1,0 +1,50 @@
+"""Messages in the form that a chat template takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from milora_lightning.data.encoding.chat import ChatTemplate, ChatTemplateError, Message, fold_system, write
+
+
+def prepared(messages: Sequence[Message], template: ChatTemplate, prefill: str) -> list[Message]:
+    """Bring messages into the form that a template takes.
+
+    Args:
+        messages: The messages of a conversation.
+        template: The template; a system message that it does not take goes into the first question.
+        prefill: What every answer begins with.
+    """
+    taken = list(messages) if template.takes_system else fold_system(messages)
+    taken = [
+        {**m, "content": prefill + m["content"]}
+        if prefill and m["role"] == "assistant" and isinstance(m.get("content"), str)
+        else m
+        for m in taken
+    ]
+    parsed = [_with_parsed_arguments(message) for message in taken]
+    if parsed != taken:
+        try:
+            write(parsed, template.tokenizer, False)
+        except ChatTemplateError:  # a template that puts the text of the arguments together with others
+            return taken
+    return parsed
+
+
+def _with_parsed_arguments(message: Message) -> Message:
+    """Give the arguments of calls as objects, as servers do and templates expect them, not as the API's JSON text."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    parsed = []
+    for call in calls:
+        function = call.get("function", call)
+        try:
+            arguments = json.loads(function["arguments"])
+        except (KeyError, TypeError, ValueError):
+            arguments = function.get("arguments")
+        if isinstance(arguments, dict):
+            function = {**function, "arguments": arguments}
+        parsed.append({**call, "function": function} if "function" in call else function)
+    return {**message, "tool_calls": parsed}

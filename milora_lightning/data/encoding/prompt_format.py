@@ -1,0 +1,147 @@
+"""How a model was asked in training, as a record from which whatever generates later asks alike."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from milora_lightning.data.encoding.chat import ChatTemplate, token_ids
+from milora_lightning.data.encoding.templates import TEMPLATES, TemplateName, bos_prefix
+from milora_lightning.utils.errors import InvalidInputError
+
+KEY = "prompt_format"
+"""The entry of a checkpoint, among the data's, that holds the record."""
+
+ONE_QUESTION = "{% set asked = namespace(instruction='') %}"
+"""What chat templates begin with that write the prompts of ``alpaca`` and ``plain``."""
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """What stands around a prompt, and what ends an answer.
+
+    Args:
+        template: Name of the prompt template.
+        prompt_suffix: What every prompt ends in, after the template.
+        chat_template: A Jinja template that writes a user's message as the same prompt, token by token; a system
+            message stands for the instruction, if the user's is an input to it. None if no template can.
+        end_of_turn: The token that ends an answer.
+    """
+
+    template: TemplateName
+    prompt_suffix: str
+    chat_template: str | None
+    end_of_turn: str
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, template: TemplateName, prompt_suffix: str = "") -> PromptFormat:
+        """Describe how :func:`milora_lightning.data.tokenize_dataset` writes prompts with these arguments."""
+        if template == "chat":
+            end = ChatTemplate.of(tokenizer).end_of_turn
+            own = cast(str, tokenizer.get_chat_template())
+            suffix = f"{{% if add_generation_prompt %}}{{{{ {_literal(prompt_suffix)} }}}}{{% endif %}}"
+            token = tokenizer.eos_token if end is None else tokenizer.convert_ids_to_tokens(end)
+            return cls(template, prompt_suffix, own + suffix if prompt_suffix else own, cast(str, token))
+        return cls(template, prompt_suffix, _chat_template(tokenizer, template, prompt_suffix), tokenizer.eos_token)
+
+    @classmethod
+    def found_in(cls, checkpoint: Mapping[str, Any]) -> PromptFormat | None:
+        """Return the record that the data of a run left in its checkpoint; None if there is none."""
+        states = (state for state in checkpoint.values() if isinstance(state, dict))
+        record = next((state[KEY] for state in states if KEY in state), None)
+        return None if record is None else cls(**record)
+
+    def record(self) -> dict[str, Any]:
+        """Return what :meth:`found_in` reads, of primitives alone."""
+        return asdict(self)
+
+    def difference(self, other: PromptFormat) -> str:
+        """Say in what another format differs.
+
+        >>> PromptFormat("plain", "", None, "</s>").difference(PromptFormat("alpaca", "", None, "</s>"))
+        "template='plain', here it is 'alpaca'"
+        """
+        mine, theirs = self.record(), other.record()
+        for name in ("template", "prompt_suffix", "end_of_turn", "chat_template"):
+            if mine[name] != theirs[name]:
+                return f"{name}={mine[name]!r:.200}, here it is {theirs[name]!r:.200}"
+        return ""
+
+    def applied_to(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """Return a tokenizer whose chat template asks as in training, a copy if that is not its own."""
+        own = tokenizer.get_chat_template() if tokenizer.chat_template else None
+        if own == self.chat_template:
+            return tokenizer
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = self.chat_template
+        return tokenizer
+
+
+def for_conversations(
+    tokenizer: PreTrainedTokenizerBase, template: TemplateName, prompt_suffix: str
+) -> PreTrainedTokenizerBase:
+    """Return a tokenizer whose chat template writes conversations as a template writes prompts.
+
+    Raises:
+        ValueError: If no chat template does with this tokenizer.
+    """
+    if template == "chat":
+        return tokenizer
+    prompt_format = PromptFormat.of(tokenizer, template, prompt_suffix)
+    if prompt_format.chat_template is None:
+        raise InvalidInputError(
+            f"No chat template writes conversations as template={template!r} writes prompts with the tokenizer of "
+            f"{tokenizer.name_or_path!r}. Use template='chat', or a Jinja file."
+        )
+    return prompt_format.applied_to(tokenizer)
+
+
+def reads_one_question(chat_template: str) -> bool:
+    """Tell whether a chat template writes the prompts of ``alpaca`` or ``plain``, which hold one question each."""
+    return ONE_QUESTION in chat_template
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase, template: TemplateName, suffix: str) -> str | None:
+    """Return the chat template that writes prompts as a template does, down to their tokens; None if there is none."""
+    probe = "What is 1 plus 2?"
+    want = bos_prefix(tokenizer) + token_ids([TEMPLATES[template](probe, "", tokenizer) + suffix], tokenizer)[0]
+    bos = "{{ bos_token }}" if bos_prefix(tokenizer) else ""
+    # Some tokenizers put a space before a text that stands alone, and none behind a BOS token.
+    for beginning in (bos, bos + "{{ ' ' }}"):
+        jinja = beginning + _as_jinja(template, suffix)
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": probe}], chat_template=jinja, tokenize=False, add_generation_prompt=True
+        )
+        if token_ids([text], tokenizer)[0] == want:
+            return jinja
+    return None
+
+
+def _as_jinja(template: TemplateName, suffix: str) -> str:
+    """Write a template in Jinja, without BOS."""
+    render = cast(Any, TEMPLATES[template])
+    before, after = render("\0", "").split("\0")
+    before_instruction, between, after_input = render("\0", "\1").replace("\1", "\0").split("\0")
+    assert after == after_input  # what is between a question and its answer
+    question = f"{_literal(before)} + message['content']"
+    with_input = f"{_literal(before_instruction)} + asked.instruction + {_literal(between)} + message['content']"
+    answer = _literal(after + suffix)
+    return (
+        f"{ONE_QUESTION}{{% for message in messages %}}"
+        "{% if message['role'] == 'system' %}{% set asked.instruction = message['content'] %}"
+        "{% elif message['role'] == 'user' %}"
+        f"{{% if asked.instruction %}}{{{{ {with_input} }}}}{{% else %}}{{{{ {question} }}}}{{% endif %}}"
+        "{% set asked.instruction = '' %}"
+        f"{{% else %}}{{{{ {answer} + message['content'] + eos_token }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {answer} }}}}{{% endif %}}"
+    )
+
+
+def _literal(text: str) -> str:
+    """Write a text as a string of Jinja, whose escapes are those of JSON but for surrogates."""
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,212 @@
+"""Rows that are conversations: what of them is learned, and how they are brought within a length."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from milora_lightning.data.encoding.chat import ChatTemplate, Message, Span, token_ids
+from milora_lightning.data.encoding.token_borders import Located, locate
+from milora_lightning.data.encoding.truncation import common_length, join
+from milora_lightning.data.encoding.turns import Conversation, Written, shown_text, write_conversation
+from milora_lightning.data.reading.values import shown
+from milora_lightning.utils.errors import InvalidInputError
+
+TrainOn = str | list[str]
+ASSISTANT, LAST = "assistant", "last"
+OWN = ("weight", "loss", "train", "training")  # fields of a message that say whether it is learned
+
+
+class EncodedConversation(NamedTuple):
+    """Token ids of a conversation.
+
+    Attributes:
+        ids: The ids.
+        spans: Which of them are to be learned.
+        prompt_length: How many of them stand before the assistant's last turn.
+        prompt: These as text, without special tokens' being added.
+        instruction: What was said before that turn, without template.
+        reference: What the assistant says in that turn.
+        truncated: Whether a part was left out for the length.
+        unlearned: How many turns are not learned because the template writes them otherwise later on.
+    """
+
+    ids: list[int]
+    spans: list[Span]
+    prompt_length: int
+    prompt: str
+    instruction: str
+    reference: str
+    truncated: bool
+    unlearned: int
+
+    def asked(self) -> EncodedConversation:
+        """Leave out the assistant's last turn, which is still to be answered."""
+        length = self.prompt_length
+        return self._replace(ids=self.ids[:length], spans=[Span(length, length)], reference="", unlearned=0)
+
+
+def choose_turns(messages: Any, tools: Any, train_on: TrainOn = ASSISTANT) -> Conversation:
+    """Read the columns ``messages`` and ``tools`` of a row.
+
+    Args:
+        messages: A list of messages, or its JSON text.
+        tools: A list of functions, or its JSON text; may be empty.
+        train_on: ``"assistant"`` for all of the assistant's turns, ``"last"`` for its last one, or a list of roles. A
+            message's own field ``weight``, ``loss`` or ``train`` (0 or 1, false or true) decides for that message.
+
+    Raises:
+        ValueError: If they are no messages, or a field says neither yes nor no.
+    """
+    messages, tools = (_parsed(value, name) for value, name in ((messages, "messages"), (tools, "tools")))
+    for i, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise InvalidInputError(f"message {i} is {shown(message)}, but has to be an object with role and content.")
+    roles = [message["role"] for message in messages]
+    if train_on == LAST:
+        chosen = {max((i for i, role in enumerate(roles) if role == ASSISTANT), default=-1)}
+    else:
+        wanted = [train_on] if isinstance(train_on, str) else train_on
+        chosen = {i for i, role in enumerate(roles) if role in wanted}
+    own = [_own_choice(message, i) for i, message in enumerate(messages, 1)]
+    learned = [i in chosen if choice is None else choice for i, choice in enumerate(own)]
+    return Conversation(messages, learned, tools or None)
+
+
+def check_roles(conversation: Conversation, template: str) -> None:
+    """Check that a template of prompts has a place for every message.
+
+    Raises:
+        ValueError: If it has not: it knows questions, answers, and a system message before a question.
+    """
+    roles = [message["role"] for message in conversation.messages]
+    misplaced = [
+        role
+        for role, following in zip(roles, [*roles[1:], ""], strict=True)
+        if role not in ("system", "user", ASSISTANT) or (role == "system" and following != "user")
+    ]
+    if misplaced or conversation.tools or any(message.get("tool_calls") for message in conversation.messages):
+        what = f"a message of the role {misplaced[0]!r} there" if misplaced else "tools"
+        raise InvalidInputError(
+            f"the conversation goes {roles}, but template={template!r} has no place for {what}. Use template='chat' "
+            "with a tokenizer that has a chat template, or a Jinja file."
+        )
+
+
+def encode_conversation(
+    conversation: Conversation,
+    template: ChatTemplate,
+    max_length: int,
+    prefill: str = "",
+    written: Written | None = None,
+    located: Located | None = None,
+) -> EncodedConversation | None:
+    """Tokenize a conversation.
+
+    One that is too long loses what follows its last turn to learn, then its earliest exchanges, each a user's message
+    with what follows it, as many as needed; system message and tools stay. If the last exchange is too long by itself,
+    its prompt loses its beginning, and a longer answer its end.
+
+    Args:
+        conversation: The conversation.
+        template: The chat template.
+        max_length: Most tokens.
+        prefill: What every answer starts with, as a part of its prompt.
+        written: What :func:`milora_lightning.data.encoding.turns.write_conversation` returned, if it is there.
+        located: Its token ids, and the borders in them, likewise.
+
+    Returns:
+        The token ids; None if nothing in the conversation is to be learned.
+
+    Raises:
+        ChatTemplateError: As :func:`milora_lightning.data.encoding.turns.write_conversation`.
+    """
+    if not any(conversation.learned):
+        return None
+    written = written or write_conversation(conversation, template, prefill)
+    encoded = _tokenized(written, conversation, template, located)
+    if len(encoded.ids) <= max_length:
+        return encoded if encoded.spans else None
+    conversation = conversation.until(max(i for i, learn in enumerate(conversation.learned) if learn) + 1)
+
+    def shortened(exchanges: int) -> EncodedConversation:
+        part = conversation.without(exchanges)
+        return _tokenized(write_conversation(part, template, prefill), part, template)
+
+    # The length falls with every exchange that is left out.
+    low, high = 0, max(0, conversation.exchanges() - 1)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(shortened(middle).ids) <= max_length else (middle + 1, high)
+    encoded = shortened(low)
+    if len(encoded.ids) > max_length:
+        encoded = _cut(encoded, conversation.without(low), template.tokenizer, max_length)
+    return encoded._replace(truncated=True) if encoded.spans else None
+
+
+def _tokenized(
+    written: Written, conversation: Conversation, template: ChatTemplate, located: Located | None = None
+) -> EncodedConversation:
+    tokenizer = template.tokenizer
+    answer = written.answer
+    borders = written.borders()
+    ids, counts = located or locate(written.text, borders, tokenizer)
+    tokens = dict(zip(borders, counts, strict=True))
+    if template.end_of_turn is None and answer is not None and answer.stop == len(written.text):
+        ids = [*ids, cast(int, tokenizer.eos_token_id)]
+        tokens[answer.stop] = len(ids)
+    spans = [Span(tokens[turn.start], tokens[turn.stop]) for turn in written.turns]
+    last = conversation.last(ASSISTANT)
+    if answer is None or last is None:  # nothing of the assistant's is learned
+        return EncodedConversation(ids, spans, len(ids), written.text, "", "", False, written.unlearned)
+    end = "" if template.end_of_turn is None else str(tokenizer.convert_ids_to_tokens(template.end_of_turn))
+    said = shown_text(conversation.messages[last]) or written.text[answer.start : answer.stop].removesuffix(end).strip()
+    before = "\n".join(filter(None, map(shown_text, conversation.messages[:last])))
+    prompt = written.text[: answer.start]
+    return EncodedConversation(ids, spans, tokens[answer.start], prompt, before, said, False, written.unlearned)
+
+
+def _cut(
+    encoded: EncodedConversation, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> EncodedConversation:
+    """Bring one exchange within a length by its tokens: what the template has before the question stays."""
+    if not encoded.spans:
+        return encoded
+    start, stop = encoded.spans[-1]
+    user = conversation.last("user")
+    asked = shown_text(conversation.messages[user]).strip() if user is not None else ""
+    position = encoded.prompt.rfind(asked) if asked else 0
+    head = common_length(token_ids([encoded.prompt[: max(position, 0)]], tokenizer)[0], encoded.ids[:start])
+    ids, length = join(encoded.ids[:start], encoded.ids[start:stop], max_length, tokenizer.bos_token_id, head)
+    return encoded._replace(ids=ids, spans=[Span(length, len(ids))], prompt_length=length)
+
+
+def _parsed(value: Any, name: str) -> list[Any]:
+    """Read a list from its JSON text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else []
+        except ValueError as error:
+            raise InvalidInputError(f"{name!r} holds {shown(value)}, which is no JSON ({error}).") from error
+    if not isinstance(value, Sequence):
+        raise InvalidInputError(f"{name!r} holds {shown(value)} ({type(value).__name__}), but has to be a list.")
+    return list(value)
+
+
+def _own_choice(message: Message, number: int) -> bool | None:
+    """Return what a message says itself about whether it is learned."""
+    given = {name: message[name] for name in OWN if message.get(name) is not None}
+    for name, value in given.items():
+        if value not in (0, 1):
+            raise InvalidInputError(
+                f"message {number} has {name}={value!r}, but a message is learned or not: give 0 or 1, false or true."
+            )
+    choices = {bool(value) for value in given.values()}
+    if len(choices) > 1:
+        raise InvalidInputError(
+            f"message {number} has {given}, of which one says to learn it, another not to. Leave one."
+        )
+    return choices.pop() if choices else None

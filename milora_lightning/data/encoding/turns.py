@@ -1,0 +1,292 @@
+"""Conversations of several turns as a chat template writes them, and where in the text the turns to learn stand."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from milora_lightning.data.encoding.chat import ChatTemplate, ChatTemplateError, Message, check_prefix, dense, write
+from milora_lightning.data.encoding.prepared_messages import prepared
+
+PROBE = "milora content probe"  # in no template
+REASONING = ("reasoning_content", "reasoning", "thinking")  # where messages hold an assistant's thoughts
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in the form of OpenAI's API.
+
+    Args:
+        messages: Each with ``role``, and ``content``, ``tool_calls`` or both.
+        learned: For each message whether its text is to be learned.
+        tools: Descriptions of functions that the model may call.
+    """
+
+    messages: Sequence[Message]
+    learned: Sequence[bool]
+    tools: Sequence[dict[str, Any]] | None = None
+
+    def last(self, role: str) -> int | None:
+        """Return the index of the last message of a role; None if there is none."""
+        return max((i for i, message in enumerate(self.messages) if message["role"] == role), default=None)
+
+    def until(self, stop: int) -> Conversation:
+        """Return the first messages."""
+        return replace(self, messages=self.messages[:stop], learned=self.learned[:stop])
+
+    def without(self, exchanges: int) -> Conversation:
+        """Leave out the earliest exchanges, each from a user's message to the next one; a system message stays."""
+        users = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if not exchanges:
+            return self
+        kept = [*range(users[0]), *range(users[exchanges], len(self.messages))]
+        return replace(self, messages=[self.messages[i] for i in kept], learned=[bool(self.learned[i]) for i in kept])
+
+    @property
+    def asks(self) -> bool:
+        """Whether it ends where the assistant is to answer."""
+        return bool(self.messages) and self.messages[-1]["role"] not in ("assistant", "system")
+
+    def answered(self) -> Conversation:
+        """Put an answer of no meaning to the end, which shows how it is asked for, and have it alone learned."""
+        answer = {"role": "assistant", "content": "An answer."}
+        return replace(self, messages=[*self.messages, answer], learned=[*[False] * len(self.messages), True])
+
+    def exchanges(self) -> int:
+        """Count the user's messages."""
+        return sum(message["role"] == "user" for message in self.messages)
+
+
+class Turn(NamedTuple):
+    """Where a message's own text stands in a written conversation, in characters, with what ends the turn."""
+
+    message: int
+    start: int
+    stop: int
+
+
+class Written(NamedTuple):
+    """A conversation as its template writes it.
+
+    Attributes:
+        text: The whole, with all special tokens.
+        turns: Those to learn, in their order.
+        answer: The assistant's last turn, for which it can be told where its prompt ends; None if there is none.
+        unlearned: How many turns were to be learned, but stand otherwise in the whole than what the model has to
+            write at that place.
+    """
+
+    text: str
+    turns: list[Turn]
+    answer: Turn | None
+    unlearned: int
+
+    def borders(self) -> list[int]:
+        """Return where turns begin and end, in characters and ascending."""
+        turns = [*self.turns, *([self.answer] if self.answer else [])]
+        return sorted({border for turn in turns for border in (turn.start, turn.stop)})
+
+
+def write_conversation(conversation: Conversation, template: ChatTemplate, prefill: str = "") -> Written:
+    """Write a conversation, and find the turns to learn in it.
+
+    Where the template marks what the model generates (``{% generation %}``), its marks hold. Otherwise a turn of the
+    assistant begins where the conversation before it, with what asks for an answer, ends, and goes to the end of
+    turn. For that the conversation up to the turn has to be the beginning of the whole one. Templates that leave out
+    earlier thoughts write most turns otherwise once others follow: such a turn is not what the model has to write
+    there, and is not learned, but for the last.
+
+    Args:
+        conversation: The conversation.
+        template: The chat template.
+        prefill: What every text of the assistant starts with, before the message's: it belongs to the prompt.
+
+    Raises:
+        ChatTemplateError: If the template refuses the conversation, leaves out a part of it, or asks for the last
+            answer otherwise than it begins one.
+    """
+    messages = prepared(conversation.messages, template, prefill)
+    offset = len(conversation.messages) - len(messages)  # a folded system message
+    learned = list(conversation.learned)[offset:]
+    if offset and conversation.learned[0]:
+        learned[0] = True
+    pen = _Pen(messages, learned, conversation.tools, template, prefill)
+    return pen.written()
+
+
+def shown_text(message: Message) -> str:
+    """Return what a message says, as text: its content, or the texts in it where it is a list of parts."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "\n".join(str(part["text"]) for part in content if isinstance(part, dict) and "text" in part)
+    return content if isinstance(content, str) else "" if content is None else json.dumps(content)
+
+
+class _Pen:
+    """Writes one conversation, whole and in parts."""
+
+    def __init__(
+        self,
+        messages: list[Message],
+        learned: list[bool],
+        tools: Sequence[dict[str, Any]] | None,
+        template: ChatTemplate,
+        prefill: str,
+    ) -> None:
+        self.template, self.prefill = template, prefill
+        self.tokenizer = template.tokenizer
+        self.messages, self.learned = messages, learned
+        self.tools = list(tools) if tools else None
+        self.name = f"the chat template of {self.tokenizer.name_or_path!r}"
+        self._beginnings: dict[tuple[int, bool], str] = {}
+        self.whole = self.beginning(len(messages))
+
+    def beginning(self, stop: int, generates: bool = False) -> str:
+        """Write the first messages, once."""
+        if (stop, generates) not in self._beginnings:
+            self._beginnings[stop, generates] = self.write(self.messages[:stop], generates)
+        return self._beginnings[stop, generates]
+
+    def write(self, messages: list[Message], generates: bool = False) -> str:
+        return write(messages, self.tokenizer, generates, self.tools)
+
+    def written(self) -> Written:
+        """Write the conversation, without what follows the last turn to learn if only so that one can be learned."""
+        self._check_nothing_is_left_out()
+        marked = self._marked()
+        answers = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        if answers and not marked and (last := answers[-1]) < len(self.messages) - 1 and self._turn(last) is None:
+            self.messages, self.learned = self.messages[: last + 1], self.learned[: last + 1]
+            self.whole = self.beginning(last + 1)
+        if answers and answers[-1] and not marked:
+            self._check_asks_alike(answers[-1])
+        turns, unlearned = [], 0
+        for i, learn in enumerate(self.learned):
+            if learn:
+                turn = marked.get(i) or self._turn(i)
+                turns += [] if turn is None else [turn]
+                unlearned += turn is None
+        answer = (self._turn(answers[-1]) or marked.get(answers[-1])) if answers else None
+        for turn in turns:
+            self._check_says(turn)
+        return Written(self.whole, turns, answer, unlearned)
+
+    def _turn(self, i: int) -> Turn | None:
+        """Find a message in the whole; None if it stands there otherwise than in the conversation up to it."""
+        if self.messages[i]["role"] != "assistant" or i == 0:  # a greeting answers nothing that could be written
+            return self._content(i)
+        until, prompt = self.beginning(i + 1), self.beginning(i, True) + self.prefill
+        stop = self._end_of_turn(until, len(prompt))
+        if until.startswith(prompt) and self.whole.startswith(until[:stop]):
+            return Turn(i, len(prompt), stop)
+        return None
+
+    def _content(self, i: int) -> Turn:
+        """Find what somebody else than the assistant says, by having something else said in its place."""
+        text = shown_text(self.messages[i]).strip()
+        other = self.write([*self.messages[:i], {**self.messages[i], "content": PROBE}, *self.messages[i + 1 :]])
+        start = other.find(PROBE)
+        start += len(self.whole[start:]) - len(self.whole[start:].lstrip())
+        if start < 0 or not text or not self.whole.startswith(text, start):
+            raise ChatTemplateError(
+                f"{self.name} does not write message {i + 1} as it is, so that it cannot be learned. Leave the role "
+                f"{self.messages[i]['role']!r} out of train_on."
+            )
+        stop = start + len(text)
+        end = self._end()
+        after = self.whole[stop:].lstrip()
+        if end and after.startswith(end):
+            stop = len(self.whole) - len(after) + len(end)
+        return Turn(i, start, stop)
+
+    def _marked(self) -> dict[int, Turn]:
+        """Return the turns that the template itself marks; none if it has no marks."""
+        jinja = cast(str, self.tokenizer.get_chat_template(None, self.tools))
+        if not _MARKS.search(jinja):
+            return {}
+        _, marks = cast(
+            "tuple[Any, list[list[tuple[int, int]]]]",
+            render_jinja_template(
+                [[{k: v for k, v in message.items() if v is not None} for message in self.messages]],
+                tools=self.tools,
+                chat_template=jinja,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            ),
+        )
+        answers = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        if len(marks[0]) != len(answers):
+            raise ChatTemplateError(
+                f"{self.name} marks {len(marks[0])} passages as generated, of a conversation of {len(answers)} turns "
+                "of the assistant. Put {% generation %} and {% endgeneration %} around each of them, or take them out."
+            )
+        end = self._end()
+        turns = {}
+        for i, (start, stop) in zip(answers, marks[0], strict=True):
+            start += len(self.prefill) * self.whole.startswith(self.prefill, start)
+            if end and not self.whole[start:stop].rstrip().endswith(end) and self.whole.startswith(end, stop):
+                stop += len(end)  # else the model would not learn to stop
+            turns[i] = Turn(i, start, stop)
+        return turns
+
+    def _end(self) -> str | None:
+        end = self.template.end_of_turn
+        return None if end is None else cast(str, self.tokenizer.convert_ids_to_tokens(end))
+
+    def _end_of_turn(self, text: str, start: int) -> int:
+        """Return where the last turn of a text ends, which begins at ``start``."""
+        end = self._end()
+        if end is None:
+            return len(text)
+        if (position := text.rfind(end, start)) >= 0:
+            return position + len(end)
+        others = (str(token) for token in self.tokenizer.all_special_tokens)  # a call may end otherwise
+        ends = (text.rfind(other, start) + len(other) for other in others if other in text[start:])
+        return max(ends, default=len(text))
+
+    def _check_asks_alike(self, i: int) -> None:
+        prompt = self.beginning(i, True) + self.prefill
+        check_prefix(prompt, self.beginning(i + 1), self.tokenizer, self.prefill)
+
+    def _check_says(self, turn: Turn) -> None:
+        """Check that a turn holds all of its message."""
+        message, text = self.messages[turn.message], self.whole[turn.start : turn.stop]
+        content = shown_text(message).removeprefix(self.prefill if message["role"] == "assistant" else "")
+        for said in (content, *(str(message[field]) for field in REASONING if message.get(field))):
+            if dense(said) not in dense(text):
+                raise ChatTemplateError(
+                    f"{self.name} does not write message {turn.message + 1} as it is: {said!r:.80} has become "
+                    f"{text!r:.80}. Bring the message into the form that the template expects, or use another template."
+                )
+
+    def _check_nothing_is_left_out(self) -> None:
+        """Check that every message but earlier thoughts, every call and the tools have come into the text."""
+        text = dense(self.whole)
+        for i, message in enumerate(self.messages):
+            said = shown_text(message)
+            if message["role"] != "assistant" and dense(said) not in text and self._ignores(i, content=PROBE):
+                self._refuse_left_out(f"what message {i + 1} of the role {message['role']!r} says")
+            calls = message.get("tool_calls") or []
+            if calls and any(dense(_name(call)) not in text for call in calls):
+                self._refuse_left_out(f"the tool calls of message {i + 1}")
+        if self.tools and write(self.messages, self.tokenizer, False) == self.whole:
+            self._refuse_left_out("the tools")
+
+    def _ignores(self, i: int, **changes: Any) -> bool:
+        return self.write([*self.messages[:i], {**self.messages[i], **changes}, *self.messages[i + 1 :]]) == self.whole
+
+    def _refuse_left_out(self, what: str) -> None:
+        raise ChatTemplateError(
+            f"{self.name} leaves out {what}. Use a template that writes it (template: a Jinja file), or take it out of "
+            "the data."
+        )
+
+
+def _name(call: dict[str, Any]) -> str:
+    return str(call.get("function", call).get("name", ""))

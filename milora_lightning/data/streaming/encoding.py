@@ -1,0 +1,113 @@
+"""Rows of a stream as token ids, and what a stream asks of the Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Trainer
+from transformers import PreTrainedTokenizerBase
+
+from milora_lightning.data.batches.batching import Example
+from milora_lightning.data.columns import as_columns
+from milora_lightning.data.encoding.examples import encode
+from milora_lightning.data.encoding.templates import TemplateName
+from milora_lightning.data.encoding.turn_encoding import TrainOn
+from milora_lightning.data.reading.rows import BEGINNING
+from milora_lightning.utils.errors import InvalidInputError
+
+
+@dataclass(frozen=True)
+class StreamEncoder:
+    """Encodes training rows as :func:`milora_lightning.data.tokenize_dataset` does.
+
+    Args:
+        tokenizer: The tokenizer; for this and the next four see there.
+        template: Name of the prompt template.
+        prompt_suffix: What every prompt ends in.
+        max_length: Most tokens of an example.
+        train_on: Which turns of conversations are learned.
+        conversations: Whether the template is one for conversations: that was decided by the first rows.
+        only_texts: Whether there is nothing but texts among these.
+        passed: How many rows of the data come before the stream, for messages.
+        embeddings: For how many token ids the model has an embedding; None if that is not known.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: TemplateName
+    prompt_suffix: str
+    max_length: int
+    train_on: TrainOn
+    conversations: bool
+    only_texts: bool
+    passed: int = 0
+    embeddings: int | None = None
+
+    def __call__(self, rows: Sequence[dict[str, Any]], indices: Sequence[int]) -> list[Example]:
+        """Encode rows.
+
+        Args:
+            rows: The rows.
+            indices: Their places in the stream.
+
+        Returns:
+            Examples with ``input_ids`` and ``spans``; none of a row in which there is nothing to learn.
+
+        Raises:
+            ValueError: If a row cannot be encoded, or is of a kind that the first rows are not; says which.
+        """
+        indices = [index + self.passed for index in indices]
+        columns = as_columns(rows, indices, "train")
+        size = len(rows)
+        messages, texts = (columns.get(name) or [""] * size for name in ("messages", "text"))
+        for index, conversation, text in zip(indices, messages, texts, strict=True):
+            if (conversation and not self.conversations) or (self.only_texts and not text):
+                kind = "a conversation" if conversation else "a prompt"
+                raise InvalidInputError(
+                    f"Row {index + 1} of the train data is {kind}, and none of the first {BEGINNING} is, by which the "
+                    "template was chosen. Put one of its kind among these."
+                )
+        encoded = encode(
+            columns,
+            indices,
+            self.tokenizer,
+            self.template,
+            self.prompt_suffix,
+            self.max_length,
+            self.train_on,
+        )
+        if self.embeddings is not None and len(self.tokenizer) > self.embeddings:
+            self._check_ids(encoded["input_ids"])
+        ids = (np.asarray(each, dtype=np.int32) for each in encoded["input_ids"])
+        return [{"input_ids": each, "spans": spans} for each, spans in zip(ids, encoded["spans"], strict=True)]
+
+    def _check_ids(self, examples: list[list[int]]) -> None:
+        token = max((max(ids) for ids in examples), default=0)
+        if self.embeddings is not None and token >= self.embeddings:
+            raise InvalidInputError(
+                f"The train data hold the token {self.tokenizer.convert_ids_to_tokens(token)!r} of id {token}, and the "
+                f"model has embeddings of {self.embeddings} tokens. Use the model's own tokenizer, or resize the "
+                "model's embeddings, train them too or save the model."
+            )
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Check that a Trainer can train on a stream.
+
+    Raises:
+        ValueError: If it lacks ``max_steps``, or counts epochs, or overfits batches.
+    """
+    if trainer.max_steps < 1:
+        raise InvalidInputError(
+            "data.streaming needs trainer.max_steps: the length of a stream is not known. Set how many optimizer steps "
+            "to train."
+        )
+    if trainer.overfit_batches:  # type: ignore[attr-defined]
+        raise InvalidInputError("trainer.overfit_batches does not work with data.streaming. Leave one of them out.")
+    if trainer.max_epochs not in (None, -1) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise InvalidInputError(
+            f"trainer.max_epochs is {trainer.max_epochs}, but how long an epoch is, is not known of a stream: set "
+            "trainer.max_epochs: -1 beside trainer.max_steps, or leave data.streaming out."
+        )

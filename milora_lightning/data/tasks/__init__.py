@@ -1,0 +1,1 @@
+"""The paper's data sets and tests, and problems made on the spot."""

@@ -1,0 +1,6 @@
+"""What is trained as folders that other tools open, and back."""
+
+from milora_lightning.export.folders import export_merged, export_peft
+from milora_lightning.export.peft_import import load_peft
+
+__all__ = ["export_merged", "export_peft", "load_peft"]

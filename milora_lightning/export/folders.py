@@ -1,0 +1,308 @@
+"""Adapters as folders that other tools open: PEFT's format, or a merged Hugging Face model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from milora_lightning.adapters.factors import product_svd, stack_factors
+from milora_lightning.adapters.injection import lora_layers
+from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.quantization import holds_its_weight
+from milora_lightning.checkpoint.fingerprint import fingerprint, unquantized
+from milora_lightning.data.encoding.prompt_format import PromptFormat
+from milora_lightning.export.merging import as_dtype, is_factor, merged_state
+from milora_lightning.export.model_card import CARD, model_card
+from milora_lightning.export.peft_format import (
+    HEADS,
+    MERGED,
+    PEFT_PREFIX,
+    lora_config,
+    objection,
+    opens_otherwise,
+    outermost_models,
+    registrations,
+    task_type,
+)
+from milora_lightning.export.serving import save_tokenizer
+from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.folders import check_output, new_folder
+from milora_lightning.utils.names import unwrapped_name
+
+BASE_KEY = "milora_lightning.base"
+"""The entry of an exported file's metadata that holds the fingerprint of its base."""
+
+
+def export_peft(
+    module: nn.Module,
+    output: str | Path,
+    rank: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    metrics: Mapping[str, float] | None = None,
+    data: str | None = None,
+    prompt_format: PromptFormat | None = None,
+) -> float:
+    """Write the adapters as a PEFT folder for the pristine base model.
+
+    ΔW = s (B A − B₀A₀) is a LoRA of rank 2r on the unchanged weight, without loss and with the same scale; adapters
+    that started as LoRA's own keep their rank r. What was trained in full beside them (``modules_to_save``), and the
+    head of a classifier, is PEFT's ``modules_to_save``. The folder appears when PEFT has opened it, on a copy of the
+    model without weights, as what was meant.
+
+    Args:
+        module: A Hugging Face model with adapters, or a module with one such model inside.
+        output: Folder to make; it must not exist, or be empty.
+        rank: Compress each ΔW to this rank by its SVD; those of a lower rank stay as they are.
+        tokenizer: Saved beside the adapters.
+        metrics: Results for the model card.
+        data: What it was trained on, for the model card.
+        prompt_format: How it was asked in training: the tokenizer's chat template, and the model card, ask alike.
+
+    Returns:
+        The share of ‖ΔW‖²_F over all matrices that ``rank`` has cost; 0 without it.
+
+    Raises:
+        ValueError: If there are no adapters, ``rank`` is out of range, or PEFT cannot hold what was trained.
+        FileExistsError: If there is something at ``output``.
+    """
+    check_output(output)
+    model = find_model(module)
+    layers = _adapters(module, model)
+    if said := objection(model):
+        raise InvalidInputError(f"PEFT cannot hold these adapters: {said}. {MERGED}")
+    kept = _kept_whole(model, layers)
+    inside = tuple(f"{name}." for name in kept)
+    outside = {name: layer for name, layer in layers.items() if not f"{name}.".startswith(inside)}
+    if not outside:
+        raise InvalidInputError(
+            f"All adapters are in {', '.join(kept)}, which PEFT keeps whole for this task. {MERGED}"
+        )
+    _check_rank(rank, outside)
+    tensors: dict[str, Tensor] = {}
+    ranks, alphas, lost, energy = {}, {}, 0.0, 0.0
+    for name, layer in outside.items():
+        A, B = _factors(layer)
+        ranks[name], alphas[name] = len(A), layer.lora_alpha * len(A) / layer.r
+        if rank is not None and rank < len(A):
+            A, B, layer_lost, layer_energy = compress(layer.scaling * B, A, rank)
+            lost, energy = lost + layer_lost, energy + layer_energy
+            ranks[name] = alphas[name] = rank
+        elif rank is not None:
+            energy += layer.delta_weight().double().square().sum().item()
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A.contiguous().cpu()
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B.contiguous().cpu()
+    for key, value in merged_state(model, dtype=torch.float32, only=inside)[0].items():
+        tensors[PEFT_PREFIX + key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    config = lora_config(model, ranks, alphas, kept)
+    with new_folder(output) as folder:
+        save_file(
+            tensors,
+            folder / "adapter_model.safetensors",
+            metadata={"format": "pt", BASE_KEY: json.dumps(unquantized(fingerprint(model)))},
+        )
+        config.save_pretrained(str(folder))
+        scales = {name: alphas[name] / ranks[name] for name in ranks}
+        if said := opens_otherwise(folder, model, tensors, scales):
+            raise InvalidInputError(
+                f"PEFT {version('peft')} would not open this export as it was trained: {said}. {MERGED}"
+            )
+        what = f"PEFT adapter of rank {_range(ranks.values())} on the unchanged base model"
+        _finish(folder, model, model_card(model, what, "peft", metrics, data), tokenizer, prompt_format)
+    return lost / energy if energy else 0.0
+
+
+def export_merged(
+    module: nn.Module,
+    output: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    metrics: Mapping[str, float] | None = None,
+    data: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    prompt_format: PromptFormat | None = None,
+) -> float:
+    """Write a Hugging Face model with the adapters added to its weights.
+
+    Each weight plus its ΔW is summed in float32 and rounded once. The module stays as it is.
+
+    Args:
+        module: A Hugging Face model with adapters, or a module with one such model inside.
+        output: Folder to make; it must not exist, or be empty.
+        tokenizer: Saved beside the model.
+        metrics: Results for the model card.
+        data: What it was trained on, for the model card.
+        dtype: Of the whole model, ``torch.float32`` or ``"float32"``; by default each weight keeps its own, and a
+            half-precision one rounds away the parts of ΔW that are smaller than its own last digit.
+        prompt_format: How it was asked in training: the tokenizer's chat template, and the model card, ask alike.
+
+    Returns:
+        The share of ΔW that rounding has cost: ‖round(W + ΔW) − W − ΔW‖_F / ‖ΔW‖_F over all matrices.
+
+    Raises:
+        ValueError: If there are no adapters, the model is quantized, or a number is too large for the dtype.
+        FileExistsError: If there is something at ``output``.
+    """
+    check_output(output)
+    wanted = as_dtype(dtype)
+    model = find_model(module)
+    layers = _adapters(module, model)
+    if not all(holds_its_weight(layer.base_layer) for layer in layers.values()):
+        raise InvalidInputError(
+            "A quantized model cannot be merged without rounding again: export for PEFT, load that folder into the "
+            "unquantized model with load_peft, and merge there."
+        )
+    state, lost = merged_state(model, wanted)
+    base_dtype = next(iter(layers.values())).base_layer.weight.dtype
+    with new_folder(output) as folder:
+        before = model.config.dtype
+        model.save_pretrained(folder, state_dict=state)
+        model.config.dtype = before
+        _set_dtype(folder / "config.json", wanted or base_dtype)
+        card = model_card(model, "adapters merged into the weights", "transformers", metrics, data)
+        _finish(folder, model, card, tokenizer, prompt_format)
+    return lost
+
+
+@torch.no_grad()
+def compress(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """Find the best factors of a lower rank, from the SVD of B A without forming it.
+
+    Args:
+        B: Factor of shape (out, k).
+        A: Factor of shape (k, in).
+        rank: Rank to keep; at most k.
+
+    Returns:
+        A (rank, in) and B (out, rank), each with the root of the singular values, and the energies ‖·‖²_F that are
+        lost and that were there.
+
+    Raises:
+        ValueError: If ``rank`` exceeds k.
+
+    >>> B, A = torch.diag(torch.tensor([2.0, 1.0])), torch.eye(2)
+    >>> A1, B1, lost, energy = compress(B, A, 1)
+    >>> (B1 @ A1).round(), lost / energy
+    (tensor([[2., 0.],
+            [0., 0.]]), 0.2)
+    """
+    if rank > A.shape[0]:
+        raise InvalidInputError(
+            f"rank={rank} is more than the adapters' {A.shape[0]}; leave it out to keep everything."
+        )
+    U, S, Vh = product_svd(B, A)
+    root = S[:rank].sqrt()
+    lost, energy = S[rank:].square().sum().item(), S.square().sum().item()
+    small_A, small_B = root[:, None] * Vh[:rank], U[:, :rank] * root
+    padding = rank - small_A.shape[0]  # a small matrix may have fewer singular values than that
+    small_A, small_B = F.pad(small_A, (0, 0, 0, padding)), F.pad(small_B, (0, padding))
+    return small_A.to(A.dtype), small_B.to(B.dtype), lost, energy
+
+
+def find_model(module: nn.Module) -> PreTrainedModel:
+    """Return the Hugging Face model that is, or is in, a module: the one with adapters, if there are several.
+
+    Raises:
+        ValueError: If there is none, or more than one that could be meant; names them.
+    """
+    models = outermost_models(module)
+    if not models:
+        raise InvalidInputError(f"{type(module).__name__} has no Hugging Face model, which these formats are for.")
+    if len(models) == 1:
+        return next(iter(models.values()))
+    chosen = {name: m for name, m in models.items() if lora_layers(m)}
+    chosen = chosen or {name: m for name, m in models.items() if any(p.requires_grad for p in m.parameters())}
+    if len(chosen) != 1:
+        names = ", ".join(map(repr, chosen or models))
+        raise InvalidInputError(
+            f"{type(module).__name__} has several Hugging Face models that could be meant, {names}: give the one "
+            f"itself, as in module.{next(iter(chosen or models))}."
+        )
+    return next(iter(chosen.values()))
+
+
+def _is_in(name: str, outer: str) -> bool:
+    return not outer or name.startswith(f"{outer}.")
+
+
+def _adapters(module: nn.Module, model: nn.Module) -> dict[str, LoRALinear]:
+    layers = lora_layers(model)
+    if not layers:
+        raise InvalidInputError(
+            "The model has no adapters to export: load a checkpoint of a run with MiLoRAInit first."
+        )
+    outside = [name for name, layer in lora_layers(module).items() if layer not in layers.values()]
+    if outside:
+        raise InvalidInputError(
+            f"Layer {outside[0]!r} has an adapter and is outside the Hugging Face model that these formats hold: leave "
+            "it out of target_modules, or export each part by itself."
+        )
+    return layers
+
+
+@torch.no_grad()
+def _factors(layer: LoRALinear) -> tuple[Tensor, Tensor]:
+    A, B = stack_factors(*layer.factors)
+    return A.detach(), B.detach()
+
+
+def _check_rank(rank: int | None, layers: Mapping[str, LoRALinear]) -> None:
+    if rank is None:
+        return
+    if rank < 1:
+        raise InvalidInputError(f"rank must be at least 1, not {rank}; leave it out to keep everything.")
+    largest = max(len(_factors(layer)[0]) for layer in layers.values())
+    if rank > largest:
+        raise InvalidInputError(f"rank={rank} is more than the adapters' {largest}; leave it out to keep everything.")
+
+
+def _kept_whole(model: PreTrainedModel, layers: Mapping[str, LoRALinear]) -> list[str]:
+    """Names of the modules that a PEFT folder holds whole: what trains beside the adapters, and the head of a task."""
+    endings = HEADS.get(task_type(model) or "", ())
+    modules = dict.fromkeys(unwrapped_name(n) for n, _ in model.named_modules())
+    heads = [n for n in modules if n.endswith(endings)] if endings else []
+    parameters = [(unwrapped_name(n), p) for n, p in model.named_parameters(remove_duplicate=False)]
+    owners = {n.rpartition(".")[0] for n, p in parameters if p.requires_grad and not is_factor(n, registrations(model))}
+    kept = sorted(owner for owner in owners if not any(_is_in(owner, head) for head in heads))
+    for name in kept:
+        inside = [layer for layer in layers if _is_in(layer, name)]
+        if inside or not name:
+            raise InvalidInputError(
+                f"Module {name or type(model).__name__!r} trains a parameter of its own beside the adapters in it, "
+                f"which PEFT cannot hold. {MERGED}"
+            )
+    return heads + kept
+
+
+def _set_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Have a saved configuration, and those of the model's parts in it, say which dtype the weights have."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        for key in ("dtype", "torch_dtype"):
+            if key in part or (part is config and key == "dtype"):
+                part[key] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _range(values: Iterable[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _finish(
+    folder: Path,
+    model: PreTrainedModel,
+    card: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt_format: PromptFormat | None,
+) -> None:
+    """Add the tokenizer and the model card."""
+    if tokenizer is not None:
+        card += save_tokenizer(folder, model, tokenizer, prompt_format)
+    (folder / CARD).write_text(card, encoding="utf-8")

@@ -1,0 +1,141 @@
+"""Adding updates to the weights, and what rounding takes away of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.master_weights import compute_dtypes
+from milora_lightning.adapters.quantization import holds_its_weight
+from milora_lightning.export.peft_format import registrations
+from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.names import unwrapped_name
+
+FACTORS = ("lora_A", "lora_B", "initial_A", "initial_B")
+
+
+@torch.no_grad()
+def merged_state(
+    model: PreTrainedModel, dtype: torch.dtype | None, only: tuple[str, ...] = ("",)
+) -> tuple[dict[str, Tensor], float]:
+    """Return the state dict of a model with its adapters merged.
+
+    Args:
+        model: The model; it stays as it is.
+        dtype: Of all floating-point tensors; by default each keeps its own.
+        only: What the names of the wanted tensors start with.
+
+    Returns:
+        The state dict, and the share of ΔW that rounding has cost: ‖round(W + ΔW) − W − ΔW‖_F / ‖ΔW‖_F.
+
+    Raises:
+        ValueError: If a number is too large for the dtype.
+    """
+    places, own = registrations(model), compute_dtypes(model)  # what trained in full is in float32
+    state: dict[str, Any] = {}
+    casts: dict[tuple[Any, ...], Tensor] = {}  # tied weights stay one memory
+    errors = energies = 0.0
+    for wrapped_key, value in model.state_dict().items():
+        key = unwrapped_name(wrapped_key)
+        if is_factor(key, places) or not key.startswith(only):
+            continue
+        name, _, leaf = key.rpartition(".base_layer.")
+        if name and leaf == "weight":
+            state[f"{name}.weight"], error, energy = _merge(name, places[name], dtype)
+            errors, energies = errors + error, energies + energy
+        elif name:  # a layer in several places is saved in each: transformers knows nothing of its being shared
+            state[f"{name}.{leaf}"] = _cast(key, value, dtype).clone()
+        else:
+            identity = (value.data_ptr(), value.shape, value.stride()) if isinstance(value, Tensor) else (key,)
+            if identity not in casts:
+                casts[identity] = _cast(key, value, dtype or own.get(key))
+            state[key] = casts[identity]
+    return state, (errors / energies) ** 0.5 if energies else 0.0
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> float:
+    """Add each adapter's update to its weight, and put the plain layer back in its place.
+
+    Args:
+        model: A model with adapters, or without; changed in place.
+
+    Returns:
+        As the second of :func:`merged_state`.
+
+    Raises:
+        ValueError: If a weight is quantized. Nothing has been changed then.
+    """
+    layers = registrations(model)
+    if any(not holds_its_weight(layer.base_layer) for layer in layers.values()):
+        raise InvalidInputError("A quantized model cannot be merged without rounding again: leave merge out.")
+    errors = energies = 0.0
+    for layer, name in {layer: name for name, layer in layers.items()}.items():
+        weight, error, energy = _merge(name, layer, None)
+        layer.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+        errors, energies = errors + error, energies + energy
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):  # a layer may be in several places
+            if isinstance(child, LoRALinear):
+                setattr(parent, key, child.base_layer)
+    return (errors / energies) ** 0.5 if energies else 0.0
+
+
+def _merge(name: str, layer: LoRALinear, dtype: torch.dtype | None) -> tuple[Tensor, float, float]:
+    """W + ΔW, summed in the factors' precision and rounded once; and ‖·‖²_F of what that cost, and of ΔW."""
+    weight = layer.base_layer.weight.detach()
+    delta = layer.delta_weight()
+    delta = delta.T if layer.transposed else delta
+    exact = weight.to(delta.dtype) + delta
+    rounded = _cast(name, exact, dtype or weight.dtype)
+    error = (rounded.to(delta.dtype) - weight.to(delta.dtype)) - delta
+    return rounded, error.double().square().sum().item(), delta.double().square().sum().item()
+
+
+def _cast(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
+        return value
+    rounded = value.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(value.dtype).max and rounded.isinf().sum() > value.isinf().sum():
+        raise InvalidInputError(
+            f"{name!r} has numbers up to {value.abs().max():.3g}, and {dtype} ends at {torch.finfo(dtype).max:.3g}: "
+            "choose dtype float32 or bfloat16."
+        )
+    return rounded
+
+
+def is_factor(name: str, layers: Mapping[str, LoRALinear]) -> bool:
+    """Whether a parameter of that name is one of the adapters'."""
+    layer, _, factor = name.rpartition(".")
+    return layer in layers and factor in FACTORS
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the dtype of a name; None stays None.
+
+    Raises:
+        ValueError: If it is no floating-point dtype that a model can be saved in.
+
+    >>> as_dtype("bfloat16")
+    torch.bfloat16
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise InvalidInputError(f"dtype must be float32, bfloat16 or float16, not {dtype!r}.")
+    return found
+
+
+def rounding_note(lost: float) -> str | None:
+    """Say how much of the updates merging has rounded away, and what keeps it; None if that is next to nothing.
+
+    >>> rounding_note(0.224)
+    "Rounding the merged weights has cost 22.4% of the updates' norm: dtype float32 keeps all of it."
+    """
+    if lost < 0.001:
+        return None
+    return f"Rounding the merged weights has cost {lost:.1%} of the updates' norm: dtype float32 keeps all of it."

@@ -1,0 +1,309 @@
+"""What PEFT makes of a folder: the task it is for, the layers it means, and whether it opens as it was trained."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto as auto
+from transformers.pytorch_utils import Conv1D
+
+from milora_lightning.adapters.injection import lora_layers
+from milora_lightning.adapters.layer import LoRALinear, linear_shape
+from milora_lightning.config import Value
+from milora_lightning.utils.names import WRAPPERS, unwrapped_name
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before a layer's name."""
+
+TASKS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "CAUSAL_LM": ("AutoModelForCausalLM", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    "SEQ_CLS": ("AutoModelForSequenceClassification", auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+    "TOKEN_CLS": ("AutoModelForTokenClassification", auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+    "QUESTION_ANS": ("AutoModelForQuestionAnswering", auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
+    "FEATURE_EXTRACTION": ("AutoModel", auto.MODEL_MAPPING_NAMES),
+}
+"""PEFT's tasks, and which of transformers' classes opens the base model of each."""
+
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""Endings of the names of modules that PEFT keeps whole beside the adapters of a task, asked or not."""
+
+MERGED = "Use the merged format (export_merged, --format merged), which holds for every model."
+
+
+def task_type(model: PreTrainedModel) -> str | None:
+    """Find PEFT's task of a model: that whose Auto class opens the model's own class from its base.
+
+    None is for all else, speech and vision among it: PEFT's classes for tasks pass text on.
+
+    >>> from transformers import T5Config, T5ForConditionalGeneration
+    >>> tiny = T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    >>> task_type(T5ForConditionalGeneration(tiny))
+    'SEQ_2_SEQ_LM'
+    """
+    parameters = inspect.signature(model.forward).parameters
+    if model.main_input_name != "input_ids" or not {"input_ids", "inputs_embeds"} <= parameters.keys():
+        return None
+    classes = {each.__name__ for each in type(model).__mro__}
+    remote = getattr(model.config, "auto_map", None) or {}
+    for task, (auto_class, names) in TASKS.items():
+        listed = [names.get(model.config.model_type), remote.get(auto_class)]
+        flat = {name.rpartition(".")[2] for entry in listed for name in _strings(entry)}
+        if classes & flat:
+            return task
+    return None
+
+
+def _strings(entry: Any) -> Iterable[str]:
+    return (entry,) if isinstance(entry, str) else (name for name in entry or () if isinstance(name, str))
+
+
+def lora_config(
+    model: PreTrainedModel, ranks: Mapping[str, int], alphas: Mapping[str, float], kept: list[str]
+) -> LoraConfig:
+    """Describe adapters in PEFT's words.
+
+    Args:
+        model: The model with its adapters.
+        ranks: Rank of each adapter in the folder.
+        alphas: Its ``lora_alpha``: the scale is that over the rank.
+        kept: Names of modules that the folder holds whole.
+
+    Returns:
+        The configuration, with patterns for the layers that differ from most others.
+    """
+    from peft import LoraConfig  # here and below when it is used: it takes seconds to import
+
+    layers = lora_layers(model)
+    first = next(iter(layers.values()))
+    r, alpha = most_common(ranks), most_common(alphas)
+    task = task_type(model)
+    return LoraConfig(
+        r=r,
+        lora_alpha=_whole(alpha),  # type: ignore[arg-type]
+        rank_pattern=deviations(ranks, r),
+        alpha_pattern={name: _whole(value) for name, value in deviations(alphas, alpha).items()},
+        lora_dropout=first.lora_dropout,
+        target_modules=target_modules(model, list(ranks)),
+        modules_to_save=kept or None,
+        base_model_name_or_path=base_name(model),
+        fan_in_fan_out=first.transposed,
+        task_type=task,
+        auto_mapping=None
+        if task
+        else {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
+        inference_mode=True,
+    )
+
+
+def base_name(model: PreTrainedModel) -> str:
+    """Return where the base is, so that it is found from every folder: a Hub name, or an absolute path."""
+    name = str(model.config.name_or_path)
+    path = Path(name).expanduser()
+    return str(path.absolute()) if name and path.exists() else name
+
+
+def target_modules(model: nn.Module, names: list[str]) -> list[str]:
+    """Return the short endings of the adapters' names if they mean these layers and no others, else the whole names."""
+    endings = sorted({name.rsplit(".", 1)[-1] for name in names})
+    bases = {layer.base_layer for layer in lora_layers(model).values()}
+    meant = {
+        name
+        for name, child in ((unwrapped_name(wrapped_name), child) for wrapped_name, child in model.named_modules())
+        if child not in bases and name.rsplit(".", 1)[-1] in endings and not isinstance(child, nn.ModuleList)
+    }
+    return endings if meant == set(names) else names
+
+
+def objection(model: PreTrainedModel) -> str | None:
+    """Say what keeps PEFT from putting adapters on the layers that have one here; None if nothing does.
+
+    PEFT itself is asked: it injects into a copy of the model without weights.
+    """
+    layers = lora_layers(model)
+    if len({id(m) for m in layers.values()}) < len(registrations(model)):
+        return "a layer with an adapter is used in several places of the model, which PEFT cannot express"
+    from peft import inject_adapter_in_model
+
+    ranks = {name: layer.r for name, layer in layers.items()}
+    config = lora_config(model, ranks, ranks, [])
+    base = skeleton(model)
+    try:
+        with _quiet():
+            opened = inject_adapter_in_model(config, base, low_cpu_mem_usage=True)
+    except Exception as error:  # whatever PEFT raises is its objection
+        return _said(error)
+    return _other_layers(opened, layers.keys())
+
+
+def outermost_models(module: nn.Module) -> dict[str, PreTrainedModel]:
+    """Return the Hugging Face models in a module by name, without those that are parts of others."""
+    models: dict[str, PreTrainedModel] = {}
+    for name, child in module.named_modules():
+        if isinstance(child, PreTrainedModel) and not any(
+            not outer or name.startswith(f"{outer}.") for outer in models
+        ):
+            models[name] = child
+    return models
+
+
+def registrations(model: nn.Module) -> dict[str, LoRALinear]:
+    """Return all names under which adapters are found, where a layer is used in several places more than one."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {unwrapped_name(name): layer for name, layer in modules if isinstance(layer, LoRALinear)}
+
+
+def opens_otherwise(
+    folder: Path, model: PreTrainedModel, tensors: Mapping[str, Tensor], scales: Mapping[str, float]
+) -> str | None:
+    """Open a folder with PEFT on a copy of the model without weights, and say how it differs from what is meant.
+
+    Args:
+        folder: The folder, whole.
+        model: The model, with or without adapters.
+        tensors: What the file holds: factors, and the tensors of modules that are kept whole.
+        scales: The scale of each adapter by name.
+
+    Returns:
+        That PEFT refuses it, or has adapters on other layers, or other tensors, or other scales; None if all is well.
+    """
+    from peft import PeftModel
+
+    try:
+        with _quiet():
+            wrapped = PeftModel.from_pretrained(
+                skeleton(model), str(folder), low_cpu_mem_usage=True, torch_device="cpu"
+            )
+        opened = wrapped.get_base_model()
+        return _other_layers(opened, scales) or _other_tensors(opened, tensors) or _other_scales(opened, scales)
+    except Exception as error:  # whatever PEFT raises is its objection
+        return _said(error)
+
+
+def _other_layers(opened: nn.Module, names: Iterable[str]) -> str | None:
+    wanted, found = set(names), set(_peft_layers(opened))
+    if missing := sorted(wanted - found):
+        return f"it leaves out the adapters of {len(missing)} layers, such as {missing[0]!r}"
+    if extra := sorted(found - wanted):
+        return f"it adapts {len(extra)} more layers, such as {extra[0]!r}"
+    return None
+
+
+def _other_tensors(opened: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
+    from peft.utils import ModulesToSaveWrapper
+
+    found = {}
+    for name, layer in _peft_layers(opened).items():
+        for factor in ("lora_A", "lora_B"):
+            found[f"{PEFT_PREFIX}{name}.{factor}.weight"] = getattr(layer, factor)["default"].weight
+    for name, module in opened.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            state = module.modules_to_save["default"].state_dict()
+            found |= {f"{PEFT_PREFIX}{name}.{key}": value for key, value in state.items()}
+    if odd := sorted(found.keys() ^ tensors.keys()):
+        return f"it {'does not read' if odd[0] in tensors else 'misses'} the tensor {odd[0]!r}"
+    different = [key for key, value in found.items() if not _alike(value, tensors[key])]
+    return f"it reads {different[0]!r} as another tensor" if different else None
+
+
+def _other_scales(opened: nn.Module, scales: Mapping[str, float]) -> str | None:
+    for name, layer in _peft_layers(opened).items():
+        if not math.isclose(layer.scaling["default"], scales[name], rel_tol=1e-6):
+            return f"it scales {name!r} by {layer.scaling['default']:g}, not {scales[name]:g}"
+    return None
+
+
+def _peft_layers(opened: nn.Module) -> dict[str, Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: module for name, module in opened.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.detach().float(), other.detach().float().cpu())
+
+
+def skeleton(module: nn.Module) -> Any:
+    """Copy a module as it was before surgery, with zeros that take no memory for its weights.
+
+    Nothing is shared that PEFT could change; the copy is to be looked at and not to be called.
+    """
+    copied = _skeleton(module, {})
+    if isinstance(module, PreTrainedModel):
+        copied.config = copy.deepcopy(module.config)
+    return copied
+
+
+def _skeleton(module: nn.Module, copies: dict[int, Any]) -> Any:
+    if id(module) in copies:
+        return copies[id(module)]
+    for wrapped in WRAPPERS & module._modules.keys():
+        return _skeleton(module.get_submodule(wrapped), copies)
+    if isinstance(module, LoRALinear):
+        out_features, in_features = linear_shape(module.base_layer)
+        with torch.device("meta"):
+            plain = Conv1D(out_features, in_features) if module.transposed else nn.Linear(in_features, out_features)
+        plain.weight = nn.Parameter(_weightless(plain.weight), requires_grad=False)
+        plain.bias = None if module.bias is None else nn.Parameter(_weightless(plain.bias), requires_grad=False)
+        copies[id(module)] = plain
+        return plain
+    # fully_shard has given sharded modules classes of their own, which are not made from their names alone
+    cls = next(each for each in type(module).__mro__ if not issubclass(each, FSDPModule))
+    shell = cast(nn.Module, object.__new__(cls))
+    copies[id(module)] = shell
+    vars(shell).update({**vars(module), **vars(nn.Module())})  # the latter for hooks and all that is registered
+    vars(shell).pop("hf_device_map", None)  # PEFT would move weights to where these were
+    for key, parameter in module._parameters.items():
+        if parameter is not None and id(parameter) not in copies:
+            copies[id(parameter)] = nn.Parameter(_weightless(parameter), requires_grad=False)
+        shell._parameters[key] = copies.get(id(parameter))
+    shell._buffers = {key: None if b is None else _weightless(b) for key, b in module._buffers.items()}
+    shell._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+    for key, child in module._modules.items():
+        shell._modules[key] = None if child is None else _skeleton(child, copies)
+    return shell
+
+
+def _weightless(tensor: Tensor) -> Tensor:
+    return torch.zeros(()).expand(tensor.shape)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within this context PEFT's layers are made without a trace in the user's terminal and random state."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")
+
+
+def most_common(values: Mapping[str, Value]) -> Value:
+    """Return the value that most names have."""
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def deviations(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
+    """Return what differs from a default by name, long names first: the first that a name ends in is taken."""
+    return {n: v for n, v in sorted(values.items(), key=lambda item: -len(item[0])) if v != default}
+
+
+def _whole(value: float) -> float:
+    return int(value) if float(value).is_integer() else value

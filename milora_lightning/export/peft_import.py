@@ -1,0 +1,244 @@
+"""Starting from an adapter that PEFT, or this package, has exported."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from milora_lightning.adapters.injection import inject, lora_layers
+from milora_lightning.adapters.layer import LoRALinear, linear_shape
+from milora_lightning.adapters.targets import find_targets
+from milora_lightning.checkpoint.fingerprint import check_base, fingerprint, unquantized
+from milora_lightning.checkpoint.io import CheckpointError
+from milora_lightning.config import LoRAConfig
+from milora_lightning.export.folders import BASE_KEY, find_model
+from milora_lightning.export.peft_format import PEFT_PREFIX, deviations, most_common, opens_otherwise
+from milora_lightning.parallel.dtensor import fill, full_tensor
+from milora_lightning.utils.names import unwrapped_name
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+UNSUPPORTED = (
+    "use_dora",
+    "layer_replication",
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+)
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
+"""Starts by name that leave the base's weights as they are; others change them, and the folder does not say how."""
+
+FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def peft_config(folder: str | Path) -> LoRAConfig:
+    """Read the configuration of a PEFT LoRA folder.
+
+    Args:
+        folder: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or the older ``.bin``.
+
+    Returns:
+        The configuration, with ``init="lora"``: the folder's factors are the update themselves. Layers are those that
+        the folder has factors of, each with its rank and scale; rsLoRA's scale is written as one of LoRA.
+
+    Raises:
+        CheckpointError: If it is no such folder, or an adapter of a kind that plain LoRA layers cannot hold.
+    """
+    config, tensors, _ = _read(folder)
+    return _as_ours(config, tensors)
+
+
+def load_peft(module: nn.Module, folder: str | Path) -> LoRAConfig:
+    """Put the adapters of a PEFT LoRA folder on a model, ready to evaluate, export or train on.
+
+    Modules that the folder holds whole (``modules_to_save``) are loaded too, and train on.
+
+    Args:
+        module: A Hugging Face model, or a module with one inside, without adapters or with adapters of this
+            configuration; changed in place.
+        folder: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or the older ``.bin``.
+
+    Returns:
+        The configuration of the adapters.
+
+    Raises:
+        CheckpointError: If the folder cannot be read, its tensors do not fit the model, or PEFT itself would read it in
+            another way.
+    """
+    peft, tensors, metadata = _read(folder)
+    config = _as_ours(peft, tensors)
+    model = find_model(module)
+    if BASE_KEY in metadata:
+        _check_base(json.loads(metadata[BASE_KEY]), unquantized(fingerprint(model, frozen_only=False)))
+    tensors = _without_base(model, tensors, folder)
+    _check_tensors(model, config, tensors, folder)
+    names = _layer_names(tensors)
+    if said := opens_otherwise(Path(folder), model, tensors, {name: config.scale(name) for name in names}):
+        raise CheckpointError(f"PEFT itself does not read {str(folder)!r} for this model: {said}.")
+    inject(model, config, names)
+    for name, layer in lora_layers(model).items():
+        layer.set_initial_factors(*(tensors[_key(name, factor)] for factor in ("lora_A", "lora_B")))
+    places = _places(model)
+    with torch.no_grad():
+        for name, value in _whole(tensors).items():
+            fill(places[name], value)
+    return config
+
+
+def _read(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str, str]]:
+    """Read configuration, tensors and metadata of a folder, and refuse what plain LoRA layers cannot hold."""
+    from peft import LoraConfig, PeftConfig
+
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, OSError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{str(folder)!r} is no PEFT adapter folder: {str(error).splitlines()[0]}") from error
+    if not isinstance(config, LoraConfig):
+        raise CheckpointError(f"{str(folder)!r} holds a {config.peft_type} adapter; only plain LoRA can be continued.")
+    start = config.init_lora_weights
+    special = {
+        "bias": config.bias != "none",
+        f"init_lora_weights={start!r}": isinstance(start, str) and start not in PLAIN_STARTS,
+        **{name: getattr(config, name, None) for name in UNSUPPORTED},
+    }
+    if used := [name for name, value in special.items() if value]:
+        raise CheckpointError(
+            f"{str(folder)!r} uses {', '.join(used)}, which plain LoRA layers on the unchanged base cannot hold. Merge "
+            "it into its base with PEFT (merge_and_unload), and start from that model."
+        )
+    path = next((path for name in FILES if (path := Path(folder) / name).is_file()), None)
+    if path is None:
+        raise CheckpointError(f"{str(folder)!r} has neither {FILES[0]} nor {FILES[1]}.")
+    try:
+        if path.suffix == ".bin":
+            return config, torch.load(path, map_location="cpu", weights_only=True), {}
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        return config, load_file(path), metadata
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        said = str(error).splitlines()[0]
+        raise CheckpointError(f"{str(path)!r} cannot be read: it is damaged or incomplete ({said}).") from error
+
+
+def _as_ours(config: LoraConfig, tensors: dict[str, Tensor]) -> LoRAConfig:
+    from peft.utils.other import get_pattern_key
+
+    names = _layer_names(tensors)
+    ranks = {name: tensors[_key(name, "lora_A")].shape[0] for name in names}
+    alphas = {}
+    for name in names:
+        pattern = config.alpha_pattern or {}
+        alpha = float(pattern.get(get_pattern_key(list(pattern), name), config.lora_alpha))
+        alphas[name] = alpha * math.sqrt(ranks[name]) if config.use_rslora else alpha
+    if not names:
+        raise CheckpointError("The folder has no factors (lora_A, lora_B) of linear layers.")
+    r, alpha = most_common(ranks), most_common(alphas)
+    whole = {name.rpartition(".")[0] for name in _whole(tensors)}
+    return LoRAConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=names,
+        init="lora",
+        modules_to_save=tuple(sorted(whole)),
+        rank_pattern=deviations(ranks, r),
+        alpha_pattern=deviations(alphas, alpha),
+    )
+
+
+def _check_tensors(model: PreTrainedModel, config: LoRAConfig, tensors: dict[str, Tensor], folder: str | Path) -> None:
+    """Refuse tensors that are not those of this model's layers, before anything is changed."""
+    layers = {**find_targets(model, ".*"), **lora_layers(model)}
+    names = _layer_names(tensors)
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        if name in layers:
+            wanted |= _factor_shapes(name, layers[name], config.rank(name))
+    whole = _whole(tensors)
+    places = _places(model)
+    wanted |= {PEFT_PREFIX + name: tuple(places[name].shape) for name in whole if name in places}
+    if odd := sorted(tensors.keys() ^ wanted.keys()):
+        raise CheckpointError(
+            f"The tensors in {str(folder)!r} are for other layers than this model's, such as {odd[0]!r}."
+        )
+    for key, shape in wanted.items():
+        if tuple(tensors[key].shape) != shape:
+            raise CheckpointError(f"{key!r} in {str(folder)!r} has shape {tuple(tensors[key].shape)}, not {shape}.")
+    if more := sorted({*find_targets(model, names), *lora_layers(model)} - set(names)):
+        raise CheckpointError(f"{str(folder)!r} has no factors for {more[0]!r}, whose name ends as that of others.")
+    for name in whole:
+        others = [n for n, p in places.items() if p is places[name] and n not in whole]
+        if others:
+            raise CheckpointError(
+                f"{str(folder)!r} holds {name!r} whole, which is tied to {others[0]!r} in this model: training would "
+                "change both. Untie them (tie_word_embeddings=False), or merge the adapter with PEFT and start there."
+            )
+
+
+def _check_base(saved: dict[str, str], here: dict[str, str]) -> None:
+    """Compare the weights of equal shape and dtype: an adapter may go to the same base in another precision."""
+    alike = [name for name, value in saved.items() if here.get(name, "").rpartition(" ")[0] == value.rpartition(" ")[0]]
+    check_base({name: saved[name] for name in alike}, {name: here[name] for name in alike})
+
+
+def _without_base(model: PreTrainedModel, tensors: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor]:
+    """Leave out copies of the base's own weights, which PEFT adds where embeddings or the head have adapters."""
+    kept = {}
+    for key, value in tensors.items():
+        name = key.removeprefix(PEFT_PREFIX)
+        if ".base_layer." not in name:
+            kept[key] = value
+            continue
+        own = _places(model)
+        weight = own.get(name, own.get(name.replace(".base_layer.", ".")))
+        own_value = None if weight is None else full_tensor(weight.detach()).cpu()
+        if own_value is None or own_value.shape != value.shape or not torch.equal(value.to(own_value.dtype), own_value):
+            raise CheckpointError(
+                f"{str(folder)!r} holds another {name!r} than this model has, as after resizing its embeddings: merge "
+                "the adapter into its base with PEFT (merge_and_unload), and start from that model."
+            )
+    return kept
+
+
+def _places(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by the plain model's names, tied ones under each."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return {unwrapped_name(name): tensor for name, tensor in named}
+
+
+def _factor_shapes(name: str, layer: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
+    out_features, in_features = linear_shape(layer.base_layer if isinstance(layer, LoRALinear) else layer)
+    return {_key(name, "lora_A"): (r, in_features), _key(name, "lora_B"): (out_features, r)}
+
+
+def _layer_names(tensors: dict[str, Tensor]) -> list[str]:
+    end = ".lora_A.weight"
+    return sorted(key.removeprefix(PEFT_PREFIX).removesuffix(end) for key in tensors if key.endswith(end))
+
+
+def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of modules that a folder holds whole, by their names in the model."""
+    ends = (".lora_A.weight", ".lora_B.weight")
+    inside = ".base_layer."
+    return {k.removeprefix(PEFT_PREFIX): v for k, v in tensors.items() if not k.endswith(ends) and inside not in k}
+
+
+def _key(name: str, factor: str) -> str:
+    return f"{PEFT_PREFIX}{name}.{factor}.weight"

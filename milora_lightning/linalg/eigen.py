@@ -1,0 +1,117 @@
+"""Some eigenpairs of a Gram matrix: the smallest by a Krylov method, any by LAPACK."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from threadpoolctl import ThreadpoolController
+from torch import Tensor
+
+from milora_lightning.linalg.lapack import symmetric_eigenpairs
+
+_ONE_THREAD = 1536  # up to this size scipy's threads gain less than they lose by waiting for torch's
+_scipy_threads = ThreadpoolController()
+_STEPS = 8  # before a restart: orthogonalization and the projected problem stay cheap
+_CYCLES = 4
+_ANGLE, _OUTER_ANGLE = 1e-9, 1e-5  # of wanted vectors to the exact subspace, and of the others that are returned
+
+
+def gram(W: Tensor) -> Tensor:
+    """Compute W Wᵀ (k, k) of W (k, n).
+
+    >>> W = torch.randn(20, 30, dtype=torch.float64)
+    >>> torch.allclose(gram(W), W @ W.mT)
+    True
+    """
+    if W.device.type != "cpu":
+        return W @ W.mT
+    rows = W.numpy()
+    return torch.from_numpy(rows @ rows.T)  # numpy sees the symmetry, which torch does not, and computes half of it
+
+
+def dense_eigenpairs(G: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Compute eigenpairs ``low`` to ``high``, counted from the largest, of a symmetric G (k, k), which is overwritten.
+
+    Returns:
+        Values (high - low,), ascending, and vectors (k, high - low).
+
+    Raises:
+        scipy.linalg.LinAlgError: If inverse iteration does not converge.
+
+    >>> dense_eigenpairs(torch.diag(torch.tensor([4.0, 1.0, 2.0, 3.0], dtype=torch.float64)), 1, 3)[0]
+    tensor([2., 3.], dtype=torch.float64)
+    """
+    k = G.shape[0]
+    if G.device.type != "cpu":
+        values, vectors = torch.linalg.eigh(G)
+        return values[k - high : k - low], vectors[:, k - high : k - low]
+    with _scipy_threads.limit(limits=1 if k <= _ONE_THREAD else None, user_api="blas"):
+        return symmetric_eigenpairs(G, k - high, k - low)
+
+
+def smallest_eigenpairs(W: Tensor, wanted: int, margin: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Compute the ``wanted`` smallest eigenpairs of W Wᵀ (k, k), and ``margin`` more to fewer digits.
+
+    Block Krylov iteration with (W Wᵀ)⁻¹, full orthogonalization and restarts: all cost is in matrix products,
+    triangular solves and one Cholesky factorization. The start is random, so that no eigenvector is left out, and
+    wider than the result, so that no multiplicity is: more equal eigenvalues than columns leave no gap to what is
+    not wanted, and never converge.
+
+    Returns:
+        Values (wanted + margin,), ascending, vectors (k, wanted + margin), not normalized, and the Cholesky factor
+        of W Wᵀ; None where W is singular to rounding, or the iteration does not converge.
+
+    >>> values, vectors, L = smallest_eigenpairs(torch.arange(1.0, 101).double().diag(), wanted=2, margin=4)
+    >>> values[:2]
+    tensor([1.0000, 4.0000], dtype=torch.float64)
+    """
+    k, width, keep = W.shape[0], wanted + 2 * margin, wanted + margin
+    L, info = torch.linalg.cholesky_ex(gram(W))
+    if info:
+        return None
+
+    def inverse(X: Tensor) -> Tensor:
+        Y = torch.linalg.solve_triangular(L, X, upper=False)
+        Z: Tensor = torch.linalg.solve_triangular(L.mT, Y, upper=True)
+        return Z
+
+    X = torch.randn(k, width, dtype=W.dtype, generator=torch.Generator().manual_seed(0)).to(W.device)
+    for _ in range(_CYCLES):
+        mu, X, angles = _krylov_cycle(inverse, X, min(_STEPS, k // width), wanted)
+        if angles[:wanted].norm() < _ANGLE and angles[:keep].max() < _OUTER_ANGLE:
+            # Once more, to damp what a residual weighs most: the directions far from this end of the spectrum.
+            return 1 / mu[:keep], inverse(X[:, :keep]), L
+    return None
+
+
+def _krylov_cycle(
+    operator: Callable[[Tensor], Tensor], X: Tensor, steps: int, wanted: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the largest Ritz pairs in the span of X, M X, M² X, ... for a symmetric positive operator M.
+
+    Returns:
+        Ritz values (width,) descending, vectors (k, width), and the angle of each to the exact subspace, as far as
+        its residual tells.
+    """
+    k, width = X.shape
+    basis = X.new_empty(steps * width, k)  # orthonormal rows: what is known of them stays contiguous
+    basis[:width] = torch.linalg.qr(X).Q.mT
+    H = X.new_zeros(steps * width, steps * width)  # the operator's projection, upper triangle
+    for step in range(steps):
+        here, stop = slice(step * width, (step + 1) * width), (step + 1) * width
+        known = basis[:stop]
+        Y = operator(known[here].mT)
+        H[:stop, here] = known @ Y
+        Y -= known.mT @ H[:stop, here]
+        if step > 4 or step == steps - 1:
+            mu, y = torch.linalg.eigh(H[:stop, :stop], UPLO="U")
+            mu, y = mu[-width:].flip(0), y[:, -width:].flip(1)
+            angles = torch.linalg.vector_norm(Y @ y[here], dim=0) / (mu - mu[-1])
+            if angles[:wanted].norm() < _ANGLE:
+                break
+        if step < steps - 1:
+            Q = torch.linalg.qr(Y).Q
+            Q -= known.mT @ (known @ Q)  # what the first orthogonalization left
+            basis[stop : stop + width] = torch.linalg.qr(Q).Q.mT
+    return mu, known.mT @ y, angles

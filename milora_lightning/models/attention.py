@@ -1,0 +1,224 @@
+"""Causal attention for training on CPUs, where torch's own kernels are slow at the lengths of fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from milora_lightning.utils.compat import softmax_backward
+from milora_lightning.utils.errors import InvalidInputError
+
+NAME = "causal_blocks"
+"""What ``attn_implementation`` calls it."""
+
+UNKNOWN = {"softcap": "cap attention scores", "s_aux": "add attention sinks", "sinks": "add attention sinks"}
+"""What transformers may pass along that changes the weights, and what it does."""
+
+BLOCK = 64  # positions whose queries meet the same keys, those up to the block's end
+
+
+def causal_blocks_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attend causally, as an attention function of transformers.
+
+    Plain causal attention over a whole sequence goes block by block; whatever else is asked for (a mask, one query
+    against a cache, dropout, another device) through torch's scaled_dot_product_attention.
+
+    Args:
+        module: The attention layer.
+        query: Queries (batch, heads, length, head_dim).
+        key: Keys (batch, key-value heads, length, head_dim).
+        value: Values, likewise.
+        attention_mask: A mask, or None for plain causal attention.
+        options: What transformers passes along.
+
+    Returns:
+        The output (batch, length, heads, head_dim), and None in place of the attention weights.
+
+    Raises:
+        ValueError: If the model caps its attention scores or has sinks, which neither kernel knows.
+    """
+    for option, what in UNKNOWN.items():
+        if options.get(option) is not None:
+            raise InvalidInputError(f"attn_implementation={NAME!r} does not {what} as this model does: use 'eager'.")
+    causal = options.get("is_causal")
+    plain = (
+        attention_mask is None
+        and options.get("position_bias") is None
+        and query.device.type == "cpu"
+        and key.shape[2] >= query.shape[2] > 1
+        and query.shape[-1] == value.shape[-1]
+        and not options.get("dropout")
+        and (getattr(module, "is_causal", True) if causal is None else causal)
+    )
+    if not plain:
+        return cast(
+            "tuple[Tensor, None]",
+            sdpa_attention_forward(module, query, key, value, attention_mask, **options),
+        )
+    # Without a mask the first keys are of the queries' positions, and those behind them hidden: in a cache with room
+    # for more, or one to which a checkpoint that computes the layer again adds its keys again.
+    key, value = (x[:, :, : query.shape[2]] for x in (key, value))
+    scaling = options.get("scaling") or query.shape[-1] ** -0.5
+    return causal_attention(query, key, value, scaling).transpose(1, 2), None
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Compute softmax(s q kᵀ + causal mask) v with grouped key-value heads, without weights that causality hides.
+
+    The queries that share a key-value head are rows of one product, in place of copies of the keys and values, and
+    the queries of a block meet only the keys up to the block's end: of whole blocks, because the softmax, taken in
+    float32, is twice as fast over whole vectors. Whatever is behind a sequence's end, causality hides.
+
+    Args:
+        query: Queries (batch, heads, queries, head_dim), those of the last positions.
+        key: Keys (batch, key-value heads, length, head_dim); heads are a multiple of key-value heads.
+        value: Values, likewise.
+        scaling: The factor s.
+
+    Returns:
+        The output (batch, heads, queries, head_dim).
+
+    >>> q, k, v = torch.randn(2, 6, 5, 4), torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
+    >>> reference = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    >>> torch.allclose(causal_attention(q, k, v, 4**-0.5), reference, atol=1e-6)
+    True
+    """
+    output: Tensor = _attend_opaquely(query, key, value, scaling)[0]
+    return output
+
+
+class _Block(NamedTuple):
+    queries: slice  # among those of a key-value head, position after position
+    offset: int  # where in the block the first of their positions stands
+    keys: int  # how many they meet
+    weights: Tensor  # their attention weights (batch · key-value heads, queries, keys)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    q, (k, v) = _rows(query, key), (_whole_blocks(x) for x in (key * scaling, value))
+    output, weights = torch.empty_like(q), query.new_empty(_weight_count(query, key))
+    triangle = q.new_full((BLOCK, BLOCK), -torch.inf).triu_(1).unsqueeze(1)  # the same for all heads of a group
+    for block in _blocks(query, key, weights):
+        scores = torch.bmm(q[:, block.queries], k[:, : block.keys].mT)
+        last_block = scores.view(len(k), -1, query.shape[1] // key.shape[1], block.keys)[..., -BLOCK:]
+        last_block += triangle[block.offset : block.offset + last_block.shape[1]]
+        torch.softmax(scores, -1, out=block.weights)
+        torch.bmm(block.weights, v[:, : block.keys], out=output[:, block.queries])
+    return _heads(output, query), weights
+
+
+def _backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, g = (_rows(x, key) for x in (query, grad))
+    k, v = (_whole_blocks(x) for x in (key * scaling, value))
+    grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
+    for block in _blocks(query, key, weights):
+        g_rows, seen = g[:, block.queries], slice(block.keys)
+        grad_p = torch.bmm(g_rows, v[:, seen].mT)
+        grad_s = softmax_backward(grad_p, block.weights, -1, grad_p.dtype)
+        torch.bmm(grad_s, k[:, seen], out=grad_q[:, block.queries])
+        beta = 0 if block.keys == k.shape[1] else 1  # the first block meets all keys, and finds nothing to add to
+        grad_k[:, seen].baddbmm_(grad_s.mT, q[:, block.queries], beta=beta)
+        grad_v[:, seen].baddbmm_(block.weights.mT, g_rows, beta=beta)
+    return _heads(grad_q, query), _heads(grad_k, key).mul_(scaling), _heads(grad_v, value)
+
+
+def _blocks(query: Tensor, key: Tensor, weights: Tensor) -> Iterator[_Block]:
+    """Cut the queries into blocks: first the last one, which meets all keys."""
+    batch, heads, stop = query.shape[:3]
+    groups, length = batch * key.shape[1], key.shape[2]
+    before, group, taken = length - stop, heads // key.shape[1], 0
+    for keys in range(-(-length // BLOCK) * BLOCK, before // BLOCK * BLOCK, -BLOCK):
+        start = max(keys - BLOCK - before, 0)
+        size = batch * heads * (stop - start) * keys
+        part = weights[taken : taken + size].view(groups, -1, keys)
+        yield _Block(slice(start * group, stop * group), (before + start) % BLOCK, keys, part)
+        stop, taken = start, taken + size
+
+
+def _weight_count(query: Tensor, key: Tensor) -> int:
+    """Count the attention weights of all blocks: in closed form, as torch.compile needs it."""
+    batch, heads, queries = query.shape[:3]
+
+    def first(positions: int) -> int:
+        """How many keys the queries of the first positions meet: each as many as its block and those before have."""
+        whole, rest = positions // BLOCK, positions % BLOCK
+        return BLOCK * BLOCK * (whole * (whole + 1) // 2) + rest * BLOCK * (whole + 1)
+
+    return batch * heads * (first(key.shape[2]) - first(key.shape[2] - queries))
+
+
+def _rows(x: Tensor, key: Tensor) -> Tensor:
+    """Bring queries to (batch · key-value heads, queries · group of heads, head_dim), position after position."""
+    tokens = x.transpose(1, 2)
+    by_group = tokens.reshape(*tokens.shape[:2], key.shape[1], -1).transpose(1, 2)
+    return by_group.reshape(len(key) * key.shape[1], -1, x.shape[3]).contiguous()
+
+
+def _whole_blocks(x: Tensor) -> Tensor:
+    """Bring keys or values to (batch · key-value heads, whole blocks, head_dim), with zeros at the end."""
+    batch, heads, length, width = x.shape
+    whole = x.new_empty(batch, heads, -(-length // BLOCK) * BLOCK, width)
+    whole[:, :, :length] = x
+    whole[:, :, length:] = 0
+    return whole.flatten(0, 1)
+
+
+def _heads(rows: Tensor, like: Tensor) -> Tensor:
+    """Undo :func:`_rows` or :func:`_whole_blocks`: (batch, heads, length, head_dim)."""
+    batch, heads, length, width = like.shape
+    groups = len(rows) // batch
+    by_group = rows.view(batch, groups, -1, heads // groups * width)[:, :, :length]
+    return by_group.transpose(1, 2).contiguous().view(batch, length, heads, width).transpose(1, 2)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """Memory for (batch, heads, length, head_dim) that holds the heads of a token together, as layers around it do."""
+    return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], output[1])
+    ctx.scaling = inputs[3]
+    ctx.set_materialize_grads(False)  # those of the attention weights, which nobody else sees, would be large
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, value, weights = ctx.saved_tensors
+    if torch.is_grad_enabled():  # the gradient may be differentiated again, which an operator without a formula is not
+        return (*_differentiable_backward(grad, query, key, value, ctx.scaling), None)
+    return (*_backward_opaquely(grad, query, key, value, weights, ctx.scaling), None)
+
+
+def _differentiable_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients over all keys at once, in operations that autograd knows."""
+    q, g = (x.reshape(len(key), key.shape[1], -1, *x.shape[2:]) for x in (query, grad))
+    k, v = key.unsqueeze(2), value.unsqueeze(2)  # for each head of a group
+    queries, keys = query.shape[2], key.shape[2]
+    later = torch.ones(queries, keys, dtype=torch.bool, device=key.device).triu(keys - queries + 1)
+    p = (scaling * q @ k.mT).masked_fill(later, -torch.inf).softmax(-1)
+    grad_p = g @ v.mT
+    grad_s = scaling * p * (grad_p - (p * grad_p).sum(-1, keepdim=True))
+    return (grad_s @ k).reshape(query.shape), (grad_s.mT @ q).sum(2), (p.mT @ g).sum(2)
+
+
+# As operators, which compilers call and do not look into.
+_attend_opaquely = torch.library.custom_op("milora_lightning::causal_attention", _attend, mutates_args=())
+_backward_opaquely = torch.library.custom_op("milora_lightning::causal_attention_backward", _backward, mutates_args=())
+_attend_opaquely.register_fake(lambda q, k, *_: (_empty_like(q), q.new_empty(_weight_count(q, k))))
+_backward_opaquely.register_fake(lambda grad, q, k, v, *_: tuple(_empty_like(x) for x in (q, k, v)))
+_attend_opaquely.register_autograd(_differentiate, setup_context=_setup_context)
+
+AttentionInterface.register(NAME, causal_blocks_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)

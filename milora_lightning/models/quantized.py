@@ -1,0 +1,107 @@
+"""Bases that bitsandbytes quantizes as they are loaded, and their unquantized weights, which the files still have."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+from milora_lightning.adapters.base_weight import STORED
+from milora_lightning.adapters.quantization import BITSANDBYTES
+from milora_lightning.models.files import UnusableModelError, weight_files
+from milora_lightning.utils.errors import MissingPackageError
+from milora_lightning.utils.messages import warn
+
+Quantization = Literal["nf4", "fp4", "int8"]
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """Where the weight that a layer was quantized from can be read.
+
+    Args:
+        path: A safetensors file.
+        name: The tensor's name in it.
+        dtype: Of the model, in which the weight would be without quantization.
+        quantization: What became of it.
+    """
+
+    path: str
+    name: str
+    dtype: torch.dtype
+    quantization: str
+
+    def read(self) -> Tensor:
+        """Read the weight, in the file's layout."""
+        with safe_open(self.path, "pt") as file:
+            return cast(Tensor, file.get_tensor(self.name)).to(self.dtype)
+
+
+def quantized_loading(
+    name_or_path: str, config: PretrainedConfig, quantization: Quantization, device: torch.device | str
+) -> dict[str, Any]:
+    """Return the options with which ``from_pretrained`` quantizes all linear layers but the language-model head.
+
+    Four-bit codes have their scales quantized, too, and what they stand for is multiplied in the model's dtype.
+
+    Args:
+        name_or_path: What the user has named.
+        config: The model's, whose ``dtype`` says in what the other weights are.
+        quantization: ``nf4``, ``fp4`` or ``int8``.
+        device: Where to quantize, and to leave the model.
+
+    Raises:
+        ModuleNotFoundError: If bitsandbytes is not installed.
+        ValueError: If the model is quantized in its files.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingPackageError(
+            f"quantization: {quantization} needs the package bitsandbytes: pip install milora-lightning[quantization]"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnusableModelError(
+            f"The files of {name_or_path!r} are quantized already: leave model.quantization out, or name the "
+            "unquantized model."
+        )
+    if quantization == "int8":
+        how = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        how = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=config.dtype or torch.float32,
+        )
+    return {"quantization_config": how, "device_map": {"": device}}
+
+
+def remember_stored_weights(model: PreTrainedModel, location: str, quantization: Quantization) -> None:
+    """Have each quantized layer know where its unquantized weight is; say of how many that is not to be found.
+
+    Args:
+        model: A model that was quantized as it was loaded.
+        location: From where.
+        quantization: How.
+    """
+    files = weight_files(location)
+    missing, number = [], 0
+    for name, layer in model.named_modules():
+        if type(layer._parameters.get("weight")).__name__ not in BITSANDBYTES:
+            continue
+        number += 1
+        key = f"{name}.weight"
+        stored = next((k for k in (key, key.removeprefix(f"{model.base_model_prefix}.")) if k in files), None)
+        if stored is None:
+            missing.append(key)
+        else:
+            setattr(layer, STORED, StoredWeight(files[stored], stored, model.dtype, quantization))
+    if missing:
+        warn(
+            f"The files of {location!r} do not have {len(missing)} of the {number} quantized weights by the names that "
+            f"the model has for them ({missing[0]!r}): their adapters start from the dequantized weights.",
+        )

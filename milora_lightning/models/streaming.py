@@ -1,0 +1,153 @@
+"""Pretrained models under FSDP2: built without weights, sharded, and filled shard by shard from their files."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import suppress
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from milora_lightning.adapters.injection import base_keys
+from milora_lightning.models.files import clear_errors, weight_files
+from milora_lightning.models.pretrained import decoder_layers, load_causal_lm, load_config, locate
+from milora_lightning.parallel.dtensor import as_bytes, fill, local_slices
+from milora_lightning.parallel.work import raise_together
+from milora_lightning.utils.compat import kept_in_float32
+from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.names import pristine_name, unwrapped_name
+
+
+def empty_causal_lm(
+    name_or_path: str, dtype: torch.dtype | str = "auto", attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """Build a causal language model whose parameters are on the meta device; its buffers have their values.
+
+    Args:
+        name_or_path: As for :func:`milora_lightning.models.pretrained.load_causal_lm`.
+        dtype: As there.
+        attn_implementation: As there.
+
+    Returns:
+        The model, in eval mode; :func:`stream_weights` fills it.
+
+    Raises:
+        FileNotFoundError: If there is no such model, here or on the Hub.
+        ValueError: If it is quantized, or keeps some of its weights in float32 in a half-precision model.
+    """
+    location = locate(name_or_path)
+    config = load_config(name_or_path)
+    if dtype == "auto":
+        dtype = config.dtype or "float32"
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if getattr(config, "quantization_config", None) is not None:
+        raise InvalidInputError(
+            f"{location!r} is quantized, and its codes cannot be read into shards as weights: use an unquantized "
+            "model, or strategy: ddp."
+        )
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation
+        )
+    if kept_in_float32(model, dtype):
+        raise InvalidInputError(
+            f"{type(model).__name__} keeps some weights in float32 in a {dtype} model, which cannot be sharded as it "
+            "is read: use dtype: float32, or strategy: ddp."
+        )
+    model.tie_weights()  # the meta device has made copies of shared parameters
+    model.config.name_or_path = location
+    with suppress(OSError):  # most models have one
+        model.generation_config = GenerationConfig.from_pretrained(location)
+    return model.eval()
+
+
+def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Shard a model's parameters with FSDP2: each decoder layer by itself, then what is left.
+
+    Args:
+        model: The model, with adapters injected: parameters cannot be added afterwards.
+        mesh: The ranks to shard among.
+
+    Raises:
+        ValueError: If the model does not say which its decoder layers are.
+    """
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def stream_weights(model: PreTrainedModel, name_or_path: str, device: torch.device) -> None:
+    """Fill a sharded model that has no weights yet; all ranks must call this.
+
+    Each rank reads its own shards from safetensors files whose tensors are the model's own. Where they are not (other
+    names, other formats), the first rank loads the whole model and sends one weight at a time to the others.
+
+    Args:
+        model: What :func:`empty_causal_lm` has built and :func:`shard` has sharded. Adapters' factors become zero.
+        name_or_path: Where its weights are.
+        device: Where to put the shards.
+
+    Raises:
+        ValueError: On all ranks, if the weights cannot be read on one.
+    """
+    # Tied weights stay tied: torch exchanges what is in a sharded parameter.
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
+    names: dict[Tensor, list[str]] = defaultdict(list)  # of tied weights several
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for key in sorted(base_keys(model, frozen_only=False)):
+        names[parameters[key]].append(pristine_name(key))
+    for parameter in model.parameters():
+        if parameter not in names:
+            fill(parameter, torch.zeros(1).expand(parameter.shape))
+    location = locate(name_or_path)
+    with clear_errors(name_or_path, location):
+        files = weight_files(location)
+    found = {parameter: next((name for name in own if name in files), "") for parameter, own in names.items()}
+    buffers = {buffer: unwrapped_name(name) for name, buffer in model.named_buffers()}
+    if all(found.values()):
+        with clear_errors(name_or_path, location):
+            _read_shards({**found, **{buffer: name for buffer, name in buffers.items() if name in files}}, files)
+    else:
+        _send_whole({**{parameter: own[0] for parameter, own in names.items()}, **buffers}, name_or_path)
+
+
+@torch.no_grad()
+def _read_shards(names: dict[Tensor, str], files: dict[str, str]) -> None:
+    """Read each rank's part of the named tensors."""
+    for path in sorted({files[name] for name in names.values()}):
+        with safe_open(path, "pt") as file:
+            for tensor, name in names.items():
+                if files[name] == path:
+                    stored = file.get_slice(name)
+                    if tuple(stored.get_shape()) != tensor.shape:
+                        raise InvalidInputError(
+                            f"{name!r} has shape {stored.get_shape()} in {path!r}, not {tensor.shape}."
+                        )
+                    part = stored[local_slices(tensor)] if tensor.ndim else file.get_tensor(name)
+                    (tensor.to_local() if isinstance(tensor, DTensor) else tensor).copy_(part)
+
+
+def _send_whole(names: dict[Tensor, str], name_or_path: str) -> None:
+    """Load the model on the first rank, and send the named tensors to all, one at a time."""
+    whole, error = {}, None
+    if dist.get_rank() == 0:
+        try:
+            model = load_causal_lm(name_or_path, next(p.dtype for p in names if p.is_floating_point()))
+            whole = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        except Exception as raised:  # all of them, because the other ranks wait for this one
+            error = raised
+    raise_together(error, dist.get_world_size())
+    for tensor, name in names.items():
+        value = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        if whole:
+            value.copy_(whole[name].detach())
+        dist.broadcast(as_bytes(value), src=0)
+        fill(tensor, value)

@@ -1,0 +1,1 @@
+"""Tensors in shards, and work shared out among ranks."""

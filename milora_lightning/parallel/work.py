@@ -1,0 +1,82 @@
+"""Work shared out among ranks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch.distributed as dist
+
+from milora_lightning.utils.errors import InvalidInputError
+
+
+def cost(shape: tuple[int, int]) -> int:
+    """Estimate the cost of decomposing (m, n), m ≤ n: m²n for the Gram matrix plus m³ for its eigenvectors.
+
+    >>> cost((2, 4)), cost((4, 2))
+    (24, 24)
+    """
+    return min(shape) ** 2 * (max(shape) + min(shape))
+
+
+def share_out(shapes: Sequence[tuple[int, int]], world_size: int) -> list[int]:
+    """Give each matrix to a rank, so that the ranks have about equally much to do.
+
+    The costliest come first, each to the rank that has least so far; of several, to the one whose turn was last. So
+    of matrices whose estimates are equal, and whose costs are not quite, each rank gets as many of one kind.
+
+    Args:
+        shapes: Shapes of the matrices.
+        world_size: Number of ranks.
+
+    Returns:
+        The rank of each matrix.
+
+    >>> share_out([(4, 4), (8, 8), (4, 4)], 2), share_out([(4, 8), (8, 4), (4, 8), (8, 4)], 2)
+    ([1, 0, 1], [0, 1, 1, 0])
+    """
+    costs = [cost(shape) for shape in shapes]
+    owners, load, turn = [0] * len(costs), [0] * world_size, [0] * world_size
+    for number, index in enumerate(sorted(range(len(costs)), key=lambda i: -costs[i]), 1):
+        owner = min(range(world_size), key=lambda rank: (load[rank], -turn[rank]))
+        owners[index], turn[owner] = owner, number
+        load[owner] += costs[index]
+    return owners
+
+
+def in_rounds(owners: Sequence[int], costs: Sequence[float]) -> list[list[int]]:
+    """Arrange matrices so that ranks which wait for one another after each round wait little.
+
+    Args:
+        owners: The rank of each matrix.
+        costs: What each costs.
+
+    Returns:
+        The indices of the matrices, at most one of each rank in a round; the costliest first.
+
+    >>> in_rounds([0, 1, 0, 1, 1], [3, 9, 4, 2, 5])
+    [[1, 2], [4, 0], [3]]
+    """
+    queues: dict[int, list[int]] = defaultdict(list)
+    for index in sorted(range(len(owners)), key=lambda i: -costs[i]):
+        queues[owners[index]].append(index)
+    rounds = zip_longest(*queues.values())
+    return [[index for index in batch if index is not None] for batch in rounds]
+
+
+def raise_together(error: BaseException | None, world_size: int) -> None:
+    """Raise what this rank has met, or else what another one has; a rank that went on would wait for ever.
+
+    Raises:
+        Exception: This rank's.
+        ValueError: With the message of another rank's.
+    """
+    if world_size > 1:
+        messages: list[Any] = [None] * world_size
+        dist.all_gather_object(messages, error and f"{type(error).__name__}: {error}")
+        if error is None and any(messages):
+            raise InvalidInputError(next(message for message in messages if message))
+    if error is not None:
+        raise error

@@ -1,0 +1,6 @@
+"""What Lightning's strategies need for adapters."""
+
+from milora_lightning.strategies.fsdp import MiLoRAFSDPStrategy
+from milora_lightning.strategies.model_parallel import MiLoRAModelParallelStrategy
+
+__all__ = ["MiLoRAFSDPStrategy", "MiLoRAModelParallelStrategy"]

@@ -1,0 +1,198 @@
+"""FSDP1, which keeps parameters in flat shards: for checkpoints one unit of the model at a time is made whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from milora_lightning.adapters.injection import lora_layers
+from milora_lightning.adapters.layer import LoRALinear, factors_tell
+from milora_lightning.checkpoint.adapter import AdapterCheckpoint, check_tensors, told_initialized
+from milora_lightning.checkpoint.io import KEY
+from milora_lightning.models.pretrained import decoder_layers
+from milora_lightning.strategies.model_parallel import read_together
+from milora_lightning.utils.compat import fsdp_name, whole_optimizer_states
+from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.names import unwrapped_name
+
+
+class MiLoRAFSDPStrategy(FSDPStrategy):
+    """Lightning's strategy for FSDP1, ``milora_fsdp1``, whose checkpoints hold adapters and what else is trained.
+
+    It wraps each decoder layer unless told otherwise, and leaves casting to autocast. For a module without adapters it
+    is Lightning's.
+    """
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Make the name known to the Trainer, and that it needs a GPU."""
+        strategy_registry.register("milora_fsdp1", cls, description=cls.__doc__, override=True)
+        cls._registered_strategies.append("milora_fsdp1")
+
+    @property
+    def mixed_precision_config(self) -> MixedPrecision | None:
+        """What FSDP1 casts: nothing, or factors would lose what training adds to them; autocast casts products."""
+        if self.mixed_precision is None and self._attached is not None:
+            return MixedPrecision()
+        return super().mixed_precision_config
+
+    @property
+    def _attached(self) -> AdapterCheckpoint | None:
+        return AdapterCheckpoint.of(self.lightning_module)
+
+    def check(self) -> None:
+        """Refuse settings with which adapters do not work.
+
+        Raises:
+            ValueError: If there are such.
+        """
+        precision = self.precision_plugin.precision
+        if precision in ("bf16-true", "16-true"):
+            raise InvalidInputError(
+                f"precision {precision} under FSDPStrategy (FSDP1) would make the adapters half precision, too: set "
+                "precision: bf16-mixed, or use FSDP2 (strategy: milora_fsdp2)."
+            )
+        if not self.kwargs["use_orig_params"]:
+            raise InvalidInputError(
+                "FSDPStrategy cannot mix frozen and trained parameters with use_orig_params: false. Leave it out."
+            )
+        if self._state_dict_type == "sharded":
+            raise InvalidInputError(
+                "Adapters under FSDPStrategy (FSDP1) are saved as one file: leave out state_dict_type: sharded, or use "
+                "FSDP2 (strategy: milora_fsdp2)."
+            )
+
+    def check_module(self, module: nn.Module) -> None:
+        """Refuse a module with adapters whose parameters FSDP1 cannot hold.
+
+        Raises:
+            ValueError: If it is one.
+        """
+        other = {p.dtype for p in module.parameters() if p.is_floating_point()} - {torch.float32}
+        if other:
+            raise InvalidInputError(
+                f"FSDPStrategy (FSDP1) shards parameters of one dtype only, and adapters are float32 while the model "
+                f"has {', '.join(map(str, other))}: set dtype: float32 and precision: bf16-mixed, or use FSDP2 "
+                "(strategy: milora_fsdp2), which takes a half-precision model."
+            )
+
+    def setup(self, trainer: Trainer) -> None:
+        """Wrap the model, by decoder layers where no policy is given, and set up what trains it."""
+        if self._attached is not None and "auto_wrap_policy" not in self.kwargs:
+            assert self.lightning_module is not None
+            self.kwargs["auto_wrap_policy"] = decoder_policy(self.lightning_module)
+        super().setup(trainer)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Collect the adapters and what else is trained, without the base; all ranks must call this.
+
+        Returns:
+            The state dict of the module on the first rank, an empty one on the others.
+        """
+        module, attached = self.lightning_module, self._attached
+        if module is None or attached is None:
+            return super().lightning_module_state_dict()
+        state: dict[str, Any] = {}
+        for tensors in _kept_tensors(self):
+            if self.is_global_zero:
+                state |= {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        if self.is_global_zero:
+            state[KEY] = attached.description(module)
+        return state
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a checkpoint written by any number of ranks; all ranks must call this.
+
+        Args:
+            checkpoint_path: The checkpoint.
+            weights_only: Ignored with adapters: nothing but tensors and primitives is read.
+
+        Returns:
+            The content of the checkpoint.
+
+        Raises:
+            CheckpointError: If it cannot be read or does not fit the module; nothing is loaded then.
+            ValueError: Likewise, if another rank has met that.
+        """
+        module, attached = self.lightning_module, self._attached
+        if module is None or attached is None:
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        checkpoint = read_together(self, checkpoint_path)
+        _load_module(self, attached, module, checkpoint["state_dict"])
+        if module.trainer.state.fn == TrainerFn.FITTING:
+            for optimizer, saved in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
+                _load_optimizer(self, optimizer, saved)
+        return checkpoint
+
+
+def decoder_policy(module: nn.Module) -> ModuleWrapPolicy:
+    """Return the policy that wraps each decoder layer of the first transformers model in a module."""
+    models = [child for child in module.modules() if isinstance(child, PreTrainedModel)][:1]
+    return ModuleWrapPolicy({type(layer) for model in models for layer in decoder_layers(model)})
+
+
+def _load_module(strategy: FSDPStrategy, attached: AdapterCheckpoint, module: nn.Module, saved: dict[str, Any]) -> None:
+    state = {unwrapped_name(key): value for key, value in saved.items()}
+    description = state.pop(KEY, None)
+    attached.check_description(module, description)
+    shapes = {name: tensor.shape for tensors in _kept_tensors(strategy) for name, tensor in tensors.items()}
+    check_tensors(state, shapes)
+    with torch.no_grad():
+        for tensors in _kept_tensors(strategy, writeback=True):
+            for name, tensor in tensors.items():
+                tensor.copy_(state[name])
+    told = told_initialized(description)
+    for name, layer in lora_layers(module).items():
+        layer.initialized = told.get(name, False) or factors_tell(state, f"{name}.")
+
+
+def _kept_tensors(strategy: FSDPStrategy, writeback: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Yield, unit by unit, the whole tensors that checkpoints hold; they are whole only until the next is asked for."""
+    assert strategy.model is not None
+    for name, unit in strategy.model.named_modules():
+        if isinstance(unit, FullyShardedDataParallel):
+            whole: Any = FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=writeback)
+            with whole:
+                yield dict(_own_tensors(unit, f"{name}." if name else ""))
+
+
+def _own_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """What a module trains or has in buffers, and the factors of its adapters, but for units inside it."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.requires_grad or isinstance(module, LoRALinear):
+            yield unwrapped_name(prefix + name), parameter
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield unwrapped_name(prefix + name), buffer
+    for name, child in module.named_children():
+        if not isinstance(child, FullyShardedDataParallel):
+            yield from _own_tensors(child, f"{prefix}{name}.")
+
+
+def _load_optimizer(strategy: FSDPStrategy, optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Identify saved parameters by the names that FSDP1 knows; their order is the same, whoever saved them."""
+    module, model = strategy.lightning_module, strategy.model
+    assert module is not None
+    assert model is not None
+    names = {parameter: fsdp_name(name) for name, parameter in module.named_parameters()}
+    keys = [key for group in saved["param_groups"] for key in group["params"]]
+    here = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    renamed = dict(zip(keys, here, strict=True))
+    state = {
+        "state": {renamed[key]: entry for key, entry in saved["state"].items()},
+        "param_groups": [{**g, "params": [renamed[key] for key in g["params"]]} for g in saved["param_groups"]],
+    }
+    with whole_optimizer_states(model, strategy.world_size):
+        flat = FullyShardedDataParallel.optim_state_dict_to_load(model, optimizer, state)
+    optimizer.load_state_dict(flat)

@@ -1,0 +1,1 @@
+"""Optimizer steps: which tokens count, at which rates, going on from what, averaged how."""

@@ -1,0 +1,166 @@
+"""Lightning's callbacks that average weights, made to average the adapters and to leave the base model alone.
+
+``WeightAveraging``, its subclasses and ``StochasticWeightAveraging`` copy the whole module in their ``setup``, in which
+adapters are not in yet, or not all of them; and what they do to all parameters would cost a second base model, and by
+its rounding change a frozen weight. Here they copy once more when the adapters are in, and share what is frozen.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from milora_lightning.adapters.frozen_statistics import unfrozen_modules
+from milora_lightning.adapters.injection import lora_layers
+from milora_lightning.strategies.base import check_whole
+from milora_lightning.utils.compat import averaged_model, change_average
+
+Averaging = WeightAveraging | StochasticWeightAveraging
+Average = Callable[[Tensor, Tensor, Any], Tensor]
+
+
+def check_averaging(trainer: Trainer) -> None:
+    """Refuse callbacks that average weights where these are in shards, of which they would make whole copies.
+
+    Raises:
+        ValueError: If there are some.
+    """
+    for callback in _averaging(trainer):
+        check_whole(trainer.strategy, type(callback).__name__)
+
+
+def copy_adapted(trainer: Trainer, module: LightningModule, stage: str) -> None:
+    """Have the callbacks that average weights set themselves up with the module as it is now, adapters and all.
+
+    Their averages share the module's frozen parameters. A module that copied everything in their own ``setup`` before
+    is given up.
+
+    Args:
+        trainer: Whose callbacks are meant, before it restores a checkpoint.
+        module: The module, with its adapters.
+        stage: The Trainer's.
+    """
+    for callback in _averaging(trainer):
+        with _shared_when_copied(module):
+            callback.setup(trainer, module, stage)
+        average = averaged_model(callback)
+        if isinstance(average, AveragedModel):
+            average.update_parameters = partial(_update, average)  # type: ignore[method-assign]
+        elif isinstance(callback, StochasticWeightAveraging):
+            change_average(callback, _exact)
+            _spare_frozen_statistics(callback)
+
+
+def _spare_frozen_statistics(callback: StochasticWeightAveraging) -> None:
+    """Have only those BatchNorm layers measure anew, in an epoch at the end, whose statistics training moves."""
+
+    def measured(module: LightningModule) -> Any:
+        return SimpleNamespace(modules=lambda: unfrozen_modules(module), device=module.device)
+
+    cls: Any = type(callback)
+    patched: Any = callback
+    patched.pl_module_contains_batch_norm = lambda module: cls.pl_module_contains_batch_norm(measured(module))
+    patched.reset_batch_norm_and_save_state = lambda module: cls.reset_batch_norm_and_save_state(
+        callback, measured(module)
+    )
+
+
+def start_averages(trainer: Trainer, module: nn.Module) -> None:
+    """Give the averages of adapters that had no factors when they were copied those of the module."""
+    layers = lora_layers(module)
+    for callback in _averaging(trainer):
+        average = averaged_model(callback)
+        if average is None:
+            continue
+        held = cast(nn.Module, getattr(average, "module", average))
+        for name, layer in lora_layers(held).items():
+            if layers[name].initialized and not layer.initialized:
+                with torch.no_grad():
+                    layer.lora_A.copy_(layers[name].lora_A)
+                    layer.lora_B.copy_(layers[name].lora_B)
+                layer.initialized = True
+
+
+def _averaging(trainer: Trainer) -> list[Averaging]:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [c for c in callbacks if isinstance(c, (WeightAveraging, StochasticWeightAveraging))]
+
+
+@contextmanager
+def _shared_when_copied(module: nn.Module) -> Iterator[None]:
+    """Within this context, a deep copy of the module has the module's own frozen parameters.
+
+    Copies cannot be moved away from the module with these, and they follow it wherever it goes.
+    """
+    frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+
+    def copied(memo: dict[int, Any]) -> nn.Module:
+        vars(module).pop("__deepcopy__", None)
+        memo.update({id(parameter): parameter for parameter in frozen})
+        double = copy.deepcopy(module, memo)
+        vars(module)["__deepcopy__"] = copied
+        vars(double)["_apply"] = partial(_apply_to_others, double, set(frozen))
+        return double
+
+    vars(module)["__deepcopy__"] = copied
+    try:
+        yield
+    finally:
+        vars(module).pop("__deepcopy__", None)
+
+
+def _apply_to_others(module: nn.Module, shared: set[nn.Parameter], fn: Callable[[Tensor], Tensor], *more: Any) -> Any:
+    return type(module)._apply(module, lambda tensor: tensor if tensor in shared else fn(tensor), *more)  # type: ignore[no-untyped-call]
+
+
+class _Unshared:
+    """A module as the averaging sees it: without the parameters that it shares with another."""
+
+    def __init__(self, module: nn.Module, other: nn.Module) -> None:
+        self.module = module
+        self.shared = set(module.parameters()) & set(other.parameters())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for parameter in self.module.parameters() if parameter not in self.shared)
+
+    def buffers(self) -> Iterator[Tensor]:
+        return self.module.buffers()
+
+
+def _update(average: AveragedModel, model: nn.Module) -> None:
+    """Update an average, as its class does, without the parameters that it shares with the model."""
+    ours = _Unshared(average.module, model)
+    seen = SimpleNamespace(
+        module=ours,
+        parameters=ours.parameters,
+        n_averaged=average.n_averaged,
+        use_buffers=average.use_buffers,
+        avg_fn=average.avg_fn and _exact(average.avg_fn),
+        multi_avg_fn=average.multi_avg_fn,
+    )
+    type(average).update_parameters(cast(AveragedModel, seen), cast(nn.Module, _Unshared(model, average.module)))
+
+
+def _exact(average: Average) -> Average:
+    """Have an average of equal numbers be this number: constants, such as frequencies of positions, stay what they are.
+
+    >>> ema = lambda averaged, now, number: 0.9 * averaged + (1 - 0.9) * now
+    >>> tenth = torch.tensor(0.1)
+    >>> bool(ema(tenth, tenth, 1) == tenth), bool(_exact(ema)(tenth, tenth, 1) == tenth)
+    (False, True)
+    """
+
+    def exact(averaged: Tensor, now: Tensor, number: Any) -> Tensor:
+        return torch.where(averaged == now, averaged, average(averaged, now, number).to(averaged.dtype))
+
+    return exact

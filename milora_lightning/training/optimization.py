@@ -1,0 +1,205 @@
+"""How a module's optimizer steps: over which tokens, at which rates, and going on from what."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+
+from milora_lightning.strategies.base import clips_itself, gradient_norm
+from milora_lightning.training.accumulation import TokenWindow
+from milora_lightning.training.resuming import KEY, check_same, check_whole, describe, options, tell_differences
+from milora_lightning.training.schedules import (
+    check_length,
+    check_schedule,
+    follows_loss,
+    make_schedule,
+    run_length,
+    set_rate,
+)
+from milora_lightning.utils.errors import InvalidInputError
+
+
+class OptimizedModule(LightningModule):
+    """A module whose steps weight every token alike, with one optimizer and a schedule over the run.
+
+    Args:
+        optimizer: Makes the optimizer from the trainable parameters.
+        lr_scheduler: Name of a schedule of ``transformers.get_scheduler``.
+        warmup_steps: Optimizer steps over which the rate rises from zero, or, below 1, the share of the run.
+        lr_scheduler_kwargs: Arguments of the schedule.
+        learning_rate: The highest learning rate, in place of the optimizer's.
+
+    Raises:
+        ValueError: If there is no such schedule, or not with these arguments; in ``setup`` or
+            ``configure_optimizers`` if it needs to know the length of a run that has none; when training is resumed
+            from a checkpoint without its state or with that of another optimizer.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable,
+        lr_scheduler: str,
+        warmup_steps: int | float,
+        lr_scheduler_kwargs: dict[str, Any] | None,
+        learning_rate: float | None,
+    ) -> None:
+        super().__init__()
+        check_schedule(lr_scheduler, warmup_steps, lr_scheduler_kwargs or {})
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.warmup_steps = warmup_steps
+        self.lr_scheduler_kwargs = lr_scheduler_kwargs or {}
+        self.learning_rate = learning_rate
+        self._window = TokenWindow()
+        self._counted: Tensor | None = None  # the tokens of the loss that waits for its backward
+        self._length = math.inf
+        self._given: list[dict[str, Any]] = []
+        self._resumed: dict[str, Any] | None = None
+
+    def setup(self, stage: str) -> None:
+        """Refuse a run without an end for a schedule that needs one, before a model is loaded."""
+        if stage == "fit" and self.trainer.max_epochs == self.trainer.max_steps == -1:
+            check_length(self.lr_scheduler, self.warmup_steps, self.lr_scheduler_kwargs, math.inf)
+
+    def mean_over_ranks(self, total: Tensor, tokens: Tensor) -> Tensor:
+        """Return a loss whose gradient, averaged over ranks, is that of the mean over the tokens of all of them.
+
+        Args:
+            total: This rank's sum over its tokens.
+            tokens: Their number.
+        """
+        self._counted = self.trainer.strategy.reduce(tokens, reduce_op="sum")
+        return total * self.trainer.world_size / self._counted.clamp(min=1)
+
+    def follow(self, loss: Tensor) -> None:
+        """Show the loss of a validation to a schedule that follows it."""
+        for config in self.trainer.lr_scheduler_configs:
+            if follows_loss(config.scheduler):
+                cast(Any, config.scheduler).step(loss.item())
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute gradients, those of a batch weighted by its tokens where several are accumulated."""
+        counted, self._counted = self._counted, None
+        accumulated = self.trainer.accumulate_grad_batches
+        if accumulated > 1 and counted is not None:  # the Trainer has divided by that number, however many come
+            loss = loss * (accumulated * self._window.add(counted))
+        super().backward(loss, *args, **kwargs)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Set gradients to zero, and forget what they were accumulated over."""
+        self._window.clear()
+        super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: torch.optim.Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step along the mean over all tokens: so is the gradient before any callback or clipping sees it."""
+
+        def closure() -> Any:
+            result = optimizer_closure() if optimizer_closure is not None else None
+            self._window.average(p for group in optimizer.param_groups for p in group["params"])
+            return result
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the norm of the gradient (before clipping) and the learning rate."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        self.log("grad_norm", gradient_norm(self.trainer.strategy, gradients))
+        rate = optimizer.param_groups[0]["lr"]
+        if not isinstance(rate, Tensor):  # a number would be copied to the device, and the copy wait for the backward
+            rate = torch.full((), rate, device=self.device)
+        self.log("lr", rate, prog_bar=True)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradient, by its norm under FSDP1 too."""
+        wrapped = clips_itself(self.trainer.strategy)
+        if wrapped is not None and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            wrapped.clip_grad_norm_(gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Make the optimizer of the trainable parameters and its schedule over the whole run."""
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        if isinstance(optimizer, torch.optim.LBFGS) and self.trainer.accumulate_grad_batches > 1:
+            raise InvalidInputError(
+                "LBFGS computes the loss several times in a step, which does not go with accumulate_grad_batches: take "
+                "larger batches, or another optimizer."
+            )
+        if self.learning_rate is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate
+        self._length = run_length(self.trainer)
+        arguments = self.warmup_steps, self.lr_scheduler_kwargs, self._length
+        scheduler = make_schedule(self.lr_scheduler, optimizer, *arguments)
+        self._given = options(optimizer)
+        # False, because Lightning would show a schedule that follows the loss the same one again after every step.
+        config = {"scheduler": scheduler, "interval": "step", "reduce_on_plateau": False}
+        return {"optimizer": optimizer, "lr_scheduler": cast(Any, config)}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Go on in a schedule that follows the steps; what follows the loss goes on when there is one."""
+        if not follows_loss(scheduler):
+            super().lr_scheduler_step(scheduler, metric)
+
+    def on_fit_start(self) -> None:
+        """Refuse to resume with another optimizer."""
+        self._check_resumed()
+
+    def on_train_start(self) -> None:
+        """Say what a checkpoint has changed, and take a learning rate that has been found or set."""
+        if not self._given:  # another configure_optimizers than the one here
+            return
+        optimizer, schedule = self._optimization()
+        if follows_loss(schedule) and not sum(self.trainer.num_val_batches):
+            raise InvalidInputError(
+                f"lr_scheduler {self.lr_scheduler!r} follows val_loss, and there is nothing to validate on: give the "
+                "data a validation split, or choose a schedule that follows the steps."
+            )
+        if self._resumed is not None:
+            now = describe(optimizer, self.lr_scheduler, self._length)
+            tell_differences(self._resumed, now, self._given, optimizer)
+            self._resumed = None
+        if self.learning_rate is not None and options(optimizer)[0]["lr"] != self.learning_rate:
+            set_rate(optimizer, schedule, self.learning_rate)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the training goes by."""
+        if self._given and checkpoint.get("optimizer_states"):
+            optimizer, _ = self._optimization()
+            checkpoint[KEY] = describe(optimizer, self.lr_scheduler, self._length)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume from what training cannot go on from."""
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            check_whole(checkpoint)
+            self._resumed = checkpoint
+            self._check_resumed()
+
+    def _check_resumed(self) -> None:
+        # Sharded models are restored after this hook of fitting, others before there is an optimizer.
+        if self._resumed is not None and self._given and self.trainer.optimizers:
+            check_same(self._resumed, *self._optimization())
+
+    def _optimization(self) -> tuple[torch.optim.Optimizer, Any]:
+        schedules = self.trainer.lr_scheduler_configs  # none where StochasticWeightAveraging brings its own on resuming
+        return self.trainer.optimizers[0], schedules[0].scheduler if schedules else None

@@ -1,0 +1,109 @@
+"""What a training run takes over from a checkpoint, and what it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+from milora_lightning.training.schedules import follows_loss
+from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.messages import inform, warn
+
+KEY = "optimization"
+"""Where a checkpoint says by what it was trained."""
+
+_UNSEEN = {"params", "lr", "initial_lr"}
+_SPEED = {"foreach", "fused", "capturable"}
+
+
+def describe(optimizer: Optimizer, name: str, length: float) -> dict[str, Any]:
+    """Describe the optimizer, the schedule and its length in primitives."""
+    length_known = length if length != float("inf") else None
+    return {"optimizer": _name(optimizer), "lr_scheduler": name, "steps": length_known}
+
+
+def options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return an optimizer's options as they were given, group by group, with the highest learning rate as ``lr``."""
+    return [
+        {**{k: v for k, v in group.items() if k not in _UNSEEN}, "lr": group.get("initial_lr", group["lr"])}
+        for group in optimizer.param_groups
+    ]
+
+
+def check_whole(checkpoint: Mapping[str, Any]) -> None:
+    """Refuse to go on from weights alone.
+
+    Raises:
+        ValueError: If the checkpoint does not hold the state of the training.
+
+    >>> check_whole({"optimizer_states": [], "lr_schedulers": []})
+    """
+    if "optimizer_states" not in checkpoint or "lr_schedulers" not in checkpoint:
+        raise InvalidInputError(
+            "The checkpoint holds weights only (save_weights_only: true), which training cannot go on from: take one "
+            "with the optimizer's state, or begin a new run from these adapters with load_adapter(module, path)."
+        )
+
+
+def check_same(checkpoint: Mapping[str, Any], optimizer: Optimizer, schedule: object) -> None:
+    """Refuse to go on with another optimizer, or another kind of schedule, than a checkpoint has the state of.
+
+    Args:
+        checkpoint: What :func:`check_whole` lets pass.
+        optimizer: The run's.
+        schedule: The run's; None if a callback brings it.
+
+    Raises:
+        ValueError: If the state does not fit.
+    """
+    was = checkpoint.get(KEY, {})
+    states: Sequence[Mapping[str, Any]] = checkpoint["optimizer_states"]
+    groups = states[0]["param_groups"] if states else []
+    # Older checkpoints do not say the name, but show its options.
+    foreign = bool(groups) and not (optimizer.defaults.keys() - _SPEED <= groups[0].keys())
+    if was.get("optimizer", _name(optimizer)) != _name(optimizer) or foreign:
+        raise InvalidInputError(
+            f"The checkpoint holds the state of {was.get('optimizer', 'another optimizer')}, and this run's optimizer "
+            f"is {_name(optimizer)}: resume with the same optimizer, or begin a new run from the checkpoint's adapters "
+            "with load_adapter(module, path)."
+        )
+    schedules = checkpoint["lr_schedulers"]
+    if schedules and schedule is not None and follows_loss(schedule) != ("lr_lambdas" not in schedules[0]):
+        raise InvalidInputError(
+            f"The checkpoint's lr_scheduler ({was.get('lr_scheduler', 'another')}) and this run's are of two kinds, "
+            "one that follows the loss and one that follows the steps: resume with that of the checkpoint."
+        )
+
+
+def tell_differences(
+    checkpoint: Mapping[str, Any], now: Mapping[str, Any], given: list[dict[str, Any]], optimizer: Optimizer
+) -> None:
+    """Say in a line what goes on as the checkpoint has it though it was set otherwise, and how the schedule changes.
+
+    Args:
+        checkpoint: What was resumed from.
+        now: This run's description.
+        given: The optimizer's options before its state was restored.
+        optimizer: After that.
+    """
+    kept = {
+        f"{key}={has[key]} (not {was[key]})"
+        for was, has in zip(given, options(optimizer), strict=False)
+        for key in was.keys() & has.keys() - _SPEED
+        if was[key] != has[key]
+    }
+    if kept:
+        warn(
+            f"The optimizer goes on as in the checkpoint, with {', '.join(sorted(kept))}. To change the highest "
+            "learning rate, set the module's learning_rate."
+        )
+    before = checkpoint.get(KEY, {})
+    if any(key in before and before[key] != now[key] for key in ("lr_scheduler", "steps")):
+        was, has = (f"{x['lr_scheduler']} over {x['steps'] or 'unlimited'} steps" for x in (before, now))
+        inform(f"From here on the learning rate follows {has}; up to the checkpoint it followed {was}.")
+
+
+def _name(optimizer: Optimizer) -> str:
+    return f"{type(optimizer).__module__.removesuffix('._multi_tensor')}.{type(optimizer).__name__}"

@@ -1,0 +1,179 @@
+"""What fine-tuning makes a model forget, against the definition in float64."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.callback_modules import LanguageModel, Regression
+from helpers.distributed_runs import FSDP1OnCPU
+from helpers.models import quiet_trainer, save_tiny_model, tiny_tokenizer
+from helpers.modules import data, module
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from milora_lightning import CausalLMModule, ForgettingMonitor, MiLoRAInit
+from milora_lightning.data.held_out import pack, read_texts
+from milora_lightning.metrics import Forgetting, forgetting
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text(" ".join(f"What is {i} plus {2 * i}?" for i in range(60)))
+    return tmp_path / "text.txt"
+
+
+def test_metric_is_the_definition_over_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forgetting, "CHUNK", 7 * 31)  # several chunks, the last one smaller
+    torch.manual_seed(0)
+    tuned, base = torch.randn(3, 200, 31), torch.randn(3, 200, 31)
+    p, q = base.double().softmax(-1), tuned.double().softmax(-1)
+    metric = Forgetting()
+    metric.update(tuned[:1], base[:1])  # batches of different sizes count by their tokens
+    metric.update(tuned[1:], base[1:])
+    results = metric.compute()
+    assert results["kl"].item() == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
+    assert results["cross_entropy"].item() == pytest.approx(-(p * q.log()).sum(-1).mean().item(), rel=1e-5)
+    close = Forgetting()
+    close.update(base + 1e-4 * tuned, base)  # far below the rounding of the definition's terms
+    q = (base + 1e-4 * tuned).double().softmax(-1)
+    assert close.compute()["kl"].item() == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=0.01)
+    with pytest.raises(ValueError, match=r"shapes \(2, 3\) and \(2, 4\)"):
+        metric.update(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_metric_of_equal_logits(dtype: torch.dtype) -> None:
+    logits = 10 * torch.randn(4, 100, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[..., 7] = -torch.inf  # a token that the model cannot say
+    metric = Forgetting()
+    metric.update(logits, logits)
+    p = logits.double().softmax(-1)
+    entropy = -torch.xlogy(p, p).sum(-1).mean().item()
+    assert metric.compute()["kl"].item() == 0
+    assert metric.compute()["cross_entropy"].item() == pytest.approx(entropy, rel=1e-5)
+
+
+def test_text_is_packed_into_blocks(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("1 plus 2", " ", "3 4")))
+    texts = read_texts(str(tmp_path / "text.jsonl"))
+    assert texts == ["1 plus 2", "3 4"]
+    ids = [*tokenizer("1 plus 2")["input_ids"], tokenizer.eos_token_id, *tokenizer("3 4")["input_ids"]]
+    assert pack(texts, tokenizer, 2, 100).flatten().tolist() == ids[: len(ids) // 2 * 2]
+    assert pack(texts, tokenizer, 2, 5).shape == (2, 2)
+    with pytest.raises(ValueError, match="do not fill one block of 64"):
+        pack(texts, tokenizer, 64, 100)
+    with pytest.raises(FileNotFoundError, match=r"absent\.txt"):
+        read_texts(str(tmp_path / "absent.txt"))
+    (tmp_path / "other.jsonl").write_text(json.dumps({"body": "1"}))
+    with pytest.raises(ValueError, match=r"no field 'text'.*body"):
+        read_texts(str(tmp_path / "other.jsonl"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sanity", [0, -1])
+def test_nothing_is_forgotten_before_training_and_something_after(
+    dtype: str, sanity: int, text: Path, tmp_path: Path
+) -> None:
+    model = save_tiny_model(tmp_path / "llama", "llama")
+    logged: list[dict[str, float]] = []
+
+    class Logged(Callback):
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            logged.append({k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("forgetting")})
+
+    monitor = ForgettingMonitor(str(text), block_length=16, max_tokens=160)
+    trainer = quiet_trainer(
+        tmp_path,
+        max_epochs=1,
+        num_sanity_val_steps=sanity,
+        callbacks=[MiLoRAInit(r=4, lora_dropout=0.5), monitor, Logged()],
+    )
+    lm = module(model, dtype=dtype, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2))
+    trainer.fit(lm, data(tmp_path, model, num_generation_examples=0))
+
+    blocks = pack(read_texts(str(text)), lm.tokenizer, 16, 160)
+    last = logged[-1]
+    assert last["forgetting_kl"] > 1e-5
+    assert monitor.measure(trainer, lm.train()) == pytest.approx(last)  # dropout is off, whatever the mode
+    lm.eval()
+    fresh = module(model, dtype=dtype)
+    fresh.configure_model()
+    p = fresh.model.eval()(blocks).logits.double().log_softmax(-1)
+    q = lm.model(blocks).logits.double().log_softmax(-1)
+    kl, entropy = (p.exp() * (p - q)).sum(-1).mean().item(), -(p.exp() * p).sum(-1).mean().item()
+    assert last["forgetting_kl"] == pytest.approx(kl, rel=1e-3)
+    assert last["forgetting_cross_entropy"] == pytest.approx(entropy + kl, rel=1e-5)
+    assert len(logged) == 1 + bool(sanity)
+    if sanity:
+        first = logged[0]
+        assert first["forgetting_kl"] == 0
+        assert first["forgetting_cross_entropy"] == pytest.approx(entropy, rel=1e-5)
+
+
+def test_values_from_before_training_reach_the_logger_and_the_mode_is_kept(text: Path, tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "llama", "llama")
+    for sanity in (0, 2):
+        logger = CSVLogger(tmp_path / "logs", flush_logs_every_n_steps=1)
+        monitor = ForgettingMonitor(str(text), block_length=16, max_tokens=64, tokenizer=str(model))
+        callbacks = [MiLoRAInit(r=4, lora_dropout=0.5), monitor]
+        trainer = quiet_trainer(
+            tmp_path,
+            max_epochs=1,
+            limit_train_batches=2,
+            logger=logger,
+            num_sanity_val_steps=sanity,
+            callbacks=callbacks,
+        )
+        lm = module(model)
+        trainer.fit(lm, data(tmp_path, model, num_generation_examples=0))
+        header, *rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+        values = [dict(zip(header.split(","), row.split(","), strict=True)) for row in rows]
+        steps = {int(v["step"]): float(v["forgetting_kl"]) for v in values if v["forgetting_kl"]}
+        assert steps[0] == 0 < steps[1]
+        assert all(m.training for m in lm.model.modules() if hasattr(m, "lora_dropout"))
+
+
+def test_what_trains_beside_adapters_is_measured_against_its_start(text: Path, tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "llama", "llama")
+    monitor = ForgettingMonitor(str(text), block_length=16, max_tokens=64)
+    callbacks = [MiLoRAInit(r=4, modules_to_save=["norm", "embed_tokens"]), monitor]
+    trainer = quiet_trainer(tmp_path, max_epochs=1, num_sanity_val_steps=2, callbacks=callbacks)
+    lm = module(model, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2))
+    trainer.fit(lm, data(tmp_path, model, num_generation_examples=0))
+    fresh = module(model)
+    fresh.configure_model()
+    blocks = pack(read_texts(str(text)), lm.tokenizer, 16, 64)
+    p, q = (x.model.eval()(blocks).logits.detach().double().log_softmax(-1) for x in (fresh, lm))
+    kl = (p.exp() * (p - q)).sum(-1).mean().item()
+    assert kl > 1e-3
+    assert monitor.measure(trainer, lm)["forgetting_kl"] == pytest.approx(kl, rel=1e-3)
+    late = ForgettingMonitor(str(text), block_length=16, max_tokens=64)
+    late.setup(trainer, lm, "fit")
+    with pytest.raises(ValueError, match=r"trains beside the adapters.*from its beginning only"):
+        late.measure(trainer, lm)
+
+
+def test_modules_that_cannot_be_measured_are_refused(text: Path, tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "llama", "llama")
+    options = {"max_steps": 1, "num_sanity_val_steps": 0}
+
+    def fit(text: str, lm: LightningModule, **adapter: Any) -> None:
+        callbacks = [MiLoRAInit(r=4, **adapter), ForgettingMonitor(text, block_length=16)]
+        quiet_trainer(tmp_path, callbacks=callbacks, **options).fit(
+            lm, data(tmp_path, model) if isinstance(lm, CausalLMModule) else None
+        )
+
+    with pytest.raises(ValueError, match="no Hugging Face model"):
+        fit(str(text), Regression())
+    with pytest.raises(ValueError, match="LanguageModel has no attribute tokenizer"):
+        fit(str(text), LanguageModel())
+    with pytest.raises(FileNotFoundError, match=r"absent\.txt"):
+        fit("absent.txt", module(model))
+    trainer = quiet_trainer(tmp_path, strategy=FSDP1OnCPU(), **options)
+    with pytest.raises(ValueError, match=r"under FSDPStrategy \(FSDP1\): use FSDP2"):
+        ForgettingMonitor(str(text)).setup(trainer, module(model), "fit")

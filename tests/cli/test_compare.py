@@ -1,0 +1,197 @@
+"""Comparisons of methods as a user calls them, on a tiny model."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from milora_lightning.checkpoint.adapter import read_checkpoint
+from milora_lightning.cli.compare import RunCLI
+from milora_lightning.cli.main import main
+from milora_lightning.cli.report import by_method, paired_table, results_table, spread, sweep_table
+from milora_lightning.cli.runs import Run, best_rate
+
+LORA = {"adapter": {"init": "lora", "lora_alpha": 8}}
+
+
+def compare(*args: str) -> None:
+    common = ["--config", "mine.yaml", "--output", "comparison", "--data.num_generation_examples", "0"]
+    main(["compare", *common, "--trainer.val_check_interval", "3", *args])
+
+
+def fake(method: str, rate: float, seed: int, loss: float, kl: float) -> Run:
+    before = {"step": 0.0, "seconds": 0.0, "val_loss": 2.0, "forgetting_kl": 0.0}
+    return Run(method, rate, seed, [before, {"step": 9.0, "seconds": 60.0, "val_loss": loss, "forgetting_kl": kl}])
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The arguments of the runs that are trained."""
+    trained: list[list[str]] = []
+    original = RunCLI.fit
+
+    def fit(self: RunCLI) -> Any:
+        trained.append([self.config.adapter.init, self.config.model.optimizer.init_args.lr, self.config.data.seed])
+        return original(self)
+
+    monkeypatch.setattr(RunCLI, "fit", fit)
+    return trained
+
+
+def test_a_comparison_sweeps_trains_reports_and_resumes(
+    project: Path,
+    runs: list[list[str]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (project / "lora.yaml").write_text(yaml.safe_dump(LORA))
+    (project / "text.txt").write_text("What is 1 plus 2? " * 100)
+    options = ["--methods", "[milora,lora.yaml]", "--learning_rates", "[1e-3,1e-2]", "--text", "text.txt"]
+    options += ["--text_tokens", "512", "--seeds", "[0,1]"]
+    compare(*options)
+
+    assert runs[:4] == [["milora", 1e-3, 2], ["milora", 1e-2, 2], ["lora", 1e-3, 2], ["lora", 1e-2, 2]]
+    output = project / "comparison"
+    rows = list(csv.DictReader((output / "results.csv").open()))
+    sweep, final = ([r for r in rows if r["stage"] == stage] for stage in ("sweep", "comparison"))
+    assert len(sweep) == 4
+    for method in ("milora", "lora"):
+        losses = {float(r["learning_rate"]): float(r["val_loss"]) for r in sweep if r["method"] == method}
+        chosen = {float(r["learning_rate"]) for r in final if r["method"] == method}
+        assert chosen == {min(losses, key=losses.__getitem__)}
+        assert [r["seed"] for r in final if r["method"] == method] == ["0", "1"]
+    for row in final:
+        folder = output / f"{row['method']}-lr{float(row['learning_rate']):g}-seed{row['seed']}"
+        trajectory = list(csv.DictReader((folder / "trajectory.csv").open()))
+        assert [int(r["step"]) for r in trajectory] == [0, 3, 6]
+        assert float(trajectory[0]["forgetting_kl"]) == 0 < float(trajectory[-1]["forgetting_kl"])
+        assert trajectory[-1]["val_loss"] == row["val_loss"] != trajectory[0]["val_loss"]
+        assert read_checkpoint(folder / "last.ckpt")["global_step"] == 6
+    report = (output / "report.md").read_text()
+    losses = [float(r["val_loss"]) for r in final if r["method"] == "lora"]
+    assert f"| {spread(losses)} |" in report
+    for name in ("learning_curves.png", "learning_forgetting.png"):
+        assert name in report
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+    assert not list((project / "out").rglob("*.ckpt"))
+
+    done, before = len(runs), report
+    victim = next(output.glob("lora-*-seed1"))
+    trajectory = untimed(victim)
+    weights = read_checkpoint(victim / "last.ckpt")["state_dict"]
+    for file in victim.iterdir():
+        file.unlink()
+    victim.rmdir()
+    compare(*options)  # what is there is not repeated, and the missing run, now the first of its process, is the same
+    assert len(runs) == done + 1
+    assert untimed(victim) == trajectory
+    state = read_checkpoint(victim / "last.ckpt")["state_dict"]
+    assert all(torch.equal(v, state[k]) for k, v in weights.items() if isinstance(v, torch.Tensor))
+    assert results_section((output / "report.md").read_text()) == results_section(before)
+
+    with pytest.raises(SystemExit, match="run with other settings"):
+        compare(*options, "--adapter.r", "2")
+    assert len(runs) == done + 1
+
+
+def untimed(folder: Path) -> list[dict[str, str]]:
+    rows = csv.DictReader((folder / "trajectory.csv").open())
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def results_section(report: str) -> list[str]:
+    return [line for line in report.splitlines() if line.startswith("|")]
+
+
+def test_one_learning_rate_needs_no_sweep_and_a_failed_run_leaves_nothing(
+    project: Path,
+    runs: list[list[str]],
+) -> None:
+    options = ["--learning_rates", "[1e-3]", "--seeds", "[0]"]
+    with pytest.raises(ZeroDivisionError):
+        compare(*options, "--methods", "[milora]", "--trainer.callbacks+=test_compare.Fails")
+    assert not list((project / "comparison").iterdir())
+    compare(*options, "--methods", "[milora,random]", "--trainer.max_steps", "4")
+    assert runs[1:] == [["milora", 1e-3, 0], ["random", 1e-3, 0]]
+    (row, _) = csv.DictReader((project / "comparison" / "results.csv").open())
+    assert row["step"] == "4"  # not a multiple of the interval: measured all the same
+    assert not (project / "comparison" / "learning_forgetting.png").exists()
+
+
+class Fails(Callback):
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--methods", "[milora,mica]", "--learning_rates", "[1e-3]"], r"no config 'method/mica.yaml'"),
+        (["--methods", "[milora,milora]", "--learning_rates", "[1e-3]"], r"none twice"),
+        (["--methods", "[milora]", "--learning_rates", "[]"], r"at least one"),
+        (["--methods", "[milora]", "--learning_rates", "[1e-3]", "--adapter.rank", "3"], r"rank"),
+        (["--methods", "[milora]"], r"learning_rates"),
+        (["--methods", "[milora]", "--learning_rates", "[1e-3]", "--trainer.devices", "2"], r"trains on one device"),
+        (
+            [
+                "--methods",
+                "[milora]",
+                "--learning_rates",
+                "[1e-3]",
+                "--data.source.validation",
+                "null",
+                "--data.source.validation_size",
+                "0",
+            ],
+            r"no validation",
+        ),
+    ],
+)
+def test_mistakes_are_named_before_anything_runs(
+    project: Path,
+    args: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        compare(*args)
+    assert re.search(message, str(stopped.value.code) + capsys.readouterr().err)
+    assert not list((project / "comparison").glob("*"))
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    text = capsys.readouterr().out
+    for words in ("--methods", "overlays", "--learning_rates", "--seeds", "--sweep_seed", "--text", "--output"):
+        assert words in text
+    assert "--fit" not in text
+
+
+def test_rate_with_the_lowest_finite_loss_is_chosen() -> None:
+    losses = {1e-4: 0.5, 1e-3: 0.4, 1e-2: float("nan")}
+    assert best_rate([fake("a", rate, 0, loss, 0.1) for rate, loss in losses.items()]) == 1e-3
+    assert best_rate([]) is None
+    with pytest.raises(ValueError, match="a diverges with every learning rate"):
+        best_rate([fake("a", 1e-3, 0, float("inf"), 0.1)])
+
+
+def test_tables_say_what_was_measured() -> None:
+    a = [fake("a", 1e-3, seed, loss, 0.1) for seed, loss in enumerate((1.0, 2.0, 3.0))]
+    b = [fake("b", 1e-2, seed, loss, 0.2) for seed, loss in enumerate((1.5, 1.5, 3.5))]
+    groups = by_method([a[0], b[0], a[1], b[1], a[2], b[2]])
+    table = results_table(groups)
+    assert "| before training |  | 2 | 0 |" in table
+    assert "| a | 0.001 | 2 ± 1 | 0.1 ± 0 |" in table
+    assert "| b | 0.01 | 2.167 ± 1.2 |" in table
+    assert "| b | +0.1667 ± 0.58 (larger in 2 of 3) | +0.1 ± 0 (larger in 3 of 3) |" in paired_table(groups)
+    sweep = [fake("a", rate, 9, loss, 0.1) for rate, loss in ((1e-3, 0.3), (1e-2, 0.2), (1e-1, 0.4))]
+    assert "| a | 0.3000, 0.1 | **0.2000**, 0.1 | 0.4000, 0.1 |" in sweep_table(sweep)
+    assert "edge" not in sweep_table(sweep)
+    assert "For a the best is at the edge" in sweep_table(sweep[:2])

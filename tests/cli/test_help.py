@@ -1,0 +1,114 @@
+"""Help that is read, and mistakes that are answered with what was meant."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.command_line import run
+
+from milora_lightning.cli.commands import COMMANDS, LIGHTNING
+from milora_lightning.cli.help import help_text
+
+
+@pytest.mark.parametrize("command", ["", *LIGHTNING, *COMMANDS])
+def test_help_needs_neither_torch_nor_lightning(command: str) -> None:
+    code = (
+        "import sys; from milora_lightning.cli.help import help_text; print(help_text(sys.argv[1:]));"
+        "sys.exit(bool({'torch', 'lightning', 'transformers', 'jsonargparse'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command.split(), "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "100"},
+    )
+    assert done.returncode == 0
+    assert f" {command or 'COMMAND'} [" in done.stdout.splitlines()[0]
+    assert len(done.stdout.splitlines()) < 170
+    for name in [*LIGHTNING, *COMMANDS] if not command else []:
+        assert re.search(rf"^  {name} +\w", done.stdout, re.MULTILINE)
+
+
+def test_help_tells_of_options_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("fit", "--help_all")
+    everything = set(re.findall(r"--[\w.]+\+?", capsys.readouterr().out))
+    with pytest.raises(SystemExit):
+        run("fit", "--data.source.help", "Files")
+    everything |= set(re.findall(r"--[\w.]+", capsys.readouterr().out))
+    text = help_text(["fit", "--help"]) or ""
+    shown = re.findall(r"^  (--[\w.]+\+?)", text, re.MULTILINE)
+    assert {"--data.source.train", "--adapter.r", "--trainer.max_epochs", "--model.optimizer.lr"} <= set(shown)
+    assert [name for name in shown if name not in everything and not name.startswith("--model.optimizer.")] == []
+
+
+def test_all_help_names_classes_by_their_short_names(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("fit", "--help_all")
+    text = " ".join(capsys.readouterr().out.split())
+    (metrics,) = re.findall(r"--model\.metric METRIC .*?known subclasses: (.*?)\)", text)
+    assert 20 < len(metrics.split(", ")) < 60
+    assert "." not in metrics.removesuffix(" ...")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--data.batchsize=2"], "--data.batchsize: there is no such option. Did you mean --data.batch_size?"),
+        (["--lr", "1"], "--lr: there is no such option. Did you mean --model.optimizer.lr?"),
+        (["--adapter.rank", "8"], "--adapter.rank: there is no such option. Did you mean --adapter.r?"),
+        (["--num_train_epochs=2"], "Did you mean --trainer.max_epochs?"),
+        (["--max_seq_length=2"], "Did you mean --data.max_length?"),
+        (["--model.optimizer.lr=fast"], "--model.optimizer.lr=fast: expected a number."),
+        (["--model.dtype=bfloat"], "expected auto or float32 or bfloat16 or float16. Did you mean bfloat16?"),
+        (["--data.source=File"], "--data.source=File: there is no class of that name. Did you mean Files?"),
+        (["--data.source.trains=x"], "--data.source.trains: Files has no such option. Did you mean train?"),
+        (["--trainer.callbacks+=EarlyStoping"], "Did you mean EarlyStopping?"),
+        (["--trainer.callbacks+=ForgettingMonitor"], "ForgettingMonitor needs more: give --trainer.callbacks.text."),
+        (["--adapter.r"], "--adapter.r: a value is missing"),
+    ],
+)
+def test_mistakes_are_answered_in_a_sentence(
+    project: Path,
+    change: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("fit", "--config", "mine.yaml", *change)
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert message in lines[0]
+
+
+def test_an_unknown_command_is_answered_with_the_one_that_was_meant() -> None:
+    with pytest.raises(SystemExit, match=r"no command 'exprot'. Did you mean export\?"):
+        run("exprot", "--ckpt_path", "x")
+    with pytest.raises(SystemExit, match=r"no command 'xyz'. There are fit, validate"):
+        run("xyz")
+
+
+def test_classes_go_by_their_short_names(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        run("fit", "--config", "mine.yaml", "--data.source", "WordProblems", "--print_config")
+    assert done.value.code == 0
+    assert "class_path: milora_lightning.data.WordProblems" in capsys.readouterr().out
+
+
+def test_preview_shows_what_would_be_learned(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("preview", "--config", "mine.yaml", "--examples", "2", "--data.template", "plain")
+    text = capsys.readouterr().out
+    row = json.loads((project / "train.jsonl").read_text().splitlines()[0])
+    assert row["output"] in re.findall(r"«(.*?)»", text, re.DOTALL)[0]
+    assert row["instruction"] not in "".join(re.findall(r"«(.*?)»", text, re.DOTALL))
+    assert "24 examples" in text
+    assert "6 steps of 4 rows, 6 an epoch" in text
+    assert re.search(r"memory on cpu, estimated: [\d.]+ GB; [\d.]+ GB are available: it fits", text)
+    assert not list((project / "out").rglob("*.ckpt"))

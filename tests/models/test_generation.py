@@ -1,0 +1,59 @@
+"""Greedy answers to padded prompts, with adapters beside the weights and merged."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers.models import TINY_CONFIGS
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from milora_lightning import LoRAConfig, initialize, inject
+from milora_lightning.adapters.injection import adapters_merged
+from milora_lightning.models.attention import NAME
+from milora_lightning.models.generation import generate_greedily
+
+NEW = 12
+CONFIG = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+
+
+def trained_model(kind: str) -> PreTrainedModel:
+    """A model whose adapters have left their start, so that they matter."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(TINY_CONFIGS[kind])).eval()
+    adapters = inject(model, LoRAConfig(r=4))
+    initialize(model)
+    for layer in adapters.values():
+        layer.lora_B.data += 0.1 * torch.randn_like(layer.lora_B)
+    return model
+
+
+def prompts(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    input_ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    for row, length in zip(input_ids, lengths, strict=True):
+        row[-length:] = torch.randint(5, 60, (length,))
+    return input_ids, (input_ids > 0).long()
+
+
+def reference(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """The likeliest tokens one after another, from the whole text each time."""
+    for _ in range(NEW):
+        likeliest = model(input_ids=input_ids, use_cache=False).logits[:, -1:].argmax(-1)
+        input_ids = torch.cat([input_ids, likeliest], 1)
+    return input_ids[:, -NEW:]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", NAME])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma", "gpt2", "opt"])
+def test_answers_are_those_to_each_prompt_alone(kind: str, attention: str) -> None:
+    model = trained_model(kind)
+    model.set_attn_implementation(attention)
+    input_ids, attention_mask = prompts((20, 13, 17))
+    with torch.no_grad():
+        want = [reference(model, row[mask.bool()][None]) for row, mask in zip(input_ids, attention_mask, strict=True)]
+        assert torch.equal(generate_greedily(model, input_ids, attention_mask, CONFIG), torch.cat(want))
+        with adapters_merged(model):
+            assert torch.equal(generate_greedily(model, input_ids, attention_mask, CONFIG), torch.cat(want))

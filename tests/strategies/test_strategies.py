@@ -1,0 +1,120 @@
+"""What can be told of strategies without several processes or GPUs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import tiny_model
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import FSDPPrecision
+from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
+from torch import nn
+
+from milora_lightning import AdapterExport, LoRAConfig, MiLoRAFSDPStrategy, MiLoRAModelParallelStrategy, inject
+from milora_lightning.checkpoint.adapter import AdapterCheckpoint
+from milora_lightning.parallel.dtensor import fill, gather_to, local_slices, shard_like
+from milora_lightning.strategies.base import finish, prepare
+from milora_lightning.strategies.fsdp import decoder_policy
+
+
+def trainer_with(strategy: Any) -> Any:
+    return SimpleNamespace(strategy=strategy, precision_plugin=getattr(strategy, "precision_plugin", None))
+
+
+def test_other_strategies_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"does not work under SimpleNamespace: use one device, strategy: ddp"):
+        prepare(trainer_with(SimpleNamespace(checkpoint_io=None)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision_plugin": FSDPPrecision("bf16-true")}, "would make the adapters half precision.*bf16-mixed"),
+        ({"use_orig_params": False}, "use_orig_params: false"),
+        ({"state_dict_type": "sharded"}, "leave out state_dict_type: sharded"),
+    ],
+)
+def test_fsdp1_that_cannot_hold_adapters_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare(trainer_with(FSDPStrategy(**options)))
+
+
+def test_fsdp1_wraps_decoder_layers_and_casts_no_factors() -> None:
+    strategy = FSDPStrategy(precision_plugin=FSDPPrecision("bf16-mixed"))
+    assert strategy.mixed_precision_config.param_dtype == torch.bfloat16  # Lightning's own choice
+    prepare(trainer_with(strategy))
+    assert strategy.mixed_precision_config.param_dtype == torch.bfloat16  # as long as there are no adapters
+    model = tiny_model("llama")
+    inject(model, LoRAConfig(r=4))
+    module = LightningModule()
+    module.model = model
+    AdapterCheckpoint.attach(module, LoRAConfig(r=4))
+    strategy.connect(module)
+    finish(trainer_with(strategy), module)
+    assert strategy.mixed_precision_config.param_dtype is None
+    wrapped = decoder_policy(module)._run_policy(model, ignored_modules=set(), root_kwargs={})
+    assert set(wrapped) == set(model.model.layers)
+
+
+class Louder(FSDPStrategy):
+    """A user's own strategy."""
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return {**super().lightning_module_state_dict(), "said": "aloud"}
+
+
+def test_lightning_s_own_classes_and_users_classes_become_ours_and_stay_what_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bare, own, ours = FSDPStrategy(), Louder(), MiLoRAFSDPStrategy()
+    for strategy in (bare, own, ours):
+        prepare(trainer_with(strategy))
+        prepare(trainer_with(strategy))  # fit, then test
+    assert type(bare) is type(ours) is MiLoRAFSDPStrategy
+    assert isinstance(own, Louder)
+    assert isinstance(own, MiLoRAFSDPStrategy)
+    assert type(own).__name__ == "Louder"
+    assert type(Louder()) is Louder
+    monkeypatch.setattr(MiLoRAFSDPStrategy, "lightning_module_state_dict", lambda self: {"adapters": 1})
+    assert own.lightning_module_state_dict() == {"adapters": 1, "said": "aloud"}
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"), [("milora_fsdp1", MiLoRAFSDPStrategy), ("milora_fsdp2", MiLoRAModelParallelStrategy)]
+)
+def test_the_trainer_knows_them_by_name(name: str, ours: type) -> None:
+    assert name in StrategyRegistry.available_strategies()
+    if name == "milora_fsdp1":  # which has no way to CPUs: said as of Lightning's own
+        with pytest.raises(ValueError, match="requires a GPU"):
+            Trainer(strategy=name, accelerator="cpu", logger=False)
+    else:
+        assert type(Trainer(strategy=name, accelerator="cpu", devices=2, logger=False).strategy) is ours
+
+
+def test_fsdp1_refuses_a_half_precision_base() -> None:
+    model = tiny_model("llama", torch.bfloat16)
+    inject(model, LoRAConfig(r=4))
+    trainer = trainer_with(FSDPStrategy())
+    prepare(trainer)
+    with pytest.raises(ValueError, match=r"torch.bfloat16: set dtype: float32 and precision: bf16-mixed"):
+        finish(trainer, model)
+
+
+def test_export_at_the_end_is_refused_for_shards(tmp_path: Path) -> None:
+    trainer = trainer_with(FSDPStrategy())
+    with pytest.raises(ValueError, match=r"export the checkpoint afterwards"):
+        AdapterExport(str(tmp_path / "exported")).setup(trainer, nn.Module(), "fit")
+
+
+def test_tensors_that_are_not_sharded_are_what_they_are() -> None:
+    tensor = torch.randn(3, 2)
+    assert gather_to(tensor, rank=1) is tensor
+    assert shard_like(tensor, tensor) is tensor
+    target = torch.zeros(3, 2)
+    fill(target, tensor)
+    assert torch.equal(target, tensor)
+    assert torch.equal(tensor[local_slices(tensor)], tensor)

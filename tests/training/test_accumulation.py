@@ -1,0 +1,142 @@
+"""An optimizer step over several batches is that over one large batch, whatever is set around it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import quiet_trainer, save_tiny_model
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from milora_lightning import CausalLMModule, MiLoRAInit, lora_layers
+from milora_lightning.data.batches.batching import Collator
+from milora_lightning.training.accumulation import TokenWindow
+
+# Answers of very different lengths, and one (the last) that is cut off: nothing of it is supervised.
+LENGTHS = (1, 40, 2, 25, 0)
+WHOLE = [[0, 1, 2, 3]]
+
+
+class Gradients(Callback):
+    """Keeps the gradients that callbacks see before each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self.seen.append(torch.cat([p.grad.flatten() for p in pl_module.parameters() if p.grad is not None]))
+
+
+class MeanOfMeans(CausalLMModule):
+    """What Lightning does by itself."""
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        LightningModule.backward(self, loss, *args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("accumulation") / "llama", "llama")
+
+
+def train(
+    model: Path, batches: list[list[int]], kind: type[CausalLMModule] = CausalLMModule, **options: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """Train two epochs on batches of the examples of these numbers; return the update and the gradients."""
+    generator = torch.Generator().manual_seed(0)
+    examples = [
+        {"input_ids": torch.randint(4, 128, (8 + length,), generator=generator).tolist(), "prompt_length": 8}
+        for length in LENGTHS
+    ]
+    collate = Collator(0, 8)
+    loader = DataLoader([collate([examples[number] for number in batch]) for batch in batches], batch_size=None)
+    gradients = Gradients()
+    callbacks = [MiLoRAInit(r=2, seed=0), gradients, *options.pop("callbacks", [])]
+    lm = kind(
+        str(model),
+        optimizer=options.pop("optimizer", lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9)),
+        lr_scheduler="constant",
+        warmup_steps=0,
+    )
+    quiet_trainer(model.parent, **{"max_epochs": 2, "callbacks": callbacks, **options}).fit(lm, loader)
+    moved = [
+        (now - start).detach().flatten()
+        for layer in lora_layers(lm).values()
+        for now, start in ((layer.lora_A, layer.initial_A), (layer.lora_B, layer.initial_B))
+    ]
+    return torch.cat(moved), gradients.seen
+
+
+def distance(got: Tensor, expected: Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("batches", "whole", "options"),
+    [
+        ([[0, 1], [2, 3]], WHOLE, {"accumulate_grad_batches": 2}),
+        ([[0], [1], [2], [3]], WHOLE, {"accumulate_grad_batches": 4}),
+        ([[3], [0, 2], [1]], WHOLE, {"accumulate_grad_batches": 8}),  # the epoch ends before
+        ([[0], [1], [2], [3]], [[0, 1, 2], [3]], {"accumulate_grad_batches": 3}),
+        ([[0], [1], [2], [3]], [[0, 1], [2]], {"accumulate_grad_batches": 2, "limit_train_batches": 3}),
+        ([[0], [1], [2], [3]], WHOLE, {"callbacks": [GradientAccumulationScheduler({0: 4})]}),
+        ([[4], [0, 1], [4], [2, 3], [4]], WHOLE, {"accumulate_grad_batches": 5}),
+        ([[4], [4]], [[4]], {"accumulate_grad_batches": 2}),
+        ([[0, 1], [2, 3]], WHOLE, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.01}),
+        (
+            [[0, 1], [2, 3]],
+            WHOLE,
+            {"accumulate_grad_batches": 2, "gradient_clip_val": 1e-4, "gradient_clip_algorithm": "value"},
+        ),
+    ],
+)
+def test_batches_of_a_step_train_what_one_large_batch_does(
+    batches: list[list[int]], whole: list[list[int]], options: dict[str, Any], llama: Path
+) -> None:
+    """The same updates over two epochs, of the same gradients before they are clipped."""
+    one = {k: v for k, v in options.items() if "clip" in k}
+    expected, gradients = train(llama, whole, **one)
+    got, seen = train(llama, batches, **options)
+    assert len(seen) == len(gradients) == 2 * len(whole)
+    if expected.any():  # not where nothing is supervised
+        assert distance(seen[0], gradients[0]) < 1e-6
+        assert all(distance(ours, theirs) < 1e-5 for ours, theirs in zip(seen, gradients, strict=True))
+        assert distance(got, expected) < 1e-5
+    else:
+        assert torch.equal(got, expected)
+
+
+def test_the_mean_of_means_is_another_gradient(llama: Path) -> None:
+    expected, _ = train(llama, WHOLE)
+    got, _ = train(llama, [[0, 1], [2, 3]], MeanOfMeans, accumulate_grad_batches=2)
+    assert distance(got, expected) > 0.05
+
+
+@pytest.mark.parametrize(
+    "precision", [MixedPrecision("bf16-mixed", "cpu"), MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]
+)
+def test_mixed_precision_accumulates_the_same(precision: MixedPrecision, llama: Path) -> None:
+    """Scaled losses are weighted before the scaler looks at their gradients; half precision rounds."""
+    options: dict[str, Any] = {"plugins": [precision], "gradient_clip_val": 0.01}
+    expected, gradients = train(llama, WHOLE, **options)
+    got, seen = train(llama, [[4], [0, 1], [2, 3]], accumulate_grad_batches=3, **options)
+    assert distance(seen[0], gradients[0]) < 0.02
+    assert distance(got, expected) < 0.05
+
+
+def test_a_window_begins_anew_when_gradients_are_zeroed() -> None:
+    """Also where fitting stopped in its middle, as a time limit may."""
+    parameter = torch.nn.Parameter(torch.zeros(()))
+    window = TokenWindow()
+    window.add(torch.tensor(1000))
+    window.clear()
+    for tokens in (3, 1):
+        (parameter * window.add(torch.tensor(tokens))).backward()
+    window.average([parameter])
+    assert parameter.grad == 1

@@ -1,0 +1,66 @@
+"""Files and folders are there whole or not at all, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from milora_lightning.utils.folders import new_cache_folder, new_folder, replace_by, replaced_file
+
+
+def test_a_file_is_what_it_was_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "entry.txt"
+    with replaced_file(path) as unfinished:
+        unfinished.write_text("first")
+        assert not path.exists()
+    with pytest.raises(OSError, match="full"), replaced_file(path) as unfinished:  # noqa: PT012
+        unfinished.write_text("half")
+        raise OSError("full")
+    assert path.read_text() == "first"
+    assert os.listdir(path.parent) == ["entry.txt"]
+
+
+def test_of_several_processes_one_makes_a_folder_of_the_cache(tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "tiny"
+    with new_cache_folder(folder) as slower:
+        (slower / "by").write_text("the slower")
+        with new_cache_folder(folder) as faster:
+            (faster / "by").write_text("the faster")
+    assert (folder / "by").read_text() == "the faster"
+    assert os.listdir(folder.parent) == ["tiny"]
+
+
+def test_what_killed_processes_left_is_removed_after_a_day(tmp_path: Path) -> None:
+    for name, age in {".tiny-old": 25, ".tiny-new": 1, ".other-old": 25}.items():
+        (tmp_path / name).mkdir()
+        then = time.time() - age * 3600
+        os.utime(tmp_path / name, (then, then))
+    with new_cache_folder(tmp_path / "tiny"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == [".other-old", ".tiny-new", "tiny"]
+
+
+def test_a_folder_that_fails_does_not_appear(tmp_path: Path) -> None:
+    for making in (new_folder, new_cache_folder):
+        with pytest.raises(ValueError, match="no"), making(tmp_path / "out") as folder:  # noqa: PT012
+            (folder / "half").touch()
+            raise ValueError("no")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("before", ["nothing", "file", "folder"])
+def test_a_whole_folder_takes_the_place_of_what_was_there(before: str, tmp_path: Path) -> None:
+    path, unfinished = tmp_path / "last.ckpt", tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "new").touch()
+    if before == "file":
+        path.touch()
+    elif before == "folder":
+        path.mkdir()
+        (path / "old").touch()
+    replace_by(path, unfinished)
+    assert os.listdir(path) == ["new"]
+    assert os.listdir(tmp_path) == ["last.ckpt"]
