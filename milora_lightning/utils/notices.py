@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent
+from milora_lightning.utils.folders import PACKAGE
 
 LOGGED = {
     "lightning.pytorch.utilities.rank_zero": [
