@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: alternating rounds, the machine's kind, and tables in the README."""
+"""What the benchmark scripts share: alternating rounds, the machine's kind, and where results are published."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from figures import COLUMNS, draw_tables
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "two_cores.md"
 
 
 def alternate(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -49,18 +50,18 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def publish(name: str, text: str) -> None:
-    """Print a result, put it into the README between the marks of its name, and draw the tables of its script anew."""
+def publish(name: str, text: str, page: Path = RESULTS) -> None:
+    """Print a result, write it between the marks of its name on a page, and draw the tables of its script again."""
     command = " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *(Path(word).name for word in sys.argv[1:])])
     text = f"{text}\n\n({machine()}; `{command}`)"
     print(text)
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    readme = README.read_text()
-    if begin not in readme:
-        raise SystemExit(f"README.md has no place marked {begin}")
-    head, rest = readme.split(begin)
-    readme = head + begin + "\n" + text + "\n" + end + rest.split(end)[1]
-    README.write_text(readme)
+    before = page.read_text()
+    if begin not in before:
+        raise SystemExit(f"{page} has no place marked {begin}")
+    head, rest = before.split(begin)
+    after = head + begin + "\n" + text + "\n" + end + rest.split(end)[1]
+    page.write_text(after)
     script = name.split("_")[0]
     if script in COLUMNS:
-        draw_tables(script, readme)
+        draw_tables(script, after)

@@ -1,6 +1,6 @@
 """Tables and pictures of two comparisons of methods, which `python main.py compare` has trained.
 
-The README says with which commands.
+benchmarks/results/two_cores.md says with which commands.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import csv
 import sys
 from pathlib import Path
 
-from common import README, publish
+from common import publish
 from figures import PLOTS
 
-from milora_lightning.cli.compare import Run, read_rows
 from milora_lightning.cli.report import by_method, plot_plane, results_table, sweep_table
+from milora_lightning.cli.runs import Run, read_rows
 
 TASKS = {"gsm8k": "GSM8K", "commonsense": "ARC-Easy"}
 
@@ -36,7 +36,7 @@ def main(folder: Path) -> None:
         groups = by_method(finished_runs(output, "comparison"))
         picture = PLOTS / f"comparison_{name}.png"
         plot_plane(picture, groups)
-        image = f"![Validation loss on {task} against forgetting]({picture.relative_to(README.parent)})"
+        image = f"![Validation loss on {task} against forgetting](../plots/{picture.name})"
         sweep = sweep_table(finished_runs(output, "sweep"))
         seeds = len(next(iter(groups.values())))
         parts += [f"**{task}**, seeds: {seeds}", results_table(groups), image, sweep]

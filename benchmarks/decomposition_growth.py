@@ -62,8 +62,8 @@ def main() -> None:
         total = sum(count * projected(shape, square, wide, exponents) for shape, count in matrices.items())
         rows.append([model, *(f"{total / ranks / 60:.1f} min" for ranks in RANKS_OF_A_RUN)])
     columns = ["surgery, projected", *(f"{n} rank{'s' * (n > 1)} of such a CPU" for n in RANKS_OF_A_RUN)]
-    plots = "![time against size](benchmarks/plots/decomposition_size.png)"
-    plots += " ![time against r](benchmarks/plots/decomposition_rank.png)"
+    plots = "![time against size](../plots/decomposition_size.png)"
+    plots += " ![time against r](../plots/decomposition_rank.png)"
     text = f"{plots}\n\n{table(['weight', 'against', 'exponent'], fits)}\n\n{table(columns, rows)}\n\n"
     text += f"The second table is a projection, not a measurement: all linear layers, r = {R}."
     publish("decomposition_growth", text)

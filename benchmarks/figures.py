@@ -1,4 +1,4 @@
-"""Plots: of curves on logarithmic axes, and of the README's tables, so that a figure says what its table does."""
+"""Plots: of curves on logarithmic axes, and of published tables, so that a figure says what its table does."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def save_plot(name: str, figure: Figure) -> None:
     figure.savefig(PLOTS / f"{name}.png", dpi=120)
 
 
-def draw_tables(script: str, readme: str) -> None:
-    """Draw a column of each of a script's tables in the README's text, panel by panel, into plots/SCRIPT.png."""
-    sections = re.findall(rf"<!-- {script}\S* -->\n(.*?)<!-- /", readme, re.DOTALL)
+def draw_tables(script: str, page: str) -> None:
+    """Draw a column of each of a script's tables in a page's text, panel by panel, into plots/SCRIPT.png."""
+    sections = re.findall(rf"<!-- {script}\S* -->\n(.*?)<!-- /", page, re.DOTALL)
     tables = [rows for rows in map(cells, sections) if rows and COLUMNS[script] in rows[0]]
     heights = [len(rows) + 1 for rows in tables]
     figure = Figure(figsize=(6, 0.3 * sum(heights)), layout="constrained")

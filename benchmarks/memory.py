@@ -14,13 +14,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import machine, table
+from common import ROOT, publish, table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
-ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "preview.md"
-BEGIN, END = "<!-- memory -->", "<!-- /memory -->"
 COMMON = [
     *("--config", "milora.yaml", "--config", "{folder}/data.yaml", "--data.num_generation_examples=0"),
     *("--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--trainer.num_sanity_val_steps=0"),
@@ -92,10 +90,7 @@ def main() -> None:
             rows.append([name, f"{estimated:.2f} GB", f"{measured:.2f} GB", error])
             print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
     text = table(["model and settings", "estimated", "measured", "error"], rows)
-    text += f"\n\n({machine()}, two steps in float32; `python benchmarks/memory.py`)"
-    print(text)
-    head, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    publish("memory", f"{text}\n\nTwo steps in float32.", PAGE)
 
 
 def prepare(folder: Path) -> None:

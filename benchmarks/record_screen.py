@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from terminal import run_in_terminal  # noqa: E402
+from helpers.terminal import run_in_terminal  # noqa: E402
 
 KINDS = (
     *("Preparing the data", "Loading the model", "Initializing adapters", "Evaluating before training"),

@@ -137,7 +137,7 @@ def growth() -> None:
     exponents = growth_plot("step", "r (batch 16), batch (of 224 tokens each), length (batch 4)", series)
     fits = ", ".join(f"{name} {value:.1f}" for name, value in exponents.items())
     note = f"Exponents of a step's time in bfloat16, not compiled: {fits}."
-    publish("step_growth", f"![growth of a step's time](benchmarks/plots/step.png)\n\n{note}")
+    publish("step_growth", f"![growth of a step's time](../plots/step.png)\n\n{note}")
 
 
 PARTS = {"bfloat16": partial(shares, "bfloat16"), "float32": partial(shares, "float32"), "growth": growth}
