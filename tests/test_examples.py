@@ -1,0 +1,62 @@
+"""The examples run."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch
+import pytest
+import yaml
+from helpers.models import quiet_trainer, save_tiny_model
+
+from milora_lightning import lora_layers
+from milora_lightning.cli.main import main
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize("name", ["minimal_callback", "image_classifier"])
+def test_modules_train_their_adapters(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+
+    def trainer(**options: Any) -> lightning.pytorch.Trainer:
+        made = quiet_trainer(tmp_path, **options)
+        fit = made.fit
+        made.fit = lambda module, data: (fit(module, data), trained.append(module))  # type: ignore[method-assign]
+        return made
+
+    monkeypatch.setattr(lightning.pytorch, "Trainer", trainer)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    layers = lora_layers(trained[0])
+    assert layers
+    assert all(not layer.lora_A.equal(layer.initial_A) for layer in layers.values())
+    if name == "image_classifier":
+        assert trained[0].model.classifier.weight.requires_grad
+        assert not any("classifier" in layer for layer in layers)
+
+
+def test_functions_work_without_lightning(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "without_lightning.py"), run_name="__main__")  # its assertions are the point
+    assert "loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["conversations", "qlora"])
+def test_configs_are_understood(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny_model(tmp_path / "model", "llama")
+    (tmp_path / "chats.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    options = ["--model.name_or_path", str(model), "--data.source.train", "chats.jsonl", "--print_config"]
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", str(EXAMPLES / f"{name}.yaml"), *options])
+    assert ended.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    given = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
+    assert shown["adapter"]["r"] == given["adapter"]["r"]
+    assert shown["trainer"]["default_root_dir"] == f"runs/{name}"
+    assert shown["model"]["optimizer"]["class_path"].endswith(given["model"]["optimizer"]["class_path"])
