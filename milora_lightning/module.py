@@ -22,7 +22,7 @@ from milora_lightning.config import IGNORE_INDEX
 from milora_lightning.data import SFTDataModule
 from milora_lightning.data.batches.batching import TEXTS
 from milora_lightning.data.encoding.asking import question_batch
-from milora_lightning.data.encoding.prompt_format import PromptFormat
+from milora_lightning.data.encoding.prompt_format import PromptFormat, warn_of_another
 from milora_lightning.data.model_check import check_model
 from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy
 from milora_lightning.models.compile import compile_layers
@@ -125,7 +125,9 @@ class CausalLMModule(OptimizedModule):
         super().setup(stage)
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, SFTDataModule):
-            self.prompt_format = datamodule.prompt_format
+            trained, self.prompt_format = self.prompt_format, datamodule.prompt_format
+            if stage != "fit" and trained is not None and self.prompt_format is not None:
+                warn_of_another(trained, self.prompt_format)
         if self._follows_data:
             self.metric = datamodule.metric() if isinstance(datamodule, SFTDataModule) else AnswerAccuracy()
 

@@ -44,8 +44,8 @@ def options_in(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_options(path: str | Path, adapters: bool = True) -> dict[str, Any]:
-    """Read the options that a checkpoint was written with.
+def read_for_options(path: str | Path, adapters: bool = True) -> dict[str, Any]:
+    """Read a checkpoint for the options that it was written with.
 
     Args:
         path: The checkpoint, a file or a folder.
@@ -53,13 +53,13 @@ def read_options(path: str | Path, adapters: bool = True) -> dict[str, Any]:
             to find out more than the module's options.
 
     Returns:
-        What :func:`options_in` returns.
+        Its content, of which :func:`options_in` takes them.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
         CheckpointError: If it cannot be read, or holds no adapters.
     """
-    return options_in(read_checkpoint(path) if adapters else read_without_weights(path))
+    return read_checkpoint(path) if adapters else read_without_weights(path)
 
 
 def differences(given: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:

@@ -19,7 +19,8 @@ from milora_lightning.checkpoint.options import (
     base_may_have_moved,
     differences,
     find_checkpoint,
-    read_options,
+    options_in,
+    read_for_options,
 )
 from milora_lightning.cli.commands import COMMANDS, LIGHTNING
 from milora_lightning.cli.commands.running import run_command
@@ -33,6 +34,8 @@ from milora_lightning.cli.run_config import RunConfig
 from milora_lightning.cli.trainer_defaults import LOG_EVERY_N_STEPS, earlier_checkpoints, missing_options, with_screen
 from milora_lightning.cli.typed_text import take_text_as_typed
 from milora_lightning.data import Files, SFTDataModule
+from milora_lightning.data.datamodule import TRAIN_ON
+from milora_lightning.data.encoding.prompt_format import PromptFormat, data_state
 from milora_lightning.module import CausalLMModule
 from milora_lightning.utils.errors import InvalidInputError, sentence
 from milora_lightning.utils.messages import inform
@@ -79,6 +82,7 @@ class MiLoRACLI(LightningCLI):
             args = resolve_configs(args)
         self._args = args
         self._from_checkpoint: dict[str, Any] = {}
+        self._trained_with: PromptFormat | None = None
         self._given_optimizer: dict[str, Any] = {}
         path = self._given_checkpoint(parser)
         # now, before a model is loaded for it
@@ -121,7 +125,12 @@ class MiLoRACLI(LightningCLI):
     def _take_options(self, path: str) -> None:
         """Make a checkpoint's options the defaults: what is given, in whichever way, goes before these."""
         full = self._given.get("adapter.init") == "full"
-        saved = read_options(path, adapters=not full)
+        checkpoint = read_for_options(path, adapters=not full)
+        saved = options_in(checkpoint)
+        if self._given_to != "fit":  # which decides anew how to train
+            state = data_state(checkpoint)
+            self._trained_with = PromptFormat.found_in(checkpoint)
+            saved.update({f"data.{TRAIN_ON}": state[TRAIN_ON]} if TRAIN_ON in state else {})
         if full and any(name.startswith("adapter.") for name in saved):
             raise CheckpointError(f"{path!r} holds adapters, and adapter.init is full: leave that out.")
         parser = self._parser(self._given_to)
@@ -178,6 +187,8 @@ class MiLoRACLI(LightningCLI):
             bar.begin("Preparing the data")
         try:
             with base_may_have_moved(f"--{BASE}", own):
+                if self._trained_with is not None:
+                    self.datamodule.ask_as(self._trained_with)
                 super()._run_subcommand(subcommand)
         except SystemExit as error:
             if self.trainer.interrupted and not isinstance(error, SIGTERMException):  # which ends a run in good order

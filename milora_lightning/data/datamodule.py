@@ -12,7 +12,7 @@ from milora_lightning.data.batches.batching import Collator
 from milora_lightning.data.batches.packing import PackedDataset, PackingCollator
 from milora_lightning.data.batches.resuming import OverfittingSampler, ResumableSampler, Resumption
 from milora_lightning.data.batches.sampling import ResumableDataLoader
-from milora_lightning.data.encoding.prompt_format import KEY, PromptFormat
+from milora_lightning.data.encoding.prompt_format import KEY, PromptFormat, warn_of_another
 from milora_lightning.data.encoding.templates import AUTO
 from milora_lightning.data.encoding.turn_encoding import ASSISTANT
 from milora_lightning.data.evaluation_loading import EvaluationLoaders
@@ -25,7 +25,9 @@ from milora_lightning.data.streaming.places import StreamPlaces
 from milora_lightning.data.streaming.rows import stream_of
 from milora_lightning.models.limits import embedding_rows
 from milora_lightning.utils.errors import InvalidInputError
-from milora_lightning.utils.messages import warn
+
+TRAIN_ON = "train_on"
+"""The entry of the state, and of a checkpoint, that says which turns were learned."""
 
 # Which split a stage cannot do without.
 NEEDED: dict[str | None, Split] = {"fit": "train", "validate": "validation", "test": "test", "predict": "test"}
@@ -191,7 +193,8 @@ class SFTDataModule(EvaluationLoaders):
         position, prompt_format = self._resumption.state_dict(), self.prompt_format
         record = None if prompt_format is None else prompt_format.record()
         stream = self._places.state_dict() if self.streaming else None
-        return {"position": position, "stream": stream, "description": self.description, KEY: record}
+        asked = {KEY: record, TRAIN_ON: self.train_on}
+        return {"position": position, "stream": stream, "description": self.description, **asked}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on in training where the checkpoint was written, also on another number of ranks.
@@ -199,10 +202,8 @@ class SFTDataModule(EvaluationLoaders):
         Says it if prompts were written otherwise there.
         """
         trained, now = PromptFormat.found_in({"data": state_dict}), self.prompt_format
-        if trained is not None and now is not None and trained != now:
-            named = trained.template != now.template
-            remedy = f" Set data.template: {trained.template} to ask as in training." if named else ""
-            warn(f"The checkpoint was trained on prompts of another format: {trained.difference(now)}.{remedy}")
+        if trained is not None and now is not None:
+            warn_of_another(trained, now)
         stream = state_dict.get("stream")
         if self.trainer is not None and self.trainer.state.fn == "fit" and self.streaming != (stream is not None):
             raise InvalidInputError(

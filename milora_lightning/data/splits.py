@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import datasets
@@ -94,6 +95,18 @@ class TokenizedSplits(LightningDataModule):
         """How prompts are written; None of data that is nothing but plain texts."""
         _, only_texts = self._kinds_of_rows()
         return None if only_texts else PromptFormat.of(self.tokenizer_object, self.template_name, self.prompt_suffix)
+
+    def ask_as(self, trained: PromptFormat) -> None:
+        """Ask as a model was asked in training, where ``template`` is ``"auto"``: the data would decide it else.
+
+        Args:
+            trained: How that was; its suffix counts where none is given here.
+        """
+        if self.template != AUTO:
+            return
+        self.template, self.prompt_suffix = trained.template, self.prompt_suffix or trained.prompt_suffix
+        if (jinja := trained.tokenizers_template) is not None:
+            self.tokenizer = replace(trained, chat_template=jinja).applied_to(self.tokenizer_object)
 
     @property
     def template_name(self) -> TemplateName:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from milora_lightning.data.encoding.chat import ChatTemplate, token_ids
 from milora_lightning.data.encoding.templates import TEMPLATES, TemplateName, bos_prefix
 from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.messages import warn
 
 KEY = "prompt_format"
 """The entry of a checkpoint, among the data's, that holds the record."""
@@ -44,17 +45,22 @@ class PromptFormat:
         if template == "chat":
             end = ChatTemplate.of(tokenizer).end_of_turn
             own = cast(str, tokenizer.get_chat_template())
-            suffix = f"{{% if add_generation_prompt %}}{{{{ {_literal(prompt_suffix)} }}}}{{% endif %}}"
             token = tokenizer.eos_token if end is None else tokenizer.convert_ids_to_tokens(end)
-            return cls(template, prompt_suffix, own + suffix if prompt_suffix else own, cast(str, token))
+            return cls(template, prompt_suffix, own + _suffix_in_jinja(prompt_suffix), cast(str, token))
         return cls(template, prompt_suffix, _chat_template(tokenizer, template, prompt_suffix), tokenizer.eos_token)
 
     @classmethod
     def found_in(cls, checkpoint: Mapping[str, Any]) -> PromptFormat | None:
         """Return the record that the data of a run left in its checkpoint; None if there is none."""
-        states = (state for state in checkpoint.values() if isinstance(state, dict))
-        record = next((state[KEY] for state in states if KEY in state), None)
+        record = data_state(checkpoint).get(KEY)
         return None if record is None else cls(**record)
+
+    @property
+    def tokenizers_template(self) -> str | None:
+        """The chat template that the tokenizer had in training, where prompts were written by that."""
+        if self.template != "chat" or self.chat_template is None:
+            return None
+        return self.chat_template.removesuffix(_suffix_in_jinja(self.prompt_suffix))
 
     def record(self) -> dict[str, Any]:
         """Return what :meth:`found_in` reads, of primitives alone."""
@@ -80,6 +86,22 @@ class PromptFormat:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = self.chat_template
         return tokenizer
+
+
+def data_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what the data of a run left in its checkpoint; nothing if there is none, or it is of another module."""
+    states = (state for state in checkpoint.values() if isinstance(state, dict))
+    return next((state for state in states if KEY in state), {})
+
+
+def warn_of_another(trained: PromptFormat, now: PromptFormat) -> None:
+    """Say it where a model is asked in another format than it was trained in, and how to ask as in training."""
+    if trained == now:
+        return
+    remedy = (
+        f" Set data.template: {trained.template} to ask as in training." if trained.template != now.template else ""
+    )
+    warn(f"The checkpoint was trained on prompts of another format: {trained.difference(now)}.{remedy}")
 
 
 def for_conversations(
@@ -140,6 +162,11 @@ def _as_jinja(template: TemplateName, suffix: str) -> str:
         f"{{% else %}}{{{{ {answer} + message['content'] + eos_token }}}}{{% endif %}}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{{{{ {answer} }}}}{{% endif %}}"
     )
+
+
+def _suffix_in_jinja(suffix: str) -> str:
+    """Write what chat templates end in for prompts to end in a suffix."""
+    return f"{{% if add_generation_prompt %}}{{{{ {_literal(suffix)} }}}}{{% endif %}}" if suffix else ""
 
 
 def _literal(text: str) -> str:
