@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback, LightningModule, Trainer
 
 from milora_lightning.checkpoint.adapter import read_checkpoint
 from milora_lightning.cli.compare import RunCLI
@@ -115,18 +114,13 @@ def test_one_learning_rate_needs_no_sweep_and_a_failed_run_leaves_nothing(
 ) -> None:
     options = ["--learning_rates", "[1e-3]", "--seeds", "[0]"]
     with pytest.raises(ZeroDivisionError):
-        compare(*options, "--methods", "[milora]", "--trainer.callbacks+=test_compare.Fails")
+        compare(*options, "--methods", "[milora]", "--trainer.callbacks+=helpers.failing.Fails")
     assert not list((project / "comparison").iterdir())
     compare(*options, "--methods", "[milora,random]", "--trainer.max_steps", "4")
     assert runs[1:] == [["milora", 1e-3, 0], ["random", 1e-3, 0]]
     (row, _) = csv.DictReader((project / "comparison" / "results.csv").open())
     assert row["step"] == "4"  # not a multiple of the interval: measured all the same
     assert not (project / "comparison" / "learning_forgetting.png").exists()
-
-
-class Fails(Callback):
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        raise ZeroDivisionError
 
 
 @pytest.mark.parametrize(

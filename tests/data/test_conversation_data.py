@@ -109,7 +109,7 @@ def test_what_became_of_the_rows_is_said(recwarn: pytest.WarningsRecorder) -> No
     pieces = len(encoded) - 3  # beside two conversations and the short text
     assert "1 of 5 examples of the train data have no response: left out" in said
     assert f"1 of {len(encoded)} examples of the train data are longer than max_length=200 tokens" in said
-    assert f"1 texts of the train data are longer than max_length=200 tokens: cut into {pieces} pieces" in said
+    assert f"1 text of the train data longer than max_length=200 tokens: cut into {pieces} pieces" in said
     assert pieces > 1
     assert "answers in 2 conversations of the train data otherwise once others follow" in said
 

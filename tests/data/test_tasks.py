@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.data_fixtures import isolate_cache
-from helpers.models import quiet_trainer
+from helpers.models import quiet_trainer, save_tiny_model
 from helpers.tasks import BOOLQ, PIQA, Parrot, commonsense, datamodule, question, write
 
 from milora_lightning import CausalLMModule, MiLoRAInit, PredictionWriter
@@ -24,6 +24,11 @@ REAL = Path(__file__).parents[3] / "shared" / "data"
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     isolate_cache(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_tiny_model(tmp_path / "model", "llama")
 
 
 def test_commonsense_has_named_test_sets_and_a_held_out_part(tmp_path: Path) -> None:

@@ -6,9 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from helpers.models import save_tiny_model
 from milora_lightning import CausalLMModule, SFTDataModule
 from milora_lightning.data import Commonsense
 
@@ -44,11 +41,6 @@ def commonsense(folder: Path, **options: Any) -> Commonsense:
 def datamodule(source: Any, model: Path, **options: Any) -> SFTDataModule:
     defaults = {"template": "plain", "max_length": 64, "generation_batch_size": 3}
     return SFTDataModule(source, str(model), **{**defaults, **options})
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return save_tiny_model(tmp_path / "model", "llama")
 
 
 class Parrot(CausalLMModule):
