@@ -20,6 +20,7 @@ from milora_lightning.screen.state import RunState, Work
 from milora_lightning.screen.views import LineView, LiveView, View
 from milora_lightning.training.remaining import seconds_left
 from milora_lightning.training.schedules import run_length
+from milora_lightning.utils.counting import counted
 
 READ_EVERY = 0.5  # seconds: reading a figure from a device waits for it
 OWN = ("loss", "train_loss", "lr", "tokens_per_second", "v_num")  # shown in a way of their own
@@ -255,7 +256,7 @@ class RunProgress(ProgressBar):
         self._passes = 0
         self._answering = isinstance(batch, Mapping) and "reference" in batch
         if self.state.work is not None:
-            self.state.work.note = f"answering {len(batch['reference'])} prompts" if self._answering else ""
+            self.state.work.note = f"answering {counted(len(batch['reference']), 'prompt')}" if self._answering else ""
         self._tick()
 
     def _pass(self) -> None:

@@ -50,6 +50,8 @@ class RunCLI(MiLoRACLI):
     The run logs and saves nothing of its own: loggers and checkpoint callbacks of the configs are left out.
     """
 
+    command = "compare"
+
     def __init__(self, args: list[str]) -> None:
         self.trajectory = Trajectory()
         options: dict[str, Any] = {"save_config_callback": None, "auto_configure_optimizers": False}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any, TypeVar
 
 from jsonargparse import Namespace
@@ -53,6 +54,9 @@ class MiLoRACLI(LightningCLI):
     follows the model. ``--config`` may name a shipped config.
     """
 
+    command: str | None = None
+    """The command that takes these options, where it is another than theirs: errors point to its help."""
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make a parser whose errors are sentences."""
         self.parser_class = Parser
@@ -81,6 +85,9 @@ class MiLoRACLI(LightningCLI):
         elif isinstance(args, list):
             args = resolve_configs(args)
         self._args = args
+        if self.command is not None:
+            for each in list(getattr(self, "_subcommand_parsers", {}).values()) or [parser]:
+                each.prog = f"{Path(sys.argv[0]).name} {self.command}"
         self._from_checkpoint: dict[str, Any] = {}
         self._trained_with: PromptFormat | None = None
         self._given_optimizer: dict[str, Any] = {}

@@ -25,6 +25,7 @@ from milora_lightning.data.streaming.places import StreamPlaces
 from milora_lightning.data.streaming.rows import stream_of
 from milora_lightning.models.limits import embedding_rows
 from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.messages import inform
 
 TRAIN_ON = "train_on"
 """The entry of the state, and of a checkpoint, that says which turns were learned."""
@@ -126,6 +127,7 @@ class SFTDataModule(EvaluationLoaders):
         self.packing = packing
         self.shuffle_buffer = shuffle_buffer
         self._resumption = Resumption(self)
+        self._said_template = False
         order = {"num_workers": max(1, num_workers), "shuffle_buffer": shuffle_buffer, "packing": packing, "seed": seed}
         self._places = StreamPlaces(self, order)
         sizes = ("batch_size", "eval_batch_size", "generation_batch_size", "pad_to_multiple_of", "shuffle_buffer")
@@ -164,6 +166,9 @@ class SFTDataModule(EvaluationLoaders):
         if stage is not None:
             self.examples(NEEDED[stage])
         if stage == "fit":
+            if self.template == AUTO and self.trainer is not None and not self._said_template:
+                self._said_template = True
+                inform(f"Template: {self.template_in_words}.")
             self._resumption.forget()
             self._places.forget()
 

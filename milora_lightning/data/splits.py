@@ -114,6 +114,19 @@ class TokenizedSplits(LightningDataModule):
         return name_of(self.template, self._kinds_of_rows()[0] if self.template == AUTO else False)
 
     @property
+    def template_in_words(self) -> str:
+        """Name of the template, and where it comes from where that is not what was named."""
+        _, only_texts = self._kinds_of_rows()
+        if only_texts:
+            return "none, texts are learned as they stand"
+        name = self.template_name
+        if name == "chat" and self.template in ("chat", AUTO):
+            return "chat (the tokenizer's own)"
+        if self.template == AUTO:
+            return f"{name}, for prompts and responses"
+        return name if self.template == name else f"{name} ({self.template})"
+
+    @property
     def tokenizer_object(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded if only the model's name was given."""
         if isinstance(self.tokenizer, str):

@@ -112,3 +112,24 @@ def test_preview_shows_what_would_be_learned(project: Path, capsys: pytest.Captu
     assert "6 steps of 4 rows, 6 an epoch" in text
     assert re.search(r"memory on cpu, estimated: [\d.]+ GB; [\d.]+ GB are available: it fits", text)
     assert not list((project / "out").rglob("*.ckpt"))
+
+
+def test_preview_s_mistakes_point_to_preview_s_help(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options in (["--trainer.max_step=3"], ["--data.max_length=long"], []):
+        with pytest.raises(SystemExit):
+            run("preview", *(["--config", "mine.yaml"] if options else []), *options)
+        told = capsys.readouterr().err
+        assert "preview --help lists the options" in told
+        assert "fit --help" not in told
+
+
+def test_preview_of_one_text_counts_one_and_names_no_template(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "one.jsonl").write_text(json.dumps({"text": "1 plus 1 is 2."}) + "\n")
+    options = ["--model.name_or_path=model", "--data.source.train=one.jsonl", "--trainer.accelerator=cpu"]
+    run("preview", *options, "--trainer.max_epochs=1", "--trainer.logger=false", "--data.batch_size=1")
+    text = capsys.readouterr().out
+    assert "1 example; mean" in text
+    assert "1 step of 1 row, 1 an epoch" in text
+    assert "template: none, texts are learned as they stand" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -151,3 +152,21 @@ def test_prompts_of_another_format_than_in_training_are_mentioned(tmp_path: Path
         alpaca.load_state_dict(state)
     with pytest.warns(UserWarning, match="prompts of another format: prompt_suffix='', here it is 'Now: '"):
         suffixed.load_state_dict(state)
+
+
+def test_the_template_that_auto_stands_for_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [{"role": "user", "content": "1 plus 1?"}, {"role": "assistant", "content": "2"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    write_examples(tmp_path / "rows.jsonl", 2)
+    for name, template, said in (
+        ("chats", "auto", "Template: chat (the tokenizer's own).\n"),
+        ("rows", "auto", "Template: alpaca, for prompts and responses.\n"),
+        ("rows", "plain", ""),
+    ):
+        tokenizer = chat_tokenizer("qwen")
+        data = SFTDataModule(Files(str(tmp_path / f"{name}.jsonl"), validation_size=0), tokenizer, template=template)
+        data.trainer = quiet_trainer(tmp_path)
+        capsys.readouterr()
+        data.setup("fit")
+        data.setup("fit")
+        assert "".join(line for line in capsys.readouterr().err.splitlines(True) if "Template" in line) == said

@@ -20,6 +20,7 @@ from milora_lightning.data.encoding.chat import Message
 from milora_lightning.data.encoding.prompt_format import reads_one_question
 from milora_lightning.models.generation import Sampling, generate_greedily, greedy_config, nothing_else
 from milora_lightning.models.turn_cache import TurnCache
+from milora_lightning.utils.counting import counted
 
 HELP = """\
 /base           answer with the base model, without its adapters
@@ -81,7 +82,7 @@ def chat(
     if sys.stdin.isatty():
         _edit_lines()
         adapters = len(lora_layers(loaded))
-        name = f"{ckpt_path or model}{f' ({adapters} adapters)' if adapters else ''}"
+        name = f"{ckpt_path or model}" + (f" ({counted(adapters, 'adapter')})" if adapters else "")
         talk.note(f"{name}; /help shows the commands.")
     if one:
         talk.note("Trained on single questions: each is asked by itself, and earlier turns are not seen.")
@@ -195,7 +196,7 @@ class Talk:
         except OSError as error:
             self.note(f"{name} cannot be written: {error.strerror}.")
             return
-        self.note(f"{len(self.turns)} messages added to {name}.")
+        self.note(f"{counted(len(self.turns), 'message')} added to {name}.")
 
     def note(self, text: str) -> None:
         """Say something that is no answer, apart from these."""

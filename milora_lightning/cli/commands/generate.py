@@ -21,6 +21,7 @@ from milora_lightning.data.encoding.chat import Message
 from milora_lightning.data.reading.records import read_records
 from milora_lightning.data.reading.values import as_text
 from milora_lightning.models.generation import Sampling, generate_greedily, greedy_config, nothing_else, without_stop
+from milora_lightning.utils.counting import counted
 from milora_lightning.utils.errors import InvalidInputError, MiLoRAError, MissingFileError
 from milora_lightning.utils.messages import inform
 
@@ -107,7 +108,7 @@ def generate(
             _write(file, rows[start : start + size], answers, as_json, first=start == 0)
             done += len(answers)
             if output is not None:
-                inform(f"{done} of {len(rows)} prompts answered, in {output}")
+                inform(f"{done} of {counted(len(rows), 'prompt')} answered, in {output}")
 
 
 def read_prompts(name: str) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,7 @@ from milora_lightning.data.datamodule import SFTDataModule
 from milora_lightning.data.streaming.encoding import check_trainer
 from milora_lightning.models.memory import LOADED, Estimate, Part, estimate, planned_model
 from milora_lightning.models.pretrained import load_config
+from milora_lightning.utils.counting import counted
 
 LEARNED = "bold green"
 BARS = 10
@@ -27,6 +28,8 @@ REMEDIES = (
 
 class PreviewCLI(MiLoRACLI):
     """The command line of ``fit`` that makes everything and runs nothing."""
+
+    command = "preview"
 
     def _run_subcommand(self, subcommand: str) -> None:
         if self.datamodule.streaming:
@@ -51,7 +54,7 @@ def preview(fit: Sequence[str], examples: int = 3, max_tokens: int = 400) -> Non
     console = Console(soft_wrap=True, highlight=False)
     data: SFTDataModule = cli.datamodule
     for number, example in enumerate(data.examples("train").select(range(min(examples, _size(data)))), 1):
-        console.rule(f"example {number}, {len(example['input_ids'])} tokens")
+        console.rule(f"example {number}, {counted(len(example['input_ids']), 'token')}")
         console.print(shown(example, data.tokenizer_object, max_tokens, console.is_terminal))
     console.rule("data")
     lengths = data.examples("train")["length"][:]
@@ -85,7 +88,7 @@ def shown(example: dict[str, Any], tokenizer: Any, most: int, colours: bool) -> 
             text.append(*((learned, LEARNED) if colours else (f"«{learned}»",)))
         end = stop
     if len(example["input_ids"]) > most:
-        text.append(f" ... and {len(example['input_ids']) - most} more tokens")
+        text.append(f" ... and {counted(len(example['input_ids']) - most, 'more token')}")
     return text
 
 
@@ -141,11 +144,12 @@ def of_the_data(data: SFTDataModule, lengths: Sequence[int], batches: list[list[
     where = " at the beginning of the stream, the only ones read" if data.streaming else ""
     whole = "of these" if data.streaming else "an epoch"
     return [
-        f"{len(lengths):,} examples{where}; mean {sum(lengths) / len(lengths):.0f}, longest {max(lengths)} tokens; "
+        f"{counted(len(lengths), 'example')}{where}; "
+        f"mean {sum(lengths) / len(lengths):.0f}, longest {counted(max(lengths), 'token')}; "
         f"{truncated:,} truncated at max_length={data.max_length}",
         f"tokens {whole}: {sum(lengths):,}, of which {learned:,} are learned ({learned / sum(lengths):.0%}); "
         f"padding adds {1 - sum(map(sum, batches)) / padded:.1%} of the batches",
-        f"template: {data.template_name}",
+        f"template: {data.template_in_words}",
     ]
 
 
@@ -155,9 +159,9 @@ def of_the_run(cli: MiLoRACLI, batches: int, lengths: list[list[int]]) -> list[s
     each, epochs = trainer.accumulate_grad_batches, trainer.max_epochs or -1
     steps = math.ceil(batches / each)
     limits = [limit for limit in (trainer.max_steps, 0 if data.streaming else steps * epochs) if limit > 0]
-    rows = f"{data.batch_size} rows" + (f" x {each} batches" if each > 1 else "")
+    rows = counted(data.batch_size, "row") + (f" x {each} batches" if each > 1 else "")
     rows += f" x {trainer.world_size} devices" if trainer.world_size > 1 else ""
-    length = f"{min(limits):,} steps" if limits else "steps without end"
+    length = counted(min(limits), "step") if limits else "steps without end"
     kind = trainer.strategy.root_device.type
     expected = of_memory(cli, lengths, kind)
     held = (
