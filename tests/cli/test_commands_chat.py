@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -16,15 +17,21 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.chat_templates import CHATML, QWEN25_TOOLS, chat_tokenizer
+from helpers.chats import ids_of
+from helpers.conversations import TOOL, user, with_calls
 from helpers.models import save_tiny_model
 from helpers.trained import train
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
 from milora_lightning import SFTDataModule, adapters_disabled, load_for_inference
+from milora_lightning.cli.commands.chat import _lines
+from milora_lightning.cli.commands.prompts import conversation, read_prompts, tools_of
 from milora_lightning.cli.main import main
 from milora_lightning.data import Files
 from milora_lightning.data.encoding.asking import TextStream, prompt_ids
+from milora_lightning.data.encoding.prompt_format import PromptFormat
 
 LENGTH = 8
 FIRST, SECOND = "What is 1 plus 2?", "What is 4 plus 5?"
@@ -155,6 +162,24 @@ def test_lines_that_are_no_questions(chats: Path, monkeypatch: Any, capsys: Any)
     assert answers == lines(first, says("/etc is", first, "What is\n1?"))
     assert notes == lines("There is no command /nothing; /help shows those there are.", "There is nothing to save yet.")
     assert "/both" in talk(monkeypatch, capsys, chats / "a.ckpt", "/help")[1]
+
+
+def test_what_is_piped_in_is_asked_to_its_end(chats: Path, monkeypatch: Any, capsys: Any) -> None:
+    """Also where the last line is to go on, and there is no other."""
+    want = f"{Reference(chats / 'a.ckpt')(FIRST)}\n"
+    capsys.readouterr()
+    for text in (FIRST, f"{FIRST}\\", f"{FIRST}\\\n"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        main(["chat", "--ckpt_path", str(chats / "a.ckpt"), f"--max_new_tokens={LENGTH}", "--device=cpu"])
+        assert capsys.readouterr().out == want
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_lines_of_other_encodings_are_refused(errors: str, monkeypatch: Any) -> None:
+    for read in (lambda: list(_lines()), lambda: list(read_prompts("-"))):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors=errors))
+        with pytest.raises(ValueError, match="no text in UTF-8"):
+            read()
 
 
 def test_a_fixed_number_of_positions_ends_a_conversation(
@@ -301,6 +326,53 @@ def test_json_rows_keep_their_fields(chats: Path, questions: Path, tmp_path: Pat
     says = Reference(questions / "a.ckpt")  # where the instruction has an input as in training
     generate(capsys, questions / "a.ckpt", f"--input={file}", f"--output={tmp_path / 'out.jsonl'}")
     assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[3])["generation"] == says("1, 2", system="Add.")
+
+
+def test_rows_are_asked_as_training_data_are_read(chats: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """With other names of fields, a system message, contents in parts, in compressed files and tables."""
+    says = Reference(chats / "peft")
+    want, brief = says(FIRST), says(FIRST, system="Be brief.")
+    assert want != brief
+    parts = [{"type": "text", "text": FIRST[:5]}, {"type": "text", "text": FIRST[5:]}]
+    rows = [
+        {"conversations": [{"from": "human", "value": FIRST}, {"from": "gpt", "value": "3"}]},
+        {"messages": [{"role": "user", "content": parts}]},
+        {"Question": FIRST},
+        {"query": FIRST, "system": "Be brief."},
+        {"messages": [{"role": "user", "content": FIRST}], "system_prompt": "Be brief."},
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    answers = lines(*[f"{want}\n"] * 3, f"{brief}\n", brief)
+    assert generate(capsys, chats / "peft", f"--input={tmp_path / 'rows.jsonl.gz'}") == answers
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(rows, indent=1)))
+    assert generate(capsys, chats / "peft", "--input=-") == answers
+    (tmp_path / "rows.csv").write_text(f"id,question\n1,{FIRST}\n2,{SECOND}\n")
+    assert generate(capsys, chats / "peft", f"--input={tmp_path / 'rows.csv'}") == lines(f"{want}\n", says(SECOND))
+
+
+def test_lines_end_where_lines_of_json_do(tmp_path: Path, monkeypatch: Any) -> None:
+    rows = [{"prompt": "a\u2028b"}, {"prompt": "c\x0cd\x85"}]
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)))
+    assert list(read_prompts("-")) == rows
+    (tmp_path / "prompts.txt").write_text("a\u2028b\r\nc\x0cd\x85\r\n", newline="")
+    assert list(read_prompts(str(tmp_path / "prompts.txt"))) == rows
+
+
+def test_tools_are_a_part_of_the_prompt() -> None:
+    """Or refused where the template has no place for them."""
+    row = {"messages": with_calls({"a": 1})[:3], "tools": json.dumps([TOOL])}
+    tokenizer = chat_tokenizer(QWEN25_TOOLS)
+    asked = conversation(row, "", tokenizer)
+    want = ids_of(tokenizer, row["messages"], tools=[TOOL], add_generation_prompt=True)
+    assert prompt_ids(asked, tokenizer, tools_of(row)) == want != prompt_ids(asked, tokenizer)
+    with pytest.raises(ValueError, match="leaves out the tools"):
+        prompt_ids([user()], chat_tokenizer(CHATML), [TOOL])
+    single = chat_tokenizer(CHATML)
+    single = PromptFormat.of(single, "alpaca").applied_to(single)
+    for messages in (asked, [user(), {"role": "tool", "content": "3"}]):
+        with pytest.raises(ValueError, match="no place for tools"):
+            prompt_ids(messages, single)
 
 
 def test_drawn_answers_hang_on_the_seed(chats: Path, capsys: Any) -> None:

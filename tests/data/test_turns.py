@@ -189,10 +189,19 @@ def test_a_conversation_may_begin_with_the_assistant(rest: Messages) -> None:
     assert parts(tokenizer, example)[1::2] == [f"{answer}<|im_end|>" for answer in answers]
 
 
+WITHOUT_CALLS = QWEN25_TOOLS.replace("in m['tool_calls'] or []", "in []")
+WITHOUT_ARGUMENTS = QWEN25_TOOLS.replace("(call['function']['arguments'] | tojson)", "'{}'")
+FIRST_CALL = QWEN25_TOOLS.replace("in m['tool_calls'] or []", "in (m['tool_calls'] or [])[:1]")
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "tools", "problem"),
     [
         (CHATML, [user(), assistant("a", tool_calls=[call({})])], "", "leaves out the tool calls of message 2"),
+        # though the function's name is in the text, among the tools
+        (WITHOUT_CALLS, with_calls({"a": 1}), [TOOL], "leaves out the tool calls of message 2"),
+        (WITHOUT_ARGUMENTS, with_calls({"a": 1}), [TOOL], "leaves out the tool calls of message 2"),
+        (FIRST_CALL, [user(), assistant("", tool_calls=[call({}), call({"b": 1})])], [TOOL], "the tool calls of mess"),
         (CHATML, [user(), assistant()], [TOOL], "leaves out the tools"),
         ("mistral", [user(), assistant(), {"role": "tool", "content": "7"}, assistant("b")], "", "of the role 'tool'"),
         (CHATML, [user(), assistant("a", reasoning_content="because")], "", "does not write message 2 as it is"),

@@ -21,6 +21,7 @@ from milora_lightning.data.encoding.prompt_format import reads_one_question
 from milora_lightning.models.generation import Sampling, generate_greedily, greedy_config, nothing_else
 from milora_lightning.models.turn_cache import TurnCache
 from milora_lightning.utils.counting import counted
+from milora_lightning.utils.errors import InvalidInputError
 
 HELP = """\
 /base           answer with the base model, without its adapters
@@ -252,7 +253,14 @@ def _lines() -> Iterator[str]:
         try:
             line = _line("> " if terminal else "")
             while line.endswith("\\"):
-                line = f"{line[:-1]}\n{_line('. ' if terminal else '')}"
+                line = f"{line[:-1]}\n{_following(terminal)}"
+            line.encode()  # half characters stand for bytes that are no UTF-8 where the locale is C
+        except UnicodeError as error:
+            what = f"What is asked is no text in UTF-8 ({error})."
+            if not terminal:  # answers would no longer belong to the lines
+                raise InvalidInputError(f"{what} Convert it.") from error
+            print(what, file=sys.stderr)
+            continue
         except EOFError:
             if terminal:
                 print(file=sys.stderr)
@@ -263,6 +271,14 @@ def _lines() -> Iterator[str]:
             print(file=sys.stderr)
             continue
         yield line
+
+
+def _following(terminal: bool) -> str:
+    """Read the line that a line goes on in; none where the input ends."""
+    try:
+        return _line(". " if terminal else "")
+    except EOFError:
+        return ""
 
 
 def _line(prompt: str) -> str:

@@ -16,17 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from milora_lightning.adapters.injection import adapters_merged
 from milora_lightning.cli.commands.loading import load_to_ask
-from milora_lightning.data.encoding.asking import messages_for, padded, prompt_ids, room
-from milora_lightning.data.encoding.chat import Message
-from milora_lightning.data.reading.records import read_records
-from milora_lightning.data.reading.values import as_text
+from milora_lightning.cli.commands.prompts import conversation, read_prompts, tools_of
+from milora_lightning.data.encoding.asking import padded, prompt_ids, room
 from milora_lightning.models.generation import Sampling, generate_greedily, greedy_config, nothing_else, without_stop
 from milora_lightning.utils.counting import counted
-from milora_lightning.utils.errors import InvalidInputError, MiLoRAError, MissingFileError
+from milora_lightning.utils.errors import InvalidInputError, MiLoRAError
 from milora_lightning.utils.messages import inform
-
-PROMPTS = ("prompt", "instruction", "question")
-"""Fields of JSON rows that may hold the prompt; the first that is there does."""
 
 WINDOW = 16  # batches among which prompts are sorted by length, and after which answers are written
 
@@ -59,7 +54,7 @@ def generate(
             or ``embedded``.
         prompt: A prompt.
         input: Or a file of prompts, ``-`` for standard input: one in each line, or JSON lines with ``prompt``,
-            ``instruction`` (and ``input``), ``question`` or ``messages``.
+            ``instruction`` (and ``input``), ``question`` or ``messages`` (and ``tools``).
         output: File to write; by default standard output.
         format: ``text`` for the answers alone, an empty line between them; ``jsonl`` for the fields of each prompt with
             its answer as ``generation``. By default ``jsonl`` where ``output`` ends in ``.jsonl``.
@@ -111,82 +106,6 @@ def generate(
                 inform(f"{done} of {counted(len(rows), 'prompt')} answered, in {output}")
 
 
-def read_prompts(name: str) -> Iterator[dict[str, Any]]:
-    """Read the prompts of a file, or of standard input.
-
-    Args:
-        name: A ``.json``, ``.jsonl`` or ``.parquet`` file; another file or ``-``, which hold a prompt in each line, or
-            JSON lines.
-
-    Yields:
-        Rows, with a ``prompt`` for a line of text.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If there is no prompt, or a line is no JSON object where the first is one.
-    """
-    path = Path(name).expanduser()
-    number = 0
-    if name != "-" and not path.is_file():
-        raise MissingFileError(f"There is no file {name!r} of prompts. Check the path.")
-    if name != "-" and path.suffix.lower() in (".json", ".jsonl", ".parquet"):
-        for number, row in read_records(str(path)):  # noqa: B007
-            yield row if isinstance(row, dict) else {"prompt": row}
-    else:
-        try:
-            lines = (sys.stdin.read() if name == "-" else path.read_text(encoding="utf-8-sig")).splitlines()
-        except UnicodeDecodeError as error:
-            raise InvalidInputError(f"{name} is no text in UTF-8: {error.reason} at byte {error.start}.") from error
-        lines = [line for line in lines if line.strip()]
-        as_json = bool(lines) and isinstance(_parsed(lines[0]), dict)
-        for number, line in enumerate(lines, 1):
-            row = _parsed(line) if as_json else {"prompt": line}
-            if not isinstance(row, dict):
-                raise InvalidInputError(f"Line {number} of {name} is no JSON object, as the first is: {line[:60]!r}.")
-            yield row
-    if number == 0:
-        raise InvalidInputError(f"There are no prompts in {'standard input' if name == '-' else name}.")
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
-def conversation(row: dict[str, Any], system: str, tokenizer: PreTrainedTokenizerBase) -> list[Message]:
-    """Return the conversation that a row asks to go on.
-
-    Args:
-        row: With ``messages``, whose last answer is left out, or with one of ``PROMPTS``, and ``input`` or not.
-        system: System message where the row has none; may be empty.
-        tokenizer: What writes the messages.
-
-    Raises:
-        ValueError: If there is nothing to ask.
-
-    >>> row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
-    >>> conversation(row, "", None)
-    [{'role': 'user', 'content': 'Hi'}]
-    """
-    if row.get("messages"):
-        messages = row["messages"]
-        messages = json.loads(messages) if isinstance(messages, str) else messages
-        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
-            raise InvalidInputError("its messages are no list of objects with role and content.")
-        last = max((i for i, m in enumerate(messages) if m["role"] != "assistant"), default=-1)
-        if last < 0:
-            raise InvalidInputError("its messages are none but the assistant's.")
-        has_system = messages[0]["role"] == "system"
-        return [*([{"role": "system", "content": system}] if system and not has_system else []), *messages[: last + 1]]
-    field = next((name for name in PROMPTS if row.get(name) not in (None, "")), None)
-    if field is None:
-        raise InvalidInputError(f"it has none of the fields {', '.join(PROMPTS)} and messages, only {sorted(row)}.")
-    context = as_text(row.get("input") or "", "the field 'input'")
-    return messages_for(as_text(row[field], f"the field {field!r}"), context, system, tokenizer)
-
-
 @dataclass(frozen=True)
 class Asker:
     """Answers prompts in batches.
@@ -215,7 +134,7 @@ class Asker:
         for number, row in enumerate(rows, 1):
             where = "The prompt" if name is None else f"Row {number} of {'standard input' if name == '-' else name}"
             try:
-                ids = prompt_ids(conversation(row, system, self.tokenizer), self.tokenizer)
+                ids = prompt_ids(conversation(row, system, self.tokenizer), self.tokenizer, tools_of(row))
             except MiLoRAError as error:
                 raise InvalidInputError(f"{where} cannot be asked: {error}") from error
             length, sentence = room(self.model, len(ids), self.max_new_tokens)

@@ -35,36 +35,55 @@ def check_askable(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prompt_ids(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]] | None = None
+) -> list[int]:
     """Write a conversation in a tokenizer's chat template, up to where the assistant begins.
 
     Args:
         messages: With ``role`` and ``content``. A system message goes before the first user's text where the template
             refuses it or leaves it out.
         tokenizer: As :func:`milora_lightning.load_for_inference` returns it: its chat template asks as in training.
+        tools: Descriptions of functions that the model may call.
 
     Returns:
         Token ids.
 
     Raises:
-        NotAskableError: If there is no chat template, or it refuses the conversation.
+        NotAskableError: If there is no chat template, or it refuses the conversation or leaves out a part of it.
     """
     check_askable(tokenizer)
+    _check_is_written(messages, tokenizer)
     folded = fold_system(messages)
     try:
-        text = _write(messages, tokenizer)
+        asked, text = messages, _write(messages, tokenizer, tools)
         if len(folded) < len(messages) and messages[0]["content"].strip() not in text:
-            text = _write(folded, tokenizer)
+            asked, text = folded, _write(folded, tokenizer, tools)
     except NotAskableError:
         if len(folded) == len(messages):
             raise
-        text = _write(folded, tokenizer)
+        asked, text = folded, _write(folded, tokenizer, tools)
+    if tools and text == _write(asked, tokenizer, None):
+        raise NotAskableError("The chat template leaves out the tools. Take them out of the row.")
     return token_ids([text], tokenizer)[0]
 
 
-def _write(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+def _check_is_written(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the templates of prompts, which take whatever is no question for an answer, are given nothing else."""
+    others = [m["role"] for m in messages if m["role"] not in ("system", "user", "assistant") or m.get("tool_calls")]
+    if others and reads_one_question(str(tokenizer.chat_template)):
+        raise NotAskableError("The template of training has no place for tools, their calls and their results.")
+
+
+def _write(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]] | None
+) -> str:
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages), tools=tools and list(tools), tokenize=False, add_generation_prompt=True
+            )
+        )
     except Exception as error:  # a template is a program, which raises whatever its expressions do
         roles = ", ".join(message["role"] for message in messages)
         raise NotAskableError(f"The chat template refuses a conversation of the roles {roles}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -272,14 +273,32 @@ class _Pen:
             said = shown_text(message)
             if message["role"] != "assistant" and dense(said) not in text and self._ignores(i, content=PROBE):
                 self._refuse_left_out(f"what message {i + 1} of the role {message['role']!r} says")
-            calls = message.get("tool_calls") or []
-            if calls and any(dense(_name(call)) not in text for call in calls):
-                self._refuse_left_out(f"the tool calls of message {i + 1}")
+            for k, call in enumerate(message.get("tool_calls") or []):
+                if dense(_name(call)) not in text or self._ignores_call(i, k):
+                    self._refuse_left_out(f"the tool calls of message {i + 1}")
         if self.tools and write(self.messages, self.tokenizer, False) == self.whole:
             self._refuse_left_out("the tools")
 
     def _ignores(self, i: int, **changes: Any) -> bool:
         return self.write([*self.messages[:i], {**self.messages[i], **changes}, *self.messages[i + 1 :]]) == self.whole
+
+    def _ignores_call(self, i: int, k: int) -> bool:
+        """Tell whether the text does not show which function a call calls, or with which arguments.
+
+        That the function's name stands in it shows nothing: it is among the tools, too.
+        """
+        calls = list(self.messages[i]["tool_calls"])
+        call, function = calls[k], calls[k].get("function", calls[k])
+        changes: list[dict[str, Any]] = [{"name": PROBE}]
+        if function.get("arguments") and isinstance(function["arguments"], dict):
+            changes.append({"arguments": {PROBE: PROBE}})
+        for change in changes:
+            other = {**function, **change}
+            calls[k] = {**call, "function": other} if "function" in call else other
+            with contextlib.suppress(ChatTemplateError):  # so it is read
+                if self._ignores(i, tool_calls=calls):
+                    return True
+        return False
 
     def _refuse_left_out(self, what: str) -> None:
         raise ChatTemplateError(
