@@ -8,10 +8,13 @@ import rich
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
+from milora_lightning.callbacks._patience import Patience
 from milora_lightning.metrics.results import Stage, results
 from milora_lightning.screen.figures import number
 from milora_lightning.screen.samples import Sample, choose, log_samples, table
+from milora_lightning.utils.compat import logged_step
 from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.messages import inform
 
 
 class EvaluationSummary(Callback):
@@ -39,10 +42,13 @@ class EvaluationSummary(Callback):
         self.after: dict[str, float] = {}
         self.shown: list[Sample] = []
         self._answered: list[Sample] = []
+        self._patience = Patience()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the last answers."""
+        """Forget the last answers, and say how many come before training."""
         self._answered = []
+        if trainer.state.fn == "fit":
+            self._patience.begin(trainer, pl_module)
 
     def on_validation_batch_end(
         self,
@@ -55,8 +61,13 @@ class EvaluationSummary(Callback):
     ) -> None:
         """Keep answers."""
         self._keep(outputs)
+        if trainer.state.fn == "fit":
+            self._patience.answered(len(self._answered))
 
-    on_test_start = on_validation_start
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the last answers."""
+        self._answered = []
+
     on_test_batch_end = on_validation_batch_end
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -100,6 +111,11 @@ class EvaluationSummary(Callback):
                 before = number(self.before[name]) if name in self.before else "-"
                 results.add_row(name.removeprefix("val_"), before, number(value))
             console.print(results)
+        elif self.before or sum(trainer.num_val_batches):
+            inform(
+                f"There are no results from after training: it ended at step {trainer.global_step}, before its first "
+                "validation. trainer.val_check_interval sets how often there is one."
+            )
 
     def _keep(self, outputs: Any) -> None:
         answers = outputs.get("answers") if isinstance(outputs, dict) else None
@@ -129,7 +145,7 @@ class EvaluationSummary(Callback):
         if samples:
             console.print(table(samples, ["answer"], f"answers, {at}"))
             for logger in trainer.loggers:
-                log_samples(logger, samples, trainer.global_step, stage)
+                log_samples(logger, samples, logged_step(trainer), stage)
         results = _results(trainer, stage)
         if fitting and results:
             words = (f"{name} {number(value)}" for name, value in results.items())

@@ -71,7 +71,7 @@ def log_samples(logger: Logger, samples: Sequence[Sample], step: int, stage: str
     Args:
         logger: Any of Lightning's; one that takes neither is left alone.
         samples: With the keys ``instruction``, ``reference`` and ``answer``.
-        step: The optimizer step.
+        step: That of the metrics which are logged beside them.
         stage: ``"val"`` or ``"test"``.
     """
     columns = ["instruction", "reference", "answer"]

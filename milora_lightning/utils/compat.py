@@ -181,6 +181,11 @@ def current_hook(module: LightningModule) -> str | None:
     return module._current_fx_name
 
 
+def logged_step(trainer: Trainer) -> int:
+    """The step under which Lightning logs what is measured now: counted from 0, and by steps of all optimizers."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
 def find_by_keyword(trainer: Trainer, keyword: str, function: TrainerFn) -> Any:
     """Return the path of the checkpoint that ``ckpt_path=keyword`` means for a Trainer, or None.
 
