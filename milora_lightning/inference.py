@@ -22,6 +22,7 @@ from milora_lightning.export.peft_import import load_peft
 from milora_lightning.models.files import UnusableModelError
 from milora_lightning.models.generation import stop_ids
 from milora_lightning.models.pretrained import load_causal_lm, load_tokenizer
+from milora_lightning.models.processor import warn_of_unused_gpu
 from milora_lightning.module import CausalLMModule
 from milora_lightning.utils.compat import is_sharded_folder
 from milora_lightning.utils.errors import InvalidInputError
@@ -104,6 +105,8 @@ def device_named(name: torch.device | str | None) -> torch.device:
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name is None:
+        if accelerator is None:
+            warn_of_unused_gpu()
         return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)

@@ -37,6 +37,7 @@ from milora_lightning.cli.typed_text import take_text_as_typed
 from milora_lightning.data import Files, SFTDataModule
 from milora_lightning.data.datamodule import TRAIN_ON
 from milora_lightning.data.encoding.prompt_format import PromptFormat, data_state
+from milora_lightning.models.processor import warn_of_more_processes, warn_of_unused_gpu
 from milora_lightning.module import CausalLMModule
 from milora_lightning.utils.errors import InvalidInputError, sentence
 from milora_lightning.utils.messages import inform
@@ -180,6 +181,10 @@ class MiLoRACLI(LightningCLI):
         except (ValueError, ModuleNotFoundError) as error:  # options that do not go together, a package that is missing
             raise InvalidInputError(f"The Trainer's options: {error}") from error
         leave_out_bars()
+        if trainer.strategy.root_device.type == "cpu":
+            warn_of_more_processes(trainer.num_devices)
+            if given.get("accelerator") in (None, "auto"):
+                warn_of_unused_gpu()
         if self._given_optimizer:
             trainer.callbacks.insert(0, GivenOptimizerOptions(self._given_optimizer))  # type: ignore[attr-defined]
         return trainer

@@ -1,12 +1,16 @@
-"""What a processor computes fast."""
+"""What a processor computes fast, and whether it computes because the GPU cannot."""
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
+from pathlib import Path
 
 import torch
 
 from milora_lightning.utils.compat import PRODUCTS_ON_X86
+from milora_lightning.utils.counting import counted
 from milora_lightning.utils.messages import warn
 
 
@@ -20,6 +24,35 @@ def multiplies(dtype: torch.dtype) -> bool:
         return True
     questions = [getattr(torch.cpu, name, None) for name in PRODUCTS_ON_X86[dtype]]
     return None in questions or any(question() for question in questions if question is not None)
+
+
+def warn_of_more_processes(processes: int) -> None:
+    """Say it where several processes share this machine's cores, more than there are."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if processes > max(cores, 1):
+        warn(
+            f"trainer.devices={processes} starts {processes} processes on a CPU with {counted(cores, 'core')}, each "
+            "with a model of its own, and is slower than trainer.devices=1, which has all cores."
+        )
+
+
+def warn_of_unused_gpu() -> None:
+    """Say why torch computes on the CPU where there seems to be an NVIDIA GPU that nobody has hidden."""
+    present = Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
+    if present and not torch.cuda.is_available() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        warn(
+            "There seems to be an NVIDIA GPU here, but torch cannot use it, and everything runs on the CPU: "
+            f"{_reason()}. To leave the GPU alone without this warning, set accelerator: cpu (--device cpu)."
+        )
+
+
+def _reason() -> str:
+    """Return what torch says against the use of a GPU."""
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return "it finds none"
 
 
 def warn_of_slow_products(dtype: torch.dtype) -> None:

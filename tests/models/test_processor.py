@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 import warnings
 
 import pytest
 import torch
 
-from milora_lightning.models.processor import warn_of_slow_products
+from milora_lightning.models.processor import warn_of_more_processes, warn_of_slow_products, warn_of_unused_gpu
 from milora_lightning.utils.compat import PRODUCTS_ON_X86
 
 
@@ -30,3 +32,30 @@ def test_other_processors_are_not_judged(monkeypatch: pytest.MonkeyPatch, recwar
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
     warn_of_slow_products(torch.bfloat16)
     assert not recwarn
+
+
+def test_more_processes_than_cores_are_told(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    warn_of_more_processes(2)
+    assert not recwarn
+    warn_of_more_processes(4)
+    assert "starts 4 processes on a CPU with 2 cores" in str(recwarn.pop().message)
+
+
+@pytest.mark.parametrize(("there", "hidden"), [(True, None), (True, ""), (False, None)])
+def test_a_gpu_that_torch_cannot_use_is_told_with_the_reason(
+    there: bool, hidden: str | None, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    def fails() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 1).\nUpdate it.")
+
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/nvidia-smi" if there else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", fails)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    warn_of_unused_gpu()
+    said = [str(warning.message) for warning in recwarn]
+    assert len(said) == (there and hidden is None)
+    assert all("everything runs on the CPU: The NVIDIA driver on your system is too old (found" in s for s in said)
