@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from milora_lightning.utils.markdown import table as markdown
+from milora_lightning.utils.printable import printable
 
 Sample = dict[str, str]
 """Of an example its prompt, instruction and reference, and answers by when they were given."""
@@ -36,12 +37,12 @@ def choose(samples: Iterable[Sample], number: int) -> list[Sample]:
 
 
 def shorten(text: str, length: int = SHOWN) -> str:
-    r"""Write a text on one line, the end left out where it is long.
+    r"""Write a text on one line that a terminal shows as it is, the end left out where it is long.
 
     >>> shorten("one\n two"), shorten("one two three", 8), shorten(" ")
     ('one two', 'one two…', '(nothing)')
     """
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     return (text if len(text) <= length else text[: length - 1] + "…") or "(nothing)"
 
 

@@ -22,6 +22,7 @@ from milora_lightning.models.generation import Sampling, generate_greedily, gree
 from milora_lightning.models.turn_cache import TurnCache
 from milora_lightning.utils.counting import counted
 from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.printable import printable
 
 HELP = """\
 /base           answer with the base model, without its adapters
@@ -231,7 +232,7 @@ class Talk:
         return stream.text
 
     def _write(self, text: str) -> None:
-        print(text, end="", flush=True)
+        print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from milora_lightning.models.generation import Sampling, generate_greedily, gree
 from milora_lightning.utils.counting import counted
 from milora_lightning.utils.errors import InvalidInputError, MiLoRAError
 from milora_lightning.utils.messages import inform
+from milora_lightning.utils.printable import printable
 
 WINDOW = 16  # batches among which prompts are sorted by length, and after which answers are written
 
@@ -180,6 +181,7 @@ def _write(
             if as_json:
                 file.write(json.dumps({**row, "generation": text}, ensure_ascii=False) + "\n")
             else:
+                text = printable(text) if file.isatty() else text
                 file.write(text + "\n" if first else f"\n{text}\n")
             first = False
     file.flush()

@@ -18,6 +18,7 @@ from milora_lightning.data.streaming.encoding import check_trainer
 from milora_lightning.models.memory import LOADED, Estimate, Part, estimate, planned_model
 from milora_lightning.models.pretrained import load_config
 from milora_lightning.utils.counting import counted
+from milora_lightning.utils.printable import printable
 
 LEARNED = "bold green"
 BARS = 10
@@ -82,9 +83,9 @@ def shown(example: dict[str, Any], tokenizer: Any, most: int, colours: bool) -> 
     ids, text, end = example["input_ids"][:most], Text(), 0
     for start, stop in [*learned_spans(example), (len(ids), len(ids))]:
         start, stop = min(start, len(ids)), min(stop, len(ids))
-        text.append(tokenizer.decode(ids[end:start]))
+        text.append(printable(tokenizer.decode(ids[end:start])))
         if stop > start:
-            learned = tokenizer.decode(ids[start:stop])
+            learned = printable(tokenizer.decode(ids[start:stop]))
             text.append(*((learned, LEARNED) if colours else (f"«{learned}»",)))
         end = stop
     if len(example["input_ids"]) > most:
