@@ -116,6 +116,7 @@ class MiLoRAInit(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject into what exists now, and into what the module's own ``setup`` and ``configure_model`` build."""
         config = self.config
+        pl_module.milora_config = config  # type: ignore[assignment]  # for a configure_model that shards the model
         if config is None:
             return
         prepare(trainer)

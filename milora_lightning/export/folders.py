@@ -8,17 +8,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from milora_lightning.adapters.factors import product_svd, stack_factors
+from milora_lightning.adapters.factors import stack_factors
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.quantization import holds_its_weight
 from milora_lightning.checkpoint.fingerprint import fingerprint, unquantized
 from milora_lightning.data.encoding.prompt_format import PromptFormat
+from milora_lightning.export.compression import compress
 from milora_lightning.export.merging import as_dtype, is_factor, merged_state
 from milora_lightning.export.model_card import CARD, model_card
 from milora_lightning.export.peft_format import (
@@ -168,41 +168,6 @@ def export_merged(
         card = model_card(model, "adapters merged into the weights", "transformers", metrics, data)
         _finish(folder, model, card, tokenizer, prompt_format)
     return lost
-
-
-@torch.no_grad()
-def compress(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
-    """Find the best factors of a lower rank, from the SVD of B A without forming it.
-
-    Args:
-        B: Factor of shape (out, k).
-        A: Factor of shape (k, in).
-        rank: Rank to keep; at most k.
-
-    Returns:
-        A (rank, in) and B (out, rank), each with the root of the singular values, and the energies ‖·‖²_F that are
-        lost and that were there.
-
-    Raises:
-        ValueError: If ``rank`` exceeds k.
-
-    >>> B, A = torch.diag(torch.tensor([2.0, 1.0])), torch.eye(2)
-    >>> A1, B1, lost, energy = compress(B, A, 1)
-    >>> (B1 @ A1).round(), lost / energy
-    (tensor([[2., 0.],
-            [0., 0.]]), 0.2)
-    """
-    if rank > A.shape[0]:
-        raise InvalidInputError(
-            f"rank={rank} is more than the adapters' {A.shape[0]}; leave it out to keep everything."
-        )
-    U, S, Vh = product_svd(B, A)
-    root = S[:rank].sqrt()
-    lost, energy = S[rank:].square().sum().item(), S.square().sum().item()
-    small_A, small_B = root[:, None] * Vh[:rank], U[:, :rank] * root
-    padding = rank - small_A.shape[0]  # a small matrix may have fewer singular values than that
-    small_A, small_B = F.pad(small_A, (0, 0, 0, padding)), F.pad(small_B, (0, padding))
-    return small_A.to(A.dtype), small_B.to(B.dtype), lost, energy
 
 
 def find_model(module: nn.Module) -> PreTrainedModel:

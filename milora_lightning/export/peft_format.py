@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import warnings
@@ -10,19 +9,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
-from transformers.pytorch_utils import Conv1D
 
 from milora_lightning.adapters.injection import lora_layers
-from milora_lightning.adapters.layer import LoRALinear, linear_shape
+from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.config import Value
-from milora_lightning.utils.names import WRAPPERS, unwrapped_name
+from milora_lightning.export.skeleton import skeleton
+from milora_lightning.utils.names import unwrapped_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -236,51 +234,6 @@ def _peft_layers(opened: nn.Module) -> dict[str, Any]:
 
 def _alike(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one.detach().float(), other.detach().float().cpu())
-
-
-def skeleton(module: nn.Module) -> Any:
-    """Copy a module as it was before surgery, with zeros that take no memory for its weights.
-
-    Nothing is shared that PEFT could change; the copy is to be looked at and not to be called.
-    """
-    copied = _skeleton(module, {})
-    if isinstance(module, PreTrainedModel):
-        copied.config = copy.deepcopy(module.config)
-    return copied
-
-
-def _skeleton(module: nn.Module, copies: dict[int, Any]) -> Any:
-    if id(module) in copies:
-        return copies[id(module)]
-    for wrapped in WRAPPERS & module._modules.keys():
-        return _skeleton(module.get_submodule(wrapped), copies)
-    if isinstance(module, LoRALinear):
-        out_features, in_features = linear_shape(module.base_layer)
-        with torch.device("meta"):
-            plain = Conv1D(out_features, in_features) if module.transposed else nn.Linear(in_features, out_features)
-        plain.weight = nn.Parameter(_weightless(plain.weight), requires_grad=False)
-        plain.bias = None if module.bias is None else nn.Parameter(_weightless(plain.bias), requires_grad=False)
-        copies[id(module)] = plain
-        return plain
-    # fully_shard has given sharded modules classes of their own, which are not made from their names alone
-    cls = next(each for each in type(module).__mro__ if not issubclass(each, FSDPModule))
-    shell = cast(nn.Module, object.__new__(cls))
-    copies[id(module)] = shell
-    vars(shell).update({**vars(module), **vars(nn.Module())})  # the latter for hooks and all that is registered
-    vars(shell).pop("hf_device_map", None)  # PEFT would move weights to where these were
-    for key, parameter in module._parameters.items():
-        if parameter is not None and id(parameter) not in copies:
-            copies[id(parameter)] = nn.Parameter(_weightless(parameter), requires_grad=False)
-        shell._parameters[key] = copies.get(id(parameter))
-    shell._buffers = {key: None if b is None else _weightless(b) for key, b in module._buffers.items()}
-    shell._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
-    for key, child in module._modules.items():
-        shell._modules[key] = None if child is None else _skeleton(child, copies)
-    return shell
-
-
-def _weightless(tensor: Tensor) -> Tensor:
-    return torch.zeros(()).expand(tensor.shape)
 
 
 @contextmanager
