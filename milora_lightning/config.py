@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from milora_lightning.utils.errors import InvalidInputError
 
@@ -109,6 +109,29 @@ class LoRAConfig:
     def scale(self, name: str) -> float:
         """Return the factor s of the layer of that name."""
         return self.alpha(name) / self.rank(name)
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """Return the settings of the adapter on the layer of that name; compare them by :func:`first_difference`."""
+        return {
+            "r": self.rank(name),
+            "lora_alpha / r": self.scale(name),
+            "lora_dropout": self.lora_dropout,
+            "init": self.init,
+        }
+
+
+def first_difference(one: Mapping[str, Any], other: Mapping[str, Any], ignore: Collection[str] = ()) -> str | None:
+    """Return the name of the first setting in which two adapters differ; None if they are alike.
+
+    Args:
+        one: Settings of an adapter.
+        other: Settings of another.
+        ignore: Names of settings that may differ.
+
+    >>> first_difference(LoRAConfig(r=8).settings("0"), LoRAConfig(r=4).settings("0"))
+    'r'
+    """
+    return next((key for key in one if key not in ignore and one[key] != other[key]), None)
 
 
 def ends_in(name: str, pattern: str) -> bool:

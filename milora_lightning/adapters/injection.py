@@ -16,7 +16,7 @@ from milora_lightning.adapters.master_weights import keep_master_weights
 from milora_lightning.adapters.parts import TargetNotFoundError, check_initialized, find_modules, find_part, some
 from milora_lightning.adapters.quantization import holds_its_weight, keep_codes_in_place
 from milora_lightning.adapters.targets import TRAINED_BEFORE, adaptable_layers, find_targets, select_layers
-from milora_lightning.config import LoRAConfig, ends_in
+from milora_lightning.config import LoRAConfig, ends_in, first_difference
 from milora_lightning.parallel.dtensor import is_sharded
 from milora_lightning.utils.compat import bind_compiled
 from milora_lightning.utils.errors import InvalidInputError
@@ -219,17 +219,12 @@ def _check_one_part(present: dict[str, LoRALinear], part: nn.Module, config: LoR
 
 def _check_same_config(present: dict[str, LoRALinear], config: LoRAConfig) -> None:
     for name, layer in present.items():
-        for key, has, wants in (
-            ("r", layer.r, config.rank(name)),
-            ("lora_alpha / r", layer.scaling, config.scale(name)),
-            ("lora_dropout", layer.lora_dropout, config.lora_dropout),
-            ("init", layer.init, config.init),
-        ):
-            if has != wants:
-                raise InvalidInputError(
-                    f"Layer {name!r} has an adapter with {key}={has} already, and {key}={wants} is asked for. "
-                    "Start from a fresh model, or use the configuration it was injected with."
-                )
+        has, wanted = layer.settings, config.settings(name)
+        if key := first_difference(has, wanted):
+            raise InvalidInputError(
+                f"Layer {name!r} has an adapter with {key}={has[key]} already, and {key}={wanted[key]} is asked for. "
+                "Start from a fresh model, or use the configuration it was injected with."
+            )
 
 
 def _check_patterns(names: Collection[str], config: LoRAConfig) -> None:

@@ -99,6 +99,11 @@ class LoRALinear(nn.Module):
             self.initial_A = factor(r, self.in_features, trainable=False)
             self.initial_B = factor(self.out_features, r, trainable=False)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its settings by name, as :meth:`milora_lightning.LoRAConfig.settings` has them."""
+        return {"r": self.r, "lora_alpha / r": self.scaling, "lora_dropout": self.lora_dropout, "init": self.init}
+
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer's output of shape (..., out) for an input of shape (..., in)."""
         if not self.enabled:

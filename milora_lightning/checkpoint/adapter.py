@@ -15,7 +15,7 @@ from milora_lightning.adapters.injection import base_keys, inject, lora_layers
 from milora_lightning.adapters.layer import INITIALIZED, LoRALinear
 from milora_lightning.checkpoint.fingerprint import check_base, fingerprint
 from milora_lightning.checkpoint.io import KEY, CheckpointError, read
-from milora_lightning.config import LoRAConfig
+from milora_lightning.config import LoRAConfig, first_difference
 from milora_lightning.parallel.dtensor import is_sharded
 from milora_lightning.utils.names import key_in, rename_keys, unwrapped_name
 
@@ -122,16 +122,12 @@ class AdapterCheckpoint:
         saved = LoRAConfig(**description["config"])
         adapters = {unwrapped_name(name) for name in description["adapters"]}
         for layer in layers.keys() & adapters:
-            for name, here, there in (
-                ("r", self.config.rank(layer), saved.rank(layer)),
-                ("lora_alpha / r", self.config.scale(layer), saved.scale(layer)),
-                ("init", self.config.init, saved.init),
-            ):
-                if here != there:
-                    raise CheckpointError(
-                        f"The checkpoint's adapters have {name}={there}, this run's have {name}={here}, as on "
-                        f"{layer!r}. Use the configuration the checkpoint was trained with, or start without it."
-                    )
+            here, there = self.config.settings(layer), saved.settings(layer)
+            if key := first_difference(here, there, ignore=("lora_dropout",)):  # dropout may change during training
+                raise CheckpointError(
+                    f"The checkpoint's adapters have {key}={there[key]}, this run's have {key}={here[key]}, as on "
+                    f"{layer!r}. Use the configuration the checkpoint was trained with, or start without it."
+                )
         missing, extra = sorted(layers.keys() - adapters), sorted(adapters - layers.keys())
         if missing or extra:
             raise CheckpointError(
