@@ -1,4 +1,4 @@
-"""Exporting what was trained, when training ends."""
+"""Exports the trained adapters when training ends."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from milora_lightning.utils.messages import inform
 
 
 class AdapterExport(Callback):
-    """Exports the adapters at the end of fitting.
+    """Exports the adapters when fitting ends.
 
     Args:
-        output: Folder to make; it must not exist, or be empty.
+        output: Folder to create; it must not exist, or must be empty.
         format: ``"peft"`` for an adapter folder, ``"merged"`` for a whole Hugging Face model.
         rank: For ``"peft"``: compress each update to this rank.
-        dtype: For ``"merged"``: of the whole model; by default each weight keeps its own.
+        dtype: For ``"merged"``: dtype of the whole model; by default each weight keeps its own.
 
     Raises:
-        ValueError: If an option is given that the format does not have.
+        ValueError: If an option does not apply to the format.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class AdapterExport(Callback):
         self.dtype = dtype
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a place that is taken, or weights in shards, now and not when training is over."""
+        """Refuse an output folder that is in use, and sharded weights, before training rather than after it."""
         if stage == "fit":
             check_output(self.output)
             if shards(trainer.strategy):

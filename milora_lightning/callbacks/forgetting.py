@@ -1,4 +1,4 @@
-"""Watching what fine-tuning makes a language model forget."""
+"""Measures how much a language model forgets while it is fine-tuned."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from milora_lightning.utils.errors import InvalidInputError
 class ForgettingMonitor(Callback):
     """Measures at every validation how far the predictions on held-out text have moved from the base model's.
 
-    The base is the same model with its adapters switched off, so no second model is in memory; of what trains beside
-    them (``modules_to_save``, or all weights in full fine-tuning) a copy is kept from before training. Logs
+    The base model is the same model with its adapters switched off, so there is no second model in memory. Other
+    weights that train (``modules_to_save``, or all weights in full fine-tuning) are copied before training. Logs
     ``forgetting_kl``, the KL divergence from the base model's next-token distribution, and
-    ``forgetting_cross_entropy``, the measure of MiLoRA (arXiv 2406.09044, section 5), in nats per token over all
-    ranks. The KL divergence is 0 before training, which is logged too, as step 0.
+    ``forgetting_cross_entropy``, the measure used in the MiLoRA paper (arXiv 2406.09044, section 5), in nats per token
+    over all ranks. The values before training, where the KL divergence is 0, are logged as step 0.
 
     Args:
         text: Held-out text: a ``.txt`` file, a JSON, JSON lines or Parquet file, or a Hub name.
-        field: Field with the text, in everything but ``.txt`` files.
+        field: Field that holds the text; not used for ``.txt`` files.
         split: Which split of a Hub data set.
-        max_tokens: Most tokens to measure on; two forward passes over them are made each time.
-        block_length: Tokens that the model reads at once.
-        batch_size: Blocks in a batch of each rank.
+        max_tokens: Maximum number of tokens to measure on; each measurement takes two forward passes over them.
+        block_length: Number of tokens in a sequence.
+        batch_size: Number of sequences in a batch, on each rank.
         tokenizer: Name of the model whose tokenizer reads the text; by default the module's ``tokenizer``.
 
     Raises:
-        FileNotFoundError: In ``setup``, if there is no such text.
+        FileNotFoundError: In ``setup``, if the text does not exist.
         ValueError: In ``setup`` if the text cannot be used, or under FSDP1; when fitting starts if the module has no
-            Hugging Face language model; at the first measurement if there are weights to copy and they are in shards,
-            or training has begun already.
+            Hugging Face language model; at the first measurement if weights would have to be copied and are sharded, or
+            have been trained already.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ForgettingMonitor(Callback):
         self._base: dict[str, Tensor] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Read the text, so that a wrong path is noticed before a model is loaded."""
+        """Read the text before the model is loaded, so that a wrong path is found early."""
         if not calls_parts(trainer.strategy):
             raise InvalidInputError(
                 "ForgettingMonitor cannot call the language model under FSDPStrategy (FSDP1): use FSDP2 "
@@ -87,14 +87,14 @@ class ForgettingMonitor(Callback):
         self._before = None
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure, and log."""
+        """Measure and log."""
         results = self.measure(trainer, pl_module)
         pl_module.log_dict(results)
         if trainer.sanity_checking:
             self._before = results
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the values from before training, which Lightning's check before it does not."""
+        """Log the values from before training, because Lightning does not log its sanity check."""
         if trainer.global_step == 0:
             before = self._before or self.measure(trainer, pl_module)
             for logger in trainer.loggers:
@@ -109,7 +109,7 @@ class ForgettingMonitor(Callback):
         with torch.no_grad(), _eval_mode(model), trainer.precision_plugin.forward_context():
             for first in range(0, len(batches), trainer.world_size):
                 mine = first + trainer.global_rank
-                # Past the end the model runs all the same: under sharding the other ranks wait for this one.
+                # A rank without a batch runs the model all the same: with a sharded model the other ranks wait for it.
                 ids = batches[min(mine, len(batches) - 1)].to(pl_module.device)
                 logits = model(input_ids=ids, use_cache=False).logits
                 with adapters_disabled(model):
@@ -119,21 +119,22 @@ class ForgettingMonitor(Callback):
         return {f"forgetting_{name}": value.item() for name, value in metric.compute().items()}
 
     def _base_weights(self, trainer: Trainer, model: PreTrainedModel) -> dict[str, Tensor]:
-        """Return copies of what trains beside the adapters, made before training."""
+        """Return copies, made before training, of the weights that train besides the adapters."""
         if self._base is None:
             factors = {p for layer in lora_layers(model).values() for p in layer.parameters()}
-            beside = {name: p for name, p in model.named_parameters() if p.requires_grad and p not in factors}
-            if beside and shards(trainer.strategy):  # which puts the trained weights in the place of others in a call
+            others = {name: p for name, p in model.named_parameters() if p.requires_grad and p not in factors}
+            if others and shards(trainer.strategy):  # a forward pass would replace the copies by gathered weights
                 raise InvalidInputError(
-                    f"{next(iter(beside))!r} trains beside the adapters, and ForgettingMonitor cannot put back what is "
-                    "in shards: use one device, or strategy: ddp."
+                    f"{next(iter(others))!r} trains besides the adapters, and ForgettingMonitor cannot restore sharded "
+                    "weights to measure the base model: use one device, or strategy: ddp."
                 )
-            if beside and (trainer.state.fn != TrainerFn.FITTING or trainer.global_step > 0):
+            if others and (trainer.state.fn != TrainerFn.FITTING or trainer.global_step > 0):
                 raise InvalidInputError(
-                    f"{next(iter(beside))!r} trains beside the adapters, and what it was before training is not known "
-                    "here: ForgettingMonitor can measure such a run from its beginning only, or leave it out."
+                    f"{next(iter(others))!r} trains besides the adapters, and its value before training is not known "
+                    "here. ForgettingMonitor can measure such a run only from its beginning: start there, or leave it "
+                    "out."
                 )
-            self._base = {name: p.detach().clone() for name, p in beside.items()}
+            self._base = {name: p.detach().clone() for name, p in others.items()}
         return self._base
 
     def _tokens(self, pl_module: LightningModule) -> Tensor:
@@ -141,8 +142,8 @@ class ForgettingMonitor(Callback):
             tokenizer = load_tokenizer(self.tokenizer) if self.tokenizer else getattr(pl_module, "tokenizer", None)
             if tokenizer is None:
                 raise InvalidInputError(
-                    f"{type(pl_module).__name__} has no attribute tokenizer: pass ForgettingMonitor(tokenizer=...), "
-                    "the name of the model whose tokenizer it is."
+                    f"{type(pl_module).__name__} has no attribute tokenizer: pass the name of the model whose "
+                    "tokenizer to use, ForgettingMonitor(tokenizer=...)."
                 )
             self._blocks = pack(self._texts, tokenizer, self.block_length, self.max_tokens)
         return self._blocks
@@ -151,7 +152,9 @@ class ForgettingMonitor(Callback):
 def _language_model(pl_module: LightningModule) -> PreTrainedModel:
     model = find_model(pl_module)
     if model.get_output_embeddings() is None:
-        raise InvalidInputError(f"{type(model).__name__} predicts no tokens, and forgetting is measured on those.")
+        raise InvalidInputError(
+            f"{type(model).__name__} does not predict tokens, so its forgetting cannot be measured."
+        )
     return model
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C in training: save, and say how to go on."""
+"""Ctrl-C in training saves a checkpoint and says how to resume."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ SHOW_CURSOR = b"\x1b[?25h\n"
 
 
 class SaveOnInterrupt(Callback):
-    """Saves a checkpoint when training is interrupted with Ctrl-C, and says where it is and how to go on.
+    """Saves a checkpoint when training is interrupted with Ctrl-C, and says where it is and how to resume.
 
-    The step that is going on is finished first, so that the resumed run does what an uninterrupted one would have
-    done; an evaluation is broken off. A second Ctrl-C ends the program at once, without saving.
+    The current step is finished first, so that the resumed run does what an uninterrupted one would have done. An
+    evaluation is aborted. A second Ctrl-C ends the program at once, without saving.
 
-    The checkpoint is the ``last`` one of the first ModelCheckpoint that the Trainer has, where ``ckpt_path="last"``
-    finds it, or else ``interrupted.ckpt`` in ``default_root_dir``. With several processes they agree at every
-    ``log_every_n_steps``-th step whether there was a Ctrl-C, and save there.
+    The checkpoint is the ``last`` one of the Trainer's first ModelCheckpoint, where ``ckpt_path="last"`` finds it, or,
+    without a ModelCheckpoint, ``interrupted.ckpt`` in ``default_root_dir``. Several processes check together, every
+    ``log_every_n_steps`` steps, whether one of them has received Ctrl-C, and save then.
 
     Attributes:
-        go_on: How to go on, for the message; ``{path}`` in it stands for the checkpoint.
+        go_on: How to resume, for the message; ``{path}`` in it stands for the checkpoint.
         interrupted: Whether there was a Ctrl-C.
     """
 
@@ -39,37 +39,37 @@ class SaveOnInterrupt(Callback):
         self.interrupted = False
         self._before: Any = None
         self._in_step = False
-        self._step = 0  # before the step that is going on
+        self._step = 0  # the global step before the current one
         self._trainer: Trainer | None = None
         self._saved: tuple[int, str] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take Ctrl-C over for the time of training."""
+        """Handle Ctrl-C during training."""
         if stage == "fit" and self._before is None and threading.current_thread() is threading.main_thread():
             self._trainer = trainer
             self.interrupted = self._in_step = False
             self._before = signal.signal(signal.SIGINT, self._on_signal)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give Ctrl-C back."""
+        """Restore the previous handler of Ctrl-C."""
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
             self._before = self._trainer = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """From here on weights change; what is accumulated over several batches belongs to one step."""
+        """Note that a step has begun; it may take several batches whose gradients are accumulated."""
         if not self._in_step:
             self._in_step, self._step = True, trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save here, if there was a Ctrl-C: from here a run goes on exactly."""
+        """Save after Ctrl-C, now that the step is complete and a run can be resumed exactly."""
         if trainer.global_step == self._step and trainer.accumulate_grad_batches > 1:
             return
         self._in_step = False
         interrupted = self.interrupted
-        if trainer.world_size > 1:  # rarely, because all wait for one another and for their devices
+        if trainer.world_size > 1:  # not at every step, because it synchronizes all ranks and their devices
             every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
             due = trainer.global_step % every == 0
             interrupted = due and trainer.strategy.reduce_boolean_decision(interrupted, all=False)
@@ -79,7 +79,7 @@ class SaveOnInterrupt(Callback):
             raise KeyboardInterrupt
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say where the run can go on from."""
+        """Say which checkpoint the run can be resumed from."""
         if not isinstance(exception, KeyboardInterrupt):
             return
         expect_processes_to_end()
@@ -94,7 +94,7 @@ class SaveOnInterrupt(Callback):
         else:
             step, path = self._saved
             go_on = self.go_on.replace("{path}", path)
-            inform(f"Interrupted at step {step}. Saved in {path}; go on with: {go_on}")
+            inform(f"Interrupted at step {step}. Saved in {path}; resume with: {go_on}")
         self.teardown(trainer, pl_module, "fit")
 
     def _save(self, trainer: Trainer) -> None:
@@ -105,7 +105,7 @@ class SaveOnInterrupt(Callback):
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted:
             if sys.stdout.isatty():
-                os.write(1, SHOW_CURSOR)  # which live displays hide; by itself, because they may hold locks now
+                os.write(1, SHOW_CURSOR)  # live displays hide it; written directly, because they may hold locks now
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
             return
@@ -113,20 +113,20 @@ class SaveOnInterrupt(Callback):
         several = self._trainer is not None and self._trainer.world_size > 1
         if not self._in_step and not several:
             raise KeyboardInterrupt
-        inform("Ctrl-C: finishing this step, then saving. Once more ends at once, without saving.")
+        inform("Ctrl-C: finishing this step, then saving. Press it again to end at once, without saving.")
 
 
 def _path(trainer: Trainer) -> str:
-    """Return where the checkpoint of an interrupted run goes: where ``last`` is looked for, and nobody else's is.
+    """Return the path for the checkpoint of an interrupted run: where ``last`` is looked for, and nothing is yet.
 
-    The callback that has its ``last`` there gets to know of it, so that the run that goes on replaces it.
+    The ModelCheckpoint that writes ``last`` there is told, so that it replaces the file when the run is resumed.
     """
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath:
             own = "best_model_path" if _calls_its_only_one_last(callback) else "last_model_path"
             path = callback.format_checkpoint_name({}, callback.CHECKPOINT_NAME_LAST)
             version = callback.STARTING_VERSION
-            # As the callback itself finds a name.
+            # The callback itself looks for a free name in this way.
             while numbers_versions(callback) and path != getattr(callback, own):
                 if not callback.file_exists(path, trainer):
                     break

@@ -1,4 +1,4 @@
-"""Keeping updates out of what a model knows best."""
+"""Keeps updates orthogonal to the principal singular directions of each weight."""
 
 from __future__ import annotations
 
@@ -21,60 +21,60 @@ from milora_lightning.utils.messages import inform
 
 
 class PrincipalProjection(Callback):
-    """Keeps the updates of MiLoRA out of the principal subspaces throughout training, not at the start alone.
+    """Keeps the updates of MiLoRA out of the principal subspaces throughout training, not only at its start.
 
-    Of each weight W = U S Vᵀ the first p singular directions U_p, V_p are protected: U_pᵀ ΔW = 0 and ΔW V_p = 0 after
-    every step. MiLoRA's A₀ and B₀ are orthogonal to them, so that both hold for ΔW = s (B A − B₀A₀) if A and B stay
-    orthogonal to them too: A V_p = 0 and U_pᵀ B = 0. Gradients are projected onto that subspace as they arise, so
-    that what an optimizer keeps of them and what clipping measures is of the directions that are free; and because
-    an optimizer may leave the subspace all the same (Adam scales entry by entry), A and B are projected after each of
-    its steps, at the cost of 4 r p (in + out) operations for each matrix.
+    For each weight W = U S Vᵀ, the first p singular directions U_p, V_p are protected: U_pᵀ ΔW = 0 and ΔW V_p = 0 after
+    every step. MiLoRA's A₀ and B₀ are orthogonal to these directions, so both equations hold for ΔW = s (B A − B₀A₀) as
+    long as A and B stay orthogonal to them too: A V_p = 0 and U_pᵀ B = 0. Gradients are projected when they are
+    computed, so the optimizer's state and gradient clipping only see the free directions. An optimizer may still leave
+    the subspace (Adam scales each entry by itself), so A and B are projected after each step as well, which takes
+    4 r p (in + out) operations for each matrix.
 
-    At most p = k − r directions can be protected, all but those that MiLoRA trains, k = min(out, in); what is free
-    then is the r × r core between the minor vectors and the null space of the longer side. ``init="lora"`` works too:
-    A is projected once at the start, where B = 0.
+    At most p = k − r directions can be protected, with k = min(out, in): all but those that MiLoRA trains. What is left
+    free then is the r × r core between the minor vectors, and the null space of the longer side. ``init="lora"`` works
+    too: A is projected once at the start, where B = 0.
 
     Args:
-        p: Number of protected directions of each weight; what exceeds k − r is cut off.
+        p: Number of protected directions of each weight; at most k − r are used.
 
     Raises:
-        ValueError: If p is not positive; in ``setup`` under a strategy that shards factors; when fitting starts if the
-            module has no adapters, or their initial factors lie in the protected subspace (``init="pissa"``).
+        ValueError: If p is not positive; in ``setup`` under a strategy that shards the factors; when fitting starts if
+            the module has no adapters, or their initial factors lie in the protected subspace (``init="pissa"``).
     """
 
     def __init__(self, p: int = 128) -> None:
         if p < 1:
             raise InvalidInputError(f"p must be at least 1, not {p}; leave PrincipalProjection out to protect nothing.")
         self.p = p
-        self._protected: list[Protected] = []
+        self._protected: list[ProtectedSubspace] = []
         self._handles: list[RemovableHandle] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse factors that are not whole, before a model is loaded."""
+        """Refuse sharded factors before the model is loaded."""
         if stage == "fit":
             check_whole(trainer.strategy, "PrincipalProjection")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Decompose the weights, and see to it that gradients and steps are projected."""
+        """Decompose the weights and register the hooks that project gradients and factors."""
         layers = lora_layers(pl_module)
         if not layers:
-            raise InvalidInputError("PrincipalProjection restrains adapters, and the module has none: add MiLoRAInit.")
+            raise InvalidInputError("PrincipalProjection projects adapters, and the module has none: add MiLoRAInit.")
         bases: list[tuple[Tensor, Tensor]] = []
         error = None
         if trainer.is_global_zero:
             try:
                 bases = [_bases(*item, self.p) for item in track(layers.items(), "Decomposing weights", transient=True)]
-            except Exception as raised:  # all of them, because the other ranks wait for this one
+            except Exception as raised:  # any error, because the other ranks wait for this one
                 error = raised
         raise_together(error, trainer.world_size)
-        bases = trainer.strategy.broadcast(bases)  # one for all, so that rounding cannot drive the ranks' factors apart
+        bases = trainer.strategy.broadcast(bases)  # the same on all ranks: rounding must not make their factors differ
         self._protected = [
-            Protected(layer, U.to(layer.lora_B.device), V.to(layer.lora_A.device))
+            ProtectedSubspace(layer, U.to(layer.lora_B.device), V.to(layer.lora_A.device))
             for layer, (U, V) in zip(layers.values(), bases, strict=True)
         ]
         for name, protected in zip(layers, self._protected, strict=True):
             protected.check(name)
-            protected.start()
+            protected.project_initial()
             self._handles += protected.project_gradients()
         self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
         size = sum(x.nbytes for basis in bases for x in basis)
@@ -85,14 +85,14 @@ class PrincipalProjection(Callback):
             protected.project()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of everything."""
+        """Remove the hooks and release the bases."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._protected = [], []
 
 
-class Protected(NamedTuple):
-    """An adapter with the directions that its update is to keep out of.
+class ProtectedSubspace(NamedTuple):
+    """An adapter and the directions that its update must be orthogonal to.
 
     Attributes:
         layer: The adapter.
@@ -113,31 +113,31 @@ class Protected(NamedTuple):
                 "PrincipalProjection is to protect. Use init milora or lora."
             )
 
-    def start(self) -> None:
-        """Project A where it starts outside, as LoRA's own does; B is zero there, so nothing changes."""
+    def project_initial(self) -> None:
+        """Project A if it starts outside the free subspace, as with ``init="lora"``; B is 0, so ΔW stays 0."""
         if self.layer.initial_A is None and not self.layer.lora_B.any():
             self.project()
 
     @torch.no_grad()
     def project(self) -> None:
-        """Take out of both factors' changes what lies in the protected directions."""
+        """Remove the part of both factors' changes that lies in the protected directions."""
         layer = self.layer
-        # The change and not the factor, so that what has not moved stays the same bit for bit.
+        # Project the change rather than the factor, so that unchanged rows stay the same bit for bit.
         A0, B0 = (0 if x is None else x for x in (layer.initial_A, layer.initial_B))
-        layer.lora_A.copy_(A0 + without(layer.lora_A - A0, self.V))
-        layer.lora_B.copy_(B0 + without((layer.lora_B - B0).mT, self.U).mT)
+        layer.lora_A.copy_(A0 + project_out(layer.lora_A - A0, self.V))
+        layer.lora_B.copy_(B0 + project_out((layer.lora_B - B0).mT, self.U).mT)
 
     def project_gradients(self) -> list[RemovableHandle]:
-        """Have both factors' gradients projected as they arise."""
+        """Project the gradients of both factors when they are computed."""
         A, B = self.layer.lora_A, self.layer.lora_B
         return [
-            A.register_hook(lambda gradient: without(gradient, self.V)),  # type: ignore[no-untyped-call]
-            B.register_hook(lambda gradient: without(gradient.mT, self.U).mT),  # type: ignore[no-untyped-call]
+            A.register_hook(lambda gradient: project_out(gradient, self.V)),  # type: ignore[no-untyped-call]
+            B.register_hook(lambda gradient: project_out(gradient.mT, self.U).mT),  # type: ignore[no-untyped-call]
         ]
 
 
-def without(rows: Tensor, basis: Tensor) -> Tensor:
-    """Take out of each row its part in the span of orthonormal columns.
+def project_out(rows: Tensor, basis: Tensor) -> Tensor:
+    """Remove from each row its component in the span of orthonormal columns.
 
     Args:
         rows: Shape (n, d).
@@ -146,7 +146,7 @@ def without(rows: Tensor, basis: Tensor) -> Tensor:
     Returns:
         rows − rows basis basisᵀ, shape (n, d).
 
-    >>> without(torch.ones(1, 3), torch.eye(3)[:, :2])
+    >>> project_out(torch.ones(1, 3), torch.eye(3)[:, :2])
     tensor([[0., 0., 1.]])
     """
     return rows - (rows @ basis) @ basis.mT
@@ -157,8 +157,8 @@ def _bases(name: str, layer: LoRALinear, p: int) -> tuple[Tensor, Tensor]:
     free = min(weight.shape) - layer.r
     if free < 1:
         raise InvalidInputError(
-            f"Layer {name!r} has no direction beside the r={layer.r} that are trained: use a smaller r."
+            f"Layer {name!r} has no direction besides the r={layer.r} that are trained: use a smaller r."
         )
     U, _, Vh = singular_slice(weight, min(p, free), "principal")
-    # On the CPU, because another rank's device is not this one's.
+    # On the CPU, because other ranks have other devices.
     return U.to("cpu", layer.lora_B.dtype), Vh.mT.to("cpu", layer.lora_A.dtype).contiguous()

@@ -1,4 +1,4 @@
-"""Writing what the model generates to a file."""
+"""Writes generated answers to a file."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from milora_lightning.utils.errors import InvalidInputError
 class PredictionWriter(BasePredictionWriter):
     """Writes prompt, instruction, generation, reference and task of every predicted example as JSON lines.
 
-    Lines are written batch by batch, so that an interrupted run leaves what it has done. With several processes
-    each writes its own file, the rank before the suffix.
+    Lines are written batch by batch, so an interrupted run leaves the answers it has generated. With several processes,
+    each writes a file of its own with the rank before the suffix.
 
     Args:
-        output: The file to write; its folder is made, an existing file is replaced.
-        alpaca_eval: A JSON file to write besides when all is done, in the format that ``alpaca_eval --model_outputs``
-            reads: all processes' generations in the order of the data.
-        generator: What ``alpaca_eval`` is to call the model.
+        output: The file to write. Its folder is created if necessary; an existing file is replaced.
+        alpaca_eval: A JSON file to write as well at the end, in the format that ``alpaca_eval --model_outputs`` reads:
+            the generations of all processes in the order of the data.
+        generator: The name of the model in ``alpaca_eval``.
     """
 
     def __init__(
@@ -37,10 +37,10 @@ class PredictionWriter(BasePredictionWriter):
         self.generator = generator
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin empty files, so that an unwritable place is noticed before any work.
+        """Create empty files, so that a place that cannot be written to is found before any work.
 
         Raises:
-            ValueError: If it is that.
+            ValueError: If a file cannot be written.
         """
         for path in (self._file(trainer.global_rank, trainer.world_size), self.alpaca_eval):
             if path is None:
@@ -50,7 +50,7 @@ class PredictionWriter(BasePredictionWriter):
                 path.write_text("", encoding="utf-8")
             except OSError as error:
                 raise InvalidInputError(
-                    f"Predictions cannot be written to {path} ({error.strerror}): name a file in another place."
+                    f"Predictions cannot be written to {path} ({error.strerror}): choose another file."
                 ) from error
 
     def write_on_batch_end(
@@ -68,7 +68,7 @@ class PredictionWriter(BasePredictionWriter):
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in prediction)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather the generations for ``alpaca_eval``, and say where they are."""
+        """Collect the generations for ``alpaca_eval``, and say where the files are."""
         trainer.strategy.barrier("predictions")
         if not trainer.is_global_zero:
             return
@@ -83,7 +83,7 @@ class PredictionWriter(BasePredictionWriter):
 
 
 def alpaca_eval_record(record: dict[str, str], generator: str) -> dict[str, str]:
-    """Bring a prediction into the format that AlpacaEval scores.
+    """Convert a prediction to the format that AlpacaEval scores.
 
     >>> alpaca_eval_record({"instruction": "Hi", "generation": "Hello!", "task": "koala", "prompt": "Hi"}, "mine")
     {'dataset': 'koala', 'instruction': 'Hi', 'output': 'Hello!', 'generator': 'mine'}
@@ -97,7 +97,7 @@ def alpaca_eval_record(record: dict[str, str], generator: str) -> dict[str, str]
 
 
 def _interleaved(files: list[Path]) -> Iterator[dict[str, str]]:
-    """Read records in the order of the data, of which rank k has every N-th from the k-th on."""
+    """Read records in the order of the data; rank k of N has every N-th record, starting with the k-th."""
     with ExitStack() as stack:
         for lines in zip_longest(*(stack.enter_context(path.open(encoding="utf-8")) for path in files)):
             yield from (json.loads(line) for line in lines if line is not None)

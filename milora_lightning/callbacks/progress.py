@@ -1,4 +1,4 @@
-"""A run's progress: on a terminal live, in files and pipes in lines."""
+"""Shows the progress of a run: live on a terminal, line by line in files and pipes."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from milora_lightning.training.remaining import seconds_left
 from milora_lightning.training.schedules import run_length
 from milora_lightning.utils.counting import counted
 
-READ_EVERY = 0.5  # seconds: reading a figure from a device waits for it
-OWN = ("loss", "train_loss", "lr", "tokens_per_second", "v_num")  # shown in a way of their own
+READ_EVERY = 0.5  # seconds; reading a value from the device synchronizes with it
+SHOWN_SEPARATELY = ("loss", "train_loss", "lr", "tokens_per_second", "v_num")
 
 
 class RunProgress(ProgressBar):
-    """Shows what a run is doing, how far it is and when it will be over, with any LightningModule.
+    """Shows what a run is doing, how far it is and how long it will take, with any LightningModule.
 
-    On a terminal a few lines move at its foot from the beginning to the end: the step of how many, the smoothed loss,
-    the learning rate, the speed, the peak memory, the time left (evaluations included once their length is known) and
-    what the module logs with ``prog_bar=True``; below them what else is going on, such as an evaluation, with
-    the token at which the answers are. In a file or a pipe the same is said in plain lines, soon at the beginning and
-    once a minute in the long run. A module that logs ``tokens_per_second`` has it shown in place of steps per second.
+    On a terminal, a few lines at the bottom are updated throughout the run: the step and the number of steps, the
+    smoothed loss, the learning rate, the speed, the peak memory, the time left (including evaluations, once one has
+    been timed) and everything that the module logs with ``prog_bar=True``. A line below them shows other work, such as
+    an evaluation, with the number of tokens generated so far. In a file or a pipe, the same figures are plain lines,
+    frequent at first and later one a minute. If the module logs ``tokens_per_second``, it is shown instead of steps per
+    second.
 
-    Figures are read from the device twice a second at most.
+    Figures are read from the device at most twice a second.
 
     >>> trainer = Trainer(callbacks=[RunProgress()], logger=False)
     """
@@ -49,15 +50,15 @@ class RunProgress(ProgressBar):
         self._passes = 0
         self._answering = False
         self._first_step = 0
-        self._evaluation = 0.0  # seconds that a whole one takes, if one has been seen
+        self._evaluation = 0.0  # seconds that a whole evaluation takes; 0 until one has been timed
         self._loss = SmoothedLoss()
         self._pace = Pace()
         self._read = 0.0
 
-    # Lightning's switches
+    # Switches that Lightning uses
 
     def disable(self) -> None:
-        """Show nothing, as on all ranks but one."""
+        """Show nothing; Lightning calls this on all ranks but one."""
         self._enabled = False
         self.stop()
 
@@ -73,10 +74,10 @@ class RunProgress(ProgressBar):
     # Beginning and end
 
     def begin(self, name: str) -> None:
-        """Say what is going on; the view starts with the first.
+        """Begin a piece of work; the first call starts the display.
 
         Args:
-            name: Such as ``"Loading the model"``.
+            name: What is being done, such as ``"Loading the model"``.
         """
         self.state.work = Work(name)
         if self._view is None and self._enabled:
@@ -86,24 +87,24 @@ class RunProgress(ProgressBar):
             self._view.start()
 
     def stop(self) -> None:
-        """Show nothing more."""
+        """Stop the display."""
         view, self._view = self._view, None
         if view is not None:
             view.stop()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin: from here on the model is loaded."""
+        """Start the display; the model is loaded next."""
         super().setup(trainer, pl_module, stage)
         if not trainer.is_global_zero:
             self._enabled = False
         self.begin("Loading the model")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """End."""
+        """Stop the display."""
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the terminal to the message."""
+        """Stop the display, so that the error message is not overwritten."""
         self._close()
 
     def _close(self) -> None:
@@ -111,7 +112,7 @@ class RunProgress(ProgressBar):
         self.stop()
 
     def initializing(self, batches: Sequence[Batch]) -> Iterator[Batch]:
-        """Show how far the decompositions are, in the place of a bar of their own."""
+        """Show the progress of the decompositions of :func:`milora_lightning.initialize`."""
         if batches:
             self.begin("Initializing adapters")
         for batch in batches:
@@ -122,32 +123,32 @@ class RunProgress(ProgressBar):
             yield batch
             if work is not None:
                 work.done += len(batch)
-        if batches:  # the last are still being decomposed; then the layers are compared with what they were
+        if batches:  # the last ones are still being decomposed; after them the layers are checked
             self.begin("Checking the adapters")
 
     # Training
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The model is there."""
+        """End the display of loading."""
         self.state.work = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from here: a trainer may fit several times, tuners do."""
+        """Start counting; a Trainer may fit several times, as tuners make it do."""
         self._loss, self._pace = SmoothedLoss(), Pace()
         self.state.work = self.state.tokens = self.state.steps = self.state.end = None
         self.state.training = Work("Training", run_length(trainer), "steps", trainer.global_step)
         self._first_step = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Take the time, unless the last batch did: loading data is part of a step."""
+        """Start the clock, unless it is running since the last batch: loading data is part of a step."""
         self._pace.start()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take the figures, if it is time."""
+        """Update the figures, if it is time to."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor):  # which Lightning has divided
+        if isinstance(loss, Tensor):  # Lightning has divided it by accumulate_grad_batches
             self._loss.add(loss * trainer.accumulate_grad_batches)
         training = self.state.training
         if training is None:
@@ -172,14 +173,14 @@ class RunProgress(ProgressBar):
         if tokens is not None:
             state.tokens = tokens if state.tokens is None else 0.9 * state.tokens + 0.1 * tokens
         state.memory = peak_memory(trainer.strategy.root_device)
-        state.metrics = {k: v for k, v in shown.items() if k not in OWN}
+        state.metrics = {k: v for k, v in shown.items() if k not in SHOWN_SEPARATELY}
         if seconds := self._pace.seconds:
             state.steps = 1 / seconds
             left = seconds_left(trainer, seconds, self._evaluation)
             state.end = None if left is None else time.monotonic() + left
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what stays of it."""
+        """Print one line that sums up the training."""
         training, self.state.training, self.state.end = self.state.training, None, None
         if training is not None and training.done > self._first_step:
             self._take_figures(trainer)
@@ -198,7 +199,7 @@ class RunProgress(ProgressBar):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Begin to count tokens."""
+        """Start counting generated tokens."""
         self._begin_batch(batch)
 
     def on_validation_batch_end(
@@ -210,14 +211,14 @@ class RunProgress(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count."""
+        """Count the batch."""
         self._end_batch()
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember how long it took, for the time that is left."""
+        """Remember how long the evaluation took, to estimate the time left."""
         work, state = self.state.work, self.state
         whole = not trainer.sanity_checking or list(trainer.num_sanity_val_batches) == list(trainer.num_val_batches)
         if work is not None and whole:
@@ -231,7 +232,7 @@ class RunProgress(ProgressBar):
         self._evaluate("Testing", trainer.num_test_batches, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """There is nothing more to count."""
+        """End the display of the evaluation."""
         self._finish_evaluation()
 
     on_predict_end = on_test_end
@@ -249,7 +250,7 @@ class RunProgress(ProgressBar):
         self._answering = False
         self._unhook()
         models = [child for child in pl_module.modules() if isinstance(child, PreTrainedModel)][:1]
-        for model in models:  # generates token by token, each in a pass of its own
+        for model in models:  # each forward pass generates one token
             self._hook = model.register_forward_pre_hook(lambda *_: self._pass())
 
     def _begin_batch(self, batch: Any) -> None:
@@ -285,6 +286,6 @@ class RunProgress(ProgressBar):
             self._view.tick()
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print above what moves."""
+        """Print above the live display."""
         if self._enabled:
             print(*args, **kwargs)

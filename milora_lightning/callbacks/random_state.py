@@ -1,4 +1,4 @@
-"""Random states in checkpoints, without which a resumed run's dropout differs."""
+"""Random states in checkpoints; without them the dropout of a resumed run would differ."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ State = dict[str, torch.Tensor]
 class RandomState(Callback):
     """Saves the random states of all ranks in checkpoints, and restores them before the first resumed batch.
 
-    With it, and batches that follow from the seed, a run that was interrupted goes on bit for bit as it would have
-    (on CPUs; GPUs' kernels may sum in another order).
+    If the batches are determined by the seed, a resumed run then equals the uninterrupted one bit for bit (on CPUs; GPU
+    kernels may sum in another order).
     """
 
     def __init__(self) -> None:
         self._restored: list[State] = []
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the states of all ranks into the checkpoint."""
+        """Add the states of all ranks to the checkpoint."""
         checkpoint["random_state"] = gather(trainer, current_state(pl_module.device))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the saved states until training goes on."""
+        """Keep the saved states until training resumes."""
         self._restored = checkpoint.get("random_state", [])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Restore the state of this rank, once."""
         states, self._restored = self._restored, []
-        if len(states) == trainer.world_size:  # with another number of ranks there is nothing to go on with
+        if len(states) == trainer.world_size:  # saved states do not fit another number of ranks
             state = states[trainer.global_rank]
             torch.set_rng_state(state["cpu"])
             if "cuda" in state and pl_module.device.type == "cuda":
@@ -39,7 +39,7 @@ class RandomState(Callback):
 
 
 def current_state(device: torch.device) -> State:
-    """Return torch's random states that matter on a device."""
+    """Return torch's random states that affect computations on a device."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)

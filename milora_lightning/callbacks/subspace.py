@@ -1,4 +1,4 @@
-"""Watching where updates go in the spectra of their weights."""
+"""Logs where updates lie in the spectra of their weights."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ class SubspaceMonitor(Callback):
     """Logs how similar the updates are to parts of their weights' spectra, averaged over the layers of a module type.
 
     For each module type, such as ``q_proj``: ``subspace/q_proj/top``, ``/bottom`` and ``/random`` are the similarities
-    φ of the update's top r left singular vectors with the weight's (r / out for subspaces at random), and
+    φ between the update's top r left singular vectors and those of the weight (r / out for random subspaces), and
     ``subspace/q_proj/amplification`` is ‖UᵀΔWV‖_F / ‖UᵀWV‖_F (MiLoRA, arXiv 2406.09044, section 6). Each weight is
-    decomposed once, when training starts; kept are 3 r vectors of it, on the CPU. The first rank does the work.
+    decomposed once, when training starts, and 3 r of its singular vectors are kept on the CPU. Only the first rank does
+    this work.
 
     Args:
-        every_n_steps: Optimizer steps between two looks.
+        every_n_steps: Number of optimizer steps between two measurements.
 
     Raises:
         ValueError: If ``every_n_steps`` is not positive; in ``setup`` under a strategy that shards weights.
@@ -41,7 +42,7 @@ class SubspaceMonitor(Callback):
         self._last_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse weights that are not whole, before a model is loaded."""
+        """Refuse sharded weights before the model is loaded."""
         if stage == "fit":
             check_whole(trainer.strategy, "SubspaceMonitor")
 
@@ -56,7 +57,7 @@ class SubspaceMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log, every so many steps."""
+        """Measure and log every ``every_n_steps`` steps."""
         step = trainer.global_step
         if step != self._last_step and step % self.every_n_steps == 0 and trainer.is_global_zero:
             pl_module.log_dict(self.measure(pl_module), rank_zero_only=True)
@@ -64,7 +65,7 @@ class SubspaceMonitor(Callback):
 
     @torch.no_grad()
     def measure(self, pl_module: LightningModule) -> dict[str, float]:
-        """Compute the averages over all updates that are not zero."""
+        """Compute the averages over all nonzero updates."""
         values = defaultdict(list)
         for name, layer in lora_layers(pl_module).items():
             update = update_of(layer)

@@ -1,4 +1,4 @@
-"""What training has changed, in a few figures and answers."""
+"""Shows what training has changed, by a few figures and answers."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from milora_lightning.utils.messages import inform
 
 
 class EvaluationSummary(Callback):
-    """Shows the validation results from before training and from its end, a few answers too, and keeps them.
+    """Shows validation results and a few answers from before and after training, and keeps them for checkpoints.
 
-    The first figures are those of the check that the Trainer runs before training; let it see the whole validation
-    set with ``num_sanity_val_steps=-1``, or the two columns are over different examples.
+    The results from before training are those of the Trainer's sanity check. Set ``num_sanity_val_steps=-1`` so that it
+    covers the whole validation set; otherwise the two columns are computed on different examples.
 
-    Answers are those that evaluation steps return as ``{"answers": [...]}``, as those of
-    :class:`milora_lightning.CausalLMModule` do: dictionaries with ``prompt``, ``instruction``, ``generation`` and
-    ``reference``. After every evaluation they are shown beside their references and given to the loggers; at the end of
-    training beside those to the same prompts before it. Where ``validate`` and ``test`` are called with
-    ``verbose=False``, their results are shown here, once and not for each of the loaders.
+    The answers are those that evaluation steps return as ``{"answers": [...]}``, as
+    :class:`milora_lightning.CausalLMModule` does: dictionaries with ``prompt``, ``instruction``, ``generation`` and
+    ``reference``. After every evaluation they are shown next to their references and passed to the loggers; when
+    training ends, they are shown next to the answers to the same prompts before training. When ``validate`` or ``test``
+    is called with ``verbose=False``, its results are shown here, in one table for all data loaders.
 
     Args:
         samples: How many answers to show; 0 for none.
@@ -35,9 +35,9 @@ class EvaluationSummary(Callback):
 
     def __init__(self, samples: int = 3) -> None:
         if samples < 0:
-            raise InvalidInputError(f"samples is the number of answers to show, at least 0, and not {samples}.")
+            raise InvalidInputError(f"samples is the number of answers to show and must be at least 0, not {samples}.")
         self.samples = samples
-        self.tables = True  # whether to show the results of validate and test, too
+        self.tables = True  # whether to show the results of validate and test
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         self.shown: list[Sample] = []
@@ -45,7 +45,7 @@ class EvaluationSummary(Callback):
         self._patience = Patience()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the last answers, and say how many come before training."""
+        """Discard the answers of the last evaluation, and say how many come before training."""
         self._answered = []
         if trainer.state.fn == "fit":
             self._patience.begin(trainer, pl_module)
@@ -59,13 +59,13 @@ class EvaluationSummary(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep answers."""
+        """Keep the answers of a batch."""
         self._keep(outputs)
         if trainer.state.fn == "fit":
             self._patience.answered(len(self._answered))
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the last answers."""
+        """Discard the answers of the last evaluation."""
         self._answered = []
 
     on_test_batch_end = on_validation_batch_end
@@ -89,19 +89,19 @@ class EvaluationSummary(Callback):
         self._show(trainer, "test")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the results, for the checkpoint and what is exported from it."""
+        """Return the results, for checkpoints and the model cards of exports."""
         return {"before": self.before, "after": self.after, "samples": self.shown}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the results of the run that is resumed."""
+        """Restore the results of the run that is resumed."""
         self.before, self.after = state_dict["before"], state_dict["after"]
         self.shown = state_dict.get("samples", [])  # older checkpoints have none
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show before and after."""
+        """Show the results and answers before and after training."""
         if not trainer.is_global_zero:
             return
-        console = rich.get_console()  # that of progress bars, above which it goes
+        console = rich.get_console()  # the console of the progress display, above which this is printed
         changed = [sample for sample in self.shown if {"before", "after"} <= sample.keys()]
         if changed:
             console.print(table(changed, ["before", "after"], "answers before and after training"))
@@ -122,7 +122,7 @@ class EvaluationSummary(Callback):
         self._answered += [record for record in answers or () if record.keys() >= _KEYS]
 
     def _keep_shown(self) -> None:
-        """Keep the latest answers to the prompts that were answered before, or of the first evaluation there was."""
+        """Update the answers to the shown prompts, or choose the prompts in the first evaluation."""
         if not self.shown:
             self.shown = [_sample(record) for record in choose(self._answered, self.samples)]
         answers = {record["prompt"]: record["generation"] for record in self._answered}
@@ -131,7 +131,7 @@ class EvaluationSummary(Callback):
                 sample["after"] = answers[sample["prompt"]]
 
     def _show(self, trainer: Trainer, stage: Stage) -> None:
-        """Show what an evaluation has found, and log its answers."""
+        """Show the results of an evaluation, and show and log some of its answers."""
         if not trainer.is_global_zero:
             return
         fitting = trainer.state.fn == "fit"

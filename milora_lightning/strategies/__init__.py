@@ -1,4 +1,4 @@
-"""What Lightning's strategies need for adapters."""
+"""Lightning's strategies, extended for adapters."""
 
 from milora_lightning.strategies.fsdp import MiLoRAFSDPStrategy
 from milora_lightning.strategies.model_parallel import MiLoRAModelParallelStrategy

@@ -1,4 +1,4 @@
-"""What each of Lightning's strategies needs for MiLoRA: the one place where they are told apart."""
+"""What MiLoRA needs from each of Lightning's strategies: the only module that distinguishes between them."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ SHARDING: dict[type[Strategy], type[Strategy]] = {
     ModelParallelStrategy: MiLoRAModelParallelStrategy,
     FSDPStrategy: MiLoRAFSDPStrategy,
 }
-"""Ours, by those of Lightning's strategies that they derive from."""
+"""The strategies of this package by the Lightning strategies that they extend."""
 
 for _strategy in SHARDING.values():
     _strategy.register_strategies(StrategyRegistry)
 
 
 def prepare(trainer: Trainer) -> None:
-    """Make a Trainer's strategy ready for adapters, once its processes know one another.
+    """Prepare a Trainer's strategy for adapters, after its processes have been connected.
 
     Raises:
-        ValueError: If adapters do not work under the strategy, or not as it is set.
+        ValueError: If adapters do not work under the strategy, or not with its settings.
     """
     strategy = trainer.strategy
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
@@ -64,16 +64,17 @@ def prepare(trainer: Trainer) -> None:
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise InvalidInputError(
             f"MiLoRAInit does not work under {type(strategy).__name__}: use one device, strategy: ddp, or, for models "
-            "that do not fit a device, strategy: milora_fsdp2 (FSDP2)."
+            "that do not fit on one device, strategy: milora_fsdp2 (FSDP2)."
         )
 
 
 def _become(strategy: Strategy, kind: type[Strategy], ours: type[Strategy]) -> None:
-    """Let a strategy of Lightning's class, or of one derived from it, do for adapters what ours does.
+    """Turn an instance of Lightning's strategy, or of a subclass of it, into one of ours by changing its class.
 
-    Lightning's own ways would want the base's weights in each checkpoint, take the optimizer's parameters for all of
-    the model's, and overwrite a folder in place. Projects and YAML files name its classes all the same, and the Trainer
-    has made the object already. What a user's class overrides stays, with ours as its ``super()``.
+    Lightning's strategy would require the base weights in each checkpoint, assume that the optimizer has all parameters
+    of the model, and overwrite a checkpoint folder in place. Projects and YAML files name Lightning's class, however,
+    and the Trainer has created the object by now. The methods of a user's subclass stay, with ours as their
+    ``super()``.
     """
     given = type(strategy)
     if not isinstance(strategy, ours):
@@ -82,7 +83,7 @@ def _become(strategy: Strategy, kind: type[Strategy], ours: type[Strategy]) -> N
 
 
 def finish(trainer: Trainer, module: nn.Module) -> None:
-    """Have a strategy look at a module, between the building of the model and the strategy's setup.
+    """Let a strategy check a module, after the model is built and before the strategy's setup.
 
     Raises:
         ValueError: If the strategy cannot hold the module's parameters.
@@ -92,12 +93,12 @@ def finish(trainer: Trainer, module: nn.Module) -> None:
 
 
 def needs_early_start(trainer: Trainer) -> bool:
-    """Whether factors have to be computed before the strategy's setup, from weights that are whole only until then."""
+    """Whether factors must be computed before the strategy's setup, which shards or quantizes the weights."""
     return isinstance(trainer.strategy, FSDPStrategy) or isinstance(trainer.precision_plugin, BitsandbytesPrecision)
 
 
 def shards(strategy: Strategy) -> bool:
-    """Whether weights are in shards under a strategy.
+    """Whether a strategy shards the weights.
 
     >>> shards(FSDPStrategy())
     True
@@ -106,14 +107,14 @@ def shards(strategy: Strategy) -> bool:
 
 
 def check_whole(strategy: Strategy, name: str) -> None:
-    """Refuse to have a callback look at single weights where they are in shards.
+    """Refuse a callback that needs whole weights if the strategy shards them.
 
     Args:
         strategy: The Trainer's strategy.
-        name: Of the callback.
+        name: Name of the callback.
 
     Raises:
-        ValueError: If weights are in shards.
+        ValueError: If the strategy shards the weights.
 
     >>> check_whole(FSDPStrategy(), "SubspaceMonitor")
     Traceback (most recent call last):
@@ -127,23 +128,23 @@ them: use one device, or strategy: ddp.
 
 
 def calls_parts(strategy: Strategy) -> bool:
-    """Whether a part of the module can be called: FSDP1 collects weights for calls of the whole module only."""
+    """Whether parts of the module can be called; FSDP1 gathers weights only in calls of the whole module."""
     return not isinstance(strategy, FSDPStrategy)
 
 
 def restores_late(strategy: Strategy) -> bool:
-    """Whether checkpoints are restored after ``on_fit_start``: factors that they bring need not be computed there."""
+    """Whether checkpoints are restored after ``on_fit_start``, so that factors must not be computed there yet."""
     return strategy.restore_checkpoint_after_setup
 
 
 def gradient_norm(strategy: Strategy, gradients: list[Tensor]) -> Tensor:
-    """Compute the norm of a gradient, over all shards where it is sharded; all ranks must call this."""
+    """Compute the norm of a gradient over all shards; all ranks must call this."""
     norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
-    if isinstance(strategy, FSDPStrategy):  # whose shards are plain tensors
+    if isinstance(strategy, FSDPStrategy):  # FSDP1's shards are plain tensors
         norm = strategy.reduce(norm.to(strategy.root_device).square(), reduce_op="sum").sqrt()
     return norm
 
 
 def clips_itself(strategy: Strategy) -> FullyShardedDataParallel | None:
-    """Return the wrapped model where only that can clip by norm, as under FSDP1, for which Lightning has no way."""
+    """Return the model under FSDP1, whose gradients only it can clip by norm; None under other strategies."""
     return strategy.model if isinstance(strategy.model, FullyShardedDataParallel) else None

@@ -1,4 +1,4 @@
-"""FSDP1, which keeps parameters in flat shards: for checkpoints one unit of the model at a time is made whole."""
+"""FSDP1, which flattens and shards parameters: checkpoints gather one FSDP unit of the model at a time."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from milora_lightning.utils.names import unwrapped_name
 
 
 class MiLoRAFSDPStrategy(FSDPStrategy):
-    """Lightning's strategy for FSDP1, ``milora_fsdp1``, whose checkpoints hold adapters and what else is trained.
+    """Lightning's strategy for FSDP1, ``milora_fsdp1``, whose checkpoints hold adapters and other trained weights.
 
-    It wraps each decoder layer unless told otherwise, and leaves casting to autocast. For a module without adapters it
-    is Lightning's.
+    It wraps each decoder layer unless another policy is given, and leaves casting to autocast. For a module without
+    adapters it does what Lightning's strategy does.
     """
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
-        """Make the name known to the Trainer, and that it needs a GPU."""
+        """Register the name ``milora_fsdp1``; the Trainer then knows that it needs a GPU."""
         strategy_registry.register("milora_fsdp1", cls, description=cls.__doc__, override=True)
         cls._registered_strategies.append("milora_fsdp1")
 
     @property
     def mixed_precision_config(self) -> MixedPrecision | None:
-        """What FSDP1 casts: nothing, or factors would lose what training adds to them; autocast casts products."""
+        """No casting by FSDP1: it would round away small updates of the factors. Autocast casts the products."""
         if self.mixed_precision is None and self._attached is not None:
             return MixedPrecision()
         return super().mixed_precision_config
@@ -52,16 +52,16 @@ class MiLoRAFSDPStrategy(FSDPStrategy):
         return AdapterCheckpoint.of(self.lightning_module)
 
     def check(self) -> None:
-        """Refuse settings with which adapters do not work.
+        """Refuse settings that do not work with adapters.
 
         Raises:
-            ValueError: If there are such.
+            ValueError: If there is such a setting.
         """
         precision = self.precision_plugin.precision
         if precision in ("bf16-true", "16-true"):
             raise InvalidInputError(
-                f"precision {precision} under FSDPStrategy (FSDP1) would make the adapters half precision, too: set "
-                "precision: bf16-mixed, or use FSDP2 (strategy: milora_fsdp2)."
+                f"precision {precision} under FSDPStrategy (FSDP1) would put the adapters in half precision as well: "
+                "set precision: bf16-mixed, or use FSDP2 (strategy: milora_fsdp2)."
             )
         if not self.kwargs["use_orig_params"]:
             raise InvalidInputError(
@@ -74,10 +74,10 @@ class MiLoRAFSDPStrategy(FSDPStrategy):
             )
 
     def check_module(self, module: nn.Module) -> None:
-        """Refuse a module with adapters whose parameters FSDP1 cannot hold.
+        """Refuse a module whose parameters are not all float32, which FSDP1 cannot shard together.
 
         Raises:
-            ValueError: If it is one.
+            ValueError: If a parameter has another dtype.
         """
         other = {p.dtype for p in module.parameters() if p.is_floating_point()} - {torch.float32}
         if other:
@@ -88,14 +88,14 @@ class MiLoRAFSDPStrategy(FSDPStrategy):
             )
 
     def setup(self, trainer: Trainer) -> None:
-        """Wrap the model, by decoder layers where no policy is given, and set up what trains it."""
+        """Wrap the model, by default each decoder layer, and set up the optimizers."""
         if self._attached is not None and "auto_wrap_policy" not in self.kwargs:
             assert self.lightning_module is not None
             self.kwargs["auto_wrap_policy"] = decoder_policy(self.lightning_module)
         super().setup(trainer)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Collect the adapters and what else is trained, without the base; all ranks must call this.
+        """Gather the adapters and other trained weights, without the base; all ranks must call this.
 
         Returns:
             The state dict of the module on the first rank, an empty one on the others.
@@ -116,14 +116,14 @@ class MiLoRAFSDPStrategy(FSDPStrategy):
 
         Args:
             checkpoint_path: The checkpoint.
-            weights_only: Ignored with adapters: nothing but tensors and primitives is read.
+            weights_only: Ignored with adapters: only tensors and primitive types are read.
 
         Returns:
             The content of the checkpoint.
 
         Raises:
             CheckpointError: If it cannot be read or does not fit the module; nothing is loaded then.
-            ValueError: Likewise, if another rank has met that.
+            ValueError: If this happens on another rank.
         """
         module, attached = self.lightning_module, self._attached
         if module is None or attached is None:
@@ -158,7 +158,7 @@ def _load_module(strategy: FSDPStrategy, attached: AdapterCheckpoint, module: nn
 
 
 def _kept_tensors(strategy: FSDPStrategy, writeback: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Yield, unit by unit, the whole tensors that checkpoints hold; they are whole only until the next is asked for."""
+    """Yield, unit by unit, the full tensors that checkpoints hold; they are sharded again at the next iteration."""
     assert strategy.model is not None
     for name, unit in strategy.model.named_modules():
         if isinstance(unit, FullyShardedDataParallel):
@@ -168,7 +168,7 @@ def _kept_tensors(strategy: FSDPStrategy, writeback: bool = False) -> Iterator[d
 
 
 def _own_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """What a module trains or has in buffers, and the factors of its adapters, but for units inside it."""
+    """The trained parameters, buffers and adapter factors of a module, except those in FSDP units inside it."""
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.requires_grad or isinstance(module, LoRALinear):
             yield unwrapped_name(prefix + name), parameter
@@ -181,7 +181,7 @@ def _own_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]
 
 
 def _load_optimizer(strategy: FSDPStrategy, optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Identify saved parameters by the names that FSDP1 knows; their order is the same, whoever saved them."""
+    """Match saved parameters to FSDP1's names by their order, which is the same in all checkpoints."""
     module, model = strategy.lightning_module, strategy.model
     assert module is not None
     assert model is not None

@@ -1,4 +1,4 @@
-"""FSDP2: checkpoints of adapters that are sharded among ranks, as one file or as a folder, for any number of ranks."""
+"""FSDP2: checkpoints of sharded adapters, as one file or one folder, that any number of ranks can load."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from milora_lightning.utils.names import unwrapped_name
 
 
 class MiLoRAModelParallelStrategy(ModelParallelStrategy):
-    """Lightning's strategy for FSDP2, ``milora_fsdp2``, whose checkpoints hold adapters and what else is trained.
+    """Lightning's strategy for FSDP2, ``milora_fsdp2``, whose checkpoints hold adapters and other trained weights.
 
     Args:
-        data_parallel_size: Among how many devices weights are sharded; ``"auto"`` for all of them.
-        tensor_parallel_size: 1, because adapters do not follow shards within a layer.
-        save_distributed_checkpoint: Whether each rank writes its part, into a folder; else there is one file.
-        **kwargs: Others of ``ModelParallelStrategy``.
+        data_parallel_size: Number of devices to shard the weights over; ``"auto"`` for all of them.
+        tensor_parallel_size: Must be 1: adapters do not support tensor parallelism.
+        save_distributed_checkpoint: Whether each rank writes its shards, into a folder; otherwise one file is written.
+        **kwargs: Further arguments of ``ModelParallelStrategy``.
     """
 
     def __init__(
@@ -41,26 +41,29 @@ class MiLoRAModelParallelStrategy(ModelParallelStrategy):
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
-        """Make the name known to the Trainer."""
+        """Register the name ``milora_fsdp2``."""
         strategy_registry.register("milora_fsdp2", cls, description=cls.__doc__, override=True)
 
     def setup_environment(self) -> None:
-        """Connect the processes, and lay out the devices."""
-        if (self._data_parallel_size, self._tensor_parallel_size) == ("auto", 1):  # Lightning takes one for each node
+        """Connect the processes and create the device mesh."""
+        if (self._data_parallel_size, self._tensor_parallel_size) == (
+            "auto",
+            1,
+        ):  # Lightning's default is one for each node
             self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def check(self) -> None:
-        """Refuse settings with which adapters do not work.
+        """Refuse settings that do not work with adapters.
 
         Raises:
-            ValueError: If there are such.
+            ValueError: If there is such a setting.
         """
         size = self.device_mesh["tensor_parallel"].size()
         if size > 1:
             raise InvalidInputError(
-                f"tensor_parallel_size is {size}, and tensor parallelism cuts the layers that adapters are put around, "
-                "which their factors do not follow: set tensor_parallel_size: 1 and data_parallel_size: "
+                f"tensor_parallel_size is {size}, and tensor parallelism splits the layers that have adapters, but not "
+                "the adapters' factors: set tensor_parallel_size: 1 and data_parallel_size: "
                 f"{self.world_size} in {type(self).__name__}."
             )
         if self.precision_plugin.precision == "16-mixed":
@@ -71,22 +74,22 @@ class MiLoRAModelParallelStrategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint; all ranks must call this. One that was there before is whole until this one is.
+        """Write a checkpoint; all ranks must call this. An existing one is replaced only when the new one is complete.
 
         Args:
-            checkpoint: What ``Trainer.save_checkpoint`` has collected.
-            filepath: File or, where each rank writes its own shards, folder to make or replace.
+            checkpoint: The content, from ``Trainer.save_checkpoint``.
+            filepath: File, or folder if each rank writes its shards, to create or replace.
             storage_options: Not supported by the strategy.
         """
         if not self._save_distributed_checkpoint:
-            super().save_checkpoint(checkpoint, filepath, storage_options)  # which replaces a file at once
+            super().save_checkpoint(checkpoint, filepath, storage_options)  # which replaces a file atomically
             return
         path = Path(self.broadcast(filepath))
         unfinished = path.with_name(f".{path.name}.unfinished")
         if self.is_global_zero:
             shutil.rmtree(unfinished, ignore_errors=True)
         self.barrier()
-        # The description of the adapters is no tensor; it goes where the folder keeps such things.
+        # The description of the adapters is not a tensor, so it goes into the metadata of the folder.
         state = dict(checkpoint["state_dict"])
         described = {KEY: state.pop(KEY)} if KEY in state else {}
         super().save_checkpoint({**checkpoint, **described, "state_dict": state}, unfinished, storage_options)
@@ -98,19 +101,19 @@ class MiLoRAModelParallelStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint, a file or a folder, written by any number of ranks; all ranks must call this.
 
-        Every rank reads all of it, which is no more than the adapters, and keeps its shards. Without adapters,
-        Lightning loads it.
+        Every rank reads the whole checkpoint, which holds little more than the adapters, and keeps its shards. The
+        checkpoint of a module without adapters is loaded by Lightning.
 
         Args:
             checkpoint_path: The checkpoint.
-            weights_only: Ignored with adapters: nothing but tensors and primitives is read.
+            weights_only: Ignored with adapters: only tensors and primitive types are read.
 
         Returns:
             The content of the checkpoint.
 
         Raises:
             CheckpointError: If it cannot be read or does not fit the module; nothing is loaded then.
-            ValueError: Likewise, if another rank has met that.
+            ValueError: If this happens on another rank.
         """
         module = self.lightning_module
         assert module is not None
@@ -125,7 +128,7 @@ class MiLoRAModelParallelStrategy(ModelParallelStrategy):
 
 
 def read_together(strategy: ParallelStrategy, checkpoint_path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint on all ranks, the one that the first rank names; none goes on if one cannot.
+    """Read the checkpoint that the first rank names on all ranks; all of them fail if one does.
 
     Raises:
         CheckpointError: If it cannot be read.
@@ -135,7 +138,7 @@ def read_together(strategy: ParallelStrategy, checkpoint_path: str | Path) -> di
     checkpoint, error = {}, None
     try:
         checkpoint = read(path)
-    except Exception as raised:  # all of them, because the other ranks go on together with this one
+    except Exception as raised:  # any error, because the other ranks wait for this one
         error = raised
     raise_together(error, strategy.world_size)
     return checkpoint
@@ -150,9 +153,9 @@ def _load_module(module: nn.Module, state: dict[str, Any], strict: bool) -> None
 
 
 def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Shard the state of each parameter as the parameter is.
+    """Shard the state of each parameter like the parameter itself.
 
-    Saved parameters are identified by numbers or names, depending on who saved them; the order is the same in all.
+    Saved parameters have numbers or names, depending on the strategy that saved them; their order is always the same.
     """
     saved = [key for group in state["param_groups"] for key in group["params"]]
     here = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,1 +1,1 @@
-"""Optimizer steps: which tokens count, at which rates, going on from what, averaged how."""
+"""Training and evaluating a module: optimizer steps, learning rates, resuming, averaging, metrics."""

@@ -1,4 +1,4 @@
-"""Gradients accumulated over micro-batches so that every token of an optimizer step counts the same."""
+"""Gradient accumulation in which every token of an optimizer step has the same weight."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from milora_lightning.utils.compat import multiply_together
 
 
 class TokenWindow:
-    """The micro-batches of one optimizer step, of which the i-th has n_i tokens and the mean loss L_i over them.
+    """The micro-batches of one optimizer step. The i-th has n_i tokens, over which its mean loss is L_i.
 
-    The mean over all tokens is Σ n_i L_i / T with T = Σ n_i, which is not known before the last one. So gradients are
-    accumulated in units of the first micro-batch's tokens, Σ (n_i / n_1) ∇L_i, and scaled by n_1 / T at the end. That
-    keeps losses of the size they have, as a ``GradScaler`` needs, and asks a device for nothing in between.
+    The mean over all tokens is Σ n_i L_i / T with T = Σ n_i, which is known only after the last micro-batch. Therefore
+    gradients are accumulated relative to the first micro-batch, Σ (n_i / n_1) ∇L_i, and scaled by n_1 / T at the end.
+    This keeps losses at their usual scale, as a ``GradScaler`` needs, and never synchronizes with the device.
 
     >>> weight = nn.Parameter(torch.zeros(()))
     >>> window = TokenWindow()
@@ -32,7 +32,7 @@ class TokenWindow:
         self.clear()
 
     def clear(self) -> None:
-        """Begin anew, as when gradients are set to zero."""
+        """Start a new optimizer step, as when gradients are set to zero."""
         self._unit: Tensor | None = None
         self._total: Tensor | None = None
         self._batches = 0
@@ -41,15 +41,15 @@ class TokenWindow:
         """Count a micro-batch.
 
         Args:
-            tokens: Its number of tokens, over all ranks; a scalar.
+            tokens: Its number of tokens over all ranks; a scalar.
 
         Returns:
-            What its mean loss is to be multiplied by before its backward.
+            The factor to multiply its mean loss by before backward.
         """
         first = tokens.clamp(min=1)
         if self._unit is None or self._total is None:
             self._unit, self._total = first, tokens
-        else:  # as long as there was no token, there was no gradient either, and the unit is free
+        else:  # without a token so far there is no gradient either, so the unit can still change
             self._unit = torch.where(self._total == 0, first, self._unit)
             self._total = self._total + tokens
         self._batches += 1
@@ -57,7 +57,7 @@ class TokenWindow:
 
     @torch.no_grad()
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Scale what has been accumulated to the gradient of the mean over all tokens, in place."""
+        """Scale the accumulated gradients, in place, to the gradient of the mean over all tokens."""
         if self._batches < 2 or self._unit is None or self._total is None:
             return
         scale = self._unit / self._total.clamp(min=1)

@@ -1,8 +1,8 @@
-"""Lightning's callbacks that average weights, made to average the adapters and to leave the base model alone.
+"""Makes Lightning's callbacks for weight averaging average the adapters and leave the base model alone.
 
-``WeightAveraging``, its subclasses and ``StochasticWeightAveraging`` copy the whole module in their ``setup``, in which
-adapters are not in yet, or not all of them; and what they do to all parameters would cost a second base model, and by
-its rounding change a frozen weight. Here they copy once more when the adapters are in, and share what is frozen.
+``WeightAveraging``, its subclasses and ``StochasticWeightAveraging`` copy the whole module in their ``setup``, before
+all adapters are injected. They average every parameter, which would take the memory of a second base model and change
+frozen weights by rounding. Here they copy the module again after injection, and share its frozen parameters.
 """
 
 from __future__ import annotations
@@ -30,25 +30,24 @@ Average = Callable[[Tensor, Tensor, Any], Tensor]
 
 
 def check_averaging(trainer: Trainer) -> None:
-    """Refuse callbacks that average weights where these are in shards, of which they would make whole copies.
+    """Refuse callbacks for weight averaging if weights are sharded, because they would copy whole weights.
 
     Raises:
-        ValueError: If there are some.
+        ValueError: If the Trainer has such a callback and a strategy that shards weights.
     """
     for callback in _averaging(trainer):
         check_whole(trainer.strategy, type(callback).__name__)
 
 
 def copy_adapted(trainer: Trainer, module: LightningModule, stage: str) -> None:
-    """Have the callbacks that average weights set themselves up with the module as it is now, adapters and all.
+    """Run the ``setup`` of the callbacks for weight averaging again, now that the module has its adapters.
 
-    Their averages share the module's frozen parameters. A module that copied everything in their own ``setup`` before
-    is given up.
+    The averages share the module's frozen parameters. Copies from an earlier ``setup`` are discarded.
 
     Args:
-        trainer: Whose callbacks are meant, before it restores a checkpoint.
-        module: The module, with its adapters.
-        stage: The Trainer's.
+        trainer: The Trainer that has these callbacks, before it restores a checkpoint.
+        module: The module with its adapters.
+        stage: The Trainer's stage.
     """
     for callback in _averaging(trainer):
         with _shared_when_copied(module):
@@ -62,7 +61,7 @@ def copy_adapted(trainer: Trainer, module: LightningModule, stage: str) -> None:
 
 
 def _spare_frozen_statistics(callback: StochasticWeightAveraging) -> None:
-    """Have only those BatchNorm layers measure anew, in an epoch at the end, whose statistics training moves."""
+    """Make the final epoch that recomputes BatchNorm statistics skip layers whose statistics are frozen."""
 
     def measured(module: LightningModule) -> Any:
         return SimpleNamespace(modules=lambda: unfrozen_modules(module), device=module.device)
@@ -76,7 +75,7 @@ def _spare_frozen_statistics(callback: StochasticWeightAveraging) -> None:
 
 
 def start_averages(trainer: Trainer, module: nn.Module) -> None:
-    """Give the averages of adapters that had no factors when they were copied those of the module."""
+    """Copy the factors to averages that were made before the factors were computed."""
     layers = lora_layers(module)
     for callback in _averaging(trainer):
         average = averaged_model(callback)
@@ -98,9 +97,9 @@ def _averaging(trainer: Trainer) -> list[Averaging]:
 
 @contextmanager
 def _shared_when_copied(module: nn.Module) -> Iterator[None]:
-    """Within this context, a deep copy of the module has the module's own frozen parameters.
+    """Within this context, a deep copy of the module shares the module's frozen parameters.
 
-    Copies cannot be moved away from the module with these, and they follow it wherever it goes.
+    Moving such a copy to another device leaves the shared parameters where they are; moving the module moves them.
     """
     frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
 
@@ -124,7 +123,7 @@ def _apply_to_others(module: nn.Module, shared: set[nn.Parameter], fn: Callable[
 
 
 class _Unshared:
-    """A module as the averaging sees it: without the parameters that it shares with another."""
+    """A view of a module without the parameters that it shares with another one."""
 
     def __init__(self, module: nn.Module, other: nn.Module) -> None:
         self.module = module
@@ -138,7 +137,7 @@ class _Unshared:
 
 
 def _update(average: AveragedModel, model: nn.Module) -> None:
-    """Update an average, as its class does, without the parameters that it shares with the model."""
+    """Update an average as its class does, except for the parameters that it shares with the model."""
     ours = _Unshared(average.module, model)
     seen = SimpleNamespace(
         module=ours,
@@ -152,7 +151,7 @@ def _update(average: AveragedModel, model: nn.Module) -> None:
 
 
 def _exact(average: Average) -> Average:
-    """Have an average of equal numbers be this number: constants, such as frequencies of positions, stay what they are.
+    """Make the average of two equal numbers that number, so that constants such as rotary frequencies do not change.
 
     >>> ema = lambda averaged, now, number: 0.9 * averaged + (1 - 0.9) * now
     >>> tenth = torch.tensor(0.1)

@@ -1,4 +1,4 @@
-"""How a module's optimizer steps: over which tokens, at which rates, and going on from what."""
+"""The optimizer and schedule of a module, and how its steps weight tokens."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from milora_lightning.utils.errors import InvalidInputError
 
 
 class OptimizedModule(LightningModule):
-    """A module whose steps weight every token alike, with one optimizer and a schedule over the run.
+    """A module whose optimizer steps give every token the same weight, with one optimizer and a schedule.
 
     Args:
         optimizer: Makes the optimizer from the trainable parameters.
         lr_scheduler: Name of a schedule of ``transformers.get_scheduler``.
-        warmup_steps: Optimizer steps over which the rate rises from zero, or, below 1, the share of the run.
+        warmup_steps: Number of optimizer steps over which the rate rises from zero, or, below 1, a fraction of the run.
         lr_scheduler_kwargs: Arguments of the schedule.
         learning_rate: The highest learning rate, in place of the optimizer's.
 
     Raises:
-        ValueError: If there is no such schedule, or not with these arguments; in ``setup`` or
-            ``configure_optimizers`` if it needs to know the length of a run that has none; when training is resumed
-            from a checkpoint without its state or with that of another optimizer.
+        ValueError: If the schedule or its arguments are unknown; in ``setup`` or ``configure_optimizers`` if it needs
+            the length of the run and the run has no end; when training is resumed from a checkpoint that has no
+            training state, or that of another optimizer.
     """
 
     def __init__(
@@ -60,42 +60,42 @@ class OptimizedModule(LightningModule):
         self.lr_scheduler_kwargs = lr_scheduler_kwargs or {}
         self.learning_rate = learning_rate
         self._window = TokenWindow()
-        self._counted: Tensor | None = None  # the tokens of the loss that waits for its backward
+        self._counted: Tensor | None = None  # the number of tokens of the loss whose backward comes next
         self._length = math.inf
         self._given: list[dict[str, Any]] = []
         self._resumed: dict[str, Any] | None = None
 
     def setup(self, stage: str) -> None:
-        """Refuse a run without an end for a schedule that needs one, before a model is loaded."""
+        """Refuse a run without an end if the schedule needs one, before the model is loaded."""
         if stage == "fit" and self.trainer.max_epochs == self.trainer.max_steps == -1:
             check_length(self.lr_scheduler, self.warmup_steps, self.lr_scheduler_kwargs, math.inf)
 
     def mean_over_ranks(self, total: Tensor, tokens: Tensor) -> Tensor:
-        """Return a loss whose gradient, averaged over ranks, is that of the mean over the tokens of all of them.
+        """Return a loss whose gradient, averaged over ranks, is that of the mean over all ranks' tokens.
 
         Args:
-            total: This rank's sum over its tokens.
-            tokens: Their number.
+            total: The sum of the losses of this rank's tokens.
+            tokens: The number of these tokens.
         """
         self._counted = self.trainer.strategy.reduce(tokens, reduce_op="sum")
         return total * self.trainer.world_size / self._counted.clamp(min=1)
 
     def follow(self, loss: Tensor) -> None:
-        """Show the loss of a validation to a schedule that follows it."""
+        """Pass the validation loss to a schedule that follows it."""
         for config in self.trainer.lr_scheduler_configs:
             if follows_loss(config.scheduler):
                 cast(Any, config.scheduler).step(loss.item())
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Compute gradients, those of a batch weighted by its tokens where several are accumulated."""
+        """Compute gradients; when several batches are accumulated, weight each by its number of tokens."""
         counted, self._counted = self._counted, None
         accumulated = self.trainer.accumulate_grad_batches
-        if accumulated > 1 and counted is not None:  # the Trainer has divided by that number, however many come
+        if accumulated > 1 and counted is not None:  # the Trainer has divided by it already
             loss = loss * (accumulated * self._window.add(counted))
         super().backward(loss, *args, **kwargs)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
-        """Set gradients to zero, and forget what they were accumulated over."""
+        """Set gradients to zero and start counting tokens again."""
         self._window.clear()
         super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
@@ -106,7 +106,7 @@ class OptimizedModule(LightningModule):
         optimizer: torch.optim.Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Step along the mean over all tokens: so is the gradient before any callback or clipping sees it."""
+        """Average the accumulated gradient over its tokens, before callbacks and clipping see it, and step."""
 
         def closure() -> Any:
             result = optimizer_closure() if optimizer_closure is not None else None
@@ -120,7 +120,7 @@ class OptimizedModule(LightningModule):
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         self.log("grad_norm", gradient_norm(self.trainer.strategy, gradients))
         rate = optimizer.param_groups[0]["lr"]
-        if not isinstance(rate, Tensor):  # a number would be copied to the device, and the copy wait for the backward
+        if not isinstance(rate, Tensor):  # copying a number to the device would wait for backward
             rate = torch.full((), rate, device=self.device)
         self.log("lr", rate, prog_bar=True)
 
@@ -130,7 +130,7 @@ class OptimizedModule(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradient, by its norm under FSDP1 too."""
+        """Clip the gradient; under FSDP1 by norm as well, which Lightning does not support."""
         wrapped = clips_itself(self.trainer.strategy)
         if wrapped is not None and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             wrapped.clip_grad_norm_(gradient_clip_val)
@@ -142,8 +142,8 @@ class OptimizedModule(LightningModule):
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         if isinstance(optimizer, torch.optim.LBFGS) and self.trainer.accumulate_grad_batches > 1:
             raise InvalidInputError(
-                "LBFGS computes the loss several times in a step, which does not go with accumulate_grad_batches: take "
-                "larger batches, or another optimizer."
+                "LBFGS computes the loss several times in a step, which does not work with accumulate_grad_batches: "
+                "use larger batches, or another optimizer."
             )
         if self.learning_rate is not None:
             for group in optimizer.param_groups:
@@ -152,12 +152,12 @@ class OptimizedModule(LightningModule):
         arguments = self.warmup_steps, self.lr_scheduler_kwargs, self._length
         scheduler = make_schedule(self.lr_scheduler, optimizer, *arguments)
         self._given = options(optimizer)
-        # False, because Lightning would show a schedule that follows the loss the same one again after every step.
+        # False, because Lightning would pass the last validation loss to the schedule again after every step.
         config = {"scheduler": scheduler, "interval": "step", "reduce_on_plateau": False}
         return {"optimizer": optimizer, "lr_scheduler": cast(Any, config)}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Go on in a schedule that follows the steps; what follows the loss goes on when there is one."""
+        """Advance a schedule that counts steps; one that follows the loss is advanced by :meth:`follow`."""
         if not follows_loss(scheduler):
             super().lr_scheduler_step(scheduler, metric)
 
@@ -166,14 +166,14 @@ class OptimizedModule(LightningModule):
         self._check_resumed()
 
     def on_train_start(self) -> None:
-        """Say what a checkpoint has changed, and take a learning rate that has been found or set."""
-        if not self._given:  # another configure_optimizers than the one here
+        """Report what a checkpoint has changed, and apply a learning rate that was set or found."""
+        if not self._given:  # a subclass has its own configure_optimizers
             return
         optimizer, schedule = self._optimization()
         if follows_loss(schedule) and not sum(self.trainer.num_val_batches):
             raise InvalidInputError(
-                f"lr_scheduler {self.lr_scheduler!r} follows val_loss, and there is nothing to validate on: give the "
-                "data a validation split, or choose a schedule that follows the steps."
+                f"lr_scheduler {self.lr_scheduler!r} follows val_loss, and there is no validation data: give the data "
+                "a validation split, or choose a schedule that counts steps."
             )
         if self._resumed is not None:
             now = describe(optimizer, self.lr_scheduler, self._length)
@@ -183,23 +183,23 @@ class OptimizedModule(LightningModule):
             set_rate(optimizer, schedule, self.learning_rate)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the training goes by."""
+        """Add a description of the optimizer and the schedule."""
         if self._given and checkpoint.get("optimizer_states"):
             optimizer, _ = self._optimization()
             checkpoint[KEY] = describe(optimizer, self.lr_scheduler, self._length)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume from what training cannot go on from."""
+        """Refuse to resume from a checkpoint without training state."""
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             check_whole(checkpoint)
             self._resumed = checkpoint
             self._check_resumed()
 
     def _check_resumed(self) -> None:
-        # Sharded models are restored after this hook of fitting, others before there is an optimizer.
+        # Sharded models are restored after on_fit_start, other models before the optimizer exists.
         if self._resumed is not None and self._given and self.trainer.optimizers:
             check_same(self._resumed, *self._optimization())
 
     def _optimization(self) -> tuple[torch.optim.Optimizer, Any]:
-        schedules = self.trainer.lr_scheduler_configs  # none where StochasticWeightAveraging brings its own on resuming
+        schedules = self.trainer.lr_scheduler_configs  # empty when StochasticWeightAveraging brings its own on resuming
         return self.trainer.optimizers[0], schedules[0].scheduler if schedules else None

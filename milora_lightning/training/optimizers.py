@@ -1,4 +1,4 @@
-"""Optimizers by their short names: torch's, and those of bitsandbytes whose state takes less."""
+"""Optimizers by their short names: those of torch, and the memory-saving ones of bitsandbytes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ LIBRARY = "bitsandbytes"
 
 
 def full_path(name: str) -> str:
-    """Return the class path that the name of an optimizer stands for.
+    """Return the class path of an optimizer.
 
-    A name of torch's is torch's, though bitsandbytes has some of the same; a name that ends in ``8bit`` or begins with
-    ``Paged`` is one of bitsandbytes, which is imported for it.
+    A name that both libraries have means torch's optimizer. A name that ends in ``8bit`` or begins with ``Paged`` is
+    looked up in bitsandbytes, which is imported for it.
 
     Args:
-        name: A class name, or a path, which is returned as it is; so is a name that is neither's.
+        name: A class name or a class path. A path, or a name that neither library has, is returned unchanged.
 
     Raises:
-        ValueError: If the optimizer is one of bitsandbytes, and that is not installed.
+        ValueError: If the optimizer is one of bitsandbytes and bitsandbytes is not installed.
 
     >>> full_path("AdamW"), full_path("my.own.AdamW8bit"), full_path("AdanW")
     ('torch.optim.AdamW', 'my.own.AdamW8bit', 'AdanW')
@@ -55,8 +55,8 @@ def _resolve_with_optimizers(cls: Any, name: str) -> str:
 
 
 def know_short_names() -> None:
-    """Have the parser of options read the names of optimizers so.
+    """Make jsonargparse resolve the names of optimizers by :func:`full_path`.
 
-    It knows the classes that have been imported, and of two of one name neither.
+    By itself it only knows classes that have been imported, and refuses a name that two of them share.
     """
     set_class_resolver(_resolve_with_optimizers)

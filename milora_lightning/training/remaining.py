@@ -1,4 +1,4 @@
-"""What a training run still has before it."""
+"""Estimates how long a training run will still take."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from milora_lightning.training.schedules import run_length
 
 
 def evaluations(batches: float, epoch: float, every: float, epochs: int | None) -> float:
-    """Return how many evaluations fall due within the first batches of a run.
+    """Return how many evaluations take place within the first batches of a run.
 
     Args:
-        batches: How many training batches.
-        epoch: How many an epoch has.
-        every: Batches between two evaluations, counted anew in each epoch.
-        epochs: Only the epochs of this multiple evaluate; None counts batches over all epochs.
+        batches: Number of training batches.
+        epoch: Number of batches in an epoch.
+        every: Number of batches between two evaluations, counted within each epoch.
+        epochs: Evaluate only in every ``epochs``-th epoch; None counts batches across epochs.
 
     >>> evaluations(100, 40, 20, 1), evaluations(100, 40, 40, 2), evaluations(100, 40, 30, None)
     (5, 1, 3)
@@ -32,15 +32,15 @@ def evaluations(batches: float, epoch: float, every: float, epochs: int | None) 
 
 
 def seconds_left(trainer: Trainer, step: float, evaluation: float) -> float | None:
-    """Estimate how long training will still take, its evaluations included.
+    """Estimate the seconds that training will still take, including evaluations.
 
     Args:
-        trainer: In the middle of training.
-        step: Seconds that an optimizer step takes.
-        evaluation: Seconds that an evaluation takes, as far as known.
+        trainer: A Trainer during training.
+        step: Seconds per optimizer step.
+        evaluation: Seconds per evaluation; 0 if not known.
 
     Returns:
-        None if the run has no known end.
+        The seconds; None if the run has no known end.
     """
     left = math.inf
     steps = run_length(trainer)

@@ -1,4 +1,4 @@
-"""What a training run takes over from a checkpoint, and what it cannot."""
+"""What a resumed run takes over from a checkpoint, and what it refuses."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import inform, warn
 
 KEY = "optimization"
-"""Where a checkpoint says by what it was trained."""
+"""The entry of a checkpoint that describes the optimizer and the schedule."""
 
 _UNSEEN = {"params", "lr", "initial_lr"}
 _SPEED = {"foreach", "fused", "capturable"}
 
 
 def describe(optimizer: Optimizer, name: str, length: float) -> dict[str, Any]:
-    """Describe the optimizer, the schedule and its length in primitives."""
+    """Describe the optimizer, the schedule and the length of the run in primitive types."""
     length_known = length if length != float("inf") else None
     return {"optimizer": _name(optimizer), "lr_scheduler": name, "steps": length_known}
 
 
 def options(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return an optimizer's options as they were given, group by group, with the highest learning rate as ``lr``."""
+    """Return an optimizer's options as given, for each group, with the highest learning rate as ``lr``."""
     return [
         {**{k: v for k, v in group.items() if k not in _UNSEEN}, "lr": group.get("initial_lr", group["lr"])}
         for group in optimizer.param_groups
@@ -33,27 +33,27 @@ def options(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def check_whole(checkpoint: Mapping[str, Any]) -> None:
-    """Refuse to go on from weights alone.
+    """Refuse to resume from a checkpoint that holds weights only.
 
     Raises:
-        ValueError: If the checkpoint does not hold the state of the training.
+        ValueError: If the checkpoint has no training state.
 
     >>> check_whole({"optimizer_states": [], "lr_schedulers": []})
     """
     if "optimizer_states" not in checkpoint or "lr_schedulers" not in checkpoint:
         raise InvalidInputError(
-            "The checkpoint holds weights only (save_weights_only: true), which training cannot go on from: take one "
-            "with the optimizer's state, or begin a new run from these adapters with load_adapter(module, path)."
+            "The checkpoint holds weights only (save_weights_only: true), so training cannot be resumed from it: use "
+            "one with the optimizer's state, or start a new run from these adapters with load_adapter(module, path)."
         )
 
 
 def check_same(checkpoint: Mapping[str, Any], optimizer: Optimizer, schedule: object) -> None:
-    """Refuse to go on with another optimizer, or another kind of schedule, than a checkpoint has the state of.
+    """Refuse to resume with another optimizer, or another kind of schedule, than the checkpoint's.
 
     Args:
-        checkpoint: What :func:`check_whole` lets pass.
-        optimizer: The run's.
-        schedule: The run's; None if a callback brings it.
+        checkpoint: A checkpoint that has passed :func:`check_whole`.
+        optimizer: The optimizer of the run.
+        schedule: The schedule of the run; None if a callback brings it.
 
     Raises:
         ValueError: If the state does not fit.
@@ -61,32 +61,32 @@ def check_same(checkpoint: Mapping[str, Any], optimizer: Optimizer, schedule: ob
     was = checkpoint.get(KEY, {})
     states: Sequence[Mapping[str, Any]] = checkpoint["optimizer_states"]
     groups = states[0]["param_groups"] if states else []
-    # Older checkpoints do not say the name, but show its options.
+    # Older checkpoints do not name the optimizer, but their options show whether it is the same.
     foreign = bool(groups) and not (optimizer.defaults.keys() - _SPEED <= groups[0].keys())
     if was.get("optimizer", _name(optimizer)) != _name(optimizer) or foreign:
         raise InvalidInputError(
             f"The checkpoint holds the state of {was.get('optimizer', 'another optimizer')}, and this run's optimizer "
-            f"is {_name(optimizer)}: resume with the same optimizer, or begin a new run from the checkpoint's adapters "
+            f"is {_name(optimizer)}: resume with the same optimizer, or start a new run from the checkpoint's adapters "
             "with load_adapter(module, path)."
         )
     schedules = checkpoint["lr_schedulers"]
     if schedules and schedule is not None and follows_loss(schedule) != ("lr_lambdas" not in schedules[0]):
         raise InvalidInputError(
-            f"The checkpoint's lr_scheduler ({was.get('lr_scheduler', 'another')}) and this run's are of two kinds, "
-            "one that follows the loss and one that follows the steps: resume with that of the checkpoint."
+            f"The checkpoint's lr_scheduler ({was.get('lr_scheduler', 'another')}) and this run's are of different "
+            "kinds, one follows the loss and the other counts steps: resume with the checkpoint's lr_scheduler."
         )
 
 
 def tell_differences(
     checkpoint: Mapping[str, Any], now: Mapping[str, Any], given: list[dict[str, Any]], optimizer: Optimizer
 ) -> None:
-    """Say in a line what goes on as the checkpoint has it though it was set otherwise, and how the schedule changes.
+    """Report which settings of the checkpoint override those of this run, and how the schedule changes.
 
     Args:
-        checkpoint: What was resumed from.
-        now: This run's description.
+        checkpoint: The checkpoint that training is resumed from.
+        now: The description of this run, from :func:`describe`.
         given: The optimizer's options before its state was restored.
-        optimizer: After that.
+        optimizer: The optimizer after its state was restored.
     """
     kept = {
         f"{key}={has[key]} (not {was[key]})"
@@ -96,7 +96,7 @@ def tell_differences(
     }
     if kept:
         warn(
-            f"The optimizer goes on as in the checkpoint, with {', '.join(sorted(kept))}. To change the highest "
+            f"The optimizer continues as in the checkpoint, with {', '.join(sorted(kept))}. To change the highest "
             "learning rate, set the module's learning_rate."
         )
     before = checkpoint.get(KEY, {})

@@ -1,4 +1,4 @@
-"""Schedules of the learning rate: those of transformers, over a run whose length is known or not."""
+"""Learning-rate schedules: those of transformers, for runs of known or unknown length."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn
 
 WARMUP = 0.03
-"""The share of a run over which the rate rises, unless another is given."""
+"""The default warm-up, as a fraction of the run."""
 
-# Those that follow val_loss instead of the steps, and take their class's arguments; the second is new in transformers.
+# Schedules that follow val_loss instead of counting steps; only newer versions of transformers have the second.
 _FOLLOWING = {"reduce_lr_on_plateau": ReduceLROnPlateau, "greedy": getattr(optimization, "GreedyLR", None)}
 _GIVEN = {"self", "optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 
 
 def check_schedule(name: str, warmup_steps: float, arguments: Mapping[str, Any]) -> None:
-    """Refuse what no run could be scheduled by.
+    """Refuse a schedule that does not exist, or arguments that it does not take.
 
     Args:
-        name: Of a schedule of ``transformers.get_scheduler``.
-        warmup_steps: Number of optimizer steps, or below 1 the share of the run.
-        arguments: Of the schedule itself.
+        name: Name of a schedule of ``transformers.get_scheduler``.
+        warmup_steps: Number of optimizer steps, or, below 1, a fraction of the run.
+        arguments: Arguments of the schedule itself.
 
     Raises:
-        ValueError: If there is no such schedule, or not with these arguments.
+        ValueError: If the schedule or its arguments are unknown.
 
     >>> check_schedule("cosin", 0, {})
     Traceback (most recent call last):
@@ -51,7 +51,7 @@ reduce_lr_on_plateau, cosine_with_min_lr, cosine_warmup_with_min_lr, warmup_stab
         raise InvalidInputError(f"There is no lr_scheduler {name!r}{hint} Known are: {', '.join(known)}.")
     if not (warmup_steps >= 0 and (warmup_steps < 1 or warmup_steps == int(warmup_steps))):
         raise InvalidInputError(
-            f"warmup_steps must be a number of steps, or below 1 a share of the run, not {warmup_steps}."
+            f"warmup_steps must be a whole number of steps or, below 1, a fraction of the run, not {warmup_steps}."
         )
     takes = _parameters(name)
     own = [parameter for parameter in takes if parameter not in _GIVEN]
@@ -67,16 +67,16 @@ reduce_lr_on_plateau, cosine_with_min_lr, cosine_warmup_with_min_lr, warmup_stab
 
 
 def check_length(name: str, warmup_steps: float, arguments: Mapping[str, Any], length: float) -> None:
-    """Refuse a schedule over a run without an end for which it needs one.
+    """Refuse a schedule that needs the length of a run whose length is not known.
 
     Args:
-        name: Of the schedule.
+        name: Name of the schedule.
         warmup_steps: As for :func:`make_schedule`.
-        arguments: Of the schedule itself.
-        length: Of the run in optimizer steps; infinite if it is not known.
+        arguments: Arguments of the schedule itself.
+        length: Length of the run in optimizer steps; infinite if it is not known.
 
     Raises:
-        ValueError: If the schedule depends on it and it is infinite.
+        ValueError: If the schedule depends on the length and the length is infinite.
 
     >>> check_length("constant", 0, {}, math.inf)
     >>> check_length("linear", 100, {}, math.inf)
@@ -97,7 +97,7 @@ constant_with_warmup.
     for key, value in shares.items():
         if key.endswith("_steps") and 0 < value < 1:
             raise InvalidInputError(
-                f"{key}={value} is a share of the run, and how many steps that has is not known: give a number of "
+                f"{key}={value} is a fraction of the run, and the number of its steps is not known: give a number of "
                 "steps, or set the Trainer's max_steps or max_epochs."
             )
 
@@ -105,31 +105,32 @@ constant_with_warmup.
 def make_schedule(
     name: str, optimizer: Optimizer, warmup_steps: float, arguments: Mapping[str, Any], length: float
 ) -> LRScheduler:
-    """Make a schedule of the learning rate over a run.
+    """Make a learning-rate schedule for a run.
 
     Args:
-        name: Of a schedule of ``transformers.get_scheduler``.
-        optimizer: Whose rates are to follow it.
-        warmup_steps: Number of optimizer steps over which the rate rises from zero, or below 1 the share of the run.
-        arguments: Of the schedule itself (``min_lr``, ``num_cycles``, …); a number of steps may be a share, too.
-        length: Of the run in optimizer steps; infinite if it is not known.
+        name: Name of a schedule of ``transformers.get_scheduler``.
+        optimizer: The optimizer whose learning rates it sets.
+        warmup_steps: Number of optimizer steps over which the rate rises from zero, or, below 1, a fraction of the run.
+        arguments: Arguments of the schedule itself (``min_lr``, ``num_cycles``, …); numbers of steps may be fractions
+            of the run, too.
+        length: Length of the run in optimizer steps; infinite if it is not known.
 
     Returns:
-        The schedule; those that follow the loss are told apart by :func:`follows_loss`.
+        The schedule; :func:`follows_loss` tells which kind it is.
 
     Raises:
-        ValueError: If the schedule does not go with its arguments, the optimizer or the length.
+        ValueError: If the schedule does not work with its arguments, the optimizer or the length.
     """
     check_length(name, warmup_steps, arguments, length)
     if any(group["lr"] is None for group in optimizer.param_groups):
         raise InvalidInputError(
-            f"{type(optimizer).__name__} as it is set chooses its own learning rate, which no schedule could follow: "
+            f"{type(optimizer).__name__} with these options chooses its own learning rate, so no schedule can set it: "
             "give it lr (transformers' Adafactor also needs relative_step: false and scale_parameter: false)."
         )
     warmup = _steps(warmup_steps, length)
     _tell_of_warmup(name, optimizer, warmup_steps, warmup, length)
     options = {key: _steps(value, length) if key.endswith("_steps") else value for key, value in arguments.items()}
-    # warmup_stable_decay takes its length from either.
+    # warmup_stable_decay takes either num_training_steps or num_stable_steps.
     steps = None if math.isinf(length) or "num_stable_steps" in options else int(length)
     try:
         schedule: LRScheduler = get_scheduler(name, optimizer, warmup, steps, options)
@@ -139,18 +140,18 @@ def make_schedule(
 
 
 def follows_loss(schedule: object) -> bool:
-    """Whether a schedule is to be given the validation loss, and not to count steps."""
+    """Whether a schedule follows the validation loss instead of counting steps."""
     return isinstance(schedule, tuple(kind for kind in _FOLLOWING.values() if kind is not None))
 
 
 def run_length(trainer: Trainer) -> float:
-    """Return how many optimizer steps a run has; infinite if it ends by time or by hand.
+    """Return the number of optimizer steps in a run; infinite if only time or the user ends it.
 
     Raises:
-        ValueError: If validation is to come later than the end of an epoch.
+        ValueError: If ``val_check_interval`` is longer than an epoch.
     """
     if trainer.limit_train_batches == 0:
-        return 0  # Lightning does not even ask for the data then
+        return 0  # Lightning does not load any data then
     try:
         length = trainer.estimated_stepping_batches
     except ValueError as error:
@@ -158,12 +159,12 @@ def run_length(trainer: Trainer) -> float:
             raise
         raise InvalidInputError(
             f"val_check_interval is {trainer.val_check_interval} batches, and an epoch has "
-            f"{trainer.fit_loop.max_batches}: set check_val_every_n_epoch: null, so that they are counted over epochs, "
-            "or give a smaller number, or a share of the epoch such as 0.5."
+            f"{trainer.fit_loop.max_batches}: set check_val_every_n_epoch: null, so that batches are counted across "
+            "epochs, or give a smaller number, or a fraction of the epoch such as 0.5."
         ) from error
     epochs, batches = trainer.max_epochs or 0, trainer.num_training_batches
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        # Lightning's estimate is for the accumulation of the first epoch.
+        # Lightning estimates with the accumulation factor of the first epoch.
         if isinstance(callback, GradientAccumulationScheduler) and epochs > 0 and math.isfinite(batches):
             factors = (callback.get_accumulate_grad_batches(epoch) for epoch in range(epochs))
             length = sum(math.ceil(batches / factor) for factor in factors)
@@ -172,7 +173,7 @@ def run_length(trainer: Trainer) -> float:
 
 
 def set_rate(optimizer: Optimizer, schedule: object, rate: float) -> None:
-    """Make a schedule's highest learning rate another, also in the middle of a run."""
+    """Change the highest learning rate of a schedule, possibly in the middle of a run."""
     if isinstance(schedule, LambdaLR):
         schedule.base_lrs = [rate for _ in optimizer.param_groups]
         set_last_lr(schedule, [rate * factor(schedule.last_epoch) for factor in schedule.lr_lambdas])
@@ -187,7 +188,7 @@ def _parameters(name: str) -> dict[str, inspect.Parameter]:
 
 
 def _steps(value: float, length: float) -> int:
-    """Return a number of steps that is given as such, or as a share.
+    """Return a number of steps that is given as a number, or as a fraction of the run.
 
     >>> _steps(100, 50), _steps(0.03, 1000), _steps(0.03, 6)
     (100, 30, 0)
@@ -202,7 +203,7 @@ def _tell_of_warmup(name: str, optimizer: Optimizer, given: float, warmup: int, 
     elif warmup >= length > 0:
         rate = optimizer.param_groups[0]["lr"]
         warn(
-            f"The run's {length} steps end within its warm-up of {warmup}: the highest learning rate will be "
-            f"{rate * (length - 1) / warmup:.3g} of {rate:.3g}. Give warmup_steps as a share of the run, such as "
-            f"{WARMUP}, or fewer of them."
+            f"The run has {length} steps and ends within its warm-up of {warmup}: the learning rate will only reach "
+            f"{rate * (length - 1) / warmup:.3g} of {rate:.3g}. Give warmup_steps as a fraction of the run, such as "
+            f"{WARMUP}, or a smaller number."
         )

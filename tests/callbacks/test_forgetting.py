@@ -154,7 +154,7 @@ def test_what_trains_beside_adapters_is_measured_against_its_start(text: Path, t
     assert monitor.measure(trainer, lm)["forgetting_kl"] == pytest.approx(kl, rel=1e-3)
     late = ForgettingMonitor(str(text), block_length=16, max_tokens=64)
     late.setup(trainer, lm, "fit")
-    with pytest.raises(ValueError, match=r"trains beside the adapters.*from its beginning only"):
+    with pytest.raises(ValueError, match=r"trains besides the adapters.*only from its beginning"):
         late.measure(trainer, lm)
 
 

@@ -123,7 +123,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(project: Path) -> None:
 
     recording = run_in_terminal(lambda: fit("--trainer.max_epochs=2000"), 120, keys=keys)
     assert recording.status == 130, recording.last
-    said = re.search(r"Interrupted at step (\d+)\. Saved in checkpoints/last.ckpt; go on with: (.*)", recording.last)
+    said = re.search(r"Interrupted at step (\d+)\. Saved in checkpoints/last.ckpt; resume with: (.*)", recording.last)
     assert said, recording.last
     assert "Training" not in recording.last
     whole = recording.last.replace("\n", "")

@@ -115,8 +115,8 @@ def test_two_ranks_train_what_one_process_does(
 def test_callbacks_refuse_on_all_ranks(ranks: tuple[Runs, Runs]) -> None:
     """Also where one rank alone has met the reason, as the first does when it decomposes for all."""
     for run in ranks:
-        assert "no direction beside the r=16" in run["refused"]["strict"]
-        assert "'model.norm.weight' trains beside the adapters" in run["refused"]["beside"]
+        assert "no direction besides the r=16" in run["refused"]["strict"]
+        assert "'model.norm.weight' trains besides the adapters" in run["refused"]["beside"]
         assert "in shards" in run["refused"]["beside"]
 
 
@@ -253,7 +253,7 @@ def test_ctrl_c_saves_once_and_says_so_once(tmp_path: Path, monkeypatch: pytest.
 
     seen = run_in_terminal(lambda: os.execv(command[0], [*command, "--trainer.max_epochs=999"]), 200, 50, press, 300)
     assert seen.status == 130, seen.last
-    said = re.findall(r"Interrupted at step (\d+). Saved in checkpoints/last.ckpt; go on with: ", seen.last)
+    said = re.findall(r"Interrupted at step (\d+). Saved in checkpoints/last.ckpt; resume with: ", seen.last)
     assert len(said) == 1, seen.last
     assert "Traceback" not in seen.raw
     step = int(said[0])

@@ -33,7 +33,7 @@ def test_other_strategies_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision_plugin": FSDPPrecision("bf16-true")}, "would make the adapters half precision.*bf16-mixed"),
+        ({"precision_plugin": FSDPPrecision("bf16-true")}, "would put the adapters in half precision.*bf16-mixed"),
         ({"use_orig_params": False}, "use_orig_params: false"),
         ({"state_dict_type": "sharded"}, "leave out state_dict_type: sharded"),
     ],
