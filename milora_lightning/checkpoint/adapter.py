@@ -1,4 +1,4 @@
-"""Checkpoints that hold the adapters and what else was trained, never the base model."""
+"""Checkpoints that hold the adapters and other trained weights, but never the base model."""
 
 from __future__ import annotations
 
@@ -23,63 +23,63 @@ FORMAT = 1
 
 
 class AdapterCheckpoint:
-    """Makes a module's state dict hold its adapters only, and checks those it loads.
+    """Leaves the base model out of a module's state dict, and checks the state dicts that the module loads.
 
-    Attached to a LightningModule, it acts in every way Lightning saves and loads: the base model's weights are left
-    out, and the configuration of the adapters and a fingerprint of the base travel with them. Loading is all or
-    nothing: a state dict of another base, rank, start or set of targets is refused before anything is copied. What
-    the module trains beside the adapters, and its buffers, are kept.
+    It is attached to a LightningModule and works with all of Lightning's ways to save and load. A state dict holds the
+    adapters, other weights that train, and buffers, together with the configuration of the adapters and a fingerprint
+    of the base model. Loading is all or nothing: a state dict with another base, rank, initialization or set of target
+    layers is refused before any weight is copied.
 
     Args:
-        module: The module whose state dict is meant, with adapters injected.
+        module: The module, with adapters injected.
         config: The configuration of its adapters.
     """
 
     def __init__(self, module: nn.Module, config: LoRAConfig) -> None:
         self.config = config
         self.prefix = ""  # of the module's keys in the state dict that is being loaded
-        # Taken now, before a strategy casts or moves the weights, so that it is the same when loading; or else when
-        # there are weights.
+        # Computed now, before a strategy casts or moves the weights, so that it is the same when loading. On the meta
+        # device there are no weights yet, and it is computed when it is first needed.
         self.fingerprint = None if any(p.is_meta for p in module.parameters()) else fingerprint(module)
 
     def base(self, module: nn.Module) -> dict[str, str]:
-        """Return the fingerprint of the module's base; where weights are sharded, all ranks must call this."""
+        """Return the fingerprint of the module's base; if weights are sharded, all ranks must call this."""
         if self.fingerprint is None:
             self.fingerprint = fingerprint(module)
         return self.fingerprint
 
     @staticmethod
     def of(module: nn.Module | None) -> AdapterCheckpoint | None:
-        """Return what is attached to a module, if it is one and something is."""
+        """Return the instance that is attached to a module, or None."""
         attached = getattr(module, "_adapter_checkpoint", None)
         return attached if isinstance(attached, AdapterCheckpoint) else None
 
     @staticmethod
     def attach(module: nn.Module, config: LoRAConfig) -> AdapterCheckpoint:
-        """Attach to a module, unless that has been done; return what is attached."""
+        """Attach an instance to a module, unless it has one, and return it."""
         attached = AdapterCheckpoint.of(module)
         if attached is not None:
             attached.config = config
         else:
             attached = AdapterCheckpoint(module, config)
             module._adapter_checkpoint = attached  # type: ignore[assignment]
-            module.register_state_dict_post_hook(_drop_base)  # type: ignore[no-untyped-call]
-            module.register_load_state_dict_pre_hook(_check)  # type: ignore[no-untyped-call]
-            module.register_load_state_dict_post_hook(_excuse_base)  # type: ignore[no-untyped-call]
+            module.register_state_dict_post_hook(_remove_base_keys)  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_pre_hook(_check_state_dict)  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_post_hook(_ignore_missing_base)  # type: ignore[no-untyped-call]
         return attached
 
     def trim(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
-        """Take the base out of a state dict, and put the description in."""
+        """Remove the base from a state dict and add the description of the adapters."""
         in_base = _base_predicate(module)
         for key in [key for key in state if key.startswith(prefix)]:
             if in_base(key.removeprefix(prefix)):
                 del state[key]
-        if not is_sharded(module):  # torch collects the state dict of sharded weights, and renames them itself
+        if not is_sharded(module):  # torch gathers and renames sharded weights by itself
             rename_keys(state, prefix, unwrapped_name)
         state[prefix + KEY] = self.description(module)
 
     def description(self, module: nn.Module) -> dict[str, Any]:
-        """Describe the adapters and their base, in primitives."""
+        """Describe the adapters and their base in primitive types."""
         return {
             "format": FORMAT,
             "version": version("milora-lightning"),
@@ -90,12 +90,12 @@ class AdapterCheckpoint:
         }
 
     def check(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
-        """Refuse a state dict that does not fit the module; take the description out of one that does."""
+        """Refuse a state dict that does not fit the module; otherwise remove the description from it."""
         self.prefix = prefix
         description = state.pop(prefix + KEY, None)
         names = {prefix + unwrapped_name(name) for name, _ in module.named_parameters(remove_duplicate=False)}
         if description is None and names <= state.keys():
-            return  # a whole state dict brings everything
+            return  # a full state dict, as saved without MiLoRAInit
         self.check_description(module, description)
         kept = {prefix + unwrapped_name(key): value for key, value in module.state_dict().items() if key != KEY}
         own = {key: value for key, value in state.items() if key.startswith(prefix)}
@@ -104,15 +104,15 @@ class AdapterCheckpoint:
             state[f"{prefix}{name}.{INITIALIZED}"] = initialized
 
     def check_description(self, module: nn.Module, description: dict[str, Any] | None) -> None:
-        """Refuse adapters of another configuration or base, or none at all.
+        """Refuse adapters with another configuration or base, and checkpoints without adapters.
 
         Raises:
-            CheckpointError: If they are that.
+            CheckpointError: If the description does not fit the module, or is None.
         """
         if description is None:
             raise CheckpointError(
                 "The checkpoint holds no adapters: it was saved without MiLoRAInit. Load it into the module before "
-                "fitting with MiLoRAInit, not through ckpt_path."
+                "fitting with MiLoRAInit, instead of using ckpt_path."
             )
         check_format(description)
         self._check_config(description, lora_layers(module))
@@ -137,19 +137,19 @@ class AdapterCheckpoint:
             )
 
 
-# torch wants plain functions as hooks.
-def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+# torch copies hooks with the module, so they are plain functions.
+def _remove_base_keys(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     module._adapter_checkpoint.trim(module, state, prefix)  # type: ignore[operator, union-attr]
 
 
-def _check(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    # Names with and without what torch.compile puts into them fit, whoever of writer and reader has compiled what.
+def _check_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    # Checkpoints of compiled and plain modules fit each other: both are compared by the plain names.
     rename_keys(state, prefix, unwrapped_name)
     module._adapter_checkpoint.check(module, state, prefix)  # type: ignore[operator, union-attr]
     rename_keys(state, prefix, key_in(module))
 
 
-def _excuse_base(module: nn.Module, incompatible: Any) -> None:
+def _ignore_missing_base(module: nn.Module, incompatible: Any) -> None:
     in_base, prefix = _base_predicate(module), str(module._adapter_checkpoint.prefix)  # type: ignore[union-attr]
     incompatible.missing_keys[:] = [
         key for key in incompatible.missing_keys if not (key.startswith(prefix) and in_base(key.removeprefix(prefix)))
@@ -157,33 +157,33 @@ def _excuse_base(module: nn.Module, incompatible: Any) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a Lightning checkpoint that holds adapters, without running any code in it.
+    """Read a Lightning checkpoint that holds adapters, without executing any code in it.
 
     Args:
-        path: A checkpoint: a file, or the folder of a sharded run.
+        path: A checkpoint file, or the checkpoint folder of a sharded run.
 
     Returns:
-        Its content; adapters and other trained weights are under ``"state_dict"``.
+        Its content, with adapters and other trained weights under ``"state_dict"``.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
-        CheckpointError: If it is damaged, no checkpoint, holds no adapters, or is from a newer version.
+        CheckpointError: If it is damaged, is not a checkpoint, holds no adapters, or is from a newer version.
     """
     checkpoint = read(path)
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict):
-        raise CheckpointError(f"{str(path)!r} is no Lightning checkpoint: it has no state_dict.")
+        raise CheckpointError(f"{str(path)!r} is not a Lightning checkpoint: it has no state_dict.")
     if KEY not in state:
         raise CheckpointError(
-            f"{str(path)!r} holds no adapters: it was saved without MiLoRAInit. If all weights were trained, give "
-            "fit, validate, test and predict --config method/full.yaml as in training."
+            f"{str(path)!r} holds no adapters: it was saved without MiLoRAInit. If all weights were trained, add "
+            "--config method/full.yaml to fit, validate, test and predict, as in training."
         )
     check_format(state[KEY])
     return checkpoint
 
 
 def told_initialized(description: Mapping[str, Any] | None) -> dict[str, bool]:
-    """Tell which adapters had their initial values when they were described; nothing if that was not noted then."""
+    """Return which adapters were initialized when they were saved; empty for older checkpoints without that entry."""
     if description is None or "uninitialized" not in description:
         return {}
     without = {unwrapped_name(name) for name in description["uninitialized"]}
@@ -194,7 +194,7 @@ def check_format(description: dict[str, Any]) -> None:
     """Refuse adapters written by a newer version of the package.
 
     Raises:
-        CheckpointError: If they are.
+        CheckpointError: If the format is newer than this version reads.
     """
     if description["format"] > FORMAT:
         raise CheckpointError(
@@ -206,20 +206,20 @@ def check_format(description: dict[str, Any]) -> None:
 def check_tensors(
     state: Mapping[str, Any], shapes: Mapping[str, torch.Size | None], optional: Collection[str] = ()
 ) -> None:
-    """Refuse a state dict without exactly the tensors that a module keeps.
+    """Refuse a state dict that does not hold exactly the tensors that a module saves.
 
     Args:
         state: The state dict.
-        shapes: The shape of each entry that has to be there; None for what is no tensor.
-        optional: Further entries that may be there.
+        shapes: The shape of each required entry; None for entries that are not tensors.
+        optional: Entries that may be there as well.
 
     Raises:
-        CheckpointError: If something is missing, in excess, or of another shape.
+        CheckpointError: If an entry is missing, unexpected, or has another shape.
     """
     missing, extra = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys() - set(optional))
     if missing or extra:
         raise CheckpointError(
-            f"The checkpoint lacks {_some(missing)} and has {_some(extra)} in excess, compared with this module."
+            f"The checkpoint lacks {_some(missing)} and has unexpected {_some(extra)}, compared with this module."
         )
     for key, shape in shapes.items():
         if shape is not None and state[key].shape != shape:
@@ -229,17 +229,17 @@ def check_tensors(
 
 
 def load_adapter(module: nn.Module, path: str | Path) -> LoRAConfig:
-    """Put the adapters of a checkpoint on a module that has none, or load them into those it has.
+    """Inject the adapters of a checkpoint into a module, or load them into adapters that it has.
 
     Args:
-        module: The LightningModule the checkpoint is of, with its model built; changed in place.
+        module: The LightningModule that the checkpoint was saved from, with its model built; changed in place.
         path: A checkpoint written by a Trainer with ``MiLoRAInit``.
 
     Returns:
         The configuration of the adapters.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the checkpoint does not exist.
         CheckpointError: If it cannot be read, or does not fit the module.
     """
     state = read_checkpoint(path)["state_dict"]
@@ -249,9 +249,9 @@ def load_adapter(module: nn.Module, path: str | Path) -> LoRAConfig:
 
 
 def inject_as_in(module: nn.Module, state: dict[str, Any]) -> LoRAConfig:
-    """Inject the adapters that a state dict describes, without their values."""
+    """Inject adapters as described in a state dict, without loading their values."""
     check_format(state[KEY])
-    # What was injected, by whichever configurations.
+    # Exactly the layers that had adapters, rather than those that the saved target_modules would select now.
     config = replace(LoRAConfig(**state[KEY]["config"]), target_modules=state[KEY]["adapters"])
     inject(module, config, state[KEY]["adapters"])
     AdapterCheckpoint.attach(module, config)
@@ -259,10 +259,10 @@ def inject_as_in(module: nn.Module, state: dict[str, Any]) -> LoRAConfig:
 
 
 def _base_predicate(module: nn.Module) -> Callable[[str], bool]:
-    """Tell which keys of a state dict belong to the base, and are in no checkpoint.
+    """Return a predicate for the keys of a state dict that belong to the base and are left out of checkpoints.
 
-    These are the frozen parameters, and what goes with them without being a parameter or buffer itself, such as the
-    scales of a quantized weight. Adapters, whatever else trains, buffers and extra states are kept.
+    These are the frozen parameters, and entries that accompany them without being a parameter or buffer, such as the
+    scales of a quantized weight. Adapters, other trained weights, buffers and extra states are kept.
     """
     base = {unwrapped_name(key) for key in base_keys(module)}
     holders = {key.rpartition(".")[0] for key in base}
@@ -275,7 +275,7 @@ def _base_predicate(module: nn.Module) -> Callable[[str], bool]:
             return False
         parts = key.split(".")
         of_a_weight = any(".".join(parts[:n]) in base for n in range(1, len(parts) + 1))  # "weight", "weight.absmax"
-        return of_a_weight or key.rpartition(".")[0] in holders  # "SCB", beside the weight
+        return of_a_weight or key.rpartition(".")[0] in holders  # "SCB", next to the weight
 
     return in_base
 

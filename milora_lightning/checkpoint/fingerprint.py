@@ -1,4 +1,4 @@
-"""What a base model is known by: a hash of each of its weights."""
+"""The fingerprint by which a base model is recognized: a hash of each of its weights."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from milora_lightning.parallel.dtensor import gather_to, is_sharded, memory_of
 from milora_lightning.utils.names import pristine_name
 
 QUANTIZED = " as "
-"""Separates what a weight is known by from what it was quantized to."""
+"""Separates the description of a weight from the kind of its quantization."""
 
 
 def fingerprint(module: nn.Module, frozen_only: bool = True) -> dict[str, str]:
-    """Hash every frozen weight that is not an adapter's: its shape, its dtype and all of its bits.
+    """Hash every frozen weight except those of adapters: its shape, its dtype and all of its bits.
 
-    A weight that was quantized as it was loaded is known by what it was before, and the kind of quantization: codes
-    may differ from one device to another.
+    For a weight that was quantized while it was loaded, the original weight is hashed and the kind of quantization is
+    noted, because quantized codes may differ from one device to another.
 
     Args:
-        module: Any module; weights on the meta device are skipped. All ranks that hold shards of its weights must call
-            this; they share the work, collecting one weight at a time, and the hashes are those of the whole weights.
-        frozen_only: Whether to leave out what trains; otherwise only the adapters are left out.
+        module: Any module; weights on the meta device are skipped. If weights are sharded, all ranks must call this.
+            They share the work, gathering one weight at a time, and the hashes are those of the full weights.
+        frozen_only: Whether to leave out weights that train; otherwise only the adapters are left out.
 
     Returns:
-        ``"(shape) dtype hash"`` by parameter name, and ``" as nf4"`` after it where that was done. Names are those from
-        before surgery.
+        ``"(shape) dtype hash"`` by parameter name, followed by the quantization, such as ``" as nf4"``, if there is
+        one. The names are those before injection.
 
     >>> fingerprint(nn.Linear(2, 1).requires_grad_(False)).keys()
     dict_keys(['bias', 'weight'])
@@ -70,7 +70,7 @@ def _stored(module: nn.Module, key: str) -> Stored | None:
 
 
 def unquantized(base: Mapping[str, str]) -> dict[str, str]:
-    """Return the fingerprint of the model that one with this fingerprint was quantized from.
+    """Return the fingerprint of the unquantized model, given that of the quantized one.
 
     >>> unquantized({"0.weight": "(2, 2) torch.float32 1f as nf4", "0.bias": "(2,) torch.float32 2e"})
     {'0.weight': '(2, 2) torch.float32 1f', '0.bias': '(2,) torch.float32 2e'}
@@ -79,12 +79,12 @@ def unquantized(base: Mapping[str, str]) -> dict[str, str]:
 
 
 def only_codes(base: Mapping[str, str]) -> str | None:
-    """Name a weight that a fingerprint knows by codes alone, so that nothing tells what it was before quantization."""
+    """Return the name of a weight of which a fingerprint holds only quantized codes; None if there is none."""
     return next((name for name, value in base.items() if " torch.uint8 " in value or " torch.int8 " in value), None)
 
 
 def quantization_of(base: Mapping[str, str]) -> str | None:
-    """Return what a model with this fingerprint was quantized to as it was loaded; None if it was not.
+    """Return the kind of quantization in a fingerprint; None if the model is not quantized.
 
     >>> quantization_of({"0.weight": "(2, 2) torch.float32 1f as nf4"})
     'nf4'

@@ -17,26 +17,26 @@ from milora_lightning.utils.compat import is_sharded_folder, metadata_file, read
 from milora_lightning.utils.errors import InvalidInputError, MissingFileError
 
 KEY = "milora_lightning"
-"""The entry of a state dict that describes its adapters."""
+"""The entry of a state dict that holds the description of its adapters."""
 
 
 class CheckpointError(InvalidInputError):
-    """A checkpoint is damaged, or does not belong to this model."""
+    """A checkpoint is damaged, or does not fit this model."""
 
 
 @contextmanager
-def readable(path: str | Path) -> Iterator[None]:
-    """Turn whatever goes wrong in reading a checkpoint into one clear error.
+def checkpoint_errors(path: str | Path) -> Iterator[None]:
+    """Within this context, turn any error of reading a checkpoint into one clear error.
 
     Raises:
-        CheckpointError: In place of any error but a missing file's.
+        CheckpointError: In place of any error except that for a missing file.
     """
     try:
         yield
     except FileNotFoundError:
         raise
     except (Exception, CheckpointException) as error:  # torch raises many types for files it cannot read
-        reason = "it is damaged, incomplete, or something else"
+        reason = "it is damaged, incomplete, or not a checkpoint"
         if isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in str(error):
             reason = "it holds Python objects, perhaps in the module's hyper_parameters (see save_hyperparameters)"
         raise CheckpointError(
@@ -45,7 +45,7 @@ def readable(path: str | Path) -> Iterator[None]:
 
 
 class ClearCheckpointIO(TorchCheckpointIO):
-    """Lightning's reading and writing of checkpoints, with a clear error for files that cannot be read."""
+    """Lightning's CheckpointIO, with clear errors for files that cannot be read."""
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a checkpoint.
@@ -56,55 +56,55 @@ class ClearCheckpointIO(TorchCheckpointIO):
         """
         if is_sharded_folder(Path(path)):
             return read(path)
-        with readable(path):
+        with checkpoint_errors(path):
             return super().load_checkpoint(path, *args, **kwargs)
 
 
 def read_without_weights(path: str | Path) -> dict[str, Any]:
-    """Read what a checkpoint holds beside weights, of which no more than their places are read.
+    """Read everything in a checkpoint except the data of its weights.
 
     Args:
         path: As for :func:`read`.
 
     Returns:
-        Its content; of a folder, without tensors.
+        Its content; the tensors of a file are memory-mapped, those of a folder are left out.
 
     Raises:
-        FileNotFoundError: If there is nothing of that name.
-        CheckpointError: If it cannot be read, or is no checkpoint.
+        FileNotFoundError: If the checkpoint does not exist.
+        CheckpointError: If it cannot be read, or is not a checkpoint.
     """
     path = Path(path)
-    _check_there(path)
-    with readable(path):
+    _check_exists(path)
+    with checkpoint_errors(path):
         file = metadata_file(path) if path.is_dir() else path
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
     if not isinstance(content, dict):
-        raise CheckpointError(f"{str(path)!r} is no Lightning checkpoint: it has no state_dict.")
+        raise CheckpointError(f"{str(path)!r} is not a Lightning checkpoint: it has no state_dict.")
     return content
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint on the CPU, tensors and primitives only.
+    """Read a checkpoint to the CPU; only tensors and primitive types are accepted.
 
     Args:
-        path: A file, or a folder into which the ranks of a sharded run have written their shards. (Of a folder, torch
-            keeps the list of its tensors as a pickle, and reads it as such.)
+        path: A file, or a folder into which the ranks of a sharded run have written their shards. (In a folder, the
+            list of tensors is a pickle, which torch loads as such.)
 
     Returns:
         Its content, in the layout of a file.
 
     Raises:
-        FileNotFoundError: If there is nothing of that name.
+        FileNotFoundError: If the checkpoint does not exist.
         CheckpointError: If it cannot be read.
     """
     path = Path(path)
-    _check_there(path)
-    with readable(path):
+    _check_exists(path)
+    with checkpoint_errors(path):
         if not path.is_dir():
             content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             return content
         content = read_sharded_folder(path)
-    state = content.pop("state_dict", None) or content.pop("model")  # FSDP2's name for it, and FSDP1's
+    state = content.pop("state_dict", None) or content.pop("model")  # the names that FSDP2 and FSDP1 use
     if KEY in content:
         state[KEY] = content.pop(KEY)
     optimizers = sorted(key for key in content if key.startswith("optimizer_") and key[10:].isdigit())
@@ -112,10 +112,10 @@ def read(path: str | Path) -> dict[str, Any]:
     return {**content, "state_dict": state, **({"optimizer_states": states} if states else {})}
 
 
-def _check_there(path: Path) -> None:
+def _check_exists(path: Path) -> None:
     if not path.exists():
         raise MissingFileError(f"There is no checkpoint {str(path)!r}. Check the path.")
     if path.is_dir() and not is_sharded_folder(path):
         inside = sorted(child.name for child in path.glob("*.ckpt"))
-        found = f"Give the path of one in it, such as {path / inside[-1]}." if inside else "Check the path."
-        raise CheckpointError(f"{str(path)!r} is a folder, and not one that the ranks of a sharded run wrote. {found}")
+        found = f"Give the path of a file in it, such as {path / inside[-1]}." if inside else "Check the path."
+        raise CheckpointError(f"{str(path)!r} is a folder, but not a checkpoint folder of a sharded run. {found}")

@@ -1,4 +1,4 @@
-"""The options of the run that wrote a checkpoint: what is not given beside ``--ckpt_path`` comes from it."""
+"""The options of the run that wrote a checkpoint, which are defaults for runs with ``--ckpt_path``."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from milora_lightning.utils.errors import MissingFileError
 
 BASE = "model.name_or_path"
 KEYWORDS = ("last", "best", "hpc")
-"""What ``--ckpt_path`` may be in place of a path: checkpoints that Lightning looks for."""
+"""Keywords for ``--ckpt_path``, for which Lightning looks for the checkpoint."""
 
 
 def options_in(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the module and of the adapters that a checkpoint was written with.
+    """Return the options of the module and of the adapters with which a checkpoint was written.
 
     Args:
-        checkpoint: Its content.
+        checkpoint: The content of the checkpoint.
 
     Returns:
-        Their values by name.
+        The values of the options by name.
 
     >>> options_in({"hyper_parameters": {"max_new_tokens": 4, "_instantiator": "x"}, "state_dict": {}})
     {'model.max_new_tokens': 4}
@@ -45,25 +45,25 @@ def options_in(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_for_options(path: str | Path, adapters: bool = True) -> dict[str, Any]:
-    """Read a checkpoint for the options that it was written with.
+    """Read a checkpoint for the options with which it was written.
 
     Args:
         path: The checkpoint, a file or a folder.
-        adapters: Whether it has to hold adapters; one of full fine-tuning is as large as the model, and is not read
-            to find out more than the module's options.
+        adapters: Whether it must hold adapters. If not, its weights are not read: a checkpoint of full
+            fine-tuning is as large as the model.
 
     Returns:
-        Its content, of which :func:`options_in` takes them.
+        Its content, for :func:`options_in`.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint.
-        CheckpointError: If it cannot be read, or holds no adapters.
+        FileNotFoundError: If the checkpoint does not exist.
+        CheckpointError: If it cannot be read, or must hold adapters and does not.
     """
     return read_checkpoint(path) if adapters else read_without_weights(path)
 
 
 def differences(given: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
-    """Describe in one line each where options that were given differ from those of a checkpoint.
+    """Describe each given option that differs from the checkpoint's, in one line.
 
     >>> differences({"model.max_new_tokens": 9, "model.dtype": "auto"}, {"model.max_new_tokens": 4})
     ['model.max_new_tokens: 9 here, 4 in the checkpoint']
@@ -77,29 +77,29 @@ def differences(given: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]
 
 
 def find_checkpoint(trainer: Trainer, keyword: str, subcommand: str) -> str:
-    """Return the path of the checkpoint that a keyword stands for.
+    """Return the path of the checkpoint that a keyword means.
 
     Args:
-        trainer: Whose callbacks say where checkpoints are.
+        trainer: The Trainer whose callbacks know where checkpoints are.
         keyword: One of ``KEYWORDS``.
-        subcommand: What is to be done with it, such as ``"fit"``.
+        subcommand: The subcommand that uses the checkpoint, such as ``"fit"``.
 
     Raises:
-        FileNotFoundError: If there is none; without one Lightning would begin anew, or evaluate an untrained model.
+        FileNotFoundError: If there is none. Lightning would start a new run, or evaluate an untrained model.
     """
     remedy = "Give the path of a checkpoint" + (
-        ", or leave --ckpt_path out to begin anew." if subcommand == "fit" else "."
+        ", or leave --ckpt_path out to start a new run." if subcommand == "fit" else "."
     )
     if keyword == "best":
         raise MissingFileError(
-            f"--ckpt_path best is known only to the process that trains, and {subcommand} begins another. {remedy}"
+            f"--ckpt_path best is known only in the process that trained, and {subcommand} starts another. {remedy}"
         )
     function = {"fit": TrainerFn.FITTING, "predict": TrainerFn.PREDICTING}.get(subcommand) or TrainerFn(subcommand)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*no last checkpoint available.*")
             path = find_by_keyword(trainer, keyword, function)
-    except ValueError:  # which is how Lightning says that there is none
+    except ValueError:  # Lightning raises it when there is no checkpoint
         path = None
     if path is None:
         folders = {c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath}
@@ -112,11 +112,11 @@ def find_checkpoint(trainer: Trainer, keyword: str, subcommand: str) -> str:
 
 @contextmanager
 def base_may_have_moved(option: str, name_or_path: str | None) -> Iterator[None]:
-    """Within this context, say of a base that is not there that its name is a checkpoint's, and how to give another.
+    """Within this context, explain a missing base model that was named by a checkpoint, and how to name another.
 
     Args:
-        option: The option that gives another.
-        name_or_path: What the checkpoint calls its base; None if the user has named it.
+        option: The option that names another base.
+        name_or_path: The base according to the checkpoint; None if the user has named the base.
     """
     try:
         yield
@@ -124,13 +124,13 @@ def base_may_have_moved(option: str, name_or_path: str | None) -> Iterator[None]
         if name_or_path is None:
             raise
         raise ModelNotFoundError(
-            f"The checkpoint's base model {name_or_path!r} is not there: it has moved, or the working directory is "
-            f"another. Say where it is now with {option}."
+            f"The checkpoint's base model {name_or_path!r} does not exist: it has moved, or the working directory is "
+            f"another one. Say where it is now with {option}."
         ) from error
 
 
 def _meaning(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options as values that are equal where they mean the same."""
+    """Normalize options so that equivalent values are equal."""
     plain = {name: _plain(value) for name, value in options.items()}
     r, alpha = plain.get("adapter.r"), plain.get("adapter.lora_alpha")
     if r is not None and (alpha == "2r" or (alpha is None and not plain.get("adapter.rank_pattern"))):
@@ -139,7 +139,7 @@ def _meaning(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The value without what parsing makes of it, and None for what is empty."""
+    """Convert a parsed value to plain types, with None for empty containers."""
     if isinstance(value, Namespace):
         value = value.as_dict()
     if isinstance(value, Mapping):

@@ -165,7 +165,7 @@ def test_every_option_is_documented(help: str, capsys: pytest.CaptureFixture[str
         (["--data.source.prompt_field", "question"], r"question.*instruction"),
         (["--model.name_or_path", "nobody/nothing"], r"no model 'nobody/nothing'"),
         (["--ckpt_path", "absent.ckpt"], r"no checkpoint 'absent.ckpt'"),
-        (["--ckpt_path", "model"], r"'model' is a folder, and not one that the ranks of a sharded run wrote"),
+        (["--ckpt_path", "model"], r"'model' is a folder, but not a checkpoint folder of a sharded run"),
         (["--model.max_new_tokens", "0"], r"max_new_tokens must be at least 1, not 0"),
         (["--trainer.precision", "transformer-engine"], r"Trainer's options: .*transformer_engine"),
         (["--adapter.init", "mica"], "mica"),
@@ -330,7 +330,7 @@ def test_weights_are_averaged_and_averages_resumed(project: Path, average: str) 
 def test_a_keyword_without_a_checkpoint_is_refused(project: Path, subcommand: str) -> None:
     with pytest.raises(SystemExit, match=r"There is no checkpoint for --ckpt_path last.*Give the path"):
         run(subcommand, "--config", "mine.yaml", "--ckpt_path=last")
-    with pytest.raises(SystemExit, match=r"known only to the process that trains"):
+    with pytest.raises(SystemExit, match=r"known only in the process that trained"):
         run(subcommand, "--config", "mine.yaml", "--ckpt_path=best")
     assert not list((project / "out").rglob("*.ckpt"))
 

@@ -90,7 +90,7 @@ def test_a_schedule_that_needs_a_length_is_refused_without_one(name: str) -> Non
         with pytest.raises(ValueError, match=rf"'{name}' needs to know how many steps.*max_steps"):
             check_length(name, 3, arguments, math.inf)
     check_length("warmup_stable_decay", 3, {"num_decay_steps": 5, "num_stable_steps": 9}, math.inf)
-    with pytest.raises(ValueError, match="is a share of the run"):
+    with pytest.raises(ValueError, match="is a fraction of the run"):
         check_length("inverse_sqrt", 0.03, {}, math.inf)
 
 
