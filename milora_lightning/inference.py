@@ -1,4 +1,4 @@
-"""Models ready to answer, from a checkpoint of training, an exported folder or a bare model."""
+"""Loads models for inference: from a checkpoint, an exported folder or a bare model."""
 
 from __future__ import annotations
 
@@ -40,30 +40,30 @@ def load_for_inference(
     name_or_path: str | None = None,
     template: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model to answer with, and a tokenizer that asks it as in training.
+    """Load a model for inference, and a tokenizer that writes prompts as in training.
 
     ``tokenizer.apply_chat_template(messages, add_generation_prompt=True, ...)`` writes the prompts, and
-    ``model.generate`` ends answers where those of the training ended.
+    ``model.generate`` stops at the token that ended answers in training.
 
     Args:
         path: A checkpoint of ``fit`` (a file, or the folder of a sharded run), a PEFT folder, a merged model's folder,
-            or a bare model: a Hub name, a folder, a ``.gguf`` file or ``"embedded"``.
-        merge: Add the adapters to the weights, which makes answers faster, and a model of transformers' classes alone;
-            the base can then not be asked any more. Warns if a half-precision base rounds much of them away.
-        device: Where the model goes; by default to the accelerator, if there is one.
-        dtype: Dtype of the base's weights; by default a checkpoint's own, and otherwise that of the files.
+            or a model without adapters: a Hub name, a folder, a ``.gguf`` file or ``"embedded"``.
+        merge: Add the adapters to the weights. Generation is faster and the model consists of transformers' classes
+            only, but the base model cannot be used any more. Warns if rounding to half precision loses much of them.
+        device: The device of the model; by default the accelerator, if there is one.
+        dtype: Dtype of the base weights; by default the checkpoint's, otherwise that of the files.
         name_or_path: Where the base of a checkpoint or PEFT folder is now, if it has moved.
-        template: How to ask, in place of what is known of the training: ``"alpaca"``, ``"chat"``, ``"plain"`` or the
-            path of a Jinja file.
+        template: The prompt template, in place of that of training: ``"alpaca"``, ``"chat"``, ``"plain"`` or the path
+            of a Jinja file.
 
     Returns:
-        The model in evaluation mode, with adapters where ``path`` has some (see
-        :func:`milora_lightning.adapters_disabled`), and the tokenizer. That has no chat template if neither ``path``
-        nor ``template`` brings one.
+        The model in evaluation mode, with adapters if ``path`` has some (see
+        :func:`milora_lightning.adapters_disabled`), and the tokenizer. It has no chat template if neither ``path`` nor
+        ``template`` provides one.
 
     Raises:
-        FileNotFoundError: If there is nothing of that name, or no base model.
-        ValueError: If it cannot be read, does not fit its base, or is something else, or there is no such device.
+        FileNotFoundError: If ``path`` or its base model does not exist.
+        ValueError: If it cannot be read, does not fit its base, or has another content, or there is no such device.
     """
     device = device_named(device)
     path, kind = str(path), kind_of(str(path))
@@ -76,13 +76,14 @@ def load_for_inference(
         assert module.model is not None
         model, tokenizer, prompt_format = module.model, module.tokenizer, module.prompt_format
         if prompt_format is None and template is None:
-            inform(f"{path} does not say how prompts were written: the tokenizer's own chat template is used.")
+            inform(f"{path} does not name a prompt template: the tokenizer's own chat template is used.")
     elif kind == "peft":
         model, tokenizer = _load_peft(Path(path).expanduser(), dtype or "auto", name_or_path)
     else:
         if name_or_path is not None:
             raise InvalidInputError(
-                f"{path!r} is a whole model: name_or_path is the base of a checkpoint or a PEFT folder."
+                f"{path!r} is a whole model, and name_or_path names the base of a checkpoint or PEFT folder: leave "
+                "it out."
             )
         model, tokenizer = load_causal_lm(path, dtype or "auto"), load_tokenizer(path)
     if merge and (note := rounding_note(merge_adapters(model))):
@@ -95,10 +96,10 @@ def load_for_inference(
 
 
 def device_named(name: torch.device | str | None) -> torch.device:
-    """Return a device of this machine; by default the accelerator, if there is one.
+    """Return the device of that name; by default the accelerator, if there is one.
 
     Raises:
-        ValueError: If there is no such device here.
+        ValueError: If this machine has no such device.
 
     >>> device_named("cpu")
     device(type='cpu')
@@ -121,10 +122,10 @@ def device_named(name: torch.device | str | None) -> torch.device:
 
 
 def kind_of(path: str) -> Kind:
-    """Tell what a user has named.
+    """Tell whether a path is a checkpoint, a PEFT folder or a model.
 
     Raises:
-        UnusableModelError: If it is a folder that has checkpoints in it.
+        UnusableModelError: If it is a folder with checkpoints in it.
 
     >>> kind_of("runs/milora/last.ckpt"), kind_of("org/name"), kind_of("model.gguf")
     ('checkpoint', 'model', 'model')
@@ -137,7 +138,9 @@ def kind_of(path: str) -> Kind:
             return "checkpoint"
         checkpoints = sorted(place.glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
         if checkpoints and not (place / "config.json").is_file():
-            raise UnusableModelError(f"{path!r} is a folder of checkpoints: give one of them, {checkpoints[-1]}.")
+            raise UnusableModelError(
+                f"{path!r} is a folder of checkpoints: give one of them, such as {checkpoints[-1]}."
+            )
         return "model"
     suffix = place.suffix.lower()
     return "checkpoint" if suffix in (".ckpt", ".pt", ".pth") or (place.is_file() and suffix != ".gguf") else "model"
@@ -146,30 +149,30 @@ def kind_of(path: str) -> Kind:
 def load_module(
     ckpt_path: str, name_or_path: str | None = None, whole: bool = False, **options: Any
 ) -> tuple[CausalLMModule, dict[str, Any]]:
-    """Load what a checkpoint holds and its base model.
+    """Load a checkpoint together with its base model.
 
     Args:
         ckpt_path: The checkpoint, a file or a folder.
         name_or_path: Where the base is now; by default where it was in training.
-        whole: Take also one of full fine-tuning, which holds no adapters.
-        options: Of :class:`CausalLMModule`, in place of those of the checkpoint. With ``quantization=None`` the
-            adapters go on the unquantized base, if theirs was quantized from that.
+        whole: Also accept a checkpoint of full fine-tuning, which holds no adapters.
+        options: Options of :class:`CausalLMModule` that replace those of the checkpoint. With ``quantization=None``,
+            adapters of a quantized base are loaded into the unquantized base.
 
     Returns:
-        The module on the CPU, and the checkpoint's content.
+        The module on the CPU, and the content of the checkpoint.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint, or no such base.
-        CheckpointError: If it cannot be read, or holds something else.
+        FileNotFoundError: If the checkpoint or its base does not exist.
+        CheckpointError: If it cannot be read, or has another content.
     """
     checkpoint = read(ckpt_path) if whole else read_checkpoint(ckpt_path)
     if whole:
-        _check_own(checkpoint, ckpt_path)
+        _check_causal_lm(checkpoint, ckpt_path)
     if name_or_path is not None:
         options["name_or_path"] = name_or_path
     if "quantization" in options and options["quantization"] is None:
         checkpoint = _on_unquantized_base(checkpoint)
-    file = io.BytesIO()  # also of a folder, which Lightning could not load outside a sharded run
+    file = io.BytesIO()  # also for a folder, which Lightning can only load in a sharded run
     torch.save(checkpoint, file)
     file.seek(0)
     saved = options_in(checkpoint)
@@ -180,28 +183,28 @@ def load_module(
 
 
 def _on_unquantized_base(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint whose adapters are for the base that theirs was quantized from."""
+    """Return the checkpoint with the fingerprint of the unquantized base."""
     quantization = options_in(checkpoint).get("model.quantization")
     description = checkpoint["state_dict"].get(KEY)
     if quantization is None or description is None:
         return checkpoint
     if (name := only_codes(description["base"])) is not None:
         raise CheckpointError(
-            f"The checkpoint knows {name!r} of its base by {quantization} codes alone, so that nothing tells whether "
-            "an unquantized base is the same: use --format peft, and merge that folder with PEFT."
+            f"The checkpoint identifies {name!r} of its base by {quantization} codes only, so an unquantized "
+            "base cannot be compared with it: use --format peft, and merge that folder with PEFT."
         )
     inform(f"The base was {quantization} in training; the adapters are merged into its unquantized weights.")
     state = {**checkpoint["state_dict"], KEY: {**description, "base": unquantized(description["base"])}}
     return {**checkpoint, "state_dict": state}
 
 
-def _check_own(checkpoint: Any, path: str) -> None:
+def _check_causal_lm(checkpoint: Any, path: str) -> None:
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise CheckpointError(f"{path!r} is no Lightning checkpoint: it has no state_dict.")
+        raise CheckpointError(f"{path!r} is not a Lightning checkpoint: it has no state_dict.")
     if BASE not in options_in(checkpoint):
         holds = "load its adapters into that with load_adapter(module, path)" if KEY in checkpoint["state_dict"] else ""
         raise CheckpointError(
-            f"{path!r} is a checkpoint of a module of your own, and of no CausalLMModule: "
+            f"{path!r} is a checkpoint of a module of your own, not of a CausalLMModule: "
             f"{holds or 'load it into that'}."
         )
 
@@ -210,7 +213,9 @@ def _load_peft(folder: Path, dtype: str, name_or_path: str | None) -> tuple[PreT
     try:
         base = name_or_path or json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{str(folder)!r} is no PEFT adapter folder: adapter_config.json is damaged.") from error
+        raise CheckpointError(
+            f"{str(folder)!r} is not a PEFT adapter folder: adapter_config.json is damaged."
+        ) from error
     if not base:
         raise CheckpointError(f"{str(folder)!r} does not say which model its adapters are for: give name_or_path.")
     with base_may_have_moved("--name_or_path", None if name_or_path else base):
@@ -220,14 +225,14 @@ def _load_peft(folder: Path, dtype: str, name_or_path: str | None) -> tuple[PreT
 
 
 def format_named(template: str, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
-    """Return how prompts are written in a template.
+    """Return the prompt format of a template.
 
     Args:
         template: As for :func:`load_for_inference`.
-        tokenizer: What writes them.
+        tokenizer: The tokenizer that writes the prompts.
 
     Raises:
-        ValueError: If there is no such template, or it is of no use.
+        ValueError: If there is no such template, or it cannot be used.
     """
     return PromptFormat.of(with_template(tokenizer, template), name_of(template, conversations=True))
 
@@ -235,11 +240,11 @@ def format_named(template: str, tokenizer: PreTrainedTokenizerBase) -> PromptFor
 def _end_as_trained(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat | None
 ) -> None:
-    """Have ``generate`` end answers where those of the training ended, or where the chat template's do."""
+    """Make ``generate`` stop at the token that ended answers in training, or ends them in the chat template."""
     if prompt_format is None and tokenizer.chat_template:
         try:
             prompt_format = PromptFormat.of(tokenizer, "chat")
-        except ChatTemplateError:  # nothing can be trained with it; the model's own ends have to do
+        except ChatTemplateError:  # the template cannot be used for training; keep the model's own stop tokens
             prompt_format = None
     stop = stop_ids(model, tokenizer, None if prompt_format is None else prompt_format.end_of_turn)
     if stop and model.generation_config is not None:

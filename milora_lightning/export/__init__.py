@@ -1,4 +1,4 @@
-"""What is trained as folders that other tools open, and back."""
+"""Exports to folders that other tools open, and imports from PEFT's folders."""
 
 from milora_lightning.export.folders import export_merged, export_peft
 from milora_lightning.export.peft_import import load_peft

@@ -1,4 +1,4 @@
-"""The best factors of a lower rank."""
+"""Compresses factors to a lower rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from milora_lightning.utils.errors import InvalidInputError
 
 @torch.no_grad()
 def compress(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
-    """Find the best factors of a lower rank, from the SVD of B A without forming it.
+    """Compute the best factors of a lower rank by the SVD of B A, without forming the product.
 
     Args:
         B: Factor of shape (out, k).
@@ -20,8 +20,8 @@ def compress(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, float, fl
         rank: Rank to keep; at most k.
 
     Returns:
-        A (rank, in) and B (out, rank), each with the root of the singular values, and the energies ‖·‖²_F that are
-        lost and that were there.
+        A (rank, in) and B (out, rank), each scaled by the square roots of the singular values; the energy ‖·‖²_F that
+        is lost; and the energy of B A.
 
     Raises:
         ValueError: If ``rank`` exceeds k.
@@ -40,6 +40,6 @@ def compress(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, float, fl
     root = S[:rank].sqrt()
     lost, energy = S[rank:].square().sum().item(), S.square().sum().item()
     small_A, small_B = root[:, None] * Vh[:rank], U[:, :rank] * root
-    padding = rank - small_A.shape[0]  # a small matrix may have fewer singular values than that
+    padding = rank - small_A.shape[0]  # a small matrix may have fewer singular values than rank
     small_A, small_B = F.pad(small_A, (0, 0, 0, padding)), F.pad(small_B, (0, padding))
     return small_A.to(A.dtype), small_B.to(B.dtype), lost, energy

@@ -1,4 +1,4 @@
-"""Adapters as folders that other tools open: PEFT's format, or a merged Hugging Face model."""
+"""Exports adapters to folders that other tools open: PEFT's format, or a merged Hugging Face model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from milora_lightning.utils.folders import check_output, new_folder
 from milora_lightning.utils.names import unwrapped_name
 
 BASE_KEY = "milora_lightning.base"
-"""The entry of an exported file's metadata that holds the fingerprint of its base."""
+"""The metadata entry of an exported file that holds the fingerprint of its base."""
 
 
 def export_peft(
@@ -50,40 +50,40 @@ def export_peft(
     data: str | None = None,
     prompt_format: PromptFormat | None = None,
 ) -> float:
-    """Write the adapters as a PEFT folder for the pristine base model.
+    """Export the adapters to a PEFT folder for the unchanged base model.
 
-    ΔW = s (B A − B₀A₀) is a LoRA of rank 2r on the unchanged weight, without loss and with the same scale; adapters
-    that started as LoRA's own keep their rank r. What was trained in full beside them (``modules_to_save``), and the
-    head of a classifier, is PEFT's ``modules_to_save``. The folder appears when PEFT has opened it, on a copy of the
-    model without weights, as what was meant.
+    ΔW = s (B A − B₀A₀) is exactly a LoRA of rank 2r with the same scale on the unchanged weight; adapters with
+    ``init="lora"`` keep their rank r. Modules that were trained in full (``modules_to_save``), and the head of a
+    classifier, become PEFT's ``modules_to_save``. The folder is created only after PEFT has opened it, on a copy of the
+    model without weights, and the result was as intended.
 
     Args:
         module: A Hugging Face model with adapters, or a module with one such model inside.
-        output: Folder to make; it must not exist, or be empty.
-        rank: Compress each ΔW to this rank by its SVD; those of a lower rank stay as they are.
-        tokenizer: Saved beside the adapters.
+        output: Folder to create; it must not exist, or must be empty.
+        rank: Compress each ΔW to this rank by its SVD; a ΔW of lower rank is not changed.
+        tokenizer: The tokenizer to save with the adapters.
         metrics: Results for the model card.
-        data: What it was trained on, for the model card.
-        prompt_format: How it was asked in training: the tokenizer's chat template, and the model card, ask alike.
+        data: A description of the training data, for the model card.
+        prompt_format: The prompt format of training; the exported chat template and the model card use it.
 
     Returns:
-        The share of ‖ΔW‖²_F over all matrices that ``rank`` has cost; 0 without it.
+        The fraction of ‖ΔW‖²_F, over all matrices, that compression to ``rank`` has lost; 0 without ``rank``.
 
     Raises:
-        ValueError: If there are no adapters, ``rank`` is out of range, or PEFT cannot hold what was trained.
-        FileExistsError: If there is something at ``output``.
+        ValueError: If there are no adapters, ``rank`` is out of range, or PEFT cannot represent what was trained.
+        FileExistsError: If ``output`` exists and is not empty.
     """
     check_output(output)
     model = find_model(module)
     layers = _adapters(module, model)
     if said := objection(model):
-        raise InvalidInputError(f"PEFT cannot hold these adapters: {said}. {MERGED}")
+        raise InvalidInputError(f"PEFT cannot represent these adapters: {said}. {MERGED}")
     kept = _kept_whole(model, layers)
     inside = tuple(f"{name}." for name in kept)
     outside = {name: layer for name, layer in layers.items() if not f"{name}.".startswith(inside)}
     if not outside:
         raise InvalidInputError(
-            f"All adapters are in {', '.join(kept)}, which PEFT keeps whole for this task. {MERGED}"
+            f"All adapters are in {', '.join(kept)}, which PEFT saves in full for this task. {MERGED}"
         )
     _check_rank(rank, outside)
     tensors: dict[str, Tensor] = {}
@@ -112,7 +112,7 @@ def export_peft(
         scales = {name: alphas[name] / ranks[name] for name in ranks}
         if said := opens_otherwise(folder, model, tensors, scales):
             raise InvalidInputError(
-                f"PEFT {version('peft')} would not open this export as it was trained: {said}. {MERGED}"
+                f"PEFT {version('peft')} would not load this export as it was trained: {said}. {MERGED}"
             )
         what = f"PEFT adapter of rank {_range(ranks.values())} on the unchanged base model"
         _finish(folder, model, model_card(model, what, "peft", metrics, data), tokenizer, prompt_format)
@@ -128,26 +128,26 @@ def export_merged(
     dtype: torch.dtype | str | None = None,
     prompt_format: PromptFormat | None = None,
 ) -> float:
-    """Write a Hugging Face model with the adapters added to its weights.
+    """Export a Hugging Face model with the adapters added to its weights.
 
-    Each weight plus its ΔW is summed in float32 and rounded once. The module stays as it is.
+    Each weight and its ΔW are added in float32 and rounded once. The module is not changed.
 
     Args:
         module: A Hugging Face model with adapters, or a module with one such model inside.
-        output: Folder to make; it must not exist, or be empty.
-        tokenizer: Saved beside the model.
+        output: Folder to create; it must not exist, or must be empty.
+        tokenizer: The tokenizer to save with the model.
         metrics: Results for the model card.
-        data: What it was trained on, for the model card.
-        dtype: Of the whole model, ``torch.float32`` or ``"float32"``; by default each weight keeps its own, and a
-            half-precision one rounds away the parts of ΔW that are smaller than its own last digit.
-        prompt_format: How it was asked in training: the tokenizer's chat template, and the model card, ask alike.
+        data: A description of the training data, for the model card.
+        dtype: Dtype of the whole model, ``torch.float32`` or ``"float32"``. By default each weight keeps its own, and
+            half-precision weights lose the parts of ΔW that are smaller than their last digit.
+        prompt_format: The prompt format of training; the exported chat template and the model card use it.
 
     Returns:
-        The share of ΔW that rounding has cost: ‖round(W + ΔW) − W − ΔW‖_F / ‖ΔW‖_F over all matrices.
+        The relative rounding error of ΔW: ‖round(W + ΔW) − W − ΔW‖_F / ‖ΔW‖_F over all matrices.
 
     Raises:
         ValueError: If there are no adapters, the model is quantized, or a number is too large for the dtype.
-        FileExistsError: If there is something at ``output``.
+        FileExistsError: If ``output`` exists and is not empty.
     """
     check_output(output)
     wanted = as_dtype(dtype)
@@ -155,7 +155,7 @@ def export_merged(
     layers = _adapters(module, model)
     if not all(holds_its_weight(layer.base_layer) for layer in layers.values()):
         raise InvalidInputError(
-            "A quantized model cannot be merged without rounding again: export for PEFT, load that folder into the "
+            "A quantized model cannot be merged without rounding it again: export for PEFT, load that folder into the "
             "unquantized model with load_peft, and merge there."
         )
     state, lost = merged_state(model, wanted)
@@ -171,14 +171,16 @@ def export_merged(
 
 
 def find_model(module: nn.Module) -> PreTrainedModel:
-    """Return the Hugging Face model that is, or is in, a module: the one with adapters, if there are several.
+    """Return the Hugging Face model in a module, or the module itself; of several models, the one with adapters.
 
     Raises:
-        ValueError: If there is none, or more than one that could be meant; names them.
+        ValueError: If there is none, or it is not clear which of several is meant.
     """
     models = outermost_models(module)
     if not models:
-        raise InvalidInputError(f"{type(module).__name__} has no Hugging Face model, which these formats are for.")
+        raise InvalidInputError(
+            f"{type(module).__name__} contains no Hugging Face model, and only those can be exported."
+        )
     if len(models) == 1:
         return next(iter(models.values()))
     chosen = {name: m for name, m in models.items() if lora_layers(m)}
@@ -186,8 +188,8 @@ def find_model(module: nn.Module) -> PreTrainedModel:
     if len(chosen) != 1:
         names = ", ".join(map(repr, chosen or models))
         raise InvalidInputError(
-            f"{type(module).__name__} has several Hugging Face models that could be meant, {names}: give the one "
-            f"itself, as in module.{next(iter(chosen or models))}."
+            f"{type(module).__name__} contains several Hugging Face models that could be meant, {names}: pass "
+            f"the one to export, as in module.{next(iter(chosen or models))}."
         )
     return next(iter(chosen.values()))
 
@@ -205,8 +207,8 @@ def _adapters(module: nn.Module, model: nn.Module) -> dict[str, LoRALinear]:
     outside = [name for name, layer in lora_layers(module).items() if layer not in layers.values()]
     if outside:
         raise InvalidInputError(
-            f"Layer {outside[0]!r} has an adapter and is outside the Hugging Face model that these formats hold: leave "
-            "it out of target_modules, or export each part by itself."
+            f"Layer {outside[0]!r} has an adapter and is outside the Hugging Face model to export: leave it out of "
+            "target_modules, or export each part separately."
         )
     return layers
 
@@ -228,7 +230,7 @@ def _check_rank(rank: int | None, layers: Mapping[str, LoRALinear]) -> None:
 
 
 def _kept_whole(model: PreTrainedModel, layers: Mapping[str, LoRALinear]) -> list[str]:
-    """Names of the modules that a PEFT folder holds whole: what trains beside the adapters, and the head of a task."""
+    """Names of the modules that a PEFT folder saves in full: those that train besides the adapters, and task heads."""
     endings = HEADS.get(task_type(model) or "", ())
     modules = dict.fromkeys(unwrapped_name(n) for n, _ in model.named_modules())
     heads = [n for n in modules if n.endswith(endings)] if endings else []
@@ -239,14 +241,14 @@ def _kept_whole(model: PreTrainedModel, layers: Mapping[str, LoRALinear]) -> lis
         inside = [layer for layer in layers if _is_in(layer, name)]
         if inside or not name:
             raise InvalidInputError(
-                f"Module {name or type(model).__name__!r} trains a parameter of its own beside the adapters in it, "
-                f"which PEFT cannot hold. {MERGED}"
+                f"Module {name or type(model).__name__!r} trains a parameter of its own and contains adapters, "
+                f"which PEFT cannot represent. {MERGED}"
             )
     return heads + kept
 
 
 def _set_dtype(path: Path, dtype: torch.dtype) -> None:
-    """Have a saved configuration, and those of the model's parts in it, say which dtype the weights have."""
+    """Write the dtype of the weights into a saved configuration and those of the model's parts."""
     config = json.loads(path.read_text(encoding="utf-8"))
     for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
         for key in ("dtype", "torch_dtype"):

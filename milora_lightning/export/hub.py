@@ -1,4 +1,4 @@
-"""Exported folders on the Hugging Face Hub."""
+"""Uploads exported folders to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from milora_lightning.utils.errors import InvalidInputError
 
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json"]
-"""What must not stay behind of an earlier upload: adapters beside a merged model would be added to it again."""
+"""Files of earlier uploads to delete: adapters left next to a merged model would be applied to it again."""
 
 
 class HubError(InvalidInputError):
-    """Something cannot be put on the Hub."""
+    """A folder cannot be uploaded to the Hub."""
 
 
 def check_upload(name: str, private: bool) -> None:
-    """Refuse, before any work, an upload that would fail, or be public against the user's wish.
+    """Refuse, before any work, an upload that would fail, or that would be public although private is asked for.
 
     Args:
-        name: Of the repository, ``"user/name"`` or ``"name"`` for one of the user's own.
-        private: Whether it must be private.
+        name: Name of the repository, ``"user/name"``, or ``"name"`` for one of the user's own.
+        private: Whether the repository must be private.
 
     Raises:
-        HubError: If there is no token or no way to the Hub, or the repository is there and public.
+        HubError: If there is no token, the Hub cannot be reached, or the repository exists and is public.
     """
     if constants.HF_HUB_OFFLINE:
-        raise HubError(f"Nothing can be uploaded to {name!r}: HF_HUB_OFFLINE is set. Unset it, or export alone.")
-    if get_token() is None:
         raise HubError(
-            f"Nothing can be uploaded to {name!r} without a token of the Hub: run hf auth login, or set HF_TOKEN."
+            f"Nothing can be uploaded to {name!r}: HF_HUB_OFFLINE is set. Unset it, or export without uploading."
         )
+    if get_token() is None:
+        raise HubError(f"Nothing can be uploaded to {name!r} without a Hub token: run hf auth login, or set HF_TOKEN.")
     api = HfApi()
     with _clear_errors(name):
         user = api.whoami()["name"]
@@ -45,26 +45,26 @@ def check_upload(name: str, private: bool) -> None:
             return
     if private and not there.private:
         raise HubError(
-            f"{there.id!r} is there already, and public: make it private on the Hub, or choose another name."
+            f"{there.id!r} already exists and is public: make it private on the Hub, or choose another name."
         )
 
 
 def upload(folder: str | Path, name: str, private: bool) -> str:
-    """Put an exported folder into a repository, made if need be; weights of earlier uploads give way.
+    """Upload an exported folder to a repository, creating it if necessary; weights of earlier uploads are deleted.
 
     Args:
-        folder: What was exported.
-        name: Of the repository.
-        private: Whether to make it private, if it is new.
+        folder: The exported folder.
+        name: Name of the repository.
+        private: Whether to make a new repository private.
 
     Returns:
-        The repository's address.
+        The address of the repository.
 
     Raises:
-        HubError: If that fails; says how to try again.
+        HubError: If the upload fails; the message says how to try again.
     """
     api = HfApi()
-    again = f" {str(folder)!r} is whole, to be uploaded again: hf upload {name} {folder}"
+    again = f" {str(folder)!r} is complete; upload it with: hf upload {name} {folder}"
     with _clear_errors(name, again):
         repository = api.create_repo(name, private=private or None, exist_ok=True)
         api.upload_folder(
@@ -77,7 +77,7 @@ def upload(folder: str | Path, name: str, private: bool) -> str:
 
 
 def local_base(folder: str | Path) -> str | None:
-    """Return the base that an exported folder of adapters names, if it is a folder that nobody else has."""
+    """Return the base that an exported adapter folder names, if it is a local folder."""
     path = Path(folder) / "adapter_config.json"
     base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"] if path.is_file() else None
     return base if base and Path(base).is_dir() else None
@@ -87,11 +87,11 @@ def local_base(folder: str | Path) -> str | None:
 def _clear_errors(name: str, then: str = "") -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # of the Hub, and of whichever library talks to it
+    except Exception as error:  # from the Hub, or from the libraries that talk to it
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         first = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         reason = {
             401: "the token is not valid: run hf auth login again",
-            403: "the token may not write there: take one with write access, or another name",
+            403: "the token has no write access: use one that has, or another name",
         }.get(status or 0, first)
         raise HubError(f"{name!r} cannot be uploaded to: {reason}.{then}") from error

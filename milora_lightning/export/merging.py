@@ -1,4 +1,4 @@
-"""Adding updates to the weights, and what rounding takes away of them."""
+"""Merges updates into the weights, and measures what rounding loses."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def merged_state(
     """Return the state dict of a model with its adapters merged.
 
     Args:
-        model: The model; it stays as it is.
-        dtype: Of all floating-point tensors; by default each keeps its own.
-        only: What the names of the wanted tensors start with.
+        model: The model; it is not changed.
+        dtype: Dtype of all floating-point tensors; by default each keeps its own.
+        only: Prefixes of the names of the tensors to return.
 
     Returns:
-        The state dict, and the share of ΔW that rounding has cost: ‖round(W + ΔW) − W − ΔW‖_F / ‖ΔW‖_F.
+        The state dict, and the relative rounding error of ΔW: ‖round(W + ΔW) − W − ΔW‖_F / ‖ΔW‖_F.
 
     Raises:
         ValueError: If a number is too large for the dtype.
     """
-    places, own = registrations(model), compute_dtypes(model)  # what trained in full is in float32
+    places, own = registrations(model), compute_dtypes(model)  # modules trained in full are held in float32
     state: dict[str, Any] = {}
-    casts: dict[tuple[Any, ...], Tensor] = {}  # tied weights stay one memory
+    casts: dict[tuple[Any, ...], Tensor] = {}  # tied weights stay tied
     errors = energies = 0.0
     for wrapped_key, value in model.state_dict().items():
         key = unwrapped_name(wrapped_key)
@@ -48,7 +48,7 @@ def merged_state(
         if name and leaf == "weight":
             state[f"{name}.weight"], error, energy = _merge(name, places[name], dtype)
             errors, energies = errors + error, energies + energy
-        elif name:  # a layer in several places is saved in each: transformers knows nothing of its being shared
+        elif name:  # a layer in several places is saved in each, because transformers does not know that it is shared
             state[f"{name}.{leaf}"] = _cast(key, value, dtype).clone()
         else:
             identity = (value.data_ptr(), value.shape, value.stride()) if isinstance(value, Tensor) else (key,)
@@ -60,20 +60,20 @@ def merged_state(
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> float:
-    """Add each adapter's update to its weight, and put the plain layer back in its place.
+    """Add each adapter's update to its weight, and replace the adapter by the plain layer.
 
     Args:
-        model: A model with adapters, or without; changed in place.
+        model: A model with or without adapters; changed in place.
 
     Returns:
-        As the second of :func:`merged_state`.
+        The relative rounding error of ΔW, as :func:`merged_state` returns it.
 
     Raises:
-        ValueError: If a weight is quantized. Nothing has been changed then.
+        ValueError: If a weight is quantized. Nothing is changed then.
     """
     layers = registrations(model)
     if any(not holds_its_weight(layer.base_layer) for layer in layers.values()):
-        raise InvalidInputError("A quantized model cannot be merged without rounding again: leave merge out.")
+        raise InvalidInputError("A quantized model cannot be merged without rounding it again: leave merge out.")
     errors = energies = 0.0
     for layer, name in {layer: name for name, layer in layers.items()}.items():
         weight, error, energy = _merge(name, layer, None)
@@ -87,7 +87,7 @@ def merge_adapters(model: nn.Module) -> float:
 
 
 def _merge(name: str, layer: LoRALinear, dtype: torch.dtype | None) -> tuple[Tensor, float, float]:
-    """W + ΔW, summed in the factors' precision and rounded once; and ‖·‖²_F of what that cost, and of ΔW."""
+    """W + ΔW, added in the factors' precision and rounded once; and ‖·‖²_F of the rounding error and of ΔW."""
     weight = layer.base_layer.weight.detach()
     delta = layer.delta_weight()
     delta = delta.T if layer.transposed else delta
@@ -103,8 +103,8 @@ def _cast(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
     rounded = value.to(dtype)
     if torch.finfo(dtype).max < torch.finfo(value.dtype).max and rounded.isinf().sum() > value.isinf().sum():
         raise InvalidInputError(
-            f"{name!r} has numbers up to {value.abs().max():.3g}, and {dtype} ends at {torch.finfo(dtype).max:.3g}: "
-            "choose dtype float32 or bfloat16."
+            f"{name!r} has values up to {value.abs().max():.3g}, and the largest of {dtype} is "
+            f"{torch.finfo(dtype).max:.3g}: choose dtype float32 or bfloat16."
         )
     return rounded
 
@@ -116,10 +116,10 @@ def is_factor(name: str, layers: Mapping[str, LoRALinear]) -> bool:
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Return the dtype of a name; None stays None.
+    """Return a dtype given by name, or the dtype itself; None stays None.
 
     Raises:
-        ValueError: If it is no floating-point dtype that a model can be saved in.
+        ValueError: If a model cannot be saved in that dtype.
 
     >>> as_dtype("bfloat16")
     torch.bfloat16
@@ -131,7 +131,7 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def rounding_note(lost: float) -> str | None:
-    """Say how much of the updates merging has rounded away, and what keeps it; None if that is next to nothing.
+    """Return a note on how much of the updates was lost by rounding; None if it is negligible.
 
     >>> rounding_note(0.224)
     "Rounding the merged weights has cost 22.4% of the updates' norm: dtype float32 keeps all of it."

@@ -1,4 +1,4 @@
-"""The model card of an export: what it is of, how it is opened, what it was trained on."""
+"""The model card of an export: what it is, how to load it, what it was trained on."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def model_card(
 
     Args:
         model: The model with its adapters.
-        what: What the folder holds, in words.
-        library: ``"peft"`` or ``"transformers"``: what opens the folder.
+        what: A description of the folder's content.
+        library: ``"peft"`` or ``"transformers"``: the library that loads the folder.
         metrics: Results to show.
-        data: What it was trained on, in a line.
+        data: A description of the training data, in one line.
         notes: Further paragraphs.
 
     Returns:
-        Markdown with a YAML front matter, which names the base model if that has a name on the Hub.
+        Markdown with YAML front matter, which names the base model if that is on the Hub.
     """
     base = base_name(model)
     front = {"base_model": base} if _is_hub_name(base) else {}
@@ -60,7 +60,7 @@ def model_card(
 
 
 def _is_hub_name(name: str) -> bool:
-    """Whether a base is one that others find under this name: a path to a file or folder is none."""
+    """Whether a base is named as on the Hub, rather than by a path."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -98,7 +98,7 @@ def _usage(model: PreTrainedModel, library: str) -> str:
 
 
 def _code(text: str) -> str:
-    """Set text as code in one line, whatever is in it.
+    """Format text as inline code, even if it contains backticks or line breaks.
 
     >>> _code("a`b")
     '`` a`b ``'

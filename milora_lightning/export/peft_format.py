@@ -1,4 +1,4 @@
-"""What PEFT makes of a folder: the task it is for, the layers it means, and whether it opens as it was trained."""
+"""PEFT's view of an export: its task type, its target layers, and whether it loads as it was trained."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ TASKS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "QUESTION_ANS": ("AutoModelForQuestionAnswering", auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
     "FEATURE_EXTRACTION": ("AutoModel", auto.MODEL_MAPPING_NAMES),
 }
-"""PEFT's tasks, and which of transformers' classes opens the base model of each."""
+"""PEFT's task types, and the class of transformers that loads the base model of each."""
 
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-"""Endings of the names of modules that PEFT keeps whole beside the adapters of a task, asked or not."""
+"""Endings of the names of modules that PEFT always saves in full for a task."""
 
-MERGED = "Use the merged format (export_merged, --format merged), which holds for every model."
+MERGED = "Use the merged format (export_merged, --format merged), which works for every model."
 
 
 def task_type(model: PreTrainedModel) -> str | None:
-    """Find PEFT's task of a model: that whose Auto class opens the model's own class from its base.
+    """Return PEFT's task type of a model: the one whose Auto class loads the model's class from its base.
 
-    None is for all else, speech and vision among it: PEFT's classes for tasks pass text on.
+    It is None for all other models, such as those for speech and vision: PEFT's task classes expect text.
 
     >>> from transformers import T5Config, T5ForConditionalGeneration
     >>> tiny = T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
@@ -74,13 +74,13 @@ def _strings(entry: Any) -> Iterable[str]:
 def lora_config(
     model: PreTrainedModel, ranks: Mapping[str, int], alphas: Mapping[str, float], kept: list[str]
 ) -> LoraConfig:
-    """Describe adapters in PEFT's words.
+    """Return the PEFT configuration of adapters.
 
     Args:
         model: The model with its adapters.
         ranks: Rank of each adapter in the folder.
-        alphas: Its ``lora_alpha``: the scale is that over the rank.
-        kept: Names of modules that the folder holds whole.
+        alphas: ``lora_alpha`` of each; its scale is ``lora_alpha`` over its rank.
+        kept: Names of modules that the folder holds in full.
 
     Returns:
         The configuration, with patterns for the layers that differ from most others.
@@ -110,14 +110,14 @@ def lora_config(
 
 
 def base_name(model: PreTrainedModel) -> str:
-    """Return where the base is, so that it is found from every folder: a Hub name, or an absolute path."""
+    """Return the Hub name or the absolute path of the base, so that it is found from every working directory."""
     name = str(model.config.name_or_path)
     path = Path(name).expanduser()
     return str(path.absolute()) if name and path.exists() else name
 
 
 def target_modules(model: nn.Module, names: list[str]) -> list[str]:
-    """Return the short endings of the adapters' names if they mean these layers and no others, else the whole names."""
+    """Return the last parts of the adapters' names if they match only these layers, otherwise the full names."""
     endings = sorted({name.rsplit(".", 1)[-1] for name in names})
     bases = {layer.base_layer for layer in lora_layers(model).values()}
     meant = {
@@ -129,13 +129,13 @@ def target_modules(model: nn.Module, names: list[str]) -> list[str]:
 
 
 def objection(model: PreTrainedModel) -> str | None:
-    """Say what keeps PEFT from putting adapters on the layers that have one here; None if nothing does.
+    """Return the reason why PEFT cannot put adapters on the same layers; None if it can.
 
-    PEFT itself is asked: it injects into a copy of the model without weights.
+    To find out, PEFT injects adapters into a copy of the model without weights.
     """
     layers = lora_layers(model)
     if len({id(m) for m in layers.values()}) < len(registrations(model)):
-        return "a layer with an adapter is used in several places of the model, which PEFT cannot express"
+        return "a layer with an adapter is used in several places of the model, which PEFT does not support"
     from peft import inject_adapter_in_model
 
     ranks = {name: layer.r for name, layer in layers.items()}
@@ -150,7 +150,7 @@ def objection(model: PreTrainedModel) -> str | None:
 
 
 def outermost_models(module: nn.Module) -> dict[str, PreTrainedModel]:
-    """Return the Hugging Face models in a module by name, without those that are parts of others."""
+    """Return the Hugging Face models in a module by name, except those inside other models."""
     models: dict[str, PreTrainedModel] = {}
     for name, child in module.named_modules():
         if isinstance(child, PreTrainedModel) and not any(
@@ -161,7 +161,7 @@ def outermost_models(module: nn.Module) -> dict[str, PreTrainedModel]:
 
 
 def registrations(model: nn.Module) -> dict[str, LoRALinear]:
-    """Return all names under which adapters are found, where a layer is used in several places more than one."""
+    """Return adapters by all of their names; an adapter that is used in several places has several names."""
     modules = model.named_modules(remove_duplicate=False)
     return {unwrapped_name(name): layer for name, layer in modules if isinstance(layer, LoRALinear)}
 
@@ -169,16 +169,16 @@ def registrations(model: nn.Module) -> dict[str, LoRALinear]:
 def opens_otherwise(
     folder: Path, model: PreTrainedModel, tensors: Mapping[str, Tensor], scales: Mapping[str, float]
 ) -> str | None:
-    """Open a folder with PEFT on a copy of the model without weights, and say how it differs from what is meant.
+    """Load a folder by PEFT into a copy of the model without weights, and say how it differs from what is intended.
 
     Args:
-        folder: The folder, whole.
+        folder: The complete folder.
         model: The model, with or without adapters.
-        tensors: What the file holds: factors, and the tensors of modules that are kept whole.
+        tensors: The tensors in the file: factors, and those of modules that are saved in full.
         scales: The scale of each adapter by name.
 
     Returns:
-        That PEFT refuses it, or has adapters on other layers, or other tensors, or other scales; None if all is well.
+        The difference: PEFT refuses the folder, or finds other layers, tensors or scales. None if there is none.
     """
     from peft import PeftModel
 
@@ -238,7 +238,7 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Within this context PEFT's layers are made without a trace in the user's terminal and random state."""
+    """Within this context, PEFT's layers are created without warnings and without changing the random state."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
         warnings.simplefilter("ignore")
         yield
@@ -254,7 +254,7 @@ def most_common(values: Mapping[str, Value]) -> Value:
 
 
 def deviations(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
-    """Return what differs from a default by name, long names first: the first that a name ends in is taken."""
+    """Return the values that differ from a default, long names first, because PEFT takes the first match."""
     return {n: v for n, v in sorted(values.items(), key=lambda item: -len(item[0])) if v != default}
 
 

@@ -1,4 +1,4 @@
-"""Starting from an adapter that PEFT, or this package, has exported."""
+"""Loads adapters that PEFT, or this package, has exported."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ UNSUPPORTED = (
     "velora_config",
 )
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
-"""Starts by name that leave the base's weights as they are; others change them, and the folder does not say how."""
+"""Initializations that do not change the base weights. Others do, and the folder does not say how."""
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -55,20 +55,21 @@ def peft_config(folder: str | Path) -> LoRAConfig:
         folder: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or the older ``.bin``.
 
     Returns:
-        The configuration, with ``init="lora"``: the folder's factors are the update themselves. Layers are those that
-        the folder has factors of, each with its rank and scale; rsLoRA's scale is written as one of LoRA.
+        The configuration, with ``init="lora"``, because the product of the folder's factors is the update itself. It
+        has the layers for which the folder has factors, each with its rank and scale; an rsLoRA scale is converted to
+        LoRA's.
 
     Raises:
-        CheckpointError: If it is no such folder, or an adapter of a kind that plain LoRA layers cannot hold.
+        CheckpointError: If it is not such a folder, or plain LoRA layers cannot represent its adapter.
     """
     config, tensors, _ = _read(folder)
     return _as_ours(config, tensors)
 
 
 def load_peft(module: nn.Module, folder: str | Path) -> LoRAConfig:
-    """Put the adapters of a PEFT LoRA folder on a model, ready to evaluate, export or train on.
+    """Load the adapters of a PEFT LoRA folder into a model, to evaluate, export or continue training.
 
-    Modules that the folder holds whole (``modules_to_save``) are loaded too, and train on.
+    Modules that the folder holds in full (``modules_to_save``) are loaded too, and remain trainable.
 
     Args:
         module: A Hugging Face model, or a module with one inside, without adapters or with adapters of this
@@ -79,8 +80,8 @@ def load_peft(module: nn.Module, folder: str | Path) -> LoRAConfig:
         The configuration of the adapters.
 
     Raises:
-        CheckpointError: If the folder cannot be read, its tensors do not fit the model, or PEFT itself would read it in
-            another way.
+        CheckpointError: If the folder cannot be read, its tensors do not fit the model, or PEFT itself would load it
+            differently.
     """
     peft, tensors, metadata = _read(folder)
     config = _as_ours(peft, tensors)
@@ -91,7 +92,7 @@ def load_peft(module: nn.Module, folder: str | Path) -> LoRAConfig:
     _check_tensors(model, config, tensors, folder)
     names = _layer_names(tensors)
     if said := opens_otherwise(Path(folder), model, tensors, {name: config.scale(name) for name in names}):
-        raise CheckpointError(f"PEFT itself does not read {str(folder)!r} for this model: {said}.")
+        raise CheckpointError(f"PEFT itself cannot load {str(folder)!r} into this model: {said}.")
     inject(model, config, names)
     for name, layer in lora_layers(model).items():
         layer.set_initial_factors(*(tensors[_key(name, factor)] for factor in ("lora_A", "lora_B")))
@@ -103,15 +104,15 @@ def load_peft(module: nn.Module, folder: str | Path) -> LoRAConfig:
 
 
 def _read(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str, str]]:
-    """Read configuration, tensors and metadata of a folder, and refuse what plain LoRA layers cannot hold."""
+    """Read configuration, tensors and metadata of a folder; refuse what plain LoRA layers cannot represent."""
     from peft import LoraConfig, PeftConfig
 
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, OSError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{str(folder)!r} is no PEFT adapter folder: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{str(folder)!r} is not a PEFT adapter folder: {str(error).splitlines()[0]}") from error
     if not isinstance(config, LoraConfig):
-        raise CheckpointError(f"{str(folder)!r} holds a {config.peft_type} adapter; only plain LoRA can be continued.")
+        raise CheckpointError(f"{str(folder)!r} holds a {config.peft_type} adapter, and only plain LoRA can be loaded.")
     start = config.init_lora_weights
     special = {
         "bias": config.bias != "none",
@@ -120,8 +121,8 @@ def _read(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str, 
     }
     if used := [name for name, value in special.items() if value]:
         raise CheckpointError(
-            f"{str(folder)!r} uses {', '.join(used)}, which plain LoRA layers on the unchanged base cannot hold. Merge "
-            "it into its base with PEFT (merge_and_unload), and start from that model."
+            f"{str(folder)!r} uses {', '.join(used)}, which plain LoRA layers on the unchanged base cannot represent. "
+            "Merge it into its base with PEFT (merge_and_unload), and start from that model."
         )
     path = next((path for name in FILES if (path := Path(folder) / name).is_file()), None)
     if path is None:
@@ -164,7 +165,7 @@ def _as_ours(config: LoraConfig, tensors: dict[str, Tensor]) -> LoRAConfig:
 
 
 def _check_tensors(model: PreTrainedModel, config: LoRAConfig, tensors: dict[str, Tensor], folder: str | Path) -> None:
-    """Refuse tensors that are not those of this model's layers, before anything is changed."""
+    """Refuse tensors that do not fit the layers of this model, before anything is changed."""
     layers = {**find_targets(model, ".*"), **lora_layers(model)}
     names = _layer_names(tensors)
     wanted: dict[str, tuple[int, ...]] = {}
@@ -182,24 +183,26 @@ def _check_tensors(model: PreTrainedModel, config: LoRAConfig, tensors: dict[str
         if tuple(tensors[key].shape) != shape:
             raise CheckpointError(f"{key!r} in {str(folder)!r} has shape {tuple(tensors[key].shape)}, not {shape}.")
     if more := sorted({*find_targets(model, names), *lora_layers(model)} - set(names)):
-        raise CheckpointError(f"{str(folder)!r} has no factors for {more[0]!r}, whose name ends as that of others.")
+        raise CheckpointError(
+            f"{str(folder)!r} has no factors for {more[0]!r}, which its target_modules match as well."
+        )
     for name in whole:
         others = [n for n, p in places.items() if p is places[name] and n not in whole]
         if others:
             raise CheckpointError(
-                f"{str(folder)!r} holds {name!r} whole, which is tied to {others[0]!r} in this model: training would "
+                f"{str(folder)!r} holds {name!r} in full, which is tied to {others[0]!r} in this model: training would "
                 "change both. Untie them (tie_word_embeddings=False), or merge the adapter with PEFT and start there."
             )
 
 
 def _check_base(saved: dict[str, str], here: dict[str, str]) -> None:
-    """Compare the weights of equal shape and dtype: an adapter may go to the same base in another precision."""
+    """Compare weights of equal shape and dtype only: the same base may be used in another precision."""
     alike = [name for name, value in saved.items() if here.get(name, "").rpartition(" ")[0] == value.rpartition(" ")[0]]
     check_base({name: saved[name] for name in alike}, {name: here[name] for name in alike})
 
 
 def _without_base(model: PreTrainedModel, tensors: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor]:
-    """Leave out copies of the base's own weights, which PEFT adds where embeddings or the head have adapters."""
+    """Remove copies of base weights, which PEFT adds when embeddings or the head have adapters."""
     kept = {}
     for key, value in tensors.items():
         name = key.removeprefix(PEFT_PREFIX)
@@ -211,14 +214,14 @@ def _without_base(model: PreTrainedModel, tensors: dict[str, Tensor], folder: st
         own_value = None if weight is None else full_tensor(weight.detach()).cpu()
         if own_value is None or own_value.shape != value.shape or not torch.equal(value.to(own_value.dtype), own_value):
             raise CheckpointError(
-                f"{str(folder)!r} holds another {name!r} than this model has, as after resizing its embeddings: merge "
+                f"{str(folder)!r} holds another {name!r} than this model, as after resizing its embeddings: merge "
                 "the adapter into its base with PEFT (merge_and_unload), and start from that model."
             )
     return kept
 
 
 def _places(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by the plain model's names, tied ones under each."""
+    """All parameters and buffers by the plain model's names; tied ones under each of their names."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
     return {unwrapped_name(name): tensor for name, tensor in named}
 
@@ -234,7 +237,7 @@ def _layer_names(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of modules that a folder holds whole, by their names in the model."""
+    """The tensors of modules that a folder holds in full, by their names in the model."""
     ends = (".lora_A.weight", ".lora_B.weight")
     inside = ".base_layer."
     return {k.removeprefix(PEFT_PREFIX): v for k, v in tensors.items() if not k.endswith(ends) and inside not in k}

@@ -1,4 +1,4 @@
-"""What an exported folder needs, so that whatever serves it asks as the model was asked in training."""
+"""Exports the prompt format of training, so that servers write prompts in it."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ print(tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_t
 def save_tokenizer(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat | None
 ) -> str:
-    """Save a tokenizer with the chat template that asks as in training, and say how to ask.
+    """Save a tokenizer whose chat template writes the prompts of training, and describe how to use it.
 
-    A folder with a generation config gets the tokens that end an answer into it.
+    If the folder has a generation config, the stop tokens are written into it.
 
     Args:
-        folder: Where the model is.
+        folder: The folder of the model.
         model: The model.
         tokenizer: Its tokenizer.
-        prompt_format: How it was asked; None if that is not known, and the tokenizer is saved as it is.
+        prompt_format: The prompt format of training; None if it is not known, and the tokenizer is saved unchanged.
 
     Returns:
-        A section for the model card, empty if there is nothing to say.
+        A section for the model card; empty if there is nothing to add.
     """
     if prompt_format is None:
         tokenizer.save_pretrained(folder)
@@ -56,8 +56,8 @@ def save_tokenizer(
     suffix = f" and the suffix `{prompt_format.prompt_suffix!r}`" if prompt_format.prompt_suffix else ""
     if prompt_format.chat_template is None:
         warn(
-            f"No chat template writes the prompts of template={prompt_format.template!r} with this tokenizer, so the "
-            "exported one has none: ask with the texts that the model was trained on."
+            f"No chat template can write the prompts of template={prompt_format.template!r} with this tokenizer, so "
+            "none is exported: write prompts exactly as the model was trained on them."
         )
         return (
             f"\nTrained with the prompt template `{prompt_format.template}`{suffix}, which no chat template writes.\n"

@@ -1,4 +1,4 @@
-"""Copies of models without their weights, on which PEFT can be tried at no cost."""
+"""Copies of models without their weights, on which PEFT can be tried without using memory."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from milora_lightning.utils.names import WRAPPERS
 
 
 def skeleton(module: nn.Module) -> Any:
-    """Copy a module as it was before surgery, with zeros that take no memory for its weights.
+    """Copy a module without adapters, with zeros that take no memory as its weights.
 
-    Nothing is shared that PEFT could change; the copy is to be looked at and not to be called.
+    The copy shares nothing with the module that PEFT could change. It must not be called.
     """
     copied = _skeleton(module, {})
     if isinstance(module, PreTrainedModel):
@@ -39,12 +39,12 @@ def _skeleton(module: nn.Module, copies: dict[int, Any]) -> Any:
         plain.bias = None if module.bias is None else nn.Parameter(_weightless(plain.bias), requires_grad=False)
         copies[id(module)] = plain
         return plain
-    # fully_shard has given sharded modules classes of their own, which are not made from their names alone
+    # fully_shard gives each sharded module a subclass of its own; take the original class
     cls = next(each for each in type(module).__mro__ if not issubclass(each, FSDPModule))
     shell = cast(nn.Module, object.__new__(cls))
     copies[id(module)] = shell
-    vars(shell).update({**vars(module), **vars(nn.Module())})  # the latter for hooks and all that is registered
-    vars(shell).pop("hf_device_map", None)  # PEFT would move weights to where these were
+    vars(shell).update({**vars(module), **vars(nn.Module())})  # the latter resets hooks and registered members
+    vars(shell).pop("hf_device_map", None)  # PEFT would move weights to these devices
     for key, parameter in module._parameters.items():
         if parameter is not None and id(parameter) not in copies:
             copies[id(parameter)] = nn.Parameter(_weightless(parameter), requires_grad=False)

@@ -234,7 +234,10 @@ def corrupt(path: Path, change: Any) -> Path:
     ("change", "message"),
     [
         (lambda s: s.pop("lm.transformer.h.0.mlp.c_fc.lora_A"), "lacks 'lm.transformer.h.0.mlp.c_fc.lora_A'"),
-        (lambda s: s.update(renamed=s.pop("lm.transformer.h.0.mlp.c_fc.lora_A")), "lacks .* and has unexpected 'renamed'"),
+        (
+            lambda s: s.update(renamed=s.pop("lm.transformer.h.0.mlp.c_fc.lora_A")),
+            "lacks .* and has unexpected 'renamed'",
+        ),
         (lambda s: s.update(stray=torch.ones(1)), "has unexpected 'stray'"),
         (lambda s: s.update({"lm.transformer.h.0.mlp.c_fc.lora_A": torch.ones(3, 3)}), r"has shape \(3, 3\)"),
         (lambda s: s[KEY].update(format=FORMAT + 1), "newer version of milora-lightning"),

@@ -231,7 +231,7 @@ def test_adapters_that_cannot_be_continued_are_refused(tmp_path: Path) -> None:
     foreign_adapter(tmp_path / "pissa", init_lora_weights="pissa")
     with pytest.raises(CheckpointError, match=r"uses init_lora_weights='pissa'.*merge_and_unload"):
         peft_config(tmp_path / "pissa")
-    with pytest.raises(CheckpointError, match="no PEFT adapter folder"):
+    with pytest.raises(CheckpointError, match="not a PEFT adapter folder"):
         peft_config(tmp_path / "absent")
     foreign_adapter(tmp_path / "foreign")
     with pytest.raises(CheckpointError, match="for other layers than this model's"):

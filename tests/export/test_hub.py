@@ -99,12 +99,12 @@ def test_what_would_fail_or_be_public_is_refused_before_the_export(
 ) -> None:
     output = tmp_path / "out"
     fake.private["me/open"] = False
-    with pytest.raises(ValueError, match="'me/open' is there already, and public"):
+    with pytest.raises(ValueError, match="'me/open' already exists and is public"):
         export(checkpoint, str(output), push_to_hub="open", private=True)
     with pytest.raises(ValueError, match="give --push_to_hub its name"):
         export(checkpoint, str(output), private=True)
     monkeypatch.setattr(hub, "get_token", lambda: None)
-    with pytest.raises(ValueError, match="without a token of the Hub: run hf auth login"):
+    with pytest.raises(ValueError, match="without a Hub token: run hf auth login"):
         export(checkpoint, str(output), push_to_hub="open")
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
@@ -116,6 +116,6 @@ def test_a_failed_upload_leaves_the_export_and_says_how_to_go_on(
     fake: FakeHub, checkpoint: str, tmp_path: Path
 ) -> None:
     fake.fails = 403
-    with pytest.raises(ValueError, match=r"may not write there.* is whole, to be uploaded again: hf upload you/x "):
+    with pytest.raises(ValueError, match=r"has no write access.* is complete; upload it with: hf upload you/x "):
         export(checkpoint, str(tmp_path / "out"), push_to_hub="you/x")
     assert (tmp_path / "out" / "adapter_config.json").is_file()
