@@ -157,7 +157,7 @@ def test_pefts_own_classes_open_the_export(kind: str, tmp_path: Path) -> None:
 )
 def test_what_peft_would_open_wrong_is_refused_and_merges(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     model = tuned(kind, tmp_path / "base", **options)
-    with pytest.raises(ValueError, match=r"PEFT cannot hold these adapters.*merged format"):
+    with pytest.raises(ValueError, match=r"PEFT cannot represent these adapters.*merged format"):
         export_peft(model, tmp_path / "peft")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
     export_merged(model, tmp_path / "merged")

@@ -161,7 +161,7 @@ def test_export_without_adapters_is_refused(tmp_path: Path) -> None:
 def test_what_a_format_would_lose_is_refused(tmp_path: Path) -> None:
     whole = tuned(tmp_path / "base", target_modules=["q_proj"])
     whole.model.register_parameter("scale", nn.Parameter(torch.ones(1)))
-    with pytest.raises(ValueError, match=r"'model' trains a parameter of its own .*PEFT cannot hold"):
+    with pytest.raises(ValueError, match=r"'model' trains a parameter of its own .*PEFT cannot represent"):
         export_peft(whole, tmp_path / "out")
     export_merged(whole, tmp_path / "merged")
     outside = nn.ModuleDict({"lm": tiny_model(), "head": nn.Linear(8, 8)})
