@@ -1,4 +1,4 @@
-"""One command that trains several methods alike, and says how they compare."""
+"""``compare``: trains several methods under the same conditions, and reports how they compare."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ from milora_lightning.utils.folders import new_folder
 
 
 class Trajectory(Callback):
-    """Keeps what is measured at every validation, from before training to its end."""
+    """Records the results of every validation, from before training to its end."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
         self._started = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make sure that there is validation, before time is spent on training."""
+        """Check that there is validation data, before time is spent on training."""
         if not self.rows:
             raise InvalidInputError(
-                "Methods are compared by their validation loss, and there is no validation data. Give some."
+                "Methods are compared by their validation loss, and there is no validation data: set "
+                "data.source.validation."
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the step, the seconds since the beginning, and all results of validation."""
+        """Record the step, the seconds since the start, and all results of the validation."""
         if self.rows and self.rows[-1]["step"] == trainer.global_step:
             return
         measured = results(trainer.callback_metrics, "val")
@@ -45,9 +46,9 @@ class Trajectory(Callback):
 
 
 class RunCLI(MiLoRACLI):
-    """The command line of one run, which is parsed at once and instantiated when it is its turn.
+    """The command line of one run, which is parsed immediately and instantiated when the run starts.
 
-    The run logs and saves nothing of its own: loggers and checkpoint callbacks of the configs are left out.
+    Loggers and checkpoint callbacks of the configs are left out, so the run itself logs and saves nothing.
     """
 
     command = "compare"
@@ -60,19 +61,21 @@ class RunCLI(MiLoRACLI):
             super().__init__(CausalLMModule, SFTDataModule, args=args, run=False, **options)
 
     def instantiate_classes(self) -> None:
-        """Leave it to :meth:`fit`."""
+        """Do nothing; :meth:`fit` instantiates the classes."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the Trainer, with the trajectory's callback."""
+        """Create the Trainer, with the callback that records the trajectory."""
         callbacks = [c for c in self.config_init.trainer.callbacks or [] if not isinstance(c, Checkpoint)]
         kwargs.update(callbacks=[*callbacks, self.trajectory], logger=False, enable_checkpointing=False)
         trainer = super().instantiate_trainer(**kwargs)
         if trainer.world_size > 1:
-            raise InvalidInputError("compare trains on one device, and there are several: add --trainer.devices 1.")
+            raise InvalidInputError(
+                "compare trains on one device, and this run would use several: add --trainer.devices 1."
+            )
         return trainer
 
     def fit(self) -> list[Row]:
-        """Train, and return what was measured at every validation; the last row is that of the end."""
+        """Train, and return the results of every validation; the last row is from the end of training."""
         seed_everything(self.config.seed_everything, workers=True, verbose=False)
         super().instantiate_classes()
         self.trainer.fit(self.model, self.datamodule)
@@ -82,12 +85,12 @@ class RunCLI(MiLoRACLI):
 
 
 class Comparison:
-    """Runs that differ in method, learning rate and seed alone, each in a folder that appears when it is finished.
+    """Runs that differ only in method, learning rate and seed, each in a folder that appears when it is finished.
 
     Args:
         fit: Options of ``fit`` that all runs share.
-        methods: Overlay of each method by its name.
-        output: Folder of the runs' folders.
+        methods: Config overlay of each method, by its name.
+        output: Folder in which each run gets a folder.
     """
 
     def __init__(self, fit: Sequence[str], methods: dict[str, str], output: Path) -> None:
@@ -102,13 +105,13 @@ class Comparison:
             f"--seed_everything={run.seed}",
             f"--data.seed={run.seed}",
             f"--model.optimizer.lr={run.learning_rate}",
-            "--model.learning_rate=null",  # which would go before that
+            "--model.learning_rate=null",  # it would override the optimizer's
             "--trainer.num_sanity_val_steps=-1",
         ]
         return RunCLI([*self.fit, *own])
 
     def check(self, runs: Sequence[Run]) -> None:
-        """Parse a configuration of each method, and read the results of runs that are finished.
+        """Parse the configuration of each method, and read the results of finished runs.
 
         Raises:
             ValueError: If a finished run had other settings.
@@ -117,19 +120,19 @@ class Comparison:
         for run in runs:
             folder = self.output / run.name
             if run.method in parsed and not folder.is_dir():
-                continue  # it differs by two numbers from one that is known to parse
+                continue  # it differs only by two numbers from one that has been parsed
             settings = _settings(self.parse(run))
             parsed.add(run.method)
             if folder.is_dir():
                 if (folder / "config.yaml").read_text(encoding="utf-8") != settings:
                     raise InvalidInputError(
-                        f"{folder} is of a run with other settings (its config.yaml differs from what is asked for "
-                        "now). Choose another output, or remove the folder to run it again."
+                        f"{folder} holds a run with other settings (its config.yaml differs from the current one). "
+                        "Choose another output, or remove the folder to run it again."
                     )
                 run.rows = read_rows(folder / "trajectory.csv")
 
     def run(self, runs: Sequence[Run], what: str, save: bool) -> None:
-        """Train what is not finished; with ``save`` the adapters are kept."""
+        """Train the runs that are not finished; with ``save``, keep their adapters."""
         pending = [run for run in runs if not run.rows]
         for number, run in enumerate(pending, 1):
             Console().rule(f"{what}, run {number} of {len(pending)}: {run.name}")
@@ -141,7 +144,7 @@ class Comparison:
                 if save:
                     cli.trainer.save_checkpoint(folder / "last.ckpt", weights_only=True)
             del cli
-            gc.collect()  # a module and its Trainer know each other: without this two models would be in memory
+            gc.collect()  # a module and its Trainer refer to each other: without this, two models would be in memory
 
 
 def _settings(cli: RunCLI) -> str:
@@ -153,7 +156,7 @@ def compare(
     methods: list[str],
     output: str,
     learning_rates: list[float],
-    seeds: list[int] = [0, 1, 2],  # noqa: B006 (never changed, and shown in the help)
+    seeds: list[int] = [0, 1, 2],  # noqa: B006 (never modified, and shown in the help)
     sweep_seed: int | None = None,
     text: str | None = None,
     text_field: str = "text",
@@ -161,31 +164,33 @@ def compare(
 ) -> None:
     """Train several methods with several seeds, and write a report of how they compare.
 
-    Every method gets the same learning rates to choose from: each is tried with a seed of its own, and the one with
-    the lowest validation loss at the end is used for the runs that are reported. All options beside these are those of
-    fit (--config, --trainer.max_steps ...) and hold for all runs; how often the trajectories are measured is
-    --trainer.val_check_interval. A comparison that was interrupted goes on with the first unfinished run.
+    Every method has the same learning rates to choose from. Each rate is tried with a separate seed, and the one with
+    the lowest final validation loss is used for the reported runs. All other options are those of fit (--config,
+    --trainer.max_steps ...) and apply to all runs; --trainer.val_check_interval sets how often results are recorded. An
+    interrupted comparison continues with the first unfinished run.
 
     Args:
         fit: Options of ``fit`` that all runs share.
         methods: Names of shipped overlays (milora, pissa, lora, random, milora-strict ...) or paths of your own.
-        output: Folder for results.csv, report.md, the plots, and a folder for each run.
+        output: Folder for results.csv, report.md, the plots and a folder for each run.
         learning_rates: Learning rates to choose from, for every method.
-        seeds: Seeds of the runs that are reported.
-        sweep_seed: Seed of the runs that choose the learning rate; by default one that is not reported.
+        seeds: Seeds of the reported runs.
+        sweep_seed: Seed of the learning-rate sweep; by default none of the reported seeds.
         text: Held-out text on which forgetting is measured: a .txt, JSON, JSON lines or Parquet file, or a Hub name.
-        text_field: Field with the text, in everything but .txt files.
-        text_tokens: Most tokens of it to measure on.
+        text_field: Field that holds the text; not used for .txt files.
+        text_tokens: Maximum number of tokens to measure on.
 
     Raises:
-        ValueError: If a list is empty or says something twice, or finished runs had other settings.
+        ValueError: If a list is empty or has duplicates, or finished runs had other settings.
     """
-    from milora_lightning.cli.report import write_report  # needs the extra package matplotlib: missing before any work
+    from milora_lightning.cli.report import (
+        write_report,
+    )  # imports matplotlib, an optional package: fail before any work
 
     overlays = {Path(m).stem: m if m.endswith((".yaml", ".yml")) else f"method/{m}.yaml" for m in methods}
     for name, values in (("methods", methods), ("learning_rates", learning_rates), ("seeds", seeds)):
         if not values or len(set(values)) < len(values) or len(overlays) < len(methods):
-            raise InvalidInputError(f"{name}={values} has to name at least one, and none twice.")
+            raise InvalidInputError(f"{name}={values} must have at least one entry and no duplicates.")
     if text is not None:
         options = {"text": text, "field": text_field, "max_tokens": text_tokens}
         fit = [*fit, "--trainer.callbacks+=milora_lightning.ForgettingMonitor"]
@@ -194,7 +199,7 @@ def compare(
     sweep_seed = max(seeds) + 1 if sweep_seed is None else sweep_seed
     grid = [(method, rate) for method in overlays for rate in learning_rates]
     sweep = [Run(*point, sweep_seed) for point in grid if len(learning_rates) > 1]
-    # Which of these will be run is known after the sweep; that all parse and fit what is there already, now.
+    # The sweep decides which of these will run; all of them are checked now.
     possible = {run.name: run for run in [*(Run(*point, seed) for point in grid for seed in seeds), *sweep]}
     comparison.check(list(possible.values()))
 

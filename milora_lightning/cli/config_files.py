@@ -1,4 +1,4 @@
-"""Config files on the command line: where shipped ones are found, and what one takes away from another."""
+"""Config files on the command line: finding shipped ones, and warning about replaced callbacks."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from milora_lightning.utils.folders import PACKAGE
 
-# In a wheel the configs are inside the package; in a checkout they are beside it.
+# In a wheel the configs are inside the package; in a checkout they are next to it.
 CONFIGS = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir())
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves a run's config in its folder; an evaluation in the same folder leaves the one that is there."""
+    """Saves the config of a run in its folder; an evaluation does not replace the config of training."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save, unless that would replace the config that a run was fitted with."""
-        folder = trainer.log_dir  # all ranks have to ask
+        """Save the config, unless that would replace the config of training."""
+        folder = trainer.log_dir  # a collective operation: all ranks must read it
         path = Path(folder or trainer.default_root_dir) / self.config_filename
         if stage != "fit" and trainer.strategy.broadcast(path.is_file()):
             return
-        if folder is None and self.save_to_log_dir:  # of a logger that writes into no folder, as MLflow's to a server
+        if folder is None and self.save_to_log_dir:  # the logger writes to no folder, such as MLflow's to a server
             self.save_to_log_dir = False
             if trainer.is_global_zero:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,17 +35,17 @@ class SaveConfig(SaveConfigCallback):
 
 
 def resolve_configs(args: list[str]) -> list[str]:
-    """Replace configs after ``--config`` by their paths: a local file, or else the shipped one of that name.
+    """Replace configs after ``--config`` by their paths: a local file, or otherwise the shipped one of that name.
 
     Args:
         args: Command-line arguments.
 
     Returns:
-        The arguments with paths. A config that holds nothing but a list ``config`` of others, relative to itself, is
-        replaced by these.
+        The arguments with paths. A config that holds only a list ``config`` of other configs, relative to itself, is
+        replaced by them.
 
     Raises:
-        SystemExit: If a config is neither here nor shipped; lists those that are shipped.
+        SystemExit: If a config is neither a file nor shipped; the message lists the shipped ones.
 
     >>> resolve_configs(["fit", "--trainer.max_steps=3"])
     ['fit', '--trainer.max_steps=3']
@@ -63,11 +63,11 @@ def resolve_configs(args: list[str]) -> list[str]:
 
 
 def _expanded(path: str) -> list[str]:
-    """Return the configs that a list of configs stands for, or the path itself of any other."""
+    """Return the configs in a list of configs, or the path itself for any other config."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else None
     except yaml.YAMLError:
-        return [path]  # the parser says what is wrong with it
+        return [path]  # the parser reports the error
     if not isinstance(content, dict) or content.keys() != {"config"} or not isinstance(content["config"], list):
         return [path]
     return [str((Path(path).parent / part).resolve()) for part in content["config"]]
@@ -80,17 +80,19 @@ def _config_path(name: str) -> str:
     if shipped.is_file():
         return str(shipped)
     names = ", ".join(sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")))
-    sys.exit(f"error: There is no config {name!r}, neither here nor among the shipped ones: {names}.")
+    sys.exit(
+        f"error: There is no config {name!r}, neither in the working directory nor among the shipped ones: {names}."
+    )
 
 
 def replaced_checkpoints(args: Any) -> list[str]:
-    """Say where a list of callbacks takes the place of one with checkpoint callbacks, which are gone then.
+    """Describe where a list of callbacks replaces an earlier list with checkpoint callbacks.
 
     Args:
-        args: Command-line arguments, with paths of configs. Anything but a list has no such places.
+        args: Command-line arguments, with paths of configs. Anything but a list is ignored.
 
     Returns:
-        One line for each.
+        One line for each such list.
 
     >>> replaced_checkpoints(["fit", "--trainer.callbacks=EarlyStopping"])
     []
@@ -101,8 +103,8 @@ def replaced_checkpoints(args: Any) -> list[str]:
         if option == "callbacks":
             if saving:
                 lines.append(
-                    f"trainer.callbacks of {source} replaces the list given before, and its {', '.join(saving)} with "
-                    "it: callbacks+ adds to the list."
+                    f"trainer.callbacks of {source} replaces the earlier list, which had {', '.join(saving)}: use "
+                    "callbacks+ to add to the list."
                 )
             saving = []
         saving += [name for name in map(_class_name, callbacks) if name.endswith("Checkpoint")]
@@ -110,7 +112,7 @@ def replaced_checkpoints(args: Any) -> list[str]:
 
 
 def _callbacks(args: list[str]) -> Iterator[tuple[str, str, list[Any]]]:
-    """Yield where callbacks are given, as ``callbacks`` or ``callbacks+``, and which."""
+    """Yield each list of callbacks with its source and its option, ``callbacks`` or ``callbacks+``."""
     for argument, following in zip(args, [*args[1:], ""], strict=True):
         name, equals, value = argument.partition("=")
         value = value if equals else following
@@ -128,7 +130,7 @@ def _callbacks_in(path: str) -> Iterator[tuple[str, list[Any]]]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else None
     except yaml.YAMLError:
-        return  # the parser says what is wrong with it
+        return  # the parser reports the error
     trainer = content.get("trainer") if isinstance(content, dict) else None
     for key, value in trainer.items() if isinstance(trainer, dict) else ():
         if key in ("callbacks", "callbacks+"):

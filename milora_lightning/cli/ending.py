@@ -1,4 +1,4 @@
-"""The last lines of a command: why training stopped, where its checkpoint is, and what to do with it."""
+"""The last lines of ``fit``: why training stopped, where its checkpoints are, and how to use them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from milora_lightning.screen.figures import number
 
 
 def program() -> str:
-    """Return how this program was called, to be called again."""
+    """Return the command that calls this program again."""
     path = Path(sys.argv[0])
     return f"python {shlex.quote(str(path))}" if path.suffix == ".py" else path.name
 
 
 def resumption(args: Sequence[str]) -> str:
-    """Return the command that goes on with the run of these arguments from its last checkpoint.
+    """Return the command that resumes the run with these arguments from its last checkpoint.
 
     >>> resumption(["fit", "--config", "mine.yaml", "--ckpt_path=x.ckpt"]).removeprefix(program())
     ' fit --config mine.yaml --ckpt_path last'
@@ -34,7 +34,7 @@ def resumption(args: Sequence[str]) -> str:
 
 
 def why_stopped(trainer: Trainer) -> list[str]:
-    """Say why training ended before its time, in a line for each callback that had a say in it."""
+    """Say why training ended early, in one line for each callback that stopped it."""
     lines = []
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EarlyStopping) and trainer.should_stop and callback.stopping_reason_message:
@@ -42,14 +42,14 @@ def why_stopped(trainer: Trainer) -> list[str]:
             when = f"step {trainer.global_step}, in epoch {callback.stopped_epoch + 1}"
             lines.append(f"Stopped early at {when}: {reason}")
         if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None and left <= 0:
-            lines.append(f"Stopped at step {trainer.global_step}: the time that max_time allows is over.")
+            lines.append(f"Stopped at step {trainer.global_step}: max_time is over.")
     return lines
 
 
 def checkpoints(trainer: Trainer) -> tuple[str | None, list[str]]:
-    """Return the checkpoint to go on with, and lines that say where what is.
+    """Return the checkpoint to use, and lines that say where the checkpoints are.
 
-    That is the best, where a metric says which that is, or else the last.
+    The checkpoint to use is the best one if a metric is monitored, and the last one otherwise.
     """
     last, best = "", ""
     lines = []
@@ -71,7 +71,10 @@ def ending(trainer: Trainer) -> list[str]:
     path, lines = checkpoints(trainer)
     lines = [*why_stopped(trainer), *lines]
     if path is None:
-        return [*lines, "No checkpoint was saved: a ModelCheckpoint in trainer.callbacks keeps what is trained."]
+        return [
+            *lines,
+            "No checkpoint was saved: add a ModelCheckpoint to trainer.callbacks to keep the trained weights.",
+        ]
     return [*lines, f"Talk to it: {program()} chat --ckpt_path {shlex.quote(path)}"]
 
 

@@ -1,4 +1,4 @@
-"""Optimizer options that are given beside a checkpoint, in which the optimizer's state has options, too."""
+"""Optimizer options given together with a checkpoint, whose optimizer state has options as well."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from milora_lightning.utils.messages import inform
 
 
 class GivenOptimizerOptions(Callback):
-    """Has a resumed run train with optimizer options that were given, and says where they differ from the checkpoint.
+    """Makes a resumed run use the given optimizer options, and says where they differ from the checkpoint.
 
-    Restoring an optimizer's state restores its options, whatever this run's are.
+    Restoring the optimizer's state would override them with the options in the checkpoint.
 
     Args:
-        given: The options by name, such as ``lr``; the others are the checkpoint's.
+        given: The given options by name, such as ``lr``; all others come from the checkpoint.
     """
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the options, once the optimizer's state is restored."""
+        """Set the options after the optimizer's state has been restored."""
         if trainer.ckpt_path is None:
             return
         for index, optimizer in enumerate(trainer.optimizers):

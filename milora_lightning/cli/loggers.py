@@ -1,4 +1,4 @@
-"""A logger by one word."""
+"""Loggers by a single word: ``--logger wandb``."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from milora_lightning.utils.errors import InvalidInputError, MissingPackageError
 LoggerName = Literal["tensorboard", "wandb", "mlflow", "csv", "none"]
 
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
-"""Of each logger that needs one, the packages of which one has to be there."""
+"""The packages of each logger that needs one; any of them is enough."""
 
 
 def make_logger(name: LoggerName, given: Any, folder: str | None) -> Logger | Literal[False]:
-    """Make the logger of a name, where the config's own logger would have logged.
+    """Create a logger by name, which logs where the config's own logger would have.
 
     Args:
-        name: Which.
-        given: The Trainer's ``logger``: a logger, a list of them, or whether there is one.
+        name: Name of the logger.
+        given: The Trainer's ``logger``: a logger, a list of loggers, or a bool.
         folder: The Trainer's ``default_root_dir``.
 
     Raises:
-        ModuleNotFoundError: If its package is not installed.
+        ModuleNotFoundError: If the package of the logger is not installed.
     """
     if name == "none":
         return False
@@ -49,10 +49,10 @@ def make_logger(name: LoggerName, given: Any, folder: str | None) -> Logger | Li
 
 
 def start(logger: Logger) -> None:
-    """Have a logger that talks to a server begin its run: before the screen moves, because it may ask for a key.
+    """Start the run of a logger that talks to a server, before the live display, because it may ask for a key.
 
     Raises:
-        InvalidInputError: If it cannot; says how to go on.
+        InvalidInputError: If the logger cannot start; the message says what to do.
     """
     if not isinstance(logger, (WandbLogger, MLFlowLogger)):
         return
@@ -60,33 +60,37 @@ def start(logger: Logger) -> None:
         _ = logger.experiment
     except (KeyboardInterrupt, ModuleNotFoundError):
         raise
-    except Exception as error:  # of either package, which says what it is
+    except Exception as error:  # raised by either package
         kind, remedy = (
             ("W&B", "run wandb login, or set WANDB_MODE=offline")
             if isinstance(logger, WandbLogger)
-            else ("MLflow", "see to MLFLOW_TRACKING_URI, or unset it to log into a file")
+            else ("MLflow", "check MLFLOW_TRACKING_URI, or unset it to log to a file")
         )
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise InvalidInputError(
-            f"{kind} cannot log the run: {reason}. To go on, {remedy}; or take --logger csv."
+            f"{kind} cannot log the run: {reason}. To continue, {remedy}; or use --logger csv."
         ) from error
 
 
 def _wandb(project: str, save_dir: str) -> WandbLogger:
-    Path(save_dir).mkdir(parents=True, exist_ok=True)  # W&B looks there for a git repository, and warns if it is not
+    Path(save_dir).mkdir(
+        parents=True, exist_ok=True
+    )  # W&B looks for a git repository there, and warns if the folder is missing
     logger = WandbLogger(project=project, save_dir=save_dir)
-    options_of_wandb(logger).pop("anonymous", None)  # of which W&B says that it has no effect
+    options_of_wandb(logger).pop("anonymous", None)  # W&B warns that it has no effect
     return logger
 
 
 def _mlflow(experiment: str, save_dir: str) -> MLFlowLogger:
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # it would run through the run's own
+    os.environ.setdefault(
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"
+    )  # it would disturb the live display of the run
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if uri:
         return MLFlowLogger(experiment, tracking_uri=uri)
     folder = Path(save_dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    # A database, because MLflow refuses folders of files from 3.17 on.
+    # A database, because MLflow 3.17 and later refuse a folder of files.
     artifacts = (folder / "mlartifacts").as_uri()
     return MLFlowLogger(
         experiment, tracking_uri=f"sqlite:///{(folder / 'mlflow.db').as_posix()}", artifact_location=artifacts

@@ -43,29 +43,29 @@ from milora_lightning.utils.errors import InvalidInputError, sentence
 from milora_lightning.utils.messages import inform
 from milora_lightning.utils.notices import leave_out, leave_out_bars
 
-INTERRUPTED = 130  # the exit status of what Ctrl-C ends, as shells have it
+INTERRUPTED = 130  # the exit status of a program that Ctrl-C has ended, by the convention of shells
 
 CLI = TypeVar("CLI", bound="MiLoRACLI")
 
 
 class MiLoRACLI(LightningCLI):
-    """LightningCLI whose parts know one another.
+    """LightningCLI with options for adapters, predictions and the summary, and with shipped configs.
 
-    ``adapter`` configures :class:`MiLoRAInit`, ``predictions`` the file that ``predict`` writes; the tokenizer
-    follows the model. ``--config`` may name a shipped config.
+    ``adapter`` configures :class:`MiLoRAInit`, ``predictions`` the file that ``predict`` writes, and ``summary`` the
+    results that are shown. The data use the model's tokenizer. ``--config`` may name a shipped config.
     """
 
     command: str | None = None
     """The command that takes these options, where it is another than theirs: errors point to its help."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Make a parser whose errors are sentences."""
+        """Create the parser, whose errors are single sentences."""
         self.parser_class = Parser
         take_text_as_typed()
         return super().init_parser(**kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the callbacks that every run has, and say nothing twice."""
+        """Add the callbacks of every run, and link options that would have to be given twice."""
         parser.add_lightning_class_args(MiLoRAInit, "adapter")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(EvaluationSummary, "summary")
@@ -74,12 +74,12 @@ class MiLoRACLI(LightningCLI):
             "--logger",
             type=LoggerName | None,
             default=None,
-            help="tensorboard, wandb, mlflow, csv or none, in place of trainer.logger: it logs where that would have.",
+            help="tensorboard, wandb, mlflow, csv or none: replaces trainer.logger and logs in the same place.",
         )
         parser.set_defaults({"data.source": {"class_path": f"{Files.__module__}.{Files.__name__}"}})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, with the names of shipped configs resolved; what is not given comes from a checkpoint that is."""
+        """Parse the arguments, resolving shipped configs; options of a given checkpoint are the defaults."""
         self._as_typed = [str(arg) for arg in args] if isinstance(args, list) else sys.argv[1:]
         if args is None:
             sys.argv[1:] = resolve_configs(sys.argv[1:])
@@ -93,7 +93,7 @@ class MiLoRACLI(LightningCLI):
         self._trained_with: PromptFormat | None = None
         self._given_optimizer: dict[str, Any] = {}
         path = self._given_checkpoint(parser)
-        # now, before a model is loaded for it
+        # The checkpoint is read now, before a model is loaded.
         if path is not None and path not in KEYWORDS and not path.startswith("registry"):
             self._take_options(path)
         super().parse_arguments(parser, args)
@@ -101,10 +101,10 @@ class MiLoRACLI(LightningCLI):
             inform(line)
 
     def _given_checkpoint(self, parser: LightningArgumentParser) -> str | None:
-        """Return ``ckpt_path`` as given, of a command line that may lack what the checkpoint brings."""
+        """Return ``ckpt_path``, from a command line that may lack options that the checkpoint provides."""
         parsers = list(getattr(self, "_subcommand_parsers", {}).values()) or [parser]
         defaults = [each.get_default(BASE) for each in parsers]
-        for each in parsers:  # the tokenizer follows it, and would be missed
+        for each in parsers:  # data.tokenizer is linked to it and would be missing
             each.set_defaults({BASE: ""})
         if isinstance(self._args, (dict, Namespace)):
             config = parser.parse_object(self._args, _skip_validation=True)
@@ -131,7 +131,7 @@ class MiLoRACLI(LightningCLI):
         return None if path is None else str(path)
 
     def _take_options(self, path: str) -> None:
-        """Make a checkpoint's options the defaults: what is given, in whichever way, goes before these."""
+        """Use the options of a checkpoint as defaults; options that are given override them."""
         full = self._given.get("adapter.init") == "full"
         checkpoint = read_for_options(path, adapters=not full)
         saved = options_in(checkpoint)
@@ -140,20 +140,20 @@ class MiLoRACLI(LightningCLI):
             self._trained_with = PromptFormat.found_in(checkpoint)
             saved.update({f"data.{TRAIN_ON}": state[TRAIN_ON]} if TRAIN_ON in state else {})
         if full and any(name.startswith("adapter.") for name in saved):
-            raise CheckpointError(f"{path!r} holds adapters, and adapter.init is full: leave that out.")
+            raise CheckpointError(f"{path!r} holds adapters, but adapter.init is full: leave adapter.init out.")
         parser = self._parser(self._given_to)
         known = parser.get_defaults(skip_validation=True)
         self._from_checkpoint = {name: value for name, value in saved.items() if name in known}
         parser.set_defaults(self._from_checkpoint)
 
     def _parse_ckpt_path(self) -> None:
-        """Show where what was given differs from the checkpoint, which Lightning would put above it."""
+        """Show where given options differ from the checkpoint's, instead of letting the checkpoint override them."""
         config = self.config.get(str(self.config.get("subcommand")), self.config)
         for line in differences({name: config[name] for name in self._from_checkpoint}, self._from_checkpoint):
             inform(line)
 
     def instantiate_classes(self) -> None:
-        """Instantiate; that brings to light which checkpoint a keyword stands for, and that may bring options."""
+        """Instantiate the classes; if ``ckpt_path`` is a keyword, find its checkpoint and use its options."""
         super().instantiate_classes()
         keyword = self._get(self.config, "ckpt_path")
         if keyword not in KEYWORDS:
@@ -167,10 +167,12 @@ class MiLoRACLI(LightningCLI):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the Trainer, with the command line's own answers to what was not given."""
+        """Create the Trainer, with the command line's defaults for options that were not given."""
         given = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         options, lines = missing_options(given, trains=self.subcommand in ("fit", None))
-        for line in lines if not hasattr(self, "trainer") else ():  # made anew, of options that a checkpoint brought
+        for line in (
+            lines if not hasattr(self, "trainer") else ()
+        ):  # not when it is created again with options from a checkpoint
             inform(line)
         go_on, trains = resumption(self._as_typed), self.subcommand == "fit"
         options["callbacks"] = with_screen({**given, **options}, go_on, trains)
@@ -178,7 +180,7 @@ class MiLoRACLI(LightningCLI):
             options["logger"] = make_logger(name, given.get("logger"), given.get("default_root_dir"))
         try:
             trainer = super().instantiate_trainer(**{**kwargs, **options})
-        except (ValueError, ModuleNotFoundError) as error:  # options that do not go together, a package that is missing
+        except (ValueError, ModuleNotFoundError) as error:  # options that conflict, or a missing package
             raise InvalidInputError(f"The Trainer's options: {error}") from error
         leave_out_bars()
         if trainer.strategy.root_device.type == "cpu":
@@ -203,7 +205,7 @@ class MiLoRACLI(LightningCLI):
                     self.datamodule.ask_as(self._trained_with)
                 super()._run_subcommand(subcommand)
         except SystemExit as error:
-            if self.trainer.interrupted and not isinstance(error, SIGTERMException):  # which ends a run in good order
+            if self.trainer.interrupted and not isinstance(error, SIGTERMException):  # SIGTERM is a regular end
                 raise SystemExit(INTERRUPTED) from error
             raise
         finally:
@@ -212,18 +214,18 @@ class MiLoRACLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         options = super()._prepare_subcommand_kwargs(subcommand)
-        if "verbose" in options:  # Lightning's table has a column for each loader, all with the same results
+        if "verbose" in options:  # Lightning's table repeats the same results in a column for each data loader
             self._get(self.config_init, "summary").tables = options["verbose"]
             options["verbose"] = False
         return options
 
     def before_fit(self) -> None:
-        """Say what becomes of the checkpoints of an earlier run."""
+        """Say what happens to the checkpoints of an earlier run."""
         for line in earlier_checkpoints(self.trainer, self._get(self.config, "ckpt_path")):
             inform(line)
 
     def after_fit(self) -> None:
-        """Say where the result is, and what to do with it."""
+        """Say where the checkpoints are and how to use them."""
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             print(*ending(self.trainer), sep="\n")
 
@@ -232,14 +234,14 @@ __all__ = ["CONFIGS", "MiLoRACLI", "main", "resolve_configs"]
 
 
 def command_line(kind: type[CLI], args: ArgsType = None) -> CLI:
-    """Make a command line of the package's module and data, and run what it is given.
+    """Run a command line for the package's module and data.
 
     Args:
-        kind: Its class.
-        args: Arguments, by default those of the process.
+        kind: Class of the command line.
+        args: Arguments; by default those of the process.
 
     Returns:
-        The command line, with what it has made.
+        The command line, with the objects that it has created.
     """
     usage = {"usage": "%(prog)s [--config FILE] ... [--OPTION VALUE] ..."}
     return kind(
@@ -252,17 +254,17 @@ def command_line(kind: type[CLI], args: ArgsType = None) -> CLI:
         trainer_defaults={
             "callbacks": [RandomState()],
             "log_every_n_steps": LOG_EVERY_N_STEPS,
-            "enable_model_summary": False,  # which says less than MiLoRAInit's
+            "enable_model_summary": False,  # MiLoRAInit shows a more specific one
         },
-        auto_configure_optimizers=False,  # the module makes its own, from model.optimizer
+        auto_configure_optimizers=False,  # the module creates its own, from model.optimizer
     )
 
 
 def main(args: ArgsType = None) -> Any:
     """Run the command line; see ``python main.py --help``.
 
-    Errors that this package raises for the user to read end the program with their sentence; all others keep their
-    traceback. See :mod:`milora_lightning.utils.errors`.
+    An error that this package raises for the user ends the program with its message; any other error shows a traceback.
+    See :mod:`milora_lightning.utils.errors`.
     """
     leave_out()
     argv = list(args) if isinstance(args, list) else sys.argv[1:] if args is None else []

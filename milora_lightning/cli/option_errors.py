@@ -1,4 +1,4 @@
-"""Says in one sentence what is wrong with an option, in place of the parser's account of all that it tried."""
+"""Turns the parser's long errors into one sentence that says what is wrong with an option."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from milora_lightning.training.optimizers import know_short_names
 from milora_lightning.utils.compat import option_strings
 from milora_lightning.utils.suggestions import closest, suggest
 
-# What can be given by the name of a class.
+# Options that take the name of a class.
 CLASSES: dict[str, type] = {
     "data.source": Source,
     "model.optimizer": torch.optim.Optimizer,
@@ -30,7 +30,7 @@ CLASSES: dict[str, type] = {
     "trainer.logger": Logger,
     "trainer.strategy": Strategy,
 }
-# Options of the classes that these stand for unless others are given, which the parser knows only when they are.
+# Default classes of some options. The parser knows the options of a class only when the class is given.
 NESTED: dict[str, type] = {"data.source": Files, "model.optimizer": torch.optim.AdamW}
 MOST_NAMES = 50
 WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
@@ -38,21 +38,21 @@ WORDS.update(dict="a mapping such as {name: value}", list="a list such as [a, b]
 
 
 class ShortFormatter(DefaultHelpFormatter):
-    """Names classes in help by their short names, which suffice, and not all of very many."""
+    """Shows classes in help by their short names, and only the first of very many."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return super()._split_lines(re.sub(r"known subclasses: ([\w., ]+)", _short_names, text), width)
 
 
 class Parser(LightningArgumentParser):
-    """A parser whose errors are one sentence each, with what may have been meant, and that takes no half names."""
+    """A parser whose errors are single sentences with suggestions, and that accepts no abbreviated options."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         know_short_names()
         super().__init__(*args, **{"allow_abbrev": False, "formatter_class": ShortFormatter, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the sentence and where to read more, and exit with status 2."""
+        """Print the sentence and where to find help, and exit with status 2."""
         if not self.exit_on_error:
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
@@ -64,7 +64,7 @@ class Parser(LightningArgumentParser):
 
 
 def known_options(parser: Any) -> list[str]:
-    """Return the options of a parser, with those of the classes that are usual for some."""
+    """Return the options of a parser, including those of default classes."""
     options = option_strings(parser)
     nested = (
         f"--{name}.{option}" for name, cls in NESTED.items() if f"--{name}" in options for option in options_of(cls)
@@ -73,14 +73,14 @@ def known_options(parser: Any) -> list[str]:
 
 
 def in_a_sentence(message: str, options: Iterable[str] = ()) -> str:
-    r"""Say what is wrong in a sentence.
+    r"""Say what is wrong in one sentence.
 
     Args:
         message: The parser's message.
-        options: The options that there are.
+        options: All existing options.
 
     Returns:
-        The sentence, or the message as it is where its like is not known.
+        The sentence, or the message itself if it is of an unknown kind.
 
     >>> in_a_sentence("unrecognized arguments: --lr=1", ["--model.optimizer.lr"])
     '--lr: there is no such option. Did you mean --model.optimizer.lr?'
@@ -90,9 +90,9 @@ def in_a_sentence(message: str, options: Iterable[str] = ()) -> str:
     if match := re.match(r"unrecognized arguments: (.*)", message, re.DOTALL):
         return _unrecognized(match[1].split(), options)
     if message.startswith("Unexpected config: "):
-        return "--config: the file is no YAML mapping of options, such as model: {name_or_path: embedded}."
+        return "--config: the file is not a YAML mapping of options, such as model: {name_or_path: embedded}."
     if match := re.match(r"argument (--[\w.+]+).*: expected (?:one|at least one) argument", message):
-        return f"{match[1]}: a value is missing behind it."
+        return f"{match[1]}: its value is missing."
     if match := re.match(r"the following arguments are required: (.*)", message):
         names = [re.sub(r"^(--)?(fit|validate|test|predict)\.", "", name.strip()) for name in match[1].split(",")]
         return (
@@ -103,10 +103,10 @@ def in_a_sentence(message: str, options: Iterable[str] = ()) -> str:
 
 
 def missing_package(error: BaseException) -> str | None:
-    """Return the message of a missing package for which a class that is given by name could not be made.
+    """Return the message about a missing package that a class given by name needs; None for other errors.
 
     Args:
-        error: What the parser has raised, which tells of all that it tried.
+        error: The parser's error, which describes everything that it tried.
     """
     given = re.search(r"given class_path '([\w.]+)':\s*(.*)", str(error))
     causes: list[BaseException] = []
@@ -146,13 +146,13 @@ def _unrecognized(arguments: list[str], options: Iterable[str]) -> str:
     option = arguments[0].partition("=")[0]
     if not option.startswith("-"):
         needs = "a value with spaces or brackets needs quotes, and so does a pattern such as *.jsonl"
-        return f"{option!r} is no option: options begin with --, and {needs}."
+        return f"{option!r} is not an option: options begin with --, and {needs}."
     meant = suggest(option, options)
     return f"{option}: there is no such option." + (f" Did you mean {' or '.join(meant)}?" if meant else "")
 
 
 def _of_a_class(key: str, message: str) -> str | None:
-    """Say what is wrong with a class that is given by name, or with its options."""
+    """Say what is wrong with a class given by name, or with its options."""
     if match := re.search(r"The optimizer \w+ needs the package .*", message):
         return f"--{key}: {match[0]}"
     given = re.search(r"given class_path '([\w.]+)'", message)
@@ -164,7 +164,7 @@ def _of_a_class(key: str, message: str) -> str | None:
         return f"--{key}.{match[1]}: {short} has no such option." + (f" Did you mean {meant}?" if meant else known)
     if given and (match := re.search(r"arguments are required: ([\w, ]+)", message)):
         names = " and ".join(f"--{key}.{name.strip()}" for name in match[1].split(","))
-        return f"{short} needs more: give {names}."
+        return f"{short} needs more options: give {names}."
     named = re.search(r"Expected a dot import path string: (\S+)", message)
     if key in CLASSES and named and named[1].isidentifier():
         known_classes = sorted(class_names(key))
@@ -187,7 +187,7 @@ def _of_a_value(key: str, message: str) -> str | None:
 
 
 def _in_words(expected: str) -> str:
-    """Describe a type as the parser prints it; nothing for what is no type.
+    """Describe a type that the parser prints; empty if it is not a type.
 
     >>> _in_words("<class 'float'>"), _in_words("typing.Literal['a', 'b']"), _in_words("path but x is none")
     ('a number', 'a or b', '')

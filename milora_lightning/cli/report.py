@@ -1,4 +1,4 @@
-"""The report of a comparison: tables, learning curves, and the plane of learning and forgetting."""
+"""The report of ``compare``: tables, learning curves, and learning against forgetting."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def write_report(folder: Path, runs: Sequence[Run], sweep: Sequence[Run], config
     """Write results.csv, report.md and the plots of finished runs.
 
     Args:
-        folder: Where to write.
+        folder: The folder to write to.
         runs: The runs to report.
-        sweep: The runs that have chosen the learning rates.
+        sweep: The runs of the learning-rate sweep.
         config: Configuration of one of the runs.
     """
     stages = [*(("comparison", run) for run in runs), *(("sweep", run) for run in sweep)]
@@ -64,7 +64,7 @@ def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def results_table(groups: dict[str, list[Run]]) -> str:
-    """Return the table of means and spreads, from before training and from its end."""
+    """Return the table of means and standard deviations before and after training."""
     first = next(iter(groups.values()))[0]
     columns = [name for name in NAMES if name in first.last]
     rows = [["before training", "", *(f"{first.rows[0][c]:.4g}" if c in first.rows[0] else "" for c in columns)]]
@@ -75,7 +75,7 @@ def results_table(groups: dict[str, list[Run]]) -> str:
 
 
 def paired_table(groups: dict[str, list[Run]]) -> str:
-    """Return how the others differ from the first method, seed by seed: the same order of data, another method."""
+    """Return the differences from the first method, paired by seed, so that the order of the data is the same."""
     (reference, first), *others = groups.items()
     columns = [c for c in ("val_loss", "val_accuracy", KL) if c in first[0].last]
     rows = []
@@ -93,7 +93,7 @@ def paired_table(groups: dict[str, list[Run]]) -> str:
 
 
 def sweep_table(sweep: Sequence[Run]) -> str:
-    """Return what the learning-rate sweep has measured, and a warning where the best rate is at the grid's edge."""
+    """Return the results of the learning-rate sweep, with a warning if the best rate is at the edge of the grid."""
     groups = by_method(sweep)
     rates = sorted({run.learning_rate for run in sweep})
     rows, at_edge = [], []
@@ -117,7 +117,7 @@ def _losses(row: Row, chosen: bool) -> str:
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
-    """Write mean and standard deviation.
+    """Format the mean and standard deviation.
 
     >>> spread([1.0, 2.0, 3.0]), spread([0.5], sign="+")
     ('2 ± 1', '+0.5')
@@ -128,7 +128,7 @@ def spread(values: Sequence[float], sign: str = "") -> str:
 
 
 def plot_curves(path: Path, groups: dict[str, list[Run]]) -> None:
-    """Draw the validation loss against steps: the mean over seeds, and their range."""
+    """Plot the validation loss against steps: the mean and range over seeds."""
     with new_figure(path, 6, 4) as figure:
         axes = figure.add_subplot(xlabel="optimizer step", ylabel=NAMES["val_loss"])
         for method, runs in groups.items():
@@ -141,7 +141,7 @@ def plot_curves(path: Path, groups: dict[str, list[Run]]) -> None:
 
 
 def plot_plane(path: Path, groups: dict[str, list[Run]]) -> None:
-    """Draw the whole trajectory of every run in the plane of KL divergence and validation loss."""
+    """Plot the trajectory of every run: validation loss against KL divergence."""
     with new_figure(path, 6, 4.5) as figure:
         axes = figure.add_subplot(xlabel="KL from the base on held-out text (nats per token)", ylabel=NAMES["val_loss"])
         for number, (method, runs) in enumerate(groups.items()):

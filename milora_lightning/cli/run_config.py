@@ -1,4 +1,4 @@
-"""The configuration of a run, in a file and in its loggers."""
+"""Saves the configuration of a run to a file and to its loggers."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from milora_lightning.cli.config_files import SaveConfig
 
 
 class RunConfig(SaveConfig):
-    """Saves ``config.yaml`` in the folder of a run, and logs what it says as hyperparameters."""
+    """Saves ``config.yaml`` in the folder of a run, and logs its options as hyperparameters."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Log the options, each under its full name, such as ``adapter.r``; only of training."""
+        """Log the options of training, each under its full name, such as ``adapter.r``."""
         if stage == "fit":
             options = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
             for logger in trainer.loggers:
                 logger.log_hyperparams(dict(flat(options)))
-                if isinstance(logger, MLFlowLogger):  # whose hyperparameters end after 250 characters
+                if isinstance(logger, MLFlowLogger):  # MLflow truncates hyperparameters after 250 characters
                     experiment: Any = logger.experiment
                     experiment.log_text(logger.run_id, yaml.safe_dump(options), self.config_filename)
 
 
 def flat(options: Any, name: str = "") -> list[tuple[str, Any]]:
-    """Name each of nested options by its path; lists stay as they are.
+    """Flatten nested options to pairs of path and value; lists are not flattened.
 
-    So do, in JSON, mappings whose keys are a user's own, such as patterns of layers: trackers take few characters in
-    names.
+    Mappings with keys that a user has chosen, such as patterns of layer names, are written as JSON, because loggers
+    allow few characters in names.
 
     >>> flat({"adapter": {"r": 8, "init": None}, "seed_everything": 0, "data": {}, "rank_pattern": {"q_(a|b)": 2}})
     [('adapter.r', 8), ('adapter.init', None), ('seed_everything', 0), ('rank_pattern', '{"q_(a|b)": 2}')]

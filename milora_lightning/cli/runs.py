@@ -1,4 +1,4 @@
-"""The runs of a comparison, and what was measured in them as tables on disk."""
+"""The runs of a comparison, and their results as CSV files."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Run:
 
     Attributes:
         method: Name of the method.
-        learning_rate: The optimizer's learning rate, its largest.
-        seed: Seed of the factors' random starts, dropout and the order of the data.
-        rows: What was measured at every validation; empty until it has run.
+        learning_rate: The highest learning rate.
+        seed: Seed of random factors, dropout and the order of the data.
+        rows: The results of every validation; empty before the run.
     """
 
     method: str
@@ -37,12 +37,12 @@ class Run:
 
     @property
     def last(self) -> Row:
-        """What was measured at the end."""
+        """The results at the end of training."""
         return self.rows[-1]
 
 
 def best_rate(sweep: Sequence[Run]) -> float | None:
-    """Return the learning rate with the lowest validation loss at the end; None of no runs.
+    """Return the learning rate with the lowest final validation loss; None if there are no runs.
 
     Raises:
         ValueError: If no run of the sweep has a finite loss.
@@ -54,7 +54,7 @@ def best_rate(sweep: Sequence[Run]) -> float | None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read rows of numbers that :func:`write_rows` has written."""
+    """Read rows of numbers written by :func:`write_rows`."""
     with path.open(newline="", encoding="utf-8") as file:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 

@@ -1,6 +1,6 @@
-"""Reads the options of classes and functions from their source, so that help needs to import nothing of what it tells.
+"""Reads the options of classes and functions from their source code, so that help does not have to import them.
 
-torch and Lightning take ten seconds to import, and help is read while one thinks.
+torch and Lightning take seconds to import, and help should appear at once.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from milora_lightning.utils.folders import PACKAGE
 
 @dataclass(frozen=True)
 class Option:
-    """An option as help shows it.
+    """An option as shown in help.
 
     Attributes:
         name: Its name in the signature.
-        kind: What it takes, such as ``int`` or ``peft | merged``.
-        default: Its default as code; None if it has to be given.
-        text: What its docstring says of it.
+        kind: Its type, such as ``int`` or ``peft | merged``.
+        default: Its default as code; None if it is required.
+        text: Its description in the docstring.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Description:
-    """What help says of a class or function.
+    """The help for a class or function.
 
     Attributes:
         summary: The docstring's first line.
@@ -57,7 +57,7 @@ def describe(place: str) -> Description:
         Its docstring and options.
 
     Raises:
-        LookupError: If it is not there.
+        LookupError: If the module does not define it.
 
     >>> [option.name for option in describe("milora_lightning.data.tasks.word_problems:WordProblems").options][:2]
     ['train_size', 'validation_size']
@@ -83,7 +83,7 @@ def describe(place: str) -> Description:
 
 
 def plain(text: str) -> str:
-    """Write a docstring's text without marks of reStructuredText.
+    """Remove the markup of reStructuredText from a docstring's text.
 
     >>> plain("``null`` or :class:`milora_lightning.data.Files`")
     'null or Files'
@@ -110,7 +110,7 @@ def _with_defaults(signature: ast.arguments) -> list[tuple[ast.arg, ast.expr | N
 
 
 def _arguments(doc: str) -> dict[str, str]:
-    r"""Return what the section Args of a docstring in Google style says of each argument.
+    r"""Return the description of each argument in the Args section of a Google-style docstring.
 
     >>> _arguments("X.\n\nArgs:\n    a: First\n        line.\n    b: Second.\n\nRaises:\n    E: c.")
     {'a': 'First line.', 'b': 'Second.'}
@@ -121,7 +121,7 @@ def _arguments(doc: str) -> dict[str, str]:
 
 
 def _kind(module: str, annotation: ast.expr | None) -> str:
-    """Write a type as a user thinks of it: choices by their values, other types by their names, null left out."""
+    """Format a type for users: choices by their values, other types by their names, without None."""
     if annotation is None:
         return ""
     if isinstance(annotation, ast.BinOp):
@@ -149,7 +149,7 @@ def _default(module: str, default: ast.expr | None) -> str | None:
 
 
 def _meaning(module: str, name: str) -> ast.expr | None:
-    """Find what a name of a module stands for, also where it has it from another module of the package."""
+    """Find the value that is assigned to a name in a module, or in the module of the package it is imported from."""
     for node in _parsed(module).body:
         if isinstance(node, ast.Assign):
             for target, value in _pairs(node.targets[0], node.value):

@@ -1,4 +1,4 @@
-"""What the command line's Trainer does where it is not told: three epochs, as in the paper, and the last is kept."""
+"""Defaults of the command line's Trainer: three epochs, as in the paper, and the last checkpoint is kept."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ LOG_EVERY_N_STEPS = 10
 
 
 def missing_options(given: Mapping[str, Any], trains: bool) -> tuple[dict[str, Any], list[str]]:
-    """Return options of the Trainer in place of those that were not given.
+    """Return defaults for options of the Trainer that were not given.
 
     Args:
-        given: The Trainer's options, callbacks instantiated.
-        trains: Whether it is to train, or only where a run left its checkpoint is to be known.
+        given: The Trainer's options, with callbacks instantiated.
+        trains: Whether the Trainer will train; if not, the options only tell where to find checkpoints.
 
     Returns:
-        The options, and lines that say what was chosen and how to choose otherwise.
+        The options, and lines that say what was chosen and how to change it.
 
     >>> options, lines = missing_options({"max_steps": 100, "enable_checkpointing": False}, trains=True)
     >>> options, lines
@@ -36,24 +36,24 @@ def missing_options(given: Mapping[str, Any], trains: bool) -> tuple[dict[str, A
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     options: dict[str, Any] = {}
     lines = []
-    # Lightning's own answer is 1,000 epochs, but for one of these.
+    # Without any of these, Lightning would train 1,000 epochs.
     limited = given["max_steps"] != -1 or given.get("max_time") or any(isinstance(c, Timer) for c in callbacks)
     if given.get("max_epochs") is None and not limited:
         options["max_epochs"] = EPOCHS
-        lines.append(f"Training {EPOCHS} epochs: set trainer.max_epochs, max_steps or max_time for another length.")
+        lines.append(f"Training {EPOCHS} epochs: set trainer.max_epochs, max_steps or max_time to change that.")
     if given.get("barebones") and given.get("log_every_n_steps") == LOG_EVERY_N_STEPS:
-        options["log_every_n_steps"] = None  # it takes no other
+        options["log_every_n_steps"] = None  # barebones accepts no other value
     saves = given.get("enable_checkpointing") is not False and not (given.get("fast_dev_run") or given.get("barebones"))
     if saves and not any(isinstance(callback, Checkpoint) for callback in callbacks):
-        # A folder that stays the same, where --ckpt_path last looks; what other runs have left there is not replaced.
+        # A fixed folder, where --ckpt_path last finds it; checkpoints of other runs in it are not replaced.
         folder = Path(given.get("default_root_dir") or ".") / "checkpoints"
         options["callbacks"] = [*callbacks, ModelCheckpoint(str(folder), filename="last")]
-        lines.append(f"Keeping the last checkpoint in {folder}: set trainer.callbacks for another place or choice.")
+        lines.append(f"Keeping the last checkpoint in {folder}: set trainer.callbacks to change that.")
     return options, lines if trains and not given.get("fast_dev_run") else []
 
 
 def with_screen(given: Mapping[str, Any], go_on: str, trains: bool) -> list[Callback]:
-    """Return the callbacks with those for a person before the screen, unless there are others.
+    """Return the callbacks, with those for the screen and for Ctrl-C added unless there are others.
 
     Args:
         given: The Trainer's options.
@@ -72,11 +72,11 @@ def with_screen(given: Mapping[str, Any], go_on: str, trains: bool) -> list[Call
 
 
 def earlier_checkpoints(trainer: Trainer, ckpt_path: str | None) -> list[str]:
-    """Say which folders hold checkpoints of an earlier run, and what becomes of them, unless the run goes on from one.
+    """Say which folders hold checkpoints of an earlier run and what happens to them, unless this run resumes from one.
 
     Args:
-        trainer: Its callbacks say where checkpoints go, and whether they may replace others.
-        ckpt_path: Where the run goes on from.
+        trainer: The Trainer whose callbacks know where checkpoints go, and whether they replace others.
+        ckpt_path: The checkpoint that this run resumes from, if any.
     """
     if ckpt_path is not None:
         return []
@@ -88,8 +88,8 @@ def earlier_checkpoints(trainer: Trainer, ckpt_path: str | None) -> list[str]:
         if folder is None or not any(Path(folder).glob("*.ckpt")):  # a logger gives each run a folder of its own
             continue
         lines[str(folder)] = f"{folder} holds checkpoints of an earlier run, " + (
-            "which stay: those of this one get other names where need be, and --ckpt_path last is the newest."
+            "which are kept: checkpoints of this run get other names if necessary, and --ckpt_path last is the newest."
             if numbers_versions(callback)
-            else "which this one replaces where they have the same names."
+            else "which this run replaces where the names are the same."
         )
     return list(lines.values())

@@ -1,4 +1,4 @@
-"""Text options as they are typed: the parser reads values as YAML, where ``#`` begins a comment and makes them None."""
+"""Keeps text options as typed: the parser reads values as YAML, where ``#`` begins a comment and yields None."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _read_yaml = get_loader("yaml")
 
 
 def read_value(text: str) -> Any:
-    """Read an option's value as YAML, but what YAML takes for nothing as the text that it is.
+    """Read an option's value as YAML, but return the text itself if YAML reads it as None.
 
-    The one word for no value is ``null``, which the parser knows before it asks here.
+    Only ``null`` means no value; the parser handles it before it calls this function.
 
     >>> read_value("#1"), read_value("~"), read_value("[1, 2]")
     ('#1', '~', [1, 2])
@@ -25,15 +25,15 @@ def read_value(text: str) -> Any:
 
 
 def take_text_as_typed() -> None:
-    """Have all parsers of this process read values so; once is enough, and twice does no harm."""
+    """Make all parsers of this process read values by :func:`read_value`; may be called repeatedly."""
     set_loader("yaml", read_value, (YAMLError,))
 
 
 class CommandParser(Parser):
-    """Takes also ``null`` as text where text is wanted: no config has given a value that it could take back."""
+    """Also reads ``null`` as text for text options: without configs there is no value that it could unset."""
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Parse; an option of text that may be left out is one of text."""
+        """Parse arguments, treating optional text options as text options."""
         for action in self._actions:
             if getattr(action, "_typehint", None) == (str | None):
                 action._typehint = str  # type: ignore[attr-defined]

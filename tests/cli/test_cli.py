@@ -270,7 +270,7 @@ def test_adapters_or_a_base_other_than_the_checkpoint_s_are_refused(project: Pat
     for option, message in {
         "--model.name_or_path=other": "another base model",
         "--adapter.r=2": "adapters have r=4, this run's have r=2",
-        "--adapter.init=full": "holds adapters, and adapter.init is full",
+        "--adapter.init=full": "holds adapters, but adapter.init is full",
     }.items():
         with pytest.raises(SystemExit, match=message):
             run("test", "--config", "mine.yaml", "--ckpt_path", path, option)

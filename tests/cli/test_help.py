@@ -70,7 +70,10 @@ def test_all_help_names_classes_by_their_short_names(capsys: pytest.CaptureFixtu
         (["--data.source=File"], "--data.source=File: there is no class of that name. Did you mean Files?"),
         (["--data.source.trains=x"], "--data.source.trains: Files has no such option. Did you mean train?"),
         (["--trainer.callbacks+=EarlyStoping"], "Did you mean EarlyStopping?"),
-        (["--trainer.callbacks+=ForgettingMonitor"], "ForgettingMonitor needs more: give --trainer.callbacks.text."),
+        (
+            ["--trainer.callbacks+=ForgettingMonitor"],
+            "ForgettingMonitor needs more options: give --trainer.callbacks.text.",
+        ),
         (["--adapter.r"], "--adapter.r: a value is missing"),
     ],
 )

@@ -138,7 +138,7 @@ def test_a_run_that_cannot_begin_says_how_to_go_on(monkeypatch: pytest.MonkeyPat
         def experiment(self) -> Any:
             raise ConnectionError("nobody is there.\nDetails")
 
-    with pytest.raises(ValueError, match=r"MLflow cannot log the run: nobody is there\. To go on, .*--logger csv"):
+    with pytest.raises(ValueError, match=r"MLflow cannot log the run: nobody is there\. To continue, .*--logger csv"):
         start(Unreachable())
 
 

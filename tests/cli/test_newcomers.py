@@ -66,7 +66,7 @@ def test_a_file_that_is_no_config_is_not_printed(tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit):
         cli.main(["fit", "--config", str(tmp_path / "data.csv")])
     told = capsys.readouterr().err
-    assert "--config: the file is no YAML mapping of options" in told
+    assert "--config: the file is not a YAML mapping of options" in told
     assert told.count("What is") == 0
 
 
