@@ -285,7 +285,7 @@ def test_the_newest_run_is_what_last_means_and_no_earlier_file_is_written_over(
     assert step_of(newest) == 8
     assert any("(step 8)" in line and Path(newest).name in line for line in ending(resumed))
     again, (line,) = run()
-    assert "which stay" in line
+    assert "which are kept" in line
     assert find_checkpoint(again, "last", "fit") != newest
     assert {path: path.read_bytes() for path in before} == before
 
