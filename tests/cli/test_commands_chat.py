@@ -114,7 +114,7 @@ def test_single_questions_are_asked_by_themselves(questions: Path, monkeypatch: 
     says = Reference(questions / "a.ckpt")
     for kind in ("a.ckpt", "peft", "merged"):
         answers, note = talk(monkeypatch, capsys, questions / kind, FIRST, SECOND)
-        assert "earlier turns are not seen" in note
+        assert "without earlier turns" in note
         assert answers == lines(says(FIRST), says(SECOND))
     answers, _ = talk(monkeypatch, capsys, questions / kind, FIRST, SECOND, earlier_turns="true")
     first = says(FIRST)
@@ -160,7 +160,7 @@ def test_lines_that_are_no_questions(chats: Path, monkeypatch: Any, capsys: Any)
     answers, notes = talk(monkeypatch, capsys, chats / "a.ckpt", *typed)
     first = says("/etc is")
     assert answers == lines(first, says("/etc is", first, "What is\n1?"))
-    assert notes == lines("There is no command /nothing; /help shows those there are.", "There is nothing to save yet.")
+    assert notes == lines("There is no command /nothing; /help lists the commands.", "There is nothing to save yet.")
     assert "/both" in talk(monkeypatch, capsys, chats / "a.ckpt", "/help")[1]
 
 

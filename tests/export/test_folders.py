@@ -138,7 +138,7 @@ def test_export_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     main(["export", "--ckpt_path", str(path), *half])
     assert "dtype float32 keeps all" in capsys.readouterr().out
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
-    with pytest.raises(SystemExit, match="Adapters stay float32"):
+    with pytest.raises(SystemExit, match="Adapters are always float32"):
         main(["export", "--ckpt_path", str(path), "--output", str(tmp_path / "other"), "--dtype", "bfloat16"])
     assert "train.jsonl" in (tmp_path / "merged" / "README.md").read_text()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

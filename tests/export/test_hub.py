@@ -84,7 +84,7 @@ def test_a_merged_model_takes_the_place_of_adapters(
     export(checkpoint, str(tmp_path / "peft"), push_to_hub="tuned", private=True)
     said = capsys.readouterr()
     assert "Uploaded to https://huggingface.co/me/tuned" in said.out
-    assert "which others do not have" in said.err
+    assert "name the local folder" in said.err
     assert fake.private == {"me/tuned": True}
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= fake.files["me/tuned"].keys()
     export(checkpoint, str(tmp_path / "merged"), "merged", push_to_hub="me/tuned", private=True)
@@ -101,7 +101,7 @@ def test_what_would_fail_or_be_public_is_refused_before_the_export(
     fake.private["me/open"] = False
     with pytest.raises(ValueError, match="'me/open' already exists and is public"):
         export(checkpoint, str(output), push_to_hub="open", private=True)
-    with pytest.raises(ValueError, match="give --push_to_hub its name"):
+    with pytest.raises(ValueError, match="add --push_to_hub with its name"):
         export(checkpoint, str(output), private=True)
     monkeypatch.setattr(hub, "get_token", lambda: None)
     with pytest.raises(ValueError, match="without a Hub token: run hf auth login"):

@@ -1,4 +1,4 @@
-"""Shows what training has done to the weights."""
+"""``analyze``: shows where updates lie in the spectra of the weights."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def analyze(ckpt_path: str, output: str, name_or_path: str | None = None) -> Non
 
     Args:
         ckpt_path: Checkpoint written by ``fit``.
-        output: Folder to make.
+        output: Folder to create.
         name_or_path: Where the base model is now; by default where it was in training.
     """
     from milora_lightning.analysis.plots import (
-        plot_analysis,  # needs the extra package matplotlib: missing before any work
+        plot_analysis,  # imports matplotlib, an optional package: fail before any work
     )
 
     check_output(output)

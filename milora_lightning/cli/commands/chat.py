@@ -27,13 +27,13 @@ from milora_lightning.utils.printable import printable
 HELP = """\
 /base           answer with the base model, without its adapters
 /adapter        answer with the adapters again
-/both           show both answers to each question; the conversation goes on with the adapters'
-/reset          begin a new conversation
-/system TEXT    begin a new conversation with a system message; without TEXT, with none
+/both           show both answers to each question; the conversation continues with the adapters'
+/reset          start a new conversation
+/system TEXT    start a new conversation with a system message, or without one if TEXT is empty
 /save FILE      add the conversation to FILE, as JSON lines that fit reads
-/help           show this
+/help           show this help
 /exit           leave (or Ctrl-D)
-Ctrl-C stops an answer. A line that ends in \\ goes on in the next; a space before a / makes it text."""
+Ctrl-C stops an answer. A \\ at the end of a line continues it on the next; a space before a / makes it text."""
 
 Mode = Literal["adapter", "base", "both"]
 
@@ -53,28 +53,28 @@ def chat(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
     device: str | None = None,
 ) -> None:
-    """Talk to a model: ask it in the template that it was trained with, and watch the answers come.
+    """Talk to a model in the prompt template that it was trained with; answers appear as they are generated.
 
-    /help shows what can be done beside asking, such as /both for the answers with and without adapters. In a pipe,
-    each line of standard input is a question, and standard output holds nothing but the answers.
+    /help lists the commands, such as /both for the answers with and without adapters. In a pipe, each line of standard
+    input is a question, and standard output holds only the answers.
 
     Args:
         ckpt_path: Checkpoint written by ``fit``: a file, or the folder of a sharded run.
-        model: Or whatever else is to answer: a folder that ``export`` wrote, a Hub name, a folder, a ``.gguf`` file,
-            or ``embedded``.
-        system: System message to begin with.
+        model: Another model instead: a folder that ``export`` wrote, a Hub name, a folder, a ``.gguf`` file, or
+            ``embedded``.
+        system: System message of the first conversation.
         max_new_tokens: Length limit of answers.
-        temperature: What logits are divided by before a token is drawn; 0 takes the likeliest.
-        top_p: Draw from the fewest likeliest tokens whose probabilities sum to this.
-        top_k: Draw from this many likeliest tokens; 0 for all.
-        seed: Seed of what is drawn.
+        temperature: Sampling temperature; 0 always takes the likeliest token.
+        top_p: Sample from the smallest set of likeliest tokens whose probabilities sum to this.
+        top_k: Sample from this many likeliest tokens; 0 for all.
+        seed: Seed for sampling.
         earlier_turns: Whether the model sees the conversation so far; by default it does, unless its template
-            (``alpaca``, ``plain``) has room for one question alone.
-        template: How to ask, in place of what is known of the training: ``alpaca``, ``chat``, ``plain`` or the path of
-            a Jinja file.
+            (``alpaca``, ``plain``) only has room for a single question.
+        template: Prompt template, in place of that of training: ``alpaca``, ``chat``, ``plain`` or the path of a Jinja
+            file.
         name_or_path: Where the base model is now; by default where it was in training.
-        dtype: Dtype of the base's weights.
-        device: Where to compute, such as ``cpu`` or ``cuda:1``; by default the accelerator, if there is one.
+        dtype: Dtype of the base weights.
+        device: Device to compute on, such as ``cpu`` or ``cuda:1``; by default the accelerator, if there is one.
     """
     sampling = Sampling(temperature, top_p, top_k)
     loaded, tokenizer = load_to_ask(ckpt_path, model, name_or_path, template, dtype, device)
@@ -87,22 +87,22 @@ def chat(
         name = f"{ckpt_path or model}" + (f" ({counted(adapters, 'adapter')})" if adapters else "")
         talk.note(f"{name}; /help shows the commands.")
     if one:
-        talk.note("Trained on single questions: each is asked by itself, and earlier turns are not seen.")
+        talk.note("Trained on single questions: the model sees each question by itself, without earlier turns.")
     with adapters_merged(loaded):
         for line in _lines():
             with _interruptible() as cut:
                 if not talk.take(line):
                     break
-            if cut:  # before there was an answer to be stopped
+            if cut:  # before an answer had begun
                 talk.note("(stopped)")
 
 
 class Talk:
-    """A conversation with a model, and what its user wants of it.
+    """A conversation with a model, and the commands of its user.
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer, whose chat template asks as in training.
+        tokenizer: Its tokenizer, whose chat template is that of training.
         sampling: How tokens are chosen.
         max_new_tokens: Length limit of answers.
         system: System message; may be empty.
@@ -139,7 +139,7 @@ class Talk:
         }
 
     def take(self, line: str) -> bool:
-        """Do what a line says, or answer it; False if it says to leave."""
+        """Execute a command or answer a question; return False if the command is to exit."""
         if not line.startswith("/"):
             if line.strip():
                 self.ask(line.strip())
@@ -151,7 +151,7 @@ class Talk:
         if name in self.commands:
             self.commands[name](rest.strip())
         else:
-            self.note(f"There is no command /{name}; /help shows those there are.")
+            self.note(f"There is no command /{name}; /help lists the commands.")
         return True
 
     def ask(self, question: str) -> None:
@@ -171,21 +171,21 @@ class Talk:
             self.turns += [asked, {"role": "assistant", "content": answer}]
 
     def switch(self, mode: Mode) -> None:
-        """Choose who answers."""
+        """Choose whether the adapters, the base model or both answer."""
         if mode != "adapter" and not lora_layers(self.model):
-            self.note("This model has no adapters that could be switched off.")
+            self.note("This model has no adapters to switch off.")
             return
         self.mode = mode
         who = {"base": "The base model answers.", "adapter": "The adapters are on.", "both": "Both answer."}
         self.note(who[mode])
 
     def begin(self, system: str) -> None:
-        """Begin a new conversation."""
+        """Start a new conversation."""
         self.turns, self.system = [], system
         self.note("A new conversation" + (f" with the system message {system!r}." if system else "."))
 
     def save(self, name: str) -> None:
-        """Add the conversation to a file: one row, or one for each question where each was asked by itself."""
+        """Append the conversation to a file: one row, or one for each question if each was asked by itself."""
         if not name or not self.turns:
             self.note("Give the name of a file: /save FILE." if self.turns else "There is nothing to save yet.")
             return
@@ -201,7 +201,7 @@ class Talk:
         self.note(f"{counted(len(self.turns), 'message')} added to {name}.")
 
     def note(self, text: str) -> None:
-        """Say something that is no answer, apart from these."""
+        """Print something that is not an answer, to standard error."""
         print(f"\033[2m{text}\033[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
     def _with_system(self, turns: list[Message]) -> list[Message]:
@@ -211,10 +211,10 @@ class Talk:
         return self._with_system([*([] if self.one_question else self.turns), asked])
 
     def _answer(self, ids: list[int], who: Literal["adapter", "base"]) -> str | None:
-        """Write an answer as it comes, and return it; None if there is no room for one."""
+        """Write an answer as it is generated, and return it; None if no positions are left for one."""
         length, said = room(self.model, len(ids), self.max_new_tokens)
         if length == 0:
-            self.note(f"{said} /reset begins a new conversation.")
+            self.note(f"{said} /reset starts a new conversation.")
             return None
         if said:
             self.note(said)
@@ -237,7 +237,7 @@ class Talk:
 
 @contextmanager
 def _interruptible() -> Iterator[list[bool]]:
-    """Within this context, Ctrl-C on a terminal ends what goes on; the list is empty unless it has."""
+    """Within this context, Ctrl-C on a terminal stops the work; the list is then not empty."""
     cut: list[bool] = []
     try:
         yield cut
@@ -248,7 +248,7 @@ def _interruptible() -> Iterator[list[bool]]:
 
 
 def _lines() -> Iterator[str]:
-    """Read what the user writes, until Ctrl-D; of a terminal with a prompt."""
+    """Yield the user's lines until Ctrl-D, with a prompt on a terminal."""
     terminal = sys.stdin.isatty()
     while True:
         try:
@@ -266,7 +266,7 @@ def _lines() -> Iterator[str]:
             if terminal:
                 print(file=sys.stderr)
             return
-        except KeyboardInterrupt:  # what has been written is taken back
+        except KeyboardInterrupt:  # discard the line
             if not terminal:
                 raise
             print(file=sys.stderr)
@@ -293,7 +293,7 @@ def _line(prompt: str) -> str:
 
 
 def _edit_lines() -> None:
-    """Have arrow keys move in the line and among earlier ones."""
+    """Enable line editing and history with the arrow keys."""
     try:
         import readline  # noqa: F401
     except ImportError:  # not on Windows

@@ -1,4 +1,4 @@
-"""``evaluate``: benchmarks of the evaluation harness (lm-eval) on a checkpoint, and on its base beside it."""
+"""``evaluate``: runs benchmarks of the evaluation harness (lm-eval) on a checkpoint and on its base model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from milora_lightning.utils.errors import InvalidInputError, MissingFileError, M
 from milora_lightning.utils.suggestions import similar
 
 Scores = dict[str, dict[str, float]]
-"""The values of a task's metrics by their names, by the names of tasks."""
+"""Values of metrics by name, for each task by name."""
 
 
 def evaluate(
@@ -39,41 +39,41 @@ def evaluate(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
     device: str | None = None,
 ) -> None:
-    """Score a model on benchmarks of the evaluation harness (lm-eval), after fine-tuning and before.
+    """Score a model on benchmarks of the evaluation harness (lm-eval), before and after fine-tuning.
 
     Args:
-        tasks: Names of the harness's tasks or groups of them, as in ``gsm8k,arc_easy``, or YAML files of your own.
+        tasks: Names of tasks or groups of the harness, as in ``gsm8k,arc_easy``, or YAML files of your own tasks.
         ckpt_path: Checkpoint written by ``fit``: a file, or the folder of a sharded run.
-        model: Or whatever else is to be scored: a folder that ``export`` wrote, a Hub name, a folder, a ``.gguf``
-            file, or ``embedded``.
-        base: Score the model without its adapters, too, so that one run tells what training has changed.
-        output: File to write the results to, in JSON.
-        limit: Examples of each task, to try it; by default all.
-        num_fewshot: Examples in the prompt; by default each task's own choice.
-        batch_size: Prompts in a batch.
-        apply_chat_template: Ask in the template that the model was trained with; by default prompts stay as tasks have
-            them.
-        include_path: Folder of YAML files with tasks of your own.
+        model: Another model instead: a folder that ``export`` wrote, a Hub name, a folder, a ``.gguf`` file, or
+            ``embedded``.
+        base: Also score the model without its adapters, to show what training has changed.
+        output: JSON file to write the results to.
+        limit: Number of examples of each task, for a quick test; by default all.
+        num_fewshot: Number of examples in the prompt; by default that of each task.
+        batch_size: Number of prompts in a batch.
+        apply_chat_template: Write prompts in the template that the model was trained with; by default they are used as
+            the tasks define them.
+        include_path: Folder with YAML files of your own tasks.
         name_or_path: Where the base model is now; by default where it was in training.
-        dtype: Dtype of the base's weights; by default that of the training.
-        device: Where to compute; by default the accelerator, if there is one.
+        dtype: Dtype of the base weights; by default that of training.
+        device: Device to compute on; by default the accelerator, if there is one.
     """
     if (ckpt_path is None) == (model is None):
         raise InvalidInputError(
-            "Give either --ckpt_path, a checkpoint of fit, or --model, an exported folder or another one."
+            "Give either --ckpt_path, a checkpoint of fit, or --model, an exported folder or another model."
         )
     if output is not None and (Path(output).exists() or not Path(output).absolute().parent.is_dir()):
-        raise OutputExistsError(f"{output!r} is there already, or its folder is not: choose another output.")
+        raise OutputExistsError(f"{output!r} already exists, or its folder does not: choose another output.")
     if include_path is not None and not Path(include_path).is_dir():
         raise MissingFileError(
-            f"There is no folder {include_path!r}: include_path is where your tasks' YAML files are."
+            f"There is no folder {include_path!r}: include_path is the folder with the YAML files of your tasks."
         )
     manager, names = find_tasks(tasks, include_path)
     with loading():
         loaded, tokenizer = load_for_inference(str(ckpt_path or model), False, device, dtype, name_or_path)
     if base and not lora_layers(loaded):
         raise InvalidInputError(
-            "The model has no adapters to do without: leave --base out, and evaluate the base by --model."
+            "The model has no adapters to switch off: leave --base out, and evaluate the base model by --model."
         )
     if apply_chat_template and not tokenizer.chat_template:
         raise InvalidInputError("The tokenizer has no chat template: leave --apply_chat_template out.")
@@ -94,14 +94,14 @@ def evaluate(
 
 
 def find_tasks(tasks: str, include_path: str | None) -> tuple[Any, list[str]]:
-    """Find the harness's tasks of some names, before a model is loaded for them.
+    """Find tasks of the harness by their names, before a model is loaded.
 
     Args:
-        tasks: Names, patterns, or paths of tasks' YAML files, with commas between them.
-        include_path: Folder of further tasks.
+        tasks: Names, patterns, or paths of YAML files of tasks, separated by commas.
+        include_path: Folder with further tasks.
 
     Returns:
-        The harness's ``TaskManager``, and the names.
+        The harness's ``TaskManager`` and the names of the tasks.
 
     Raises:
         ModuleNotFoundError: If the harness is not installed.
@@ -124,7 +124,7 @@ def find_tasks(tasks: str, include_path: str | None) -> tuple[Any, list[str]]:
     if folders:
         own = TaskManager(include_path=include, include_defaults=False)
         known = list(own.all_subtasks)
-        if set(wanted) <= set(known):  # to read the harness's own, thousands of files, takes its time
+        if set(wanted) <= set(known):  # reading the thousands of files of the harness's own tasks is slow
             return own, list(dict.fromkeys(wanted))
     manager = TaskManager(include_path=include)
     found: list[str] = []
@@ -141,14 +141,14 @@ def find_tasks(tasks: str, include_path: str | None) -> tuple[Any, list[str]]:
 
 
 def _task_in(path: str) -> str:
-    """Return the name of the task, or group of tasks, that a YAML file is."""
+    """Return the name of the task or group that a YAML file defines."""
     if not Path(path).is_file():
         raise MissingFileError(f"There is no file {path!r}, which --tasks names: give a task's name, or its YAML file.")
     name = re.search(
         r"^(?:task|group)\s*:\s*['\"]?([^'\"\s#\[]+)", Path(path).read_text(encoding="utf-8"), re.MULTILINE
     )
     if name is None:
-        raise InvalidInputError(f"{path!r} is no file of a task: it has no line 'task: NAME'.")
+        raise InvalidInputError(f"{path!r} does not define a task: it has no line 'task: NAME'.")
     return name[1]
 
 
@@ -159,25 +159,25 @@ def score(
     without_adapters: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Have the harness score a model that is in memory.
+    """Score a model in memory by the harness.
 
     Args:
         model: The model, in evaluation mode.
         tokenizer: Its tokenizer.
-        batch_size: Prompts in a batch.
-        without_adapters: Whether to score the pretrained model.
-        options: Of the harness's ``simple_evaluate``.
+        batch_size: Number of prompts in a batch.
+        without_adapters: Whether to switch the adapters off.
+        options: Options of the harness's ``simple_evaluate``.
 
     Returns:
-        What the harness returns, without the examples.
+        The results of the harness, without the examples.
 
     Raises:
-        ValueError: If a task's data cannot be had.
+        ValueError: If a task cannot run, for example because its data cannot be loaded.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    # It warns that a model in memory is scored by this process alone, which is what is wanted.
+    # It warns that only this process scores a model in memory, which is intended.
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
     with ExitStack() as stack:
         if without_adapters:
@@ -185,14 +185,14 @@ def score(
         harness = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         try:
             results = simple_evaluate(model=harness, log_samples=False, **options)
-        except (OSError, ImportError) as error:  # ConnectionError too; packages that a task needs
+        except (OSError, ImportError) as error:  # no connection to the Hub, or a missing package
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
             raise InvalidInputError(f"The harness cannot run {', '.join(options['tasks'])}: {reason}.") from error
     return dict(results or {})
 
 
 def scores_in(results: dict[str, Any]) -> Scores:
-    """Take the values of metrics out of the harness's results.
+    """Extract the values of metrics from the results of the harness.
 
     >>> scores_in({"results": {"sums": {"alias": "sums", "acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 9}}})
     {'sums': {'acc': 0.5, 'acc_stderr': 0.1}}
@@ -208,7 +208,7 @@ def scores_in(results: dict[str, Any]) -> Scores:
 
 
 def table(scores: dict[str, Scores], limit: int | None) -> Table:
-    """Make a table of the metrics of each task, of the models beside one another."""
+    """Create a table of the metrics of each task, with a column for each model."""
     drawn = Table("task", "metric", title=None if limit is None else f"The first {limit} examples of each task")
     columns = [name for name in ("base", "model") if name in scores]
     for name in columns:

@@ -1,4 +1,4 @@
-"""Writes a checkpoint's adapters as a folder that other tools open."""
+"""``export``: writes the adapters of a checkpoint to a folder that other tools can load."""
 
 from __future__ import annotations
 
@@ -28,24 +28,26 @@ def export(
 
     Args:
         ckpt_path: Checkpoint written by ``fit``; a file, or the folder of a sharded run.
-        output: Folder to make.
-        format: ``peft`` for an adapter folder that opens in every PEFT tool, ``merged`` for a whole model.
-        rank: For ``peft``: compress each update to this rank; says how much of it is lost.
+        output: Folder to create.
+        format: ``peft`` for an adapter folder that every PEFT tool can load, ``merged`` for a whole model.
+        rank: For ``peft``: compress each update to this rank; prints how much of the updates is lost.
         name_or_path: Where the base model is now; by default where it was in training.
-        dtype: For ``merged``: of the whole model. By default each weight keeps its own; says how much of the updates
-            rounding to it has cost.
-        push_to_hub: Repository on the Hugging Face Hub to upload the folder to, ``user/name``; made if need be.
+        dtype: For ``merged``: dtype of the whole model. By default each weight keeps its own; prints how much of the
+            updates is lost by rounding.
+        push_to_hub: Repository on the Hugging Face Hub to upload the folder to, ``user/name``; created if necessary.
         private: Make that repository private.
     """
     if private and push_to_hub is None:
-        raise InvalidInputError("private is of a repository on the Hub: give --push_to_hub its name, or leave it out.")
+        raise InvalidInputError(
+            "private applies to a repository on the Hub: add --push_to_hub with its name, or leave private out."
+        )
     if rank is not None and format == "merged":
         raise InvalidInputError(
             "rank compresses adapters; a merged model has none. Leave it out, or use --format peft."
         )
     if dtype is not None and format == "peft":
         raise InvalidInputError(
-            "Adapters stay float32; dtype is of a merged model. Leave it out, or use --format merged."
+            "Adapters are always float32; dtype applies to merged models. Leave it out, or use --format merged."
         )
     check_output(output)
     if push_to_hub is not None:
@@ -67,5 +69,7 @@ def export(
     print(f"Exported to {output}")
     if push_to_hub is not None:
         if (name := local_base(output)) is not None:
-            inform(f"The adapters name {name!r} as their base, which others do not have: tell them in the model card.")
+            inform(
+                f"The adapters name the local folder {name!r} as their base: say in the model card which model it is."
+            )
         print(f"Uploaded to {upload(output, push_to_hub, private)}")

@@ -1,4 +1,4 @@
-"""``generate``: answer prompts from the command line, a file or a pipe."""
+"""``generate``: answers prompts from the command line, a file or a pipe."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from milora_lightning.utils.errors import InvalidInputError, MiLoRAError
 from milora_lightning.utils.messages import inform
 from milora_lightning.utils.printable import printable
 
-WINDOW = 16  # batches among which prompts are sorted by length, and after which answers are written
+WINDOW = 16  # number of batches within which prompts are sorted by length; then their answers are written
 
 
 def generate(
@@ -47,12 +47,12 @@ def generate(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
     device: str | None = None,
 ) -> None:
-    """Answer prompts in the template that a model was trained with.
+    """Answer prompts in the prompt template that the model was trained with.
 
     Args:
         ckpt_path: Checkpoint written by ``fit``: a file, or the folder of a sharded run.
-        model: Or whatever else is to answer: a folder that ``export`` wrote, a Hub name, a folder, a ``.gguf`` file,
-            or ``embedded``.
+        model: Another model instead: a folder that ``export`` wrote, a Hub name, a folder, a ``.gguf`` file, or
+            ``embedded``.
         prompt: A prompt.
         input: Or a file of prompts, ``-`` for standard input: one in each line, or JSON lines with ``prompt``,
             ``instruction`` (and ``input``), ``question`` or ``messages`` (and ``tools``).
@@ -61,17 +61,17 @@ def generate(
             its answer as ``generation``. By default ``jsonl`` where ``output`` ends in ``.jsonl``.
         system: System message of each conversation that has none.
         max_new_tokens: Length limit of answers.
-        temperature: What logits are divided by before a token is drawn; 0 takes the likeliest.
-        top_p: Draw from the fewest likeliest tokens whose probabilities sum to this.
-        top_k: Draw from this many likeliest tokens; 0 for all.
+        temperature: Sampling temperature; 0 always takes the likeliest token.
+        top_p: Sample from the smallest set of likeliest tokens whose probabilities sum to this.
+        top_k: Sample from this many likeliest tokens; 0 for all.
         num_return_sequences: Number of answers to each prompt.
-        seed: Seed of what is drawn.
-        batch_size: Prompts that are answered at a time, those of about the same length together.
-        template: How to ask, in place of what is known of the training: ``alpaca``, ``chat``, ``plain`` or the path of
-            a Jinja file.
+        seed: Seed for sampling.
+        batch_size: Number of prompts answered together; prompts of similar length are grouped.
+        template: Prompt template, in place of that of training: ``alpaca``, ``chat``, ``plain`` or the path of a Jinja
+            file.
         name_or_path: Where the base model is now; by default where it was in training.
-        dtype: Dtype of the base's weights.
-        device: Where to compute, such as ``cpu`` or ``cuda:1``; by default the accelerator, if there is one.
+        dtype: Dtype of the base weights.
+        device: Device to compute on, such as ``cpu`` or ``cuda:1``; by default the accelerator, if there is one.
     """
     sampling = Sampling(temperature, top_p, top_k)
     if bool(prompt) == (input is not None):
@@ -84,7 +84,7 @@ def generate(
             "Without sampling all answers to a prompt are the same: give a temperature, 0.7 for example."
         )
     if output is not None and Path(output).expanduser().is_dir():
-        raise InvalidInputError(f"output is the file for the answers, and {output!r} is a folder.")
+        raise InvalidInputError(f"output must be a file, and {output!r} is a folder.")
     rows = [{"prompt": prompt}] if input is None else list(read_prompts(input))
     loaded, tokenizer = load_to_ask(ckpt_path, model, name_or_path, template, dtype, device)
     asker = Asker(loaded, tokenizer, sampling, max_new_tokens, num_return_sequences)
@@ -113,7 +113,7 @@ class Asker:
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer, whose chat template asks as in training.
+        tokenizer: Its tokenizer, whose chat template is that of training.
         sampling: How tokens are chosen.
         max_new_tokens: Length limit of answers.
         number: Number of answers to each prompt.
@@ -148,10 +148,10 @@ class Asker:
         return prompts
 
     def answer(self, prompts: Sequence[list[int]], batch_size: int) -> list[list[str]]:
-        """Answer prompts, those of about the same length together.
+        """Answer prompts, grouping those of similar length.
 
         Returns:
-            For each prompt its answers.
+            The answers to each prompt.
         """
         answers: list[list[str]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))

@@ -1,4 +1,4 @@
-"""What the commands share that load a model."""
+"""Loading a model, for all commands that need one."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from milora_lightning.utils.notices import leave_out_bars
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Within this context, show on a terminal that a model is loaded, and nothing in a file or a pipe.
+    """Within this context, show on a terminal that a model is being loaded, and nothing in a file or a pipe.
 
-    In place of bars of other projects, which would stay on the terminal, and fill files with control characters.
+    This replaces progress bars of other libraries, which stay on the terminal and write control characters to files.
     """
     leave_out_bars()
     console = Console(stderr=True)
@@ -35,10 +35,10 @@ def load_to_ask(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None,
     device: str | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load what one of two options names; see :func:`milora_lightning.load_for_inference`.
+    """Load the model that one of two options names; see :func:`milora_lightning.load_for_inference`.
 
     Raises:
-        ValueError: If not one of both is given, or it is not known how to ask.
+        ValueError: If none or both of the options are given, or no prompt template is known.
     """
     if (ckpt_path is None) == (model is None):
         raise InvalidInputError(

@@ -1,4 +1,4 @@
-"""``preview``: see what a run would train on and what it would take, before it starts."""
+"""``preview``: shows what a run would train on and the memory it would need, before it starts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REMEDIES = (
 
 
 class PreviewCLI(MiLoRACLI):
-    """The command line of ``fit`` that makes everything and runs nothing."""
+    """The command line of ``fit``, which creates all objects but does not train."""
 
     command = "preview"
 
@@ -39,15 +39,15 @@ class PreviewCLI(MiLoRACLI):
 
 
 def preview(fit: Sequence[str], examples: int = 3, max_tokens: int = 400) -> None:
-    """Show what fit would train on and what it would take, before it starts.
+    """Show what fit would train on and the memory it would need, before it starts.
 
-    Takes the options of fit. Prints examples as the model gets them, with what is learned in colour (in a pipe:
+    Takes the options of fit. Prints examples as the model sees them, with learned tokens in colour (in a pipe:
     between « and »), the lengths, what is truncated, the steps, and an estimate of the memory. Weights are not loaded.
 
     Args:
         fit: Options of ``fit``.
-        examples: How many examples to print.
-        max_tokens: Most tokens to print of each.
+        examples: Number of examples to print.
+        max_tokens: Maximum number of tokens to print of each.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
@@ -69,13 +69,13 @@ def preview(fit: Sequence[str], examples: int = 3, max_tokens: int = 400) -> Non
 
 
 def shown(example: dict[str, Any], tokenizer: Any, most: int, colours: bool) -> Text:
-    """Write an example as text, with what is learned in colour, or between marks.
+    """Format an example as text, with learned tokens in colour or between marks.
 
     Args:
         example: A tokenized example.
         tokenizer: Its tokenizer.
-        most: Most tokens to write.
-        colours: Whether to colour rather than mark.
+        most: Maximum number of tokens to show.
+        colours: Whether to use colour instead of marks.
 
     Returns:
         The text, special tokens included.
@@ -94,10 +94,10 @@ def shown(example: dict[str, Any], tokenizer: Any, most: int, colours: bool) -> 
 
 
 def histogram(lengths: Sequence[int], width: int = 40) -> list[str]:
-    r"""Draw how long examples are.
+    r"""Draw a histogram of the lengths of examples.
 
     Args:
-        lengths: Tokens of each example.
+        lengths: Number of tokens of each example.
         width: Length of the longest bar.
 
     Returns:
@@ -130,14 +130,14 @@ def histogram(lengths: Sequence[int], width: int = 40) -> list[str]:
 
 
 def epoch(data: SFTDataModule) -> list[list[int]]:
-    """Return the lengths of the rows of each batch of an epoch, or of the beginning of a stream."""
+    """Return the lengths of the rows in each batch of an epoch, or of the beginning of a stream."""
     loader = data.epoch()
     lengths = getattr(loader.dataset, "lengths", None) or data.examples("train")["length"][:]
     return [[lengths[i] for i in batch] for batch in loader.batch_sampler or ()]
 
 
 def of_the_data(data: SFTDataModule, lengths: Sequence[int], batches: list[list[int]]) -> list[str]:
-    """Say how much there is to learn, and what is truncated."""
+    """Describe the data: how much is learned, truncated and padded."""
     examples = data.examples("train")
     learned = sum(stop - start for e in examples.select_columns(["spans"]) for start, stop in learned_spans(e))
     padded = sum(len(batch) * round_up(max(batch), data.pad_to_multiple_of) for batch in batches)
@@ -155,7 +155,7 @@ def of_the_data(data: SFTDataModule, lengths: Sequence[int], batches: list[list[
 
 
 def of_the_run(cli: MiLoRACLI, batches: int, lengths: list[list[int]]) -> list[str]:
-    """Say how long the run is, what trains, and what memory it takes."""
+    """Describe the run: its length, the parameters that train, and the memory it needs."""
     trainer, data = cli.trainer, cli.datamodule
     each, epochs = trainer.accumulate_grad_batches, trainer.max_epochs or -1
     steps = math.ceil(batches / each)
@@ -185,7 +185,7 @@ def of_the_run(cli: MiLoRACLI, batches: int, lengths: list[list[int]]) -> list[s
 
 
 def of_memory(cli: MiLoRACLI, lengths: list[list[int]], kind: str) -> Estimate:
-    """Estimate the memory of the run's largest batch."""
+    """Estimate the memory that the run needs for its largest batch."""
     module, data = cli.model, cli.datamodule
     config = load_config(module.name_or_path)
     adapters = cli.config_init["fit"]["adapter"].config
@@ -212,7 +212,7 @@ def of_memory(cli: MiLoRACLI, lengths: list[list[int]], kind: str) -> Estimate:
 
 
 def resident() -> int:
-    """Return the memory that this process has now, in bytes; 0 where the system does not tell."""
+    """Return the resident memory of this process in bytes; 0 if the system does not report it."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * 4096
@@ -221,7 +221,7 @@ def resident() -> int:
 
 
 def available(kind: str) -> int | None:
-    """Return the memory that is available on the device, in bytes; None where that is not known."""
+    """Return the memory available on the device in bytes; None if it is not known."""
     if kind == "cuda":
         return torch.cuda.mem_get_info()[0]
     try:
@@ -237,7 +237,7 @@ def _bytes(size: float) -> str:
 
 
 def _round(step: float) -> int:
-    """Round up to a number that reads well."""
+    """Round up to 1, 2, 5 or 10 times a power of ten."""
     scale = 10 ** max(0, math.floor(math.log10(max(step, 1))))
     return next(int(n * scale) for n in (1, 2, 5, 10) if n * scale >= step)
 

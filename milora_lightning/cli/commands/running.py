@@ -1,4 +1,4 @@
-"""Calls a command's function with what the command line gives."""
+"""Calls the function of a command with the options on the command line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run_command(name: str, args: Sequence[str]) -> Any:
         args: Its command-line arguments.
 
     Returns:
-        What its function returns.
+        The return value of its function.
     """
     take_text_as_typed()
     module, _, function_name = COMMANDS[name].partition(":")
@@ -42,7 +42,7 @@ def run_command(name: str, args: Sequence[str]) -> Any:
 
 
 def split_arguments(args: Sequence[str], names: set[str]) -> tuple[list[str], list[str]]:
-    """Divide command-line arguments into options of certain names, with their values, and all others.
+    """Split command-line arguments into options with the given names, including their values, and all others.
 
     >>> split_arguments(["--seeds", "[0]", "--config", "a.yaml", "--output=x"], {"--seeds", "--output"})
     (['--seeds', '[0]', '--output=x'], ['--config', 'a.yaml'])
