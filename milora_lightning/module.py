@@ -23,7 +23,7 @@ from milora_lightning.models.compile import compile_layers
 from milora_lightning.models.generation import generate_greedily, greedy_config, nothing_else, without_stop
 from milora_lightning.models.loss import causal_lm_loss, supervised_logits
 from milora_lightning.models.packed_rows import check_separation, check_takes_positions
-from milora_lightning.models.pretrained import load_causal_lm, load_tokenizer
+from milora_lightning.models.pretrained import load_causal_lm, load_config, load_tokenizer
 from milora_lightning.models.processor import warn_of_slow_products
 from milora_lightning.models.quantized import Quantization
 from milora_lightning.models.streaming import empty_causal_lm, shard, stream_weights
@@ -125,6 +125,11 @@ class CausalLMModule(EvaluatedModule):
                 warn_of_another(trained, self.prompt_format)
         if self.quantization is not None:
             self._check_quantized(stage)
+
+    def prepare_data(self) -> None:
+        """Refuse what is no causal language model, before data is tokenized for it."""
+        if self.model is None and type(self).configure_model is CausalLMModule.configure_model:
+            load_config(self.name_or_path)
 
     def configure_model(self) -> None:
         """Load the model, once, and check that it fits the data."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelPruning
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
@@ -14,6 +15,19 @@ from milora_lightning.utils.compat import is_placeholder
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn, warn_once
 from milora_lightning.utils.names import unwrapped_name
+
+
+def check_callbacks(trainer: Trainer) -> None:
+    """Refuse callbacks that change weights which adapters stand on.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if any(isinstance(callback, ModelPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise InvalidInputError(
+            "ModelPruning does not work with MiLoRAInit: it prunes the weights that adapters keep frozen, and whose "
+            "singular vectors they start from. Remove one of the two, or prune the model before or after training."
+        )
 
 
 def check_optimizers(trainer: Trainer, module: LightningModule, config: LoRAConfig) -> None:

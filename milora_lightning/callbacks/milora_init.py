@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from milora_lightning.adapters.initialization import initialize
 from milora_lightning.adapters.injection import freeze_again, inject, inject_quietly, lora_layers
 from milora_lightning.adapters.parts import TargetNotFoundError, find_part
-from milora_lightning.callbacks._checks import check_optimizers, say_without_gradient, warn_of_export
+from milora_lightning.callbacks._checks import check_callbacks, check_optimizers, say_without_gradient, warn_of_export
 from milora_lightning.callbacks._display import progress, summary
 from milora_lightning.callbacks.progress import RunProgress
 from milora_lightning.checkpoint.adapter import AdapterCheckpoint
@@ -119,6 +119,7 @@ class MiLoRAInit(Callback):
         pl_module.milora_config = config  # type: ignore[assignment]  # for a configure_model that shards the model
         if config is None:
             return
+        check_callbacks(trainer)
         prepare(trainer)
         check_averaging(trainer)
         # Tuners train in their own on_fit_start, and Lightning sorts them to the front: the factors have to be there.

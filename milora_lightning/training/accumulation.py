@@ -6,10 +6,18 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from milora_lightning.utils.compat import multiply_together
+
+
+def accumulates(trainer: Trainer) -> bool:
+    """Tell whether a run accumulates the gradients of several batches, be it in later epochs alone."""
+    schedules = (c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler))  # type: ignore[attr-defined]
+    return trainer.accumulate_grad_batches > 1 or any(each.going_to_accumulate_grad_batches() for each in schedules)
 
 
 class TokenWindow:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from milora_lightning.strategies.base import clips_itself, gradient_norm
-from milora_lightning.training.accumulation import TokenWindow
+from milora_lightning.training.accumulation import TokenWindow, accumulates
 from milora_lightning.training.resuming import KEY, check_same, check_whole, describe, options, tell_differences
 from milora_lightning.training.schedules import (
     check_length,
@@ -140,10 +140,10 @@ class OptimizedModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Make the optimizer of the trainable parameters and its schedule over the whole run."""
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        if isinstance(optimizer, torch.optim.LBFGS) and self.trainer.accumulate_grad_batches > 1:
+        if isinstance(optimizer, torch.optim.LBFGS) and accumulates(self.trainer):
             raise InvalidInputError(
-                "LBFGS computes the loss several times in a step, which does not work with accumulate_grad_batches: "
-                "use larger batches, or another optimizer."
+                "LBFGS computes the loss several times in a step, which does not work with accumulate_grad_batches or "
+                "a GradientAccumulationScheduler: use larger batches, or another optimizer."
             )
         if self.learning_rate is not None:
             for group in optimizer.param_groups:

@@ -130,6 +130,13 @@ def make_schedule(
     warmup = _steps(warmup_steps, length)
     _tell_of_warmup(name, optimizer, warmup_steps, warmup, length)
     options = {key: _steps(value, length) if key.endswith("_steps") else value for key, value in arguments.items()}
+    decay = options.get("num_decay_steps", 0)
+    if name == "warmup_stable_decay" and "num_stable_steps" not in options and 0 < length < warmup + decay:
+        raise InvalidInputError(
+            f"lr_scheduler {name!r}: a warm-up of {warmup} and a decay of {decay} steps are more than the run's "
+            f"{length:.0f}. Make the run longer, or give warmup_steps and num_decay_steps as shares of it, such as "
+            f"{WARMUP} and 0.2."
+        )
     # warmup_stable_decay takes either num_training_steps or num_stable_steps.
     steps = None if math.isinf(length) or "num_stable_steps" in options else int(length)
     try:

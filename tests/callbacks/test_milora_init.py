@@ -11,7 +11,7 @@ import torch
 from helpers.callback_modules import LanguageModel, Regression
 from helpers.models import quiet_trainer
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.callbacks import LearningRateFinder, ModelPruning
 from lightning.pytorch.demos import transformer as demo
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
@@ -206,3 +206,11 @@ def test_learning_rate_finder_works_before_training(tmp_path: Path) -> None:
     trainer.fit(module)
     assert len(finder.optimal_lr.results["loss"]) > 5
     assert trainer.global_step == 2
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_pruning_is_refused(first: bool, tmp_path: Path) -> None:
+    callbacks = [MiLoRAInit(r=2), ModelPruning("l1_unstructured", amount=0.5)]
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=callbacks if first else callbacks[::-1])
+    with pytest.raises(ValueError, match="ModelPruning does not work with MiLoRAInit"):
+        trainer.fit(BoringModel())

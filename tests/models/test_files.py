@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import save_tiny_model, tiny_model, tiny_tokenizer
+from helpers.models import quiet_trainer, save_tiny_model, tiny_model, tiny_tokenizer, write_examples
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertConfig, T5Config, ViTConfig
 
+from milora_lightning import CausalLMModule, SFTDataModule
 from milora_lightning.cli.main import main
+from milora_lightning.data import Files
 from milora_lightning.models.files import ModelNotFoundError, UnusableModelError
 from milora_lightning.models.pretrained import load_causal_lm, load_config, load_tokenizer
+from milora_lightning.utils.errors import InvalidInputError
 
 WEIGHT = "model.layers.0.mlp.down_proj.weight"
 
@@ -170,3 +173,13 @@ def test_the_command_line_says_so_without_a_traceback(folder: Path) -> None:
     shutil.rmtree(folder)
     with pytest.raises(SystemExit, match=re.escape(f"There is no model '{folder}'")):
         main(["fit", f"--model.name_or_path={folder}", "--adapter.r=2", *source, *quiet])
+
+
+def test_another_kind_of_model_is_refused_before_data_is_tokenized_for_it(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base", "llama")
+    rows = str(write_examples(tmp_path / "rows.jsonl", 4))
+    data = SFTDataModule(Files(rows, rows), str(base), template="plain")
+    T5Config().save_pretrained(base)
+    with pytest.raises(InvalidInputError, match="an encoder-decoder"):
+        quiet_trainer(tmp_path, max_steps=1).fit(CausalLMModule(str(base)), data)
+    assert data.loaded("fit") == []

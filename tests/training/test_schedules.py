@@ -152,6 +152,9 @@ def test_what_cannot_be_scheduled_is_refused_by_name(llama: Path) -> None:
         module(llama, warmup_steps=1.5)
     with pytest.raises(ValueError, match=r"'cosine_with_min_lr'.*min_lr"):
         make_schedule("cosine_with_min_lr", optimizer(), 0, {}, 10)
+    with pytest.raises(ValueError, match="a warm-up of 3 and a decay of 8 steps are more than the run's 10"):
+        make_schedule("warmup_stable_decay", optimizer(), 3, {"num_decay_steps": 8}, 10)
+    make_schedule("warmup_stable_decay", optimizer(), 2, {"num_decay_steps": 8}, 10)
     check_schedule("reduce_lr_on_plateau", 0, {"patience": 1, "factor": 0.5})
 
 
@@ -209,6 +212,15 @@ def test_the_batch_size_finder_finds(llama: Path, tmp_path: Path) -> None:
 def test_optimizers_train(made: Any, llama: Path, tmp_path: Path) -> None:
     trainer, _ = fit(llama, tmp_path, {"optimizer": made}, max_steps=3)
     assert trainer.global_step == 3
+
+
+@pytest.mark.parametrize("how", ["Trainer", "callback"])
+def test_an_optimizer_of_several_losses_a_step_accumulates_no_gradients(how: str, llama: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"accumulate_grad_batches": 2}
+    if how == "callback":
+        options = {"callbacks": [GradientAccumulationScheduler({1: 2})]}
+    with pytest.raises(ValueError, match="LBFGS computes the loss several times in a step"):
+        fit(llama, tmp_path, {"optimizer": torch.optim.LBFGS}, max_epochs=2, **options)
 
 
 def saved(llama: Path, folder: Path, lm: dict[str, Any], **options: Any) -> Path:
