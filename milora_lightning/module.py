@@ -20,7 +20,7 @@ from milora_lightning.data.encoding.prompt_format import PromptFormat, warn_of_a
 from milora_lightning.data.model_check import check_model
 from milora_lightning.models.choosing import choose_likeliest
 from milora_lightning.models.compile import compile_layers
-from milora_lightning.models.generation import generate_greedily, greedy_config, nothing_else, without_stop
+from milora_lightning.models.generation import cut_at_stop, generate_greedily, greedy_config, use_generation_config
 from milora_lightning.models.loss import causal_lm_loss, supervised_logits
 from milora_lightning.models.packed_rows import check_separation, check_takes_positions
 from milora_lightning.models.pretrained import load_causal_lm, load_config, load_tokenizer
@@ -282,9 +282,9 @@ class CausalLMModule(EvaluatedModule):
         end_of_turn = None if self.prompt_format is None else self.prompt_format.end_of_turn
         model = self._built()
         config = greedy_config(model, tokenizer, self.max_new_tokens, end_of_turn)
-        with adapters_merged(self), nothing_else(model, config):
+        with adapters_merged(self), use_generation_config(model, config):
             tokens = generate_greedily(model, batch["input_ids"], batch["attention_mask"], config)
-        ids = without_stop(tokens, config.eos_token_id or [])
+        ids = cut_at_stop(tokens, config.eos_token_id or [])
         return cast(list[str], tokenizer.batch_decode(ids, skip_special_tokens=True))
 
     # ---- Checkpoints ----

@@ -1,4 +1,4 @@
-"""Where updates lie in the spectra of their weights."""
+"""Analysis of trained adapters: how their updates relate to the spectra of the weights they update."""
 
 from milora_lightning.analysis.spectra import MatrixAnalysis, analyze_model
 

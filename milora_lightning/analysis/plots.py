@@ -1,4 +1,4 @@
-"""Pictures of analyses and comparisons, drawn without a display."""
+"""Plots of analyses and comparisons, drawn without a display."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _draw_energy(axes: Any, group: list[MatrixAnalysis]) -> None:
 
 def _panels(path: Path, groups: dict[str, list[MatrixAnalysis]], title: str, draw: Draw) -> None:
     rows = -(-len(groups) // 4)
-    columns = -(-len(groups) // rows)  # as even as can be
+    columns = -(-len(groups) // rows)  # rows of nearly equal length
     with new_figure(path, 3.6 * columns, 3 * rows + 0.7) as figure:
         for number, (name, group) in enumerate(groups.items(), 1):
             axes = figure.add_subplot(rows, columns, number, title=name)
@@ -70,7 +70,7 @@ def _panels(path: Path, groups: dict[str, list[MatrixAnalysis]], title: str, dra
 
 @contextmanager
 def new_figure(path: Path, width: float, height: float) -> Iterator[Any]:
-    """Make a figure that is written to ``path`` at the end; sizes in inches."""
+    """Yield a new figure and save it to ``path`` afterwards; width and height are in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     yield figure
     figure.savefig(path, dpi=130)

@@ -1,4 +1,4 @@
-"""The analysis of a trained checkpoint: where its updates lie in the spectra of the weights they update."""
+"""Comparison of a trained model's updates with the singular spectra of the weights they update."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from milora_lightning.linalg.singular import SingularSlice, singular_slice
 from milora_lightning.utils.errors import InvalidInputError
 
 BINS = 24
-"""Parts into which a spectrum is divided to see where an update's energy lies."""
+"""Number of bins for an update's energy along a spectrum."""
 
 
 @dataclass(frozen=True)
 class MatrixAnalysis:
-    """What is found for one adapted matrix W of shape (out, in), k = min(out, in).
+    """Analysis of the update of one adapted matrix W of shape (out, in), with k = min(out, in).
 
     Attributes:
         layer: Name of the layer.
-        r: Number of singular vectors of ΔW compared: the adapter's rank, or that of ΔW where it is lower.
-        singular_values: Those of W, shape (k,).
-        delta_singular_values: Those of ΔW that are not zero.
-        similarity: φ of ΔW's top r left singular vectors with W's ``top``, ``bottom`` and ``random`` r, and what
-            subspaces at random have, ``expected`` = r / out.
+        r: Number of singular vectors of ΔW compared: the adapter's rank, or that of ΔW if it is lower.
+        singular_values: Singular values of W, shape (k,).
+        delta_singular_values: Nonzero singular values of ΔW.
+        similarity: φ of ΔW's top r left singular vectors with W's ``top``, ``bottom`` and ``random`` r, and the
+            expected value for random subspaces, ``expected`` = r / out.
         amplification: ‖UᵀΔWV‖_F / ‖UᵀWV‖_F.
         relative_norm: ‖ΔW‖_F / ‖W‖_F.
-        left_energy: Share of ‖ΔW‖² along bins of W's left singular vectors, the largest singular value's first.
+        left_energy: Share of ‖ΔW‖² along bins of W's left singular vectors, starting with the largest singular value.
         right_energy: The same for the right singular vectors.
     """
 
@@ -86,12 +86,12 @@ def update_of(layer: LoRALinear) -> Update:
 
 
 def subspace_generator(name: str) -> torch.Generator:
-    """Make the generator of a layer's random subspace, the same in every analysis."""
+    """Return the generator of a layer's random subspace, seeded by the layer's name alone."""
     return torch.Generator().manual_seed(zlib.crc32(name.encode()))
 
 
 def reference_vectors(name: str, weight: Tensor, r: int) -> dict[str, Tensor]:
-    """Choose the left singular vectors (out, r) of a layer's weight that its update is compared with."""
+    """Return the left singular vectors (out, r) of a layer's weight that its update is compared with."""
     return reference_subspaces(_triplets(weight).U, r, subspace_generator(name))
 
 
@@ -106,12 +106,12 @@ def analyze_matrix(name: str, weight: Tensor, update: Update, r: int, bins: int 
     Args:
         name: Name of the layer.
         weight: The frozen weight, shape (out, in).
-        update: Its update.
+        update: The update of the weight.
         r: Number of singular vectors to compare.
-        bins: Number of parts to divide the spectrum into.
+        bins: Number of bins along the spectrum.
 
     Returns:
-        What is found, or None for an update that is zero.
+        The analysis, or None if the update is zero.
     """
     r = min(r, len(update.S))
     if r == 0:
@@ -133,11 +133,11 @@ def analyze_matrix(name: str, weight: Tensor, update: Update, r: int, bins: int 
 
 
 def analyze_model(module: nn.Module, description: str = "Analyzing") -> list[MatrixAnalysis]:
-    """Analyze every adapter of a model that has moved, with a progress bar.
+    """Analyze every adapter of a model whose update is not zero, with a progress bar.
 
     Args:
         module: Any module with adapters.
-        description: What the progress bar says.
+        description: Label of the progress bar.
 
     Returns:
         One analysis for each adapter whose update is not zero.
@@ -146,20 +146,20 @@ def analyze_model(module: nn.Module, description: str = "Analyzing") -> list[Mat
         ValueError: If there is none.
     """
     layers = lora_layers(module).items()
-    found = [
+    analyses = [
         analyze_matrix(name, dense_weight(layer), update_of(layer), layer.r)
         for name, layer in track(layers, description, transient=True)
     ]
-    moved = [matrix for matrix in found if matrix is not None]
-    if not moved:
+    updated = [matrix for matrix in analyses if matrix is not None]
+    if not updated:
         raise InvalidInputError(
             "There is no update to analyze: the module has no adapters, or they have not been trained."
         )
-    return moved
+    return updated
 
 
 def by_type(matrices: Iterable[MatrixAnalysis]) -> dict[str, list[MatrixAnalysis]]:
-    """Group matrices by module type, each group in the order of its layers."""
+    """Group matrices by module type; each group is in the order of its layers."""
     groups = defaultdict(list)
     for matrix in matrices:
         groups[matrix.module_type].append(matrix)
@@ -176,7 +176,7 @@ def averages(matrices: Sequence[MatrixAnalysis]) -> dict[str, float]:
 
 
 def summary(matrices: Sequence[MatrixAnalysis]) -> Table:
-    """Return the averages over layers as a table, one row for each module type."""
+    """Return a table of averages over layers, with one row for each module type."""
     columns = "layers", "φ top", "bottom", "random", "r/out", "amplification", "‖ΔW‖/‖W‖"
     title = "Similarity φ of ΔW with parts of W's spectrum, means over layers"
     table = Table("module", *columns, title=title, title_justify="left", box=SIMPLE, collapse_padding=True)
@@ -186,9 +186,9 @@ def summary(matrices: Sequence[MatrixAnalysis]) -> Table:
 
 
 def write_tables(folder: Path, matrices: Sequence[MatrixAnalysis]) -> None:
-    """Write what was found as CSV files."""
+    """Write analyses to similarity.csv, spectra.csv and energy.csv in a folder."""
     names = list(matrices[0].similarity)
-    _write(
+    _write_csv(
         folder / "similarity.csv",
         ("layer", "module", "block", "r", *names, "amplification", "relative_norm"),
         (
@@ -196,7 +196,7 @@ def write_tables(folder: Path, matrices: Sequence[MatrixAnalysis]) -> None:
             for m in matrices
         ),
     )
-    _write(
+    _write_csv(
         folder / "spectra.csv",
         ("layer", "module", "block", "matrix", "index", "singular_value"),
         (
@@ -206,7 +206,7 @@ def write_tables(folder: Path, matrices: Sequence[MatrixAnalysis]) -> None:
             for index, value in enumerate(values.tolist())
         ),
     )
-    _write(
+    _write_csv(
         folder / "energy.csv",
         ("layer", "module", "block", "from", "to", "left", "right"),
         (
@@ -217,7 +217,7 @@ def write_tables(folder: Path, matrices: Sequence[MatrixAnalysis]) -> None:
     )
 
 
-def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)

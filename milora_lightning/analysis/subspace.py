@@ -1,4 +1,4 @@
-"""Where an update lies in the spectrum of the weight it updates."""
+"""Measures that compare an update with the singular spectrum of the weight it updates."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from milora_lightning.linalg.singular import SingularSlice
 def similarity(A: Tensor, B: Tensor) -> float:
     """Compute the similarity of two subspaces, φ = ‖AᵀB‖²_F / r.
 
-    It is 1 where one contains the other and 0 where they are orthogonal; subspaces at random have r / out of the
-    larger one on average (LoRA, arXiv 2106.09685, section 7.2; MiLoRA, arXiv 2406.09044, section 6).
+    It is 1 if one contains the other and 0 if they are orthogonal. For random subspaces it is r / out on average, with
+    r the larger of the two dimensions (LoRA, arXiv 2106.09685, section 7.2; MiLoRA, arXiv 2406.09044, section 6).
 
     Args:
         A: Orthonormal columns, shape (out, a).
@@ -32,10 +32,10 @@ def similarity(A: Tensor, B: Tensor) -> float:
 
 
 def reference_subspaces(left: Tensor, r: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-    """Choose the left singular vectors of a weight that an update is compared with.
+    """Choose the left singular vectors of a weight to compare an update with.
 
     Args:
-        left: All left singular vectors, shape (out, k), the largest singular value's first.
+        left: All left singular vectors, shape (out, k), in descending order of singular values.
         r: How many to choose.
         generator: CPU generator for the random choice.
 
@@ -49,7 +49,7 @@ def reference_subspaces(left: Tensor, r: int, generator: torch.Generator | None 
 
 @dataclass(frozen=True)
 class Update:
-    """A low-rank update ΔW by its singular triplets, without those that are zero.
+    """A low-rank update ΔW, given by its nonzero singular values and their vectors.
 
     Attributes:
         U: Left singular vectors, shape (out, rank).
@@ -65,13 +65,13 @@ class Update:
     def of(B: Tensor, A: Tensor) -> Update:
         """Decompose ΔW = B A, of factors (out, n) and (n, in), without forming it."""
         U, S, Vh = product_svd(B, A)
-        # Relative to the factors and not to S alone, so that products that cancel count as zero.
+        # Relative to the factors, not only to S, so that an update whose terms cancel counts as zero.
         scale = torch.linalg.matrix_norm(B.double()) * torch.linalg.matrix_norm(A.double())
         rank = int((torch.finfo(A.dtype).eps * scale < S).sum())
         return Update(U[:, :rank], S[:rank], Vh[:rank])
 
     def similarities(self, subspaces: dict[str, Tensor], r: int) -> dict[str, float]:
-        """Compute φ of the top r left singular vectors with each of some subspaces."""
+        """Compute φ of the top r left singular vectors with each subspace."""
         return {name: similarity(self.U[:, :r], vectors.double()) for name, vectors in subspaces.items()}
 
     def amplification(self, weight: Tensor, r: int) -> float:
@@ -80,15 +80,15 @@ class Update:
         return float(torch.linalg.vector_norm(self.S[:r]) / torch.linalg.matrix_norm(inside))
 
     def energy(self, weight: SingularSlice, bins: int) -> tuple[Tensor, Tensor]:
-        """Compute which shares of ‖ΔW‖²_F lie where along a weight's spectrum.
+        """Compute the distribution of ‖ΔW‖²_F along a weight's spectrum.
 
         Args:
             weight: All k singular triplets (uᵢ, σᵢ, vᵢ) of the weight.
-            bins: Number of bins into which the k singular directions are divided, largest first; at most k.
+            bins: Number of bins for the k singular directions, largest first; at most k.
 
         Returns:
             ‖uᵢᵀΔW‖² / ‖ΔW‖² and ‖ΔWvᵢ‖² / ‖ΔW‖², each summed over the directions of a bin, shape (bins,). Each sums
-            to 1, less what is in the null space of the longer side.
+            to 1, minus the share of ΔW that lies in the null space of W on its longer side.
         """
         total = self.S.square().sum()
         left = ((weight.U.mT @ self.U) * self.S).square().sum(1) / total

@@ -1,4 +1,4 @@
-"""Torchmetrics metrics for fine-tuned language models."""
+"""Torchmetrics metrics for fine-tuned language models: answer accuracy and forgetting."""
 
 from milora_lightning.metrics.answers import AnswerAccuracy, extract_answer, right_answer, same_answer
 from milora_lightning.metrics.choices import extract_choice, right_choice

@@ -1,4 +1,4 @@
-"""How many generated texts end in the right answer."""
+"""Accuracy of the final answers in generated texts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torchmetrics import Metric
 
 from milora_lightning.utils.errors import InvalidInputError
 
-MARKER = r"the answer is:|####"  # the paper's, and that of GSM8K's references
+MARKER = r"the answer is:|####"  # as in the paper, and as in GSM8K's references
 
-# A sign belongs to a number only where no operand stands before it: "10-5" ends in 5, "= -5" in -5.
+# A sign belongs to a number only if no operand comes before it: "10-5" ends in 5, "= -5" in -5.
 _NUMBER = re.compile(
     r"(?:(?<![\w.)])(?P<sign>[-−])\s?)?[$€£¥]?(?P<sign2>(?<=[$€£¥])[-−])?"
     r"(?P<number>\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\w.])\.\d+)"
@@ -23,13 +23,13 @@ _NUMBER = re.compile(
 
 
 def extract_answer(text: str, pattern: str = MARKER, strict: bool = False) -> str | None:
-    """Read the answer out of a generated text.
+    """Extract the answer from a generated text.
 
     Args:
         text: The text.
-        pattern: Regular expression (case is ignored) of what stands before the answer; the last match counts, and
-            the answer reaches to the end of the line.
-        strict: Whether a text without the marker has no answer; otherwise it is the last number in the text.
+        pattern: Regular expression (case-insensitive) for the marker before the answer. The last match counts, and the
+            answer extends to the end of the line.
+        strict: Whether a text without the marker has no answer; otherwise its answer is the last number in the text.
 
     Returns:
         The answer as it is written, or None if there is none.
@@ -50,14 +50,14 @@ def extract_answer(text: str, pattern: str = MARKER, strict: bool = False) -> st
 
 
 def same_answer(answer: str, reference: str) -> bool:
-    """Compare two answers: numbers by their exact value, whatever their form and unit, other texts by their letters.
+    """Compare two answers: numbers by exact value, ignoring format and unit; other texts case-insensitively.
 
     >>> same_answer("$1,234.00 in total.", "1234"), same_answer("0.75", "3/4"), same_answer("-5", "5")
     (True, True, False)
     >>> same_answer("True.", "true"), same_answer("x = 4", "4"), same_answer("four", "4")
     (True, True, False)
     """
-    answer, reference = _bare(answer), _bare(reference)
+    answer, reference = _strip_markup(answer), _strip_markup(reference)
     expected = _NUMBER.match(reference)
     if expected and (value := _value(expected)) is not None:
         found = _NUMBER.search(answer)
@@ -70,10 +70,10 @@ def right_answer(generation: str, reference: str, pattern: str = MARKER, strict:
 
     Args:
         generation: The text.
-        reference: A whole solution with the marker, or the answer alone.
+        reference: A whole solution with the marker, or only the answer.
         pattern: See :func:`extract_answer`.
-        strict: Whether a generation without the marker is wrong; otherwise its last number counts, or that it is the
-            reference to the letter.
+        strict: Whether a generation without the marker is wrong; otherwise its last number is compared, and a
+            generation identical to the reference is right.
 
     >>> right_answer("It is 5.", "It is 5."), right_answer("It is 6.", "It is 5.")
     (True, False)
@@ -86,14 +86,14 @@ def right_answer(generation: str, reference: str, pattern: str = MARKER, strict:
     return answer is not None and same_answer(answer, extract_answer(reference, pattern, strict=True) or reference)
 
 
-def _bare(answer: str) -> str:
+def _strip_markup(answer: str) -> str:
     return answer.lstrip(" \t\r\n*`\"'").rstrip(" \t\r\n*`\"'.")
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
     try:
         value = Fraction(match["number"].replace(",", "")) / Fraction(match["divisor"] or 1)
-    except (ValueError, ZeroDivisionError):  # more digits than Python converts, a division by zero
+    except (ValueError, ZeroDivisionError):  # more digits than Python converts, or a division by zero
         return None
     return -value if match["sign"] or match["sign2"] else value
 
@@ -102,12 +102,12 @@ class AnswerAccuracy(Metric):
     """Fraction of generated texts whose answer is right.
 
     Args:
-        pattern: Regular expression of what stands before the answer, see :func:`extract_answer`. A reference may be
-            a whole solution with the marker, or the answer alone.
-        strict: Whether a generated text without the marker is wrong; otherwise its last number counts.
+        pattern: Regular expression for the marker before the answer, see :func:`extract_answer`. A reference may be a
+            whole solution with the marker, or only the answer.
+        strict: Whether a generated text without the marker is wrong; otherwise its last number is compared.
 
     Raises:
-        ValueError: In ``update``, if there are not as many references as generated texts.
+        ValueError: In ``update``, if the numbers of references and generated texts differ.
 
     >>> metric = AnswerAccuracy()
     >>> metric.update(["2 + 2 = 4. The answer is: 4", "The answer is: 5"], ["4", "2 * 3 = 6. The answer is: 6"])

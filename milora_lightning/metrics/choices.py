@@ -1,4 +1,4 @@
-"""Which choice a generated text names, as the commonsense benchmark of LLM-Adapters reads it."""
+"""Extraction of the choice that a generated text names, as in the commonsense benchmark of LLM-Adapters."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ CHOICES = ("true|false", "answer[1-5]", "solution[12]", "ending[1-4]", "option[1
 
 
 def extract_choice(text: str, reference: str) -> str | None:
-    """Read out of a text the first of the words that answer the kind of question ``reference`` is an answer to.
+    """Extract the first choice from a text, among the choices for the kind of question that ``reference`` answers.
 
-    Case counts, and words are found inside others, as in the benchmark's own evaluation.
+    As in the benchmark's own evaluation, matching is case-sensitive and also finds choices inside longer words.
 
     Args:
         text: The text.
-        reference: The right answer, or a sentence with it.
+        reference: The right answer, or a sentence that contains it.
 
     Returns:
         The word, or None if there is none.
@@ -34,7 +34,9 @@ def extract_choice(text: str, reference: str) -> str | None:
         if re.search(words, reference):
             found = re.search(words, text)
             return found.group() if found else None
-    raise InvalidInputError(f"The reference {reference!r} names no choice; it has to be one of {', '.join(CHOICES)}.")
+    raise InvalidInputError(
+        f"The reference {reference!r} names no choice: it must contain one of {', '.join(CHOICES)}."
+    )
 
 
 def right_choice(generation: str, reference: str) -> bool:

@@ -1,4 +1,4 @@
-"""How far a fine-tuned model's predictions have moved from its base model's."""
+"""KL divergence of a fine-tuned model's predictions from those of its base model, as a measure of forgetting."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torchmetrics import Metric
 from milora_lightning.utils.errors import InvalidInputError
 
 CHUNK = 2**20
-"""Logits taken at once: float32 copies of them fit a CPU's cache, which is four times faster than 256 positions."""
+"""Logits processed at once: their float32 copies fit a CPU's cache, which is four times faster than 256 positions."""
 
 
 def divergence(logits: Tensor, base_logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,10 +20,10 @@ def divergence(logits: Tensor, base_logits: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         logits: The tuned model's logits, shape (positions, vocabulary).
-        base_logits: The base model's, same shape.
+        base_logits: The base model's logits, same shape.
 
     Returns:
-        KL(p‖q) and H(p), in nats, each of shape (positions,), float32 or wider.
+        KL(p‖q) and H(p) in nats, each of shape (positions,), in float32 or wider.
 
     >>> p, q = torch.tensor([[0.5, 0.5, 0.0]]).log(), torch.tensor([[0.25, 0.5, 0.25]]).log()
     >>> kl, entropy = divergence(q, p)
@@ -34,8 +34,8 @@ def divergence(logits: Tensor, base_logits: Tensor) -> tuple[Tensor, Tensor]:
     p, q = log_p.exp(), log_q.exp()
     possible = p > 0
     d = torch.where(possible, log_q - log_p, 0.0)
-    # As Σ q = Σ p, KL = Σ (q − p − p d), whose terms are p d²/2 for small d: the definition's, of either sign and far
-    # larger, would leave their rounding behind.
+    # Since Σ q = Σ p, KL = Σ (q − p − p d), whose terms are about p d²/2 for small d. The terms of the definition are
+    # far larger and of either sign, so their rounding errors would remain in the sum.
     kl = torch.where(possible & (d < 1), p * (torch.expm1(d) - d), q - p * (1 + d))
     return kl.sum(-1), -torch.where(possible, p * log_p, 0.0).sum(-1)
 
@@ -71,7 +71,7 @@ class Forgetting(Metric):
 
         Args:
             logits: The tuned model's logits, shape (..., vocabulary).
-            base_logits: The base model's, same shape.
+            base_logits: The base model's logits, same shape.
 
         Raises:
             ValueError: If the shapes differ.
@@ -84,8 +84,8 @@ class Forgetting(Metric):
         vocabulary = logits.shape[-1]
         size = max(CHUNK // vocabulary, 1)
         rows, base_rows = (torch.split(x.reshape(-1, vocabulary), size) for x in (logits, base_logits))
-        for some, base_some in zip(rows, base_rows, strict=True):
-            kl, entropy = divergence(some, base_some)
+        for chunk, base_chunk in zip(rows, base_rows, strict=True):
+            kl, entropy = divergence(chunk, base_chunk)
             self.kl += kl.sum()
             self.entropy += entropy.sum()
             self.positions += len(kl)

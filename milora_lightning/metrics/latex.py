@@ -1,4 +1,4 @@
-"""Whether solutions end in the same mathematical expression."""
+"""Extraction and comparison of the mathematical expressions that solutions end in."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import threading
 from milora_lightning.metrics.answers import extract_answer
 from milora_lightning.utils.errors import MissingPackageError
 
-SECONDS = 5  # for reading or comparing one expression: 9^{9^{9^9}} would take for ever
+SECONDS = 5  # time limit for parsing or comparing one expression: 9^{9^{9^9}} would take forever
 
 
 def extract_solution(text: str) -> str | None:
-    r"""Read the answer out of a worked solution: after "The answer is:", or else out of the last ``\boxed{}``.
+    r"""Extract the answer from a worked solution: the text after "The answer is:", or else in the last ``\boxed{}``.
 
     Returns:
         The answer as it is written, or None if there is none.
@@ -28,7 +28,7 @@ def extract_solution(text: str) -> str | None:
 
 
 def same_latex(answer: str, reference: str) -> bool:
-    r"""Compare two expressions in LaTeX or plain text by their value, with ``math-verify``.
+    r"""Compare the values of two expressions in LaTeX or plain text, with ``math-verify``.
 
     Raises:
         ModuleNotFoundError: If math-verify is not installed.
@@ -39,7 +39,7 @@ def same_latex(answer: str, reference: str) -> bool:
     require_math_verify()
     from math_verify import parse, verify
 
-    # Its time limit is an alarm signal, which only the main thread can set.
+    # math-verify enforces its time limit with an alarm signal, which only the main thread can set.
     seconds = SECONDS if threading.current_thread() is threading.main_thread() else None
     expected, found = (parse(_as_formula(text), parsing_timeout=seconds) for text in (reference, answer))
     return bool(verify(expected, found, timeout_seconds=seconds))
@@ -52,7 +52,9 @@ def require_math_verify() -> None:
         ModuleNotFoundError: If it is not.
     """
     if importlib.util.find_spec("math_verify") is None:
-        raise MissingPackageError("MATH's answers are compared by math-verify: pip install milora-lightning[math]")
+        raise MissingPackageError(
+            "MATH's answers are compared by math-verify, which is not installed: pip install milora-lightning[math]"
+        )
 
 
 def right_solution(generation: str, reference: str) -> bool:
@@ -60,7 +62,7 @@ def right_solution(generation: str, reference: str) -> bool:
 
     Args:
         generation: The text.
-        reference: A whole solution, or the answer alone.
+        reference: A whole solution, or only the answer.
 
     >>> right_solution(r"The answer is: $\frac{3}{6}$.", r"So we get $\boxed{\frac12}$.")
     True

@@ -1,4 +1,4 @@
-"""Which of what is logged counts as a result of training."""
+"""Which logged metrics count as results of training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Stage = Literal["val", "test"]
 
 
 def results(metrics: Mapping[str, Tensor], *stages: Stage) -> dict[str, float]:
-    """Return the results among a Trainer's ``callback_metrics``: of some stages, and how much was forgotten.
+    """Return the results among a Trainer's ``callback_metrics``: the metrics of the given stages, and forgetting.
 
     >>> import torch
     >>> results(dict.fromkeys(["train_loss", "val_loss", "forgetting_kl"], torch.tensor(1.0)), "val")

@@ -1,4 +1,4 @@
-"""Accuracy on several test sets at once."""
+"""Accuracy on several test sets, and their mean."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Judge = Callable[[str, str], bool]
 
 
 class TaskAccuracy(Metric):
-    """Fraction of right texts, for each task by itself and on average over tasks, each of which counts alike.
+    """Fraction of right texts for each task, and the mean over tasks with equal weights.
 
     Args:
-        judges: What scores a task's texts, by the task's name; texts of no named task belong to ``""``.
+        judges: By task name, the function that tells whether a text is right; ``""`` is the unnamed task.
 
     Raises:
         ValueError: In ``update``, if a task has no judge, or the lengths differ.
@@ -38,7 +38,7 @@ class TaskAccuracy(Metric):
     def __init__(self, judges: Mapping[str, Judge]) -> None:
         super().__init__()
         self.judges = dict(judges)
-        # One count for each task on every rank, whichever tasks it has seen: sums over ranks stay aligned.
+        # Every rank has a count for every task, even one that it has not seen, so that sums over ranks line up.
         self.add_state("correct", torch.zeros(len(self.judges), dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros(len(self.judges), dtype=torch.long), dist_reduce_fx="sum")
 

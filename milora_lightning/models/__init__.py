@@ -1,4 +1,4 @@
-"""Hugging Face's causal language models: loaded, run, measured."""
+"""Causal language models from Hugging Face: loading, the training loss, generation and memory estimates."""
 
 from milora_lightning.models.attention import causal_attention
 from milora_lightning.models.loss import causal_lm_loss

@@ -1,4 +1,4 @@
-"""Causal attention for training on CPUs, where torch's own kernels are slow at the lengths of fine-tuning."""
+"""Block-wise causal attention for training on CPUs, where torch's own kernels are slow at fine-tuning lengths."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from milora_lightning.utils.compat import softmax_backward
 from milora_lightning.utils.errors import InvalidInputError
 
 NAME = "causal_blocks"
-"""What ``attn_implementation`` calls it."""
+"""Value of ``attn_implementation`` that selects it."""
 
-UNKNOWN = {"softcap": "cap attention scores", "s_aux": "add attention sinks", "sinks": "add attention sinks"}
-"""What transformers may pass along that changes the weights, and what it does."""
+UNSUPPORTED = {"softcap": "cap attention scores", "s_aux": "add attention sinks", "sinks": "add attention sinks"}
+"""Options of transformers that change the attention weights, and what each of them does."""
 
-BLOCK = 64  # positions whose queries meet the same keys, those up to the block's end
+BLOCK = 64  # positions per block; all queries of a block use the keys up to the end of the block
 
 
 def causal_blocks_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attend causally, as an attention function of transformers.
+    """Attention function for transformers' ``AttentionInterface``.
 
-    Plain causal attention over a whole sequence goes block by block; whatever else is asked for (a mask, one query
-    against a cache, dropout, another device) through torch's scaled_dot_product_attention.
+    Plain causal attention over a whole sequence is computed block by block. Everything else (a mask, one query
+    against a cache, dropout, another device) goes to torch's ``scaled_dot_product_attention``.
 
     Args:
         module: The attention layer.
         query: Queries (batch, heads, length, head_dim).
         key: Keys (batch, key-value heads, length, head_dim).
-        value: Values, likewise.
+        value: Values, same shape as the keys.
         attention_mask: A mask, or None for plain causal attention.
-        options: What transformers passes along.
+        options: Further keyword arguments of transformers.
 
     Returns:
         The output (batch, length, heads, head_dim), and None in place of the attention weights.
 
     Raises:
-        ValueError: If the model caps its attention scores or has sinks, which neither kernel knows.
+        ValueError: If the model caps its attention scores or has sinks, which neither kernel supports.
     """
-    for option, what in UNKNOWN.items():
+    for option, what in UNSUPPORTED.items():
         if options.get(option) is not None:
             raise InvalidInputError(f"attn_implementation={NAME!r} does not {what} as this model does: use 'eager'.")
     causal = options.get("is_causal")
@@ -63,24 +63,24 @@ def causal_blocks_forward(
             "tuple[Tensor, None]",
             sdpa_attention_forward(module, query, key, value, attention_mask, **options),
         )
-    # Without a mask the first keys are of the queries' positions, and those behind them hidden: in a cache with room
-    # for more, or one to which a checkpoint that computes the layer again adds its keys again.
+    # Without a mask, the first keys belong to the positions of the queries, and all later keys are hidden. There are
+    # later keys in a preallocated cache, and where gradient checkpointing appends the same keys to a cache twice.
     key, value = (x[:, :, : query.shape[2]] for x in (key, value))
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
     return causal_attention(query, key, value, scaling).transpose(1, 2), None
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Compute softmax(s q kᵀ + causal mask) v with grouped key-value heads, without weights that causality hides.
+    """Compute softmax(s q kᵀ + causal mask) v with grouped key-value heads, skipping most of the masked weights.
 
-    The queries that share a key-value head are rows of one product, in place of copies of the keys and values, and
-    the queries of a block meet only the keys up to the block's end: of whole blocks, because the softmax, taken in
-    float32, is twice as fast over whole vectors. Whatever is behind a sequence's end, causality hides.
+    The queries that share a key-value head are the rows of one matrix product, so keys and values are not copied.
+    Queries are multiplied only with the keys up to the end of their block. Keys are padded to whole blocks because
+    the softmax, taken in float32, is twice as fast over whole vectors; the causal mask hides the padding.
 
     Args:
-        query: Queries (batch, heads, queries, head_dim), those of the last positions.
+        query: Queries (batch, heads, queries, head_dim) of the last positions.
         key: Keys (batch, key-value heads, length, head_dim); heads are a multiple of key-value heads.
-        value: Values, likewise.
+        value: Values, same shape as the keys.
         scaling: The factor s.
 
     Returns:
@@ -96,14 +96,14 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
 
 
 class _Block(NamedTuple):
-    queries: slice  # among those of a key-value head, position after position
-    offset: int  # where in the block the first of their positions stands
-    keys: int  # how many they meet
+    queries: slice  # among the queries of a key-value head, in order of position
+    offset: int  # place of the first of their positions in the block
+    keys: int  # number of keys they attend to
     weights: Tensor  # their attention weights (batch · key-value heads, queries, keys)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    q, (k, v) = _rows(query, key), (_whole_blocks(x) for x in (key * scaling, value))
+    q, (k, v) = _group_queries(query, key), (_pad_to_blocks(x) for x in (key * scaling, value))
     output, weights = torch.empty_like(q), query.new_empty(_weight_count(query, key))
     triangle = q.new_full((BLOCK, BLOCK), -torch.inf).triu_(1).unsqueeze(1)  # the same for all heads of a group
     for block in _blocks(query, key, weights):
@@ -112,69 +112,70 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[
         last_block += triangle[block.offset : block.offset + last_block.shape[1]]
         torch.softmax(scores, -1, out=block.weights)
         torch.bmm(block.weights, v[:, : block.keys], out=output[:, block.queries])
-    return _heads(output, query), weights
+    return _split_heads(output, query), weights
 
 
 def _backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, g = (_rows(x, key) for x in (query, grad))
-    k, v = (_whole_blocks(x) for x in (key * scaling, value))
+    q, g = (_group_queries(x, key) for x in (query, grad))
+    k, v = (_pad_to_blocks(x) for x in (key * scaling, value))
     grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
     for block in _blocks(query, key, weights):
-        g_rows, seen = g[:, block.queries], slice(block.keys)
-        grad_p = torch.bmm(g_rows, v[:, seen].mT)
+        g_rows, visible = g[:, block.queries], slice(block.keys)
+        grad_p = torch.bmm(g_rows, v[:, visible].mT)
         grad_s = softmax_backward(grad_p, block.weights, -1, grad_p.dtype)
-        torch.bmm(grad_s, k[:, seen], out=grad_q[:, block.queries])
-        beta = 0 if block.keys == k.shape[1] else 1  # the first block meets all keys, and finds nothing to add to
-        grad_k[:, seen].baddbmm_(grad_s.mT, q[:, block.queries], beta=beta)
-        grad_v[:, seen].baddbmm_(block.weights.mT, g_rows, beta=beta)
-    return _heads(grad_q, query), _heads(grad_k, key).mul_(scaling), _heads(grad_v, value)
+        torch.bmm(grad_s, k[:, visible], out=grad_q[:, block.queries])
+        beta = 0 if block.keys == k.shape[1] else 1  # the first block sees all keys and initializes their gradients
+        grad_k[:, visible].baddbmm_(grad_s.mT, q[:, block.queries], beta=beta)
+        grad_v[:, visible].baddbmm_(block.weights.mT, g_rows, beta=beta)
+    return _split_heads(grad_q, query), _split_heads(grad_k, key).mul_(scaling), _split_heads(grad_v, value)
 
 
 def _blocks(query: Tensor, key: Tensor, weights: Tensor) -> Iterator[_Block]:
-    """Cut the queries into blocks: first the last one, which meets all keys."""
+    """Cut the queries into blocks, starting with the last block, which attends to all keys."""
     batch, heads, stop = query.shape[:3]
     groups, length = batch * key.shape[1], key.shape[2]
-    before, group, taken = length - stop, heads // key.shape[1], 0
-    for keys in range(-(-length // BLOCK) * BLOCK, before // BLOCK * BLOCK, -BLOCK):
-        start = max(keys - BLOCK - before, 0)
+    cached, group_size, taken = length - stop, heads // key.shape[1], 0
+    for keys in range(-(-length // BLOCK) * BLOCK, cached // BLOCK * BLOCK, -BLOCK):
+        start = max(keys - BLOCK - cached, 0)
         size = batch * heads * (stop - start) * keys
-        part = weights[taken : taken + size].view(groups, -1, keys)
-        yield _Block(slice(start * group, stop * group), (before + start) % BLOCK, keys, part)
+        block_weights = weights[taken : taken + size].view(groups, -1, keys)
+        queries = slice(start * group_size, stop * group_size)
+        yield _Block(queries, (cached + start) % BLOCK, keys, block_weights)
         stop, taken = start, taken + size
 
 
 def _weight_count(query: Tensor, key: Tensor) -> int:
-    """Count the attention weights of all blocks: in closed form, as torch.compile needs it."""
+    """Count the attention weights of all blocks, in closed form because torch.compile needs it."""
     batch, heads, queries = query.shape[:3]
 
-    def first(positions: int) -> int:
-        """How many keys the queries of the first positions meet: each as many as its block and those before have."""
+    def up_to(positions: int) -> int:
+        """Count the weights of the first positions: each has one for every key up to the end of its block."""
         whole, rest = positions // BLOCK, positions % BLOCK
         return BLOCK * BLOCK * (whole * (whole + 1) // 2) + rest * BLOCK * (whole + 1)
 
-    return batch * heads * (first(key.shape[2]) - first(key.shape[2] - queries))
+    return batch * heads * (up_to(key.shape[2]) - up_to(key.shape[2] - queries))
 
 
-def _rows(x: Tensor, key: Tensor) -> Tensor:
-    """Bring queries to (batch · key-value heads, queries · group of heads, head_dim), position after position."""
+def _group_queries(x: Tensor, key: Tensor) -> Tensor:
+    """Reshape queries to (batch · key-value heads, queries · heads per group, head_dim), in order of position."""
     tokens = x.transpose(1, 2)
     by_group = tokens.reshape(*tokens.shape[:2], key.shape[1], -1).transpose(1, 2)
     return by_group.reshape(len(key) * key.shape[1], -1, x.shape[3]).contiguous()
 
 
-def _whole_blocks(x: Tensor) -> Tensor:
-    """Bring keys or values to (batch · key-value heads, whole blocks, head_dim), with zeros at the end."""
+def _pad_to_blocks(x: Tensor) -> Tensor:
+    """Reshape keys or values to (batch · key-value heads, length, head_dim), zero-padded to whole blocks."""
     batch, heads, length, width = x.shape
-    whole = x.new_empty(batch, heads, -(-length // BLOCK) * BLOCK, width)
-    whole[:, :, :length] = x
-    whole[:, :, length:] = 0
-    return whole.flatten(0, 1)
+    padded = x.new_empty(batch, heads, -(-length // BLOCK) * BLOCK, width)
+    padded[:, :, :length] = x
+    padded[:, :, length:] = 0
+    return padded.flatten(0, 1)
 
 
-def _heads(rows: Tensor, like: Tensor) -> Tensor:
-    """Undo :func:`_rows` or :func:`_whole_blocks`: (batch, heads, length, head_dim)."""
+def _split_heads(rows: Tensor, like: Tensor) -> Tensor:
+    """Undo :func:`_group_queries` or :func:`_pad_to_blocks`: return (batch, heads, length, head_dim)."""
     batch, heads, length, width = like.shape
     groups = len(rows) // batch
     by_group = rows.view(batch, groups, -1, heads // groups * width)[:, :, :length]
@@ -182,19 +183,19 @@ def _heads(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def _empty_like(x: Tensor) -> Tensor:
-    """Memory for (batch, heads, length, head_dim) that holds the heads of a token together, as layers around it do."""
+    """Allocate (batch, heads, length, head_dim) with the heads of a token contiguous, as the layers around have it."""
     return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:3], output[1])
     ctx.scaling = inputs[3]
-    ctx.set_materialize_grads(False)  # those of the attention weights, which nobody else sees, would be large
+    ctx.set_materialize_grads(False)  # the zero gradient of the attention weights, which nobody uses, would be large
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, weights = ctx.saved_tensors
-    if torch.is_grad_enabled():  # the gradient may be differentiated again, which an operator without a formula is not
+    if torch.is_grad_enabled():  # for double backward; the backward operator itself cannot be differentiated
         return (*_differentiable_backward(grad, query, key, value, ctx.scaling), None)
     return (*_backward_opaquely(grad, query, key, value, weights, ctx.scaling), None)
 
@@ -202,9 +203,9 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ..
 def _differentiable_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients over all keys at once, in operations that autograd knows."""
+    """Compute the gradients over all keys at once, in operations that autograd can differentiate."""
     q, g = (x.reshape(len(key), key.shape[1], -1, *x.shape[2:]) for x in (query, grad))
-    k, v = key.unsqueeze(2), value.unsqueeze(2)  # for each head of a group
+    k, v = key.unsqueeze(2), value.unsqueeze(2)  # broadcast over the heads of a group
     queries, keys = query.shape[2], key.shape[2]
     later = torch.ones(queries, keys, dtype=torch.bool, device=key.device).triu(keys - queries + 1)
     p = (scaling * q @ k.mT).masked_fill(later, -torch.inf).softmax(-1)
@@ -213,7 +214,7 @@ def _differentiable_backward(
     return (grad_s @ k).reshape(query.shape), (grad_s.mT @ q).sum(2), (p.mT @ g).sum(2)
 
 
-# As operators, which compilers call and do not look into.
+# Custom operators, which torch.compile calls without tracing into them.
 _attend_opaquely = torch.library.custom_op("milora_lightning::causal_attention", _attend, mutates_args=())
 _backward_opaquely = torch.library.custom_op("milora_lightning::causal_attention_backward", _backward, mutates_args=())
 _attend_opaquely.register_fake(lambda q, k, *_: (_empty_like(q), q.new_empty(_weight_count(q, k))))

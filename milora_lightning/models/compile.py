@@ -1,4 +1,4 @@
-"""Decoder layers under torch.compile, where it pays: in training."""
+"""torch.compile for decoder layers, in training only."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from milora_lightning.models.pretrained import decoder_layers
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Have torch.compile compile each decoder layer's forward, when gradients are computed.
+    """Compile the forward of each decoder layer, used whenever gradients are computed.
 
-    The layers share the code: few variants serve all of them and every length. Evaluation, generation above all,
-    meets too many shapes for the time that each compilation takes, and goes on as before.
+    The layers share their code, so a few compiled variants serve all of them at every length. Evaluation, and
+    generation above all, has too many shapes to be worth compiling for, and runs uncompiled.
 
     Args:
-        model: Any causal language model of transformers; changed in place.
+        model: Any causal language model of transformers; modified in place.
     """
     for layer in decoder_layers(model):
         _compile(layer)
 
 
 def _compile(layer: nn.Module) -> None:
-    plain = layer.forward
-    # With torch's own random numbers: dropout's are cheaper than the compiler's, and the same as without compilation.
-    compiled = torch.compile(plain, options={"fallback_random": True})
+    eager = layer.forward
+    # Torch's own random numbers: dropout is cheaper with them, and gives the same results as without compilation.
+    compiled = torch.compile(eager, options={"fallback_random": True})
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return (compiled if torch.is_grad_enabled() else plain)(*args, **kwargs)
+        return (compiled if torch.is_grad_enabled() else eager)(*args, **kwargs)
 
     layer.forward = forward

@@ -1,4 +1,4 @@
-"""What a user may name as a model: whether it is one that can be trained here, and what is wrong if it cannot."""
+"""Checks on what a user names as a model, and clear errors for files that cannot be loaded."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ EMBEDDED = "embedded"
 
 
 class ModelNotFoundError(MissingFileError):
-    """There is no model of that name, here or on the Hub."""
+    """There is no model of that name, locally or on the Hub."""
 
 
 class UnusableModelError(InvalidInputError):
-    """What the name stands for is damaged, incomplete, or no model that can be trained here."""
+    """The model is damaged, incomplete, or of a kind that cannot be trained here."""
 
 
-def check_place(location: str) -> None:
-    """Refuse what lies at a place and is no folder of a model, before anything is read of it.
+def check_model_folder(location: str) -> None:
+    """Refuse an existing path that is not a model folder, before anything is read from it.
 
     Args:
-        location: A path, or a name on the Hub, of which nothing can be said yet.
+        location: A path, or a name on the Hub, which passes unchecked.
 
     Raises:
         UnusableModelError: If it is a file, a folder of adapters, a checkpoint or the like.
@@ -62,51 +62,51 @@ def check_place(location: str) -> None:
     for sign, reason in (
         (not names, "is an empty folder"),
         (".metadata" in names, "is the folder of a checkpoint, which goes to --ckpt_path; name its base model"),
-        ("model_index.json" in names, "is a diffusion pipeline, and no language model"),
-        (ggufs, f"holds GGUF files, of which one has to be named: {str(path / ggufs[0]) if ggufs else ''!r}"),
-        (True, "has no config.json, so it is no folder of a model"),
+        ("model_index.json" in names, "is a diffusion pipeline, not a language model"),
+        (ggufs, f"holds GGUF files: name one of them, such as {str(path / ggufs[0]) if ggufs else ''!r}"),
+        (True, "has no config.json, so it is not a model folder"),
     ):
         if sign:
             raise UnusableModelError(f"{location!r} {reason}.")
 
 
-def check_causal(name_or_path: str, config: PretrainedConfig) -> None:
-    """Refuse models that do not predict each token from those before it.
+def check_model_type(name_or_path: str, config: PretrainedConfig) -> None:
+    """Refuse models that do not predict each token from the tokens before it.
 
     Args:
         name_or_path: What the user has named.
-        config: The model's.
+        config: The model's configuration.
 
     Raises:
-        UnusableModelError: If it is an encoder, an encoder-decoder, or no language model.
+        UnusableModelError: If it is an encoder, an encoder-decoder, or not a language model.
     """
-    kind, otherwise = config.model_type, "MiLoRAInit fine-tunes it in a LightningModule of your own."
-    causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    model_type = config.model_type
     if config.is_encoder_decoder:
         what = "an encoder-decoder model"
-    elif not causal:
-        what = "no causal language model"
-    elif kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not any(
+    elif model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        what = "not a causal language model"
+    elif model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not any(
         getattr(config, name, False) for name in ("is_decoder", "causal")
     ):
-        what = "an encoder, which sees the tokens that it is to predict"
+        what = "an encoder, which sees the tokens that it should predict"
     else:
         return
     raise UnusableModelError(
-        f"{name_or_path!r} is {what} ({kind}), and this module trains causal language models. {otherwise}"
+        f"{name_or_path!r} is {what} ({model_type}), but this module trains causal language models. Use MiLoRAInit to "
+        "fine-tune it in a LightningModule of your own."
     )
 
 
 def check_complete(name_or_path: str, model: nn.Module, loading: Mapping[str, Any]) -> None:
-    """Refuse a model some of whose weights were not in its files, and are random.
+    """Refuse a model with weights that its files lack, which are therefore random.
 
     Args:
         name_or_path: What the user has named.
         model: The model.
-        loading: What ``from_pretrained`` says of loading it.
+        loading: The loading info that ``from_pretrained`` returned with it.
 
     Raises:
-        UnusableModelError: If weights are missing, or of another shape.
+        UnusableModelError: If weights are missing or have another shape.
     """
     mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in loading.get("mismatched_keys", ())}
     random = sorted({*loading["missing_keys"], *mismatched})
@@ -120,7 +120,7 @@ def check_complete(name_or_path: str, model: nn.Module, loading: Mapping[str, An
 
 
 def weight_files(location: str) -> dict[str, str]:
-    """Return the safetensors file of each tensor of a model in a folder or on the Hub; empty if there are none."""
+    """Map each tensor of a model, in a folder or on the Hub, to its safetensors file; empty if there are none."""
 
     def cached(name: str) -> str | None:
         path: str | None = cached_file(location, name, _raise_exceptions_for_missing_entries=False)
@@ -142,60 +142,55 @@ def _names_in(path: str) -> list[str]:
 
 @contextmanager
 def clear_errors(name_or_path: str, location: str, what: str = "model") -> Iterator[None]:
-    """Within this context, whatever goes wrong in reading a model becomes one sentence.
+    """Turn any error raised while a model is read into one clear sentence.
 
     Args:
         name_or_path: What the user has named.
         location: What that was resolved to.
-        what: What is read, ``"model"`` or ``"tokenizer"``.
+        what: What is being read, ``"model"`` or ``"tokenizer"``.
 
     Raises:
-        ModelNotFoundError: If there is no such model, here or on the Hub.
-        UnusableModelError: If there is one that cannot be read.
+        ModelNotFoundError: If there is no such model, locally or on the Hub.
+        UnusableModelError: If the model exists but cannot be read.
     """
     try:
         yield
     except (ModelNotFoundError, UnusableModelError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # their kinds are as many as there are formats
+    except Exception as error:  # each file format raises errors of its own
         if Path(location).exists():
             if what == "model" or not any(Path(location).glob("tokenizer*")):
-                check_place(location)
+                check_model_folder(location)
         elif isinstance(error, OSError):
             raise ModelNotFoundError(
                 f"There is no model {name_or_path!r}: no such folder or GGUF file exists, and the Hugging Face Hub "
                 "does not have it or cannot be reached. Check the name (and the network, and a token for gated "
                 f'models), give the path of a downloaded model, or use "{EMBEDDED}".'
             ) from error
-        copied = (
-            f" (in its converted copy {location!r}, which may be deleted)" if _is_copy(name_or_path, location) else ""
-        )
+        converted = Path(name_or_path).expanduser() != Path(location) and Path(location).is_dir()
+        copied = f" (in its converted copy {location!r}, which may be deleted)" if converted else ""
         subject = f"The model {name_or_path!r}" if what == "model" else f"The {what} of {name_or_path!r}"
         raise UnusableModelError(f"{subject} cannot be read{copied}: {_reason(error, location, what)}.") from error
-
-
-def _is_copy(name_or_path: str, location: str) -> bool:
-    return Path(name_or_path).expanduser() != Path(location) and Path(location).is_dir()
 
 
 def _reason(error: Exception, location: str, what: str) -> str:
     text = str(error)
     first = next(iter(text.strip().splitlines()), type(error).__name__).rstrip(".")
     if location.lower().endswith(".gguf"):
-        return f"it is damaged or incomplete, or no GGUF file that transformers knows ({first})"
+        return f"it is damaged or incomplete, or not a GGUF file that transformers supports ({first})"
     if "custom code" in text or "trust_remote_code" in text:
-        return "it brings code of its own (trust_remote_code), which is not run here"
+        return "it needs its own code (trust_remote_code), which is not run here"
     if "does not recognize this architecture" in text:
         return f"transformers {transformers.__version__} does not know its model type, a newer release may: {first}"
     if isinstance(error, (SafetensorError, struct.error, EOFError, UnpicklingError)) or "[Errno 22]" in text:
-        return f"{_damaged(Path(location)) or 'a file'} is damaged or incomplete, get it again ({first})"
+        return f"{_damaged(Path(location)) or 'a file'} is damaged or incomplete, download it again ({first})"
     if what == "tokenizer" and ("backend tokenizer" in text or isinstance(error, ImportError)):
         return (
             "it has no tokenizer files (tokenizer.json), or they need a package that is not installed, such as "
             "sentencepiece. Save the model's tokenizer into its folder"
         )
     if "ignore_mismatched_sizes" in text:
-        return "weights in its files have other shapes than its config.json says"
+        return "weights in its files do not have the shapes that its config.json gives"
     return first
 
 

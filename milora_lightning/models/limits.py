@@ -1,4 +1,4 @@
-"""How many token ids and positions a language model has, and whether data stays within them."""
+"""Checks that a language model has an embedding for every token id in the data, and a position for every token."""
 
 from __future__ import annotations
 
@@ -12,50 +12,51 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn_once
 
-TABLES = ("pos", "wpe")  # what names of tables of positions hold, in every architecture that has one
-FIXED = {"mpt": "max_seq_len"}  # configuration entries of models that make something else of a fixed length
+POSITION_TABLES = ("pos", "wpe")  # parts of the names of position embeddings, in every architecture that has them
+FIXED_LENGTHS = {"mpt": "max_seq_len"}  # by model type, entries that fix the length without a table of positions
 
 
-class Positions(NamedTuple):
-    """How many tokens a model takes: ``fixed`` if more are an error, else it has only learnt as many."""
+class PositionLimit(NamedTuple):
+    """How many positions a model has: ``fixed`` if more are an error, else it was only trained on that many."""
 
     number: int
     fixed: bool
 
 
 def embedding_rows(model: PreTrainedModel) -> int | None:
-    """Return for how many token ids a model has an embedding; None if that cannot be told."""
+    """Return the number of token ids that a model has an embedding for; None if that cannot be told."""
     try:
         table = model.get_input_embeddings()
     except NotImplementedError:
         return None
-    rows = getattr(table, "num_embeddings", None)  # which, unlike the shape, stays true of FSDP1's shards
+    rows = getattr(table, "num_embeddings", None)  # unlike the shape, still correct for FSDP1's shards
     weight = getattr(table, "weight", None)
     return int(weight.shape[0]) if rows is None and weight is not None else rows
 
 
-def positions(model: PreTrainedModel) -> Positions | None:
-    """Return how many positions a model has; None if it does not say."""
+def position_limit(model: PreTrainedModel) -> PositionLimit | None:
+    """Return how many positions a model has; None if its configuration does not say."""
     config = model.config.get_text_config()
-    fixed = getattr(config, FIXED.get(config.model_type, ""), None)
+    fixed = getattr(config, FIXED_LENGTHS.get(config.model_type, ""), None)
     number = fixed or getattr(config, "max_position_embeddings", None)
     if not isinstance(number, int) or number < 1:
         return None
     table = _position_table(model, number)
     if table is None:
-        return Positions(number, bool(fixed))
+        return PositionLimit(number, bool(fixed))
     owner = model.get_submodule(table.rpartition(".")[0])
-    padding = getattr(owner, "padding_idx", None)  # RoBERTa counts from there
+    padding = getattr(owner, "padding_idx", None)  # RoBERTa's first position comes after this index
     rows = getattr(owner, "num_embeddings", number)
-    return Positions(number if padding is None else min(number, rows - padding - 1), True)
+    return PositionLimit(number if padding is None else min(number, rows - padding - 1), True)
 
 
 def _position_table(model: nn.Module, number: int) -> str | None:
-    """Return the name of the table in which a model looks its positions up; None if it computes them."""
+    """Return the name of a model's table of position embeddings; None if it computes them."""
     for name, table in chain(model.named_parameters(), model.named_buffers()):
-        owner = name.lower().rsplit(".", 2)[-2:]
-        # A table may have a few rows before the first position, as OPT's.
-        if table.ndim == 2 and 0 <= table.shape[0] - number <= 4 and any(part in n for n in owner for part in TABLES):
+        last_names = name.lower().rsplit(".", 2)[-2:]
+        is_named_so = any(part in last for last in last_names for part in POSITION_TABLES)
+        # OPT's table has a few rows before the first position.
+        if is_named_so and table.ndim == 2 and 0 <= table.shape[0] - number <= 4:
             return name
     return None
 
@@ -63,20 +64,20 @@ def _position_table(model: nn.Module, number: int) -> str | None:
 def check_token_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, largest: Callable[[], Mapping[str, int]]
 ) -> None:
-    """Check that a model has an embedding of every token.
+    """Check that a model has an embedding for every token.
 
     Args:
         model: The model.
-        tokenizer: What makes the tokens, padding included.
-        largest: Computes the largest token id of each part of the data; called only if there may be one too large.
+        tokenizer: The tokenizer of the data, whose padding token is checked, too.
+        largest: Computes the largest token id of each split; called only if an id may be too large.
 
     Raises:
-        ValueError: If there is none of the padding token, or of one in the data.
+        ValueError: If the padding token, or a token in the data, has no embedding.
     """
     rows = embedding_rows(model)
     if rows is None:
         return
-    has = f"{type(model).__name__} has embeddings of {rows} tokens, ids 0 to {rows - 1}"
+    has = f"{type(model).__name__} has embeddings for {rows} tokens, ids 0 to {rows - 1}"
     remedy = (
         f"the model's embeddings (resize_token_embeddings({len(tokenizer)}), then train them too or save the model)"
     )
@@ -88,11 +89,12 @@ def check_token_ids(
         )
     if len(tokenizer) <= rows:
         return
-    for part, token in largest().items():
+    for split, token in largest().items():
         if token >= rows:
             raise InvalidInputError(
-                f"The {part} data holds the token {tokenizer.convert_ids_to_tokens(token)!r} of id {token}, as the "
-                f"tokenizer has {len(tokenizer)} tokens, but {has}. Use the model's own tokenizer, or resize {remedy}."
+                f"The {split} data contains the token {tokenizer.convert_ids_to_tokens(token)!r} with the id {token} "
+                f"(the tokenizer has {len(tokenizer)} tokens), but {has}. Use the model's own tokenizer, or resize "
+                f"{remedy}."
             )
 
 
@@ -103,42 +105,42 @@ def check_positions(
 
     Args:
         model: The model.
-        lengths: Length of the longest example of each part of the data, in tokens.
-        prompts: Length of the longest prompt that is to be answered, likewise.
+        lengths: Length of the longest example of each split, in tokens.
+        prompts: Length of the longest prompt to answer in each split, in tokens.
         max_new_tokens: How many tokens an answer may have.
         padded: Examples are padded to a multiple of this.
 
     Raises:
-        ValueError: If there are too few, and the model cannot go on beyond them. One that computes its positions gets
-            a warning.
+        ValueError: If there are too few, and the model cannot go beyond them. A model that computes its positions
+            gets a warning instead.
     """
-    limit = positions(model)
+    limit = position_limit(model)
     if limit is None:
         return
-    kind = "and none beyond" if limit.fixed else "and has not learnt any beyond"
+    kind = "and none beyond" if limit.fixed else "and was not trained on any beyond"
     has = f"{type(model).__name__} has {limit.number} positions {kind}"
-    for part, length in lengths.items():
+    for split, length in lengths.items():
         width = -(-length // padded) * padded if limit.fixed else length
         if width > limit.number:
             rounded = f", padded to {width}" if length <= limit.number else ""
             most = limit.number - limit.number % padded if limit.fixed else limit.number
-            _say(
+            _refuse_or_warn(
                 model,
-                f"The longest example of the {part} data has {length} tokens{rounded}, but {has}: "
+                f"The longest example of the {split} data has {length} tokens{rounded}, but {has}: "
                 f"set max_length to {most} at most.",
                 limit.fixed,
             )
-    for part, length in prompts.items():
-        if length + max_new_tokens - 1 > limit.number:  # the last token is not read again
-            _say(
+    for split, length in prompts.items():
+        if length + max_new_tokens - 1 > limit.number:  # the model never reads the last new token
+            _refuse_or_warn(
                 model,
-                f"The longest prompt of the {part} data has {length} tokens, and max_new_tokens={max_new_tokens} may "
+                f"The longest prompt of the {split} data has {length} tokens, and max_new_tokens={max_new_tokens} may "
                 f"follow, but {has}: lower max_new_tokens, or max_length for shorter prompts.",
                 limit.fixed,
             )
 
 
-def _say(model: PreTrainedModel, message: str, refuse: bool) -> None:
+def _refuse_or_warn(model: PreTrainedModel, message: str, refuse: bool) -> None:
     if refuse:
         raise InvalidInputError(message)
     warn_once(model, message)

@@ -1,4 +1,4 @@
-"""The next-token loss, taken where it counts, without the logits of all tokens in memory."""
+"""The next-token loss, computed chunk by chunk so that the logits of all tokens are never in memory at once."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from transformers import PreTrainedModel
 
 from milora_lightning.config import IGNORE_INDEX
 from milora_lightning.models.supervision import (
-    keeps_logits,
-    rows_for,
-    run,
+    all_logits,
+    attention_rows,
+    may_change_logits,
+    run_with_hidden_states,
     supervised_logits,
     supervised_positions,
-    whole_logits,
 )
 
 __all__ = ["causal_lm_loss", "linear_cross_entropy", "supervised_logits"]
 
-# Logits held at once, enough for fast products, and those of them in float32: on CPUs what stays in the cache.
-# Elsewhere both are as many as fill the device.
+# Logits in memory at once: enough of them for fast matrix products. On CPUs, fewer are converted to float32 at a time,
+# so that these stay in the cache. On other devices both numbers are the same, and large enough to keep the device busy.
 CPU_LOGITS, CPU_PROBABILITIES = 3 * 2**22, 2**20
 DEVICE_LOGITS = 2**26
 
@@ -32,56 +32,57 @@ def causal_lm_loss(
 ) -> Tensor:
     """Compute the sum of a causal language model's next-token cross-entropies over the labelled tokens.
 
-    The output embeddings see only the hidden states whose next label counts. Where they are a frozen linear layer
-    and the model returns their output as it is, the logits are formed chunk by chunk and turned into the gradient at
-    once (:func:`linear_cross_entropy`); otherwise (trained heads, soft caps, scaled logits) the model's own logits
-    are taken. Every call finds out by itself which of the two is right (:mod:`milora_lightning.models.supervision`).
+    The output embeddings are applied only to the hidden states whose next label counts. If they are a frozen linear
+    layer and the model returns their output unchanged, the logits are computed chunk by chunk, and each chunk is
+    turned into its gradient at once (:func:`linear_cross_entropy`). Otherwise (trained heads, soft caps, scaled
+    logits) the model's own logits are used. Every call decides this anew from what the model did with the output
+    (:mod:`milora_lightning.models.supervision`).
 
     Args:
         model: Any causal language model of transformers.
         input_ids: Token ids (batch, length), padded on the right. Causal attention keeps the padding out of every
             token before it, so no attention mask is needed.
         labels: Labels (batch, length), ``IGNORE_INDEX`` where they do not count.
-        position_ids: Positions (batch, length) of packed rows, which begin anew with each example; None where each row
-            is an example.
+        position_ids: Positions (batch, length) of packed rows, starting from 0 in each example; None if each row is
+            one example.
 
     Returns:
-        The sum in nats, a float32 scalar; zero, but connected to the model, without any label.
+        The sum in nats, a float32 scalar; without any label it is zero, but still connected to the model's graph.
 
     Raises:
-        ValueError: If the model attends to the tokens that it is to predict.
+        ValueError: If the model attends to the tokens that it should predict.
     """
-    input_ids, labels, position_ids = rows_for(model, input_ids, labels, position_ids)
+    input_ids, labels, position_ids = attention_rows(model, input_ids, labels, position_ids)
     targets = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
-    if not (_is_frozen_linear(model.get_output_embeddings()) and keeps_logits(model.config)):
+    if not _is_frozen_linear(model.get_output_embeddings()) or may_change_logits(model.config):
         return F.cross_entropy(
             supervised_logits(model, input_ids, labels, position_ids).float(), targets, reduction="sum"
         )
     supervised, losses = supervised_positions(labels), list[Tensor]()
 
     def take_loss(head: nn.Linear, hidden: Tensor) -> Tensor:
-        # Within the model's forward, because sharded weights are whole only there.
+        # Within the model's forward, because sharded weights are gathered only there.
         losses.append(linear_cross_entropy(hidden[supervised], head.weight, head.bias, targets))
-        return hidden[:1, :1]  # one token, for which the model shows what it does with logits
+        return hidden[:1, :1]  # a single token, enough to see whether the model changes its logits
 
-    if run(model, input_ids, take_loss, position_ids).is_heads:
+    if run_with_hidden_states(model, input_ids, take_loss, position_ids).unchanged:
         return losses[0]
-    logits = whole_logits(model, input_ids, position_ids)[supervised]
+    logits = all_logits(model, input_ids, position_ids)[supervised]
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """Compute the sum of cross-entropies of a linear layer's outputs, chunk by chunk.
 
-    With logits z = W h + b in the dtype of the hidden states (or autocast's) and probabilities p in float32, the
-    gradient W ᵀ(p − e_target) of each chunk follows its loss at once, so that no more than a chunk of logits exists at
-    any time. Weight and bias get no gradient.
+    The logits z = W h + b are in the dtype of the hidden states (or of autocast), the probabilities p in float32. The
+    gradient Wᵀ(p − e_target) of each chunk is computed together with its loss, so that only one chunk of logits exists
+    at any time. Weight and bias get no gradient.
 
     Args:
         hidden: Hidden states (tokens, width).
         weight: Weight (vocabulary, width) of the output embeddings.
         bias: Bias (vocabulary), or None.
-        targets: Indices of the right tokens (tokens,), int64.
+        targets: Target token ids (tokens,), int64.
 
     Returns:
         The sum in nats, a float32 scalar.
@@ -110,27 +111,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         on_cpu = hidden.device.type == "cpu"
         limits = (CPU_LOGITS, CPU_PROBABILITIES) if on_cpu else (DEVICE_LOGITS, DEVICE_LOGITS)
-        rows, part = (max(1, min(len(hidden), limit // len(weight))) for limit in limits)
-        # Made once: every chunk would have to be given its memory by the system anew.
-        own = hidden.new_empty(rows, len(weight))
-        full = [own.new_empty(part, len(weight), dtype=torch.float32) for _ in range(2)]
-        for start in range(0, len(hidden), rows):
-            chunk, right = hidden[start : start + rows], targets[start : start + rows, None]
-            logits = own[: len(chunk)]
+        chunk_size, piece_size = (max(1, min(len(hidden), limit // len(weight))) for limit in limits)
+        # Buffers for all chunks: the system would take time to provide new memory for each of them.
+        logits_buffer = hidden.new_empty(chunk_size, len(weight))
+        float_buffers = [hidden.new_empty(piece_size, len(weight), dtype=torch.float32) for _ in range(2)]
+        for start in range(0, len(hidden), chunk_size):
+            chunk, chunk_targets = hidden[start : start + chunk_size], targets[start : start + chunk_size, None]
+            logits = logits_buffer[: len(chunk)]
             if bias is None:
                 torch.mm(chunk, weight.T, out=logits)
             else:
                 torch.addmm(bias.to(chunk.dtype), chunk, weight.T, out=logits)
-            for some, targeted in zip(torch.split(logits, part), torch.split(right, part), strict=True):
-                z, p = (buffer[: len(some)] for buffer in full)
-                torch.softmax(z.copy_(some), -1, out=p)
+            pieces = torch.split(logits, piece_size), torch.split(chunk_targets, piece_size)
+            for piece, target in zip(*pieces, strict=True):
+                z, p = (buffer[: len(piece)] for buffer in float_buffers)
+                torch.softmax(z.copy_(piece), -1, out=p)
                 # The largest probability is 1 / Σ exp(z − max z), never too small for a logarithm.
                 log_sum = z.amax(-1) - p.amax(-1).log()
-                total += (log_sum - z.gather(1, targeted)[:, 0]).sum()
+                total += (log_sum - z.gather(1, target)[:, 0]).sum()
                 if gradient is not None:
-                    some.copy_(p.scatter_add_(1, targeted, torch.full_like(targeted, -1, dtype=p.dtype)))
+                    piece.copy_(p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype)))  # p − e_target
             if gradient is not None:
-                torch.mm(logits, weight, out=gradient[start : start + rows])
+                torch.mm(logits, weight, out=gradient[start : start + chunk_size])
         ctx.save_for_backward(gradient, *inputs)
         ctx.dtype = dtype
         return total
@@ -138,11 +140,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradient, hidden, weight, bias, targets = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient may be differentiated again: then it has to depend on the input
+        if torch.is_grad_enabled():  # for double backward: computed again from the input, on which it depends
             weight = weight.to(ctx.dtype)
             logits = F.linear(hidden.to(ctx.dtype), weight, None if bias is None else bias.to(ctx.dtype))
-            right = F.one_hot(targets, len(weight))
-            gradient = (logits.float().softmax(-1) - right).to(ctx.dtype) @ weight
+            one_hot = F.one_hot(targets, len(weight))
+            gradient = (logits.float().softmax(-1) - one_hot).to(ctx.dtype) @ weight
         return (gradient * grad).to(hidden.dtype), None, None, None, None
 
 

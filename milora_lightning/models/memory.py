@@ -1,4 +1,4 @@
-"""How much memory a run takes, from the model's configuration alone."""
+"""An estimate of the memory that a training run needs, computed from the model's configuration alone."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from milora_lightning.models.loss import CPU_LOGITS, CPU_PROBABILITIES, DEVICE_L
 from milora_lightning.models.pretrained import decoder_layers
 
 OPTIMIZER_STATES = {"SGD": 0, "Adagrad": 4, "RMSprop": 4, "AdamW": 8, "Adam": 8, "AdamW8bit": 2, "PagedAdamW8bit": 2}
-"""Bytes of an optimizer's state for each parameter that trains, by the optimizer's class."""
+"""Bytes of optimizer state per trainable parameter, by the optimizer's class."""
 
-QUANTIZED = {"nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64, "int8": 1.0}
-"""Bytes of a quantized weight: its code, and its share of a block's scale."""
+QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64, "int8": 1.0}
+"""Bytes per quantized weight: its code, and its share of the block's scale."""
 
-BETWEEN = 0.5
-"""What the C library leaves between tensors that come and go, as a share of them: 0.5 to 0.7 in measured runs."""
+FRAGMENTATION = 0.5
+"""Memory that the C library loses between short-lived tensors, as a share of them; 0.5 to 0.7 in measured runs."""
 
 LOADED = 40_000_000
-"""What the threads of the decompositions keep, and torch loads for its first step, in bytes."""
+"""Bytes that the decompositions' threads keep and that torch loads for its first step."""
 
-MASK = 1  # byte of each entry of a dropout mask
+MASK_BYTES = 1  # per entry of a dropout mask
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Part:
 
     Attributes:
         name: What it is.
-        size: Bytes.
-        reason: What the number rests on.
+        size: Its size in bytes.
+        reason: What the number is based on.
     """
 
     name: str
@@ -48,13 +48,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run takes in memory.
+    """The memory that a run needs.
 
     Attributes:
-        parts: What is there at the height of a training step.
-        surgery: What the decompositions take beside the weights, before there are activations.
-        trainable: Number of parameters that train.
-        total: Number of all parameters, without adapters' initial factors.
+        parts: Everything in memory at the peak of a training step; the first two are weights and adapters.
+        surgery: Bytes that the decompositions need in addition to the weights, before there are activations.
+        trainable: Number of trainable parameters.
+        total: Number of all parameters, without the adapters' initial factors.
     """
 
     parts: list[Part]
@@ -64,18 +64,18 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """Bytes at the run's height."""
-        held = sum(part.size for part in self.parts[:2])
-        return max(sum(part.size for part in self.parts), held + self.surgery)
+        """The most bytes that the run needs at any time."""
+        model = sum(part.size for part in self.parts[:2])
+        return max(sum(part.size for part in self.parts), model + self.surgery)
 
 
 def planned_model(config: PretrainedConfig, dtype: torch.dtype, adapters: LoRAConfig | None) -> nn.Module:
-    """Build a causal language model without weights, with its adapters.
+    """Build a causal language model with its adapters on the meta device, where weights take no memory.
 
     Args:
         config: The model's configuration.
         dtype: Dtype of its weights.
-        adapters: The adapters; None for none, everything trains.
+        adapters: The adapters; None to train all weights without adapters.
 
     Returns:
         The model on the meta device.
@@ -109,19 +109,19 @@ def estimate(
     Args:
         model: The model with its adapters, on any device (:func:`planned_model`).
         config: Its configuration.
-        batch_size: Rows of a batch.
-        length: Tokens of each row, padding included.
+        batch_size: Rows in a batch.
+        length: Tokens in each row, padding included.
         supervised: Share of the tokens that have labels.
         dropout: Probability of the adapters' dropout.
-        gradient_checkpointing: Whether layers keep their input alone and compute the rest again.
-        optimizer: Class name of the optimizer; one that is not known counts as AdamW.
+        gradient_checkpointing: Whether layers keep only their input and recompute the rest in backward.
+        optimizer: Class name of the optimizer; an unknown one counts as AdamW.
         attention: ``sdpa``, ``flash_attention_2``, ``eager`` or ``causal_blocks``.
-        quantization: ``nf4``, ``fp4`` or ``int8``, in which the layers' linear weights are; None for none.
-        device: Kind of the device.
+        quantization: ``nf4``, ``fp4`` or ``int8`` if the layers' linear weights are quantized; None if not.
+        device: Device type.
 
     Returns:
-        The parts, in bytes. Activations are those that autograd keeps for backward in a dense decoder of
-        transformers' making; of a mixture of experts each token counts with the experts it visits.
+        The estimate. Activations are those that autograd keeps for backward in a dense decoder as transformers
+        implements it; in a mixture of experts, each token counts for the experts that it is routed to.
     """
     tokens = batch_size * length
     layers = decoder_layers(model)
@@ -129,21 +129,22 @@ def estimate(
     width = _dtype(model).itemsize
     if quantization is not None:
         linear = sum(m.weight.numel() for layer in layers for m in layer.modules() if isinstance(m, nn.Linear))
-        weights -= int(linear * (width - QUANTIZED[quantization]))
-    per_token = max((_kept_by_layer(layer, config, width, length, dropout, attention) for layer in layers), default=0)
+        weights -= int(linear * (width - QUANTIZED_BYTES[quantization]))
+    per_token = max((_saved_by_layer(layer, config, width, length, dropout, attention) for layer in layers), default=0)
     size = config.get_text_config()
     hidden = size.hidden_size * width
     each_layer, widest = tokens * per_token, tokens * width * 4 * (_intermediate(size) + size.hidden_size)
     kept = tokens * hidden * len(layers) if gradient_checkpointing else each_layer * len(layers)
-    # Not together: when layers have gradients, beside a checkpoint with what they compute again, the logits are gone.
+    # The logits are freed before the layers' backward, so only the larger of the two counts. With gradient
+    # checkpointing, backward also holds the recomputed activations of one layer.
     in_backward = widest + (each_layer if gradient_checkpointing else 0)
     logits = _logits(size, width, tokens * supervised, device)
     states = OPTIMIZER_STATES.get(optimizer, OPTIMIZER_STATES["AdamW"])
     parts = [
         Part("frozen weights", weights, quantization or f"{width} bytes each"),
-        Part("adapters", 4 * trained + initial, "in float32, with their initial factors, which stay as they are"),
+        Part("adapters", 4 * trained + initial, "in float32, with their initial factors, which do not change"),
         Part("their gradients", 4 * trained, "float32"),
-        Part(f"{optimizer}'s state", states * trained, f"{states} bytes for each parameter that trains"),
+        Part(f"{optimizer}'s state", states * trained, f"{states} bytes per trainable parameter"),
         Part(
             "activations kept",
             kept + 4 * tokens * size.hidden_size,
@@ -157,17 +158,18 @@ def estimate(
     ]
     if device == "cpu":
         if gradient_checkpointing:
-            between = len(layers) * widest
-            why = "under each layer's input, where glibc's default leaves what it computed"
+            lost = len(layers) * widest
+            reason = "under each layer's input, where glibc's default leaves what it computed"
         else:
-            between = int(BETWEEN * sum(part.size for part in parts[-2:]))
-            why = f"{BETWEEN:.0%} of the last two, as measured with glibc"
-        parts.append(Part("between tensors", between, why))
-    return Estimate(parts, _surgery(model, device), trained, sum(_sizes(model)[:2]))
+            lost = int(FRAGMENTATION * sum(part.size for part in parts[-2:]))
+            reason = f"{FRAGMENTATION:.0%} of the last two, as measured with glibc"
+        parts.append(Part("between tensors", lost, reason))
+    total = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad or "initial_" not in n)
+    return Estimate(parts, _surgery(model, device), trained, total)
 
 
 def _parameters(model: nn.Module) -> tuple[int, int, int]:
-    """Return the bytes of frozen weights, the number of parameters that train, and the bytes of initial factors."""
+    """Return the bytes of frozen weights, the number of trainable parameters, and the bytes of initial factors."""
     frozen, trained, initial = 0, 0, 0
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "initial_" in name.rpartition(".")[2]:
@@ -179,72 +181,69 @@ def _parameters(model: nn.Module) -> tuple[int, int, int]:
     return frozen, trained, initial
 
 
-def _sizes(model: nn.Module) -> tuple[int, int]:
-    frozen = sum(p.numel() for n, p in model.named_parameters() if not p.requires_grad and "initial_" not in n)
-    return frozen, sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
 def _dtype(model: nn.Module) -> torch.dtype:
     dtypes = (p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
     return next(dtypes)
 
 
 def _intermediate(size: Any) -> int:
-    visited = int(getattr(size, "num_experts_per_tok", None) or 1)
-    each = getattr(size, "moe_intermediate_size", None) if visited > 1 else None
-    return visited * int(each or size.intermediate_size)
+    """Return the intermediate features that a token passes through, in all experts that it is routed to."""
+    experts = int(getattr(size, "num_experts_per_tok", None) or 1)
+    per_expert = getattr(size, "moe_intermediate_size", None) if experts > 1 else None
+    return experts * int(per_expert or size.intermediate_size)
 
 
-def _kept_by_layer(
+def _saved_by_layer(
     layer: nn.Module, config: PretrainedConfig, width: int, length: int, dropout: float, attention: str
 ) -> int:
-    """Return the bytes that a decoder layer keeps of each token for backward."""
+    """Return the bytes per token that a decoder layer saves for backward."""
     size = config.get_text_config()
     heads = size.num_attention_heads
     groups = getattr(size, "num_key_value_heads", None) or heads
-    head = getattr(size, "head_dim", None) or size.hidden_size // heads
-    kept = 0
+    head_dim = getattr(size, "head_dim", None) or size.hidden_size // heads
+    saved = 0
     for name, module in layer.named_modules():
-        # Norms compute in float32, and keep their input so; those of heads see each of them.
+        # Norms compute in float32 and save their input so; norms of queries and keys have an input for each head.
         if "Norm" in type(module).__name__:
             times = {"q_norm": heads, "k_norm": groups}.get(name.rpartition(".")[2], 1)
             scales = getattr(module, "weight", None)
-            kept += 4 * times * (size.hidden_size if scales is None else scales.numel())
-    # Queries, keys and values, the latter repeated for every head where an implementation knows no groups; what became
-    # of them; attention weights where they are formed.
+            saved += 4 * times * (size.hidden_size if scales is None else scales.numel())
+    # Queries, keys and values, the latter two repeated for every head by implementations that do not support groups;
+    # the output, or what it takes to recompute it; attention weights where they are materialized.
     if attention == "eager":
-        kept += 3 * heads * head * width + heads * length * (4 + (width if width < 4 else 0))
+        saved += 3 * heads * head_dim * width + heads * length * (4 + (width if width < 4 else 0))
     elif attention == "causal_blocks":
-        kept += (heads + 2 * groups) * head * width + heads * (length + 64) // 2 * width
+        saved += (heads + 2 * groups) * head_dim * width + heads * (length + 64) // 2 * width
     else:
-        kept += 2 * (heads + groups) * head * width + 4 * heads
-    kept += 3 * _intermediate(size) * width  # of a gated MLP: both products and the activation
-    shared = ("o_proj",) if attention not in ("eager", "causal_blocks") else ()
-    return int(kept) + sum(_kept_by_adapters(layer, width, dropout, shared))
+        saved += 2 * (heads + groups) * head_dim * width + 4 * heads
+    saved += 3 * _intermediate(size) * width  # gated MLP: both products and the activation
+    already_saved = ("o_proj",) if attention not in ("eager", "causal_blocks") else ()
+    return int(saved) + sum(_saved_by_adapters(layer, width, dropout, already_saved))
 
 
-def _kept_by_adapters(layer: nn.Module, width: int, dropout: float, kept: tuple[str, ...]) -> Iterable[int]:
-    """Yield what adapters keep of each token: their input, once for those that share it, projection and mask."""
+def _saved_by_adapters(layer: nn.Module, width: int, dropout: float, already_saved: tuple[str, ...]) -> Iterable[int]:
+    """Yield the bytes per token that adapters save: the input (once if several share it), projection and mask."""
     inputs: set[tuple[str, int]] = set()
     for name, module in lora_layers(layer).items():
         features = linear_shape(module.base_layer)[1]
         parent, _, last = name.rpartition(".")
-        if (parent, features) not in inputs and last not in kept:
+        if (parent, features) not in inputs and last not in already_saved:
             inputs.add((parent, features))
             yield width * features
         yield width * module.lora_A.shape[0]
-        yield MASK * features if dropout else 0
+        yield MASK_BYTES * features if dropout else 0
 
 
 def _logits(size: Any, width: int, supervised: float, device: str) -> int:
-    chunk, full = (CPU_LOGITS, CPU_PROBABILITIES) if device == "cpu" else (DEVICE_LOGITS, DEVICE_LOGITS)
-    everything = int(supervised) * size.vocab_size
+    """Return the bytes of the chunks of logits and of the hidden states with their gradient."""
+    chunk, float_chunk = (CPU_LOGITS, CPU_PROBABILITIES) if device == "cpu" else (DEVICE_LOGITS, DEVICE_LOGITS)
+    logits = int(supervised) * size.vocab_size
     hidden = 2 * int(supervised) * size.hidden_size * width
-    return int(min(chunk, everything) * width + 2 * min(full, everything) * 4 + hidden)
+    return int(min(chunk, logits) * width + 2 * min(float_chunk, logits) * 4 + hidden)
 
 
 def _surgery(model: nn.Module, device: str) -> int:
-    """Return what the largest decompositions take: the weight, its Gram matrix and eigenvectors, in float64."""
+    """Return the bytes of the largest decompositions, one per thread: weight, Gram matrix and eigenvectors."""
     needs = []
     for layer in lora_layers(model).values():
         rows, columns = linear_shape(layer.base_layer)

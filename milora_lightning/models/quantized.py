@@ -1,4 +1,4 @@
-"""Bases that bitsandbytes quantizes as they are loaded, and their unquantized weights, which the files still have."""
+"""Loading of models quantized by bitsandbytes, with access to the unquantized weights in their files."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Quantization = Literal["nf4", "fp4", "int8"]
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """Where the weight that a layer was quantized from can be read.
+    """Where to read the weight that a layer was quantized from.
 
     Args:
         path: A safetensors file.
         name: The tensor's name in it.
-        dtype: Of the model, in which the weight would be without quantization.
-        quantization: What became of it.
+        dtype: The model's dtype, which the weight would have without quantization.
+        quantization: How the layer is quantized.
     """
 
     path: str
@@ -37,7 +37,7 @@ class StoredWeight:
     quantization: str
 
     def read(self) -> Tensor:
-        """Read the weight, in the file's layout."""
+        """Read the weight in the shape that it has in the file."""
         with safe_open(self.path, "pt") as file:
             return cast(Tensor, file.get_tensor(self.name)).to(self.dtype)
 
@@ -47,13 +47,13 @@ def quantized_loading(
 ) -> dict[str, Any]:
     """Return the options with which ``from_pretrained`` quantizes all linear layers but the language-model head.
 
-    Four-bit codes have their scales quantized, too, and what they stand for is multiplied in the model's dtype.
+    The scales of four-bit codes are quantized, too (double quantization); products are computed in the model's dtype.
 
     Args:
         name_or_path: What the user has named.
-        config: The model's, whose ``dtype`` says in what the other weights are.
+        config: The model's configuration, whose ``dtype`` is that of the other weights.
         quantization: ``nf4``, ``fp4`` or ``int8``.
-        device: Where to quantize, and to leave the model.
+        device: Where to quantize and place the model.
 
     Raises:
         ModuleNotFoundError: If bitsandbytes is not installed.
@@ -69,24 +69,24 @@ def quantized_loading(
             "unquantized model."
         )
     if quantization == "int8":
-        how = BitsAndBytesConfig(load_in_8bit=True)
+        bnb_config = BitsAndBytesConfig(load_in_8bit=True)
     else:
-        how = BitsAndBytesConfig(
+        bnb_config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=quantization,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=config.dtype or torch.float32,
         )
-    return {"quantization_config": how, "device_map": {"": device}}
+    return {"quantization_config": bnb_config, "device_map": {"": device}}
 
 
 def remember_stored_weights(model: PreTrainedModel, location: str, quantization: Quantization) -> None:
-    """Have each quantized layer know where its unquantized weight is; say of how many that is not to be found.
+    """Record on each quantized layer where its unquantized weight is stored; warn if some are not found.
 
     Args:
-        model: A model that was quantized as it was loaded.
-        location: From where.
-        quantization: How.
+        model: A model that was quantized when it was loaded.
+        location: The folder or Hub name that it was loaded from.
+        quantization: How it was quantized.
     """
     files = weight_files(location)
     missing, number = [], 0
@@ -102,6 +102,6 @@ def remember_stored_weights(model: PreTrainedModel, location: str, quantization:
             setattr(layer, STORED, StoredWeight(files[stored], stored, model.dtype, quantization))
     if missing:
         warn(
-            f"The files of {location!r} do not have {len(missing)} of the {number} quantized weights by the names that "
-            f"the model has for them ({missing[0]!r}): their adapters start from the dequantized weights.",
+            f"The files of {location!r} do not have {len(missing)} of the {number} quantized weights under the names "
+            f"that the model uses ({missing[0]!r}): their adapters start from the dequantized weights.",
         )

@@ -1,4 +1,4 @@
-"""Pretrained models under FSDP2: built without weights, sharded, and filled shard by shard from their files."""
+"""Loading of pretrained models under FSDP2: built without weights, sharded, then filled shard by shard."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from milora_lightning.utils.names import pristine_name, unwrapped_name
 def empty_causal_lm(
     name_or_path: str, dtype: torch.dtype | str = "auto", attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """Build a causal language model whose parameters are on the meta device; its buffers have their values.
+    """Build a causal language model with parameters on the meta device and real buffers.
 
     Args:
         name_or_path: As for :func:`milora_lightning.models.pretrained.load_causal_lm`.
-        dtype: As there.
-        attn_implementation: As there.
+        dtype: As for that function.
+        attn_implementation: As for that function.
 
     Returns:
         The model, in eval mode; :func:`stream_weights` fills it.
 
     Raises:
-        FileNotFoundError: If there is no such model, here or on the Hub.
+        FileNotFoundError: If there is no such model, locally or on the Hub.
         ValueError: If it is quantized, or keeps some of its weights in float32 in a half-precision model.
     """
     location = locate(name_or_path)
@@ -59,10 +59,10 @@ def empty_causal_lm(
         )
     if kept_in_float32(model, dtype):
         raise InvalidInputError(
-            f"{type(model).__name__} keeps some weights in float32 in a {dtype} model, which cannot be sharded as it "
-            "is read: use dtype: float32, or strategy: ddp."
+            f"{type(model).__name__} keeps some weights in float32 in a {dtype} model, which cannot be sharded while "
+            "it is read: use dtype: float32, or strategy: ddp."
         )
-    model.tie_weights()  # the meta device has made copies of shared parameters
+    model.tie_weights()  # building on the meta device has untied them
     model.config.name_or_path = location
     with suppress(OSError):  # most models have one
         model.generation_config = GenerationConfig.from_pretrained(location)
@@ -70,14 +70,14 @@ def empty_causal_lm(
 
 
 def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Shard a model's parameters with FSDP2: each decoder layer by itself, then what is left.
+    """Shard a model's parameters with FSDP2: each decoder layer by itself, then the rest.
 
     Args:
-        model: The model, with adapters injected: parameters cannot be added afterwards.
-        mesh: The ranks to shard among.
+        model: The model with its adapters injected; parameters cannot be added afterwards.
+        mesh: The ranks to shard across.
 
     Raises:
-        ValueError: If the model does not say which its decoder layers are.
+        ValueError: If the model does not name its decoder layers.
     """
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh)
@@ -87,20 +87,20 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 def stream_weights(model: PreTrainedModel, name_or_path: str, device: torch.device) -> None:
     """Fill a sharded model that has no weights yet; all ranks must call this.
 
-    Each rank reads its own shards from safetensors files whose tensors are the model's own. Where they are not (other
-    names, other formats), the first rank loads the whole model and sends one weight at a time to the others.
+    Each rank reads its own shards if the tensors in the safetensors files are the model's parameters. If not (other
+    names, other formats), the first rank loads the whole model and broadcasts one weight at a time.
 
     Args:
-        model: What :func:`empty_causal_lm` has built and :func:`shard` has sharded. Adapters' factors become zero.
-        name_or_path: Where its weights are.
+        model: A model from :func:`empty_causal_lm`, sharded by :func:`shard`. The adapters' factors become zero.
+        name_or_path: As for :func:`empty_causal_lm`.
         device: Where to put the shards.
 
     Raises:
         ValueError: On all ranks, if the weights cannot be read on one.
     """
-    # Tied weights stay tied: torch exchanges what is in a sharded parameter.
+    # Tied weights stay tied: for sharded parameters, _apply replaces the data, not the parameter.
     model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
-    names: dict[Tensor, list[str]] = defaultdict(list)  # of tied weights several
+    names: dict[Tensor, list[str]] = defaultdict(list)  # several for a tied weight
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key in sorted(base_keys(model, frozen_only=False)):
         names[parameters[key]].append(pristine_name(key))
@@ -110,18 +110,18 @@ def stream_weights(model: PreTrainedModel, name_or_path: str, device: torch.devi
     location = locate(name_or_path)
     with clear_errors(name_or_path, location):
         files = weight_files(location)
-    found = {parameter: next((name for name in own if name in files), "") for parameter, own in names.items()}
+    found = {parameter: next((key for key in keys if key in files), "") for parameter, keys in names.items()}
     buffers = {buffer: unwrapped_name(name) for name, buffer in model.named_buffers()}
     if all(found.values()):
         with clear_errors(name_or_path, location):
             _read_shards({**found, **{buffer: name for buffer, name in buffers.items() if name in files}}, files)
     else:
-        _send_whole({**{parameter: own[0] for parameter, own in names.items()}, **buffers}, name_or_path)
+        _broadcast_model({**{parameter: keys[0] for parameter, keys in names.items()}, **buffers}, name_or_path)
 
 
 @torch.no_grad()
 def _read_shards(names: dict[Tensor, str], files: dict[str, str]) -> None:
-    """Read each rank's part of the named tensors."""
+    """Read this rank's shards of the named tensors."""
     for path in sorted({files[name] for name in names.values()}):
         with safe_open(path, "pt") as file:
             for tensor, name in names.items():
@@ -129,25 +129,26 @@ def _read_shards(names: dict[Tensor, str], files: dict[str, str]) -> None:
                     stored = file.get_slice(name)
                     if tuple(stored.get_shape()) != tensor.shape:
                         raise InvalidInputError(
-                            f"{name!r} has shape {stored.get_shape()} in {path!r}, not {tensor.shape}."
+                            f"{name!r} has the shape {stored.get_shape()} in {path!r}, but the model needs "
+                            f"{list(tensor.shape)}: use files that belong to the model's config.json."
                         )
                     part = stored[local_slices(tensor)] if tensor.ndim else file.get_tensor(name)
                     (tensor.to_local() if isinstance(tensor, DTensor) else tensor).copy_(part)
 
 
-def _send_whole(names: dict[Tensor, str], name_or_path: str) -> None:
-    """Load the model on the first rank, and send the named tensors to all, one at a time."""
-    whole, error = {}, None
+def _broadcast_model(names: dict[Tensor, str], name_or_path: str) -> None:
+    """Load the model on the first rank, and broadcast the named tensors one at a time."""
+    loaded, error = {}, None
     if dist.get_rank() == 0:
         try:
             model = load_causal_lm(name_or_path, next(p.dtype for p in names if p.is_floating_point()))
-            whole = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-        except Exception as raised:  # all of them, because the other ranks wait for this one
+            loaded = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        except Exception as raised:  # any error, because the other ranks wait for this one
             error = raised
     raise_together(error, dist.get_world_size())
     for tensor, name in names.items():
         value = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        if whole:
-            value.copy_(whole[name].detach())
+        if loaded:
+            value.copy_(loaded[name].detach())
         dist.broadcast(as_bytes(value), src=0)
         fill(tensor, value)

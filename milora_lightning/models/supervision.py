@@ -1,4 +1,4 @@
-"""A causal language model run so that its output embeddings see only the positions whose next label counts."""
+"""A forward of causal language models that applies the output embeddings only where the next label counts."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from milora_lightning.utils.compat import attention_of
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn
 
-# What configurations call what is done to the logits, to each position's by themselves; None where it is nothing.
-# Whatever is missing here is noticed in the model's forward, at the price of a second one.
-TRANSFORMATIONS = (
+# Configuration entries for operations on the logits, each applied position by position; None where there is none.
+# Operations missing here are noticed in the model's forward, at the price of a second forward.
+LOGIT_OPERATIONS = (
     *("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"),
     *("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier"),
 )
 
-# What configurations say of models whose tokens attend to those behind them.
+# Configuration entries, and their values, of models whose tokens attend to later tokens.
 BIDIRECTIONAL = (
     ("is_decoder", (False,)),  # BERT and its kin
     ("causal", (False,)),  # XLM
@@ -33,7 +33,7 @@ BIDIRECTIONAL = (
     ("use_bidirectional_attention", (True, "all")),  # Gemma
 )
 ALWAYS_CAUSAL = ("gpt_neox", "gpt_neox_japanese")
-"""Types of models whose configurations have an ``is_decoder`` that they do not read."""
+"""Model types whose configurations have an ``is_decoder`` that the model does not read."""
 
 
 class Logits(NamedTuple):
@@ -41,27 +41,27 @@ class Logits(NamedTuple):
 
     Attributes:
         values: The logits.
-        chosen: Whether the output embeddings were called once, and saw what they were meant to see.
-        is_heads: Whether, moreover, the logits are what they returned.
+        substituted: Whether the output embeddings were called exactly once, with the substituted hidden states.
+        unchanged: Whether, in addition, the model returned their output without changing it.
     """
 
     values: Tensor
-    chosen: bool
-    is_heads: bool
+    substituted: bool
+    unchanged: bool
 
 
-def keeps_logits(config: PretrainedConfig) -> bool:
-    """Tell whether a configuration names nothing that is done to the output of the output embeddings.
+def may_change_logits(config: PretrainedConfig) -> bool:
+    """Tell whether a configuration names an operation on the logits, such as a scale or a soft cap.
 
     >>> from transformers import CohereConfig, GraniteConfig, LlamaConfig
-    >>> [keeps_logits(c) for c in (LlamaConfig(), GraniteConfig(), CohereConfig())]
-    [True, False, False]
+    >>> [may_change_logits(c) for c in (LlamaConfig(), GraniteConfig(), CohereConfig())]
+    [False, True, True]
     """
-    return all(getattr(c, name, None) is None for c in _configs(config) for name in TRANSFORMATIONS)
+    return any(getattr(c, name, None) is not None for c in _configs(config) for name in LOGIT_OPERATIONS)
 
 
 def check_causal(model: PreTrainedModel) -> None:
-    """Refuse a model whose configuration says that it attends to the tokens which it is to predict.
+    """Refuse a model whose configuration says that it attends to the tokens that it should predict.
 
     Raises:
         ValueError: If it does.
@@ -72,12 +72,12 @@ def check_causal(model: PreTrainedModel) -> None:
             if value is not None and value in values and config.model_type not in ALWAYS_CAUSAL:
                 raise InvalidInputError(
                     f"{type(model).__name__} with {name}={value!r} in its configuration attends to the tokens that it "
-                    "is to predict: load it with another value, or take a causal language model."
+                    "should predict: load it with another value, or use a causal language model."
                 )
 
 
 def supervised_positions(labels: Tensor) -> Tensor:
-    """Tell which positions of the rows (batch, length) have a next label that counts."""
+    """Return a mask (batch, length) of the positions whose next label counts."""
     supervised = torch.zeros_like(labels, dtype=torch.bool)
     supervised[:, :-1] = labels[:, 1:] != IGNORE_INDEX
     return supervised
@@ -88,111 +88,113 @@ def supervised_logits(
 ) -> Tensor:
     """Compute a causal language model's logits at each position whose next label counts.
 
-    The output embeddings see only the hidden states of these positions, which saves the (batch, length, vocabulary)
-    tensor, the largest of all. A model that does something unknown to its logits afterwards runs a second time.
+    The output embeddings are applied only to the hidden states of these positions, which saves the (batch, length,
+    vocabulary) tensor, the largest of all. A model that then does something unknown to its logits runs a second time.
 
     Args:
         model: Any causal language model of transformers.
         input_ids: Token ids (batch, length), padded on the right.
         labels: Labels (batch, length), ``IGNORE_INDEX`` where they do not count.
-        position_ids: Positions (batch, length) of packed rows, which begin anew with each example; None where each row
-            is an example.
+        position_ids: Positions (batch, length) of packed rows, starting from 0 in each example; None if each row is
+            one example.
 
     Returns:
         Logits of shape (supervised tokens, vocabulary).
 
     Raises:
-        ValueError: If the model attends to the tokens that it is to predict.
+        ValueError: If the model attends to the tokens that it should predict.
     """
-    input_ids, labels, position_ids = rows_for(model, input_ids, labels, position_ids)
+    input_ids, labels, position_ids = attention_rows(model, input_ids, labels, position_ids)
     supervised = supervised_positions(labels)
-    logits = run(model, input_ids, lambda _, hidden: hidden[supervised].unsqueeze(0), position_ids)
-    if logits.is_heads or (logits.chosen and not keeps_logits(model.config)):
+    logits = run_with_hidden_states(model, input_ids, lambda _, hidden: hidden[supervised].unsqueeze(0), position_ids)
+    if logits.unchanged or (logits.substituted and may_change_logits(model.config)):
         return logits.values[0]
-    return whole_logits(model, input_ids, position_ids)[supervised]
+    return all_logits(model, input_ids, position_ids)[supervised]
 
 
-def rows_for(
+def attention_rows(
     model: PreTrainedModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Bring packed rows into the form in which a model's attention keeps examples apart.
+    """Reshape packed rows so that a model's attention keeps the examples apart.
 
-    By the positions alone transformers' flash attention does it within one row, masks of the others in any number.
+    From positions alone, transformers' flash attention does so only within a single row; the masks of the other
+    implementations work with any number of rows.
     """
     if position_ids is None or "flash" not in attention_of(model):
         return input_ids, labels, position_ids
     return input_ids.reshape(1, -1), labels.reshape(1, -1), position_ids.reshape(1, -1)
 
 
-def run(
+def run_with_hidden_states(
     model: PreTrainedModel,
     input_ids: Tensor,
     substitute: Callable[[Any, Tensor], Tensor],
     position_ids: Tensor | None = None,
 ) -> Logits:
-    """Run a model with other hidden states for its output embeddings.
+    """Run a model, passing substituted hidden states to its output embeddings.
 
     Args:
         model: Any causal language model of transformers.
         input_ids: Token ids (batch, length), padded on the right.
-        substitute: Given the output embeddings and the hidden states (batch, length, width), returns what these see.
+        substitute: Given the output embeddings and their hidden states (batch, length, width), returns the hidden
+            states to use instead.
         position_ids: Positions of packed rows.
 
     Raises:
-        ValueError: If the model attends to the tokens that it is to predict.
+        ValueError: If the model attends to the tokens that it should predict.
     """
     check_causal(model)
     head = model.get_output_embeddings()
-    followed, stack = _Followed(), ExitStack()
+    tracker, stack = _OutputTracker(), ExitStack()
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not args or args[0].shape[:-1] != input_ids.shape:
             return None
-        followed.calls += 1
+        tracker.calls += 1
         return (substitute(module, args[0]), *args[1:])
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        stack.enter_context(followed)
-        return followed.start(output)
+        stack.enter_context(tracker)
+        return tracker.track(output)
 
     with stack:
         if head is not None:
             stack.callback(head.register_forward_pre_hook(before).remove)
             stack.callback(head.register_forward_hook(after).remove)
         logits = _forward(model, input_ids, position_ids)
-    chosen = followed.calls == 1
-    return Logits(logits, chosen, chosen and followed.unchanged(logits))
+    substituted = tracker.calls == 1
+    return Logits(logits, substituted, substituted and tracker.is_unchanged(logits))
 
 
-def whole_logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    """Compute all logits (batch, length, vocabulary) of a model that does with them what is not known here."""
-    _say_that_it_runs_twice(type(model).__name__)
+def all_logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """Compute all logits (batch, length, vocabulary), for a model that changes its logits in an unknown way."""
+    _warn_of_second_forward(type(model).__name__)
     return _forward(model, input_ids, position_ids)
 
 
 def _configs(config: PretrainedConfig) -> list[PretrainedConfig]:
-    """Return a configuration and that of its text decoder, where it is of several parts."""
+    """Return a configuration and that of its text decoder (the same one for a text-only model)."""
     return [config, config.get_text_config(decoder=True)]
 
 
 def _forward(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
-    # Only where rows are packed: some models take no positions.
+    # Only for packed rows: some models take no positions.
     positions = {} if position_ids is None else {"position_ids": position_ids}
     output = model(input_ids=input_ids, use_cache=False, **positions)
     logits: Tensor = output[0] if isinstance(output, tuple) else output.logits
     return logits
 
 
-class _Followed(TorchFunctionMode):
-    """Follows the output of the output embeddings through conversions to where the model returns it."""
+class _OutputTracker(TorchFunctionMode):
+    """Tracks the output of the output embeddings through dtype conversions, up to where the model returns it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
         self.versions: list[tuple[Tensor, int]] = []
 
-    def start(self, output: Tensor) -> Tensor:
-        """Follow an output, and return it in a form that counts its changes in place."""
+    def track(self, output: Tensor) -> Tensor:
+        """Track an output; return it as a tensor that counts in-place changes, which inference tensors do not."""
         if output.is_inference():
             with torch.inference_mode(False):
                 output = output.clone()
@@ -203,27 +205,23 @@ class _Followed(TorchFunctionMode):
         result = function(*args, **(kwargs or {}))
         if (
             function in (Tensor.float, Tensor.double, Tensor.to)
-            and self._follows(args[0])
-            and _is_as_exact(result, args[0])
+            and self._is_tracked(args[0])
+            and torch.promote_types(result.dtype, args[0].dtype) == result.dtype  # loses no precision
         ):
-            return self.start(result)
+            return self.track(result)
         return result
 
-    def unchanged(self, logits: Tensor) -> bool:
-        """Tell whether logits are what the output embeddings returned."""
-        return self._follows(logits) and all(tensor._version == version for tensor, version in self.versions)
+    def is_unchanged(self, logits: Tensor) -> bool:
+        """Tell whether the logits are exactly what the output embeddings returned."""
+        return self._is_tracked(logits) and all(tensor._version == version for tensor, version in self.versions)
 
-    def _follows(self, tensor: Tensor) -> bool:
-        return any(tensor is known for known, _ in self.versions)
-
-
-def _is_as_exact(result: Tensor, before: Tensor) -> bool:
-    return torch.promote_types(result.dtype, before.dtype) == result.dtype
+    def _is_tracked(self, tensor: Tensor) -> bool:
+        return any(tensor is tracked for tracked, _ in self.versions)
 
 
 @cache
-def _say_that_it_runs_twice(name: str) -> None:
+def _warn_of_second_forward(name: str) -> None:
     warn(
-        f"What {name} does to its logits is not known here, so that each of its losses takes a second forward: right, "
-        "and slower."
+        f"{name} changes its logits in a way that is not known here, so each loss takes a second forward: the loss is "
+        "right, but slower."
     )

@@ -1,4 +1,4 @@
-"""What a model has read of a conversation, kept from one turn to the next."""
+"""A key-value cache that is kept from one turn of a conversation to the next."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from milora_lightning.utils.compat import takes_dynamic_cache
 
 LENGTH_DEPENDENT = {"dynamic", "longrope"}
-"""Kinds of rotary embeddings with which the keys of early tokens are others in a longer text."""
+"""Types of rotary embeddings with which the keys of early tokens change as the text grows."""
 
 
 class TurnCache:
-    """Keys and values of what a model has read last, so that it reads of the next prompt only what is new.
+    """Keys and values of the last prompt and answer, so that a model reads only the new part of the next prompt.
 
-    Answers are those without it, as far as sums of floating-point numbers do not hang on how many are computed at once.
-    A model whose cache cannot go back to an earlier token exactly (sliding windows, the states of state-space models)
-    reads each prompt from its beginning.
+    Answers are the same as without it, up to the rounding of sums computed in batches of other sizes. A model whose
+    cache cannot be cropped exactly (sliding windows, state-space models) reads each prompt from its beginning.
 
     Args:
         model: The model.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.usable = _goes_back(model)
+        self.usable = _can_crop_cache(model)
         self.config = model.config
         self._kept: dict[Hashable, tuple[list[int], DynamicCache]] = {}
 
     def take(self, who: Hashable, ids: Sequence[int]) -> DynamicCache | None:
-        """Return a cache that ``generate`` may begin a prompt with, cut to what the prompt has in common with it.
+        """Return a cache for ``generate`` to start a prompt from, cropped to the tokens it shares with the prompt.
 
-        It is kept no longer, unless it comes back by :meth:`keep`: an answer that is broken off leaves it half written.
+        The cache is then dropped from here until :meth:`keep` returns it, because an interrupted answer leaves it in
+        an undefined state.
 
         Args:
-            who: Who is to answer: a model with adapters and without them read differently.
+            who: Who answers; the model with its adapters and the model without them have different caches.
             ids: Token ids of the prompt.
 
         Returns:
-            The cache, perhaps empty; None for a model whose cache cannot be used again.
+            The cache, possibly empty; None for a model whose cache cannot be reused.
         """
         if not self.usable:
             return None
         read, cache = self._kept.pop(who, ([], DynamicCache(config=self.config)))
-        # The prompt's last token is read again in any case: what follows it is asked for.
+        # The last token of the prompt is always read again: its logits predict the answer.
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(read, ids[:-1], strict=False)))
         cache.crop(common - len(read))
         return cache
@@ -55,18 +55,18 @@ class TurnCache:
 
         Args:
             who: As for :meth:`take`.
-            ids: Token ids of the prompt and its answer, whose last token has not been read.
-            cache: What :meth:`take` has returned for the prompt.
+            ids: Token ids of the prompt and its answer, whose last token the model has not read yet.
+            cache: What :meth:`take` returned for the prompt.
         """
         if cache is not None:
             self._kept[who] = list(ids[: cache.get_seq_length()]), cache
 
 
-def _goes_back(model: PreTrainedModel) -> bool:
+def _can_crop_cache(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config(decoder=True)
-    own = getattr(model.generation_config, "cache_implementation", None)
+    cache_type = getattr(model.generation_config, "cache_implementation", None)
     rope = str(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None))
-    if own is not None or model.config.is_encoder_decoder or not takes_dynamic_cache(model):
+    if cache_type is not None or model.config.is_encoder_decoder or not takes_dynamic_cache(model):
         return False
     if "mamba" in type(model).__name__.lower() or any(f"'{kind}'" in rope for kind in LENGTH_DEPENDENT):
         return False

@@ -1,1 +1,1 @@
-"""What a run shows while it goes on: figures in words, and two ways to show them, live and in lines."""
+"""The progress display of a run: figures as text, shown live on a terminal or as lines in files and pipes."""

@@ -1,4 +1,4 @@
-"""Figures as people read them."""
+"""Numbers, durations, speeds and memory as text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ except ImportError:  # Windows has no such module
 
 
 def number(value: float) -> str:
-    """Write a figure in four digits, and none that is not zero as zero.
+    """Format a number with four significant digits, without rounding small numbers to zero.
 
     >>> [number(x) for x in (0.0, 3e-4, 1.25e-5, 0.81234, 12.3456, 512.34, 81234.0, float("nan"))]
     ['0', '3e-4', '1.25e-5', '0.8123', '12.35', '512.3', '81234', 'nan']
@@ -28,7 +28,7 @@ def number(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write a time in hours, minutes and seconds.
+    """Format a duration as hours, minutes and seconds.
 
     >>> duration(75), duration(3 * 3600 + 5), duration(100 * 3600)
     ('0:01:15', '3:00:05', '100:00:00')
@@ -38,7 +38,7 @@ def duration(seconds: float) -> str:
 
 
 def speed(per_second: float, unit: str) -> str:
-    """Write how fast something goes, from the side that has figures before the point.
+    """Format a speed, as units per second or, below one, as seconds per unit.
 
     >>> speed(512.4, "tokens"), speed(2.5, "steps"), speed(0.05, "steps")
     ('512 tokens/s', '2.5 steps/s', '20 s a step')
@@ -49,7 +49,7 @@ def speed(per_second: float, unit: str) -> str:
 
 
 def progress(done: float, total: float | None) -> str:
-    """Write how many of how many, if that is known.
+    """Format a count, with its total if that is known.
 
     >>> progress(3, 8), progress(3, None), progress(3, float("inf"))
     ('3 of 8', '3', '3')
@@ -58,9 +58,9 @@ def progress(done: float, total: float | None) -> str:
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """Return the most memory that was in use so far, in GB: of a CUDA device, else of the process (resident).
+    """Return the peak memory so far in GB: that of a CUDA device, else the resident memory of the process.
 
-    None where the system does not tell. Nothing waits for the device.
+    None if the system does not report it. Does not synchronize with the device.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9

@@ -1,4 +1,4 @@
-"""Averages over the recent past."""
+"""Running averages of step times and losses."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ SMOOTHING = 0.05
 
 
 class Pace:
-    """How long a step takes, on the average of the last ones.
+    """Average duration of the last steps.
 
-    The first step of all warms up, and may compile: it counts only as long as there is no other.
+    The very first step includes warm-up and perhaps compilation: it is dropped as soon as there is another one.
     """
 
     def __init__(self) -> None:
@@ -24,12 +24,12 @@ class Pace:
         self._first = True
 
     def start(self) -> None:
-        """Begin a lap, if none is going on."""
+        """Begin a lap, unless one is under way."""
         if self._since is None:
             self._since = time.monotonic()
 
     def lap(self, steps: int) -> None:
-        """End a lap of so many steps, and begin the next."""
+        """End a lap of that many steps, and begin the next."""
         now = time.monotonic()
         if self._since is not None:
             if self._first and self._laps:
@@ -39,20 +39,20 @@ class Pace:
         self._since = now
 
     def pause(self) -> None:
-        """Leave out what comes until the next start."""
+        """Stop measuring until the next start."""
         self._since = None
 
     @property
     def seconds(self) -> float | None:
-        """Seconds a step; None before the first."""
+        """Seconds per step; None before the first step."""
         steps = sum(steps for steps, _ in self._laps)
         return sum(seconds for _, seconds in self._laps) / steps if steps else None
 
 
 class SmoothedLoss:
-    """The mean of the losses, the later ones weighing more, that stays on their device until it is read.
+    """Exponential moving average of the losses, kept on their device until it is read.
 
-    A loss that is not finite is shown as it is, and not kept in the mean.
+    While the last loss is not finite, it is the value; it does not enter the average.
 
     >>> loss = SmoothedLoss()
     >>> for value in (3.0, float("nan")):
@@ -70,17 +70,17 @@ class SmoothedLoss:
         self._last: Tensor | None = None
 
     def add(self, loss: Tensor) -> None:
-        """Take a loss in."""
+        """Add a loss to the average."""
         self._last = loss = loss.detach().float()
         finite = loss.isfinite()
         if self._sum is None:
             self._sum = self._weight = torch.zeros_like(loss)
-        # A mean whose weights fade: it is over all losses while these are few, and needs no first value.
+        # Dividing by the sum of the weights makes early values plain averages, without a bias to an initial value.
         self._sum = torch.where(finite, self._sum * (1 - SMOOTHING) + loss, self._sum)
         self._weight = torch.where(finite, self._weight * (1 - SMOOTHING) + 1, self._weight)
 
     def value(self) -> float | None:
-        """Read the mean, which waits for the device; None if there is none."""
+        """Return the average, which synchronizes with the device; None before the first loss."""
         if self._last is None or self._sum is None:
             return None
         last = self._last.item()

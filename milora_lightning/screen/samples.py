@@ -1,4 +1,4 @@
-"""A few answers to look at: which, on a terminal, and in loggers."""
+"""Sample answers: choosing a few examples, and showing them on a terminal and in loggers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from milora_lightning.utils.markdown import table as markdown
 from milora_lightning.utils.printable import printable
 
 Sample = dict[str, str]
-"""Of an example its prompt, instruction and reference, and answers by when they were given."""
+"""An example's prompt, instruction and reference, and its answers under keys such as ``"before"`` and ``"after"``."""
 
-SHOWN = 240  # characters of a text on the terminal
+MAX_CHARS = 240  # of a text on the terminal
 LABELS = {"instruction": "prompt", "reference": "reference"}
 
 
 def choose(samples: Iterable[Sample], number: int) -> list[Sample]:
-    """Choose a few, the same ones whenever the same prompts are answered, and no others for their length or place.
+    """Choose a few samples by a hash of their prompts: always the same ones, independent of their order and length.
 
     >>> samples = [{"prompt": f"What is 1 plus {i}?"} for i in range(9)]
     >>> choose(samples, 2) == choose(samples[::-1], 2)
@@ -36,8 +36,8 @@ def choose(samples: Iterable[Sample], number: int) -> list[Sample]:
     ]
 
 
-def shorten(text: str, length: int = SHOWN) -> str:
-    r"""Write a text on one line that a terminal shows as it is, the end left out where it is long.
+def shorten(text: str, length: int = MAX_CHARS) -> str:
+    r"""Put a text on one line, safe to print on a terminal, and cut off the end if it is too long.
 
     >>> shorten("one\n two"), shorten("one two three", 8), shorten(" ")
     ('one two', 'one two…', '(nothing)')
@@ -50,9 +50,9 @@ def table(samples: Sequence[Sample], answers: Sequence[str], title: str) -> Rend
     """Show prompts, references and answers one below the other.
 
     Args:
-        samples: At least one.
-        answers: Which answers, by their keys, such as ``"before"`` and ``"after"``.
-        title: Above all.
+        samples: At least one sample.
+        answers: Keys of the answers to show, such as ``"before"`` and ``"after"``.
+        title: Title above the table.
     """
     grid = Table(show_header=False)
     grid.add_column(style="dim", no_wrap=True)
@@ -60,19 +60,19 @@ def table(samples: Sequence[Sample], answers: Sequence[str], title: str) -> Rend
     for sample in samples:
         labels = {**LABELS, **{answer: answer for answer in answers if answer in sample}}
         for key, label in labels.items():
-            # As Text, because brackets in it are not markup.
+            # A Text, so that Rich does not read brackets as markup.
             grid.add_row(label, Text(shorten(sample[key]), style="bold" if key == answers[-1] else ""))
         grid.add_section()
-    return Group(Text(title, style="bold"), grid)  # a title of the table's own would be as narrow
+    return Group(Text(title, style="bold"), grid)  # a title of the table itself would wrap at the table's width
 
 
 def log_samples(logger: Logger, samples: Sequence[Sample], step: int, stage: str) -> None:
-    """Give samples to a logger: as a table where it has such, else as text, or as ``samples.jsonl`` beside its files.
+    """Log samples as a table, as text, or for CSVLogger to ``samples.jsonl`` next to its files.
 
     Args:
-        logger: Any of Lightning's; one that takes neither is left alone.
-        samples: With the keys ``instruction``, ``reference`` and ``answer``.
-        step: That of the metrics which are logged beside them.
+        logger: Any logger of Lightning; nothing is logged to one that supports none of these.
+        samples: Samples with the keys ``instruction``, ``reference`` and ``answer``.
+        step: The step of the metrics that are logged with them.
         stage: ``"val"`` or ``"test"``.
     """
     columns = ["instruction", "reference", "answer"]

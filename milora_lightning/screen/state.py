@@ -1,4 +1,4 @@
-"""How far a run is."""
+"""The state of a run as the screen shows it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from milora_lightning.screen.figures import duration, number, progress, speed
 
 @dataclass
 class Work:
-    """One thing that is being done.
+    """A piece of work with its progress.
 
     Attributes:
-        name: What, as on the screen: ``"Validating"``.
-        total: How many units it has; None if nobody knows.
-        unit: What they are called, in the plural.
-        done: How many are done.
-        note: What else there is to say now.
-        started: When it began, by ``time.monotonic``.
+        name: Its name on the screen, such as ``"Validating"``.
+        total: Number of units; None if it is not known.
+        unit: Name of the units, in the plural.
+        done: Number of units done.
+        note: Further text to show.
+        started: Start time by ``time.monotonic``.
     """
 
     name: str
@@ -31,12 +31,12 @@ class Work:
 
     @property
     def seconds(self) -> float:
-        """How long it has been going on."""
+        """Seconds since it started."""
         return time.monotonic() - self.started
 
     @property
     def count(self) -> str:
-        """How much of it is done, in words; empty if it has no parts.
+        """The number of units done, as text; empty if there are no units.
 
         >>> Work("Validating", 8, "batches", 3, "token 5").count
         '3 of 8 batches, token 5'
@@ -46,7 +46,7 @@ class Work:
 
     @property
     def share(self) -> float | None:
-        """The share that is done, if that is known."""
+        """The fraction that is done; None if the total is not known."""
         if self.total is None or not 0 < self.total < math.inf:
             return None
         return min(1.0, self.done / self.total)
@@ -54,18 +54,18 @@ class Work:
 
 @dataclass
 class RunState:
-    """All that the screen shows.
+    """Everything that the screen shows.
 
     Attributes:
-        training: The optimizer's steps; None before the first and outside training.
-        work: What else is going on: loading, initializing, evaluating.
-        loss: The training loss, smoothed.
+        training: The optimizer steps; None before the first step and outside training.
+        work: Other work under way: loading, initializing, evaluating.
+        loss: The smoothed training loss.
         rate: The learning rate.
-        tokens: Tokens per second, or None where nobody counts them.
+        tokens: Tokens per second; None if they are not counted.
         steps: Optimizer steps per second.
         memory: Peak memory in GB.
-        end: When the run will be over, by ``time.monotonic``, if that is known.
-        metrics: Others that the module shows.
+        end: Expected end of the run by ``time.monotonic``; None if it is not known.
+        metrics: Further metrics that the module logs to the progress bar.
     """
 
     training: Work | None = None
@@ -80,7 +80,7 @@ class RunState:
 
     @property
     def figures(self) -> list[str]:
-        """What has been measured, in words."""
+        """The measured values, each as text."""
         rows = [] if self.loss is None else [f"loss {number(self.loss)}"]
         rows += [] if self.rate is None else [f"lr {number(self.rate)}"]
         if self.tokens is not None:
@@ -92,11 +92,11 @@ class RunState:
 
     @property
     def left(self) -> str:
-        """How long the run will take from now, in words; empty if that is not known."""
+        """The remaining time as text; empty if it is not known."""
         return "" if self.end is None else f"{duration(self.end - time.monotonic())} left"
 
     def line(self) -> str:
-        """Say all in a line.
+        """Return the whole state as one line.
 
         >>> RunState(Work("Training", 90, "steps", 37), loss=2.3112, rate=3e-4, steps=0.5, memory=1.23).line()
         'Training: 37 of 90 steps, loss 2.311, lr 3e-4, 2 s a step, peak 1.2 GB'

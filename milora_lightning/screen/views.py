@@ -1,4 +1,4 @@
-"""Two ways to show how far a run is: live on a terminal, in lines everywhere else."""
+"""Two views of a run's state: live on a terminal, as printed lines everywhere else."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ HEIGHT = 3
 
 
 class View(Protocol):
-    """A way to show a state that changes."""
+    """A way to show the changing state of a run."""
 
     def start(self) -> None:
         """Begin to show it."""
 
     def tick(self) -> None:
-        """Show it now, if it is time."""
+        """Show the current state, if an update is due."""
 
     def stop(self) -> None:
-        """End; what other parts of a program print comes after that."""
+        """Stop showing it, and leave the terminal to other output."""
 
 
 class LiveView:
-    """Lines at the foot of a terminal that move by themselves; what is printed goes above them.
+    """Lines at the bottom of a terminal that update by themselves; other output appears above them.
 
-    A thread draws them, so that they move also while one operation takes long. It reads nothing but numbers and
-    words: no figure waits for a device while it is drawn.
+    A thread draws them, so they keep moving during long operations. It reads only numbers and strings from the state,
+    and so never waits for a device.
     """
 
     def __init__(self, console: Console, state: RunState, per_second: float = 4) -> None:
@@ -51,23 +51,23 @@ class LiveView:
         """Begin to draw."""
         before = _files(sys.stdout) | _files(sys.stderr)
         self._live.start(refresh=True)  # before the thread draws, so that the first print finds what to erase
-        # Logging handlers have kept the streams that were there before, and would write across the lines.
+        # Logging handlers still hold the original streams, and would write across the lines.
         self._handlers = [(h, h.stream) for h in _stream_handlers() if _files(h.stream) & before]
         for handler, _ in self._handlers:
             handler.setStream(sys.stderr)
 
     def tick(self) -> None:
-        """Leave it to the thread."""
+        """Do nothing: the thread updates the lines."""
 
     def stop(self) -> None:
-        """Take the lines away."""
+        """Remove the lines."""
         for handler, stream in self._handlers:
             handler.setStream(stream)
         self._handlers = []
         self._live.stop()
 
     def draw(self) -> RenderableType:
-        """Return what is to be seen now."""
+        """Return the lines for the current state."""
         state = self.state
         training, work = state.training, state.work
         rows: list[RenderableType] = []
@@ -78,18 +78,19 @@ class LiveView:
             rows.append(figures)
         if work is not None:
             rows.append(self._row(work, "", spin=True))
-        # Always as many lines: Rich may print in one thread and draw in another, and count the lines to erase before.
+        # Always the same number of lines: Rich may print in one thread while another draws, and would then erase as
+        # many lines as there were before.
         return Group(*[Text()] * (HEIGHT - len(rows)), *rows)
 
     @property
     def _width(self) -> int:
-        # The terminal shows ^C, perhaps twice, where the cursor is: it must not begin a new line by that.
+        # Room for ^C, perhaps twice, which the terminal echoes at the cursor: it must not wrap to a new line.
         return self._console.width - 4
 
     def _row(self, work: Work, left: str, spin: bool) -> Table:
-        """Lay out a row: in a narrow terminal first the bar goes, then the end of the words, never the times."""
+        """Lay out a row; a narrow terminal first loses the bar, then the end of the text, but never the times."""
         times = ", ".join(part for part in (duration(work.seconds), left) if part)
-        room = self._width - len(times) - 4  # a spinner, and a blank between each two parts
+        room = self._width - len(times) - 4  # the spinner, and a space between each two columns
         words = Text(work.name, style="bold").append(f" {work.count}" if work.count else "", style="not bold")
         words.truncate(room, overflow="ellipsis")
         row = Table.grid(padding=(0, 1))
@@ -107,16 +108,17 @@ class LiveView:
 def _stream_handlers() -> list[logging.StreamHandler[Any]]:
     loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
     handlers = {handler: None for logger in loggers for handler in logger.handlers}
-    follow = property  # those that look up sys.stderr each time have it as one
+    # Handlers whose `stream` is a property look up sys.stderr each time, and need no redirection.
     return [
         handler
         for handler in handlers
-        if isinstance(handler, logging.StreamHandler) and not isinstance(getattr(type(handler), "stream", None), follow)
+        if isinstance(handler, logging.StreamHandler)
+        and not isinstance(getattr(type(handler), "stream", None), property)
     ]
 
 
 def _files(stream: Any) -> set[int]:
-    """The file behind a stream; nothing, where there is none."""
+    """Return the file descriptor of a stream as a set; empty if it has none."""
     try:
         return {stream.fileno()}
     except (AttributeError, OSError, ValueError):
@@ -124,20 +126,20 @@ def _files(stream: Any) -> set[int]:
 
 
 class LineView:
-    """Lines for files and pipes: soon at the beginning, then less and less often."""
+    """Lines for files and pipes: frequent at the beginning, then less and less often."""
 
     FIRST, LAST = 10.0, 60.0
-    """Seconds between two lines, at the beginning and in the long run."""
+    """Seconds between two lines, at the beginning and later on."""
 
     def __init__(self, state: RunState) -> None:
         self.state = state
 
     def start(self) -> None:
-        """Begin to count the time."""
+        """Start the clock."""
         self._started = self._printed = time.monotonic()
 
     def tick(self) -> None:
-        """Print a line, if the last is long enough ago."""
+        """Print a line, if the last one was printed long enough ago."""
         now = time.monotonic()
         if now - self._printed >= min(self.LAST, max(self.FIRST, (now - self._started) / 20)):
             self._printed = now
@@ -145,4 +147,4 @@ class LineView:
                 print(line, flush=True)
 
     def stop(self) -> None:
-        """There is nothing to take away."""
+        """Do nothing: printed lines stay."""

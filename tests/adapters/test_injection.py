@@ -13,7 +13,7 @@ from milora_lightning import LoRAConfig, adapters_disabled, initialize, inject, 
 from milora_lightning.adapters.factors import initial_factors
 from milora_lightning.adapters.parts import TargetNotFoundError
 from milora_lightning.adapters.targets import find_targets
-from milora_lightning.models.processor import multiplies
+from milora_lightning.models.processor import has_fast_products
 
 PAPER_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
@@ -141,7 +141,7 @@ def test_embedded_model_in_bfloat16_starts_exactly_and_keeps_its_weights() -> No
         assert torch.equal(model.eval()(ids).logits, before)
     start = {name: p.clone() for name, p in model.train().named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4)
-    for step in range(20 if multiplies(torch.bfloat16) else 3):  # some 50 s each without such instructions
+    for step in range(20 if has_fast_products(torch.bfloat16) else 3):  # some 50 s each without such instructions
         model(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -157,7 +157,7 @@ def test_embedded_model_in_bfloat16_starts_exactly_and_keeps_its_weights() -> No
 
 
 class ReadsWeight(nn.Module):
-    """A module that multiplies with a layer's weight itself."""
+    """A module that has_fast_products with a layer's weight itself."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -60,7 +60,7 @@ def without_a_shard(folder: Path) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a weight is missing": (lambda f: rewrite(f, lambda w: w.pop(WEIGHT)), rf"lack 1 of the 21 weights.*{WEIGHT}"),
     "the head is missing": (lambda f: rewrite(f, lambda w: w.pop("lm_head.weight")), r"lack 1 of.*lm_head.weight"),
-    "another shape": (lambda f: rewrite(f, lambda w: w.update({WEIGHT: torch.zeros(3, 3)})), r"other shapes"),
+    "another shape": (lambda f: rewrite(f, lambda w: w.update({WEIGHT: torch.zeros(3, 3)})), r"do not have the shapes"),
     "truncated": (lambda f: truncate(f / "model.safetensors"), r"'model.safetensors' is damaged or incomplete"),
     "no safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), r"'model.safetensors' is damaged"),
     "truncated .bin": (lambda f: truncate(as_bin(f)), r"cannot be read"),
@@ -72,7 +72,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown": (lambda f: edit_config(f, model_type="zork"), r"transformers \S+ does not know its model type.*zork"),
     "own code": (
         lambda f: edit_config(f, model_type="zork", auto_map={"AutoConfig": "a.B"}),
-        r"brings code of its own \(trust_remote_code\)",
+        r"needs its own code \(trust_remote_code\)",
     ),
 }
 
@@ -94,7 +94,7 @@ def test_weights_that_are_tied_need_not_be_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [(T5Config(), "an encoder-decoder"), (BertConfig(), "an encoder, which"), (ViTConfig(), "no causal language")],
+    [(T5Config(), "an encoder-decoder"), (BertConfig(), "an encoder, which"), (ViTConfig(), "not a causal language")],
 )
 def test_other_kinds_of_models_are_refused(folder: Path, config: T5Config, message: str) -> None:
     config.save_pretrained(folder)
@@ -110,9 +110,9 @@ def test_what_is_no_folder_of_a_model_is_refused(tmp_path: Path) -> None:
     for name, content, message in (
         ("a.ckpt", b"", r"is a file.*--ckpt_path"),
         ("model.safetensors", b"", r"is a file: give the folder"),
-        ("bad.gguf", b"GGUFxxxx", r"damaged or incomplete, or no GGUF file"),
-        ("BAD.GGUF", b"nothing", r"damaged or incomplete, or no GGUF file"),
-        ("empty.gguf", b"", r"damaged or incomplete, or no GGUF file"),
+        ("bad.gguf", b"GGUFxxxx", r"damaged or incomplete, or not a GGUF file"),
+        ("BAD.GGUF", b"nothing", r"damaged or incomplete, or not a GGUF file"),
+        ("empty.gguf", b"", r"damaged or incomplete, or not a GGUF file"),
         ("empty/", None, r"is an empty folder"),
         ("diffusion/model_index.json", b"{}", r"is a diffusion pipeline"),
         ("peft/adapter_config.json", b'{"base_model_name_or_path": "a/b"}', r"PEFT adapters.*'a/b'.*start_from"),
@@ -136,7 +136,7 @@ def test_a_folder_without_a_tokenizer_is_refused(folder: Path) -> None:
     with pytest.raises(UnusableModelError, match=r"tokenizer of .* has no tokenizer files"):
         load_tokenizer(str(folder))
     ViTConfig().save_pretrained(folder)  # which explains why it has none
-    with pytest.raises(UnusableModelError, match=r"no causal language model \(vit\)"):
+    with pytest.raises(UnusableModelError, match=r"not a causal language model \(vit\)"):
         load_tokenizer(str(folder))
 
 

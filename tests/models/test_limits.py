@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, RobertaConfig
 
 from milora_lightning import CausalLMModule, MiLoRAInit, SFTDataModule, lora_layers
-from milora_lightning.models.limits import Positions, check_positions, embedding_rows, positions
+from milora_lightning.models.limits import PositionLimit, check_positions, embedding_rows, position_limit
 
 SHORT, LONG = ("a " * 3, "b"), ("a " * 20, "b " * 30)
 LEARNED = ["gpt2", "opt"]
@@ -38,7 +38,7 @@ def model_of(kind: str) -> torch.nn.Module:
 def test_positions_are_known(kind: str) -> None:
     """Those that have a table of them fail beyond it, the others do not."""
     model = model_of(kind)
-    assert positions(model) == Positions(64, kind in LEARNED)
+    assert position_limit(model) == PositionLimit(64, kind in LEARNED)
     assert embedding_rows(model) == 128
     model(input_ids=torch.ones(1, 64, dtype=torch.int64))
     beyond = torch.ones(1, 65, dtype=torch.int64)
@@ -52,12 +52,14 @@ def test_positions_are_known(kind: str) -> None:
 def test_positions_of_other_kinds() -> None:
     sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     roberta = RobertaConfig(**sizes, intermediate_size=32, max_position_embeddings=34, is_decoder=True, pad_token_id=1)
-    assert positions(AutoModelForCausalLM.from_config(roberta)) == Positions(32, True)
-    assert positions(AutoModelForCausalLM.from_config(BloomConfig(vocab_size=99, hidden_size=32, n_layer=1))) is None
+    assert position_limit(AutoModelForCausalLM.from_config(roberta)) == PositionLimit(32, True)
+    assert (
+        position_limit(AutoModelForCausalLM.from_config(BloomConfig(vocab_size=99, hidden_size=32, n_layer=1))) is None
+    )
     gptj = AutoConfig.for_model("gptj", vocab_size=99, n_embd=32, n_layer=1, n_head=2, n_positions=48, rotary_dim=4)
-    assert positions(AutoModelForCausalLM.from_config(gptj)) == Positions(48, True)
+    assert position_limit(AutoModelForCausalLM.from_config(gptj)) == PositionLimit(48, True)
     mpt = AutoConfig.for_model("mpt", vocab_size=99, d_model=32, n_layers=1, n_heads=2, max_seq_len=40)
-    assert positions(AutoModelForCausalLM.from_config(mpt)) == Positions(40, True)
+    assert position_limit(AutoModelForCausalLM.from_config(mpt)) == PositionLimit(40, True)
 
 
 @pytest.mark.parametrize("kind", LEARNED)
@@ -77,7 +79,7 @@ def test_too_long_examples_are_refused_where_there_are_no_positions(kind: str, s
 def test_too_long_examples_are_mentioned_where_positions_are_computed(tmp_path: Path) -> None:
     path = str(save_tiny_model(tmp_path / "llama", "llama"))
     with pytest.warns(
-        UserWarning, match="has 102 tokens, but LlamaForCausalLM has 64 positions and has not learnt any"
+        UserWarning, match="has 102 tokens, but LlamaForCausalLM has 64 positions and was not trained on any"
     ):
         trainer(tmp_path, limit_val_batches=0).fit(CausalLMModule(path), datamodule=data(path, LONG))
 
@@ -92,7 +94,7 @@ def test_what_is_mentioned_is_mentioned_once_in_a_run(tmp_path: Path) -> None:
                 tmp_path, max_epochs=2, callbacks=[MiLoRAInit(r=2)], reload_dataloaders_every_n_epochs=1
             )
             run.fit(CausalLMModule(path, max_new_tokens=2), datamodule=data(path, LONG))
-    about = [str(each.message) for each in said if "has not learnt any" in str(each.message)]
+    about = [str(each.message) for each in said if "was not trained on any" in str(each.message)]
     assert len(set(about)) == 2  # of the training data and of the validation data
     assert len(about) == 2 * 2
 
@@ -142,12 +144,12 @@ def test_tokens_without_embedding_are_refused(tmp_path: Path) -> None:
     padded, unpadded = with_more_tokens(tmp_path / "a", True), with_more_tokens(tmp_path / "b", False)
     with pytest.raises(
         ValueError,
-        match=r"padding token '\[PAD\]' has the id 129, but Llama.* embeddings of 128 tokens, .*"
+        match=r"padding token '\[PAD\]' has the id 129, but Llama.* embeddings for 128 tokens, .*"
         r"Set tokenizer\.pad_token to one that the model has, '</s>' for example",
     ):
         trainer(tmp_path).fit(CausalLMModule(padded), datamodule=data(padded, SHORT))
     with pytest.raises(
-        ValueError, match="train data holds the token '<new>' of id 128, as the tokenizer has 129 tokens"
+        ValueError, match=r"train data contains the token '<new>' with the id 128 \(the tokenizer has 129 tokens\)"
     ):
         trainer(tmp_path).fit(CausalLMModule(unpadded), datamodule=data(unpadded, ("say <new>", "b")))
     trainer(tmp_path).fit(CausalLMModule(unpadded, max_new_tokens=2), datamodule=data(unpadded, SHORT))  # none is used

@@ -136,7 +136,7 @@ def test_what_is_noticed_is_said_once() -> None:
 
     model = Unheard(TINY_CONFIGS["llama"], lambda logits: 3 * logits)
     model.lm_head.requires_grad_(False)
-    with pytest.warns(UserWarning, match="What Unheard does to its logits is not known here"):
+    with pytest.warns(UserWarning, match="Unheard changes its logits in a way that is not known here"):
         causal_lm_loss(model, *batch())
     with warnings.catch_warnings():
         warnings.simplefilter("error")

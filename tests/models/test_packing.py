@@ -263,7 +263,7 @@ def test_flash_attention_finds_the_examples_by_what_models_pass_it(name: str) ->
     batch = PackingCollator(0)(ROWS)
     inputs = [batch[key] for key in ("input_ids", "labels", "position_ids")]
     expected = causal_lm_loss(reference, *inputs)
-    flat = [x.reshape(1, -1) for x in inputs]  # as rows_for does for flash attention
+    flat = [x.reshape(1, -1) for x in inputs]  # as attention_rows does for flash attention
     torch.testing.assert_close(causal_lm_loss(model, *flat), expected, rtol=1e-5, atol=0)
 
 
@@ -288,5 +288,5 @@ def test_an_attention_that_forgets_the_mask_is_refused() -> None:
 
     AttentionInterface.register("forgetful", forgetful)
     AttentionMaskInterface.register("forgetful", sdpa_mask)
-    with pytest.raises(ValueError, match="'forgetful' makes of an example in a packed row changes with its neighbour"):
+    with pytest.raises(ValueError, match="'forgetful' for an example in a packed row changes with its neighbour"):
         check_separation(model_of("llama", "forgetful"), examples(16)[0]["input_ids"])

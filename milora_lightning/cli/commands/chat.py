@@ -18,7 +18,7 @@ from milora_lightning.cli.commands.loading import load_to_ask
 from milora_lightning.data.encoding.asking import NotAskableError, TextStream, check_askable, prompt_ids, room
 from milora_lightning.data.encoding.chat import Message
 from milora_lightning.data.encoding.prompt_format import reads_one_question
-from milora_lightning.models.generation import Sampling, generate_greedily, greedy_config, nothing_else
+from milora_lightning.models.generation import Sampling, generate_greedily, greedy_config, use_generation_config
 from milora_lightning.models.turn_cache import TurnCache
 from milora_lightning.utils.counting import counted
 from milora_lightning.utils.errors import InvalidInputError
@@ -222,7 +222,7 @@ class Talk:
         stream = TextStream(self.tokenizer, config.eos_token_id or [], self._write)
         prompt = torch.tensor([ids], device=self.model.device)
         adapters = adapters_disabled(self.model) if who == "base" else nullcontext()
-        with adapters, nothing_else(self.model, config), torch.no_grad(), _interruptible() as cut:
+        with adapters, use_generation_config(self.model, config), torch.no_grad(), _interruptible() as cut:
             cache = self.read.take(who, ids)
             tokens = generate_greedily(self.model, prompt, torch.ones_like(prompt), config, stream, cache)
             self.read.keep(who, ids + tokens[0].tolist(), cache)

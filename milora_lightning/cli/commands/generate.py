@@ -18,7 +18,13 @@ from milora_lightning.adapters.injection import adapters_merged
 from milora_lightning.cli.commands.loading import load_to_ask
 from milora_lightning.cli.commands.prompts import conversation, read_prompts, tools_of
 from milora_lightning.data.encoding.asking import padded, prompt_ids, room
-from milora_lightning.models.generation import Sampling, generate_greedily, greedy_config, nothing_else, without_stop
+from milora_lightning.models.generation import (
+    Sampling,
+    cut_at_stop,
+    generate_greedily,
+    greedy_config,
+    use_generation_config,
+)
 from milora_lightning.utils.counting import counted
 from milora_lightning.utils.errors import InvalidInputError, MiLoRAError
 from milora_lightning.utils.messages import inform
@@ -166,9 +172,9 @@ class Asker:
         batch = padded(prompts, self.tokenizer, self.model.device)
         config = self.sampling.applied_to(greedy_config(self.model, self.tokenizer, self.max_new_tokens))
         config.num_return_sequences = self.number
-        with nothing_else(self.model, config):
+        with use_generation_config(self.model, config):
             tokens = generate_greedily(self.model, **batch, config=config)
-        answers = without_stop(tokens, config.eos_token_id or [])
+        answers = cut_at_stop(tokens, config.eos_token_id or [])
         decoded = cast("list[str]", self.tokenizer.batch_decode(answers, skip_special_tokens=True))
         return (decoded[i : i + self.number] for i in range(0, len(decoded), self.number))
 

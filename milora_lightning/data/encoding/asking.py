@@ -14,7 +14,7 @@ from milora_lightning.data.encoding.chat import Message, fold_system, token_ids
 from milora_lightning.data.encoding.prompt_format import reads_one_question
 from milora_lightning.data.reading.values import question
 from milora_lightning.data.tokenizing import padding_id
-from milora_lightning.models.limits import positions
+from milora_lightning.models.limits import position_limit
 from milora_lightning.utils.errors import InvalidInputError
 
 
@@ -136,7 +136,7 @@ def room(model: PreTrainedModel, prompt: int, max_new_tokens: int) -> tuple[int,
         A number that is lower where the model has a fixed number of positions, 0 if none is left; and a sentence,
         empty if there are enough positions.
     """
-    limit = positions(model)
+    limit = position_limit(model)
     if limit is None or prompt + max_new_tokens - 1 <= limit.number:  # the last token is not read again
         return max_new_tokens, ""
     if limit.fixed:
@@ -144,7 +144,10 @@ def room(model: PreTrainedModel, prompt: int, max_new_tokens: int) -> tuple[int,
         return left, f"The model has {limit.number} positions, and the prompt takes {prompt}: {left} are left."
     if prompt <= limit.number:  # perhaps the answer ends before that
         return max_new_tokens, ""
-    return max_new_tokens, f"The prompt has {prompt} tokens, and the model has learnt no more than {limit.number}."
+    return (
+        max_new_tokens,
+        f"The prompt has {prompt} tokens, and the model was trained on no more than {limit.number} positions.",
+    )
 
 
 class TextStream(BaseStreamer):  # type: ignore[misc]
