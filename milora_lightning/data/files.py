@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 from torchmetrics import Metric
 
+from milora_lightning.data.copies import trained_copies
 from milora_lightning.data.reading.formats import AUTO, Fields, Format, Kind, settled
 from milora_lightning.data.reading.opening import kind_of
 from milora_lightning.data.reading.rows import BEGINNING, FORMAT, UNREAD
@@ -21,7 +22,7 @@ from milora_lightning.data.sources import COLUMNS, PROMPT_COLUMNS, Source, Split
 from milora_lightning.data.streaming.rows import RowStream
 from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy, right_answer
 from milora_lightning.utils.errors import InvalidInputError
-from milora_lightning.utils.messages import inform
+from milora_lightning.utils.messages import inform, warn
 
 SHARE_HELD_OUT, MOST_HELD_OUT, LEAST_TO_HOLD_OUT_OF = 0.05, 500, 20
 KINDS: dict[str, Kind] = {"messages": "conversations", "tools": "conversations", "text": "texts"}
@@ -155,6 +156,11 @@ class Files(Source):
                 "validation_size: 0 to train on all."
             )
         order = np.random.default_rng(self.seed).permutation(len(dataset))
+        if split == "validation" and (copies := trained_copies(dataset, order[:held_out].tolist())):
+            warn(
+                f"{_joined(train)}: {copies} of the {held_out} rows held out are trained on, too, because "
+                "there are copies of them: the validation loss says less of other data. Take the copies out."
+            )
         chosen = order[:held_out] if split == "validation" else order[held_out:]
         return dataset.select(sorted(chosen.tolist()))
 

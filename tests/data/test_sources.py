@@ -93,6 +93,21 @@ def test_held_out_validation_is_apart_from_train(tmp_path, size):
     assert len(set(map(tuple, others))) > 1
 
 
+def test_copies_of_what_is_held_out_are_told(tmp_path, recwarn):
+    """Beside rows that share a prompt alone, or an answer."""
+    alike = [{"instruction": "Question 0", "output": "Another"}, {"instruction": "Another", "output": "Answer 0"}]
+    path = write(tmp_path / "a.jsonl", [*ROWS, *alike])
+    Files(train=path, validation_size=7).load("validation")
+    assert not [str(w.message) for w in recwarn if "copies" in str(w.message)]
+    path = write(tmp_path / "b.jsonl", [*ROWS, *ROWS])
+    source = Files(train=path, validation_size=3)
+    trained = [*prompts(source)]
+    copies = sum(prompt in trained for prompt in prompts(source, "validation"))
+    assert copies > 1
+    (said,) = (str(w.message) for w in recwarn if "copies" in str(w.message))
+    assert said.startswith(f"{path}: {copies} of the 3 rows held out are trained on, too")
+
+
 @pytest.mark.parametrize("size", [6, 2.5, -1])
 def test_impossible_validation_size_is_refused(tmp_path, size):
     source = Files(train=write(tmp_path / "a.jsonl", ROWS), validation_size=size)
