@@ -1,4 +1,4 @@
-"""What an adapter is: rank, scaling, dropout, targets and initialisation, in PEFT's words."""
+"""The configuration of adapters: rank, scale, dropout, target layers and start, with PEFT's option names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, get_args
 from milora_lightning.utils.errors import InvalidInputError
 
 ALL_LINEAR = "all-linear"
-IGNORE_INDEX = -100  # the label that the loss leaves out
+IGNORE_INDEX = -100  # label of the tokens that the loss ignores
 Init = Literal["milora", "pissa", "middle", "random", "lora"]
 Value = TypeVar("Value")
 
@@ -26,22 +26,22 @@ class LoRAConfig:
         lora_dropout: Probability with which an adapter's input features are dropped in training.
         target_modules: Which linear layers get an adapter: name endings (``["q_proj", "v_proj"]``), one
             regular expression that has to match a layer's full name, or ``"all-linear"`` for every linear
-            layer but the language-model head. What was frozen before while other parameters trained (a teacher, a
-            perceptual loss) is meant only by a name or expression that matches nothing that trained.
-            ``"all-linear"`` and expressions leave out layers that are smaller than ``r`` or cannot be adapted.
+            layer but the language-model head. Layers that were frozen before while other parameters trained (a
+            teacher, a perceptual loss) are only matched by a name or expression that matches no layer that trained.
+            ``"all-linear"`` and expressions skip layers that are smaller than ``r`` or cannot be adapted.
         init: Where the factors start: ``"milora"`` at the smallest singular triplets of the weight,
-            ``"pissa"`` at the largest, ``"middle"`` and ``"random"`` at those the paper's ablation compares,
+            ``"pissa"`` at the largest, ``"middle"`` and ``"random"`` at those of the paper's ablation,
             ``"lora"`` at LoRA's own start (A Kaiming-uniform, B zero).
-        modules_to_save: Name endings of modules that are trained in full beside the adapters, for example a
-            new classification head. They are kept in float32 and compute in the model's dtype.
-        rank_pattern: Other ranks for some layers, ``{"down_proj": 16}``: what a key, a regular expression, matches at
-            the end of a layer's name, from a dot on, has that rank; the first key that matches decides, as in PEFT.
+        modules_to_save: Name endings of modules that are trained in full together with the adapters, for example
+            a new classification head. They are kept in float32 and compute in the model's dtype.
+        rank_pattern: Other ranks for some layers, ``{"down_proj": 16}``. A key is a regular expression that matches the
+            end of a layer's name, starting after a dot; the first key that matches decides, as in PEFT.
         alpha_pattern: Likewise other values of ``lora_alpha``. A layer that no key matches has ``lora_alpha``, or,
-            where that is left out, its own rank.
-        exclude_modules: What gets no adapter although ``target_modules`` describes it: name endings of layers or of
-            whole parts, or one regular expression that has to match a full name.
-        module: Name of the part that is adapted, such as ``"student"``. Names are then those within it, it alone is
-            frozen, and what is outside stays as it is: a discriminator trains on, a teacher stays frozen.
+            if that is not given, its rank.
+        exclude_modules: Layers that get no adapter although ``target_modules`` matches them: name endings of layers or
+            of modules around them, or one regular expression that has to match a full name.
+        module: Name of the part that is adapted, such as ``"student"``. All names are then relative to it, only it is
+            frozen, and the rest is left alone: a discriminator still trains, a teacher is still frozen.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -95,23 +95,23 @@ class LoRAConfig:
 
     @property
     def scaling(self) -> float:
-        """The factor s = lora_alpha / r in front of the product B A, where no pattern says otherwise."""
+        """The scale s = lora_alpha / r of the product B A, for layers that no pattern matches."""
         return 1.0 if self.lora_alpha is None else self.lora_alpha / self.r
 
     def rank(self, name: str) -> int:
-        """Return the rank of the layer of that name."""
+        """Return the rank of the layer with this name."""
         return _first_match(self.rank_pattern, name, self.r)
 
     def alpha(self, name: str) -> float:
-        """Return ``lora_alpha`` of the layer of that name."""
+        """Return ``lora_alpha`` of the layer with this name."""
         return float(_first_match(self.alpha_pattern, name, self.lora_alpha or self.rank(name)))
 
     def scale(self, name: str) -> float:
-        """Return the factor s of the layer of that name."""
+        """Return the scale s of the layer with this name."""
         return self.alpha(name) / self.rank(name)
 
     def settings(self, name: str) -> dict[str, Any]:
-        """Return the settings of the adapter on the layer of that name; compare them by :func:`first_difference`."""
+        """Return the settings of the adapter on the layer with this name, to compare by :func:`first_difference`."""
         return {
             "r": self.rank(name),
             "lora_alpha / r": self.scale(name),
@@ -121,11 +121,11 @@ class LoRAConfig:
 
 
 def first_difference(one: Mapping[str, Any], other: Mapping[str, Any], ignore: Collection[str] = ()) -> str | None:
-    """Return the name of the first setting in which two adapters differ; None if they are alike.
+    """Return the name of the first setting in which two adapters differ; None if they are equal.
 
     Args:
-        one: Settings of an adapter.
-        other: Settings of another.
+        one: Settings of one adapter.
+        other: Settings of the other.
         ignore: Names of settings that may differ.
 
     >>> first_difference(LoRAConfig(r=8).settings("0"), LoRAConfig(r=4).settings("0"))
@@ -135,7 +135,7 @@ def first_difference(one: Mapping[str, Any], other: Mapping[str, Any], ignore: C
 
 
 def ends_in(name: str, pattern: str) -> bool:
-    r"""Tell whether a regular expression matches the end of a layer's name, from a dot on.
+    r"""Whether a regular expression matches the end of a layer's name, starting after a dot.
 
     >>> [ends_in("layers.0.q_proj", pattern) for pattern in ("q_proj", "[qk]_proj", "proj", r"layers\.0.*")]
     [True, True, False, True]

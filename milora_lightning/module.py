@@ -11,7 +11,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from milora_lightning.adapters.injection import adapters_merged, inject, lora_layers
+from milora_lightning.adapters.injection import adapters_merged, lora_layers
+from milora_lightning.adapters.surgery import inject
 from milora_lightning.checkpoint.adapter import inject_as_in
 from milora_lightning.checkpoint.io import KEY
 from milora_lightning.config import IGNORE_INDEX, LoRAConfig

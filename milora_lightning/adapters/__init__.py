@@ -1,9 +1,10 @@
 """The method: which layers get adapters, what an adapter computes, and where its factors start."""
 
 from milora_lightning.adapters.initialization import initialize
-from milora_lightning.adapters.injection import adapters_disabled, adapters_merged, inject, lora_layers
+from milora_lightning.adapters.injection import adapters_disabled, adapters_merged, lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.parts import TargetNotFoundError
+from milora_lightning.adapters.surgery import inject
 
 __all__ = [
     "LoRALinear",

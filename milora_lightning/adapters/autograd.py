@@ -1,4 +1,4 @@
-"""An adapted layer as one operation for autograd: base product and update, forward and backward."""
+"""An adapted layer as one operation for autograd: base product, dropout mask and update, forward and backward."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from milora_lightning.adapters.dropout import masked
 from milora_lightning.adapters.factors import stack_factors
 from milora_lightning.utils.compat import transformed
 
@@ -27,7 +26,7 @@ def lora_linear(
 ) -> Tensor:
     """Compute W x + bias + s (B A − B₀A₀) x, in the dtype of x.
 
-    Differentiable in x, ``lora_A`` and ``lora_B``; whatever else is given counts as frozen.
+    Differentiable in x, ``lora_A`` and ``lora_B``; all other arguments are constants.
 
     Args:
         x: Input (..., in).
@@ -52,8 +51,8 @@ def lora_linear(
 class _LoRALinear(torch.autograd.Function):
     """Base product and update as one operation.
 
-    The update is accumulated into the base product's output, and saved for backward are only the input, its
-    projection (tokens, r) and the dropout mask; the stacked factors are formed anew, being small.
+    The update is added to the base product's output in place. Only the input, its projection (tokens, r) and the
+    dropout mask are saved for backward; the stacked factors are small and computed again.
     With g the output's gradient: ∂A = s Bᵀ g xᵀ, ∂B = s g (A x)ᵀ, ∂x = Wᵀ g + s (B A − B₀A₀)ᵀ g.
     """
 
@@ -122,8 +121,8 @@ def _plain_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of x, ``lora_A`` and ``lora_B`` in operations that can be differentiated again.
 
-    They depend on x, the factors and the output's gradient: each of these has its share in second derivatives, also
-    where the output's gradient is constant. (``once_differentiable`` looks at that one alone, and is silent then.)
+    The gradients depend on x, the factors and the output's gradient, and second derivatives need all of these, even
+    if the output's gradient is constant. (``once_differentiable`` would silently ignore x and the factors then.)
     """
     A, B = stack_factors(lora_A, lora_B, initial_A, initial_B, scaling, x.dtype)
     W = weight.to(x.dtype)
@@ -158,9 +157,34 @@ def updated_product(
 
 
 def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """Compute what a base layer does, W x + bias (..., out), in the dtype of x."""
+    """Compute the base layer's product, W x + bias (..., out), in the dtype of x."""
     W, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if b is None or not transposed:
         return F.linear(x, W.T if transposed else W, b)
-    # The very call that Conv1D makes, which always has a bias.
+    # The same call as Conv1D makes, which always has a bias.
     return torch.addmm(b, x.reshape(-1, x.shape[-1]), W).view(*x.shape[:-1], len(b))
+
+
+def draw_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
+    """Draw which entries a dropout of probability ``p`` keeps, from torch's generator of the device of x.
+
+    One 64-bit random integer decides for four entries. A draw for each entry, as in ``bernoulli_``, takes several times
+    as long on CPUs. The probability is rounded to a multiple of 2⁻¹⁶.
+
+    Args:
+        x: Tensor that the mask is for.
+        p: Probability to drop an entry, from 0 to below 1.
+
+    Returns:
+        A mask of 0 and 1 (uint8) in the shape of ``x``, and the exact probability to keep an entry.
+    """
+    dropped = min(round(p * 2**16), 2**16 - 1)
+    bits = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 3) // 4,), device=x.device)
+    kept = bits.view(torch.int16)[: x.numel()] >= dropped - 2**15
+    return kept.view(torch.uint8).view(x.shape), 1 - dropped / 2**16
+
+
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Set the entries of x that a mask drops to zero; x and mask have equally many entries, in any shape."""
+    # Convert first: torch multiplies mixed dtypes slowly, element by element.
+    return x if mask is None else x * mask.view(x.shape).to(x.dtype)

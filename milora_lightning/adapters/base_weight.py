@@ -1,4 +1,4 @@
-"""The frozen weight under an adapter as a plain matrix, whether it is quantized, transposed or in shards."""
+"""The frozen weight of an adapter's base layer as a plain matrix, even if quantized, transposed or sharded."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import Protocol, cast
 from torch import Tensor, nn
 
 from milora_lightning.adapters.layer import LoRALinear
-from milora_lightning.adapters.quantization import decoded, holds_its_weight, refusal
-from milora_lightning.parallel.dtensor import gather_to, is_sharded
+from milora_lightning.adapters.linear_layers import holds_its_weight
+from milora_lightning.adapters.quantization import decoded, refusal
+from milora_lightning.parallel.dtensor import gather_to_rank, is_sharded
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn
 
 STORED = "stored_weight"
-"""The attribute by which a quantized layer knows its :class:`Stored`, set by whoever has quantized it."""
+"""Attribute of a quantized layer that holds its :class:`Stored`, set when a model is loaded."""
 
 CLOSE = 0.5
-"""How far, relative to its norm, a weight may be from its quantized self: four bits cost 0.1, another matrix 1.4."""
+"""Largest relative distance of a weight to its quantized form: 4 bits give 0.1, an unrelated matrix 1.4."""
 
 
 class Stored(Protocol):
-    """Where the weight that a layer was quantized from can be read, and what it was quantized to."""
+    """The weight that a layer was quantized from, which can be read from the model's files."""
 
     @property
     def quantization(self) -> str:
@@ -45,13 +46,13 @@ def dense_weight(layer: LoRALinear) -> Tensor:
 
 
 def pretrained_weight(layer: LoRALinear, rank: int) -> Tensor | None:
-    """Collect the weight that factors start from: as :func:`collected_weight`, but before quantization where known."""
+    """Collect the weight that factors start from: as :func:`collected_weight`, but unquantized if possible."""
     weight = collected_weight(layer, rank)
     return None if weight is None else _unquantized(layer.base_layer, weight)
 
 
 def collected_weight(layer: LoRALinear, rank: int) -> Tensor | None:
-    """Collect a weight (out, in), where it is in shards, on one rank, while the others get None; all must call this.
+    """Return a weight (out, in); a sharded one on one rank only, and None on the others. All ranks must call this.
 
     Raises:
         ValueError: If it is sharded in more than one way, of an unknown kind (see
@@ -62,7 +63,7 @@ def collected_weight(layer: LoRALinear, rank: int) -> Tensor | None:
         raise InvalidInputError("bitsandbytes has repacked it for inference on this CPU; initialize before evaluating.")
     if is_sharded(base) and not holds_its_weight(base):
         raise InvalidInputError(refusal(base))
-    weight = gather_to(base.weight.detach(), rank)
+    weight = gather_to_rank(base.weight.detach(), rank)
     if weight is None:
         return None
     weight = decoded(base, weight)
@@ -73,11 +74,11 @@ def collected_weight(layer: LoRALinear, rank: int) -> Tensor | None:
 
 
 def _unquantized(base: nn.Module, dequantized: Tensor) -> Tensor:
-    """Return the weight that a layer was quantized from if that can be read, or else the dequantized one.
+    """Return the weight that a layer was quantized from if it can be read, else the dequantized one.
 
     Args:
         base: The layer.
-        dequantized: The weight that it computes with (out, in); what was stored has to be close to that.
+        dequantized: The weight that it computes with (out, in); the stored one has to be close to it.
     """
     stored: Stored | None = getattr(base, STORED, None)
     if stored is None:
@@ -86,7 +87,7 @@ def _unquantized(base: nn.Module, dequantized: Tensor) -> Tensor:
     for candidate in (weight, weight.T) if weight.ndim == 2 else ():
         if candidate.shape == dequantized.shape:
             distance = (candidate.float() - dequantized.float()).norm()
-            if not distance > CLOSE * candidate.float().norm():  # entries that are no numbers are told of later
+            if not distance > CLOSE * candidate.float().norm():  # NaN passes here, and is reported by the decomposition
                 return candidate
     warn(
         "What the model's files call a quantized weight is not what it was quantized from: adapters start from the "

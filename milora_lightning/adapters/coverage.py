@@ -1,4 +1,4 @@
-"""What adapters reach of a model and what they leave out, in words."""
+"""Reports on what adapters cover of a model: remarks after surgery, and lines of the summary."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from milora_lightning.adapters.layer import LoRALinear, linear_shape
-from milora_lightning.adapters.linear_layers import is_linear
-from milora_lightning.adapters.parts import ends_with, find_modules, find_part, modules_by_name, some
-from milora_lightning.adapters.quantization import is_plain, is_quantized_linear
-from milora_lightning.adapters.targets import (
-    FROZEN,
-    TOO_SMALL,
-    TRAINED_BEFORE,
-    Selection,
-    frozen_by_user,
-    output_heads,
-    select_layers,
+from milora_lightning.adapters.freezing import TRAINED_BEFORE, frozen_by_user
+from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.linear_layers import is_linear, is_plain, linear_shape
+from milora_lightning.adapters.parts import (
+    ends_with,
+    find_modules,
+    find_part,
+    first_few,
+    modules_by_name,
+    modules_inside,
 )
+from milora_lightning.adapters.quantization import is_quantized_linear
+from milora_lightning.adapters.target_errors import FROZEN, TOO_SMALL
+from milora_lightning.adapters.targets import Selection, output_heads, select_layers
 from milora_lightning.config import ALL_LINEAR, LoRAConfig
 from milora_lightning.parallel.dtensor import is_sharded
 from milora_lightning.utils.compat import ConvNd
 
 LARGE_SHARE = 0.1
-"""The share of the weights from which it is worth a word that no adapter reaches them."""
+"""Smallest share of the weights without adapters that is worth a remark."""
 
 EXPERTS = "experts in 3-D parameters"
 QUANTIZED = "linear layers whose weights are codes"
@@ -41,11 +42,11 @@ UNSUPPORTED = (
 )
 HEADS = {"head", "heads", "classifier", "classification_head", "cls_head", "fc", "score", "out_proj", "out", "output"}
 HEADS |= {"output_layer", "qa_outputs", "regressor", "regression_head", "prediction_head", "value_head", "v_head"}
-"""Names that the layers of a task go by."""
+"""Usual names of task heads."""
 
 
 def remarks(module: nn.Module, config: LoRAConfig) -> Iterator[str]:
-    """Say, after surgery, what the user of a module may not expect of it, each in a sentence or two.
+    """Yield remarks, after surgery, on what its user may not expect, each in a sentence or two.
 
     Args:
         module: The module with adapters.
@@ -60,7 +61,7 @@ def remarks(module: nn.Module, config: LoRAConfig) -> Iterator[str]:
 
 
 def coverage(module: nn.Module, config: LoRAConfig) -> str:
-    """Say which share of the weights has adapters, and what the largest part of the others is.
+    """Say what share of the weights has adapters, and what the others are, largest first.
 
     Embeddings, the output embeddings of language models, and parts that were frozen for another purpose do not count.
     """
@@ -72,7 +73,7 @@ def coverage(module: nn.Module, config: LoRAConfig) -> str:
 
 
 def adapters_by_part(module: nn.Module, config: LoRAConfig) -> str:
-    """Say how many matrices have adapters in each part of a module, and why none, where there are none.
+    """Say how many matrices have adapters in each part of a module, and if none, why.
 
     Args:
         module: The module with adapters.
@@ -109,14 +110,14 @@ def adapters_by_part(module: nn.Module, config: LoRAConfig) -> str:
 
 
 def _kept(part: nn.Module, config: LoRAConfig) -> set[nn.Module]:
-    return {child for saved in find_modules(part, config.modules_to_save) for child in saved.modules()}
+    return modules_inside(find_modules(part, config.modules_to_save))
 
 
 def _left_out(module: nn.Module, selection: Selection, config: LoRAConfig) -> Iterator[str]:
     reasons = defaultdict(list)
     for name, reason in selection.left_out.items():
         reasons[reason].append(name)
-    reasons.pop(FROZEN, None)  # as the user wants it; the summary says it
+    reasons.pop(FROZEN, None)  # intended by the user; the summary says it
     small = reasons.pop(TOO_SMALL, [])
     if small:
         layers = modules_by_name(module)
@@ -130,12 +131,12 @@ def _left_out(module: nn.Module, selection: Selection, config: LoRAConfig) -> It
         )
     for reason, names in reasons.items():
         one = len(names) == 1
-        yield f"Layer{'' if one else 's'} {some(names)} {reason} and get{'s' if one else ''} no adapter."
+        yield f"Layer{'' if one else 's'} {first_few(names)} {reason} and get{'s' if one else ''} no adapter."
 
 
 def _fresh_heads(module: nn.Module, part: nn.Module, selection: Selection, kept: set[nn.Module]) -> Iterator[str]:
-    """Name what looks newly made for the task and neither trains nor has an adapter."""
-    known = output_heads(part)
+    """Name layers that look newly made for the task and neither train nor have an adapter."""
+    lm_heads = output_heads(part)
     adapted = [m.base_layer for m in part.modules() if isinstance(m, LoRALinear)]
     pretrained = not all(_looks_new(layer) for layer in adapted[:: max(1, len(adapted) // 8)])
     inside = {
@@ -143,7 +144,7 @@ def _fresh_heads(module: nn.Module, part: nn.Module, selection: Selection, kept:
     }
     heads = []
     for name, child in modules_by_name(module).items():
-        if not (is_linear(child) or isinstance(child, ConvNd)) or child in inside or child in kept or child in known:
+        if not (is_linear(child) or isinstance(child, ConvNd)) or child in inside or child in kept or child in lm_heads:
             continue
         if (
             not getattr(child, TRAINED_BEFORE, False)
@@ -155,13 +156,13 @@ def _fresh_heads(module: nn.Module, part: nn.Module, selection: Selection, kept:
             heads.append(name)
     if heads:
         yield (
-            f"{some(heads)}: looks newly made for this task, and neither trains nor has an adapter. If it is, train it "
-            f"in full: modules_to_save={[heads[-1]]!r}."
+            f"{first_few(heads)}: looks newly made for this task, and neither trains nor has an adapter. If it is, "
+            f"train it in full: modules_to_save={[heads[-1]]!r}."
         )
 
 
 def _named_as_head(name: str) -> bool:
-    """Whether a layer is in a part that goes by a head's name and is no part of a list of layers."""
+    """Whether a part of a layer's name is a usual name of heads, before any number (of a list of layers)."""
     for part in name.split("."):
         if part.isdigit():
             return False
@@ -171,9 +172,9 @@ def _named_as_head(name: str) -> bool:
 
 
 def _looks_new(layer: nn.Module) -> bool:
-    """Whether a weight's entries are uniformly distributed, as torch's initializers leave them, or all alike.
+    """Whether a weight's entries are uniformly distributed, as torch's initializers draw them, or constant.
 
-    Their largest is √3 times their root mean square, where it is a multiple of that in weights that have been trained.
+    Then the largest is √3 times the root mean square; in trained weights it is several times that.
     """
     weight = layer._parameters.get("weight")
     if weight is None or weight.is_meta or is_sharded(layer) or not is_plain(weight):
@@ -226,6 +227,6 @@ def _kind(owner: nn.Module, name: str, parameter: Tensor, kept: set[nn.Module]) 
         return "nn.MultiheadAttention's in_proj_weight"
     if isinstance(owner, nn.RNNBase):
         return "recurrent layers"
-    if parameter.ndim > 2 and parameter.shape[0] > 1:  # unlike embeddings of positions, which have room for a batch
+    if parameter.ndim > 2 and parameter.shape[0] > 1:  # not position embeddings of shape (1, n, d)
         return EXPERTS if "expert" in name else "other 3-D parameters"
     return "other linear layers" if is_linear(owner) else "other weights"

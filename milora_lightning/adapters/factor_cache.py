@@ -1,4 +1,4 @@
-"""Decompositions kept on disk by the content of their weight, so that no weight is decomposed twice."""
+"""A disk cache of decompositions, by a hash of the weight, so that no weight is decomposed twice."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from milora_lightning.parallel.dtensor import memory_of
 from milora_lightning.utils.folders import cache_folder, replaced_file
 from milora_lightning.utils.messages import warn
 
-_VERSION = 1  # of what the triplets of a given weight are; another one finds none of the old entries
+_VERSION = 1  # part of the key: increase it when the same weight should give other triplets
 _CHECKSUM = "xxh3_128"
-_SMALLEST = 128  # smaller sides are decomposed in the time that it takes to open a file
+_SMALLEST = 128  # smaller weights are decomposed in the time it takes to open a file
 
 
 def cached_factors(
@@ -29,19 +29,18 @@ def cached_factors(
     init: Init = "milora",
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Do what :func:`milora_lightning.adapters.factors.initial_factors` does, decomposing each large weight once.
+    """Compute the same as :func:`milora_lightning.adapters.factors.initial_factors`, decomposing large weights once.
 
     The triplets are kept in safetensors files, in the folder ``factors`` of the user's cache, which may be deleted at
     any time. An entry is found by a hash of the weight's bits and of everything else that the triplets depend on.
-    One that is damaged is computed anew; where the folder cannot be written, the run goes on without it. Of both
-    there is a warning.
+    A damaged entry is computed again, and a folder that cannot be written is not used, both with a warning.
 
     Args:
         weight: Weight of shape (out, in).
         r: Number of triplets.
         scaling: The scale s = lora_alpha / r, positive.
         init: Which triplets; ``"lora"`` has none, and nothing is kept.
-        generator: CPU generator for the random choices; it moves on only when something is computed.
+        generator: CPU generator for the random choices; it advances only if something is computed.
 
     Returns:
         ``lora_A`` (r, in) and ``lora_B`` (out, r), float32 on the weight's device, bit for bit the same whether they
@@ -76,7 +75,7 @@ def _checksum(triplets: SingularSlice) -> str:
 
 
 def _read(path: Path, shape: torch.Size, r: int) -> SingularSlice | None:
-    """Read an entry, or None where there is none or it is not what was written."""
+    """Read an entry; None if there is none or it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             triplets = SingularSlice(*(file.get_tensor(name) for name in SingularSlice._fields))

@@ -1,4 +1,8 @@
-"""The arithmetic of an adapter's factors, as pure functions of tensors."""
+"""The arithmetic of an adapter's factors, as pure functions of tensors.
+
+A weight W (out, in) with singular triplets U (out, r), S (r,), Vᵀ (r, in) gives the initial factors
+A₀ = √(S/s) Vᵀ (r, in) and B₀ = U √(S/s) (out, r), so that s B₀A₀ = U S Vᵀ is that part of W.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,9 @@ from torch import Tensor
 
 from milora_lightning.config import Init
 from milora_lightning.linalg.singular import SingularSlice, Slice, singular_slice
+
+Factors = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None"]
+"""A (r, in), B (out, r), and their initial values A₀ and B₀, or None for both where B₀A₀ is zero."""
 
 SLICES: dict[Init, Slice] = {"milora": "minor", "pissa": "principal", "middle": "middle", "random": "random"}
 
@@ -24,8 +31,8 @@ def initial_factors(
 
     For the singular triplets (U, S, Vᵀ) that ``init`` chooses, A = √(S/s) Vᵀ and B = U √(S/s), so that s·B A is
     their part of the weight (MiLoRA, arXiv 2406.09044, section 3; PiSSA, arXiv 2404.02948, section 3). A
-    component whose singular value is zero would never receive a gradient that way; it starts as LoRA does, with
-    its right vector in A and zeros in B.
+    component whose singular value is zero would never receive a gradient; it starts as in LoRA, with its right
+    vector in A and zeros in B.
 
     Args:
         weight: Weight of shape (out, in).
@@ -47,14 +54,14 @@ def initial_factors(
             [0., 0., 1.]])
     """
     if init == "lora":
-        bound = 1 / math.sqrt(weight.shape[1])  # what kaiming_uniform_(a=√5) comes to
+        bound = 1 / math.sqrt(weight.shape[1])  # the bound of kaiming_uniform_(a=√5), as in LoRA
         lora_A = torch.empty(r, weight.shape[1]).uniform_(-bound, bound, generator=generator)
         return lora_A.to(weight.device), torch.zeros(weight.shape[0], r, device=weight.device)
     return scaled_factors(initial_triplets(weight, r, init, generator), scaling)
 
 
 def initial_triplets(weight: Tensor, r: int, init: Init, generator: torch.Generator | None = None) -> SingularSlice:
-    """Compute the triplets that factors start from, in float32, with exact zeros where singular values vanish.
+    """Compute the triplets that factors start from, in float32; singular values below rounding are exactly zero.
 
     Args:
         weight: Weight of shape (out, in).
@@ -86,25 +93,6 @@ def scaled_factors(triplets: SingularSlice, scaling: float) -> tuple[Tensor, Ten
     return torch.where(S == 0, 1.0, root)[:, None] * Vh, U * root
 
 
-def product_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the SVD of a product B A in float64 without forming it.
-
-    Args:
-        B: Factor of shape (out, n).
-        A: Factor of shape (n, in).
-
-    Returns:
-        U (out, m), S (m,) descending and Vh (m, in), for m = min(n, out, in).
-
-    >>> product_svd(torch.tensor([[0.0], [2.0]]), torch.tensor([[3.0, 0.0, 0.0]]))[1]
-    tensor([6.], dtype=torch.float64)
-    """
-    Q_B, R_B = torch.linalg.qr(B.double())
-    Q_A, R_A = torch.linalg.qr(A.double().mT)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-    return Q_B @ U, S, Vh @ Q_A.mT
-
-
 def stack_factors(
     lora_A: Tensor,
     lora_B: Tensor,
@@ -115,16 +103,16 @@ def stack_factors(
 ) -> tuple[Tensor, Tensor]:
     """Write the update s (B A − B₀A₀) as one product of two factors.
 
-    s [ΔB, B₀] [A; ΔA] with ΔA = A − A₀ and ΔB = B − B₀ equals s (B A − B₀A₀), is exactly zero at the start, and its
-    rounding in a lower precision is relative to the update rather than to the initial product.
+    With ΔA = A − A₀ and ΔB = B − B₀, s [ΔB, B₀] [A; ΔA] equals s (B A − B₀A₀). It is exactly zero at the start, and in
+    lower precision its rounding error is relative to the update, not to the much larger initial product.
 
     Args:
         lora_A: Factor of shape (r, in).
         lora_B: Factor of shape (out, r).
         initial_A: Its initial value, or None where the initial product is zero (LoRA's own start).
         initial_B: Likewise.
-        scaling: The scale s, which goes into the second factor.
-        dtype: What both are rounded to in the end; by default they keep the factors' dtype.
+        scaling: The scale s, which the second factor includes.
+        dtype: Dtype of the result; by default that of the factors. The differences are formed before rounding to it.
 
     Returns:
         The stacked factors of shapes (2r, in) and (out, 2r), or of ``lora_A`` and ``lora_B`` alone where there are no

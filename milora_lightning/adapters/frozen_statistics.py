@@ -1,4 +1,4 @@
-"""Statistics of frozen layers stand still: what a module measures while it trains is part of its function."""
+"""Freezing running statistics: BatchNorm and the like must not change the function of a frozen model."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from milora_lightning.utils.derived_class import Derived, derive
 
 
 class FrozenStatistics(Derived):
-    """Mixin of a module that stays in eval mode by itself, whatever ``train()`` is called on a module around it."""
+    """Mixin of a module that stays in eval mode when ``train()`` is called on it or on a module around it."""
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode of the modules inside, and of this one eval."""
+        """Set the mode of the modules inside; this one stays in eval mode."""
         super().train(mode)  # type: ignore[misc]
         self.training = False
         return self
 
     def reset_running_stats(self) -> None:
-        """Keep them: ``torch.optim.swa_utils.update_bn`` would begin anew, and they are not measured again."""
+        """Do nothing: ``torch.optim.swa_utils.update_bn`` would reset statistics that are not measured again."""
 
 
 def unfrozen_modules(module: nn.Module) -> list[nn.Module]:
-    """Return the modules inside a module, and itself, but for those whose statistics are frozen."""
+    """Return a module and the modules inside it, except those whose statistics are frozen."""
     return [child for child in module.modules() if not isinstance(child, FrozenStatistics)]
 
 
 def freeze_statistics(module: nn.Module, kept: Collection[nn.Module]) -> None:
-    """Have the layers of a frozen module compute with their running statistics in training, too, and not change them.
+    """Make the layers of a frozen module use their running statistics in training, too, and not change them.
 
-    These are BatchNorm and InstanceNorm with ``track_running_stats``, and spectral norm with its vectors.
+    This concerns BatchNorm and InstanceNorm with ``track_running_stats``, and spectral norm with its vectors.
 
     Args:
         module: The module; changed in place, once.
-        kept: Modules in it that train, and keep the behaviour of their own.
+        kept: Modules in it that train, and are left alone.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout())
     >>> freeze_statistics(model, ())

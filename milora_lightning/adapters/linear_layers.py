@@ -1,14 +1,28 @@
-"""Linear layers, torch's and Hugging Face's, told apart without importing transformers.
+"""The layers that can have adapters: what counts as linear, how large it is, and whether its weight is plain numbers.
 
-A model that holds one of transformers' modules has imported it.
+Hugging Face's ``Conv1D`` is recognized without importing transformers: a model that holds one has imported it.
 """
 
 from __future__ import annotations
 
+import re
 import sys
-from typing import TypeGuard
+from itertools import chain
+from typing import TypeGuard, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from milora_lightning.utils.compat import is_hooked
+
+PLAIN_LAYERS = (nn.Linear, NonDynamicallyQuantizableLinear)
+PLAIN_TENSORS = (Tensor, nn.Parameter)
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+_SCALES = re.compile(r"(weight|input|act|activation|output)_scales?(_inv)?|scales|scales?_inv|\w*zero_points?|q?zeros")
+"""Names that quantizers give to the scales of a weight. A layer that has one holds codes, whatever their dtype."""
 
 
 def is_conv1d(module: object) -> bool:
@@ -24,3 +38,49 @@ def is_linear(module: object) -> TypeGuard[nn.Linear]:
     (True, False)
     """
     return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """Return (out, in) of a linear layer, from its attributes: a quantized weight has another shape."""
+    if is_conv1d(layer):
+        return cast(int, layer.nf), cast(int, layer.nx)
+    return cast(int, layer.out_features), cast(int, layer.in_features)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is ordinary floating-point numbers: not 8-bit or integer codes, nor a tensor subclass.
+
+    >>> is_plain(torch.zeros(2)), is_plain(torch.zeros(2, dtype=torch.float8_e4m3fn)), is_plain(torch.zeros(2).int())
+    (True, False, False)
+    """
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return type(local) in PLAIN_TENSORS and local.dtype in PLAIN_DTYPES
+
+
+def holds_its_weight(base: nn.Module) -> bool:
+    """Whether a linear layer's ``weight`` is the matrix it multiplies by, and not codes for it.
+
+    >>> holds_its_weight(nn.Linear(2, 2))
+    True
+    """
+    return is_plain(cast(Tensor, base.weight)) and scale_name(base) is None
+
+
+def scale_name(base: nn.Module) -> str | None:
+    """Return the name of the scales that a quantized layer holds next to its codes, or None."""
+    named = chain(base._parameters.items(), base._buffers.items())
+    return next((name for name, tensor in named if tensor is not None and _SCALES.fullmatch(name)), None)
+
+
+def is_plain_product(base: nn.Module) -> bool:
+    """Whether calling a layer computes ``W x + bias`` with a plain, frozen W and bias, and does nothing else.
+
+    Then its code may be replaced by the formula. Not so for subclasses, quantized layers, replaced ``forward`` methods,
+    and layers with hooks.
+    """
+    kind = type(base)
+    conv1d = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+    if not (kind in PLAIN_LAYERS or conv1d) or "forward" in vars(base) or is_hooked(base):
+        return False
+    weight, bias = cast(Tensor, base.weight), cast("Tensor | None", base.bias)
+    return is_plain(weight) and not weight.requires_grad and not (bias is not None and bias.requires_grad)

@@ -1,4 +1,4 @@
-"""Weights that train in full on a half-precision base: kept in float32, computing in the base's dtype."""
+"""Master weights: parameters that train in full are kept in float32, and cast to the model's dtype to compute."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from milora_lightning.utils.names import unwrapped_name
 
 
 class CastParameter:
-    """Class attribute that stands before a parameter, and gives it in the dtype that its module computes in.
+    """Class attribute through which a module reads a parameter in the dtype that it computes in.
 
-    The parameter itself, which ``parameters()`` and ``state_dict()`` show, is another: the float32 one. Where FSDP1
-    puts a plain tensor in its place, that comes first, as this is no data descriptor; FSDP2's shards, with which
-    nothing is computed, are given as they are.
+    ``parameters()`` and ``state_dict()`` still show the float32 parameter. FSDP1 sets a plain tensor on the instance,
+    which takes precedence, because this is not a data descriptor. FSDP2's shards, with which nothing is computed, are
+    returned unchanged.
     """
 
     def __init__(self, name: str) -> None:
@@ -39,19 +39,19 @@ class CastParameter:
 
 
 class MasterWeights(Derived):
-    """Mixin of a module whose own parameters are float32, whatever it is cast to; that is what it computes in.
+    """Mixin of a module whose parameters stay float32 when it is cast; the cast only changes what it computes in.
 
-    Everything that reads a parameter as an attribute gets it in the dtype to compute in, the module's own ``forward``
-    as well as a module around it (``F.linear(x, head.weight)``), and gradients go to the float32 one.
+    All code that reads a parameter as an attribute gets it in that dtype, in the module's ``forward`` or in a module
+    around it (``F.linear(x, head.weight)``). Gradients go to the float32 parameter.
     """
 
     _compute_dtypes: dict[str, torch.dtype]
 
     @staticmethod
     def namespace(base: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
-        """Return the class attributes that the parameters of these names need."""
+        """Return the class attributes for parameters with these names."""
         attributes: dict[str, Any] = {name: CastParameter(name) for name in names}
-        if issubclass(base, nn.RNNBase):  # which keeps a list of its parameters
+        if issubclass(base, nn.RNNBase):  # it keeps a list of its parameters
             attributes["_flat_weights"] = property(flat_weights, lambda module, value: None)
         return attributes
 
@@ -76,7 +76,7 @@ class MasterWeights(Derived):
 
 
 class BaseDtype(Derived):
-    """Mixin of a model whose ``dtype`` is that of its first parameter, as Hugging Face's: the one it computes in."""
+    """Mixin of a model whose ``dtype`` property reads its first parameter, as in Hugging Face's models."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,27 +85,26 @@ class BaseDtype(Derived):
         owners = ((child, key, p) for child in module.modules() for key, p in child._parameters.items())
         child, key, parameter = next(owner for owner in owners if _is_floating_point(owner[2]))
         dtypes: dict[str, torch.dtype] = getattr(child, "_compute_dtypes", {})
-        found: torch.dtype = dtypes.get(key, parameter.dtype)
-        return found
+        dtype: torch.dtype = dtypes.get(key, parameter.dtype)
+        return dtype
 
 
 def keep_master_weights(module: nn.Module, kept: Collection[nn.Module]) -> None:
-    """Turn the floating-point parameters of modules that train in full into float32, computing in their dtype.
+    """Convert the parameters of modules that train in full to float32; they still compute in their former dtype.
 
-    The parameters stay the objects that they are, wherever else they are used: weights that are tied to them, too,
-    are read in the dtype to compute in.
+    The parameters stay the same objects, so weights tied to them are converted, and read in their dtype, as well.
 
     Args:
-        module: The module that holds all of them.
-        kept: Those that train in full, with all modules inside them.
+        module: The module that contains all of them.
+        kept: The modules that train in full; modules inside them are included.
     """
     trained = {p for saved in kept for p in saved.parameters() if p.is_floating_point() and p.dtype.itemsize > 1}
     for child in module.modules():
-        own = {name: p.dtype for name, p in child._parameters.items() if p is not None and p in trained}
-        if own and child is not module and not isinstance(child, MasterWeights):
+        dtypes = {name: p.dtype for name, p in child._parameters.items() if p is not None and p in trained}
+        if dtypes and child is not module and not isinstance(child, MasterWeights):
             child.__dict__.pop("_flat_weights", None)
-            child._compute_dtypes = own  # type: ignore[assignment]
-            derive(child, MasterWeights, tuple(own))
+            child._compute_dtypes = dtypes  # type: ignore[assignment]
+            derive(child, MasterWeights, tuple(dtypes))
         first = next(filter(_is_floating_point, child.parameters()), None)
         if first in trained and child is not module and isinstance(getattr(type(child), "dtype", None), property):
             derive(child, BaseDtype)
@@ -115,7 +114,7 @@ def keep_master_weights(module: nn.Module, kept: Collection[nn.Module]) -> None:
 
 
 def compute_dtypes(module: nn.Module) -> dict[str, torch.dtype]:
-    """Return the dtype to compute in of all parameters that are kept in float32 for training, by their names.
+    """Return, by name, the dtype in which parameters that are kept in float32 for training compute.
 
     >>> compute_dtypes(nn.Linear(2, 2))
     {}

@@ -1,4 +1,4 @@
-"""A layer's weight and update, formed once for many calls."""
+"""Merging for generation: a layer's weight and update are combined once, for many calls without gradients."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from milora_lightning.adapters.autograd import base_product, updated_product
-from milora_lightning.adapters.factors import stack_factors
-
-Factors = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None"]
+from milora_lightning.adapters.factors import Factors, stack_factors
 
 
 class MergedProduct:
-    """The product with W + ΔW, without gradients.
+    """The product with W + ΔW, without gradients. W itself is not written.
 
-    The sum is a tensor of its own, and W stays what it is. Where W or the product is not as precise as the factors, the
-    sum would round small updates away (in bfloat16 a third of the first ones): there the update stays beside W, as
-    stacked factors in W's dtype, and the product is bit for bit that of
-    :func:`milora_lightning.adapters.autograd.lora_linear`.
+    In float32 the sum W + ΔW is stored as a new tensor. Where W or the product is less precise than the factors, the
+    sum would round small updates away (in bfloat16, a third of the first ones). Then the stacked factors are stored in
+    W's dtype, and the product is bit for bit that of :func:`milora_lightning.adapters.autograd.lora_linear`.
 
     Args:
         weight: Weight (out, in), or (in, out) if ``transposed``.
@@ -38,13 +36,13 @@ class MergedProduct:
             self.weight = merged_weight(weight, factors, scaling, transposed)
         else:
             self.update = stack_factors(*factors, scaling, weight.dtype)
-        self._sources = weight, *factors  # kept, so that no other tensor takes the place of one of them in memory
+        self._sources = weight, *factors  # kept alive, so that no other tensor can be given their memory
         self._versions = _versions(self._sources)
 
     def is_of(self, weight: Tensor, factors: Factors) -> bool:
-        """Whether it was formed of these tensors, and none has changed since.
+        """Whether this was formed from these tensors and none has changed since.
 
-        Changes through ``tensor.data``, of which torch keeps no record, are not seen.
+        Changes through ``tensor.data``, of which torch keeps no record, are not noticed.
         """
         same = all(a is b for a, b in zip((weight, *factors), self._sources, strict=True))
         return same and _versions(self._sources) == self._versions
@@ -54,6 +52,12 @@ class MergedProduct:
         if self.update is None:
             return base_product(x, self.weight, bias, self.transposed)
         return updated_product(x, self.weight, bias, *self.update, None, self.transposed)[0]
+
+
+def can_merge(weight: Tensor, factors: Factors) -> bool:
+    """Whether tensors are neither shards, of FSDP2 or (flat) FSDP1, nor inference tensors, which have no versions."""
+    tensors = [t for t in (weight, *factors) if t is not None]
+    return factors[0].ndim == 2 and not any(isinstance(t, DTensor) or t.is_inference() for t in tensors)
 
 
 def merged_weight(weight: Tensor, factors: Factors, scaling: float, transposed: bool) -> Tensor:
@@ -68,7 +72,7 @@ def _versions(tensors: tuple[Tensor | None, ...]) -> list[Any]:
 
 
 def _products_are_exact(device: torch.device) -> bool:
-    """Whether float32 products are formed in float32; TF32 and oneDNN's fast modes round what goes in."""
+    """Whether float32 products are computed in float32; TF32 and oneDNN's fast modes round their inputs."""
     backend = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
     precision = getattr(getattr(backend, "matmul", None), "fp32_precision", None)  # torch 2.9
     if precision is None:

@@ -1,12 +1,11 @@
-"""Parts of a module by their names, as a configuration names them."""
+"""Finding modules by the names that a configuration uses."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import is_linear
@@ -15,16 +14,18 @@ from milora_lightning.utils.names import WRAPPERS, unwrapped_name
 
 
 class TargetNotFoundError(InvalidInputError):
-    """What the configuration names, or a layer for it, is not in the model (or not yet)."""
+    """Something that the configuration names is not in the model, or not yet."""
 
 
 def modules_by_name(module: nn.Module) -> dict[str, nn.Module]:
-    """Return all modules by the names that they have without wrappers, such as ``torch.compile``'s."""
-    return {unwrapped_name(name): child for name, child in module.named_modules()}  # the wrapped after its wrapper
+    """Return all modules by name, without the names of wrappers such as ``torch.compile``'s."""
+    return {
+        unwrapped_name(name): child for name, child in module.named_modules()
+    }  # a wrapped module comes after its wrapper
 
 
 def ends_with(name: str, target: str) -> bool:
-    """Whether a name is, or ends in, another.
+    """Whether a name equals another, or ends in it after a dot.
 
     >>> [ends_with("layers.0.q_proj", target) for target in ("q_proj", "proj")]
     [True, False]
@@ -38,7 +39,7 @@ def find_modules(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     Raises:
         TargetNotFoundError: If a name matches nothing.
     """
-    kept = []
+    found = []
     for wanted in names:
         matches = [
             child
@@ -49,12 +50,17 @@ def find_modules(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
             raise TargetNotFoundError(
                 f"modules_to_save names {wanted!r}, but {type(module).__name__} has no such module."
             )
-        kept += matches
-    return kept
+        found += matches
+    return found
+
+
+def modules_inside(modules: Sequence[nn.Module]) -> set[nn.Module]:
+    """Return modules and all modules inside them."""
+    return {child for module in modules for child in module.modules()}
 
 
 def find_part(module: nn.Module, name: str | None) -> nn.Module:
-    """Return the part of a module that is to be adapted; all of it without a name.
+    """Return the part of a module that is to be adapted; the whole module if the name is None.
 
     Raises:
         TargetNotFoundError: If there is no part of that name.
@@ -74,7 +80,7 @@ def find_part(module: nn.Module, name: str | None) -> nn.Module:
 
 
 def excluded_names(module: nn.Module, exclude_modules: str | Sequence[str]) -> set[str]:
-    """The names of all modules that are excluded, with those inside them."""
+    """Return the names of all excluded modules and of the modules inside them."""
     names = [unwrapped_name(name) for name, _ in module.named_modules() if name]
     found: set[str] = set()
     for entry in [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules:
@@ -88,25 +94,10 @@ def excluded_names(module: nn.Module, exclude_modules: str | Sequence[str]) -> s
     return found | {name for name in names if any(name.startswith(f"{outer}.") for outer in found)} if found else found
 
 
-def check_initialized(module: nn.Module, kept: Collection[nn.Module] = ()) -> None:
-    """Refuse lazy layers that have no weights yet.
-
-    Raises:
-        TargetNotFoundError: If there are any, but for those that train in full.
-    """
-    for name, child in modules_by_name(module).items():
-        lazy = [p for p in child._parameters.values() if p is not None and is_lazy(p)]
-        if lazy and child not in kept:
-            raise TargetNotFoundError(
-                f"Layer {name!r} ({type(child).__name__}) has no weights yet that could be adapted or frozen: run a "
-                "dummy batch through the module before fit, for example at the end of its __init__."
-            )
-
-
-def some(names: Sequence[str], most: int = 3) -> str:
+def first_few(names: Sequence[str], most: int = 3) -> str:
     """List names, the first few of many.
 
-    >>> some(["a", "b"]), some(["a", "b", "c"], 1)
+    >>> first_few(["a", "b"]), first_few(["a", "b", "c"], 1)
     ("'a', 'b'", "'a' and 2 more")
     """
     listed = ", ".join(map(repr, names[:most]))

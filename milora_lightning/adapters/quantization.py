@@ -1,42 +1,24 @@
-"""Which weights are the numbers that they hold, and what those stand for that are codes."""
+"""Quantized weights: recognizing them, and turning their codes back into a matrix."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from milora_lightning.adapters.linear_layers import PLAIN_TENSORS, holds_its_weight, is_plain, scale_name
 from milora_lightning.utils.compat import is_traceable_wrapper_subclass
 from milora_lightning.utils.errors import InvalidInputError
 
-PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-PLAIN_TENSORS = (Tensor, nn.Parameter)
-
 BITSANDBYTES = ("Params4bit", "Int8Params")
-"""bitsandbytes' weights, by name: it need not be installed."""
-
-_SCALES = re.compile(r"(weight|input|act|activation|output)_scales?(_inv)?|scales|scales?_inv|\w*zero_points?|q?zeros")
-"""What quantizers call that which makes a weight of codes, beside which a weight is none, whatever its dtype."""
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor's numbers are what they say: not codes in integers or 8 bits, nor another kind of tensor.
-
-    >>> is_plain(torch.zeros(2)), is_plain(torch.zeros(2, dtype=torch.float8_e4m3fn)), is_plain(torch.zeros(2).int())
-    (True, False, False)
-    """
-    here = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return type(here) in PLAIN_TENSORS and here.dtype in PLAIN_DTYPES
+"""Classes of bitsandbytes' weights, by name, because it need not be installed."""
 
 
 def pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the plain tensors that a tensor is made of: itself, or those inside one of another kind (torchao's).
+    """Yield the plain tensors that a tensor consists of: itself, or those inside a tensor subclass (torchao's).
 
     >>> len(list(pieces(torch.zeros(2))))
     1
@@ -48,17 +30,8 @@ def pieces(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor.detach()
 
 
-def holds_its_weight(base: nn.Module) -> bool:
-    """Whether the numbers in a linear layer's weight are its weight, so that one can compute with them.
-
-    >>> holds_its_weight(nn.Linear(2, 2))
-    True
-    """
-    return is_plain(cast(Tensor, base.weight)) and _scale_beside(base) is None
-
-
 def is_quantized_linear(module: nn.Module) -> bool:
-    """Whether a module is a quantizer's own linear layer (GPTQ's, AWQ's, HQQ's), which is no ``nn.Linear``.
+    """Whether a module is a quantizer's own linear layer (GPTQ's, AWQ's, HQQ's), which is not an ``nn.Linear``.
 
     >>> is_quantized_linear(nn.Linear(2, 2))
     False
@@ -73,10 +46,10 @@ def is_quantized_linear(module: nn.Module) -> bool:
 
 
 def keep_codes_in_place(module: nn.Module) -> None:
-    """Have bitsandbytes leave the codes of four bits as they are when a model evaluates.
+    """Stop bitsandbytes from repacking 4-bit codes when a model evaluates.
 
-    On CPUs with AVX512-BF16 it would repack them for a product that has no gradient: after the first evaluation, no
-    layer below would get one.
+    On CPUs with AVX512-BF16 it would repack them for a product without a gradient, so that after the first evaluation
+    no layer below would get one.
     """
     for child in module.modules():
         if hasattr(child, "support_avx512bf16_for_cpu"):
@@ -86,18 +59,18 @@ def keep_codes_in_place(module: nn.Module) -> None:
 def decoded(base: nn.Module, weight: Tensor) -> Tensor:
     """Return the weight that a linear layer computes with, in the base's own layout.
 
-    Known are plain floating-point weights, bitsandbytes' (4 and 8 bit), ``FP8Linear`` of transformers (codes times the
-    scales of their blocks), and kinds of tensor that have a ``dequantize`` of their own (torchao, quanto).
+    Understands plain floating-point weights, bitsandbytes (4 and 8 bit), transformers' ``FP8Linear`` (codes times the
+    scales of their blocks), and tensor subclasses with a ``dequantize`` method (torchao, quanto).
 
     Args:
         base: The layer.
-        weight: Its weight, whole.
+        weight: Its weight, not sharded.
 
     Returns:
         A floating-point matrix (out, in), or (in, out) in a ``Conv1D``.
 
     Raises:
-        ValueError: If the weight is of another kind: its numbers may be anything.
+        ValueError: If the weight is of another kind, whose codes cannot be interpreted.
     """
     if type(base.weight).__name__ in BITSANDBYTES:
         return _from_bitsandbytes(base)
@@ -118,7 +91,7 @@ def decoded(base: nn.Module, weight: Tensor) -> Tensor:
 
 def _from_bitsandbytes(base: nn.Module) -> Tensor:
     weight: Any = base.weight
-    # The codes of four bits may be stored in a floating-point dtype.
+    # 4-bit codes may be stored in a floating-point dtype.
     four_bits = type(weight).__name__ == "Params4bit"
     if weight.quant_state is None if four_bits else weight.dtype != torch.int8:  # not quantized yet
         return torch.Tensor(weight.data)
@@ -150,17 +123,12 @@ def _times_block_scales(codes: Tensor, scales: Tensor, block_size: tuple[int, in
     return codes.detach().float() * scales
 
 
-def _scale_beside(base: nn.Module) -> str | None:
-    named = chain(base._parameters.items(), base._buffers.items())
-    return next((name for name, tensor in named if tensor is not None and _SCALES.fullmatch(name)), None)
-
-
 def refusal(base: nn.Module) -> str:
-    """Say why there is no weight to be had from a layer, and what to do."""
-    beside, weight = _scale_beside(base), cast(Tensor, base.weight)
+    """Say why a layer's weight cannot be read, and what to do."""
+    scales, weight = scale_name(base), cast(Tensor, base.weight)
     kind = f"{weight.dtype} codes" if type(weight) in (Tensor, nn.Parameter) else f"a {type(weight).__name__}"
-    if beside is not None:
-        kind += f" and {beside!r} beside it"
+    if scales is not None:
+        kind += f" and {scales!r} beside it"
     return (
         f"its {type(base).__name__} holds {kind}, which cannot be turned back into a weight here; load the model "
         "unquantized (for FP8, with dequantize=True in its quantization_config), or quantized by bitsandbytes."

@@ -1,8 +1,7 @@
-"""Which layers of a model get adapters, and which are left out for what reason."""
+"""Target layers: which linear layers of a model get adapters, and which are left out, with the reason."""
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from collections import defaultdict
@@ -11,35 +10,24 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from milora_lightning.adapters.layer import PLAIN_LAYERS, LoRALinear, linear_shape
-from milora_lightning.adapters.linear_layers import is_linear
-from milora_lightning.adapters.parts import (
-    TargetNotFoundError,
-    ends_with,
-    excluded_names,
-    find_part,
-    modules_by_name,
-    some,
-)
-from milora_lightning.adapters.quantization import PLAIN_TENSORS, is_plain
+from milora_lightning.adapters.freezing import anything_trains, frozen_by_user
+from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.linear_layers import PLAIN_LAYERS, PLAIN_TENSORS, is_linear, is_plain, linear_shape
+from milora_lightning.adapters.parts import TargetNotFoundError, ends_with, excluded_names, find_part, first_few
+from milora_lightning.adapters.target_errors import FROZEN, TOO_SMALL, no_match, nothing_left, refusal
 from milora_lightning.config import ALL_LINEAR, LoRAConfig
 from milora_lightning.utils.compat import is_traceable_wrapper_subclass
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.names import unwrapped_name
 
-TOO_SMALL = "is too small for r"
-FROZEN = "was frozen by you"
-TRAINED_BEFORE = "_trained_before_surgery"
-"""Attribute of modules whose own parameters trained until surgery froze them."""
-
 
 @dataclass(frozen=True)
 class Selection:
-    """What a configuration means in a model.
+    """The layers that a configuration selects in a model.
 
     Attributes:
-        layers: The layers that get adapters, or have them, by name.
-        left_out: Layers that ``target_modules`` describes and that get none, by name, with the reason.
+        layers: The layers that get or have adapters, by name.
+        left_out: Layers that ``target_modules`` matches but that get no adapter, with the reason by name.
     """
 
     layers: dict[str, nn.Module] = field(default_factory=dict)
@@ -49,7 +37,7 @@ class Selection:
 def find_targets(
     module: nn.Module, target_modules: str | Sequence[str], exclude_modules: str | Sequence[str] = ()
 ) -> dict[str, nn.Module]:
-    """Find the linear layers that are described and have no adapter yet, whether or not an adapter fits them.
+    """Find the linear layers that match and have no adapter yet, whether or not they can have one.
 
     A layer that is registered under several names counts under its first.
 
@@ -75,12 +63,26 @@ def find_targets(
     return {n: m for n, m in found.items() if n not in excluded and not isinstance(m, LoRALinear)}
 
 
+def layers_named(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """Return the linear layers of these full names, those with adapters as their LoRALinear.
+
+    Raises:
+        TargetNotFoundError: If there is no linear layer of one of the names.
+    """
+    layers, names = adaptable_layers(module), [unwrapped_name(name) for name in names]
+    missing = [name for name in names if name not in layers]
+    if missing:
+        find_targets(module, missing)  # raises an error that lists the existing layers
+        raise TargetNotFoundError(f"{type(module).__name__} has no linear layer {first_few(missing)}.")
+    return {name: layers[name] for name in names}
+
+
 def select_layers(module: nn.Module, config: LoRAConfig, kept: Collection[nn.Module] = ()) -> Selection:
     """Decide which layers get adapters.
 
-    What the user has frozen while other parameters train is there for another purpose (a teacher, a reward model, a
-    perceptual loss). So ``"all-linear"`` does not mean it, and neither does a name or regular expression that matches
-    layers that train as well; one that matches frozen layers only does. Where nothing trains, freezing says nothing.
+    Layers that the user has frozen while other parameters train serve another purpose (a teacher, a reward model, a
+    perceptual loss). They get no adapters, unless a name or regular expression matches frozen layers only. Where
+    nothing trains, being frozen means nothing.
 
     Args:
         module: Any module.
@@ -92,63 +94,44 @@ def select_layers(module: nn.Module, config: LoRAConfig, kept: Collection[nn.Mod
 
     Raises:
         TargetNotFoundError: If a name matches no linear layer, or nothing is left.
-        ValueError: If a layer that was named itself cannot have an adapter of this rank.
+        ValueError: If a layer that was named cannot have an adapter of this rank.
     """
     part, targets = find_part(module, config.module), config.target_modules
-    named = not isinstance(targets, str)
+    named = not isinstance(targets, str)  # a list of names, where the user means each of them
     excluded = excluded_names(part, config.exclude_modules)
     prefix = f"{config.module}." if config.module else ""
-    users, training = _users(module), _anything_trains(part, kept)
+    owners, training = _parameter_owners(module), anything_trains(part, kept)
     selection = Selection()
     for entry in targets if named else [targets]:
         matches = _matches(part, str(entry), named)
         matches = {n: m for n, m in matches.items() if n not in excluded and m not in kept}
         frozen = {n for n, m in matches.items() if n != entry and frozen_by_user(m)}
-        respected = training and (targets == ALL_LINEAR or len(frozen) < len(matches))
-        for relative, layer in matches.items():
-            name = prefix + relative
-            reason = FROZEN if respected and relative in frozen else _misfit(layer, config.rank(name), users)
+        skip_frozen = training and (targets == ALL_LINEAR or len(frozen) < len(matches))
+        for name_in_part, layer in matches.items():
+            name = prefix + name_in_part
+            r = config.rank(name)
+            reason = FROZEN if skip_frozen and name_in_part in frozen else _misfit(layer, r, owners)
             if reason == TOO_SMALL and named and config.init == "lora":
-                reason = None  # no singular triplets are needed, and an adapter of PEFT's may have any rank
+                reason = None  # LoRA needs no singular triplets, and PEFT allows its adapters any rank
             if reason is None:
                 selection.layers[name] = layer
             elif named and reason != FROZEN:
-                raise InvalidInputError(_refusal(name, layer, config.rank(name), reason))
+                raise InvalidInputError(refusal(name, layer, r, reason))
             else:
                 selection.left_out[name] = reason
     if not selection.layers:
-        raise TargetNotFoundError(_nothing_left(module, config, selection.left_out))
+        raise TargetNotFoundError(nothing_left(module, config, selection.left_out))
     for name in selection.layers.keys() & selection.left_out.keys():
-        del selection.left_out[name]
+        del selection.left_out[name]  # another entry has selected it
     if targets == ALL_LINEAR:
-        computed = (name for name in _computed(part, kept) if name not in excluded)
-        selection.left_out.update({prefix + name: "computes its weight (weight_norm?)" for name in computed})
+        for name in _without_weight(part, kept):
+            if name not in excluded:
+                selection.left_out[prefix + name] = "computes its weight (weight_norm?)"
     return selection
 
 
-def frozen_by_user(layer: nn.Module) -> bool:
-    """Whether somebody else than this package has frozen all of a layer's own parameters.
-
-    Quantized weights, which cannot train, say nothing.
-    """
-    if isinstance(layer, LoRALinear) or getattr(layer, TRAINED_BEFORE, False):
-        return False
-    own = [p for p in layer._parameters.values() if p is not None]
-    can_train = [p for p in own if p.is_floating_point() and p.dtype.itemsize > 1]
-    return bool(own) and len(can_train) == len(own) and not any(p.requires_grad for p in own)
-
-
-def _anything_trains(module: nn.Module, kept: Collection[nn.Module]) -> bool:
-    """Whether a module had parameters that train before surgery, apart from those that are to train in full."""
-    others = (m for m in module.modules() if m not in kept and not isinstance(m, LoRALinear))
-    return any(
-        getattr(m, TRAINED_BEFORE, False) or any(p is not None and p.requires_grad for p in m._parameters.values())
-        for m in others
-    )
-
-
 def _matches(module: nn.Module, entry: str, is_name: bool) -> dict[str, nn.Module]:
-    """The layers that one entry of ``target_modules`` describes, those with adapters as their LoRALinear."""
+    """Find the layers that one entry of ``target_modules`` describes, those with adapters as their LoRALinear."""
     layers = adaptable_layers(module)
     if is_name:
         found = {name: layer for name, layer in layers.items() if ends_with(name, unwrapped_name(entry))}
@@ -161,12 +144,12 @@ def _matches(module: nn.Module, entry: str, is_name: bool) -> dict[str, nn.Modul
         found = {name: layer for name, layer in layers.items() if re.fullmatch(entry, name)}
         what = f"regular expression target_modules={entry!r}"
     if not found:
-        raise TargetNotFoundError(_no_match(module, what, layers, entry if is_name else None))
+        raise TargetNotFoundError(no_match(module, what, layers, entry if is_name else None))
     return found
 
 
 def adaptable_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """Return all linear layers that have a weight by name, those with adapters as their LoRALinear."""
+    """Return all linear layers with a weight, by name; those with adapters as their LoRALinear."""
     bases = {child.base_layer for child in module.modules() if isinstance(child, LoRALinear)}
     layers: dict[str, nn.Module] = {}
     for wrapped_name, child in module.named_modules():
@@ -177,14 +160,15 @@ def adaptable_layers(module: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
-def _computed(module: nn.Module, kept: Collection[nn.Module]) -> list[str]:
+def _without_weight(module: nn.Module, kept: Collection[nn.Module]) -> list[str]:
+    """Name the linear layers whose weight is no parameter but computed from others."""
     layers = ((n, m) for n, m in module.named_modules() if is_linear(m) and m not in kept)
     return [unwrapped_name(name) for name, layer in layers if name and layer._parameters.get("weight") is None]
 
 
 def output_heads(module: nn.Module) -> set[nn.Module | None]:
     """Return the output embeddings of all language models within a module."""
-    transformers = sys.modules.get("transformers.modeling_utils")  # imported by whoever has made such a model
+    transformers = sys.modules.get("transformers.modeling_utils")  # not imported: then there is no such model
     if transformers is None:
         return set()
     models = (m for m in module.modules() if isinstance(m, transformers.PreTrainedModel))
@@ -195,30 +179,29 @@ def _base(layer: nn.Module) -> nn.Module:
     return layer.base_layer if isinstance(layer, LoRALinear) else layer
 
 
-Users = dict[tuple[object, ...], list[tuple[nn.Module, str]]]
-"""The modules that have a parameter in a piece of memory, with the parameter's full name."""
+Owners = dict[tuple[object, ...], list[tuple[nn.Module, str]]]
+"""For each piece of memory, the modules with a parameter in it, and the parameter's full name."""
 
 
-def _users(module: nn.Module) -> Users:
-    users: Users = defaultdict(list)
+def _parameter_owners(module: nn.Module) -> Owners:
+    owners: Owners = defaultdict(list)
     for name, child in module.named_modules():
         for key, parameter in child._parameters.items():
             if parameter is not None:
-                users[_storage(parameter)].append((child, unwrapped_name(f"{name}.{key}".lstrip("."))))
-    return users
+                owners[_storage(parameter)].append((child, unwrapped_name(f"{name}.{key}".lstrip("."))))
+    return owners
 
 
 def _storage(parameter: Tensor) -> tuple[object, ...]:
-    """What two parameters have in common if and only if they are one memory (or one object, without memory)."""
-    if parameter.is_meta or parameter.numel() == 0 or is_traceable_wrapper_subclass(parameter):
-        return ("object", id(parameter))
-    if parameter.data_ptr() == 0:
+    """Return a key that two parameters share exactly if they are tied: their memory, or the object if it has none."""
+    without = parameter.is_meta or parameter.numel() == 0 or is_traceable_wrapper_subclass(parameter)
+    if without or parameter.data_ptr() == 0:
         return ("object", id(parameter))
     return (parameter.device, parameter.data_ptr())
 
 
-def _misfit(layer: nn.Module, r: int, users: Users) -> str | None:
-    """Why a layer cannot have an adapter of rank r; None if it can, or has one."""
+def _misfit(layer: nn.Module, r: int, owners: Owners) -> str | None:
+    """Say why a layer cannot have an adapter of rank r; None if it can, or has one."""
     if isinstance(layer, LoRALinear):
         return None
     weight: Tensor = layer._parameters["weight"]  # type: ignore[assignment]
@@ -228,59 +211,5 @@ def _misfit(layer: nn.Module, r: int, users: Users) -> str | None:
         return f"has weights of {weight.dtype}"
     if r > min(linear_shape(layer)):
         return TOO_SMALL
-    others = sorted(name for user, name in users[_storage(weight)] if user is not layer)
+    others = sorted(name for owner, name in owners[_storage(weight)] if owner is not layer)
     return f"is tied to {', '.join(others)}" if others else None
-
-
-def _refusal(name: str, layer: nn.Module, r: int, reason: str) -> str:
-    if reason == TOO_SMALL:
-        most = min(linear_shape(layer))
-        return f"{too_large(name, layer, r)} Choose r of at most {most}, or leave the layer out of target_modules."
-    if reason.startswith("is tied to"):
-        return (
-            f"The weight of target {name!r} {reason}: an adapter would change one and not the other. Leave it out of "
-            "target_modules, or untie the weights."
-        )
-    return f"Target {name!r} {reason}, for which there are no adapters. Leave it out of target_modules."
-
-
-def too_large(name: str, layer: nn.Module, r: int) -> str:
-    """Say that a rank exceeds the size of a layer."""
-    out_features, in_features = linear_shape(layer)
-    return f"r={r} is larger than layer {name!r} allows, whose weight is {out_features}×{in_features}."
-
-
-def _nothing_left(module: nn.Module, config: LoRAConfig, left_out: dict[str, str]) -> str:
-    """Say why no layer gets an adapter."""
-    if not left_out:
-        if config.exclude_modules:
-            return "All of target_modules is inside modules_to_save and exclude_modules: nothing is left to adapt."
-        return "All of target_modules is inside modules_to_save: nothing is left to adapt."
-    small = [name for name, reason in left_out.items() if reason == TOO_SMALL]
-    layers = modules_by_name(module)
-    largest = max((min(linear_shape(layers[name])) for name in small), default=0)
-    parts = [too_large(small[0], layers[small[0]], config.rank(small[0]))] if small else []
-    parts += [
-        f"{some([n for n, why in left_out.items() if why == r])} {r}."
-        for r in sorted({*left_out.values()} - {TOO_SMALL})
-    ]
-    remedies = [f"choose r of at most {largest}"] if largest else []
-    if FROZEN in left_out.values():
-        remedies.append("name what is to be adapted in target_modules, or freeze it after surgery, not before")
-    remedies.append("name layers in modules_to_save to train them in full")
-    what = f"target_modules={config.target_modules!r}"
-    return f"No layer is left for adapters with {what}: {' '.join(parts)} {', or '.join(remedies).capitalize()}."
-
-
-def _no_match(module: nn.Module, what: str, layers: dict[str, nn.Module], target: str | None = None) -> str:
-    others = {type(m).__name__ for n, m in modules_by_name(module).items() if target and ends_with(n, target)}
-    if others:
-        return (
-            f"The {what} matches only modules of type {', '.join(sorted(others))}; adapters fit nn.Linear and Conv1D. "
-            "Name linear layers instead."
-        )
-    endings = sorted({name.rsplit(".", 1)[-1] for name in layers})
-    close = difflib.get_close_matches(target or "", endings, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    exists = f"Its linear layers end in: {', '.join(endings)}." if endings else "It has no linear layers at all."
-    return f"The {what} matches no linear layer of {type(module).__name__}. {exists}{hint}"

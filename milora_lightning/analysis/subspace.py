@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from milora_lightning.adapters.factors import product_svd
+from milora_lightning.linalg.products import product_svd
 from milora_lightning.linalg.singular import SingularSlice
 
 

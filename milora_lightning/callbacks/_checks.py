@@ -1,4 +1,4 @@
-"""Whether what is to train does train: the optimizers hold it, and gradients reach it."""
+"""Checks that what should train does train: optimizers hold it, and gradients reach it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from milora_lightning.adapters.injection import lora_layers
-from milora_lightning.adapters.parts import find_modules, find_part, some
+from milora_lightning.adapters.parts import find_modules, find_part, first_few
 from milora_lightning.config import LoRAConfig
 from milora_lightning.export.peft_format import objection, outermost_models
 from milora_lightning.utils.compat import is_placeholder
@@ -31,16 +31,16 @@ def check_callbacks(trainer: Trainer) -> None:
 
 
 def check_optimizers(trainer: Trainer, module: LightningModule, config: LoRAConfig) -> None:
-    """Refuse to train with optimizers that do not hold all that is to train and has not been frozen since surgery.
+    """Refuse optimizers that miss a parameter that is to train and has not been frozen since surgery.
 
     Raises:
         ValueError: If adapters, or parameters in ``modules_to_save``, are in no optimizer.
     """
     optimizers = [optimizer for optimizer in trainer.optimizers if not is_placeholder(optimizer)]
     if not optimizers and not module.automatic_optimization:
-        return  # the module has optimizers of its own, of which nothing is known here
+        return  # the module has optimizers that Lightning does not know
     for child in module.modules():
-        if isinstance(child, FSDPModule):  # validating leaves the outermost one's weights whole, as other parameters
+        if isinstance(child, FSDPModule):  # validation leaves the root's weights gathered, as other parameters
             child.reshard()
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     factors = [p for layer in lora_layers(module).values() for p in (layer.lora_A, layer.lora_B)]
@@ -56,7 +56,7 @@ def check_optimizers(trainer: Trainer, module: LightningModule, config: LoRAConf
 
 
 def say_without_gradient(module: LightningModule, optimizer: Optimizer) -> None:
-    """Name the adapters of an optimizer that has accumulated gradients, and none for them."""
+    """Warn of an optimizer's adapters that have no gradient at its first step."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     names = []
     for name, layer in lora_layers(module).items():
@@ -67,13 +67,14 @@ def say_without_gradient(module: LightningModule, optimizer: Optimizer) -> None:
         parts = sorted({name.split(".")[0] for name in names})
         warn_once(
             module,
-            f"No gradient has reached the adapters of {some(names)} in the first step: what is used under no_grad, or "
-            f"not at all, does not train. Leave it out (exclude_modules={parts}), or name the part to adapt (module).",
+            f"No gradient has reached the adapters of {first_few(names)} in the first step: what is used under "
+            "no_grad, or not at all, does not train. "
+            f"Leave it out (exclude_modules={parts}), or name the part to adapt (module).",
         )
 
 
 def warn_of_export(module: LightningModule) -> None:
-    """Say now, and not when training is over, where PEFT will not hold the adapters."""
+    """Warn before training, not after it, of adapters that cannot be exported for PEFT."""
     for model in outermost_models(module).values():
         if lora_layers(model) and (said := objection(model)):
             warn(

@@ -10,15 +10,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from milora_lightning.adapters.coverage import adapters_by_part, coverage
+from milora_lightning.adapters.decomposing import Batch
 from milora_lightning.adapters.factors import stack_factors
-from milora_lightning.adapters.initialization import Batch
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.config import LoRAConfig
 from milora_lightning.parallel.dtensor import full_tensor
 
 
 def progress(batches: Sequence[Batch]) -> Iterator[Batch]:
-    """Show how far the decompositions are."""
+    """Show the progress of the decompositions."""
     columns = TextColumn("Initializing adapters"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TextColumn("{task.fields[layer]}"), disable=not batches) as bar:
         task = bar.add_task("", total=sum(map(len, batches)), layer="")
@@ -30,7 +30,7 @@ def progress(batches: Sequence[Batch]) -> Iterator[Batch]:
 
 
 def summary(module: LightningModule, config: LoRAConfig, number: int, seconds: float) -> Table:
-    """Tell what was done to a module.
+    """Summarize what was done to a module.
 
     Args:
         module: The module, its adapters initialized.
@@ -66,10 +66,10 @@ def _range(values: Sequence[float]) -> str:
 
 @torch.no_grad()
 def _largest_change(module: LightningModule) -> float:
-    """How far any adapted layer's output is from its base layer's, for normal random input: zero, if all is well.
+    """Return how far any adapted layer's output is from its base layer's, for normal random input; zero is right.
 
-    That is the update's part of it, s (B A − B₀A₀) x, which takes the factors alone: products with the weights are slow
-    in half precision on processors without instructions for it, and gather them where they are shards.
+    This is the update's part, s (B A − B₀A₀) x, which needs the factors only: products with the weights are slow in
+    half precision on processors without instructions for it, and would gather shards.
     """
     changes = []
     for layer in lora_layers(module).values():

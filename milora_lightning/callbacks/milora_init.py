@@ -1,9 +1,12 @@
-"""The callback that turns any Lightning run into a MiLoRA run."""
+"""The callback that turns any Lightning run into a MiLoRA run.
+
+In the order of a run: ``setup`` injects the adapters, ``on_fit_start`` computes their factors (or a checkpoint restores
+them), ``on_train_start`` turns their dropout on.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
@@ -14,9 +17,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from milora_lightning.adapters.initialization import initialize
-from milora_lightning.adapters.injection import freeze_again, inject, inject_quietly, lora_layers
+from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.parts import TargetNotFoundError, find_part
+from milora_lightning.adapters.surgery import freeze_again, inject, inject_quietly
 from milora_lightning.callbacks._checks import check_callbacks, check_optimizers, say_without_gradient, warn_of_export
+from milora_lightning.callbacks._configure_model import after_configure_model
 from milora_lightning.callbacks._display import progress, summary
 from milora_lightning.callbacks.progress import RunProgress
 from milora_lightning.checkpoint.adapter import AdapterCheckpoint
@@ -24,30 +29,29 @@ from milora_lightning.config import Init, LoRAConfig
 from milora_lightning.export.peft_import import load_peft, peft_config
 from milora_lightning.strategies.base import calls_parts, finish, needs_early_start, prepare, restores_late, shards
 from milora_lightning.training.averaging import check_averaging, copy_adapted, start_averages
-from milora_lightning.utils.compat import current_hook
 
 
 class MiLoRAInit(Callback):
-    """Fine-tune through low-rank adapters that start from each weight's own singular triplets.
+    """Fine-tune through low-rank adapters that start from singular triplets of each weight.
 
-    Add it to a Trainer; nothing else in a project changes. Adapters are injected as soon as the model exists, be it
-    built in ``__init__``, ``setup`` or ``configure_model``; their factors are computed when fitting starts, on the
-    device the strategy has put the weights on, unless a checkpoint has brought them. Everything else is frozen,
-    the model computes at the start exactly what it did before, and the factors stay in float32 whatever the
+    Add it to a Trainer; nothing else in a project changes. Adapters are injected as soon as the model exists, whether
+    it is built in ``__init__``, ``setup`` or ``configure_model``. Their factors are computed when fitting starts, on
+    the device the strategy has put the weights on, unless a checkpoint has restored them. Everything else is frozen,
+    the model starts by computing exactly what it did before, and the factors stay in float32 whatever the
     Trainer's precision. Lightning's callbacks that average weights may stand anywhere in the list: they average
-    A and B, each by itself, share the frozen base with the module, and write averaged adapters into checkpoints.
+    A and B separately, share the frozen base with the module, and write averaged adapters into checkpoints.
 
-    Frozen means frozen. BatchNorm, InstanceNorm with running statistics and spectral norm compute with what they have
-    measured before and do not change it, so that :func:`milora_lightning.adapters_disabled` is the pretrained model
-    bit for bit also after training; those in ``modules_to_save`` train as ever. What was frozen before, while other
-    parameters train, serves another purpose (a teacher, a reward model, a perceptual loss) and gets no adapters, unless
-    ``target_modules`` has a name for it that matches nothing that trains; where everything was frozen, that says
-    nothing. The summary names what was adapted by the module's parts.
+    Frozen means frozen. BatchNorm, InstanceNorm with running statistics and spectral norm use the statistics of the
+    pretrained model and do not change them, so that :func:`milora_lightning.adapters_disabled` is the pretrained model
+    bit for bit even after training; those in ``modules_to_save`` train as usual. Layers that were frozen before, while
+    other parameters train, serve another purpose (a teacher, a reward model, a perceptual loss). They get no adapters,
+    unless ``target_modules`` has a name that matches frozen layers only. If everything was frozen, this does not apply.
+    The summary lists the number of adapters in each part of the module.
 
     Args:
         r: Rank of each adapter.
         lora_alpha: Numerator of the scale ``lora_alpha / r``. Defaults to ``r``, the paper's setting; ``"2r"`` is
-            twice the rank, whichever that is, the setting of its LoRA baseline.
+            twice the rank, the setting of its LoRA baseline.
         lora_dropout: Probability with which an adapter's input features are dropped in training.
         target_modules: Name endings of linear layers, one regular expression for full names, or
             ``"all-linear"`` (every linear layer but the language-model head, those smaller than ``r``, and those that
@@ -55,7 +59,7 @@ class MiLoRAInit(Callback):
         init: Start of the factors: ``"milora"`` (smallest singular triplets), ``"pissa"`` (largest), ``"middle"``,
             ``"random"``, or ``"lora"`` (A Kaiming-uniform, B zero). ``"full"`` is the baseline without adapters:
             nothing is frozen, and checkpoints are Lightning's own.
-        modules_to_save: Name endings of modules to train in full beside the adapters, in float32.
+        modules_to_save: Name endings of modules to train in full together with the adapters, in float32.
         seed: What the random starts derive from. Defaults to the run's seed.
         start_from: PEFT LoRA folder (exported here or by others) to continue from; the arguments above then follow
             the folder.
@@ -63,12 +67,12 @@ class MiLoRAInit(Callback):
             on the same weights needs none.
         rank_pattern: Other ranks for some layers, by regular expressions for the ends of their names, as in PEFT:
             ``{"down_proj": 16}``.
-        alpha_pattern: Likewise other values of ``lora_alpha``; a layer that has none of its own has ``lora_alpha``, or
-            where that is left out, its rank.
-        exclude_modules: What gets no adapter although ``target_modules`` describes it: name endings of layers or whole
-            parts, or one regular expression for full names.
-        module: Name of the part to adapt, such as ``"student"`` or ``"generator"``. Targets are then named within it,
-            only this part is frozen, and what is outside trains or not as the module has it.
+        alpha_pattern: Likewise other values of ``lora_alpha``; a layer that no key matches has ``lora_alpha``, or if
+            that is not given, its rank.
+        exclude_modules: Layers that get no adapter although ``target_modules`` matches them: name endings of layers or
+            of modules around them, or one regular expression for full names.
+        module: Name of the part to adapt, such as ``"student"`` or ``"generator"``. Names are then relative to it,
+            only this part is frozen, and the rest of the module is left alone.
 
     Raises:
         ValueError: In the constructor for values out of range; in ``setup`` if the targets do not fit the model, or
@@ -114,7 +118,7 @@ class MiLoRAInit(Callback):
         self._stepped: set[Optimizer] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Inject into what exists now, and into what the module's own ``setup`` and ``configure_model`` build."""
+        """Inject into the layers that exist now, and into those that ``setup`` and ``configure_model`` will build."""
         config = self.config
         pl_module.milora_config = config  # type: ignore[assignment]  # for a configure_model that shards the model
         if config is None:
@@ -122,16 +126,16 @@ class MiLoRAInit(Callback):
         check_callbacks(trainer)
         prepare(trainer)
         check_averaging(trainer)
-        # Tuners train in their own on_fit_start, and Lightning sorts them to the front: the factors have to be there.
-        # A new list, because this one is being iterated over.
+        # First in the list: tuners, which Lightning sorts to the front, train in their own on_fit_start, and need the
+        # factors by then. A new list, because Lightning is iterating over the old one.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
-        # Now, because configure_model may shard the model, and parameters cannot be added after that. Targets that
-        # are missing now may come with setup or configure_model; the second call insists on them. If nothing trains
-        # yet, what will may come then, too: only beside that does it mean something that a part is frozen.
+        # Inject now, because configure_model may shard the model, and parameters cannot be added after that. Targets
+        # that are missing may still be built by setup or configure_model; the second call insists on them. If nothing
+        # trains yet, wait: being frozen says something about a part only once another part trains.
         if shards(trainer.strategy) or any(p.requires_grad for p in pl_module.parameters()):
             with suppress(TargetNotFoundError):
                 inject_quietly(pl_module, config)
-        _call_after_configure_model(
+        after_configure_model(
             pl_module,
             lambda: self._complete(trainer, pl_module, stage, config),
             lambda: copy_adapted(trainer, pl_module, stage),
@@ -149,14 +153,14 @@ class MiLoRAInit(Callback):
             self._initialize(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compute the factors that no checkpoint has brought, and say what was done."""
+        """Compute the factors that no checkpoint has restored, and print a summary."""
         if self.config is not None:
-            freeze_again(pl_module, self.config)  # layers that the strategy has replaced: synchronized BatchNorm
+            freeze_again(pl_module, self.config)  # the strategy may have replaced layers by synchronized BatchNorm
         if not restores_late(trainer.strategy):
             self._initialize(trainer, pl_module)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do so now, under strategies that restore checkpoints later."""
+        """Compute the factors here under strategies that restore checkpoints after ``on_fit_start``."""
         self._initialize(trainer, pl_module)
 
     def _initialize(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -171,10 +175,10 @@ class MiLoRAInit(Callback):
         if number and self.config is not None:
             table = summary(pl_module, self.config, number, time.monotonic() - started)
             if trainer.is_global_zero:
-                rich.get_console().print(table)  # that of progress bars, above which it goes
+                rich.get_console().print(table)  # the console of progress bars, so that it is printed above them
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Turn the adapters' dropout on: pretrained models come in eval mode, and Lightning keeps it."""
+        """Turn the adapters' dropout on: pretrained models are loaded in eval mode, and Lightning keeps it."""
         if self.config is not None:
             check_optimizers(trainer, pl_module, self.config)
         self._stepped.clear()
@@ -183,33 +187,7 @@ class MiLoRAInit(Callback):
             layer.train()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Name adapters that have no gradient in an optimizer's first step; FSDP1's shards do not show it."""
+        """Warn of adapters without a gradient in an optimizer's first step; FSDP1's shards do not show them."""
         if self.config is not None and optimizer not in self._stepped and calls_parts(trainer.strategy):
             self._stepped.add(optimizer)
             say_without_gradient(pl_module, optimizer)
-
-
-def _call_after_configure_model(
-    pl_module: LightningModule, action: Callable[[], object], after_setup: Callable[[], object]
-) -> None:
-    """Have ``action`` run right after the module's ``configure_model``, overridden or not, whoever calls it.
-
-    No callback hook lies between ``configure_model`` and the strategy's wrapping of the model. Callbacks may call it in
-    their ``setup``; when the Trainer does, for the last time, ``after_setup`` runs, too.
-    """
-    vars(pl_module).pop("configure_model", None)
-    own = pl_module.configure_model
-
-    def configure_model() -> None:
-        by_trainer = current_hook(pl_module) == "configure_model"
-        if by_trainer:
-            vars(pl_module).pop("configure_model", None)
-        own()
-        if not by_trainer:
-            with suppress(TargetNotFoundError):  # as in setup
-                action()
-            return
-        action()
-        after_setup()
-
-    pl_module.configure_model = configure_model  # type: ignore[method-assign]

@@ -14,7 +14,7 @@ from milora_lightning.adapters.base_weight import dense_weight
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.linalg.singular import singular_slice
-from milora_lightning.parallel.work import raise_together
+from milora_lightning.parallel.work import raise_on_all_ranks
 from milora_lightning.strategies.base import check_whole
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import inform
@@ -66,7 +66,7 @@ class PrincipalProjection(Callback):
                 bases = [_bases(*item, self.p) for item in track(layers.items(), "Decomposing weights", transient=True)]
             except Exception as raised:  # any error, because the other ranks wait for this one
                 error = raised
-        raise_together(error, trainer.world_size)
+        raise_on_all_ranks(error, trainer.world_size)
         bases = trainer.strategy.broadcast(bases)  # the same on all ranks: rounding must not make their factors differ
         self._protected = [
             ProtectedSubspace(layer, U.to(layer.lora_B.device), V.to(layer.lora_A.device))

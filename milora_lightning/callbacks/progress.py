@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from milora_lightning.adapters.initialization import Batch
+from milora_lightning.adapters.decomposing import Batch
 from milora_lightning.screen.figures import duration, peak_memory
 from milora_lightning.screen.pace import Pace, SmoothedLoss
 from milora_lightning.screen.state import RunState, Work

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from milora_lightning.adapters.injection import base_keys, inject, lora_layers
+from milora_lightning.adapters.injection import base_keys, lora_layers
 from milora_lightning.adapters.layer import INITIALIZED, LoRALinear
+from milora_lightning.adapters.surgery import inject
 from milora_lightning.checkpoint.fingerprint import check_base, fingerprint
 from milora_lightning.checkpoint.io import KEY, CheckpointError, read
 from milora_lightning.config import LoRAConfig, first_difference

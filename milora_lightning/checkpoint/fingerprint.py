@@ -13,7 +13,7 @@ from milora_lightning.adapters.base_weight import STORED, Stored
 from milora_lightning.adapters.injection import base_keys
 from milora_lightning.adapters.quantization import pieces
 from milora_lightning.checkpoint.io import CheckpointError
-from milora_lightning.parallel.dtensor import gather_to, is_sharded, memory_of
+from milora_lightning.parallel.dtensor import gather_to_rank, is_sharded, memory_of
 from milora_lightning.utils.names import pristine_name
 
 QUANTIZED = " as "
@@ -47,7 +47,7 @@ def fingerprint(module: nn.Module, frozen_only: bool = True) -> dict[str, str]:
         if stored is not None:
             hashes[pristine_name(key)] = f"{_described(stored.read())}{QUANTIZED}{stored.quantization}"
             continue
-        weight = None if parameter.is_meta else gather_to(parameter, index % ranks)
+        weight = None if parameter.is_meta else gather_to_rank(parameter, index % ranks)
         if weight is not None:
             hashes[pristine_name(key)] = _described(weight)
     if ranks > 1:

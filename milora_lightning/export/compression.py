@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from milora_lightning.adapters.factors import product_svd
+from milora_lightning.linalg.products import product_svd
 from milora_lightning.utils.errors import InvalidInputError
 
 

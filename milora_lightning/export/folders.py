@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from milora_lightning.adapters.factors import stack_factors
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
-from milora_lightning.adapters.quantization import holds_its_weight
+from milora_lightning.adapters.linear_layers import holds_its_weight
 from milora_lightning.checkpoint.fingerprint import fingerprint, unquantized
 from milora_lightning.data.encoding.prompt_format import PromptFormat
 from milora_lightning.export.compression import compress

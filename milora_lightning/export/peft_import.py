@@ -14,15 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from milora_lightning.adapters.injection import inject, lora_layers
-from milora_lightning.adapters.layer import LoRALinear, linear_shape
+from milora_lightning.adapters.injection import lora_layers
+from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.linear_layers import linear_shape
+from milora_lightning.adapters.surgery import inject
 from milora_lightning.adapters.targets import find_targets
 from milora_lightning.checkpoint.fingerprint import check_base, fingerprint, unquantized
 from milora_lightning.checkpoint.io import CheckpointError
 from milora_lightning.config import LoRAConfig
 from milora_lightning.export.folders import BASE_KEY, find_model
 from milora_lightning.export.peft_format import PEFT_PREFIX, deviations, most_common, opens_otherwise
-from milora_lightning.parallel.dtensor import fill, full_tensor
+from milora_lightning.parallel.dtensor import copy_into, full_tensor
 from milora_lightning.utils.names import unwrapped_name
 
 if TYPE_CHECKING:
@@ -99,7 +101,7 @@ def load_peft(module: nn.Module, folder: str | Path) -> LoRAConfig:
     places = _places(model)
     with torch.no_grad():
         for name, value in _whole(tensors).items():
-            fill(places[name], value)
+            copy_into(places[name], value)
     return config
 
 

@@ -11,7 +11,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from milora_lightning.adapters.layer import LoRALinear, linear_shape
+from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.linear_layers import linear_shape
 from milora_lightning.utils.names import WRAPPERS
 
 

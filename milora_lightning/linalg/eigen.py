@@ -10,7 +10,7 @@ from torch import Tensor
 
 from milora_lightning.linalg.lapack import symmetric_eigenpairs
 
-_ONE_THREAD = 1536  # up to this size scipy's threads gain less than they lose by waiting for torch's
+_ONE_THREAD = 1536  # up to this size scipy's threads lose more by waiting for torch's than they gain
 _scipy_threads = ThreadpoolController()
 _STEPS = 8  # before a restart: orthogonalization and the projected problem stay cheap
 _CYCLES = 4
@@ -95,23 +95,23 @@ def _krylov_cycle(
         its residual tells.
     """
     k, width = X.shape
-    basis = X.new_empty(steps * width, k)  # orthonormal rows: what is known of them stays contiguous
+    basis = X.new_empty(steps * width, k)  # orthonormal rows, so that those computed so far are contiguous
     basis[:width] = torch.linalg.qr(X).Q.mT
     H = X.new_zeros(steps * width, steps * width)  # the operator's projection, upper triangle
     for step in range(steps):
-        here, stop = slice(step * width, (step + 1) * width), (step + 1) * width
-        known = basis[:stop]
-        Y = operator(known[here].mT)
-        H[:stop, here] = known @ Y
-        Y -= known.mT @ H[:stop, here]
+        block, stop = slice(step * width, (step + 1) * width), (step + 1) * width
+        span = basis[:stop]
+        Y = operator(span[block].mT)
+        H[:stop, block] = span @ Y
+        Y -= span.mT @ H[:stop, block]
         if step > 4 or step == steps - 1:
             mu, y = torch.linalg.eigh(H[:stop, :stop], UPLO="U")
             mu, y = mu[-width:].flip(0), y[:, -width:].flip(1)
-            angles = torch.linalg.vector_norm(Y @ y[here], dim=0) / (mu - mu[-1])
+            angles = torch.linalg.vector_norm(Y @ y[block], dim=0) / (mu - mu[-1])
             if angles[:wanted].norm() < _ANGLE:
                 break
         if step < steps - 1:
             Q = torch.linalg.qr(Y).Q
-            Q -= known.mT @ (known @ Q)  # what the first orthogonalization left
+            Q -= span.mT @ (span @ Q)  # what the first orthogonalization left
             basis[stop : stop + width] = torch.linalg.qr(Q).Q.mT
-    return mu, known.mT @ y, angles
+    return mu, span.mT @ y, angles

@@ -1,4 +1,4 @@
-"""One part of a weight's singular spectrum, exactly, without paying for the rest of it."""
+"""A slice of a weight's singular value decomposition, exact, without computing the rest."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from milora_lightning.linalg.certificate import Candidate, certified_triplets
 from milora_lightning.linalg.eigen import dense_eigenpairs, gram, smallest_eigenpairs
 from milora_lightning.utils.errors import InvalidInputError
 
 Slice = Literal["minor", "principal", "middle", "random"]
 
 LARGE = 3072
-"""From this size on LAPACK's reduction to a tridiagonal matrix waits for memory, and the Krylov method is faster."""
+"""From this size on, LAPACK's reduction to a tridiagonal matrix is limited by memory, and the Krylov method faster."""
 
 SQUARE = 1.5
-"""Up to this aspect ratio the singular values fall to zero: the smallest stand out, as the Krylov method needs it."""
-
-_EPS = torch.finfo(torch.float64).eps
-_MAX_ANGLE = 7e-9  # ‖sin Θ‖_F to the exact subspace; projectors then differ by √2 times that, below 1e-8
+"""Up to this aspect ratio the smallest singular values are well separated, as the Krylov method needs them."""
 
 
 class SingularSlice(NamedTuple):
@@ -45,11 +43,11 @@ def singular_slice(
     """Compute r singular triplets of a weight.
 
     Of the k = min(out, in) triplets in descending order, MiLoRA trains the last r and keeps the others frozen
-    (MiLoRA, arXiv 2406.09044, section 3). Only what is asked for gets computed: eigenvectors of the float64 Gram
-    matrix of the short side span the wanted left vectors, found by a Krylov method for the smallest of a large one
-    and by LAPACK otherwise, and a small SVD inside that span removes the loss of digits that squaring
-    brings. The residual then bounds the error. Where it does not certify singular values within 1e-6 (relative) and
-    subspaces within 1e-8 (projectors) of a full float64 SVD, that full SVD is taken.
+    (MiLoRA, arXiv 2406.09044, section 3). Only what is asked for is computed: eigenvectors of the float64 Gram
+    matrix of the short side span the wanted left vectors. A Krylov method finds the smallest of a large matrix, LAPACK
+    all others. A small SVD inside that span restores the digits lost by squaring. The residual then bounds the error.
+    Where it does not certify singular values within 1e-6 (relative) and subspaces within 1e-8 (projectors) of a full
+    float64 SVD, the full SVD is computed.
 
     Args:
         weight: Floating-point weight of shape (out, in), on any device, in any layout. It is not modified.
@@ -75,22 +73,8 @@ def singular_slice(
     >>> (U * S @ Vh).diagonal()
     tensor([0., 1., 2., 0.], dtype=torch.float64)
     """
-    if which not in get_args(Slice):
-        raise InvalidInputError(f"unknown slice {which!r}: choose one of {', '.join(get_args(Slice))}")
-    if weight.ndim != 2:
-        raise InvalidInputError(
-            f"a weight of shape {tuple(weight.shape)} has no singular vectors: pass a matrix (out, in)"
-        )
-    if not weight.is_floating_point():
-        raise InvalidInputError(f"a weight of {weight.dtype} cannot be decomposed: pass it in a floating-point dtype")
-    if weight.is_meta:
-        raise InvalidInputError("a weight on the meta device has no values: load it before decomposing it")
+    _check(weight, r, which)
     k = min(weight.shape)
-    if not 1 <= r <= k:
-        raise InvalidInputError(
-            f"a weight of shape {tuple(weight.shape)} has {k} triplets, not {r}: set r from 1 to {k}"
-        )
-
     home = weight.device
     no_double = home.type == "mps"
     W = (weight.detach().cpu() if no_double else weight.detach()).to(torch.float64)
@@ -114,6 +98,24 @@ def singular_slice(
     return SingularSlice(*(x.to(home, torch.float32) if no_double else x for x in triplets))
 
 
+def _check(weight: Tensor, r: int, which: str) -> None:
+    if which not in get_args(Slice):
+        raise InvalidInputError(f"unknown slice {which!r}: choose one of {', '.join(get_args(Slice))}")
+    if weight.ndim != 2:
+        raise InvalidInputError(
+            f"a weight of shape {tuple(weight.shape)} has no singular vectors: pass a matrix (out, in)"
+        )
+    if not weight.is_floating_point():
+        raise InvalidInputError(f"a weight of {weight.dtype} cannot be decomposed: pass it in a floating-point dtype")
+    if weight.is_meta:
+        raise InvalidInputError("a weight on the meta device has no values: load it before decomposing it")
+    k = min(weight.shape)
+    if not 1 <= r <= k:
+        raise InvalidInputError(
+            f"a weight of shape {tuple(weight.shape)} has {k} triplets, not {r}: set r from 1 to {k}"
+        )
+
+
 def _full(W: Tensor, index: Tensor) -> SingularSlice:
     """Take the triplets at ``index`` out of all of them."""
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
@@ -122,90 +124,27 @@ def _full(W: Tensor, index: Tensor) -> SingularSlice:
 
 
 def _partial(W: Tensor, energy: Tensor, start: int, r: int) -> SingularSlice | None:
-    """Compute triplets ``start`` to ``start + r`` of W (k, n), k ≤ n, or None where the result stays in doubt."""
+    """Compute triplets ``start`` to ``start + r`` of W (k, n), k ≤ n, or None where none can be certified."""
     if not 1e-200 < energy < 1e200:
         return None  # its squares underflow or overflow, or it is zero
-    for low, high, eigenvalues, Q, L in _candidates(W, start, r):
-        triplets = _certified(W, energy, slice(start - low, start - low + r), low, high, eigenvalues, Q, L)
+    for candidate in _candidates(W, start, r):
+        triplets = certified_triplets(W, energy, start, r, candidate)
         if triplets is not None:
-            return triplets
+            return SingularSlice(*triplets)
     return None
 
 
-def _candidates(W: Tensor, start: int, r: int) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor | None]]:
-    """Compute eigenpairs ``low`` to ``high`` of W Wᵀ (k, k) around the wanted ones, with growing effort."""
+def _candidates(W: Tensor, start: int, r: int) -> Iterator[Candidate]:
+    """Compute eigenpairs of W Wᵀ (k, k) around the wanted ones, with growing effort."""
     k, n = W.shape
     margins = sorted({8, max(8, k // 8)})
     extra = max(8, r // 2)  # for the Krylov method, whose convergence depends on it
     if start + r == k >= LARGE and n <= SQUARE * k and r + 2 * extra <= k // 4:
-        if (found := smallest_eigenpairs(W, r, extra)) is not None:
-            yield start - extra, k, *found
+        if (smallest := smallest_eigenpairs(W, r, extra)) is not None:
+            yield Candidate(start - extra, k, *smallest)
         margins = margins[-1:]
     for margin in margins:  # twice this work is still far less than a full SVD
         low, high = max(start - margin, 0), min(start + r + margin, k)
         if high - low <= k // 2:  # else the SVD inside the span costs as much as the full one
             with suppress(scipy.linalg.LinAlgError):  # inverse iteration did not converge
-                yield low, high, *dense_eigenpairs(gram(W), low, high), None
-
-
-def _certified(
-    W: Tensor, energy: Tensor, wanted: slice, low: int, high: int, eigenvalues: Tensor, Q: Tensor, L: Tensor | None
-) -> SingularSlice | None:
-    """Compute the ``wanted`` ones of triplets ``low`` to ``high`` of W (k, n), k ≤ n, or None where in doubt.
-
-    With an orthonormal Q near the left vectors and the SVD QᵀW = X S Vᵀ, U = QX obeys UᵀW = S Vᵀ exactly, so
-    that all error sits in E = W V - U S. To first order, column i of it turns triplet i by at most
-    ‖Eᵢ‖ max(σ, σᵢ) / |σ² - σᵢ²|, with σ the nearest one outside Q, and changes σᵢ, relatively, by about the
-    square of that.
-
-    More eigenvectors than wanted are taken, so that σ lies well away from the σᵢ: it is the condition number
-    σ_max / σ at the edge of Q that limits the accuracy then, not so much the far larger one of the weight.
-    """
-    k = W.shape[0]
-    Q = torch.linalg.qr(Q).Q  # inverse iteration leaves clusters orthogonal to fewer digits
-    # Products with W take the thin factor as rows: as columns, a transposed W costs up to six times as much.
-    V, R = torch.linalg.qr((Q.mT @ W).mT)  # before the SVD, which is far slower on a wide matrix
-    X, S, Yh = torch.linalg.svd(R.mT)  # so that QᵀW = X S (Yh Vᵀ)
-
-    noise = k * _EPS * energy  # below it, squared singular values drown in the rounding of the Gram matrix
-    if ((S.square() - eigenvalues.flip(0)).abs() > noise).any():
-        return None  # a vector of a cluster came twice, and another one is missing
-
-    triplets = SingularSlice(Q @ X[:, wanted], S[wanted], Yh[wanted] @ V.mT)
-    U, sigma, Vh = triplets
-    E = (Vh @ W.mT).mT - U * sigma
-    if L is not None:
-        return _certified_smallest(W, L, triplets, E, S[0])
-    residual = torch.linalg.vector_norm(E, dim=0)
-    rounding = 10 * _EPS * energy.sqrt()  # no SVD in float64 leaves a smaller residual
-    for is_edge, edge in ((low > 0, S[0]), (high < k, S[-1])):
-        if not is_edge:
-            continue
-        larger = torch.maximum(edge, sigma)
-        gap = ((edge.square() - sigma.square()).abs() - noise).clamp_min(0)
-        angle = torch.where(residual <= rounding, 0.0, residual * larger / gap)
-        if (larger.square() <= noise).any() or not torch.linalg.vector_norm(angle) <= _MAX_ANGLE:
-            return None
-    return triplets
-
-
-def _certified_smallest(W: Tensor, L: Tensor, triplets: SingularSlice, E: Tensor, edge: Tensor) -> SingularSlice | None:
-    """Refine the right vectors of the smallest triplets, and return them, or None where in doubt.
-
-    A right vector Wᵀu / σ carries the rounding of a product with σ_max, divided by a small σ. W⁻¹ E takes that out,
-    with a Cholesky factor L of W Wᵀ. Then neither W V = U S nor UᵀW = S Vᵀ is exact: with E and F their
-    differences, triplet i turns towards triplet j outside by at most |uⱼᵀEᵢ| σⱼ / (σⱼ² - σᵢ²) and as much with
-    vⱼᵀFᵢ. Altogether that is (‖L⁻¹Eᵢ‖ + ‖Fᵢ‖ / σ) / (1 - σᵢ² / σ²) or less, with σ the ``edge``, the nearest one.
-    """
-    U, sigma, Vh = triplets
-    E = E - U @ (U.mT @ E)  # rounding, which would cost Vh its orthonormality
-    correction = torch.cholesky_solve(E, L).mT @ W
-    Vh = Vh - correction
-    E = torch.linalg.solve_triangular(L, W @ Vh.mT - U * sigma, upper=False)
-    F = W.mT @ U - Vh.mT * sigma
-    turn = torch.linalg.vector_norm(E, dim=0) + torch.linalg.vector_norm(F, dim=0) / edge
-    angle = turn / (1 - (sigma / edge).square())
-    # The square of the correction is what Vh has lost of its orthonormality still.
-    if torch.linalg.vector_norm(angle) <= _MAX_ANGLE and torch.linalg.vector_norm(correction) <= 1e-7:
-        return SingularSlice(U, sigma, Vh)
-    return None
+                yield Candidate(low, high, *dense_eigenpairs(gram(W), low, high))

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from milora_lightning.adapters.injection import inject, lora_layers
-from milora_lightning.adapters.layer import linear_shape
+from milora_lightning.adapters.injection import lora_layers
+from milora_lightning.adapters.linear_layers import linear_shape
+from milora_lightning.adapters.surgery import inject
 from milora_lightning.config import LoRAConfig
 from milora_lightning.models.loss import CPU_LOGITS, CPU_PROBABILITIES, DEVICE_LOGITS
 from milora_lightning.models.pretrained import decoder_layers

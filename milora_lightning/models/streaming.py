@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from milora_lightning.adapters.injection import base_keys
 from milora_lightning.models.files import clear_errors, weight_files
 from milora_lightning.models.pretrained import decoder_layers, load_causal_lm, load_config, locate
-from milora_lightning.parallel.dtensor import as_bytes, fill, local_slices
-from milora_lightning.parallel.work import raise_together
+from milora_lightning.parallel.dtensor import as_bytes, copy_into, local_slices
+from milora_lightning.parallel.work import raise_on_all_ranks
 from milora_lightning.utils.compat import kept_in_float32
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.names import pristine_name, unwrapped_name
@@ -106,7 +106,7 @@ def stream_weights(model: PreTrainedModel, name_or_path: str, device: torch.devi
         names[parameters[key]].append(pristine_name(key))
     for parameter in model.parameters():
         if parameter not in names:
-            fill(parameter, torch.zeros(1).expand(parameter.shape))
+            copy_into(parameter, torch.zeros(1).expand(parameter.shape))
     location = locate(name_or_path)
     with clear_errors(name_or_path, location):
         files = weight_files(location)
@@ -145,10 +145,10 @@ def _broadcast_model(names: dict[Tensor, str], name_or_path: str) -> None:
             loaded = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         except Exception as raised:  # any error, because the other ranks wait for this one
             error = raised
-    raise_together(error, dist.get_world_size())
+    raise_on_all_ranks(error, dist.get_world_size())
     for tensor, name in names.items():
         value = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         if loaded:
             value.copy_(loaded[name].detach())
         dist.broadcast(as_bytes(value), src=0)
-        fill(tensor, value)
+        copy_into(tensor, value)

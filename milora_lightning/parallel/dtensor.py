@@ -1,4 +1,4 @@
-"""Tensors that are sharded among ranks (DTensors): collecting them, filling them, and which part is this rank's."""
+"""Tensors that are sharded among ranks (DTensors): gathering them, writing to them, and which part is on this rank."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a sharded tensor whole, on every rank; all ranks must call this. Others are returned as they are."""
+    """Gather a sharded tensor on every rank; all ranks must call this. Other tensors are returned unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gather_to(tensor: Tensor, rank: int) -> Tensor | None:
-    """Return a sharded tensor whole on one rank, and None on the others, which hold no more than their shards.
+def gather_to_rank(tensor: Tensor, rank: int) -> Tensor | None:
+    """Gather a sharded tensor on one rank, and return None on the others, which hold no more than their shards.
 
-    All ranks must call this. Where groups of ranks replicate one another's shards, the rank's own group serves it.
+    All ranks must call this. Where groups of ranks replicate each other's shards, only that rank's group takes part.
 
     Args:
-        tensor: Any tensor; one that is not sharded is returned as it is, on every rank.
-        rank: Global rank of the one that gets it.
+        tensor: Any tensor; one that is not sharded is returned unchanged, on every rank.
+        rank: Global rank that gets it.
 
     Raises:
         ValueError: If it is sharded in more than one way, as under tensor parallelism.
@@ -58,11 +58,11 @@ def gather_to(tensor: Tensor, rank: int) -> Tensor | None:
     if len(shard) < chunk:  # the last ranks' shards, where the size is no multiple of the ranks
         shard = torch.cat([shard, shard.new_zeros(chunk - len(shard), *shard.shape[1:])])
     shard = shard.contiguous()
-    here = dist.get_rank() == rank
-    whole = shard.new_empty(chunk * len(ranks), *shard.shape[1:]) if here else None
-    parts = [as_bytes(part) for part in whole.chunk(len(ranks))] if whole is not None else None
+    receives = dist.get_rank() == rank
+    gathered = shard.new_empty(chunk * len(ranks), *shard.shape[1:]) if receives else None
+    parts = [as_bytes(part) for part in gathered.chunk(len(ranks))] if gathered is not None else None
     dist.gather(as_bytes(shard), parts, dst=rank, group=group)
-    return whole[:size].movedim(0, placement.dim) if whole is not None else None
+    return gathered[:size].movedim(0, placement.dim) if gathered is not None else None
 
 
 def local_slices(tensor: Tensor) -> tuple[slice, ...]:
@@ -83,7 +83,7 @@ def local_slices(tensor: Tensor) -> tuple[slice, ...]:
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """Return this rank's shard of a tensor that every rank has whole, placed as another tensor of its shape is."""
+    """Return this rank's shard of a tensor that every rank has, placed like another tensor of the same shape."""
     if not isinstance(like, DTensor):
         return value
     local = value[local_slices(like)].to(like.device, copy=True)
@@ -93,14 +93,14 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fill(parameter: Tensor, value: Tensor) -> None:
-    """Copy a tensor that every rank has whole into a parameter that may be sharded."""
+def copy_into(parameter: Tensor, value: Tensor) -> None:
+    """Copy a tensor that every rank has into a parameter that may be sharded."""
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     local.copy_(value[local_slices(parameter)])
 
 
 def _chunk(size: int, ranks: int) -> int:
-    return -(-size // ranks)  # as torch.chunk cuts, which the last ranks may get less of
+    return -(-size // ranks)  # like torch.chunk: the last ranks may get less
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -109,6 +109,6 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """Return what a tensor holds, bit for bit, as what hashes and files take; from the CPU, without a copy."""
+    """Return a tensor's bytes for hashing or writing; without a copy if it is on the CPU."""
     memory: memoryview = as_bytes(tensor.detach().cpu().contiguous()).numpy().data
     return memory

@@ -21,11 +21,11 @@ def cost(shape: tuple[int, int]) -> int:
     return min(shape) ** 2 * (max(shape) + min(shape))
 
 
-def share_out(shapes: Sequence[tuple[int, int]], world_size: int) -> list[int]:
-    """Give each matrix to a rank, so that the ranks have about equally much to do.
+def partition_by_cost(shapes: Sequence[tuple[int, int]], world_size: int) -> list[int]:
+    """Assign each matrix to a rank, so that the ranks have about equally much to do.
 
-    The costliest come first, each to the rank that has least so far; of several, to the one whose turn was last. So
-    of matrices whose estimates are equal, and whose costs are not quite, each rank gets as many of one kind.
+    The most expensive come first, each to the rank with the least work so far, and among equals to the one that was
+    given work last. Matrices of equal estimates whose true costs differ a little are so dealt out evenly.
 
     Args:
         shapes: Shapes of the matrices.
@@ -34,7 +34,7 @@ def share_out(shapes: Sequence[tuple[int, int]], world_size: int) -> list[int]:
     Returns:
         The rank of each matrix.
 
-    >>> share_out([(4, 4), (8, 8), (4, 4)], 2), share_out([(4, 8), (8, 4), (4, 8), (8, 4)], 2)
+    >>> partition_by_cost([(4, 4), (8, 8), (4, 4)], 2), partition_by_cost([(4, 8), (8, 4), (4, 8), (8, 4)], 2)
     ([1, 0, 1], [0, 1, 1, 0])
     """
     costs = [cost(shape) for shape in shapes]
@@ -46,17 +46,17 @@ def share_out(shapes: Sequence[tuple[int, int]], world_size: int) -> list[int]:
     return owners
 
 
-def in_rounds(owners: Sequence[int], costs: Sequence[float]) -> list[list[int]]:
-    """Arrange matrices so that ranks which wait for one another after each round wait little.
+def schedule_rounds(owners: Sequence[int], costs: Sequence[float]) -> list[list[int]]:
+    """Arrange matrices in rounds, after each of which the ranks wait for one another, so that they wait little.
 
     Args:
         owners: The rank of each matrix.
         costs: What each costs.
 
     Returns:
-        The indices of the matrices, at most one of each rank in a round; the costliest first.
+        The indices of the matrices, at most one of each rank in a round; the most expensive first.
 
-    >>> in_rounds([0, 1, 0, 1, 1], [3, 9, 4, 2, 5])
+    >>> schedule_rounds([0, 1, 0, 1, 1], [3, 9, 4, 2, 5])
     [[1, 2], [4, 0], [3]]
     """
     queues: dict[int, list[int]] = defaultdict(list)
@@ -66,12 +66,12 @@ def in_rounds(owners: Sequence[int], costs: Sequence[float]) -> list[list[int]]:
     return [[index for index in batch if index is not None] for batch in rounds]
 
 
-def raise_together(error: BaseException | None, world_size: int) -> None:
-    """Raise what this rank has met, or else what another one has; a rank that went on would wait for ever.
+def raise_on_all_ranks(error: BaseException | None, world_size: int) -> None:
+    """Raise an error on all ranks if any has one: a rank that went on alone would wait forever.
 
     Raises:
-        Exception: This rank's.
-        ValueError: With the message of another rank's.
+        Exception: This rank's own error.
+        ValueError: With the message of another rank's error.
     """
     if world_size > 1:
         messages: list[Any] = [None] * world_size

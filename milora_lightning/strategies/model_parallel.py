@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from milora_lightning.checkpoint.adapter import AdapterCheckpoint
 from milora_lightning.checkpoint.io import KEY, read
 from milora_lightning.parallel.dtensor import shard_like
-from milora_lightning.parallel.work import raise_together
+from milora_lightning.parallel.work import raise_on_all_ranks
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.folders import replace_by
 from milora_lightning.utils.names import unwrapped_name
@@ -140,7 +140,7 @@ def read_together(strategy: ParallelStrategy, checkpoint_path: str | Path) -> di
         checkpoint = read(path)
     except Exception as raised:  # any error, because the other ranks wait for this one
         error = raised
-    raise_together(error, strategy.world_size)
+    raise_on_all_ranks(error, strategy.world_size)
     return checkpoint
 
 

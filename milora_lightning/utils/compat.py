@@ -1,6 +1,6 @@
-"""What is used of other packages without their promise that it stays: here, with the versions in which it was read.
+"""Private APIs of other packages, in one place, with the versions in which they were read.
 
-After an upgrade this is the one place to look at. Read in torch 2.13, lightning 2.6, transformers 5.23, datasets 5.2
+This is the file to check after an upgrade. Read in torch 2.13, lightning 2.6, transformers 5.23, datasets 5.2
 and jsonargparse 4.53. No more than torch is imported with it; the others by the functions, or not at all.
 """
 
@@ -91,9 +91,9 @@ multiply_together = torch._foreach_mul_
 
 
 def bind_compiled(module: Any) -> None:
-    """If a module is what ``torch.compile`` has put around one, have it call what is inside it now.
+    """If a module is ``torch.compile``'s wrapper, make it call the module that is inside it now.
 
-    It has bound the call of what was there. Before Dynamo is imported no module is one.
+    The wrapper has bound the module that it was created with. Without Dynamo imported there are no wrappers.
     """
     frames = sys.modules.get("torch._dynamo.eval_frame")
     if frames is not None and isinstance(module, frames.OptimizedModule):
@@ -101,16 +101,16 @@ def bind_compiled(module: Any) -> None:
 
 
 def transformed() -> bool:
-    """Whether torch.func's transforms (grad, vmap, jvp) or forward-mode differentiation look on.
+    """Whether one of torch.func's transforms (grad, vmap, jvp) or forward-mode differentiation is active.
 
-    They differentiate, or repeat, each operation by itself: what is written as one operation has to be written in
-    torch's own there. ``torch.autograd.Function`` asks the same.
+    They need operations that torch can differentiate or batch itself, and cannot use a custom
+    ``torch.autograd.Function``, which makes the same check.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling a module runs hooks, its own or global ones."""
+    """Whether calling a module runs hooks, registered on it or globally."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or _has_any_global_hook()  # type: ignore[no-untyped-call]
 

@@ -1,7 +1,7 @@
-"""Changing what a module of somebody else's does in one respect, by a subclass made of its own class.
+"""Changing one aspect of an existing module by giving it a subclass of its class.
 
-Parametrizations and ``fully_shard`` do it in the same way: the module stays the object that it is, in its place and
-under its name, with its parameters, buffers and hooks.
+Parametrizations and ``fully_shard`` do the same: the module stays the same object, in its place and under its name,
+with its parameters, buffers and hooks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import nn
 
 
 class Derived:
-    """Base of the mixins: modules that have one can be copied and pickled, although no file holds their class."""
+    """Base of the mixins, whose modules can be copied and pickled although their class is created at run time."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced = super().__reduce_ex__(protocol)
@@ -22,12 +22,12 @@ class Derived:
 
 
 def derive(module: nn.Module, mixin: type[Derived], names: tuple[str, ...] = ()) -> None:
-    """Give a module, in place, the subclass of its class that has a mixin before it; at most once.
+    """Change a module's class, in place, to a subclass of it with a mixin; at most once.
 
     Args:
         module: The module.
-        mixin: What the subclass does otherwise.
-        names: Names that the mixin's ``namespace`` makes class attributes of, if it has that method.
+        mixin: The class whose methods come first in the subclass.
+        names: Names that are passed to the mixin's ``namespace`` method, if it has one, which returns class attributes.
     """
     if not isinstance(module, mixin):
         module.__class__ = _subclass(mixin, type(module), names)
@@ -37,7 +37,7 @@ _CLASSES: dict[tuple[Any, ...], type[nn.Module]] = {}
 
 
 def _subclass(mixin: type[Derived], base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """Return that subclass; one for each combination. It goes by the name of the module's own class."""
+    """Return the subclass, one for each combination of arguments. It has the name of the module's original class."""
     origin = (mixin, base, names)
     if origin in _CLASSES:
         return _CLASSES[origin]

@@ -1,34 +1,34 @@
 """Errors that say in one sentence what is wrong, why, and what to do.
 
-Whatever this package raises for its user to read derives from :class:`MiLoRAError`, and from the built-in class that
-fits. The command line prints the sentence of these and the traceback of all others, which are mistakes in a program.
+All errors that this package raises for its user derive from :class:`MiLoRAError` and from the built-in class that fits.
+The command line prints their message only. It prints a traceback for all others, which are bugs.
 """
 
 from __future__ import annotations
 
 
 class MiLoRAError(Exception):
-    """What all errors have in common that this package raises for its user to read."""
+    """Base class of all errors that this package raises for its user."""
 
 
 class InvalidInputError(MiLoRAError, ValueError):
-    """An option, a file or a model cannot be used as it is."""
+    """An option, a file or a model cannot be used."""
 
 
 class MissingFileError(MiLoRAError, FileNotFoundError):
-    """A file, a folder or something on the Hub is not there."""
+    """A file, a folder or something on the Hub does not exist."""
 
 
 class OutputExistsError(MiLoRAError, FileExistsError):
-    """There is something where a result was to go."""
+    """The place for a result is already taken."""
 
 
 class MissingPackageError(MiLoRAError, ModuleNotFoundError):
-    """An optional package is needed and not installed."""
+    """An optional package is needed but not installed."""
 
 
 def sentence(error: BaseException) -> str | None:
-    """Return what to tell the user of an error, or of the one that it was made from; nothing if it is not ours.
+    """Return the message of an error, or of the error that caused it, that is for the user; None if there is none.
 
     >>> try:
     ...     try:

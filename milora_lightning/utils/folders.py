@@ -1,4 +1,4 @@
-"""Where the package keeps what it makes, and files and folders that are there whole or not at all."""
+"""The cache folder, and writing files and folders atomically: completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def cache_folder() -> Path:
-    """Return where converted models and decompositions are kept: ``$MILORA_CACHE``, else the user's cache folder."""
+    """Return the folder for converted models and decompositions: ``$MILORA_CACHE``, else in the user's cache."""
     base = os.environ.get("MILORA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "milora_lightning"
     return Path(base).expanduser()
 
 
 def check_output(output: str | Path) -> Path:
-    """Return the path of a folder that may be made.
+    """Return the path of a folder that can be created.
 
     Raises:
-        FileExistsError: If there is something of that name already.
+        FileExistsError: If the path exists and is not an empty folder.
     """
     target = Path(output).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -36,18 +36,18 @@ def check_output(output: str | Path) -> Path:
 
 @contextmanager
 def new_folder(output: str | Path) -> Iterator[Path]:
-    """Make a folder that appears under its name when it is whole, to be read by whom other files are."""
+    """Create a folder that appears under its name once it is complete, with the permissions of the user's umask."""
     target = check_output(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
         folder = unfinished / "folder"
-        folder.mkdir()  # whose mode, unlike that of mkdtemp's, is what the user's umask says
+        folder.mkdir()  # with the user's umask, unlike mkdtemp
         yield folder
         (unfinished / "file").touch()
         mode = (unfinished / "file").stat().st_mode
         for file in folder.rglob("*"):
-            if file.is_file():  # safetensors makes them for the owner alone
+            if file.is_file():  # safetensors makes files readable for their owner only
                 file.chmod(mode)
         if target.exists():
             target.rmdir()
@@ -58,9 +58,9 @@ def new_folder(output: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def new_cache_folder(folder: Path) -> Iterator[Path]:
-    """Make a folder of the cache; where several processes make the same, the first that is done has made it.
+    """Create a folder in the cache; if several processes create the same one, the first to finish wins.
 
-    What killed processes have left is removed after a day.
+    Remains of killed processes are removed after a day.
     """
     prefix = f".{folder.name}-"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def new_cache_folder(folder: Path) -> Iterator[Path]:
         try:
             unfinished.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process was first: its folder is as good
+            if not folder.is_dir():  # another process was first, with the same content
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -81,7 +81,7 @@ def new_cache_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """Write a file under another name, which takes the place of the one that was there when it is whole."""
+    """Write a file under a temporary name, and rename it over the old one once it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")
     os.close(handle)
@@ -94,7 +94,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 
 def replace_by(path: Path, unfinished: Path) -> None:
-    """Put a folder that is whole in the place of a folder, or a file, that is whole until then."""
+    """Replace a folder, or a file, by a complete folder."""
     previous = path.with_name(f".{path.name}.previous")
     if path.exists():
         path.rename(previous)

@@ -1,11 +1,11 @@
-"""What is said to the user, and where: the one place that decides it.
+"""Messages to the user, and where they go.
 
-- What a command was called for, answers, tables and where results are, goes to standard output: ``print``, or Rich.
-- What the user is told beside it is a record of the logger ``milora_lightning``, at level INFO: :func:`inform`. It goes
-  to standard error as it is, until the logger is given other handlers or another level.
-- What the user should act on is a Python warning, which filters take or leave: :func:`warn`.
+- The result of a command (answers, tables, paths) goes to standard output: ``print``, or Rich.
+- Other information is a record of the logger ``milora_lightning`` at level INFO: :func:`inform`. It is written to
+  standard error, unless the logger has other handlers or another level.
+- What the user should act on is a Python warning, to which Python's filters apply: :func:`warn`.
 
-Of several ranks the first speaks.
+Only the first of several ranks writes messages.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 
 
 def inform(text: str) -> None:
-    """Tell the user something that asks for nothing."""
+    """Tell the user something that requires no action."""
     if is_first_rank():
         _logger().info(text)
 
 
 def warn(text: str, from_any_rank: bool = False) -> None:
-    """Tell the user of something to act on; from the same line, the same text is shown once.
+    """Warn the user; the same text from the same line is shown once.
 
     Args:
         text: The warning.
-        from_any_rank: Whether others than the first speak, too: of what one of them alone has met.
+        from_any_rank: Whether other ranks than the first warn, too, of something that only they have met.
     """
     if from_any_rank or is_first_rank():
         warnings.warn(text, stacklevel=2)
 
 
 def warn_once(owner: object, text: str) -> None:
-    """Tell the user of something about an object to act on, unless that was said of it before.
+    """Warn the user about an object, once for each object and text.
 
-    Python's own filters forget what was shown whenever somebody changes them for a while.
+    Python's filters forget what was shown whenever they are changed temporarily.
 
     Args:
-        owner: Such as a model: another one of the same kind may do with the same words.
+        owner: The object, such as a model.
         text: The warning.
     """
     said: set[str] = vars(owner).setdefault("_warned_of", set())
@@ -56,14 +56,14 @@ def warn_once(owner: object, text: str) -> None:
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks for its run: launchers say its rank before torch knows it."""
+    """Whether this is the first rank; launchers set environment variables before torch knows the rank."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return all(os.environ.get(name, "0") in ("", "0") for name in _RANKS)
 
 
 class _ToStderr(logging.StreamHandler[TextIO]):
-    """Writes to what is ``sys.stderr`` at the time: progress bars and tests replace it."""
+    """Writes to the current ``sys.stderr``, which progress bars and tests replace."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -75,7 +75,7 @@ class _ToStderr(logging.StreamHandler[TextIO]):
 
 @functools.cache
 def _logger() -> logging.Logger:
-    """Return the package's logger, able to be heard; whoever has given it handlers or a level before is left alone."""
+    """Return the package's logger, with a handler and a level unless the user has set them."""
     logger = logging.getLogger("milora_lightning")
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""Names of modules, parameters and tensors as the plain model has them, whatever has been put around its parts."""
+"""Names of modules, parameters and tensors without those of wrappers, and before surgery."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import nn
 
 from milora_lightning.utils.compat import CHECKPOINT_WRAPPED, COMPILED, FSDP_WRAPPED
 
-# The first, unlike the other wrappers, leaves its name in a state dict's keys.
+# Of these only COMPILED also appears in the keys of a state dict.
 WRAPPERS = frozenset({COMPILED, FSDP_WRAPPED, CHECKPOINT_WRAPPED})
 
 
 def unwrapped_name(name: str) -> str:
-    """Return a name without what ``torch.compile``, FSDP1 and activation checkpointing put into it.
+    """Return a name without the parts that ``torch.compile``, FSDP1 and activation checkpointing add.
 
     >>> unwrapped_name("_fsdp_wrapped_module.layers.0._orig_mod.weight"), unwrapped_name("head._orig_mod")
     ('layers.0.weight', 'head')
@@ -23,7 +23,7 @@ def unwrapped_name(name: str) -> str:
 
 
 def pristine_name(name: str) -> str:
-    """Return the name that a parameter of an adapted model had before surgery, without wrappers.
+    """Return the name that a parameter of an adapted model had before surgery, without wrappers' names.
 
     >>> pristine_name("layers.0._orig_mod.up_proj.base_layer.weight")
     'layers.0.up_proj.weight'
@@ -32,13 +32,13 @@ def pristine_name(name: str) -> str:
 
 
 def key_in(module: nn.Module) -> Callable[[str], str]:
-    """Return what turns a tensor's name, with or without wrappers, into the key that a module's state dict has for it.
+    """Return a function from a tensor's name, with or without wrappers' names, to its key in a module's state dict.
 
     >>> model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
     >>> model[1].compile(), key_in(model)("1._orig_mod.weight")
     (None, '1.weight')
     """
-    # Inner modules come after their wrappers, and take their place.
+    # Inner modules come after their wrappers, and replace them in the dictionary.
     keys = {
         unwrapped_name(name): ".".join(part for part in name.split(".") if part not in WRAPPERS - {COMPILED})
         for name, _ in module.named_modules(remove_duplicate=False)
@@ -46,7 +46,7 @@ def key_in(module: nn.Module) -> Callable[[str], str]:
 
     def key(name: str) -> str:
         parts = unwrapped_name(name).split(".")
-        for depth in range(len(parts) - 1, 0, -1):  # a quantized weight's own names have dots, too
+        for depth in range(len(parts) - 1, 0, -1):  # the names of a quantized weight's parts have dots, too
             holder = keys.get(".".join(parts[:depth]))
             if holder is not None:
                 return ".".join([holder, *parts[depth:]])
@@ -56,7 +56,7 @@ def key_in(module: nn.Module) -> Callable[[str], str]:
 
 
 def rename_keys(state: dict[str, Any], prefix: str, rename: Callable[[str], str]) -> None:
-    """Rename the entries of a state dict, behind a prefix that they have in common."""
+    """Rename the entries of a state dict that begin with a prefix; the prefix stays."""
     for key in [key for key in state if key.startswith(prefix)]:
         renamed = prefix + rename(key.removeprefix(prefix))
         if renamed != key:

@@ -16,7 +16,8 @@ from transformers.integrations.finegrained_fp8 import FP8GroupedLinear, FP8Linea
 from milora_lightning import LoRAConfig, MiLoRAInit, adapters_disabled, export_merged, initialize, inject, lora_layers
 from milora_lightning.adapters.base_weight import dense_weight
 from milora_lightning.adapters.injection import adapters_merged
-from milora_lightning.adapters.quantization import decoded, holds_its_weight
+from milora_lightning.adapters.linear_layers import holds_its_weight
+from milora_lightning.adapters.quantization import decoded
 from milora_lightning.checkpoint.fingerprint import fingerprint
 from milora_lightning.models.streaming import empty_causal_lm
 

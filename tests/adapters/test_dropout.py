@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from milora_lightning.adapters.dropout import draw_mask, masked
+from milora_lightning.adapters.autograd import draw_mask, masked
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])

@@ -234,7 +234,7 @@ def test_averaging_does_not_reset_statistics_that_are_frozen(kept: list[str], tm
 
 
 def test_statistics_stand_still_where_a_strategy_has_replaced_the_layer(tmp_path: Path) -> None:
-    from milora_lightning.adapters.injection import freeze_again
+    from milora_lightning.adapters.surgery import freeze_again
 
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
     inject(model, LoRAConfig(r=2))

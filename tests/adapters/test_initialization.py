@@ -6,7 +6,7 @@ from threadpoolctl import threadpool_info
 from torch import nn
 
 from milora_lightning import LoRAConfig, initialize, inject, lora_layers
-from milora_lightning.adapters import initialization
+from milora_lightning.adapters import decomposing, initialization
 
 
 def model() -> nn.Module:
@@ -46,7 +46,7 @@ def test_small_weights_have_one_thread_each_and_large_ones_all(
         seen.add(torch.get_num_threads())
         return compute(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(initialization, "SMALL", small)
+    monkeypatch.setattr(decomposing, "SMALL", small)
     monkeypatch.setattr(initialization, "initial_factors", record)
     factors(3)
     assert seen == expected

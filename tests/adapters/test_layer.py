@@ -14,8 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from milora_lightning import LoRAConfig, LoRALinear, adapters_disabled, initialize, inject
-from milora_lightning.adapters.autograd import lora_linear
-from milora_lightning.adapters.dropout import draw_mask
+from milora_lightning.adapters.autograd import draw_mask, lora_linear
 
 
 @pytest.mark.parametrize("conv", [False, True])

@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from milora_lightning import LoRALinear
-from milora_lightning.adapters.quantization import is_plain
+from milora_lightning.adapters.linear_layers import is_plain
 
 FEW, MANY = 5, 40  # tokens on either side of where weight and update are summed first
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from milora_lightning.checkpoint.adapter import read_checkpoint
 from milora_lightning.cli.main import main
-from milora_lightning.parallel.work import cost, in_rounds, share_out
+from milora_lightning.parallel.work import cost, partition_by_cost, schedule_rounds
 
 TESTS = Path(__file__).parents[1]
 Runs = dict[str, dict[str, Any]]
@@ -268,11 +268,11 @@ def test_ctrl_c_saves_once_and_says_so_once(tmp_path: Path, monkeypatch: pytest.
 def test_work_is_shared_out_by_cost() -> None:
     shapes = [(576, 576)] * 30 + [(192, 576)] * 60 + [(1536, 576)] * 60
     costs = [cost(shape) for shape in shapes]
-    owners = share_out(shapes, 4)
+    owners = partition_by_cost(shapes, 4)
     loads = [sum(c for c, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(4)]
     assert max(loads) < 1.05 * min(loads)
-    assert share_out([], 2) == []
-    rounds = in_rounds(owners, costs)
+    assert partition_by_cost([], 2) == []
+    rounds = schedule_rounds(owners, costs)
     assert sorted(index for batch in rounds for index in batch) == list(range(len(shapes)))
     assert all(len({owners[index] for index in batch}) == len(batch) for batch in rounds)
     waiting = sum(max(costs[index] for index in batch) for batch in rounds)

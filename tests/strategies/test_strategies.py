@@ -16,7 +16,7 @@ from torch import nn
 
 from milora_lightning import AdapterExport, LoRAConfig, MiLoRAFSDPStrategy, MiLoRAModelParallelStrategy, inject
 from milora_lightning.checkpoint.adapter import AdapterCheckpoint
-from milora_lightning.parallel.dtensor import fill, gather_to, local_slices, shard_like
+from milora_lightning.parallel.dtensor import copy_into, gather_to_rank, local_slices, shard_like
 from milora_lightning.strategies.base import finish, prepare
 from milora_lightning.strategies.fsdp import decoder_policy
 
@@ -112,9 +112,9 @@ def test_export_at_the_end_is_refused_for_shards(tmp_path: Path) -> None:
 
 def test_tensors_that_are_not_sharded_are_what_they_are() -> None:
     tensor = torch.randn(3, 2)
-    assert gather_to(tensor, rank=1) is tensor
+    assert gather_to_rank(tensor, rank=1) is tensor
     assert shard_like(tensor, tensor) is tensor
     target = torch.zeros(3, 2)
-    fill(target, tensor)
+    copy_into(target, tensor)
     assert torch.equal(target, tensor)
     assert torch.equal(tensor[local_slices(tensor)], tensor)

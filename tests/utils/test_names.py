@@ -26,7 +26,7 @@ from milora_lightning import (
     load_adapter,
     lora_layers,
 )
-from milora_lightning.adapters.injection import find_targets
+from milora_lightning.adapters.targets import find_targets
 from milora_lightning.checkpoint.adapter import KEY, read_checkpoint
 from milora_lightning.checkpoint.fingerprint import fingerprint
 

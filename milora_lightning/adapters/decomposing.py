@@ -1,0 +1,134 @@
+"""Decomposing many weights: shared out among ranks and, on CPUs, among threads, with the same results."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import groupby
+
+import torch
+import torch.distributed as dist
+from threadpoolctl import ThreadpoolController
+from torch import Tensor
+
+from milora_lightning.adapters.base_weight import pretrained_weight
+from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.linear_layers import linear_shape
+from milora_lightning.parallel.dtensor import is_sharded
+from milora_lightning.parallel.work import cost, partition_by_cost, raise_on_all_ranks, schedule_rounds
+from milora_lightning.utils.errors import InvalidInputError, MiLoRAError
+
+Pair = tuple[Tensor, Tensor]
+"""``lora_A`` (r, in) and ``lora_B`` (out, r), not sharded."""
+
+Decompose = Callable[[str, LoRALinear, Tensor], Pair]
+"""Computes the factors of a layer from its name, the layer, and its weight (out, in)."""
+
+Batch = list[tuple[str, LoRALinear, int]]
+"""Name, layer and rank of weights that are decomposed at the same time, at most one by each rank."""
+
+SMALL = cost((1536, 6144))
+"""Up to this cost a weight is decomposed in one thread, several at a time; larger ones would need too much memory."""
+
+
+def decompose_all(
+    layers: Sequence[tuple[str, LoRALinear]],
+    decompose: Decompose,
+    track: Callable[[Sequence[Batch]], Iterable[Batch]] = iter,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | None = None,
+) -> Iterator[tuple[LoRALinear, Pair]]:
+    """Decompose the weights of layers, and yield the factors of each; nothing is yielded if one fails.
+
+    Args:
+        layers: Layers with their names, in the same order on all ranks.
+        decompose: Called on one rank for each layer.
+        track: Wraps the work list, to show progress.
+        rank: This process's rank.
+        world_size: Number of ranks, which must all call this.
+        device: Where the factors are; by default on the layers' device.
+
+    Raises:
+        ValueError: If a weight cannot be decomposed; names the layer. On all ranks.
+    """
+    shapes = [linear_shape(layer.base_layer) for _, layer in layers]
+    owners = partition_by_cost(shapes, world_size)
+    rounds = [[(*layers[i], owners[i]) for i in batch] for batch in schedule_rounds(owners, [cost(s) for s in shapes])]
+    on_cpu = all((device or layer.base_layer.weight.device).type == "cpu" for _, layer in layers)
+
+    jobs = _run_jobs(decompose, track(rounds), rank, on_cpu)
+    errors = [error for job in jobs.values() if (error := job.exception())]
+    raise_on_all_ranks(errors[0] if errors else None, world_size)
+    factors = {layer: job.result() for layer, job in jobs.items()}
+    jobs.clear()
+    for (_, layer), owner in zip(layers, owners, strict=True):
+        pair = factors.pop(layer, None)
+        yield layer, pair if pair is not None and world_size == 1 else _broadcast(layer, owner, pair, device)
+
+
+def _run_jobs(decompose: Decompose, rounds: Iterable[Batch], rank: int, on_cpu: bool) -> dict[LoRALinear, Future[Pair]]:
+    """Decompose this rank's weights, collecting the next while others are decomposed, and wait until all are done.
+
+    After a failure no more are started, but weights are still collected where other ranks need this one for theirs.
+    """
+    jobs: dict[LoRALinear, Future[Pair]] = {}
+    failed = False
+
+    def has_small(batch: Batch) -> bool:
+        costs = (cost(linear_shape(layer.base_layer)) for _, layer, owner in batch if owner == rank)
+        return on_cpu and any(c <= SMALL for c in costs)
+
+    for small, batches in groupby(rounds, has_small):
+        size = torch.get_num_threads() if small else 1
+        unfinished: deque[Future[Pair]] = deque()
+        with _single_threaded(size) if small else ThreadPoolExecutor(1) as workers:
+            for batch in batches:
+                if len(unfinished) > size:  # only one weight may wait: collected from shards, it takes memory
+                    failed = unfinished.popleft().exception() is not None or failed
+                for name, layer, owner in batch:
+                    if is_sharded(layer) or (owner == rank and not failed):
+                        with _naming(name):
+                            weight = pretrained_weight(layer, owner)
+                        if owner == rank and weight is not None and not failed:
+                            jobs[layer] = workers.submit(_decompose_one, decompose, name, layer, weight)
+                            unfinished.append(jobs[layer])
+        failed = failed or any(job.exception() for job in unfinished)
+    return jobs
+
+
+def _decompose_one(decompose: Decompose, name: str, layer: LoRALinear, weight: Tensor) -> Pair:
+    with _naming(name):
+        return decompose(name, layer, weight)
+
+
+def _broadcast(layer: LoRALinear, owner: int, pair: Pair | None, device: torch.device | None) -> Pair:
+    """Return the factors of a layer, which its owner has computed, on all ranks."""
+    if pair is None:
+        home = device or layer.lora_A.device
+        pair = torch.empty(layer.lora_A.shape, device=home), torch.empty(layer.lora_B.shape, device=home)
+    for factor in pair:
+        dist.broadcast(factor, src=owner)
+    return pair
+
+
+@contextmanager
+def _single_threaded(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Provide workers with one thread each, whose results do not depend on the number of workers."""
+    threads = torch.get_num_threads()
+    with ThreadpoolController().limit(limits=1, user_api="blas"):  # numpy's and scipy's
+        try:
+            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+                yield executor
+        finally:
+            torch.set_num_threads(threads)  # threads that start later inherit this
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except MiLoRAError as error:
+        raise InvalidInputError(f"The weight of layer {name!r} cannot be decomposed: {error}") from error
