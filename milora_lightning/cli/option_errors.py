@@ -92,7 +92,7 @@ def in_a_sentence(message: str, options: Iterable[str] = ()) -> str:
     if message.startswith("Unexpected config: "):
         return "--config: the file is not a YAML mapping of options, such as model: {name_or_path: embedded}."
     if match := re.match(r"argument (--[\w.+]+).*: expected (?:one|at least one) argument", message):
-        return f"{match[1]}: its value is missing."
+        return f"{match[1]}: a value is missing."
     if match := re.match(r"the following arguments are required: (.*)", message):
         names = [re.sub(r"^(--)?(fit|validate|test|predict)\.", "", name.strip()) for name in match[1].split(",")]
         return (
