@@ -20,7 +20,7 @@ for _ in range(5):  # small objects settle between the first ones
     before = fill()
 print((fill() - before) / (64 * 2**20 * 4 / resource.getpagesize()))
 """
-MAKEFILE = Path(__file__).parents[1] / "Makefile"
+MAKEFILE = Path(__file__).parents[2] / "Makefile"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
