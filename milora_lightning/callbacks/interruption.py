@@ -26,7 +26,8 @@ class SaveOnInterrupt(Callback):
     evaluation is aborted. A second Ctrl-C ends the program at once, without saving.
 
     The checkpoint is the ``last`` one of the Trainer's first ModelCheckpoint, where ``ckpt_path="last"`` finds it, or,
-    without a ModelCheckpoint, ``interrupted.ckpt`` in ``default_root_dir``. Several processes check together, every
+    without a ModelCheckpoint, ``interrupted.ckpt`` in ``default_root_dir`` (or
+    ``interrupted-v1.ckpt``, if there is one). Several processes check together, every
     ``log_every_n_steps`` steps, whether one of them has received Ctrl-C, and save then.
 
     Attributes:
@@ -134,7 +135,10 @@ def _path(trainer: Trainer) -> str:
                 version += 1
             setattr(callback, own, path)
             return path
-    return str(Path(trainer.default_root_dir) / "interrupted.ckpt")
+    folder = Path(trainer.default_root_dir)
+    names = ("interrupted.ckpt", *(f"interrupted-v{number}.ckpt" for number in range(1, 10_000)))
+    free = next(name for name in names if not (folder / name).exists())
+    return str(trainer.strategy.broadcast(str(folder / free)))
 
 
 def _calls_its_only_one_last(callback: ModelCheckpoint) -> bool:

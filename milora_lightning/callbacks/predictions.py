@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.folders import check_file
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -35,6 +36,14 @@ class PredictionWriter(BasePredictionWriter):
         self.output = Path(output)
         self.alpaca_eval = Path(alpaca_eval) if alpaca_eval is not None else None
         self.generator = generator
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse files that cannot be written, before a model is loaded."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "predict":
+            for path in (self._file(trainer.global_rank, trainer.world_size), self.alpaca_eval):
+                if path is not None:
+                    check_file(path, "Predictions")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Create empty files, so that a place that cannot be written to is found before any work.

@@ -19,7 +19,7 @@ from milora_lightning.data import SFTDataModule
 from milora_lightning.metrics.results import results
 from milora_lightning.module import CausalLMModule
 from milora_lightning.utils.errors import InvalidInputError
-from milora_lightning.utils.folders import new_folder
+from milora_lightning.utils.folders import check_file, new_folder
 
 
 class Trajectory(Callback):
@@ -195,6 +195,7 @@ def compare(
         options = {"text": text, "field": text_field, "max_tokens": text_tokens}
         fit = [*fit, "--trainer.callbacks+=milora_lightning.ForgettingMonitor"]
         fit += [f"--trainer.callbacks.{name}={value}" for name, value in options.items()]
+    check_file(Path(output) / "report.md", "The comparison")
     comparison = Comparison(fit, overlays, Path(output).expanduser())
     sweep_seed = max(seeds) + 1 if sweep_seed is None else sweep_seed
     grid = [(method, rate) for method in overlays for rate in learning_rates]

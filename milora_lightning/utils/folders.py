@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from milora_lightning.utils.errors import OutputExistsError
+from milora_lightning.utils.errors import InvalidInputError, OutputExistsError
 
 PACKAGE = Path(__file__).parents[1]
 """The folder of this package."""
@@ -27,11 +27,45 @@ def check_output(output: str | Path) -> Path:
 
     Raises:
         FileExistsError: If the path exists and is not an empty folder.
+        InvalidInputError: If nothing can be written there.
     """
     target = Path(output).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputExistsError(f"There is something at {str(target)!r} already. Choose another output, or remove it.")
+    _check_writable(target, "The output", "choose another folder")
     return target
+
+
+def check_file(output: str | Path, what: str) -> None:
+    """Refuse a file that cannot be written, before there is work to be lost.
+
+    Args:
+        output: The file; folders that it is in may not be there yet.
+        what: What is to be written, as the first word of the sentence.
+
+    Raises:
+        InvalidInputError: If it is a folder, or its folder takes no files.
+    """
+    path = Path(output).expanduser()
+    remedy = "name a file in another place"
+    if path.exists():
+        try:
+            path.open("ab").close()
+        except OSError as error:
+            raise InvalidInputError(f"{what} cannot be written to {path} ({error.strerror}): {remedy}.") from error
+    else:
+        _check_writable(path, what, remedy)
+
+
+def _check_writable(path: Path, what: str, remedy: str) -> None:
+    """Try to write in the folder that is to hold something, or in the nearest that there is."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InvalidInputError(
+            f"{what} cannot be written to {path} ({error.strerror}: {folder}): {remedy}."
+        ) from error
 
 
 @contextmanager

@@ -247,6 +247,12 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path, where:
     assert not torch.equal(interrupted.layer.weight, whole.layer.weight)
     trainer().fit(resumed, loader, loader, ckpt_path=str(tmp_path / "interrupted.ckpt"))
     assert torch.equal(resumed.layer.weight, whole.layer.weight)
+    # another run that is interrupted leaves the file of the first
+    saved = (tmp_path / "interrupted.ckpt").read_bytes()
+    with pytest.raises(SystemExit):
+        trainer(SaveOnInterrupt(), Interrupts(where)).fit(Model(), loader, loader)
+    assert (tmp_path / "interrupted.ckpt").read_bytes() == saved
+    assert (tmp_path / "interrupted-v1.ckpt").is_file()
 
 
 @pytest.mark.parametrize("saving", [{"filename": "last"}, {"save_last": True}, {"save_last": True, "monitor": "x"}])

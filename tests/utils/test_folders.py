@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from milora_lightning.utils.folders import new_cache_folder, new_folder, replace_by, replaced_file
+from milora_lightning.cli.main import main
+from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.folders import (
+    check_file,
+    check_output,
+    new_cache_folder,
+    new_folder,
+    replace_by,
+    replaced_file,
+)
 
 
 def test_a_file_is_what_it_was_until_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -64,3 +73,35 @@ def test_a_whole_folder_takes_the_place_of_what_was_there(before: str, tmp_path:
     replace_by(path, unfinished)
     assert os.listdir(path) == ["new"]
     assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_places_that_take_no_files_are_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("here before")
+    check_file(tmp_path / "not" / "yet" / "there.jsonl", "Answers")
+    check_file(tmp_path / "file", "Answers")
+    check_output(tmp_path / "new")
+    with pytest.raises(InvalidInputError, match=r"Answers cannot be written to .* \(Is a directory\): name a file"):
+        check_file(tmp_path, "Answers")
+    # /proc takes no files from anybody, and a file none either
+    for place in (tmp_path / "file", Path("/proc")):
+        with pytest.raises(InvalidInputError, match=f"Answers cannot be written to {place}/a.jsonl"):
+            check_file(place / "a.jsonl", "Answers")
+        with pytest.raises(InvalidInputError, match=f"The output cannot be written to {place}/a"):
+            check_output(place / "a")
+    assert (tmp_path / "file").read_text() == "here before"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["generate", "--model=nowhere", "--prompt=Hi", "--output=/proc/answers.txt"],
+        ["evaluate", "--model=nowhere", "--tasks=sums", "--output=/proc/results.json"],
+        ["export", "--ckpt_path=nowhere.ckpt", "--output=/proc/adapters"],
+        ["analyze", "--ckpt_path=nowhere.ckpt", "--output=/proc/analysis"],
+        ["compare", "--methods=[milora,lora]", "--learning_rates=[1e-3]", "--output=/proc/compared"],
+    ],
+)
+def test_commands_refuse_them_before_they_load_anything(args: list[str]) -> None:
+    with pytest.raises(SystemExit, match="cannot be written to /proc/"):
+        main(args)

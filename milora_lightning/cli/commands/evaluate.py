@@ -18,6 +18,7 @@ from milora_lightning.adapters.injection import adapters_disabled, lora_layers
 from milora_lightning.cli.commands.loading import loading
 from milora_lightning.inference import load_for_inference
 from milora_lightning.utils.errors import InvalidInputError, MissingFileError, MissingPackageError, OutputExistsError
+from milora_lightning.utils.folders import check_file
 from milora_lightning.utils.suggestions import similar
 
 Scores = dict[str, dict[str, float]]
@@ -64,6 +65,8 @@ def evaluate(
         )
     if output is not None and (Path(output).exists() or not Path(output).absolute().parent.is_dir()):
         raise OutputExistsError(f"{output!r} already exists, or its folder does not: choose another output.")
+    if output is not None:
+        check_file(output, "Results")
     if include_path is not None and not Path(include_path).is_dir():
         raise MissingFileError(
             f"There is no folder {include_path!r}: include_path is the folder with the YAML files of your tasks."

@@ -27,6 +27,7 @@ from milora_lightning.models.generation import (
 )
 from milora_lightning.utils.counting import counted
 from milora_lightning.utils.errors import InvalidInputError, MiLoRAError
+from milora_lightning.utils.folders import check_file
 from milora_lightning.utils.messages import inform
 from milora_lightning.utils.printable import printable
 
@@ -91,6 +92,8 @@ def generate(
         )
     if output is not None and Path(output).expanduser().is_dir():
         raise InvalidInputError(f"output must be a file, and {output!r} is a folder.")
+    if output is not None:
+        check_file(output, "Answers")
     rows = [{"prompt": prompt}] if input is None else list(read_prompts(input))
     loaded, tokenizer = load_to_ask(ckpt_path, model, name_or_path, template, dtype, device)
     asker = Asker(loaded, tokenizer, sampling, max_new_tokens, num_return_sequences)
