@@ -79,11 +79,17 @@ def right_answer(generation: str, reference: str, pattern: str = MARKER, strict:
     (True, False)
     >>> right_answer("2 + 2 = 4. The answer is: 4", "#### 4"), right_answer("That makes 4.", "4", strict=True)
     (True, False)
+    >>> right_answer("I guess 10.", "10 - 3 = 7"), right_answer("The answer is: 10 - 3 = 7.", "10 - 3 = 7")
+    (False, True)
     """
     if not strict and generation.strip() and generation.strip() == reference.strip():
         return True
+    expected = extract_answer(reference, pattern, strict=True)
+    if expected is None and len(_NUMBER.findall(reference)) > 1:
+        said = extract_answer(generation, pattern, strict=True) or ("" if strict else generation)
+        return _strip_markup(said).casefold() == _strip_markup(reference).casefold()
     answer = extract_answer(generation, pattern, strict)
-    return answer is not None and same_answer(answer, extract_answer(reference, pattern, strict=True) or reference)
+    return answer is not None and same_answer(answer, expected or reference)
 
 
 def _strip_markup(answer: str) -> str:

@@ -105,6 +105,15 @@ def test_generation_without_answer_is_wrong():
     assert accuracy("It is 4", "4", strict=True) == 0
 
 
+@pytest.mark.parametrize("reference", ["10 - 3 = 7", "2 apples and 5 pears.", "2024-01-05", "3 to 4 days"])
+def test_a_reference_of_several_numbers_is_a_text(reference):
+    """Its first number is not the answer."""
+    first = reference.split()[0][:4].rstrip("-")
+    assert accuracy(f"I guess {first}", reference) == 0
+    assert accuracy(reference.upper().rstrip("."), reference) == accuracy(f"The answer is: {reference}", reference) == 1
+    assert accuracy(reference, reference, strict=True) == 0  # has no marker
+
+
 def test_reference_may_be_a_whole_solution():
     assert accuracy("The answer is: 6", "2 * 3 = 6\nThe answer is: 6") == 1
     assert accuracy("The answer is: 6", "2 * 3 = 6\n#### 6") == 1
