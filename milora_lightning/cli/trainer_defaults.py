@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from milora_lightning.callbacks.interruption import SaveOnInterrupt
 from milora_lightning.callbacks.progress import RunProgress
 from milora_lightning.utils.compat import numbers_versions
+from milora_lightning.utils.errors import InvalidInputError
 
 EPOCHS = 3
 LOG_EVERY_N_STEPS = 10
@@ -27,10 +28,18 @@ def missing_options(given: Mapping[str, Any], trains: bool) -> tuple[dict[str, A
     Returns:
         The options, and lines that say what was chosen and how to change it.
 
+    Raises:
+        InvalidInputError: If ``default_root_dir`` is on another machine.
+
     >>> options, lines = missing_options({"max_steps": 100, "enable_checkpointing": False}, trains=True)
     >>> options, lines
     ({}, [])
     """
+    if "://" in (root := str(given.get("default_root_dir") or "")):
+        raise InvalidInputError(
+            f"trainer.default_root_dir={root} is no local folder, and checkpoints are read from local files here. Give "
+            "a folder of this machine, or one that is mounted, and copy it when the run is over."
+        )
     given = {"max_steps": -1, **given}
     callbacks = given.get("callbacks") or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -88,9 +89,9 @@ def log_samples(logger: Logger, samples: Sequence[Sample], step: int, stage: str
         experiment = logger.experiment
         experiment.add_text(name, markdown(columns, rows), step)
     elif isinstance(logger, CSVLogger):
-        path = Path(logger.log_dir) / "samples.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
+        files = get_filesystem(logger.log_dir)  # which may be elsewhere, as that of the logger's own files
+        files.makedirs(logger.log_dir, exist_ok=True)
+        with files.open(os.path.join(logger.log_dir, "samples.jsonl"), "a", encoding="utf-8") as file:
             for row in rows:
                 record: Mapping[str, Any] = {"step": step, "stage": stage, **dict(zip(columns, row, strict=True))}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")

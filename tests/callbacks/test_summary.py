@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from helpers.models import quiet_trainer, save_tiny_model, write_examples
 from lightning.pytorch.loggers import CSVLogger
@@ -11,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from milora_lightning import CausalLMModule, EvaluationSummary, SFTDataModule
 from milora_lightning.callbacks import _patience
 from milora_lightning.data import Files
+from milora_lightning.screen.samples import log_samples
 
 
 def fit(folder: Path, number: int = 5, **options: Any) -> None:
@@ -58,3 +60,13 @@ def test_answers_are_logged_under_the_step_of_the_metrics_beside_them(tmp_path: 
     steps = list(dict.fromkeys(sample["step"] for sample in samples))
     assert steps == [int(row[step]) for row in rows[1:] if row[loss]]
     assert len(steps) == 3
+
+
+def test_answers_go_where_the_logger_s_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sample = {"instruction": "1 plus 1?", "reference": "2", "answer": "3"}
+    for step in (1, 2):
+        log_samples(CSVLogger("memory://elsewhere", version=0), [sample], step, "val")
+    with fsspec.open("memory://elsewhere/lightning_logs/version_0/samples.jsonl", "r") as file:
+        assert [json.loads(line)["step"] for line in file] == [1, 2]
+    assert not list(tmp_path.iterdir())

@@ -379,6 +379,11 @@ def test_a_run_is_as_long_as_it_is_told() -> None:
     assert missing_options({"callbacks": [ModelCheckpoint(), Timer("00:00:01:00")]}, trains=True) == ({}, [])
 
 
+def test_a_root_on_another_machine_is_refused_and_no_local_folder_of_its_name_made() -> None:
+    with pytest.raises(ValueError, match="default_root_dir=s3://bucket/run is no local folder"):
+        missing_options({"default_root_dir": "s3://bucket/run"}, trains=True)
+
+
 def test_data_of_all_formats_train_with_no_source_and_no_field_named(project: Path) -> None:
     questions = [(f"What is {i} plus 1?", f"It is {i + 1}") for i in range(6)]
     folder = project / "folder"
