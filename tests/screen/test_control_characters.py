@@ -10,7 +10,7 @@ from rich.console import Console
 
 from milora_lightning.cli.commands.chat import Talk
 from milora_lightning.cli.commands.generate import _write
-from milora_lightning.cli.commands.preview import shown
+from milora_lightning.cli.commands.preview import has_colours, shown
 from milora_lightning.screen.samples import table
 
 EVIL = "a\x1b[2Jb\x9b31m\rc\x07 [red]d[/red] \u05d0\U0001f600"
@@ -60,3 +60,21 @@ def test_chat_shows_signs_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -
     file = io.StringIO()
     of_generate(file)
     assert file.getvalue() == f"{EVIL}\n"  # as it is, for whatever reads it
+
+
+@pytest.mark.parametrize("variables", [{"TERM": "dumb"}, {"TERM": "xterm", "NO_COLOR": "1"}])
+def test_what_is_learned_is_marked_where_there_are_no_colours(variables: dict[str, str]) -> None:
+    console = Console(file=Terminal(), force_terminal=True, _environ=variables)
+    assert not has_colours(console)
+    assert has_colours(Console(file=Terminal(), force_terminal=True, _environ={"TERM": "xterm"}))
+
+
+@pytest.mark.parametrize(("term", "dims"), [("xterm", True), ("dumb", False)])
+def test_notes_of_chat_have_no_codes_on_a_terminal_that_knows_none(
+    term: str, dims: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Terminal()
+    monkeypatch.setattr("sys.stderr", file)
+    monkeypatch.setenv("TERM", term)
+    Talk.note(None, "Hi")  # type: ignore[arg-type]
+    assert ("\x1b" in file.getvalue()) == dims

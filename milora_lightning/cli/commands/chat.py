@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -202,7 +203,8 @@ class Talk:
 
     def note(self, text: str) -> None:
         """Print something that is not an answer, to standard error."""
-        print(f"\033[2m{text}\033[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+        dims = sys.stderr.isatty() and os.environ.get("TERM") not in (None, "", "dumb", "unknown")
+        print(f"\033[2m{text}\033[0m" if dims else text, file=sys.stderr, flush=True)
 
     def _with_system(self, turns: list[Message]) -> list[Message]:
         return [*([{"role": "system", "content": self.system}] if self.system else []), *turns]

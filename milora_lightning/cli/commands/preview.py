@@ -56,7 +56,7 @@ def preview(fit: Sequence[str], examples: int = 3, max_tokens: int = 400) -> Non
     data: SFTDataModule = cli.datamodule
     for number, example in enumerate(data.examples("train").select(range(min(examples, _size(data)))), 1):
         console.rule(f"example {number}, {counted(len(example['input_ids']), 'token')}")
-        console.print(shown(example, data.tokenizer_object, max_tokens, console.is_terminal))
+        console.print(shown(example, data.tokenizer_object, max_tokens, has_colours(console)))
     console.rule("data")
     lengths = data.examples("train")["length"][:]
     console.print("\n".join(histogram(lengths)))
@@ -91,6 +91,11 @@ def shown(example: dict[str, Any], tokenizer: Any, most: int, colours: bool) -> 
     if len(example["input_ids"]) > most:
         text.append(f" ... and {counted(len(example['input_ids']) - most, 'more token')}")
     return text
+
+
+def has_colours(console: Console) -> bool:
+    """Tell whether a console shows colours: a terminal need not, as with ``NO_COLOR`` or ``TERM=dumb``."""
+    return console.is_terminal and console.color_system is not None and not console.no_color
 
 
 def histogram(lengths: Sequence[int], width: int = 40) -> list[str]:
