@@ -51,3 +51,15 @@ def anything_trains(module: nn.Module, kept: Collection[nn.Module]) -> bool:
         getattr(m, TRAINED_BEFORE, False) or any(p is not None and p.requires_grad for p in m._parameters.values())
         for m in others
     )
+
+
+def base_keys(module: nn.Module, frozen_only: bool = True) -> set[str]:
+    """Return the names, wrappers included, of all parameters that are not adapters' factors; by default frozen ones."""
+    factors = {
+        f"{prefix}.{name}"
+        for prefix, layer in module.named_modules()
+        if isinstance(layer, LoRALinear)
+        for name, _ in layer.named_parameters(recurse=False)
+    }
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {name for name, p in parameters if not (frozen_only and p.requires_grad)} - factors

@@ -70,18 +70,6 @@ def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
     return {unwrapped_name(name): layer for name, layer in module.named_modules() if isinstance(layer, LoRALinear)}
 
 
-def base_keys(module: nn.Module, frozen_only: bool = True) -> set[str]:
-    """Return the names, wrappers included, of all parameters that are not adapters' factors; by default frozen ones."""
-    factors = {
-        f"{prefix}.{name}"
-        for prefix, layer in module.named_modules()
-        if isinstance(layer, LoRALinear)
-        for name, _ in layer.named_parameters(recurse=False)
-    }
-    parameters = module.named_parameters(remove_duplicate=False)
-    return {name for name, p in parameters if not (frozen_only and p.requires_grad)} - factors
-
-
 @contextmanager
 def adapters_disabled(module: nn.Module) -> Iterator[None]:
     """Within this context, the module computes what it did before surgery, bit for bit.

@@ -37,6 +37,7 @@ from milora_lightning.config import Init
 from milora_lightning.parallel.dtensor import copy_into, full_tensor
 from milora_lightning.utils.compat import transformed
 from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.precision import without_rounding
 
 INITIALIZED = "initialized"
 """Key in a state dict's metadata: whether an adapter's factors have their initial values."""
@@ -260,16 +261,10 @@ class LoRALinear(nn.Module):
         return y + update.to(y.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
-        # Half-precision plugins cast whole models; the factors and their optimizer state stay in full precision.
-        def in_full_precision(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            if result.dtype.itemsize < tensor.dtype.itemsize:
-                return tensor.to(result.device)
-            return result
-
         if recurse:
             self.base_layer._apply(fn)  # type: ignore[no-untyped-call]
-        super()._apply(in_full_precision, recurse=False)  # type: ignore[no-untyped-call]
+        # The factors and their optimizer state stay in full precision when a plugin casts the model.
+        super()._apply(without_rounding(fn), recurse=False)  # type: ignore[no-untyped-call]
         return self
 
     # A state dict holds the parameters only. Whether they have their initial values is in its metadata, next to torch's

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from milora_lightning.utils.compat import flat_weights
 from milora_lightning.utils.derived_class import Derived, derive
 from milora_lightning.utils.names import unwrapped_name
+from milora_lightning.utils.precision import without_rounding
 
 
 class CastParameter:
@@ -59,19 +60,14 @@ class MasterWeights(Derived):
         module: Any = self
         buffers = {id(buffer) for buffer in module._buffers.values()}
 
-        def in_full_precision(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            if id(tensor) not in buffers and result.dtype.itemsize < tensor.dtype.itemsize:
-                return tensor.to(result.device)
-            return result
-
         for name, dtype in self._compute_dtypes.items():
             sample = torch.empty(0, dtype=dtype, device=module._parameters[name].device)
             self._compute_dtypes = {**self._compute_dtypes, name: fn(sample).dtype}
         if recurse:
             for child in module.children():
                 child._apply(fn)
-        super()._apply(in_full_precision, recurse=False)  # type: ignore[misc]
+        keep = without_rounding(fn)
+        super()._apply(lambda tensor: fn(tensor) if id(tensor) in buffers else keep(tensor), recurse=False)  # type: ignore[misc]
         return self
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -15,8 +14,8 @@ from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import PLAIN_LAYERS, PLAIN_TENSORS, is_linear, is_plain, linear_shape
 from milora_lightning.adapters.parts import TargetNotFoundError, ends_with, excluded_names, find_part, first_few
 from milora_lightning.adapters.target_errors import FROZEN, TOO_SMALL, no_match, nothing_left, refusal
+from milora_lightning.adapters.tied import Owners, parameter_owners, tied_to
 from milora_lightning.config import ALL_LINEAR, LoRAConfig
-from milora_lightning.utils.compat import is_traceable_wrapper_subclass
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.names import unwrapped_name
 
@@ -100,7 +99,7 @@ def select_layers(module: nn.Module, config: LoRAConfig, kept: Collection[nn.Mod
     named = not isinstance(targets, str)  # a list of names, where the user means each of them
     excluded = excluded_names(part, config.exclude_modules)
     prefix = f"{config.module}." if config.module else ""
-    owners, training = _parameter_owners(module), anything_trains(part, kept)
+    owners, training = parameter_owners(module), anything_trains(part, kept)
     selection = Selection()
     for entry in targets if named else [targets]:
         matches = _matches(part, str(entry), named)
@@ -179,27 +178,6 @@ def _base(layer: nn.Module) -> nn.Module:
     return layer.base_layer if isinstance(layer, LoRALinear) else layer
 
 
-Owners = dict[tuple[object, ...], list[tuple[nn.Module, str]]]
-"""For each piece of memory, the modules with a parameter in it, and the parameter's full name."""
-
-
-def _parameter_owners(module: nn.Module) -> Owners:
-    owners: Owners = defaultdict(list)
-    for name, child in module.named_modules():
-        for key, parameter in child._parameters.items():
-            if parameter is not None:
-                owners[_storage(parameter)].append((child, unwrapped_name(f"{name}.{key}".lstrip("."))))
-    return owners
-
-
-def _storage(parameter: Tensor) -> tuple[object, ...]:
-    """Return a key that two parameters share exactly if they are tied: their memory, or the object if it has none."""
-    without = parameter.is_meta or parameter.numel() == 0 or is_traceable_wrapper_subclass(parameter)
-    if without or parameter.data_ptr() == 0:
-        return ("object", id(parameter))
-    return (parameter.device, parameter.data_ptr())
-
-
 def _misfit(layer: nn.Module, r: int, owners: Owners) -> str | None:
     """Say why a layer cannot have an adapter of rank r; None if it can, or has one."""
     if isinstance(layer, LoRALinear):
@@ -211,5 +189,5 @@ def _misfit(layer: nn.Module, r: int, owners: Owners) -> str | None:
         return f"has weights of {weight.dtype}"
     if r > min(linear_shape(layer)):
         return TOO_SMALL
-    others = sorted(name for owner, name in owners[_storage(weight)] if owner is not layer)
+    others = tied_to(layer, weight, owners)
     return f"is tied to {', '.join(others)}" if others else None

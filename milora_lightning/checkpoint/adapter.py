@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from milora_lightning.adapters.injection import base_keys, lora_layers
+from milora_lightning.adapters.freezing import base_keys
+from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import INITIALIZED, LoRALinear
 from milora_lightning.adapters.surgery import inject
 from milora_lightning.checkpoint.fingerprint import check_base, fingerprint

@@ -10,7 +10,7 @@ import xxhash
 from torch import Tensor, nn
 
 from milora_lightning.adapters.base_weight import STORED, Stored
-from milora_lightning.adapters.injection import base_keys
+from milora_lightning.adapters.freezing import base_keys
 from milora_lightning.adapters.quantization import pieces
 from milora_lightning.checkpoint.io import CheckpointError
 from milora_lightning.parallel.dtensor import gather_to_rank, is_sharded, memory_of

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from milora_lightning.adapters.injection import base_keys
+from milora_lightning.adapters.freezing import base_keys
 from milora_lightning.models.files import clear_errors, weight_files
 from milora_lightning.models.pretrained import decoder_layers, load_causal_lm, load_config, locate
 from milora_lightning.parallel.dtensor import as_bytes, copy_into, local_slices

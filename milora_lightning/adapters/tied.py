@@ -1,0 +1,42 @@
+"""Tied weights: which parameters of a model share their memory."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from torch import Tensor, nn
+
+from milora_lightning.utils.compat import is_traceable_wrapper_subclass
+from milora_lightning.utils.names import unwrapped_name
+
+Owners = dict[tuple[object, ...], list[tuple[nn.Module, str]]]
+"""For each piece of memory, the modules with a parameter in it, and the parameter's full name."""
+
+
+def parameter_owners(module: nn.Module) -> Owners:
+    """Find out which modules have a parameter in which piece of memory."""
+    owners: Owners = defaultdict(list)
+    for name, child in module.named_modules():
+        for key, parameter in child._parameters.items():
+            if parameter is not None:
+                owners[_memory(parameter)].append((child, unwrapped_name(f"{name}.{key}".lstrip("."))))
+    return owners
+
+
+def tied_to(layer: nn.Module, weight: Tensor, owners: Owners) -> list[str]:
+    """Return the names of the parameters of other modules that share a layer's weight.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> model[1].weight = model[0].weight
+    >>> tied_to(model[0], model[0].weight, parameter_owners(model))
+    ['1.weight']
+    """
+    return sorted(name for owner, name in owners[_memory(weight)] if owner is not layer)
+
+
+def _memory(parameter: Tensor) -> tuple[object, ...]:
+    """Return a key that two parameters share exactly if they are tied: their memory, or the object if it has none."""
+    without = parameter.is_meta or parameter.numel() == 0 or is_traceable_wrapper_subclass(parameter)
+    if without or parameter.data_ptr() == 0:
+        return ("object", id(parameter))
+    return (parameter.device, parameter.data_ptr())
