@@ -1,4 +1,4 @@
-"""What a function does, as a key for caches of its results."""
+"""A cache key for functions that changes with their code."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PACKAGE = __name__.partition(".")[0]
 
 
 def code_key(*functions: Any) -> str:
-    """Return a key that changes with the code of functions, and of all that they use of the same project.
+    """Return a key that changes with the code of functions and of everything that they use in the same project.
 
-    The compiled code in memory is read, which is what runs: there need not be a source, as in notebooks and in
-    compiled installations, and a file that was edited after it was imported is not mistaken for what ran. Followed are
-    functions, classes and constants that the code names, within this package, the function's own and everything that
-    is not installed (libraries stand with their names).
+    It is computed from the compiled code in memory. So it needs no source files, which notebooks and compiled
+    installations lack, and a file edited after its import does not change it. It covers the functions, classes and
+    constants that the code names in this package, in the package of each function, and in modules that are not
+    installed; libraries are represented by names only.
 
     Args:
         functions: Functions, methods, classes or partials of them.
@@ -39,14 +39,14 @@ def code_key(*functions: Any) -> str:
 
 
 def _parts(value: Any, seen: dict[int, tuple[int, Any]], homes: set[str]) -> Iterator[str]:
-    """Describe a value; ``seen`` holds what has been described, under its id, with its number."""
+    """Describe a value; ``seen`` maps the ids of values described so far to their number and the value."""
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         yield f"{type(value).__name__} {value!r}"
         return
     if id(value) in seen:
         yield f"seen {seen[id(value)][0]}"
         return
-    seen[id(value)] = len(seen), value  # kept, lest another value get its id
+    seen[id(value)] = len(seen), value  # keeping the value alive, so that no other value gets its id
     if isinstance(value, CodeType):
         table = getattr(value, "co_exceptiontable", b"")  # from Python 3.11 on
         yield f"code {value.co_code.hex()} {table.hex()} {value.co_names} {value.co_varnames} {value.co_freevars}"
@@ -91,20 +91,20 @@ def _parts(value: Any, seen: dict[int, tuple[int, Any]], homes: set[str]) -> Ite
             yield from _parts(entry, seen, homes)
     elif isinstance(value, set | frozenset):
         yield f"set {sorted(map(repr, value))}"
-    elif callable(wrapped := getattr(value, "__wrapped__", None)):  # functools.cache and its like
+    elif callable(wrapped := getattr(value, "__wrapped__", None)):  # functools.cache and similar wrappers
         yield from _parts(wrapped, seen, homes)
     else:
         yield f"object {type(value).__module__}.{type(value).__qualname__} {getattr(value, '__name__', '')}"
         if _followed(_module(type(value)), homes):
             yield from _parts((type(value), getattr(value, "__dict__", None)), seen, homes)
-        elif callable(getattr(value, "tobytes", None)):  # arrays, whose representation leaves out the middle
+        elif callable(getattr(value, "tobytes", None)):  # arrays, whose repr leaves out the middle
             yield hashlib.sha256(value.tobytes()).hexdigest()
         elif " at 0x" not in (shown := repr(value)):
             yield shown
 
 
 def _used(value: Any, names: set[str], seen: dict[int, tuple[int, Any]], homes: set[str]) -> Iterator[str]:
-    """Describe a global; of a module of the project, what the code names of it."""
+    """Describe a global; for a module of the project, describe the attributes that the code names."""
     if isinstance(value, ModuleType) and _followed(value.__name__, homes):
         yield f"module {value.__name__}"
         for name in sorted(names & vars(value).keys()):
@@ -115,7 +115,7 @@ def _used(value: Any, names: set[str], seen: dict[int, tuple[int, Any]], homes: 
 
 
 def _names(code: CodeType) -> set[str]:
-    """Return the names of globals and attributes in a function's code, and in the code within it."""
+    """Return the names of globals and attributes in a function's code and in the code nested in it."""
     inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
     return set(code.co_names).union(*map(_names, inner))
 
@@ -125,9 +125,9 @@ def _is_filled(cell: Any) -> bool:
 
 
 def _module(value: Any) -> str:
-    """Return where a function or class was defined."""
+    """Return the name of the module in which a function or class was defined."""
     if isinstance(value, type):
-        # Code that is run without a name passes for that of Python itself, whose own classes are not on the heap.
+        # Code executed without a module name counts as builtins, whose real classes are not heap types.
         unnamed = value.__module__ == "builtins" and value.__flags__ & HEAP_TYPE
         return "" if unnamed else value.__module__
     # A decorator may have given a function another's `__module__`.
@@ -140,7 +140,7 @@ def _package(module: str) -> str:
 
 
 def _followed(module: str, homes: set[str]) -> bool:
-    """Tell whether a module belongs to this package, to a function's own, or is not installed."""
+    """Tell whether a module belongs to this package, to the package of a given function, or is not installed."""
     return _package(module) in homes or not _is_installed(module)
 
 

@@ -1,4 +1,4 @@
-"""What sources return, brought into columns of text."""
+"""Conversion of what sources return into datasets whose columns are text."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from milora_lightning.utils.compat import fingerprint_of
 from milora_lightning.utils.errors import InvalidInputError, MiLoRAError
 
 NEEDED = ("prompt", "response")
-OTHER_KINDS = ("messages", "text")  # of which one takes the place of these two
+OTHER_KINDS = ("messages", "text")  # either of them replaces prompt and response
 
 
 def as_dataset(data: Any, split: str) -> datasets.Dataset:
-    """Bring what a source returned into a dataset of texts.
+    """Convert what a source returned into a dataset of text columns.
 
     Args:
         data: A dataset, or a list of dicts.
-        split: What to call it in messages.
+        split: Name of the split, for messages.
 
     Returns:
-        A dataset with the columns ``prompt`` and ``response``, and those of ``COLUMNS`` that there are, all of them
-        text: numbers are written out, messages and tools in JSON, and what is missing is empty. Each row has a prompt
-        and a response, or messages, or a text.
+        A dataset with the columns ``prompt`` and ``response``, and the other ``COLUMNS`` that the data have, all of
+        them text: numbers are written out, messages and tools are JSON, and missing values are empty. Each row has a
+        prompt and a response, or messages, or a text.
 
     Raises:
-        ValueError: If it is something else, a needed column is missing, a value is no text, or there are no rows.
+        ValueError: If it is something else, a needed column is missing, a value is not text, or there are no rows.
     """
     if isinstance(data, list | tuple) and all(isinstance(row, dict) for row in data):
         names = dict.fromkeys(name for row in data for name in row)
@@ -42,7 +42,7 @@ def as_dataset(data: Any, split: str) -> datasets.Dataset:
         names = dict.fromkeys(dataset.column_names)
     else:
         raise InvalidInputError(
-            f"The source returns {_kind(data)} for {split}; it has to return a datasets.Dataset{_way(data)}."
+            f"The source returns {_kind(data)} for {split}; it must return a datasets.Dataset{_alternative(data)}."
         )
     if len(data) or dataset is not None:
         _check_needed(names, split)
@@ -67,15 +67,15 @@ def as_dataset(data: Any, split: str) -> datasets.Dataset:
 
 
 def as_columns(rows: Sequence[dict[str, Any]], indices: Sequence[int], split: str) -> dict[str, list[str]]:
-    """Bring rows of a stream into columns of text, as :func:`as_dataset` does with all rows of a source.
+    """Convert rows of a stream into columns of text, as :func:`as_dataset` does for whole data sets.
 
     Args:
         rows: The rows, at least one.
-        indices: Which rows of the data these are, for messages.
-        split: What to call the data in messages.
+        indices: Indices of these rows in the data, for messages.
+        split: Name of the split, for messages.
 
     Raises:
-        ValueError: As :func:`as_dataset`.
+        ValueError: As for :func:`as_dataset`.
     """
     names = dict.fromkeys(name for row in rows for name in row)
     _check_needed(names, split)
@@ -94,7 +94,7 @@ def _check_needed(names: dict[str, None], split: str) -> None:
     if missing:
         raise InvalidInputError(
             f"The {split} data has no column {' and no column '.join(map(repr, missing))}, only {list(names)}. "
-            "A source has to return the columns 'prompt' and 'response', or 'messages', or 'text'."
+            "A source must return the columns 'prompt' and 'response', or 'messages', or 'text'."
         )
 
 
@@ -104,7 +104,7 @@ def _is_text(dataset: datasets.Dataset, name: str) -> bool:
 
 
 def _texts(batch: dict[str, list[Any]], indices: Sequence[int], split: str) -> dict[str, list[str]]:
-    """Write values as text."""
+    """Convert a batch of values to text."""
     kinds = [batch[name] for name in OTHER_KINDS if name in batch]
     other = [any(values) for values in zip(*kinds, strict=True)] if kinds else [False] * len(indices)
     nothing = [None] * len(indices)
@@ -125,7 +125,7 @@ def _text(name: str, value: Any, what: str) -> str:
         try:
             return as_json(read_conversation(value, name), what)
         except MiLoRAError as error:
-            raise InvalidInputError(f"{what} is no conversation: {error}") from error
+            raise InvalidInputError(f"{what} is not a conversation: {error}") from error
     if name == "tools":
         return read_tools(value, name)
     return as_text(value, what)
@@ -137,7 +137,7 @@ def _kind(data: Any) -> str:
     return f"an object of type {type(data).__name__}"
 
 
-def _way(data: Any) -> str:
+def _alternative(data: Any) -> str:
     if isinstance(data, datasets.DatasetDict) and data:
         return f": one of these, data[{next(iter(data))!r}] for example"
     if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):

@@ -1,4 +1,4 @@
-"""Rows that are held out of the training data, and in them all the same."""
+"""A count of held-out rows that also occur in the training data."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 CONTENT = ("messages", "tools", "prompt", "input", "response", "text")
-"""Columns of a row that tell it from another."""
-AT_ONCE = 10_000  # rows that are looked at together
+"""Columns by which rows are compared."""
+AT_ONCE = 10_000  # number of rows compared at a time
 
 
 def trained_copies(dataset: datasets.Dataset, held_out: Sequence[int]) -> int:
-    """Count the rows held out of which a copy is left to train on.
+    """Count the held-out rows of which a copy remains in the training data.
 
     Args:
         dataset: The rows.
-        held_out: Indices of those held out.
+        held_out: Indices of the held-out rows.
 
     >>> rows = datasets.Dataset.from_dict({"prompt": ["a", "b", "a", "a"], "response": ["1", "2", "1", "3"]})
     >>> trained_copies(rows, [0]), trained_copies(rows, [0, 2]), trained_copies(rows, [1, 3])
@@ -32,7 +32,7 @@ def trained_copies(dataset: datasets.Dataset, held_out: Sequence[int]) -> int:
     left = dict.fromkeys(mine, 0)
     for start in range(0, len(rows), AT_ONCE):
         table = cast(pa.Table, rows[start : start + AT_ONCE])
-        for name in columns:  # few are left of the first column
+        for name in columns:  # the first column already leaves few rows
             table = table.filter(pc.is_in(table[name], value_set=held[name].combine_chunks()))
         for row in table.to_pylist():
             if (key := tuple(row.values())) in left:

@@ -30,19 +30,19 @@ from milora_lightning.utils.messages import inform
 TRAIN_ON = "train_on"
 """The entry of the state, and of a checkpoint, that says which turns were learned."""
 
-# Which split a stage cannot do without.
+# The split that each stage needs.
 NEEDED: dict[str | None, Split] = {"fit": "train", "validate": "validation", "test": "test", "predict": "test"}
 
 
 class SFTDataModule(EvaluationLoaders):
-    r"""Prompts and responses for supervised fine-tuning of a causal language model.
+    r"""Data module for supervised fine-tuning of a causal language model.
 
     Training and loss batches are dicts of ``input_ids``, ``attention_mask`` and ``labels``, each int64 of shape
-    (batch, length), where only the tokens of the response have labels, and the token that ends it: EOS, or with the
-    template ``"chat"`` what ends a turn there. Validation and test have a
-    second loader of prompts to answer, whose batches hold ``input_ids`` and ``attention_mask`` padded on the left and
-    lists of texts (see :class:`milora_lightning.data.PromptCollator`). Under several ranks each gets its share, and
-    evaluation counts every example once.
+    (batch, length). Only the tokens of the response have labels, including the token that ends it: EOS, or the end of
+    turn with the template ``"chat"``. Validation and test have a second loader of prompts to answer, whose batches have
+    ``input_ids`` and ``attention_mask``, padded on the left, and lists of texts (see
+    :class:`milora_lightning.data.PromptCollator`). With several ranks, each gets its share, and evaluation counts every
+    example once.
 
     Args:
         source: Where examples come from.
@@ -50,37 +50,37 @@ class SFTDataModule(EvaluationLoaders):
         template: How prompts and conversations are written: ``"alpaca"`` as in the paper, ``"chat"`` for the
             tokenizer's own chat template, ``"plain"`` for the bare prompt and a line break, or the path of a Jinja file
             with a chat template; ``"auto"`` is ``"chat"`` if there are conversations, and ``"alpaca"`` if not.
-        prompt_suffix: What every prompt ends in, after the template, taken as it is; for example
-            ``"Let's think step by step.\n"``. With ``"chat"`` the assistant's answer begins with it.
-        max_length: Most tokens of an example; longer prompts lose their beginning (chats that of the user's text),
-            longer responses their end.
+        prompt_suffix: Text added unchanged after every prompt and its template, for example
+            ``"Let's think step by step.\n"``. With ``"chat"``, it is the beginning of the assistant's answer.
+        max_length: Maximum number of tokens in an example. A prompt that is too long loses its beginning (in chats, the
+            beginning of the user's text), a response that is too long its end.
         batch_size: Training examples per rank and batch.
         eval_batch_size: Examples per rank and batch in validation and test; None for ``batch_size``.
         generation_batch_size: Prompts per rank and batch to generate from; None for ``eval_batch_size``.
-        num_generation_examples: Number of validation examples, the first ones, to generate answers for; 0 for none,
-            None for all.
-        num_test_generation_examples: Likewise for each test set. Prediction takes all of test.
-        answer_by: ``"generation"``, or ``"likelihood"`` for the choice whose response has the largest log-likelihood,
-            summed over its tokens, where the source is multiple choice.
+        num_generation_examples: Number of validation examples, counted from the first, to generate answers for; 0 for
+            none, None for all.
+        num_test_generation_examples: The same for each test set. Prediction answers all of test.
+        answer_by: ``"generation"``; or, for a multiple-choice source, ``"likelihood"`` to choose the response with the
+            largest log-likelihood, summed over its tokens.
         pad_to_multiple_of: Batch lengths are rounded up to a multiple of this.
-        num_proc: Number of processes that tokenize; None or 0 for the main one alone (whose tokenizer has threads).
+        num_proc: Number of processes that tokenize; None or 0 for only the main one (whose tokenizer uses threads).
         num_workers: Number of processes that load batches.
         seed: Seed of the training order.
-        train_on: Which turns of conversations are learned: ``"assistant"`` for all of the assistant's, ``"last"`` for
-            its last one, or a list of roles. A message's own field ``weight``, ``loss`` or ``train`` (0 or 1, false
-            or true) decides for that message. Of a ``text`` every token is learned.
-        packing: Put several training examples into each row of up to ``max_length`` tokens, so that next to nothing
-            is padding; ``batch_size`` counts rows then. The model keeps them apart by ``position_ids``, which their
-            batches hold in place of the mask. Which examples share a row is the same in each epoch.
-        streaming: Read the training data as they are asked for, and tokenize them then: they may be larger than memory
-            and disk. Needs the Trainer's ``max_steps``, since the length is not known; the stream is read again when it
-            has ended. Validation data are the first ``validation_size`` rows, or data of their own.
-        shuffle_buffer: With ``streaming``, how many records are in memory at a time, to be shuffled, grouped by length
-            and packed.
+        train_on: Which turns of conversations are learned: ``"assistant"`` for all turns of the assistant, ``"last"``
+            for its last turn, or a list of roles. A message's own field ``weight``, ``loss`` or ``train`` (0 or 1,
+            false or true) decides for that message. In a ``text`` every token is learned.
+        packing: Put several training examples into each row of up to ``max_length`` tokens, so that there is almost no
+            padding; ``batch_size`` then counts rows. The model keeps the examples apart by ``position_ids``, which
+            replace the attention mask in these batches. The same examples share a row in each epoch.
+        streaming: Read and tokenize the training data during training, so that they may be larger than memory and
+            disk. Needs the Trainer's ``max_steps``, since the length of a stream is not known; a stream that ends is
+            read again. Validation data are the first ``validation_size`` rows, or separate data.
+        shuffle_buffer: With ``streaming``, the number of records in memory at a time, which are shuffled, grouped by
+            length and packed together.
 
     Raises:
-        ValueError: If a size is out of range, or ``answer_by="likelihood"`` with a source that names no choices; in
-            ``setup`` if a needed split is missing.
+        ValueError: If a size is out of range, or ``answer_by="likelihood"`` is used with a source without choices; in
+            ``setup``, if a needed split is missing.
     """
 
     def __init__(
@@ -142,17 +142,17 @@ class SFTDataModule(EvaluationLoaders):
             )
 
     def prepare_data(self) -> None:
-        """Fill the caches in one process of each machine, before the others come to read them."""
+        """Fill the caches in one process per machine, before the other processes read them."""
         if self.trainer is not None and self.trainer.world_size > 1 and not self.streaming:
             stage = self.trainer.state.fn and self.trainer.state.fn.value
             for split in SPLITS[stage]:
                 self._tokenized(split, stage == "predict")
 
     def setup(self, stage: str | None = None) -> None:
-        """Load and tokenize what a stage needs, unless that has been done.
+        """Load and tokenize the splits that a stage needs, unless that has been done.
 
         Args:
-            stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``; None for everything there is.
+            stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``; None for all splits.
 
         Raises:
             ValueError: If the source lacks a needed split, its data cannot be used, or a stream lacks ``max_steps``.
@@ -160,7 +160,7 @@ class SFTDataModule(EvaluationLoaders):
         if stage == "fit" and self.streaming and self.trainer is not None:
             check_trainer(self.trainer)
         for split in SPLITS[stage]:
-            predicts = stage == "predict"  # with prompts that have no response, which an evaluation leaves out
+            predicts = stage == "predict"  # which also answers prompts without a response; an evaluation drops these
             if split not in self._splits or (split == "test" and self._unanswered not in (None, predicts)):
                 self._splits[split] = self._tokenized(split, predicts)
         if stage is not None:
@@ -173,28 +173,29 @@ class SFTDataModule(EvaluationLoaders):
             self._places.forget()
 
     def train_dataloader(self) -> DataLoader[Any] | StreamLoader:
-        """Return training batches, shuffled anew each epoch and grouped by length."""
+        """Return training batches, shuffled in each epoch and grouped by length."""
         self._check_model()
         return self._stream_loader() if self.streaming else self.epoch()
 
     def epoch(self) -> DataLoader[Any]:
-        """Return batches of the training examples that are loaded; of a stream, those of its beginning."""
+        """Return batches of the loaded training examples, which for a stream are those of its beginning."""
         examples = self.examples("train")
-        kind = OverfittingSampler if self._overfits() else ResumableSampler
-        # Without the texts, which only generation needs.
+        sampler_class = OverfittingSampler if self._overfits() else ResumableSampler
+        # Without the text columns, which only generation needs.
         columns: Any = examples.select_columns(["input_ids", "spans"])
         lengths = examples["length"][:]
         if self.packing:
             columns = PackedDataset(columns, lengths, self.max_length, self.seed)
             lengths = columns.lengths
-        sampler = kind(self._resumption, lengths, self.batch_size, shuffle=True, seed=self.seed, **self._rank())
+        options: dict[str, Any] = {"shuffle": True, "seed": self.seed, **self._rank()}
+        sampler = sampler_class(self._resumption, lengths, self.batch_size, **options)
         collator = self._collator(PackingCollator if self.packing else Collator)
         return self._loader(columns, sampler, self.batch_size, collator, ResumableDataLoader)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return for the checkpoint where in the data training is, what the data is, and how prompts are."""
-        # Not left to Lightning's own handling of stateful loaders, which is passed over if the loader was made
-        # before the loops are restored, as computing the schedule's length does.
+        """Return what goes into the checkpoint: the position in the data, their description and the prompt format."""
+        # Lightning's own handling of stateful loaders would skip a loader that was created before the loops are
+        # restored, as happens when the length of the learning-rate schedule is computed.
         position, prompt_format = self._resumption.state_dict(), self.prompt_format
         record = None if prompt_format is None else prompt_format.record()
         stream = self._places.state_dict() if self.streaming else None
@@ -202,9 +203,9 @@ class SFTDataModule(EvaluationLoaders):
         return {"position": position, "stream": stream, "description": self.description, **asked}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on in training where the checkpoint was written, also on another number of ranks.
+        """Restore the position in the training data, also on another number of ranks.
 
-        Says it if prompts were written otherwise there.
+        Warns if the checkpoint was trained with another prompt format.
         """
         trained, now = PromptFormat.found_in({"data": state_dict}), self.prompt_format
         if trained is not None and now is not None:
@@ -212,18 +213,19 @@ class SFTDataModule(EvaluationLoaders):
         stream = state_dict.get("stream")
         if self.trainer is not None and self.trainer.state.fn == "fit" and self.streaming != (stream is not None):
             raise InvalidInputError(
-                f"The checkpoint was written {'with' if stream else 'without'} data.streaming: a run goes on where it "
-                f"was only {'with' if stream else 'without'} it. Set data.streaming so, or begin anew."
+                f"The checkpoint was written {'with' if stream else 'without'} data.streaming, and can only be resumed "
+                f"{'with' if stream else 'without'} it: set data.streaming: {'true' if stream else 'false'}, or start "
+                "again."
             )
         if stream is not None and self.streaming:
             self._places.load_state_dict(stream)
-        # Older checkpoints have no position: Lightning's count of batches serves.
+        # Older checkpoints have no position; Lightning's count of batches is used instead.
         self._resumption.load_state_dict(state_dict.get("position"))
 
     def _stream_loader(self) -> StreamLoader:
-        """Return as many batches of the stream as the run takes."""
+        """Return a loader with as many batches of the stream as the run takes."""
         stream = stream_of(self.source, "train")
-        assert stream is not None  # since its beginning has been read
+        assert stream is not None  # its beginning has been read in setup
         module = getattr(self.trainer, "lightning_module", None)
         model = None if module is None else language_model(module)
         conversations, only_texts = self._kinds_of_rows()
@@ -248,7 +250,7 @@ class SFTDataModule(EvaluationLoaders):
             self.seed,
             **self._rank(),
         )
-        steps, each = (
+        steps, batches_per_step = (
             (self.trainer.max_steps, self.trainer.accumulate_grad_batches) if self.trainer else (sys.maxsize, 1)
         )
-        return StreamLoader(batches, self._places, self.num_workers, steps * each)
+        return StreamLoader(batches, self._places, self.num_workers, steps * batches_per_step)

@@ -1,4 +1,4 @@
-"""Batches to evaluate on, and to answer."""
+"""Data loaders for validation, test and prediction."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader
 
-from milora_lightning.data.batches.batching import Collator, FilledDataset, PromptCollator
+from milora_lightning.data.batches.batching import Collator, PaddedDataset, PromptCollator
 from milora_lightning.data.batches.choices import ChoiceCollator
 from milora_lightning.data.batches.sampling import EvaluationSampler
 from milora_lightning.data.encoding.chat import ChatTemplate
@@ -20,7 +20,7 @@ from milora_lightning.utils.errors import InvalidInputError
 
 
 class EvaluationLoaders(TokenizedSplits):
-    """The loaders of validation, test and prediction, and what they share with those of training.
+    """Data module base class with the loaders of validation, test and prediction, and helpers for all loaders.
 
     Attributes:
         eval_batch_size: Examples per rank and batch.
@@ -37,48 +37,48 @@ class EvaluationLoaders(TokenizedSplits):
     seed: int
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """Return the loss batches and the generation batches of validation; nothing if there is no such split."""
+        """Return the loss batches and the generation batches of validation; an empty list if there is no such split."""
         if self._splits.get("validation") is None:
             return []
-        return self._evaluation("validation")
+        return self._evaluation_loaders("validation")
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """Return the loss batches and the generation batches of test."""
-        return self._evaluation("test")
+        return self._evaluation_loaders("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Return generation batches of all test examples, in their order."""
-        asked = [i for i, length in enumerate(self.examples("test")["prompt_length"][:]) if length]
-        if not asked:
+        """Return generation batches of all test examples in their order."""
+        with_prompt = [i for i, length in enumerate(self.examples("test")["prompt_length"][:]) if length]
+        if not with_prompt:
             raise InvalidInputError(
                 "There is nothing to answer in the test data: they are texts without prompts. Give rows with a prompt, "
                 "or a .txt file with a prompt in each line."
             )
         self._check_model()
-        return self._generation("test", asked)
+        return self._generation_loader("test", with_prompt)
 
     def _check_model(self) -> None:
-        """Check whatever module trains on the data; :class:`CausalLMModule` does it when its model is built."""
+        """Check the Trainer's module against the data; :class:`CausalLMModule` repeats this once its model is built."""
         module = getattr(self.trainer, "lightning_module", None)
         if module is not None:
             check_model(self, module, self.pad_to_multiple_of)
 
-    def _evaluation(self, split: Split) -> list[DataLoader[Any]]:
+    def _evaluation_loaders(self, split: Split) -> list[DataLoader[Any]]:
         self._check_model()
         examples = self.examples(split)
-        everything: Sequence[int] = range(len(examples))
-        order = everything if self._overfits() else _longest_first(everything, examples["length"][:])
+        indices: Sequence[int] = range(len(examples))
+        order = indices if self._overfits() else _longest_first(indices, examples["length"][:])
         sampler = EvaluationSampler(order, **self._rank())
-        loaders = [self._loader(FilledDataset(examples), sampler, self.eval_batch_size, self._collator(Collator))]
+        loaders = [self._loader(PaddedDataset(examples), sampler, self.eval_batch_size, self._collator(Collator))]
         answered = self.answered(split)
         if answered:
             by_length = _longest_first(answered, examples["prompt_length"][:])
-            loaders.append(self._generation(split, answered if self._overfits() else by_length))
+            loaders.append(self._generation_loader(split, answered if self._overfits() else by_length))
         return loaders
 
-    def _generation(self, split: Split, indices: Sequence[int]) -> DataLoader[Any]:
+    def _generation_loader(self, split: Split, indices: Sequence[int]) -> DataLoader[Any]:
         sampler = EvaluationSampler(indices, **self._rank())
-        examples = FilledDataset(self.examples(split))
+        examples = PaddedDataset(self.examples(split))
         collator: Any = self._collator(PromptCollator)
         if self.answer_by == "likelihood":
             choices = cast(MultipleChoice, self.source).choices
@@ -105,21 +105,21 @@ class EvaluationLoaders(TokenizedSplits):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            # Its own generator: an evaluation must not draw from the one that training's dropout uses.
+            # A separate generator: an evaluation must not draw from the global one, which training's dropout uses.
             generator=torch.Generator().manual_seed(self.seed),
         )
 
     def _overfits(self) -> bool:
-        """Tell whether a few batches are trained on and evaluated: then the first ones of the data as they stand."""
+        """Tell whether ``overfit_batches`` is set: then the first batches are those of the data in the given order."""
         return bool(getattr(self.trainer, "overfit_batches", 0))
 
     def _rank(self) -> dict[str, int]:
-        """Return how the data is shared out: not by the world's size alone, tensor-parallel ranks share batches."""
+        """Return the number of data-parallel replicas and this rank's index; tensor-parallel ranks share batches."""
         return (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
 
 
 def _longest_first(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    """Sort examples for little padding, and so that a lack of memory shows at once.
+    """Sort examples by length, for little padding and so that running out of memory happens at once.
 
     >>> _longest_first([0, 1, 3], [5, 7, 9, 6])
     [1, 3, 0]

@@ -1,11 +1,10 @@
-"""Examples from files of the usual formats, saved data sets, or the Hugging Face Hub."""
+"""A source of examples from files in common formats, saved data sets, or the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import json
-import math
 from collections import Counter
 from typing import Any, Literal
 
@@ -20,13 +19,12 @@ from milora_lightning.data.reading.rows import BEGINNING, FORMAT, UNREAD
 from milora_lightning.data.row_readers import OpenRows, formats_of, kept_rows_at, prompt_lines, rows_at
 from milora_lightning.data.sources import COLUMNS, PROMPT_COLUMNS, Source, Split
 from milora_lightning.data.streaming.rows import RowStream
+from milora_lightning.data.validation_size import held_out_examples, held_out_rows
 from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy, right_answer
-from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import inform, warn
 
-SHARE_HELD_OUT, MOST_HELD_OUT, LEAST_TO_HOLD_OUT_OF = 0.05, 500, 20
 KINDS: dict[str, Kind] = {"messages": "conversations", "tools": "conversations", "text": "texts"}
-"""Columns that only some kinds of formats have."""
+"""The kind of format of each column that not all formats have."""
 
 
 class Files(Source):
@@ -34,56 +32,54 @@ class Files(Source):
 
     Each split is one of
 
-    - a file: ``.json`` (an array of objects, or one object on each line), ``.jsonl``, ``.csv``, ``.tsv`` or ``.txt``,
-      also compressed (``.gz``, ``.bz2``, ``.xz``, ``.zst`` behind it), ``.parquet`` or ``.arrow``;
+    - a file: ``.json`` (an array of objects, or one object per line), ``.jsonl``, ``.csv``, ``.tsv`` or ``.txt``,
+      also compressed (followed by ``.gz``, ``.bz2``, ``.xz`` or ``.zst``), ``.parquet`` or ``.arrow``;
     - a folder of such files, whose names tell their splits if there are several (``train``, ``validation``, ``test``
-      and other usual words), or a glob such as ``data/*.jsonl``;
+      and other common words), or a glob such as ``data/*.jsonl``;
     - a folder that ``save_to_disk`` wrote;
-    - a Hub name, ``org/name`` or ``org/name:config``: whatever is no file and has no such suffix;
-    - a list of such.
+    - a Hub name, ``org/name`` or ``org/name:config``: anything that is not a file and has none of these suffixes;
+    - a list of any of these.
 
-    The names of splits are those of ``train_split`` etc. Where ``test`` is None, the test split beside the training
-    data is taken, if there is one.
+    ``train_split`` etc. name the splits of a data set. If ``test`` is None, the test split next to the training data
+    is used, if there is one.
 
-    ``test`` may also be a mapping of names to such locations: several test sets, each with an accuracy of its own.
+    ``test`` may also map names to locations: several test sets, each with its own accuracy.
 
-    What an example is, is recognised by the names of its fields (in whichever case), unless they are given:
+    The format of examples is recognised by the names of their fields (ignoring case), unless the fields are given:
 
     - a conversation: ``messages`` (OpenAI) or ``conversations`` (ShareGPT), with ``tools`` and ``system``;
     - a prompt and a response: ``instruction`` and ``output`` with ``input``, ``system`` and ``history`` (Alpaca);
       ``prompt`` and ``completion``, ``question`` and ``answer``, ``query`` and ``response``, ``problem`` and
       ``solution``, ``prompt`` and ``chosen``, in any combination. With a system message, a history or tools it is a
-      conversation, as it is if the two are messages;
-    - a text of which every token is learned: ``text``, where there is nothing else.
+      conversation, and also if prompt and response are messages;
+    - a text of which every token is learned: ``text``, if there is nothing else.
 
-    A line says what was recognised. Where there are several possibilities, none is chosen, and a file whose rows are
-    of several formats is refused.
+    A logged line says what was recognised. Ambiguous fields, and files with rows of several formats, are refused.
 
-    Every row is checked when it is read; numbers are taken as text, anything else that is no string is refused
-    with its file and row. Fields that hold something and that nobody reads are named. What has been read is kept in
-    the cache of ``datasets``.
+    Every row is checked when it is read. Numbers are converted to text; any other value that is not a string is
+    refused with its file and row. Non-empty fields that are not read are reported. Rows that have been read are kept
+    in the cache of ``datasets``.
 
     Args:
         train: Training data.
         validation: Validation data.
         test: Test data, or the test sets by name.
-        prompt_field: Field with the instruction or question. ``"auto"`` recognises it, as described above; likewise
-            for the other fields.
+        prompt_field: Field with the instruction or question. ``"auto"`` recognises it as described above; this holds
+            for the other fields, too.
         response_field: Field with the text to learn.
-        input_field: Field with further context, which may be empty or absent in single rows; None for none.
-        reference_field: Field with what generated text is scored against; None for the response.
-        train_split: Which split of a data set to train on; of the Hub, slices such as ``"train[:90%]"`` work too.
-        validation_split: Likewise for validation.
-        test_split: Likewise for test.
-        validation_size: How much of ``train`` to hold out where ``validation`` is None: a number of examples, or
-            a fraction below 1; 0 for nothing. ``"auto"`` takes the validation split beside the training data where
-            there is one, and holds out a twentieth where there is none, at most 500 examples, and nothing of fewer
-            than 20.
-        seed: Chooses the examples held out.
-        messages_field: Field with a conversation, in the form of OpenAI or of ShareGPT.
+        input_field: Field with further context, which may be empty or absent in some rows; None for none.
+        reference_field: Field that generated text is scored against; None for the response.
+        train_split: Name of the training split in a data set; on the Hub, slices such as ``"train[:90%]"`` work too.
+        validation_split: The same for validation.
+        test_split: The same for test.
+        validation_size: How much of ``train`` to hold out if ``validation`` is None: a number of examples, or a
+            fraction below 1; 0 for nothing. ``"auto"`` uses the validation split next to the training data; if there
+            is none, it holds out a twentieth, at most 500 examples, and nothing if there are fewer than 20.
+        seed: Seed for choosing the examples held out.
+        messages_field: Field with a conversation in the form of OpenAI or ShareGPT.
         tools_field: Field with the tools of a conversation; None for none.
-        system_field: Field with the system's message; None for none.
-        text_field: Field with a text, of which every token is learned.
+        system_field: Field with the system message; None for none.
+        text_field: Field with a text of which every token is learned.
 
     Raises:
         FileNotFoundError: When loading, if a file does not exist or the Hub cannot provide the data.
@@ -92,7 +88,7 @@ class Files(Source):
     """
 
     takes_splits_beside = True
-    """Whether splits that are not given are looked for beside the training data; a task knows its own."""
+    """Whether missing splits are looked for next to the training data; tasks know their own splits."""
 
     def __init__(
         self,
@@ -146,8 +142,8 @@ class Files(Source):
         if not train or beside is not None or split == "test":
             return beside
         dataset = self._read(train, "train")
-        assert dataset is not None  # since it is needed
-        held_out = self._held_out(len(dataset))
+        assert dataset is not None  # the training split is required
+        held_out = held_out_examples(self.validation_size, len(dataset))
         if not held_out or self._beside(train, "validation") is not None:
             return dataset if split == "train" else None
         if self.validation_size == AUTO:
@@ -167,11 +163,11 @@ class Files(Source):
     def stream(self, split: Split) -> RowStream | None:
         """Return one split as a stream, for ``data.streaming``; None if it is not configured.
 
-        Where ``validation`` is None and ``validation_size`` a number, the first rows of ``train`` are the validation
-        data, and no others.
+        If ``validation`` is None and ``validation_size`` is a number, the first rows of ``train`` are the validation
+        data.
 
         Raises:
-            ValueError: If ``validation_size`` is a share: how much that is, is not known of a stream.
+            ValueError: If ``validation_size`` is a fraction, since the length of a stream is not known.
         """
         if split == "test" and self.test_sets:
             sets = [self._rows_at(location, split, name) for name, location in self.test_sets.items()]
@@ -182,16 +178,11 @@ class Files(Source):
             return RowStream(self._rows_at(location, split))
         if not train:
             return None
-        held_out = 0 if size == AUTO or self.locations["validation"] else size
-        if held_out < 0 or held_out != int(held_out):
-            raise InvalidInputError(
-                f"validation_size is {size}, a share of a stream, whose length is not known: give a number, and as "
-                "many first rows of train are held out; or 0, or validation data."
-            )
+        held_out = 0 if self.locations["validation"] else held_out_rows(size)
         if split == "train":
-            return RowStream(self._rows_at(train, split)).skip(int(held_out))
+            return RowStream(self._rows_at(train, split)).skip(held_out)
         if split == "validation" and held_out:
-            return RowStream(self._rows_at(train, "train")).take(int(held_out))
+            return RowStream(self._rows_at(train, "train")).take(held_out)
         beside = self.takes_splits_beside and (split == "test" or size == AUTO)
         parts = self._rows_at(train, split, needed=False) if beside else []
         if not parts and split == "validation" and size == AUTO:
@@ -202,22 +193,22 @@ class Files(Source):
         return RowStream(parts) if parts else None
 
     def lines(self) -> list[str] | None:
-        """Return the lines of ``test``, if that is files of text, for ``predict`` to answer; None if it is not."""
+        """Return the lines of ``test`` for ``predict`` to answer, if it consists of text files; None otherwise."""
         location = self.locations["test"]
         names = [location] if isinstance(location, str) else location or []
         return prompt_lines(names) if names and all(kind_of(name) == ".txt" for name in names) else None
 
     def metric(self) -> Metric | None:
-        """Make the metric of generated answers, for each test set by itself if they have names."""
+        """Make the metric of generated answers, with a separate accuracy for each named test set."""
         return TaskAccuracy(dict.fromkeys(["", *self.test_sets], right_answer)) if self.test_sets else AnswerAccuracy()
 
     @staticmethod
     def convert(record: dict[str, Any]) -> dict[str, Any]:
-        """Bring a record into other fields before they are read; for subclasses that know their data's formats."""
+        """Convert a record before its fields are read; subclasses override it for the formats of their data."""
         return record
 
     def _beside(self, train: str | list[str], split: Split) -> datasets.Dataset | None:
-        """Read the split that the training data have beside them, if they do and it is wanted."""
+        """Read a split next to the training data; None if there is none or it should not be used."""
         unwanted = split == "validation" and self.validation_size != AUTO
         if unwanted or not self.takes_splits_beside:
             return None
@@ -226,7 +217,7 @@ class Files(Source):
     def _read(
         self, location: str | list[str], split: Split, task: str = "", needed: bool = True
     ) -> datasets.Dataset | None:
-        """Read what is at a location; None if it has no such split and need not."""
+        """Read a split at a location; None if it has no such split and ``needed`` is false."""
         names = [location] if isinstance(location, str) else location
         parts = [part for name in names if (part := self._part(name, split, task, needed)) is not None]
         if not parts:
@@ -238,12 +229,12 @@ class Files(Source):
         return dataset.select_columns(columns)
 
     def _reading(self, split: Split, task: str) -> dict[str, Any]:
-        """Return how rows are made of records."""
+        """Return the options for making rows of records."""
         return {
             "fields": self.fields,
             "convert": type(self).convert,
             "task": task,
-            "unanswered": split == "test",  # which predict answers
+            "unanswered": split == "test",  # predict answers prompts without a response
         }
 
     @property
@@ -251,11 +242,11 @@ class Files(Source):
         return (*COLUMNS, *self.fields.keys() & {"prompt_role"}, UNREAD, FORMAT)
 
     def _rows_at(self, location: str | list[str], split: Split, task: str = "", needed: bool = True) -> list[OpenRows]:
-        """Return what opens the rows of each part of a location, and say what is at its beginning."""
+        """Return the openers of all rows at a location, and report the format of the first rows."""
         parts: list[OpenRows] = []
         for name in [location] if isinstance(location, str) else location:
-            how, split_name = self._reading(split, task), self.hub_splits[split]
-            found = rows_at(name, split, split_name, needed, columns=self._columns, **how)
+            reading, split_name = self._reading(split, task), self.hub_splits[split]
+            found = rows_at(name, split, split_name, needed, columns=self._columns, **reading)
             rows = list(itertools.islice(RowStream(found), BEGINNING))
             if rows:
                 formats = Counter(row[FORMAT] for row in rows if row[FORMAT])
@@ -277,12 +268,12 @@ class Files(Source):
         return dataset
 
     def say_read(self, location: str, formats: list[tuple[Format, int]], unread: list[str]) -> None:
-        """Say what was read, and which fields hold something that is not.
+        """Report the formats that were read, and the non-empty fields that were not.
 
         Args:
             location: Where the data are.
-            formats: The formats, and how many rows have each.
-            unread: The fields, all of them from single rows at least.
+            formats: The formats, each with its number of rows.
+            unread: The fields that are not empty in at least one row and were not read.
         """
         line = f"{location}: {'; '.join(format.in_words(size) for format, size in formats)}."
         if unread:
@@ -290,18 +281,6 @@ class Files(Source):
             remedy = f" (input_field={unread[0]} would use it, for one)" if prompts else ""
             line += f" Fields not read: {', '.join(map(repr, unread))}{remedy}."
         _say(line)
-
-    def _held_out(self, size: int) -> int:
-        """Return how many of the training data are held out."""
-        if isinstance(self.validation_size, str):  # of fewer, one or two would tell nothing
-            return min(MOST_HELD_OUT, math.ceil(SHARE_HELD_OUT * size)) if size >= LEAST_TO_HOLD_OUT_OF else 0
-        held_out = self.validation_size if self.validation_size >= 1 else math.ceil(self.validation_size * size)
-        if held_out and not (0 < held_out < size and held_out == int(held_out)):
-            raise InvalidInputError(
-                f"validation_size is {self.validation_size}, but must be a whole number below the {size} examples of "
-                "train, or a fraction between 0 and 1."
-            )
-        return int(held_out)
 
 
 def _joined(location: str | list[str]) -> str:

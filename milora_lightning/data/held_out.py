@@ -1,4 +1,4 @@
-"""Held-out text as blocks of tokens, to measure a language model on."""
+"""Held-out text as blocks of tokens, for evaluating a language model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from milora_lightning.utils.errors import InvalidInputError, MissingFileError
 
 
 class _Texts(Files):
-    """Texts, of whose other fields nothing is to be said."""
+    """A source of texts that does not report which fields were read."""
 
     def say_read(self, location: str, formats: list[tuple[Format, int]], unread: list[str]) -> None:
         """Say nothing."""
@@ -25,13 +25,13 @@ def read_texts(location: str, field: str = "text", split: str = "test") -> list[
     """Read texts.
 
     Args:
-        location: A ``.txt`` file, which is one text; or what :class:`milora_lightning.data.Files` reads: a JSON, JSON
-            lines or Parquet file or glob, or a Hub name.
-        field: Field with the text, in everything but ``.txt`` files.
-        split: Which split of a Hub data set; slices such as ``"test[:1000]"`` work too.
+        location: A ``.txt`` file, which is one text; or anything that :class:`milora_lightning.data.Files` reads: a
+            JSON, JSON lines or Parquet file or glob, or a Hub name.
+        field: Field with the text; not used for ``.txt`` files.
+        split: Split of a Hub data set; slices such as ``"test[:1000]"`` work too.
 
     Returns:
-        The texts, those that are empty left out.
+        The texts, without empty ones.
 
     Raises:
         FileNotFoundError: If there is no such file or Hub data set.
@@ -57,15 +57,15 @@ def read_texts(location: str, field: str = "text", split: str = "test") -> list[
 
 
 def pack(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, max_tokens: int) -> Tensor:
-    """Tokenize texts, join them with EOS tokens between, and cut them into blocks of the same length.
+    """Tokenize texts, join them with EOS tokens in between, and cut them into blocks of equal length.
 
-    What does not fill a block is left out. Where the tokenizer begins texts with a BOS token, each block does.
+    An incomplete last block is dropped. If the tokenizer starts texts with a BOS token, each block starts with it.
 
     Args:
         texts: The texts.
         tokenizer: A tokenizer.
         length: Tokens in a block.
-        max_tokens: Most tokens in all; the first ones are taken.
+        max_tokens: Maximum number of tokens in all blocks; the first ones are used.
 
     Returns:
         Token ids, int64 of shape (blocks, length).
@@ -87,7 +87,7 @@ def pack(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, max_
     blocks = min(len(tokens) // room, wanted)
     if blocks < 1:
         raise InvalidInputError(
-            f"The held-out text has {len(tokens)} tokens (at most {max_tokens} are taken), which do not fill one block "
+            f"The held-out text has {len(tokens)} tokens (at most {max_tokens} are used), which do not fill one block "
             f"of {length}. Give more text, or make the blocks shorter."
         )
     rows = torch.tensor(tokens[: blocks * room]).view(blocks, room)

@@ -1,4 +1,4 @@
-"""What is at a location: files, the files of a split in a folder, or a data set that was saved or is on the Hub."""
+"""Finding the data at a location: files, a split in a folder, saved data sets, and data sets on the Hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from milora_lightning.data.sources import Split
 from milora_lightning.utils.errors import InvalidInputError, MissingFileError
 from milora_lightning.utils.suggestions import closest
 
-# The words in the names of files and folders that tell their split.
+# Words in the names of files and folders that indicate their split.
 WORDS: dict[Split, set[str]] = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
@@ -26,7 +26,7 @@ SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes
 
 
 def is_hub_name(name: str) -> bool:
-    """Tell whether a location is no file: whatever does not exist, and has no data file's suffix."""
+    """Tell whether a location is a Hub name: it does not exist as a path, and has no suffix of a data file."""
     return not (Path(name).expanduser().exists() or name.lower().endswith(SUFFIXES) or glob.has_magic(name))
 
 
@@ -41,12 +41,12 @@ def saved_dataset(name: str, split: Split, split_name: str, needed: bool) -> dat
 
     Args:
         name: The folder.
-        split: Which split, of several.
-        split_name: What that is called here.
-        needed: Whether there has to be one; of a single split, it is the one that is meant.
+        split: Which split to open, if there are several.
+        split_name: Name of the split in this data set.
+        needed: Whether a missing split is an error. If so, a single split is used whatever its name.
 
     Returns:
-        The data set; None if there is no such split and need not be.
+        The data set; None if there is no such split and ``needed`` is false.
 
     Raises:
         ValueError: If it is damaged, or has no such split.
@@ -54,9 +54,9 @@ def saved_dataset(name: str, split: Split, split_name: str, needed: bool) -> dat
     folder = Path(name).expanduser().absolute()
     try:
         data = datasets.load_from_disk(str(folder))
-    except Exception as error:  # of whichever kind a damaged file gives
+    except Exception as error:  # damaged files raise errors of many kinds
         raise InvalidInputError(
-            f"{folder} is no data set that can be opened ({type(error).__name__}: {error})."
+            f"{folder} cannot be opened as a saved data set ({type(error).__name__}: {error}). Save it again."
         ) from error
     if isinstance(data, datasets.Dataset):
         return data.with_format(None) if needed else None
@@ -76,28 +76,28 @@ def files_at(name: str, split: Split, needed: bool) -> list[Path]:
 
     Args:
         name: The location.
-        split: Which split, of a folder that has several.
-        needed: Whether there has to be one; in a folder, files that name no split are meant.
+        split: Which split to find in a folder that has several.
+        needed: Whether a missing split is an error. If so, all files of a folder whose names tell no split are used.
 
     Returns:
-        The files, in the order of their names; none only if there need not be any.
+        The files in the order of their names; an empty list if there are none and ``needed`` is false.
 
     Raises:
-        FileNotFoundError: If there is nothing.
-        ValueError: If something there is no data file, or cannot be read.
+        FileNotFoundError: If nothing exists there.
+        ValueError: If a file is not a data file, or cannot be read.
     """
     path = Path(name).expanduser().absolute()
     try:
         if path.is_dir():
             return _files_in(path, split, needed)
-        return _found(name, path) if needed else []
+        return _matching_files(name, path) if needed else []
     except PermissionError as error:
         raise InvalidInputError(
             f"{path} cannot be read ({error}). Check the permissions of the file and its folder."
         ) from error
 
 
-def _found(name: str, path: Path) -> list[Path]:
+def _matching_files(name: str, path: Path) -> list[Path]:
     found = [Path(p) for p in sorted(glob.glob(str(path)))] if not path.exists() and glob.has_magic(name) else [path]
     if not found or not found[0].exists():
         meant = closest(path.name, [file.name for file in path.parent.glob("*") if is_data_file(file)])
@@ -105,30 +105,30 @@ def _found(name: str, path: Path) -> list[Path]:
         raise MissingFileError(f"There is no data file {path}. {hint}")
     for file in found:
         if not file.is_file() or not is_data_file(file):
-            raise InvalidInputError(f"{file} is no data file: {_endings()}. Convert it, or leave it out.")
+            raise InvalidInputError(f"{file} is not a data file: {_suffix_rule()}. Convert it, or leave it out.")
     return found
 
 
 def _files_in(folder: Path, split: Split, needed: bool) -> list[Path]:
-    """Return the files of a split in a folder, which all are those of the split that is asked for if none names one."""
+    """Return the files of a split in a folder; if no name tells a split, all files belong to the needed one."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and _is_data(file.relative_to(folder))]
     if not files:
-        raise InvalidInputError(f"There is no data file in the folder {folder}: {_endings()}.")
+        raise InvalidInputError(f"There is no data file in the folder {folder}: {_suffix_rule()}.")
     splits = {file: _split_of(file.relative_to(folder)) for file in files}
     without = [file for file, found in splits.items() if found is None]
     if len(without) == len(files):
         return files if needed else []
     if without:
         raise InvalidInputError(
-            f"{without[0]} names no split, while {next(f for f in files if f not in without)} does. Name the files "
-            "themselves, or have the names of all tell train, validation or test."
+            f"The name of {without[0]} tells no split, but that of {next(f for f in files if f not in without)} does. "
+            "Name the files themselves, or put train, validation or test into the names of all."
         )
     chosen = [file for file, found in splits.items() if found == split]
     if not chosen and needed:
         if len(set(splits.values())) == 1:
             return files
         raise InvalidInputError(
-            f"No file in the folder {folder} is of the {split} split, by its name. Name the files themselves."
+            f"No file in the folder {folder} is named as the {split} split. Name the files themselves."
         )
     return chosen
 
@@ -139,10 +139,10 @@ def _is_data(path: Path) -> bool:
 
 
 def _split_of(path: Path) -> Split | None:
-    """Return the split that a file's name tells, or else that of the innermost folder that does.
+    """Return the split that the name of a file tells, or else the name of the innermost folder that tells one.
 
     Raises:
-        ValueError: If it tells several.
+        ValueError: If a name tells several splits.
     """
     for part in (path.name, *reversed(path.parent.parts)):
         words = set(re.split(r"[^a-z]+", part.lower()))
@@ -156,8 +156,8 @@ def _split_of(path: Path) -> Split | None:
     return None
 
 
-def _endings() -> str:
-    return f"its name has to end in {', '.join(_short(SUFFIXES))}"
+def _suffix_rule() -> str:
+    return f"its name must end in {', '.join(_short(SUFFIXES))}"
 
 
 def _short(suffixes: Iterable[str]) -> list[str]:
@@ -169,13 +169,13 @@ def hub_dataset(name: str, split_name: str, needed: bool, streaming: bool = Fals
     """Load a split of a data set from the Hub.
 
     Args:
-        name: Its name there, with a configuration behind a colon.
-        split_name: The split.
-        needed: Whether there has to be one.
-        streaming: Whether to read it as it is asked for.
+        name: Its name on the Hub, optionally followed by a colon and a configuration.
+        split_name: Name of the split.
+        needed: Whether a missing split is an error.
+        streaming: Whether to read rows only when they are requested.
 
     Returns:
-        The data set, an ``IterableDataset`` with ``streaming``; None if it has no such split and need not.
+        The data set, an ``IterableDataset`` with ``streaming``; None if it has no such split and ``needed`` is false.
 
     Raises:
         FileNotFoundError: If the Hub does not have it, or cannot be reached.

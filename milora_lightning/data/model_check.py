@@ -1,4 +1,4 @@
-"""Whether a model has an embedding and a position for every token that a stage will ask of it."""
+"""A check that a model has an embedding and a position for every token of the data of a stage."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from milora_lightning.data.sources import Split
 from milora_lightning.data.splits import TokenizedSplits
 from milora_lightning.models.limits import check_positions, check_token_ids
 
-# The Trainer's name of a stage's batches.
-BATCHES = {"train": "train", "validation": "val", "test": "test"}
+# The Trainer's names of the splits, as in limit_val_batches.
+TRAINER_NAMES = {"train": "train", "validation": "val", "test": "test"}
 
 
 def check_model(data: TokenizedSplits, module: LightningModule, padded: int = 1) -> None:
-    """Check a module's language model, if it has one, against what is loaded for the Trainer's stage.
+    """Check a module's language model, if it has one, against the data loaded for the Trainer's stage.
 
     Args:
         data: The data.
-        module: The module, with its Trainer.
+        module: The module, attached to its Trainer.
         padded: Examples are padded to a multiple of this.
 
     Raises:
-        ValueError: If tokens have no embedding or no position. Of a model that computes its positions, however many,
-            this is a warning.
+        ValueError: If tokens have no embedding or no position. A model that computes its positions gets a warning
+            instead.
     """
     model, stage = language_model(module), module.trainer.state.fn
     if model is None or stage is None:
@@ -47,7 +47,7 @@ def check_model(data: TokenizedSplits, module: LightningModule, padded: int = 1)
 
 
 def language_model(module: LightningModule) -> PreTrainedModel | None:
-    """Return the one model of transformers in a module; None also if there are several, which may read other things."""
+    """Return the only transformers model in a module; None if there are none or several, which may read other data."""
     models = [m for m in module.modules() if isinstance(m, PreTrainedModel)]
     inside = {child for model in models for child in model.modules() if child is not model}
     outermost = [model for model in models if model not in inside]
@@ -55,5 +55,5 @@ def language_model(module: LightningModule) -> PreTrainedModel | None:
 
 
 def _runs(module: LightningModule, split: Split, stage: str) -> bool:
-    name = "predict" if stage == "predict" else BATCHES[split]
+    name = "predict" if stage == "predict" else TRAINER_NAMES[split]
     return bool(getattr(module.trainer, f"limit_{name}_batches"))

@@ -1,4 +1,4 @@
-"""Rows at a location: what the cache of ``datasets`` is filled with, and what streams open."""
+"""Reading the rows at a location, into the cache of ``datasets`` or as streams."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from milora_lightning.data.reading.tables import without_nulls
 from milora_lightning.data.sources import Split, cached_dataset
 
 OpenRows = Callable[[int], Iterator["Row | None"]]
-"""Opens rows; told how many of them to pass over, yields None for each of these."""
+"""Opens an iterator over rows; yields None for each of the given number of first rows, which are skipped."""
 
 
 def file_rows(
     files: tuple[tuple[str, int, int], ...], fields: Fields, convert: Convert, task: str, unanswered: bool
 ) -> Iterator[Row]:
-    """Read the rows of files, each named with its size and time of change."""
+    """Read the rows of files, each given as path, size and modification time."""
     for name, _, _ in files:
         yield from checked_rows(read_records(name), name, fields, convert, task, unanswered)
 
@@ -38,22 +38,22 @@ def table_rows(
 def kept_rows_at(
     name: str, split: Split, split_name: str, needed: bool, columns: tuple[str, ...], **reading: Any
 ) -> datasets.Dataset | None:
-    """Read the rows at a location and keep them in the cache of ``datasets``; for the arguments see :func:`rows_at`.
+    """Read the rows at a location and keep them in the cache of ``datasets``; arguments as for :func:`rows_at`.
 
     Returns:
-        The rows; None only if there need not be any.
+        The rows; None if there are none and ``needed`` is false.
     """
     if is_hub_name(name) or is_saved(name):
         open_dataset = hub_dataset if is_hub_name(name) else functools.partial(saved_dataset, split=split)
         table = open_dataset(name, split_name=split_name, needed=needed)
         return None if table is None else cached_dataset(table_rows, columns, dataset=table, name=name, **reading)
-    # Size and time of change go into the cache's key, so that an edited file is read again.
+    # Size and modification time are part of the cache's key, so that an edited file is read again.
     files = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files_at(name, split, needed))
     return cached_dataset(file_rows, columns, files=files, **reading) if files else None
 
 
 def prompt_lines(names: Sequence[str]) -> list[str]:
-    """Read the lines of files of text that hold something.
+    """Read the lines of text files that are not blank.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -74,17 +74,17 @@ def rows_at(
     Args:
         name: The location.
         split: Which split.
-        split_name: What it is called in a data set.
-        needed: Whether there has to be one.
-        columns: Columns that every row is to have, empty where it has nothing.
-        reading: How rows are made of records, see :func:`milora_lightning.data.reading.rows.rows_after`.
+        split_name: Name of the split in a data set.
+        needed: Whether a missing split is an error.
+        columns: Columns of every row; empty strings where a row has nothing.
+        reading: How to make rows of records, see :func:`milora_lightning.data.reading.rows.rows_after`.
 
     Returns:
-        What opens them, one for each file; none only if there need not be any.
+        One opener for each file or data set; an empty list if there is no such split and ``needed`` is false.
 
     Raises:
-        FileNotFoundError: As :func:`files_at` and :func:`hub_dataset`.
-        ValueError: As these.
+        FileNotFoundError: As for :func:`files_at` and :func:`hub_dataset`.
+        ValueError: As for these.
     """
     if is_hub_name(name) or is_saved(name):
         table = (
@@ -101,7 +101,7 @@ def rows_at(
 
 
 def formats_of(dataset: datasets.Dataset) -> list[tuple[Format, int]]:
-    """Return the formats that were recognised, and how many rows have each."""
+    """Return the formats that were recognised, each with its number of rows."""
     counts = dataset.data.column(FORMAT).value_counts().to_pylist()
     return [(Format.read(each["values"]), each["counts"]) for each in counts if each["values"]]
 

@@ -1,4 +1,4 @@
-"""What a source of examples is, and how sources keep their rows on disk."""
+"""The protocols for sources of examples, and the cache that sources keep their rows in."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from milora_lightning.utils.compat import fingerprint_of
 Split = Literal["train", "validation", "test"]
 PROMPT_COLUMNS = ("prompt", "input", "response", "reference", "task")
 COLUMNS = (*PROMPT_COLUMNS, "messages", "tools", "text")
-"""Of an example: a prompt with a response, or ``messages`` in JSON with ``tools``, or a ``text``, as what is not empty
-tells."""
+"""Columns of an example. It is a prompt with a response, or ``messages`` in JSON with ``tools``, or a ``text``; the
+columns of the other two kinds are empty."""
 
 
 class Source(Protocol):
-    """Anything that loads examples; :class:`Files` and :class:`WordProblems` are two.
+    """Anything that loads examples, such as :class:`Files` and :class:`WordProblems`.
 
-    To bring your own, write a class with this one method.
+    A source of your own is a class with this one method.
     """
 
     def load(self, split: Split) -> datasets.Dataset | None:
@@ -37,12 +37,12 @@ class Source(Protocol):
 
         Returns:
             A dataset, or a list of dicts, with the columns ``prompt`` (question or instruction) and ``response`` (what
-            the model is to write), and optionally ``input`` (further context, may be empty), ``reference`` (what
-            generated text is scored against, by default the response), ``task`` (the name of the test set, where there
-            are several) and ``prompt_role`` (``"system"`` where the prompt is a chat's system message and the input
-            what the user says). In place of prompt and response, a row may have ``messages`` (a conversation in
-            OpenAI's form, as a list of dicts or as JSON) with ``tools``, or a ``text`` of which every token is to be
-            learned. None where the source has no such split.
+            the model should write), and optionally ``input`` (further context, may be empty), ``reference`` (what
+            generated text is scored against, by default the response), ``task`` (the name of the test set, if there
+            are several) and ``prompt_role`` (``"system"`` if the prompt is a chat's system message and the input is
+            the user's message). Instead of prompt and response, a row may have ``messages`` (a conversation in
+            OpenAI's form, as a list of dicts or as JSON) with ``tools``, or a ``text`` of which every token is
+            learned. None if the source has no such split.
         """
         ...
 
@@ -61,16 +61,16 @@ class MultipleChoice(Task, Protocol):
     """A task whose answers can also be chosen by their likelihood."""
 
     def choices(self, prompt: str) -> list[str]:
-        """Return the responses that a prompt leaves to choose from."""
+        """Return the possible responses to a prompt."""
         ...
 
 
 @runtime_checkable
 class AsksLines(Source, Protocol):
-    """A source whose test data may be files of text, of which ``predict`` answers each line."""
+    """A source whose test data may be text files with one prompt per line, for ``predict`` to answer."""
 
     def lines(self) -> list[str] | None:
-        """Return the lines that are to be answered; None if the test data are something else."""
+        """Return the lines to answer; None if the test data are not text files."""
         ...
 
 
@@ -81,19 +81,19 @@ def cached_dataset(
 
     Args:
         rows: Module-level generator function of rows with the keys ``prompt``, ``input``, ``response``,
-            ``reference``, and ``task`` where there are several.
+            ``reference``, and ``task`` if there are several.
         columns: Names of the columns, all of them text.
-        arguments: Its arguments; together with the code of ``rows`` and of functions among them they are the key of
-            the cache.
+        arguments: Arguments of ``rows``. The cache's key is made of them, of the code of ``rows``, and of the code of
+            functions among them.
 
     Returns:
-        The dataset, with a fingerprint that is the same each time.
+        The dataset, with a fingerprint that is the same every time.
 
     Raises:
         Exception: Whatever ``rows`` raises.
     """
     functions = [rows, *filter(callable, arguments.values())]
-    # A dataset among the arguments stands with its fingerprint.
+    # A dataset among the arguments is represented by its fingerprint.
     values = {
         k: fingerprint_of(v) if isinstance(v, datasets.Dataset) else v for k, v in arguments.items() if not callable(v)
     }
@@ -104,14 +104,14 @@ def cached_dataset(
                 features=datasets.Features({name: datasets.Value("large_string") for name in columns}),
             )
         except DatasetGenerationError as error:
-            # What went wrong is said by the cause; "An error occurred while generating" only hides it.
+            # The cause says what went wrong; "An error occurred while generating" only hides it.
             raise (error.__cause__ or error) from None
 
 
 class _Rows:
-    """Generates rows; for ``datasets``, which takes the pickled generator for the cache's key, it is its key alone.
+    """A generator of rows that pickles to its key alone: ``datasets`` hashes the pickle as the cache's key.
 
-    Pickling functions would miss edits of those in modules, and fail for some in notebooks.
+    Pickled functions would not change when a module is edited, and some in notebooks cannot be pickled.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class _Rows:
 
 @contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
-    """Have ``datasets`` show or hide its progress bars, and leave its setting as it was."""
+    """Show or hide the progress bars of ``datasets``, and restore the setting afterwards."""
     disabled = datasets.are_progress_bars_disabled()
     if not shown:
         datasets.disable_progress_bars()
@@ -144,13 +144,13 @@ def progress_bars(shown: bool) -> Iterator[None]:
 
 
 def describe(source: object) -> str:
-    """Say in a line of words what a source is and what it was given, for model cards."""
+    """Describe a source and its arguments in one line, for model cards."""
     given = ((key.replace("_", " "), _in_words(value)) for key, value in vars(source).items() if key[0] != "_")
     return "; ".join([type(source).__name__, *(f"{key}: {words}" for key, words in given if words)])
 
 
 def _in_words(value: Any) -> str:
-    """Write a source's argument without Python's punctuation; nothing for what is empty.
+    """Write a source's argument without Python's punctuation; empty arguments become an empty string.
 
     >>> _in_words({"train": "a.jsonl", "test": None}), _in_words(["x", 0.5]), _in_words({})
     ('train a.jsonl', 'x, 0.5', '')

@@ -1,4 +1,4 @@
-"""The splits of a source, tokenized."""
+"""The part of the data module that loads and tokenizes the splits of a source."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from milora_lightning.data.tokenizing import holds, tokenize_dataset
 from milora_lightning.metrics import AnswerAccuracy
 from milora_lightning.utils.errors import InvalidInputError
 
-# Which splits each stage loads.
+# The splits that each stage loads.
 SPLITS: dict[str | None, tuple[Split, ...]] = {
     "fit": ("train", "validation"),
     "validate": ("validation",),
@@ -35,19 +35,20 @@ SPLITS: dict[str | None, tuple[Split, ...]] = {
 
 
 class TokenizedSplits(LightningDataModule):
-    """A source's examples as tokens; the loaders of :class:`milora_lightning.SFTDataModule` make batches of them.
+    """Data module base class that tokenizes a source's examples.
 
     Args:
-        source: Where examples come from; for this and the others see there.
+        source: Where examples come from; for details of all arguments see :class:`milora_lightning.SFTDataModule`.
         tokenizer: The model's name, or its tokenizer.
         template: How prompts and conversations are written.
         prompt_suffix: What every prompt ends in.
-        max_length: Most tokens of an example.
+        max_length: Maximum number of tokens in an example.
         num_proc: Number of processes that tokenize.
         train_on: Which turns of conversations are learned.
-        streaming: Whether of the training data only the beginning is loaded.
-        numbers: How many examples an evaluation of a split answers, None for all.
-        answer_by: How.
+        streaming: Whether only the beginning of the training data is loaded.
+        num_generation_examples: Number of validation examples to answer; None for all.
+        num_test_generation_examples: Number of examples to answer in each test set; None for all.
+        answer_by: How answers are chosen.
     """
 
     def __init__(
@@ -82,25 +83,25 @@ class TokenizedSplits(LightningDataModule):
         self._kinds: tuple[bool, bool] | None = None  # whether there are conversations, and nothing but plain texts
 
     def metric(self) -> Metric | None:
-        """Make the metric that scores answers: the source's own; None if it says that there is nothing to score."""
+        """Make the metric that scores answers, by default :class:`AnswerAccuracy`; None if the source scores none."""
         return self.source.metric() if isinstance(self.source, Task) else AnswerAccuracy()
 
     @property
     def description(self) -> str:
-        """What the data is, for model cards: the source and what it was given, in a line of words."""
+        """The source and its arguments in one line, for model cards."""
         return describe(self.source)
 
     @property
     def prompt_format(self) -> PromptFormat | None:
-        """How prompts are written; None of data that is nothing but plain texts."""
+        """How prompts are written; None if all data are plain texts."""
         _, only_texts = self._kinds_of_rows()
         return None if only_texts else PromptFormat.of(self.tokenizer_object, self.template_name, self.prompt_suffix)
 
     def ask_as(self, trained: PromptFormat) -> None:
-        """Ask as a model was asked in training, where ``template`` is ``"auto"``: the data would decide it else.
+        """Use the prompt format of training if ``template`` is ``"auto"``, instead of letting the data decide.
 
         Args:
-            trained: How that was; its suffix counts where none is given here.
+            trained: The format of training; its suffix is used unless one is given here.
         """
         if self.template != AUTO:
             return
@@ -115,10 +116,10 @@ class TokenizedSplits(LightningDataModule):
 
     @property
     def template_in_words(self) -> str:
-        """Name of the template, and where it comes from where that is not what was named."""
+        """Name of the template for messages, with its origin if the name alone does not tell."""
         _, only_texts = self._kinds_of_rows()
         if only_texts:
-            return "none, texts are learned as they stand"
+            return "none, texts are learned unchanged"
         name = self.template_name
         if name == "chat" and self.template in ("chat", AUTO):
             return "chat (the tokenizer's own)"
@@ -139,11 +140,11 @@ class TokenizedSplits(LightningDataModule):
         return self.tokenizer
 
     def loaded(self, stage: str) -> list[Split]:
-        """Return which splits of a stage there are."""
+        """Return the splits of a stage that the source has."""
         return [split for split in SPLITS[stage] if self._splits.get(split) is not None]
 
     def answered(self, split: Split) -> Sequence[int]:
-        """Return the indices of the examples that an evaluation answers, beside taking their loss."""
+        """Return the indices of the examples that an evaluation answers, in addition to computing their loss."""
         number = {"validation": self.num_generation_examples, "test": self.num_test_generation_examples}.get(split, 0)
         if self.metric() is None or number == 0:
             return []
@@ -168,7 +169,7 @@ class TokenizedSplits(LightningDataModule):
         return examples
 
     def longest(self, split: Split) -> int:
-        """Return the most tokens of an example of a split; of a stream, what they may be."""
+        """Return the length of the longest example of a split in tokens; for a stream, the length allowed."""
         if self._is_stream(split):
             return self.max_length
         return int(max(self.examples(split)["length"][:]))
@@ -177,7 +178,7 @@ class TokenizedSplits(LightningDataModule):
         return self.streaming and split == "train"
 
     def _load(self, split: Split, unanswered: bool = False) -> Any:
-        """Load a split; of a stream to train on its beginning, and to answer, the lines of files of text."""
+        """Load a split; only the beginning of a training stream, and the lines of text files to answer."""
         if unanswered and isinstance(self.source, AsksLines) and (lines := self.source.lines()) is not None:
             return [{"prompt": line, "response": ""} for line in lines]
         if not self.streaming:
@@ -211,7 +212,7 @@ class TokenizedSplits(LightningDataModule):
         )
 
     def _kinds_of_rows(self) -> tuple[bool, bool]:
-        """Look at the first split there is, if none has been loaded."""
+        """Return the kinds of rows in the first split loaded; if none has been loaded, load the first one there is."""
         if self._kinds is None:
             data = ((split, self._load(split)) for split in SPLITS[None])
             found = next(((split, dataset) for split, dataset in data if dataset is not None), None)
@@ -220,7 +221,7 @@ class TokenizedSplits(LightningDataModule):
 
 
 def _asks(dataset: datasets.Dataset) -> bool:
-    """Tell whether there are rows without the answer to their last question."""
+    """Tell whether there are rows whose last question has no answer."""
     rows = zip(dataset["prompt"], dataset["response"], strict=True)
     if any(prompt and not response.strip() for prompt, response in rows):
         return True
@@ -229,7 +230,7 @@ def _asks(dataset: datasets.Dataset) -> bool:
 
 
 def _kinds(dataset: datasets.Dataset) -> tuple[bool, bool]:
-    """Tell whether there are conversations among rows, and whether there is nothing but plain texts."""
+    """Tell whether there are conversations among the rows, and whether all rows are plain texts."""
     return holds(dataset, "messages"), holds(dataset, "text", all_rows=True)
 
 

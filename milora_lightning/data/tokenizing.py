@@ -1,4 +1,4 @@
-"""Whole datasets tokenized, with what their users must know about them."""
+"""Tokenizing of whole datasets, with warnings about truncated and dropped examples."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def tokenize_dataset(
     train_on: TrainOn = ASSISTANT,
     unanswered: bool = False,
 ) -> datasets.Dataset:
-    """Tokenize a source's dataset, or read it from the cache of ``datasets`` if that has been done before.
+    """Tokenize a source's dataset, or read it from the cache of ``datasets`` if it was tokenized before.
 
-    Warns with numbers if examples were left out or truncated.
+    Warns if examples were dropped or truncated, and says how many.
 
     Args:
         dataset: What :meth:`milora_lightning.data.Source.load` returns.
@@ -48,11 +48,11 @@ def tokenize_dataset(
         template: Name of the prompt template; ``"auto"`` for the tokenizer's chat template if there are conversations
             and ``"alpaca"`` if not; or the path of a Jinja file with a chat template.
         prompt_suffix: What every prompt ends in, after the template.
-        max_length: Most tokens of an example.
-        num_proc: Number of processes; None or 0 for this one alone.
-        split: What to call the data in messages.
-        train_on: Which turns of conversations are learned: ``"assistant"`` for all of the assistant's, ``"last"`` for
-            its last one, or a list of roles.
+        max_length: Maximum number of tokens in an example.
+        num_proc: Number of processes; None or 0 for only this one.
+        split: Name of the data, for messages.
+        train_on: Which turns of conversations are learned: ``"assistant"`` for all turns of the assistant, ``"last"``
+            for its last turn, or a list of roles.
         unanswered: Whether prompts without a response are kept, to be answered.
 
     Returns:
@@ -60,7 +60,7 @@ def tokenize_dataset(
 
     Raises:
         ValueError: If columns are missing or hold something other than text, the tokenizer has no EOS token, the chat
-            template is of no use or refuses a row, ``max_length`` leaves no room for a response, or no example has one.
+            template is unusable or refuses a row, ``max_length`` leaves no room for a response, or no example has one.
     """
     dataset = as_dataset(dataset, split)
     if max_length < 2:
@@ -74,7 +74,7 @@ def tokenize_dataset(
     arguments = {"template": name, "prompt_suffix": prompt_suffix, "max_length": max_length, "train_on": train_on}
     if unanswered:
         arguments["unanswered"] = True
-    # The tokenizer's own hash changes with use (it remembers padding and truncation), which would miss the cache.
+    # Not the tokenizer's own hash, which changes with use (it stores padding and truncation) and would miss the cache.
     key = [fingerprint_of(dataset), _content(tokenizer), arguments, code_key(encode)]
     with progress_bars(len(dataset) >= LONG):
         encoded = dataset.map(
@@ -93,10 +93,10 @@ def tokenize_dataset(
 
 
 def check_end(tokenizer: PreTrainedTokenizerBase, template: TemplateName) -> None:
-    """Check that a model can learn where a response ends; say it where a chat template leaves that open.
+    """Check that a model can learn where a response ends; warn if the chat template has no token for it.
 
     Raises:
-        ValueError: If neither the tokenizer nor its chat template has a token for it, or the template is of no use.
+        ValueError: If neither the tokenizer nor its chat template has a token for it, or the template is unusable.
     """
     if template == "chat" and ChatTemplate.of(tokenizer).end_of_turn is not None:
         return
@@ -113,7 +113,7 @@ def check_end(tokenizer: PreTrainedTokenizerBase, template: TemplateName) -> Non
 
 
 def holds(dataset: datasets.Dataset, column: str, all_rows: bool = False) -> bool:
-    """Tell whether a column has something in it, in any row or in all."""
+    """Tell whether a column is not empty, in any row or in all rows."""
     return column in dataset.column_names and (all if all_rows else any)(map(bool, dataset[column]))
 
 
@@ -149,15 +149,15 @@ def _report(size: int, encoded: datasets.Dataset, max_length: int, split: str) -
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token with which rows are filled up: any will do, since labels and attention leave it out."""
+    """Return the padding token; any will do if there is none, since it is masked in labels and attention."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(i for i in ids if i is not None)
 
 
 def _content(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Describe what a tokenizer does, without the state that its use leaves behind."""
+    """Hash what determines a tokenizer's output, without the state that its use leaves behind."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # a tokenizer in Python alone: hashed as it is
+    if backend is None:  # a tokenizer in pure Python
         return cast(str, Hasher.hash(tokenizer))
     model = json.loads(backend.to_str())
     model.update(truncation=None, padding=None)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
 from milora_lightning.data import SFTDataModule
-from milora_lightning.data.batches.batching import TEXTS
+from milora_lightning.data.batches.batching import TEXT_COLUMNS
 from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy
 from milora_lightning.training.optimization import OptimizedModule
 
@@ -142,6 +142,6 @@ class EvaluatedModule(OptimizedModule):
 
 def _records(batch: Batch, answers: list[str]) -> list[dict[str, str]]:
     """Combine answers with the texts of their batch, leaving out examples that only pad the batch."""
-    columns = {"generation": answers, **{text: batch[text] for text in TEXTS}}
+    columns = {"generation": answers, **{column: batch[column] for column in TEXT_COLUMNS}}
     records = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
     return [record for record in records if record["reference"] is not None]

@@ -135,4 +135,4 @@ def test_preview_of_one_text_counts_one_and_names_no_template(
     text = capsys.readouterr().out
     assert "1 example; mean" in text
     assert "1 step of 1 row, 1 an epoch" in text
-    assert "template: none, texts are learned as they stand" in text
+    assert "template: none, texts are learned unchanged" in text

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.data import _update_dataloader
 from torch.utils.data import DataLoader, DistributedSampler
 
 from milora_lightning.data import Collator, EvaluationSampler, LengthGroupedSampler, PromptCollator
-from milora_lightning.data.batches.batching import FilledDataset
+from milora_lightning.data.batches.batching import PaddedDataset
 
 LENGTHS = random.Random(0).choices(range(10, 401), k=1003)
 
@@ -90,7 +90,7 @@ def test_evaluation_counts_each_example_once_in_equally_many_batches(size):
 def test_lightning_leaves_the_samplers_alone():
     for sampler in (LengthGroupedSampler(LENGTHS, 8), EvaluationSampler(range(4))):
         assert isinstance(sampler, DistributedSampler)
-    loader = DataLoader(FilledDataset([EXAMPLE]), batch_size=2, sampler=EvaluationSampler([0]))
+    loader = DataLoader(PaddedDataset([EXAMPLE]), batch_size=2, sampler=EvaluationSampler([0]))
     # This is how Lightning builds a loader for prediction anew.
     assert isinstance(_update_dataloader(loader, loader.sampler).sampler, EvaluationSampler)
 
@@ -130,7 +130,7 @@ def test_prompts_end_where_generation_begins():
 
 
 def test_filler_counts_nothing():
-    filled = FilledDataset([EXAMPLE])
+    filled = PaddedDataset([EXAMPLE])
     assert len(filled) == 1
     assert filled[0] == EXAMPLE
     assert (Collator(0)([filled[-1]])["labels"] == -100).all()

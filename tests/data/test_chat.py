@@ -116,7 +116,7 @@ def test_a_chat_of_a_file_is_the_whole_conversation(name: str, tmp_path: Path) -
         (
             _CHATML.replace("m['content']", "m['content'].split('</think>')[-1]"),
             chat(answer="<think>a</think>b"),
-            "as it is",
+            "changes the answer",
         ),
         (QWEN3, chat(answer="<think>a</think>b"), None),
     ],

@@ -248,7 +248,7 @@ def test_own_sources_give_conversations_as_lists_or_json() -> None:
     table = as_dataset(datasets.Dataset.from_list([{"messages": TURNS}]), "train")
     assert json.loads(table["messages"][0]) == TURNS
     assert as_dataset(table, "train")._fingerprint == table._fingerprint
-    with pytest.raises(ValueError, match=r"'messages' in row 1 .* of the train data is no conversation: message 1 of"):
+    with pytest.raises(ValueError, match=r"'messages' in row 1 .* of the train data is not a conversation: message 1"):
         as_dataset([{"messages": [{"role": "user"}]}], "train")
     with pytest.raises(ValueError, match=r"'response' in row 2 .* holds None"):
         as_dataset([{"messages": TURNS}, {"prompt": "a", "response": None}], "train")

@@ -146,7 +146,7 @@ def test_plain_text_is_one_text_and_a_large_one_is_cut_between_lines(tmp_path: P
         ("a.jsonl.xz", lzma.compress(b"{}" * 99)[:-9], r"a\.jsonl\.xz cannot be unpacked"),
         ("a.jsonl.zst", "{}", r"a\.jsonl\.zst cannot be unpacked"),
         ("a.jsonl.zst", packed(b"{}" * 99, ".zst")[:-3], r"a\.jsonl\.zst"),
-        ("a.parquet.gz", "", r"a\.parquet\.gz is no data file"),
+        ("a.parquet.gz", "", r"a\.parquet\.gz is not a data file"),
     ],
 )
 def test_damaged_files_are_named(name: str, content: str | bytes, message: str, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_splits_of_a_saved_data_set_are_told_by_names(tmp_path: Path) -> None:
     ):
         rows_of(path, train_split="none")
     (tmp_path / "saved" / "train" / "data-00000-of-00001.arrow").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"saved is no data set that can be opened"):
+    with pytest.raises(ValueError, match=r"saved cannot be opened as a saved data set"):
         rows_of(path)
 
 
@@ -213,10 +213,14 @@ def test_folders_and_lists_join_files_of_different_formats(tmp_path: Path, said:
 @pytest.mark.parametrize(
     ("names", "split", "message"),
     [
-        (("train.jsonl", "more.jsonl"), "train", r"more\.jsonl names no split, while .*train\.jsonl does"),
+        (
+            ("train.jsonl", "more.jsonl"),
+            "train",
+            r"more\.jsonl tells no split, but that of .*train\.jsonl does",
+        ),
         (("train_test.jsonl",), "train", r"The name of train_test\.jsonl tells train and test"),
-        (("val.jsonl", "test.jsonl"), "train", r"No file in the folder .* is of the train split, by its name"),
-        (("a.md",), "train", r"There is no data file in the folder"),
+        (("val.jsonl", "test.jsonl"), "train", r"No file in the folder .* is named as the train split"),
+        (("a.md",), "train", r"There is not a data file in the folder"),
     ],
 )
 def test_folders_that_leave_open_what_is_meant_are_refused(

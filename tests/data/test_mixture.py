@@ -88,8 +88,8 @@ def test_prompts_of_a_mixture_are_tokenized_as_by_themselves() -> None:
         ({"weights": [1.0]}, r"one positive number for each of the 2 sources"),
         ({"weights": [1.0, 0.0]}, r"one positive number"),
         ({"weights": [1.0, float("nan")]}, r"one positive number"),
-        ({"size": 3}, r"size=3 is of a mixture with weights"),
-        ({"weights": [1.0, 1.0], "size": 0}, r"size=0 is of a mixture with weights"),
+        ({"size": 3}, r"size=3 must be at least 1 and needs weights"),
+        ({"weights": [1.0, 1.0], "size": 0}, r"size=0 must be at least 1 and needs weights"),
     ],
 )
 def test_impossible_mixtures_are_refused(arguments: dict[str, Any], message: str) -> None:

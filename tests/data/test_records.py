@@ -322,7 +322,7 @@ def test_sources_return_lists_and_numbers_as_well(data: Any, texts: tuple[str, .
             r"type IterableDataset for train; .*all rows at hand",
         ),
         (datasets.DatasetDict(train=datasets.Dataset.from_list([ROW])), r"DatasetDict of \['train'\].*data\['train'\]"),
-        ({"prompt": ["a"]}, r"returns dict of \['prompt'\] for train; it has to return a datasets.Dataset or a list"),
+        ({"prompt": ["a"]}, r"returns dict of \['prompt'\] for train; it must return a datasets.Dataset or a list"),
         (["a"], r"an object of type list for train"),
         (3, r"an object of type int for train"),
         ([], r"The train data has no rows"),

@@ -271,7 +271,7 @@ def test_other_data_are_told(tmp_path: Path) -> None:
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
     checkpoint["SFTDataModule"] = checkpoint.pop("Share")
     torch.save(checkpoint, tmp_path / "a.ckpt")
-    with pytest.warns(UserWarning, match="epoch 0 goes on in another order, so that some examples come twice"):
+    with pytest.warns(UserWarning, match="epoch 0 continues in another order, so some examples come twice"):
         fit(tmp_path, data, ckpt=tmp_path / "a.ckpt", max_epochs=1)
 
 

@@ -212,14 +212,12 @@ def test_empty_data_is_refused(tmp_path, name, text):
         Files(test=[str(tmp_path / "full.jsonl"), str(tmp_path / name)]).load("test")
 
 
-@pytest.mark.parametrize(("name", "what"), [("a.xlsx", "a.xlsx is no data file:"), ("folder", "no data file in the")])
+@pytest.mark.parametrize(("name", "what"), [("a.xlsx", "a.xlsx is not a data file"), ("folder", "no data file in the")])
 def test_files_of_other_kinds_are_refused(tmp_path, name, what):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.xlsx").write_text("a,b")
     (tmp_path / "a.xlsx").write_text("a,b")
-    with pytest.raises(
-        ValueError, match=rf"{what}.*its name has to end in .json, .jsonl, .ndjson, .csv, .*\.arrow, or"
-    ):
+    with pytest.raises(ValueError, match=rf"{what}.*its name must end in .json, .jsonl, .ndjson, .csv, .*\.arrow, or"):
         Files(train=str(tmp_path / name)).load("train")
 
 

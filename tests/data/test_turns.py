@@ -140,7 +140,7 @@ def test_roles_and_fields_choose_turns(name: str, train_on: Any, messages: Messa
     ("message", "problem"),
     [
         (assistant(weight=0.5), "message 2 has weight=0.5, but a message is learned or not: give 0 or 1"),
-        (assistant(weight=1, train=False), "of which one says to learn it, another not to"),
+        (assistant(weight=1, train=False), "which contradict each other about whether to learn it"),
         ("Hello!", "message 2 is 'Hello!', but has to be an object with role and content"),
     ],
 )

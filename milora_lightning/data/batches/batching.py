@@ -1,4 +1,4 @@
-"""How a batch of examples becomes tensors."""
+"""Collators for loss batches and for prompts to generate from."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from milora_lightning.config import IGNORE_INDEX
-from milora_lightning.data.batches.sampling import FILLER
+from milora_lightning.data.batches.sampling import PAD_INDEX
 
 Example = dict[str, Any]
-TEXTS = ("prompt", "instruction", "reference", "task")  # what travels with a prompt
+TEXT_COLUMNS = ("prompt", "instruction", "reference", "task")  # texts that a batch of prompts carries along
 
 
-class FilledDataset(Dataset[Example]):
-    """Tokenized examples, and at index −1 one that counts nothing: a prompt without response and reference.
+class PaddedDataset(Dataset[Example]):
+    """Tokenized examples, and at index −1 an empty one that does not count: a prompt without response and reference.
 
     Args:
         examples: Examples with ``input_ids`` and ``prompt_length``; at least one.
@@ -27,8 +27,8 @@ class FilledDataset(Dataset[Example]):
         self.examples = examples
 
     def __getitem__(self, index: int) -> Example:
-        """Return an example, or the filler."""
-        if index != FILLER:
+        """Return an example, or the empty one."""
+        if index != PAD_INDEX:
             return dict(self.examples[index])
         first = self.examples[0]
         prompt = first["input_ids"][: first["prompt_length"]]
@@ -39,12 +39,12 @@ class FilledDataset(Dataset[Example]):
 
 
 class Collator:
-    """Makes the batches on which the loss is taken.
+    """Makes batches to compute the loss on.
 
     Args:
-        pad_token_id: Id with which rows are filled up.
-        pad_to_multiple_of: Lengths are rounded up to a multiple of this: few lengths mean few compilations, and
-            multiples of 8 suit the matrix units of GPUs.
+        pad_token_id: Id of the padding token.
+        pad_to_multiple_of: Lengths are rounded up to a multiple of this. Fewer different lengths mean fewer
+            compilations, and multiples of 8 suit the matrix units of GPUs.
 
     >>> batch = Collator(pad_token_id=0, pad_to_multiple_of=4)([{"input_ids": [5, 6, 7], "prompt_length": 2}])
     >>> batch["input_ids"], batch["attention_mask"], batch["labels"]
@@ -59,8 +59,8 @@ class Collator:
         """Collate examples.
 
         Args:
-            examples: Each with ``input_ids`` and ``spans`` (start, stop, start, stop ... of what is to be learned), or
-                ``prompt_length``, from where on all of them are, or those up to ``response_end``.
+            examples: Each with ``input_ids`` and ``spans`` (start, stop, start, stop ... of the ids to learn); or with
+                ``prompt_length``, after which all ids, or those up to ``response_end``, are learned.
 
         Returns:
             ``input_ids``, ``attention_mask`` and ``labels``, int64 of shape (batch, length), padded on the right;
@@ -80,10 +80,10 @@ class Collator:
 
 
 class PromptCollator:
-    """Makes the batches from which text is generated; the key ``reference`` tells them from the others.
+    """Makes batches of prompts to generate from; the key ``reference`` distinguishes them from loss batches.
 
     Args:
-        pad_token_id: Id with which rows are filled up.
+        pad_token_id: Id of the padding token.
         pad_to_multiple_of: Lengths are rounded up to a multiple of this.
     """
 
@@ -99,8 +99,8 @@ class PromptCollator:
 
         Returns:
             ``input_ids`` and ``attention_mask``, int64 of shape (batch, length), padded on the left, and the lists
-            ``prompt`` (what the model reads, as text), ``instruction`` (that without its template), ``reference``
-            (None for examples that count nothing) and ``task``.
+            ``prompt`` (what the model reads, as text), ``instruction`` (the prompt without its template), ``reference``
+            (None for examples that do not count) and ``task``.
         """
         width = round_up(max(e["prompt_length"] for e in examples), self.multiple)
         input_ids = torch.full((len(examples), width), self.pad_token_id)
@@ -112,12 +112,12 @@ class PromptCollator:
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            **{text: [e[text] for e in examples] for text in TEXTS},
+            **{column: [e[column] for e in examples] for column in TEXT_COLUMNS},
         }
 
 
 def learned_spans(example: Example) -> list[tuple[int, int]]:
-    """Return from where to where the ids of an example are to be learned.
+    """Return the spans (start, stop) of an example's ids that are learned.
 
     >>> learned_spans({"input_ids": range(9), "spans": [1, 3, 5, 9]})
     [(1, 3), (5, 9)]
@@ -129,5 +129,5 @@ def learned_spans(example: Example) -> list[tuple[int, int]]:
 
 
 def round_up(length: int, multiple: int) -> int:
-    """Return the next multiple."""
+    """Round a length up to a multiple."""
     return -(-length // multiple) * multiple

@@ -1,4 +1,4 @@
-"""Batches from which the likeliest of given answers is chosen."""
+"""A collator for multiple choice by likelihood."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from milora_lightning.data.tokenizing import padding_id
 
 
 class ChoiceCollator:
-    """Makes the batches from which answers are chosen: those for generating, with every choice as a response.
+    """Makes batches of prompts with every choice as a response, to choose answers by their likelihood.
 
     Args:
         tokenizer: The tokenizer of the prompts.
-        choices: Returns the responses that a prompt leaves to choose from.
+        choices: Returns the possible responses to a prompt.
         pad_to_multiple_of: Lengths are rounded up to a multiple of this.
-        chat: The chat template that the prompts are written in; None if they are written in another.
+        chat: The chat template that the prompts are written in; None for a prompt template such as ``"alpaca"``.
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class ChoiceCollator:
             examples: As for :class:`PromptCollator`.
 
         Returns:
-            What :class:`PromptCollator` returns, ``choices`` (each example's, a list of lists), and ``responses``: what
-            :class:`Collator` returns, one row for each choice of each example.
+            What :class:`PromptCollator` returns, ``choices`` (a list for each example), and ``responses``: what
+            :class:`Collator` returns, with one row for each choice of each example.
         """
         batch = self.prompts(examples)
         choices = [self.choices(example["instruction"]) for example in examples]

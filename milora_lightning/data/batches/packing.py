@@ -1,4 +1,4 @@
-"""Several examples in one row, each at positions of its own from 0 on, by which attention keeps them apart."""
+"""Packing of several examples into one row, kept apart in attention by positions that restart at 0."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from milora_lightning.data.batches.batching import Example, learned_spans, round
 
 
 def pack(lengths: Sequence[int], capacity: int, seed: int = 0) -> list[list[int]]:
-    """Share examples out among rows: the longest first, each into the fullest row that has room for it.
+    """Pack examples into rows by best-fit decreasing: longest first, each into the fullest row with room for it.
 
     Args:
         lengths: Length of each example, at most ``capacity``.
-        capacity: Most tokens of a row.
-        seed: Decides among examples of the same length.
+        capacity: Maximum number of tokens in a row.
+        seed: Seed of the order among examples of equal length.
 
     Returns:
-        For each row the indices of its examples, in a random order; every example is in one row.
+        For each row, the indices of its examples in random order; every example is in exactly one row.
 
     >>> [sorted(row) for row in pack([5, 3, 2, 4, 1], 6)]
     [[0, 4], [2, 3], [1]]
@@ -35,8 +35,8 @@ def pack(lengths: Sequence[int], capacity: int, seed: int = 0) -> list[list[int]
     order = generator.permutation(len(sizes))
     order = order[np.argsort(-sizes[order], kind="stable")]
     rows: list[list[int]] = []
-    with_room: defaultdict[int, list[int]] = defaultdict(list)  # rows by how many tokens they can still take
-    rooms: list[int] = []  # the keys that have rows, ascending
+    with_room: defaultdict[int, list[int]] = defaultdict(list)  # rows by the number of tokens that still fit
+    rooms: list[int] = []  # the keys that have rows, in ascending order
     for index in order.tolist():
         size = int(sizes[index])
         place = bisect_left(rooms, size)
@@ -57,12 +57,12 @@ def pack(lengths: Sequence[int], capacity: int, seed: int = 0) -> list[list[int]
 
 
 class PackedDataset(Dataset[list[Example]]):
-    """Rows of tokenized examples; the same ones in each epoch, which come in another order.
+    """Packed rows of tokenized examples. The rows are the same in each epoch; only their order changes.
 
     Args:
         examples: A dataset with the columns ``input_ids`` and ``spans``.
         lengths: Length of each example.
-        capacity: Most tokens of a row.
+        capacity: Maximum number of tokens in a row.
         seed: See :func:`pack`.
     """
 
@@ -83,10 +83,10 @@ class PackedDataset(Dataset[list[Example]]):
 class PackingCollator:
     """Makes training batches of packed rows.
 
-    There is no attention mask: with one, models of transformers would take a row for a single example.
+    There is no attention mask: with one, models of transformers would treat a row as a single example.
 
     Args:
-        pad_token_id: Id with which rows are filled up.
+        pad_token_id: Id of the padding token.
         pad_to_multiple_of: Lengths are rounded up to a multiple of this.
 
     >>> row = [{"input_ids": [5, 6, 7], "spans": [0, 3]}, {"input_ids": [8, 9], "spans": [1, 2]}]
@@ -108,9 +108,9 @@ class PackingCollator:
             rows: For each row its examples, as for :class:`milora_lightning.data.Collator`.
 
         Returns:
-            ``input_ids``, ``labels`` and ``position_ids``, int64 of shape (batch, length), and ``lengths`` (batch), how
-            many tokens of each row are no padding. Positions begin anew with each example, and with the padding; the
-            first token of an example has no label, since nothing in the row is to predict it.
+            ``input_ids``, ``labels`` and ``position_ids``, int64 of shape (batch, length), and ``lengths`` (batch,),
+            the number of tokens in each row without padding. Positions restart at 0 with each example and with the
+            padding. The first token of an example has no label, since no token in the row should predict it.
         """
         lengths = [sum(len(example["input_ids"]) for example in row) for row in rows]
         shape = len(rows), round_up(max(lengths), self.multiple)

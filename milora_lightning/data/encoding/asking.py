@@ -1,4 +1,4 @@
-"""Messages as the tokens that ask for an answer, and answers as text while they come."""
+"""Prompts for generation from messages, and streaming of answers as text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from milora_lightning.utils.errors import InvalidInputError
 
 
 class NotAskableError(InvalidInputError):
-    """A tokenizer has no chat template, or one that refuses a conversation."""
+    """The tokenizer has no chat template, or one that refuses a conversation."""
 
 
 def check_askable(tokenizer: PreTrainedTokenizerBase) -> None:

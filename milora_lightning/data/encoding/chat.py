@@ -1,4 +1,4 @@
-"""Chats as a tokenizer's chat template writes them, and which of their tokens a model is to learn."""
+"""Chats written in a tokenizer's chat template, and the spans of their tokens that a model learns."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from transformers import PreTrainedTokenizerBase
 
 from milora_lightning.utils.errors import InvalidInputError
 
-Message = dict[str, Any]  # role and content, and what else a template reads
+Message = dict[str, Any]  # role, content, and any other fields that a template reads
 
 SYSTEM, USER, ANSWER = (f"milora {role} probe" for role in ("system", "user", "answer"))  # in no template
 
 
 class ChatTemplateError(InvalidInputError):
-    """A chat template cannot write a chat, or writes one from which it cannot be told what is to be learned."""
+    """A chat template cannot write a chat, or writes it so that the tokens to learn cannot be located."""
 
 
 class Span(NamedTuple):
-    """Positions of tokens: from ``start`` up to, and without, ``stop``."""
+    """A range of tokens from ``start`` to ``stop``, exclusive."""
 
     start: int
     stop: int
@@ -32,11 +32,11 @@ class ChatTemplate:
 
     Args:
         tokenizer: The tokenizer.
-        lead: What stands between the prompt and the assistant's text: often nothing, or an empty block of thoughts.
-        tail: What stands after the assistant's text.
-        end_of_turn: Id of the token that ends the assistant's turn, the first special or added one of ``tail``; None
-            where there is none.
-        behind: How many tokens follow in ``tail`` after the end of turn, such as a line break.
+        lead: Text between the prompt and the assistant's text: often nothing, or an empty thinking block.
+        tail: Text after the assistant's text.
+        end_of_turn: Id of the token that ends the assistant's turn, the first special or added token of ``tail``; None
+            if there is none.
+        behind: Number of tokens in ``tail`` after the end of turn, such as a line break.
         takes_system: Whether it writes a system message.
     """
 
@@ -49,7 +49,7 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-        """Find out what a tokenizer's chat template does, from a chat of one question and one answer.
+        """Analyze a tokenizer's chat template by writing a chat of one question and one answer.
 
         Raises:
             ChatTemplateError: If there is no chat template, or it cannot write such a chat.
@@ -71,7 +71,7 @@ class ChatTemplate:
         lead, _, tail = whole[len(prompt) :].rpartition(ANSWER)
         special = (set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)) - _unknown(tokenizer)
         after = token_ids([tail], tokenizer)[0]
-        # Gemma has added tokens of white space, which end no turn.
+        # Gemma has added tokens of white space, which do not end turns.
         ends = [i for i, token in enumerate(after) if token in special and tokenizer.decode([token]).strip()]
         end_of_turn, behind = (after[ends[0]], len(after) - 1 - ends[0]) if ends else (None, 0)
         return cls(tokenizer, lead, tail, end_of_turn, behind, _takes_system(tokenizer))
@@ -80,17 +80,17 @@ class ChatTemplate:
         """Write a chat.
 
         Args:
-            messages: Messages with ``role`` and ``content``; the last one is the assistant's. A system message goes
-                before the first user's text where the template does not take one.
-            prefill: What the assistant's text starts with, before the last message's: it belongs to the prompt.
+            messages: Messages with ``role`` and ``content``; the last one is the assistant's. A system message is put
+                before the first user message's text if the template does not take one.
+            prefill: Text that the assistant's turn starts with; it belongs to the prompt.
 
         Returns:
-            The prompt, as what generates will write it, and the whole chat, which begins with it. The texts hold all
-            special tokens: tokenize them without adding any.
+            The prompt, as it is written for generation, and the whole chat, which begins with it. The texts contain
+            all special tokens: tokenize them without adding any.
 
         Raises:
             ChatTemplateError: If the template refuses the chat, leaves out a part of the answer, or begins the answer
-                otherwise than it does for generating.
+                differently than for generation.
         """
         messages = list(messages) if self.takes_system else fold_system(messages)
         *before, answer = messages
@@ -103,27 +103,27 @@ class ChatTemplate:
             and dense(written[: len(written) - len(self.tail)]).endswith(dense(answer["content"]))
         ):
             raise ChatTemplateError(
-                f"the chat template of {self.tokenizer.name_or_path!r} does not write the answer as it is: "
-                f"{answer['content']!r:.80} has become {written!r:.80}. Bring the answer into the form that the "
-                f"template expects, or use {_OTHERS}."
+                f"the chat template of {self.tokenizer.name_or_path!r} changes the answer: {answer['content']!r:.80} "
+                f"has become {written!r:.80}. Bring the answer into the form that the template expects, or use "
+                f"{_OTHERS}."
             )
         return prompt, whole
 
     def tokenize(self, chats: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[Span]]]:
         """Tokenize chats.
 
-        The ids are those of the whole text. Only where a token would reach over the border between prompt and answer,
-        the two are tokenized each by itself, because what generates has to start from the prompt's own tokens.
+        The ids are those of the whole text. If a token would span the boundary between prompt and answer, the two are
+        tokenized separately, because generation starts from the tokens of the prompt alone.
 
         Args:
             chats: What :meth:`write` returned.
 
         Returns:
-            For each chat its token ids and the spans that are to be learned: one, from the end of the prompt to the
-            token that ends the turn, which is the EOS token where the template has none.
+            For each chat its token ids and the spans to learn: a single one, from the end of the prompt to the token
+            that ends the turn, which is the EOS token if the template has none.
 
         Raises:
-            ChatTemplateError: If the tokens do not give the text, or the end of turn is not among them.
+            ChatTemplateError: If the tokens do not decode to the text, or the end of turn is not among them.
         """
         prompts, wholes = (token_ids([chat[part] for chat in chats], self.tokenizer) for part in (0, 1))
         rows = []
@@ -207,7 +207,7 @@ def write(
     generates: bool,
     tools: Sequence[dict[str, Any]] | None = None,
 ) -> str:
-    """Write messages in a tokenizer's chat template, and what asks for an answer if one is to be generated.
+    """Write messages in a tokenizer's chat template, with the generation prompt if ``generates``.
 
     Raises:
         ChatTemplateError: If the template refuses them.
@@ -216,7 +216,7 @@ def write(
         text = tokenizer.apply_chat_template(
             list(messages), tools=tools and list(tools), tokenize=False, add_generation_prompt=generates
         )
-    except Exception as error:  # a template is a program, which raises whatever its expressions do
+    except Exception as error:  # a template is a program, and may raise any error
         roles = [message["role"] for message in messages]
         raise ChatTemplateError(
             f"the chat template of {tokenizer.name_or_path!r} refuses a chat of the roles {roles}: {error}. Bring the "
@@ -257,5 +257,5 @@ def _unknown(tokenizer: PreTrainedTokenizerBase) -> set[int | None]:
 
 
 def dense(text: str) -> str:
-    """Take the white space out of a text."""
+    """Remove all white space from a text."""
     return "".join(text.split())

@@ -1,4 +1,4 @@
-"""Rows as token ids, with an exact border between what is asked and what is learned."""
+"""Encoding of rows as token ids, with an exact boundary between prompt and response."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ FEATURES = datasets.Features(
 
 
 class Encoded(NamedTuple):
-    """An example before it is brought within a length."""
+    """An example before truncation."""
 
     text: str  # the prompt
     prompt: list[int]
     response: list[int]
-    learned: int  # so many first tokens of the response; what a template puts after the end of turn is not learned
-    head: int = 0  # so many first tokens of the prompt stay where it is too long
+    learned: int  # number of first response tokens to learn, without what a template adds after the end of turn
+    head: int = 0  # number of first prompt tokens to keep if the prompt is truncated
 
 
 def encode(
@@ -67,30 +67,30 @@ def encode(
     split: str = "train",
     unanswered: bool = False,
 ) -> dict[str, list[Any]]:
-    """Encode a batch of rows, and leave out those in which there is nothing to learn.
+    """Encode a batch of rows, and drop rows that have nothing to learn.
 
     Args:
         batch: Columns ``prompt`` and ``response``, optionally ``input``, ``reference``, ``task`` and ``prompt_role``;
-            or, not empty in the rows that are such, ``messages`` with ``tools``, or ``text``.
-        indices: Which rows of the data these are, for messages.
+            and ``messages`` with ``tools``, or ``text``, not empty in rows of these kinds.
+        indices: Indices of these rows in the data, for messages.
         tokenizer: Tokenizer with an EOS token.
         template: Name of the prompt template.
         prompt_suffix: What every prompt ends in, after the template.
-        max_length: Most tokens of an example.
+        max_length: Maximum number of tokens in an example.
         train_on: Which turns of conversations are learned, see :func:`choose_turns`.
-        split: What to call the data in messages.
-        unanswered: Whether prompts without a response are kept, with nothing to learn, and of conversations that end in
-            a question all is the prompt.
+        split: Name of the data, for messages.
+        unanswered: Whether to keep prompts without a response, with nothing to learn. A conversation that ends in a
+            question is then a prompt as a whole.
 
     Returns:
-        Columns ``input_ids``, ``spans`` (start, stop, start, stop ... of the ids that are to be learned),
-        ``prompt_length`` (how many ids are the prompt), ``response_end`` (where the last span stops), ``length``,
-        ``truncated``, ``piece`` (the number of a piece of a long text), ``unlearned`` (turns that are not learned
-        because the template writes them otherwise later on), ``prompt`` (the text that the model reads),
-        ``instruction`` (the prompt without its template), ``reference`` and ``task`` (empty without that column).
+        Columns ``input_ids``, ``spans`` (start, stop, start, stop ... of the ids to learn), ``prompt_length`` (number
+        of ids of the prompt), ``response_end`` (stop of the last span), ``length``, ``truncated``, ``piece`` (index of
+        a piece of a long text), ``unlearned`` (number of turns not learned because the template writes them
+        differently once others follow), ``prompt`` (the text that the model reads), ``instruction`` (the prompt
+        without its template), ``reference`` and ``task`` (empty without that column).
 
     Raises:
-        ValueError: If a chat template cannot write a row; says which.
+        ValueError: If a chat template cannot write a row; the message says which.
     """
     size = len(indices)
     messages, tools, texts = (batch.get(name) or [""] * size for name in ("messages", "tools", "text"))
@@ -127,9 +127,9 @@ def _conversation_rows(
     split: str,
     unanswered: bool,
 ) -> dict[int, list[Example]]:
-    """Encode conversations: index of the row, messages and tools of each."""
+    """Encode conversations, given by place in the batch as (index of the row, messages, tools)."""
     chat = ChatTemplate.of(for_conversations(tokenizer, template, prompt_suffix))
-    prefill = prompt_suffix if template == "chat" else ""  # others end in the suffix as chat templates by themselves
+    prefill = prompt_suffix if template == "chat" else ""  # the chat templates of other formats include the suffix
     conversations, written = {}, {}
     asking: set[int] = set()
     for i, (index, messages, tools) in given.items():
@@ -155,7 +155,7 @@ def _conversation_rows(
 
 @contextmanager
 def _naming(index: int, split: str) -> Iterator[None]:
-    """Say of an error in which row it is."""
+    """Add the row to the message of an error."""
     try:
         yield
     except MiLoRAError as error:
@@ -168,10 +168,10 @@ def _conversation_row(encoded: EncodedConversation) -> Example:
 
 
 def _pieces(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
-    """Cut a text for continued pre-training into rows, of which every token counts; none is lost."""
+    """Cut a text for continued pre-training into pieces without losing a token; every token is learned."""
     (ids,) = token_ids([text], tokenizer)
     ids = [*bos_prefix(tokenizer), *ids, cast(int, tokenizer.eos_token_id)]
-    # A token alone would have nothing to be predicted from: the piece before it gives one off.
+    # A single token has nothing to be predicted from, so the piece before it passes on its last token.
     stops = [*range(max_length, len(ids), max_length), len(ids)]
     if len(stops) > 1 and stops[-1] - stops[-2] == 1 and max_length > 2:
         stops[-2] -= 1
@@ -190,7 +190,7 @@ def _answered_rows(
     split: str,
     unanswered: bool,
 ) -> list[tuple[int, Example]]:
-    """Encode rows of a prompt and a response; returns each with its place among them."""
+    """Encode rows of a prompt and a response; return each example with its place in the batch."""
     responses = batch.get("response") or []
     inputs = batch.get("input") or [""] * len(responses)
     kept = [i for i, response in enumerate(responses) if response.strip() or (unanswered and batch["prompt"][i])]
@@ -225,7 +225,7 @@ def _as_texts(
     """Encode rows (prompt, input, response), each response ending in the EOS token."""
     render = TEMPLATES[template]
     prompts = [render(prompt, input, tokenizer) + prompt_suffix for prompt, input, _ in rows]
-    # Special tokens come from here, not from the tokenizer: one BOS at most, no EOS between prompt and response.
+    # Special tokens are added here, not by the tokenizer: at most one BOS, and no EOS between prompt and response.
     prefix = bos_prefix(tokenizer)
     prompt_ids = [prefix + ids for ids in token_ids(prompts, tokenizer)]
     response_ids = [
@@ -235,7 +235,7 @@ def _as_texts(
 
 
 def _messages(prompt: str, input: str, response: str, role: str) -> list[Message]:
-    """Make a chat of a row, in which the prompt may be the system's and the input the user's."""
+    """Make a chat of a row; with the role ``"system"``, the prompt is the system message and the input the user's."""
     asked = [("system", prompt), ("user", input)] if role == "system" else [("user", question(prompt, input))]
     return [{"role": role, "content": text} for role, text in [*asked, ("assistant", response)]]
 
@@ -255,7 +255,7 @@ def _as_chats(
     encoded = []
     for messages, (prompt, _), (ids, (span,)) in zip(rows.values(), chats, template.tokenize(chats), strict=True):
         head = 0
-        if len(ids) > max_length:  # what the template has before the question stays, the question loses its beginning
+        if len(ids) > max_length:  # keep what the template has before the question, which loses its beginning
             before = prompt[: prompt.rfind(messages[-2]["content"].strip())]
             head = common_length(token_ids([before], tokenizer)[0], ids[: span.start])
         encoded.append(Encoded(prompt, ids[: span.start], ids[span.start :], span.stop - span.start, head))

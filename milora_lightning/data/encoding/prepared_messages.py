@@ -1,4 +1,4 @@
-"""Messages in the form that a chat template takes."""
+"""Conversion of messages into the form that a chat template takes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from milora_lightning.data.encoding.chat import ChatTemplate, ChatTemplateError,
 
 
 def prepared(messages: Sequence[Message], template: ChatTemplate, prefill: str) -> list[Message]:
-    """Bring messages into the form that a template takes.
+    """Convert messages into the form that a template takes.
 
     Args:
         messages: The messages of a conversation.
-        template: The template; a system message that it does not take goes into the first question.
-        prefill: What every answer begins with.
+        template: The template; a system message that it does not take is put before the first question.
+        prefill: Text that every answer begins with.
     """
     taken = list(messages) if template.takes_system else fold_system(messages)
     taken = [
@@ -27,13 +27,13 @@ def prepared(messages: Sequence[Message], template: ChatTemplate, prefill: str) 
     if parsed != taken:
         try:
             write(parsed, template.tokenizer, False)
-        except ChatTemplateError:  # a template that puts the text of the arguments together with others
+        except ChatTemplateError:  # the template concatenates the arguments as text
             return taken
     return parsed
 
 
 def _with_parsed_arguments(message: Message) -> Message:
-    """Give the arguments of calls as objects, as servers do and templates expect them, not as the API's JSON text."""
+    """Parse the arguments of tool calls from the API's JSON text into objects, as servers do and templates expect."""
     calls = message.get("tool_calls")
     if not calls:
         return message

@@ -95,7 +95,7 @@ def name_of(template: str, conversations: bool) -> TemplateName:
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerBase:
-    """Return a tokenizer with the chat template of a Jinja file, a copy; itself if the template is no file.
+    """Return a copy of a tokenizer with the chat template of a Jinja file; the tokenizer itself for other templates.
 
     Raises:
         ValueError: As :func:`name_of`.
@@ -112,6 +112,6 @@ def with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrain
 
 
 def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the BOS token as the ids that a text without template starts with, where the tokenizer adds it."""
+    """Return the ids that the tokenizer puts before a text: the BOS token, or nothing."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []

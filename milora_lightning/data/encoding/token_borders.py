@@ -1,4 +1,4 @@
-"""Texts as token ids, with token borders where a prompt ends and where an answer does."""
+"""Tokenizing of texts with token boundaries at given places, where prompts and answers end."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Located = tuple[list[int], list[int]]
 def locate_all(
     texts: Sequence[str], borders: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
 ) -> list[Located | None]:
-    """Tokenize texts in which no token reaches over given borders; None for the others, see :func:`locate`.
+    """Tokenize texts in which no token spans a given border; None for the others, see :func:`locate`.
 
     Args:
         texts: The texts, with all special tokens.
-        borders: For each text places in it, in characters and ascending.
+        borders: For each text, its borders in characters, in ascending order.
         tokenizer: The tokenizer.
     """
     parts = [_parts(text, places) for text, places in zip(texts, borders, strict=True)]
@@ -34,13 +34,13 @@ def locate_all(
 
 
 def locate(text: str, borders: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Located:
-    """Tokenize a text, with token borders at given places.
+    """Tokenize a text with token boundaries at given borders.
 
-    The ids are those of the whole text. Only where a token would reach over a border, the parts of the text are
-    tokenized each by itself, because what generates has to start from a prompt's own tokens.
+    The ids are those of the whole text. If a token would span a border, the parts of the text are tokenized
+    separately, because generation starts from the tokens of the prompt alone.
 
     Raises:
-        ChatTemplateError: If the tokens of the parts do not give the text.
+        ChatTemplateError: If the tokens of the parts do not decode to the text.
     """
     *prefixes, whole = token_ids([*(text[:border] for border in borders), text], tokenizer)
     if all(whole[: len(prefix)] == prefix for prefix in prefixes):

@@ -1,4 +1,4 @@
-"""Prompts and responses brought within a length, as token ids."""
+"""Truncation of prompts and responses, as token ids."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ def join(
 ) -> tuple[list[int], int]:
     """Join the tokens of prompt and response within ``max_length``.
 
-    Where both are too long together, the response stays whole if it leaves room for one token, and the prompt loses
-    its beginning, but not the BOS token, nor its head where that leaves room for another token. A response that is too
-    long by itself loses its end, and with it the token that ends it: there the model does not learn to stop.
+    If they are too long together, the response stays whole as long as it leaves room for one token, and the prompt
+    loses its beginning, except for the BOS token, or for its head if that leaves room for another token. A response
+    that is too long by itself loses its end, including the end token, so the model does not learn to stop there.
 
     Args:
         prompt: Token ids of the prompt.
         response: Token ids of the response, with the token that ends it.
-        max_length: Most tokens to return, at least 2.
+        max_length: Maximum number of tokens to return, at least 2.
         bos: Id of the BOS token, if there is one.
-        head: How many first tokens of the prompt belong to its template, a chat's system message for example.
+        head: Number of first prompt tokens that belong to its template, such as a chat's system message.
 
     Returns:
-        The token ids, and how many of them belong to the prompt (at least one, unless the prompt is empty).
+        The token ids, and the number of them that belong to the prompt (at least one, unless the prompt is empty).
 
     >>> join([1, 2, 3, 4], [5, 6], max_length=5, bos=1)
     ([1, 3, 4, 5, 6], 3)
@@ -40,7 +40,7 @@ def join(
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return how many first entries two sequences share.
+    """Return the length of the longest common prefix of two sequences.
 
     >>> common_length([1, 2, 3], [1, 2, 4, 5])
     2

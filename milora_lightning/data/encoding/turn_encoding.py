@@ -1,4 +1,4 @@
-"""Rows that are conversations: what of them is learned, and how they are brought within a length."""
+"""Encoding of conversations: which turns are learned, and how long conversations are truncated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from milora_lightning.utils.errors import InvalidInputError
 
 TrainOn = str | list[str]
 ASSISTANT, LAST = "assistant", "last"
-OWN = ("weight", "loss", "train", "training")  # fields of a message that say whether it is learned
+LOSS_FIELDS = ("weight", "loss", "train", "training")  # fields of a message that say whether it is learned
 
 
 class EncodedConversation(NamedTuple):
@@ -25,13 +25,13 @@ class EncodedConversation(NamedTuple):
 
     Attributes:
         ids: The ids.
-        spans: Which of them are to be learned.
-        prompt_length: How many of them stand before the assistant's last turn.
-        prompt: These as text, without special tokens' being added.
-        instruction: What was said before that turn, without template.
-        reference: What the assistant says in that turn.
-        truncated: Whether a part was left out for the length.
-        unlearned: How many turns are not learned because the template writes them otherwise later on.
+        spans: Spans of the ids to learn.
+        prompt_length: Number of ids before the assistant's last turn.
+        prompt: The text of these ids, including special tokens.
+        instruction: The messages before that turn, without template.
+        reference: The assistant's text in that turn.
+        truncated: Whether a part was dropped because of the length.
+        unlearned: Number of turns not learned because the template writes them differently once others follow.
     """
 
     ids: list[int]
@@ -44,7 +44,7 @@ class EncodedConversation(NamedTuple):
     unlearned: int
 
     def asked(self) -> EncodedConversation:
-        """Leave out the assistant's last turn, which is still to be answered."""
+        """Return it without the assistant's last turn, as a prompt to answer."""
         length = self.prompt_length
         return self._replace(ids=self.ids[:length], spans=[Span(length, length)], reference="", unlearned=0)
 
@@ -55,11 +55,11 @@ def choose_turns(messages: Any, tools: Any, train_on: TrainOn = ASSISTANT) -> Co
     Args:
         messages: A list of messages, or its JSON text.
         tools: A list of functions, or its JSON text; may be empty.
-        train_on: ``"assistant"`` for all of the assistant's turns, ``"last"`` for its last one, or a list of roles. A
+        train_on: ``"assistant"`` for all turns of the assistant, ``"last"`` for its last turn, or a list of roles. A
             message's own field ``weight``, ``loss`` or ``train`` (0 or 1, false or true) decides for that message.
 
     Raises:
-        ValueError: If they are no messages, or a field says neither yes nor no.
+        ValueError: If they are not messages, or a field says neither yes nor no.
     """
     messages, tools = (_parsed(value, name) for value, name in ((messages, "messages"), (tools, "tools")))
     for i, message in enumerate(messages, 1):
@@ -71,16 +71,16 @@ def choose_turns(messages: Any, tools: Any, train_on: TrainOn = ASSISTANT) -> Co
     else:
         wanted = [train_on] if isinstance(train_on, str) else train_on
         chosen = {i for i, role in enumerate(roles) if role in wanted}
-    own = [_own_choice(message, i) for i, message in enumerate(messages, 1)]
-    learned = [i in chosen if choice is None else choice for i, choice in enumerate(own)]
+    flags = [_loss_flag(message, i) for i, message in enumerate(messages, 1)]
+    learned = [i in chosen if flag is None else flag for i, flag in enumerate(flags)]
     return Conversation(messages, learned, tools or None)
 
 
 def check_roles(conversation: Conversation, template: str) -> None:
-    """Check that a template of prompts has a place for every message.
+    """Check that a prompt template can write every message.
 
     Raises:
-        ValueError: If it has not: it knows questions, answers, and a system message before a question.
+        ValueError: If it cannot: it can write questions, answers, and a system message before a question.
     """
     roles = [message["role"] for message in conversation.messages]
     misplaced = [
@@ -106,23 +106,23 @@ def encode_conversation(
 ) -> EncodedConversation | None:
     """Tokenize a conversation.
 
-    One that is too long loses what follows its last turn to learn, then its earliest exchanges, each a user's message
-    with what follows it, as many as needed; system message and tools stay. If the last exchange is too long by itself,
-    its prompt loses its beginning, and a longer answer its end.
+    A conversation that is too long loses what follows its last turn to learn, then as many of its earliest exchanges
+    (a user message with what follows it) as necessary; system message and tools stay. If the last exchange is too long
+    by itself, its prompt loses its beginning, and an answer that is still too long its end.
 
     Args:
         conversation: The conversation.
         template: The chat template.
-        max_length: Most tokens.
-        prefill: What every answer starts with, as a part of its prompt.
-        written: What :func:`milora_lightning.data.encoding.turns.write_conversation` returned, if it is there.
-        located: Its token ids, and the borders in them, likewise.
+        max_length: Maximum number of tokens.
+        prefill: Text that every answer starts with; it belongs to the prompt.
+        written: The result of :func:`milora_lightning.data.encoding.turns.write_conversation`, if it is available.
+        located: Its token ids and the borders in them, if they are available.
 
     Returns:
-        The token ids; None if nothing in the conversation is to be learned.
+        The token ids; None if nothing in the conversation is learned.
 
     Raises:
-        ChatTemplateError: As :func:`milora_lightning.data.encoding.turns.write_conversation`.
+        ChatTemplateError: As for :func:`milora_lightning.data.encoding.turns.write_conversation`.
     """
     if not any(conversation.learned):
         return None
@@ -136,7 +136,7 @@ def encode_conversation(
         part = conversation.without(exchanges)
         return _tokenized(write_conversation(part, template, prefill), part, template)
 
-    # The length falls with every exchange that is left out.
+    # Binary search: the length decreases with every exchange that is dropped.
     low, high = 0, max(0, conversation.exchanges() - 1)
     while low < high:
         middle = (low + high) // 2
@@ -172,7 +172,7 @@ def _tokenized(
 def _cut(
     encoded: EncodedConversation, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> EncodedConversation:
-    """Bring one exchange within a length by its tokens: what the template has before the question stays."""
+    """Truncate a single exchange, keeping what the template has before the question."""
     if not encoded.spans:
         return encoded
     start, stop = encoded.spans[-1]
@@ -190,15 +190,15 @@ def _parsed(value: Any, name: str) -> list[Any]:
         try:
             value = json.loads(value) if value.strip() else []
         except ValueError as error:
-            raise InvalidInputError(f"{name!r} holds {shown(value)}, which is no JSON ({error}).") from error
+            raise InvalidInputError(f"{name!r} holds {shown(value)}, which is not JSON ({error}).") from error
     if not isinstance(value, Sequence):
         raise InvalidInputError(f"{name!r} holds {shown(value)} ({type(value).__name__}), but has to be a list.")
     return list(value)
 
 
-def _own_choice(message: Message, number: int) -> bool | None:
-    """Return what a message says itself about whether it is learned."""
-    given = {name: message[name] for name in OWN if message.get(name) is not None}
+def _loss_flag(message: Message, number: int) -> bool | None:
+    """Return what a message's own fields say about whether it is learned; None if they say nothing."""
+    given = {name: message[name] for name in LOSS_FIELDS if message.get(name) is not None}
     for name, value in given.items():
         if value not in (0, 1):
             raise InvalidInputError(
@@ -207,6 +207,6 @@ def _own_choice(message: Message, number: int) -> bool | None:
     choices = {bool(value) for value in given.values()}
     if len(choices) > 1:
         raise InvalidInputError(
-            f"message {number} has {given}, of which one says to learn it, another not to. Leave one."
+            f"message {number} has {given}, which contradict each other about whether to learn it. Keep one."
         )
     return choices.pop() if choices else None

@@ -1,4 +1,4 @@
-"""Conversations of several turns as a chat template writes them, and where in the text the turns to learn stand."""
+"""Multi-turn conversations written in a chat template, and the places of the turns to learn in the text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Conversation:
 
     Args:
         messages: Each with ``role``, and ``content``, ``tool_calls`` or both.
-        learned: For each message whether its text is to be learned.
+        learned: For each message, whether its text is learned.
         tools: Descriptions of functions that the model may call.
     """
 
@@ -42,7 +42,7 @@ class Conversation:
         return replace(self, messages=self.messages[:stop], learned=self.learned[:stop])
 
     def without(self, exchanges: int) -> Conversation:
-        """Leave out the earliest exchanges, each from a user's message to the next one; a system message stays."""
+        """Drop the earliest exchanges, each from a user message to the next one; a system message stays."""
         users = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         if not exchanges:
             return self
@@ -51,11 +51,11 @@ class Conversation:
 
     @property
     def asks(self) -> bool:
-        """Whether it ends where the assistant is to answer."""
+        """Whether it ends where the assistant should answer."""
         return bool(self.messages) and self.messages[-1]["role"] not in ("assistant", "system")
 
     def answered(self) -> Conversation:
-        """Put an answer of no meaning to the end, which shows how it is asked for, and have it alone learned."""
+        """Append a dummy answer as the only turn to learn, which shows where the prompt ends."""
         answer = {"role": "assistant", "content": "An answer."}
         return replace(self, messages=[*self.messages, answer], learned=[*[False] * len(self.messages), True])
 
@@ -65,7 +65,7 @@ class Conversation:
 
 
 class Turn(NamedTuple):
-    """Where a message's own text stands in a written conversation, in characters, with what ends the turn."""
+    """The range of a message's own text in a written conversation, in characters, including its end of turn."""
 
     message: int
     start: int
@@ -76,11 +76,11 @@ class Written(NamedTuple):
     """A conversation as its template writes it.
 
     Attributes:
-        text: The whole, with all special tokens.
-        turns: Those to learn, in their order.
-        answer: The assistant's last turn, for which it can be told where its prompt ends; None if there is none.
-        unlearned: How many turns were to be learned, but stand otherwise in the whole than what the model has to
-            write at that place.
+        text: The whole text, with all special tokens.
+        turns: The turns to learn, in order.
+        answer: The assistant's last turn whose prompt has a definite end; None if there is none.
+        unlearned: Number of turns that should be learned, but are written differently in the whole text than the model
+            would have to generate them.
     """
 
     text: str
@@ -89,7 +89,7 @@ class Written(NamedTuple):
     unlearned: int
 
     def borders(self) -> list[int]:
-        """Return where turns begin and end, in characters and ascending."""
+        """Return where turns begin and end, in characters, in ascending order."""
         turns = [*self.turns, *([self.answer] if self.answer else [])]
         return sorted({border for turn in turns for border in (turn.start, turn.stop)})
 
@@ -97,20 +97,20 @@ class Written(NamedTuple):
 def write_conversation(conversation: Conversation, template: ChatTemplate, prefill: str = "") -> Written:
     """Write a conversation, and find the turns to learn in it.
 
-    Where the template marks what the model generates (``{% generation %}``), its marks hold. Otherwise a turn of the
-    assistant begins where the conversation before it, with what asks for an answer, ends, and goes to the end of
-    turn. For that the conversation up to the turn has to be the beginning of the whole one. Templates that leave out
-    earlier thoughts write most turns otherwise once others follow: such a turn is not what the model has to write
-    there, and is not learned, but for the last.
+    If the template marks what the model generates (``{% generation %}``), its marks are used. Otherwise, a turn of the
+    assistant begins where the conversation before it, with the generation prompt, ends, and extends to the end of turn.
+    This requires that the whole text begins with the conversation up to the turn. Templates that drop earlier thoughts
+    write most turns differently once others follow. Such a turn is not what the model would have to generate, so only
+    the last turn is learned then.
 
     Args:
         conversation: The conversation.
         template: The chat template.
-        prefill: What every text of the assistant starts with, before the message's: it belongs to the prompt.
+        prefill: Text that every turn of the assistant starts with; it belongs to the prompt.
 
     Raises:
-        ChatTemplateError: If the template refuses the conversation, leaves out a part of it, or asks for the last
-            answer otherwise than it begins one.
+        ChatTemplateError: If the template refuses the conversation, leaves out a part of it, or begins the last answer
+            differently than for generation.
     """
     messages = prepared(conversation.messages, template, prefill)
     offset = len(conversation.messages) - len(messages)  # a folded system message

@@ -1,1 +1,1 @@
-"""Files of all formats as records, and records as rows of texts or turns."""
+"""Reading of data files into records, and conversion of records into rows of text."""

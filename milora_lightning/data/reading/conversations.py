@@ -1,4 +1,4 @@
-"""Conversations as people keep them, OpenAI's `messages` and ShareGPT's `conversations`, as messages of one form."""
+"""Conversion of conversations (OpenAI's `messages`, ShareGPT's `conversations`) into messages of a single form."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def read_conversation(value: Any, field: str) -> list[Message]:
     Args:
         value: Messages with ``role`` and ``content``, or with ``from`` and ``value``; or a text in JSON that holds
             them, as in CSV files.
-        field: Where they come from, for messages.
+        field: Name of the field, for error messages.
 
     Returns:
         The messages in OpenAI's form. Contents are texts; arguments of tool calls are objects, which chat templates
-        write in JSON; whatever else a message holds is kept.
+        write as JSON; all other fields of a message are kept.
 
     Raises:
         ValueError: If it is something else.
@@ -58,7 +58,7 @@ def read_conversation(value: Any, field: str) -> list[Message]:
 
 
 def _by_message(value: dict[str, Any]) -> list[Message]:
-    """Bring an object of lists, as which ``datasets`` has kept lists of objects, into a list; an empty one of others.
+    """Convert an object of lists, into which ``datasets`` turns lists of objects, back; any other object gives [].
 
     >>> _by_message({"role": ["user"], "content": ["Hi"]})
     [{'role': 'user', 'content': 'Hi'}]
@@ -74,9 +74,9 @@ def conversation_of(record: dict[str, Any], fields: dict[str, str | None]) -> li
 
     Args:
         record: The record.
-        fields: The field of the ``messages``; or those of ``prompt`` and ``response``, each a text or messages, and of
-            ``input`` and ``history`` (pairs of a question and its answer), which come before. And that of the
-            ``system``'s text.
+        fields: The field of the ``messages``; or those of ``prompt`` and ``response``, each a text or messages, with
+            ``input`` and ``history`` (earlier pairs of question and answer). In both cases also that of the ``system``
+            message.
 
     Raises:
         ValueError: If one of them is something else.
@@ -88,7 +88,7 @@ def conversation_of(record: dict[str, Any], fields: dict[str, str | None]) -> li
         if (field := fields.get("input")) and (context := _optional(record, field)):
             asked[-1]["content"] = question(asked[-1]["content"], context)
         history = _history(record, fields.get("history"))
-        # What was chosen may be the whole conversation, with the prompt beside it.
+        # The response may be the whole conversation, including the prompt, as in preference data.
         messages = answered if answered[0]["role"] != "assistant" else [*history, *asked, *answered]
     if (field := fields.get("system")) and (text := _optional(record, field)):
         if messages[0]["role"] != "system":

@@ -1,4 +1,4 @@
-"""In which fields of a record an example is: as named, or recognised by the names that people use."""
+"""Which fields of a record hold an example: as named by the user, or recognised by common field names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Fields = dict[str, "str | None"]
 Kind = Literal["prompts", "conversations", "texts"]
 
 AUTO: Final = "auto"  # a field to be recognised
-# The names that are recognised, in whichever case.
+# The names that are recognised, ignoring case.
 CONVERSATIONS = ("messages", "conversations", "conversation")
 PROMPTS = ("instruction", "prompt", "question", "query", "problem")
 RESPONSES = ("output", "response", "completion", "answer", "chosen", "solution")
@@ -27,12 +27,12 @@ COLUMNS_IN_WORDS = ("messages", "system", "history", "prompt", "input", "respons
 
 @dataclass(frozen=True)
 class Format:
-    """Where an example is in a record.
+    """The kind of examples in a file, and their fields.
 
     Args:
         kind: Prompts with responses, conversations of any number of turns, or texts.
-        fields: The field that each column is read from; of a conversation, ``messages``, or ``prompt`` and
-            ``response`` with ``input``, ``history`` and ``system``, and ``tools``.
+        fields: The field that each column is read from. A conversation has ``messages``, or ``prompt`` and
+            ``response`` with ``input`` and ``history``; in both cases also ``system`` and ``tools``.
     """
 
     kind: Kind
@@ -40,7 +40,7 @@ class Format:
 
     @property
     def needed(self) -> list[str]:
-        """The fields that every record has to have."""
+        """The fields that every record must have."""
         return [field for column in ("messages", TEXT, "prompt", "response") if (field := self.fields.get(column))]
 
     def fits(self, record: dict[str, Any]) -> bool:
@@ -58,7 +58,7 @@ class Format:
         return json.dumps([self.kind, self.fields])
 
     def in_words(self, size: int) -> str:
-        """Say what a number of rows hold, and in which fields.
+        """Describe a number of rows and their fields.
 
         >>> Format("prompts", {"prompt": "question", "input": None, "response": "answer"}).in_words(8)
         "8 rows, prompt from 'question', response from 'answer'"
@@ -77,10 +77,10 @@ class Format:
 
 
 def settled(named: dict[str, str | None]) -> Fields:
-    """Leave what is not named to be recognised, as far as it is not excluded by what is.
+    """Leave unnamed fields to be recognised, except those of other kinds than the named ones.
 
     Raises:
-        ValueError: If what is named excludes one another.
+        ValueError: If fields of different kinds are named.
     """
     kinds = {"prompt": "prompts", "response": "prompts", "messages": "conversations", "text": "texts"}
     given = {kinds[name] for name, field in named.items() if field not in (None, AUTO)}

@@ -1,4 +1,4 @@
-"""Files of text as they are read: unpacked, decoded, and with one sentence for what cannot be."""
+"""Opening of text files: decompression, decoding, and clear errors for files that cannot be read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MAGIC = {
 
 
 def kind_of(name: str | Path) -> str:
-    """Return what the end of a file's name says is in it, without the end that says how it is compressed.
+    """Return the suffix of a file's name that tells its format, ignoring a suffix of compression.
 
     >>> kind_of("a/b.JSONL.gz"), kind_of("a.csv"), kind_of("a.gz"), kind_of("b")
     ('.jsonl', '.csv', '', '')
@@ -45,20 +45,20 @@ def kind_of(name: str | Path) -> str:
 
 
 def is_compressed(name: str | Path) -> bool:
-    """Tell whether the end of a file's name says that it is compressed."""
+    """Tell whether a file's name has a suffix of compression."""
     return Path(name).suffix.lower() in COMPRESSED
 
 
 @contextmanager
 def open_text(name: str, newline: str | None = None) -> Iterator[IO[str]]:
-    """Open a file of text in UTF-8, with a byte order mark or without.
+    """Open a text file in UTF-8, with or without a byte order mark.
 
     Args:
         name: Its path.
         newline: As for :func:`open`.
 
     Raises:
-        ValueError: In the block too, if the file is of another kind, damaged, or not in UTF-8.
+        ValueError: If the file is of another kind, damaged, or not in UTF-8; also while it is read.
     """
     try:
         with _open_binary(name) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline=newline) as file:
@@ -67,12 +67,12 @@ def open_text(name: str, newline: str | None = None) -> Iterator[IO[str]]:
         raise InvalidInputError(f"{name} is not text in UTF-8 ({error}). Convert it.") from error
     except (EOFError, lzma.LZMAError, gzip.zlib.error, gzip.BadGzipFile, pa.ArrowException) as error:  # type: ignore[attr-defined]
         raise InvalidInputError(
-            f"{name} cannot be unpacked ({type(error).__name__}: {error}). Write it anew."
+            f"{name} cannot be unpacked ({type(error).__name__}: {error}). Write it again."
         ) from error
     except OSError as error:
         if not is_compressed(name) or isinstance(error, PermissionError):
             raise
-        raise InvalidInputError(f"{name} cannot be unpacked ({error}). Write it anew.") from error
+        raise InvalidInputError(f"{name} cannot be unpacked ({error}). Write it again.") from error
 
 
 def _open_binary(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Records of data files, each with its row, and one sentence for whatever cannot be read."""
+"""Reading of data files into records with row numbers, and clear errors for files that cannot be read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LONGEST_TEXT = 1_000_000  # characters of a plain text that become one row
 
 
 class Ambiguous(dict[str, Any]):
-    """A record in which a field comes twice."""
+    """A record in which a field occurs twice."""
 
     twice: str
 
@@ -29,10 +29,10 @@ def read_records(name: str) -> Iterator[tuple[int, Any]]:
         name: Its path; :func:`is_data_file` of it.
 
     Yields:
-        The number of a row, and what is in it: a dict, if the file is in order. In JSON lines, rows are lines.
+        The number of a row and its content, which is a dict if the file is in order. In JSON lines, rows are lines.
 
     Raises:
-        ValueError: If the file cannot be read, or is malformed; says where.
+        ValueError: If the file cannot be read, or is malformed; the message says where.
     """
     try:
         yield from READERS[kind_of(name)](name)
@@ -74,7 +74,7 @@ def _json_records(name: str) -> Iterator[tuple[int, Any]]:
 
 
 def _texts(name: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Read a file that is one text; a large one in several, each of whole lines."""
+    """Read a file as one text, or as several texts of whole lines if it is large."""
     number, lines, length = 0, [], 0
     with open_text(name) as file:
         for line in file:
@@ -121,7 +121,7 @@ def _decoder() -> json.JSONDecoder:
 
 
 def _integer(digits: str) -> int | str:
-    """Read an integer; one of more digits than Python converts stays the text that it is written as."""
+    """Read an integer; one with more digits than Python converts stays text."""
     try:
         return int(digits)
     except ValueError:
@@ -139,7 +139,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_spread_objects(name: str, line: int) -> None:
-    """Say it if what was taken for a line is the beginning of an object over several lines."""
+    """Raise a clear error if the line that cannot be parsed begins an object spread over several lines."""
     with open_text(name) as file:
         lines = file.readlines()
     text, before = "".join(lines[line - 1 :]), "".join(lines[: line - 1])

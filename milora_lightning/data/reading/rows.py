@@ -1,4 +1,4 @@
-"""From records to rows: the texts of an example, taken from the fields of a record."""
+"""Conversion of records to rows: checks the fields of an example and converts them to text."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ Row = dict[str, str]
 Convert = Callable[[dict[str, Any]], dict[str, Any]]
 OPTIONAL = ("input", "task", "prompt_role")
 TABLE = re.compile(r"\.[ct]sv(\.\w+)?$", re.IGNORECASE)
-BEGINNING = 1000  # rows whose fields tell the format
+BEGINNING = 1000  # number of first rows by whose fields the format is recognised
 FORMAT = "format"
-"""Column with the kind of a format that was recognised, and the field of each column, as a list in JSON."""
+"""Column with the recognised format as JSON: its kind and the field of each column."""
 UNREAD = "unread"
-"""Column with the fields of a record that hold something and were not read, as a list in JSON."""
+"""Column with the non-empty fields of a record that were not read, as a JSON list."""
 
 
 class Watched(dict[str, Any]):
@@ -58,7 +58,7 @@ class Watched(dict[str, Any]):
         return super().pop(key, *default)
 
     def __iter__(self) -> Iterator[str]:
-        return super().__iter__()  # overridden so that dict(record) and {**record} read field by field
+        return super().__iter__()  # overridden so that dict(record) and {**record} call __getitem__ for each field
 
     def items(self) -> Any:
         """Read all fields."""
@@ -97,24 +97,24 @@ def rows_after(
     task: str,
     unanswered: bool = False,
 ) -> Iterator[Row | None]:
-    """Make rows of records, but for the first ones.
+    """Make rows of records, skipping the first ones.
 
     Args:
-        passed: How many first records are passed over: they are read, and the format is recognised by them, but they
-            are not checked.
-        records: The number of a row and what is in it, one after the other.
-        name: Where they come from, for messages.
-        fields: The field that each column is read from, ``"auto"`` where it is to be recognised.
-        convert: Brings a record into these fields.
+        passed: Number of first records to skip: they are read, and count for recognising the format, but are not
+            checked.
+        records: Row numbers and contents.
+        name: Where the records come from, for messages.
+        fields: The field that each column is read from; ``"auto"`` to recognise it.
+        convert: Converts a record to one with these fields.
         task: Name of the test set; empty to read it from a field, if there is one.
-        unanswered: Whether a record may ask without having a field of an answer.
+        unanswered: Whether a record may lack the field of the response.
 
     Yields:
-        The columns of an example, ``UNREAD``, and ``FORMAT`` if it was to be recognised; None for a record that is
-        passed over.
+        The columns of an example, ``UNREAD``, and ``FORMAT`` if the format was recognised; None for a record that is
+        skipped.
 
     Raises:
-        ValueError: If there are no rows, or one is not as it should be; says which, and why.
+        ValueError: If there are no rows, or a row is malformed; the message says which, and why.
     """
     converted = _converted_records(records, name, convert)
     if unanswered:
@@ -144,7 +144,7 @@ def rows_after(
 def _converted_records(
     records: Iterable[tuple[int, Any]], name: str, convert: Convert
 ) -> Iterator[tuple[str, Watched, dict[str, Any]]]:
-    """Yield where a record is, the record, and what a converter makes of it."""
+    """Yield the place of each record, the record, and the record after conversion."""
     for number, record in records:
         where = f"row {number} (the first is row 1) of {name}"
         if not isinstance(record, dict):
@@ -185,7 +185,7 @@ def _holds_rows(value: Any) -> bool:
 
 
 def _refuse_other_format(fields: Fields, format: Format, record: dict[str, Any], where: str) -> None:
-    """Say it if a record is of another format than those before, rather than that it lacks a field."""
+    """Raise a clear error if a record has another format than those before it, instead of lacking a field."""
     try:
         other = recognise(fields, [record])
     except ValueError:
@@ -199,13 +199,13 @@ def _refuse_other_format(fields: Fields, format: Format, record: dict[str, Any],
 
 @functools.lru_cache
 def _late(unread: str) -> list[tuple[str, str]]:
-    """Return the columns that fields not read would have been read for."""
+    """Return pairs (column, field) of the unread fields that would belong to a column."""
     columns = {name: column for column, names in {"input": INPUTS, **OTHERS}.items() for name in names}
     return [(columns[field.lower()], field) for field in json.loads(unread) if str(field).lower() in columns]
 
 
 def _refuse_late(fields: Fields, format: Format, unread: str, early: set[str], where: str) -> None:
-    """Refuse a field that belongs to the example, but is in none of the rows by which the format was recognised."""
+    """Refuse a field that belongs to the example, but is empty in all rows by which the format was recognised."""
     for column, field in _late(unread) if unread != "[]" else ():
         around = ("system", "tools") if "messages" in format.fields else ("input", *OTHERS)
         if field not in early and fields.get(column) == AUTO and column in around and format.kind != "texts":
@@ -245,7 +245,7 @@ def _converted(convert: Convert, record: Watched, where: str) -> dict[str, Any]:
 
 
 def _checked(record: dict[str, Any], fields: Fields, where: str) -> Row:
-    """Take the texts of the columns out of a record."""
+    """Return the columns of a record as text."""
     row = {}
     for column, field in fields.items():
         if field is None or (column in OPTIONAL and record.get(field) is None):
@@ -257,7 +257,7 @@ def _checked(record: dict[str, Any], fields: Fields, where: str) -> Row:
                 f"{column}_field to the right one."
             )
         value = record[field]
-        if type(value) is str and value.isascii():  # most are, and need no sentence prepared
+        if type(value) is str and value.isascii():  # the common case, without building an error message
             row[column] = value
             continue
         remedy = "Correct or remove the row"
@@ -272,4 +272,4 @@ READERS: dict[Kind, Callable[[dict[str, Any], Fields, str], Row]] = {
     "conversations": _conversation,
     "texts": _checked,
 }
-"""What makes a row of a record of each kind."""
+"""By kind, the function that makes a row of a record."""

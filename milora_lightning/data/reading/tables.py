@@ -1,4 +1,4 @@
-"""Records of tables: Parquet, Arrow, CSV and TSV files."""
+"""Reading of records from tables: Parquet, Arrow, CSV and TSV files."""
 
 from __future__ import annotations
 

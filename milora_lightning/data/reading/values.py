@@ -1,4 +1,4 @@
-"""What of a record's values is text."""
+"""Conversion of a record's values to text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from milora_lightning.utils.errors import InvalidInputError
 
 
 def question(prompt: str, input: str) -> str:
-    """Write prompt and input as a user's message."""
+    """Join a prompt and its input into one user message."""
     return f"{prompt}\n\n{input}" if input else prompt
 
 
@@ -20,8 +20,8 @@ def as_text(value: Any, what: str, remedy: str = "Correct or remove the row") ->
 
     Args:
         value: The value.
-        what: What holds it, for messages.
-        remedy: What to do about it, for messages.
+        what: What holds the value, for the error message.
+        remedy: What to do about it, for the error message.
 
     Raises:
         ValueError: If it is neither, or cannot be written in UTF-8.
@@ -55,7 +55,7 @@ def _is_number(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """Return the beginning of a value's representation, if it has any."""
+    """Return the beginning of a value's repr, or a placeholder if the repr fails."""
     try:
         return f"{value!r:.80}"
     except (RecursionError, ValueError):  # nested too deeply, or an integer of too many digits

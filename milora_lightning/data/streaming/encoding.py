@@ -1,4 +1,4 @@
-"""Rows of a stream as token ids, and what a stream asks of the Trainer."""
+"""Encoding of a stream's rows, and the check of the Trainer's options for streams."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class StreamEncoder:
     """Encodes training rows as :func:`milora_lightning.data.tokenize_dataset` does.
 
     Args:
-        tokenizer: The tokenizer; for this and the next four see there.
+        tokenizer: The tokenizer; for details of the first five arguments see that function.
         template: Name of the prompt template.
         prompt_suffix: What every prompt ends in.
-        max_length: Most tokens of an example.
+        max_length: Maximum number of tokens in an example.
         train_on: Which turns of conversations are learned.
-        conversations: Whether the template is one for conversations: that was decided by the first rows.
-        only_texts: Whether there is nothing but texts among these.
-        passed: How many rows of the data come before the stream, for messages.
-        embeddings: For how many token ids the model has an embedding; None if that is not known.
+        conversations: Whether the template, which may be chosen by the first rows, takes conversations.
+        only_texts: Whether all of the first rows are plain texts.
+        passed: Number of rows of the data before the stream, for messages.
+        embeddings: Number of token ids that the model has embeddings for; None if it is not known.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -53,10 +53,10 @@ class StreamEncoder:
             indices: Their places in the stream.
 
         Returns:
-            Examples with ``input_ids`` and ``spans``; none of a row in which there is nothing to learn.
+            Examples with ``input_ids`` and ``spans``; rows with nothing to learn are dropped.
 
         Raises:
-            ValueError: If a row cannot be encoded, or is of a kind that the first rows are not; says which.
+            ValueError: If a row cannot be encoded, or is of a kind that is not among the first rows.
         """
         indices = [index + self.passed for index in indices]
         columns = as_columns(rows, indices, "train")
@@ -87,9 +87,9 @@ class StreamEncoder:
         token = max((max(ids) for ids in examples), default=0)
         if self.embeddings is not None and token >= self.embeddings:
             raise InvalidInputError(
-                f"The train data hold the token {self.tokenizer.convert_ids_to_tokens(token)!r} of id {token}, and the "
-                f"model has embeddings of {self.embeddings} tokens. Use the model's own tokenizer, or resize the "
-                "model's embeddings, train them too or save the model."
+                f"The train data contains the token {self.tokenizer.convert_ids_to_tokens(token)!r} with the id "
+                f"{token}, but the model has embeddings for {self.embeddings} tokens. Use the model's own tokenizer, "
+                "or resize the model's embeddings, then train them too or save the model."
             )
 
 
@@ -108,6 +108,6 @@ def check_trainer(trainer: Trainer) -> None:
         raise InvalidInputError("trainer.overfit_batches does not work with data.streaming. Leave one of them out.")
     if trainer.max_epochs not in (None, -1) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         raise InvalidInputError(
-            f"trainer.max_epochs is {trainer.max_epochs}, but how long an epoch is, is not known of a stream: set "
-            "trainer.max_epochs: -1 beside trainer.max_steps, or leave data.streaming out."
+            f"trainer.max_epochs is {trainer.max_epochs}, but the length of an epoch of a stream is not known: set "
+            "trainer.max_epochs: -1 in addition to trainer.max_steps, or leave data.streaming out."
         )

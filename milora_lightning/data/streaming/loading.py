@@ -1,9 +1,9 @@
-"""Training batches of a stream, which is read in blocks that are ordered as small data sets are.
+"""Training batches of a stream, read in blocks that are each ordered like a small data set.
 
-Each DataLoader worker takes every so-many-th record, so that no two encode the same. It encodes a block of its records,
-groups it by length (or packs it) and shuffles it, and what does not fill a batch of all ranks goes over into its next
-block. All ranks go through the same batches and take their shares of each, as with other data; so the place in a
-stream is the same for all of them, and a checkpoint of one serves any number.
+Worker k of N takes every N-th record, starting with the k-th. It encodes a block of its records, groups it by length
+(or packs it) and shuffles it; examples that do not fill a batch over all ranks are carried over into its next block.
+All ranks go through the same batches and take their share of each, as with other data. The place in the stream is
+therefore the same on all ranks, and a run can resume on any number of them.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from milora_lightning.data.streaming.rows import Stream
 from milora_lightning.utils.compat import forget_worker
 from milora_lightning.utils.errors import InvalidInputError, MiLoRAError
 
-GOLDEN = 0.6180339887498949  # whose multiples, but for their whole part, spread evenly
+GOLDEN = 0.6180339887498949  # the fractional parts of its multiples are spread evenly
 Encode = Callable[[Sequence[dict[str, Any]], Sequence[int]], list[Example]]
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What is wrong with the data, on its way from a worker, which would add its traceback to an exception."""
+    """An error in the data, passed on from a worker as a value, because an exception would carry its traceback."""
 
     message: str
 
 
 class StreamedBatches(IterableDataset[Any]):
-    """The batches of one rank, without end: the stream is read again when it has ended.
+    """The endless batches of one rank: a stream that ends is read again.
 
     Args:
         stream: The stream.
-        encode: Makes examples of rows, given with their places in the stream.
+        encode: Makes examples of rows and their places in the stream.
         collate: Makes a batch of rows.
-        buffer: How many records are in the workers' blocks, together.
+        buffer: Number of records in the blocks of all workers together.
         batch_size: Rows in a batch of one rank.
-        capacity: Most tokens of a row that examples are packed into; None for an example a row.
+        capacity: Maximum number of tokens in a packed row; None for one example per row.
         seed: Seed of the order.
         num_replicas: Number of ranks.
-        rank: This one.
+        rank: Index of this rank.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class StreamedBatches(IterableDataset[Any]):
         self.capacity = capacity
         self.seed = seed
         self.share = slice(rank, None, num_replicas)
-        self.places: tuple[Place, ...] = (Place(0),)  # of each worker, those first whose batch is next
+        self.places: tuple[Place, ...] = (Place(0),)  # of all workers, beginning with the one whose batch is next
 
     def __iter__(self) -> Iterator[tuple[Any, Place | int] | Failure]:
-        """Iterate over batches, each with the place behind it, or where no more of that has changed, how many rows."""
+        """Iterate over batches, each with the place after it, or with the rows consumed if nothing else has changed."""
         worker = get_worker_info()
-        # The stream is divided here: a data set of `datasets` would divide itself once more, by what torch tells it.
+        # The stream is divided here: without this, `datasets` would divide it among the workers a second time.
         forget_worker()
         try:
             yield from self.batches(self.places[worker.id if worker else 0])
@@ -87,12 +87,12 @@ class StreamedBatches(IterableDataset[Any]):
             yield Failure(str(error))
         except OSError as error:
             yield Failure(
-                f"The training stream cannot be read ({type(error).__name__}: {error}). Check file and network, and go "
-                "on from the last checkpoint."
+                f"The training stream cannot be read ({type(error).__name__}: {error}). Check file and network, and "
+                "resume from the last checkpoint."
             )
 
     def batches(self, place: Place) -> Iterator[tuple[Any, Place | int]]:
-        """Iterate over batches from a place on."""
+        """Iterate over batches, starting at a place."""
         for start, rows in self._blocks(place):
             order = self._order(start, rows)
             first = True
@@ -126,19 +126,19 @@ class StreamedBatches(IterableDataset[Any]):
             place = replace(place, epoch=place.epoch + 1, record=0)
 
     def _size(self, place: Place) -> int:
-        """Return how many records a block has: the first of an epoch fewer, so that the same ones meet others."""
+        """Return the size of a block: the first of an epoch is smaller, so that blocks differ between epochs."""
         share = (place.epoch * GOLDEN) % 1 if place.record == 0 and place.epoch else 1
         return max(1, int(share * self.buffer / len(self.places)))
 
     def _known(self, place: Place, examples: list[Example]) -> Place:
-        """Give a block's place its digest, or compare it with that of the checkpoint."""
+        """Set the digest of a block's place, or check it against that of the checkpoint."""
         lengths = np.asarray([len(example["input_ids"]) for example in examples], dtype=np.int64)
         digest = hashlib.sha256(lengths.tobytes()).hexdigest()[:16]
         if place.digest not in ("", digest):
             raise InvalidInputError(
-                f"From row {place.record + 1} on, the training stream holds other examples, or of other lengths in "
-                "tokens, than when the checkpoint was written: it cannot go on there. Give the data, the tokenizer and "
-                "max_length of that run, or begin anew."
+                f"From row {place.record + 1} on, the training stream holds other examples, or of other lengths, "
+                "than when the checkpoint was written, so the run cannot resume there. Use the data, the tokenizer and "
+                "max_length of that run, or start again."
             )
         return replace(place, digest=digest, global_batch=place.global_batch or self.global_batch)
 
@@ -160,17 +160,17 @@ class StreamedBatches(IterableDataset[Any]):
 
 
 class StreamLoader:
-    """Batches of a stream, as many as a run takes.
+    """Loader of as many batches of a stream as a run takes.
 
     Args:
         batches: The batches.
         places: Keeps the place in the stream.
-        num_workers: Number of processes.
-        length: Number of batches; an epoch of Lightning's has as many.
+        num_workers: Number of worker processes.
+        length: Number of batches; they form a single epoch for Lightning.
     """
 
     def __init__(self, batches: StreamedBatches, places: StreamPlaces, num_workers: int, length: int) -> None:
-        self.batches = batches  # not called dataset, by which Lightning would doubt the length
+        self.batches = batches  # not named dataset: Lightning would not trust the length of an iterable dataset
         self.places = places
         self.num_workers = num_workers
         self.length = length
@@ -179,17 +179,17 @@ class StreamLoader:
         return self.length
 
     def __iter__(self) -> Iterator[Any]:
-        """Iterate over batches; only when the first is asked for, Lightning knows where a resumed run goes on."""
+        """Iterate over batches; only when the first one is requested, Lightning knows where a resumed run continues."""
         self.batches.places = self.places.begin()
         loader: DataLoader[Any] = DataLoader(
             self.batches,
             batch_size=None,
             num_workers=self.num_workers,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # its own: it must not draw from the one that training's dropout uses
+            generator=torch.Generator(),  # a separate one: the global one is used by training's dropout
         )
-        with _tokenizers_alone():
+        with _without_tokenizer_threads():
             batches = iter(loader)
         for item in itertools.islice(batches, self.length):
             if isinstance(item, Failure):
@@ -199,7 +199,7 @@ class StreamLoader:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the data module keeps the place. That there is a method tells Lightning that it is kept."""
+        """Return nothing: the data module keeps the place. The method only tells Lightning that it is kept."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -207,8 +207,8 @@ class StreamLoader:
 
 
 @contextmanager
-def _tokenizers_alone() -> Iterator[None]:
-    """Have processes that begin here tokenize without threads, which do not survive a fork and would be warned of."""
+def _without_tokenizer_threads() -> Iterator[None]:
+    """Make processes started here tokenize without threads, which do not survive a fork and would cause a warning."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
     try:
@@ -218,5 +218,5 @@ def _tokenizers_alone() -> Iterator[None]:
             del os.environ["TOKENIZERS_PARALLELISM"]
 
 
-def _as_it_is(item: Any) -> Any:
+def _identity(item: Any) -> Any:
     return item

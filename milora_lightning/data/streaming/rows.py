@@ -1,4 +1,4 @@
-"""Streams: rows that are read as they are asked for, of data larger than the memory or the disk."""
+"""Streams of rows, for data larger than memory or disk."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from milora_lightning.utils.errors import InvalidInputError
 
 @runtime_checkable
 class Stream(Protocol):
-    """Rows from the first one on, each time it is iterated over; an ``IterableDataset`` of ``datasets`` is one."""
+    """Rows that are read when requested, from the first one in each iteration, like an ``IterableDataset``."""
 
     def __iter__(self) -> Iterator[Any]:
-        """Read the rows, dicts as :meth:`milora_lightning.data.Source.load` has them."""
+        """Read the rows, dicts with the columns of :meth:`milora_lightning.data.Source.load`."""
         ...
 
     def skip(self, n: int) -> Any:
@@ -28,10 +28,10 @@ class RowStream:
     """The rows of parts, such as files, one part after the other.
 
     Args:
-        parts: For each part what opens it; given how many of its rows are to be passed over, it yields None for each
-            of these, so that they need not be made.
-        skipped: How many first rows are passed over.
-        end: After how many rows, those passed over included, the stream ends; None for all there are.
+        parts: For each part, a function that opens it. It is given a number of rows to skip, and may yield None for
+            each of these instead of making it.
+        skipped: Number of first rows to skip.
+        end: Number of rows, including skipped ones, after which the stream ends; None for all rows.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class RowStream:
         return RowStream(self.parts, self.skipped + n, self.end)
 
     def take(self, n: int) -> RowStream:
-        """Return the first rows alone."""
+        """Return the stream of only the first rows."""
         return RowStream(self.parts, self.skipped, self.skipped + n)
 
     def _rows(self) -> Iterator[Row | None]:
@@ -66,9 +66,9 @@ class MixedStream:
 
     Args:
         streams: The streams.
-        weights: How often each has its turn, exact to one row at every moment; a stream that ends begins anew, and the
-            mixture does not end. None for equal turns, until each stream has ended once.
-        skipped: How many first rows are passed over.
+        weights: Relative frequency of each stream, exact to one row at any time; a stream that ends starts again, and
+            the mixture never ends. None for equal turns until each stream has ended once.
+        skipped: Number of first rows to skip.
     """
 
     def __init__(self, streams: Sequence[Stream], weights: Sequence[float] | None = None, skipped: int = 0) -> None:
@@ -93,7 +93,7 @@ class MixedStream:
 
 
 def weighted_turns(weights: Sequence[float]) -> Iterator[int]:
-    """Say whose turn it is, by weights: always the one's that lacks most of its share.
+    """Yield the index of the next stream to read by weights: always the one furthest behind its share.
 
     >>> list(itertools.islice(weighted_turns([3, 1]), 8))
     [0, 0, 1, 0, 0, 0, 1, 0]
@@ -117,10 +117,10 @@ def _in_turns(streams: Sequence[Stream]) -> Iterator[Any]:
 
 
 def _endless(stream: Stream, passed: int) -> Iterator[Any]:
-    """Read a stream again and again, from a row on that is counted through all passes."""
+    """Read a stream again and again, skipping a number of rows that may exceed its length."""
     rows = iter(stream.skip(passed))
     first = next(rows, None)
-    if first is None:  # it is shorter than that
+    if first is None:  # the stream is shorter than that
         size = sum(1 for _ in stream)
         if not size:
             raise InvalidInputError("A stream of the mixture has no rows. Point its source to data that is not empty.")
@@ -142,7 +142,7 @@ def stream_of(source: Source, split: Split) -> Stream | None:
     kind = type(source)
     maker = next((c for c in kind.__mro__ if "stream" in vars(c)), None)
     loader = next((c for c in kind.__mro__ if "load" in vars(c)), None)
-    # A class that loads in a way of its own would be passed over by the stream that it inherits.
+    # If a subclass overrides load(), a stream() inherited from its parent would ignore that.
     if maker is not None and loader is not None and issubclass(maker, loader):
         return cast("Stream | None", source.stream(split))  # type: ignore[attr-defined]
     data = source.load(split)

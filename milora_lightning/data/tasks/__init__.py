@@ -1,1 +1,1 @@
-"""The paper's data sets and tests, and problems made on the spot."""
+"""Sources for the paper's data sets and benchmarks, and for generated word problems."""

@@ -18,8 +18,8 @@ class Commonsense(Files):
     """Commonsense170K and BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC-Easy, ARC-Challenge and OpenBookQA.
 
     Records have the fields ``instruction``, ``output`` ("the correct answer is answer2") and ``answer`` ("answer2").
-    An answer is right if the first word in it that names a choice names the right one, which is how the benchmark
-    reads it; the accuracy is the mean over the test sets.
+    As in the benchmark's own evaluation, an answer is right if the first choice that it names is the right one. The
+    accuracy is the mean over the test sets.
 
     Args:
         train: The training mix: files or a Hub name, as for :class:`Files`.
@@ -67,7 +67,7 @@ class Commonsense(Files):
         return TaskAccuracy(dict.fromkeys(["", *self.test_sets], right_choice))
 
     def choices(self, prompt: str) -> list[str]:
-        r"""Return the answers that a question asks to choose from.
+        r"""Return the possible answers to a question.
 
         Raises:
             ValueError: If the prompt does not say.

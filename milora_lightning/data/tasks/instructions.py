@@ -1,4 +1,4 @@
-"""Instructions and answers to them, from Alpaca's format, preference data or chats."""
+"""Instruction data from Alpaca's format, preference data or chats."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from milora_lightning.utils.errors import InvalidInputError
 
 
 def instruction(record: dict[str, Any]) -> dict[str, Any]:
-    """Bring a record of instruction data into Alpaca's format.
+    """Convert a record of instruction data to Alpaca's format.
 
-    Known are ``instruction``, ``input`` and ``output`` (Alpaca, AlpacaEval); ``prompt`` and ``chosen``, a text or a
-    chat that ends in it (UltraFeedback); and ``messages`` (a chat).
+    It may have ``instruction``, ``input`` and ``output`` (Alpaca, AlpacaEval); ``prompt`` and ``chosen``, which is the
+    answer or a chat that ends with it (UltraFeedback); or ``messages`` (a chat).
 
     Raises:
         ValueError: If the record has none of these, a message has no role or text, or the chat is not one question

@@ -1,4 +1,4 @@
-"""Mathematics as in the paper: MetaMathQA to learn from, GSM8K and MATH to be tested on."""
+"""Mathematics as in the paper: MetaMathQA for training, GSM8K and MATH for testing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MARKER = "The answer is: "
 
 
 def worked_solution(record: dict[str, Any]) -> dict[str, Any]:
-    r"""Bring a record of MetaMathQA, GSM8K or MATH into the paper's form, in which solutions end in "The answer is: ".
+    r"""Convert a record of MetaMathQA, GSM8K or MATH to the paper's form: solutions end with "The answer is: ...".
 
     Raises:
         ValueError: If the record has none of the known pairs of fields.
@@ -49,10 +49,10 @@ def worked_solution(record: dict[str, Any]) -> dict[str, Any]:
 class Math(Files):
     """MetaMathQA, GSM8K and MATH.
 
-    Each location takes data of all three: their records are told apart by their fields (``query`` and ``response``,
-    ``question`` and ``answer``, ``problem`` and ``solution``, or ``instruction`` and ``output``) and brought into
-    one form, in which a solution ends in "The answer is: ". Answers are read there, and a text without any is wrong.
-    Those of GSM8K are compared as numbers, those of MATH as expressions.
+    Each location may hold data of all three. Their records are distinguished by their fields (``query`` and
+    ``response``, ``question`` and ``answer``, ``problem`` and ``solution``, or ``instruction`` and ``output``) and
+    converted to one form, in which a solution ends with "The answer is: ...". The answer is extracted from there, and a
+    text without one is wrong. Answers to GSM8K are compared as numbers, answers to MATH as expressions.
 
     Args:
         train: Training data: files or a Hub name, as for :class:`Files`.

@@ -1,4 +1,4 @@
-"""Grade-school word problems with worked solutions, made on the spot."""
+"""Generated grade-school word problems with worked solutions."""
 
 from __future__ import annotations
 
