@@ -194,7 +194,7 @@ def test_a_fixed_number_of_positions_ends_a_conversation(
     tokenizer.save_pretrained(tmp_path)
     _, notes = talk(monkeypatch, capsys, tmp_path, FIRST, SECOND)
     assert f"has {prompt + 2} positions, and the prompt takes {prompt}: 3 are left" in notes.splitlines()[0]
-    assert "0 are left. /reset begins" in notes.splitlines()[-1]
+    assert "0 are left. /reset starts" in notes.splitlines()[-1]
     with pytest.raises(SystemExit, match=r"The prompt is too long: .* lower max_new_tokens"):
         main(["generate", "--model", str(tmp_path), "--prompt", FIRST])
 
