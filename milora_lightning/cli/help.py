@@ -1,4 +1,4 @@
-"""What ``--help`` says: what people change, in a screen or two, with examples."""
+"""The text of ``--help``: the options that people change, on a screen or two, with examples."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ COLUMN = 34
 
 @dataclass(frozen=True)
 class Group:
-    """Options of a class.
+    """The options of a class.
 
     Attributes:
-        title: Title, and what is to be known of all of them.
-        prefix: What stands before their names.
-        place: Where the class is.
-        rare: Those that are shown with ``--help_all`` only.
+        title: Title, with what applies to all of them.
+        prefix: Prefix of their names.
+        place: Where the class is defined, ``module:name``.
+        rare: Options that only ``--help_all`` shows.
     """
 
     title: str
@@ -56,7 +56,7 @@ GROUPS = (
         ("train_split", "validation_split", "test_split", "seed"),
     ),
     Group(
-        "What is made of the data",
+        "Preparing the data",
         "data",
         f"{DATA}.datamodule:SFTDataModule",
         (
@@ -72,23 +72,25 @@ OPTIMIZER = [
 ]
 GENERAL = [
     Option("config", "FILE", "None", "YAML file with options, yours or a shipped one; later ones win."),
-    Option("ckpt_path", "FILE | last | best", "None", "Checkpoint to go on from, or to use; brings its options."),
-    Option("print_config", "", "None", "Print all options as they would hold, as YAML, and stop."),
-    Option("logger", "tensorboard | wandb | mlflow | csv | none", "csv", "Where figures go, beside the screen."),
-    Option("seed_everything", "INT", "random", "Seed of all that is random."),
+    Option(
+        "ckpt_path", "FILE | last | best", "None", "Checkpoint to resume from, or to use; its options are the defaults."
+    ),
+    Option("print_config", "", "None", "Print all options, as YAML, and exit."),
+    Option("logger", "tensorboard | wandb | mlflow | csv | none", "csv", "Where metrics are logged."),
+    Option("seed_everything", "INT", "random", "Seed of all random numbers."),
 ]
 TRAINER = [
-    Option("max_epochs", "int", "3", "How often to go through the data."),
-    Option("max_steps", "int", "-1", "Or how many optimizer steps to train."),
-    Option("max_time", "DD:HH:MM:SS", "None", "Or how long."),
-    Option("accumulate_grad_batches", "int", "1", "Batches to a step."),
-    Option("gradient_clip_val", "float", "None", "Longest gradient."),
-    Option("val_check_interval", "int | float", "1.0", "Steps, or the share of an epoch, between validations."),
-    Option("limit_val_batches", "int | float", "1.0", "How many batches, or which share, to validate on."),
-    Option("devices", "int", "auto", "How many GPUs."),
+    Option("max_epochs", "int", "3", "Number of passes over the data."),
+    Option("max_steps", "int", "-1", "Or number of optimizer steps."),
+    Option("max_time", "DD:HH:MM:SS", "None", "Or time limit."),
+    Option("accumulate_grad_batches", "int", "1", "Number of batches in an optimizer step."),
+    Option("gradient_clip_val", "float", "None", "Maximum norm of the gradient."),
+    Option("val_check_interval", "int | float", "1.0", "Batches, or fraction of an epoch, between validations."),
+    Option("limit_val_batches", "int | float", "1.0", "Number, or fraction, of batches to validate on."),
+    Option("devices", "int", "auto", "Number of GPUs."),
     Option("strategy", "str", "auto", "How they share the work: ddp, or a --config strategy/fsdp2.yaml."),
-    Option("precision", "str", "32-true", "Stays: a half-precision base is --model.dtype bfloat16."),
-    Option("callbacks+", "CLASS", "None", "Adds a callback, such as EarlyStopping; its options behind it."),
+    Option("precision", "str", "32-true", "Leave as is: for a half-precision base use --model.dtype bfloat16."),
+    Option("callbacks+", "CLASS", "None", "Adds a callback, such as EarlyStopping, followed by its options."),
     Option("default_root_dir", "str", "None", "Where logs and checkpoints go."),
     Option("fast_dev_run", "bool", "False", "Try everything on one batch."),
 ]
@@ -99,8 +101,8 @@ EXAMPLES = {
         "--config milora.yaml",
         "--model.name_or_path Qwen/Qwen2.5-0.5B --data.source.train my.jsonl",
         "--config milora.yaml --adapter.r 16 --model.optimizer.lr 3e-4 --trainer.max_epochs 2",
-        "--config mine.yaml --ckpt_path last            # goes on where a run has stopped",
-        "--config mine.yaml --print_config              # what would be run, all of it",
+        "--config mine.yaml --ckpt_path last            # resume a run",
+        "--config mine.yaml --print_config              # show the whole configuration",
     ),
     "validate": ("--config mine.yaml --ckpt_path runs/milora/last.ckpt",),
     "test": ("--config mine.yaml --ckpt_path runs/milora/last.ckpt",),
@@ -117,22 +119,22 @@ EXAMPLES = {
 
 
 def program() -> str:
-    """Return what the user has called."""
+    """Return the name under which the user has called the program."""
     name = Path(sys.argv[0]).name
     return "python -m milora_lightning" if name == "__main__.py" else f"python {name}" if name[-3:] == ".py" else name
 
 
 def help_text(args: Sequence[str]) -> str | None:
-    """Return the help that is asked for.
+    """Return the help that the arguments ask for.
 
     Args:
         args: Command-line arguments.
 
     Returns:
-        The text; None if none is asked for, or one that only the parser can give.
+        The text; None if no help is asked for, or only the parser can give it.
 
     Raises:
-        SystemExit: If no command is given, or one that does not exist.
+        SystemExit: If the command does not exist.
     """
     command = args[0] if args else ""
     asked = "--help" in args or "-h" in args
@@ -155,7 +157,7 @@ def overview() -> str:
     lines = [
         f"usage: {program()} COMMAND [--config FILE] ... [--OPTION VALUE] ...",
         "",
-        "Fine-tune language models with MiLoRA, and use what comes of it.",
+        "Fine-tune language models with MiLoRA, and use the results.",
         "",
         "commands:",
         *(line for name, text in commands.items() for line in _entry(name, text, 12)),
@@ -163,7 +165,7 @@ def overview() -> str:
         "examples:",
         *(f"  {program()} {name} {EXAMPLES[name][0]}" for name in ("fit", "predict", "export")),
         "",
-        f"{program()} COMMAND --help tells of each. What is shared by runs stands best in YAML files (--config).",
+        f"{program()} COMMAND --help explains a command. Keep options of several runs in YAML files (--config).",
     ]
     return "\n".join(lines)
 
@@ -210,7 +212,7 @@ def _with_kind(name: str, option: Option) -> str:
 
 
 def _with_default(option: Option, short: bool = False) -> str:
-    """Return an option's text, or its first sentence, and its default, if that is not said there."""
+    """Return an option's text, or its first sentence, followed by its default."""
     text = option.text
     if short:
         end = next((i for i in range(len(text)) if text[i] == "." and text[i + 1 : i + 3].strip()[:1].isupper()), -1)
