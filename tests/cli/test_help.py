@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
+from argparse import ArgumentError
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from helpers.command_line import run
 
 from milora_lightning.cli.commands import COMMANDS, LIGHTNING
-from milora_lightning.cli.help import help_text
+from milora_lightning.cli.commands.running import FIT
+from milora_lightning.cli.help import EXAMPLES, help_text
+from milora_lightning.cli.typed_text import CommandParser
 
 
 @pytest.mark.parametrize("command", ["", *LIGHTNING, *COMMANDS])
@@ -46,6 +51,47 @@ def test_help_tells_of_options_that_there_are(capsys: pytest.CaptureFixture[str]
     shown = re.findall(r"^  (--[\w.]+\+?)", text, re.MULTILINE)
     assert {"--data.source.train", "--adapter.r", "--trainer.max_epochs", "--model.optimizer.lr"} <= set(shown)
     assert [name for name in shown if name not in everything and not name.startswith("--model.optimizer.")] == []
+
+
+def shown_options(command: str) -> list[tuple[str, str]]:
+    """The options in a command's help, with what they take."""
+    text = help_text([command, "--help"]) or ""
+    return re.findall(r"^  --([\w.]+\+?) ?((?:[^ ]| (?! ))*)", text, re.MULTILINE)
+
+
+def parses(parser: CommandParser, name: str, kind: str) -> bool:
+    for value in (*kind.split(" | "), "1", "text", "true", "[1]", "[text]"):
+        try:
+            parser.parse_args([f"--{name}", value])
+        except ArgumentError:
+            continue
+        return True
+    return False
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_option_in_a_command_s_help_can_be_given(command: str) -> None:
+    module, _, name = COMMANDS[command].partition(":")
+    function = getattr(import_module(module), name)
+    takes_fit = next(iter(inspect.signature(function).parameters)) == FIT
+    parser = CommandParser(exit_on_error=False)
+    parser.add_function_arguments(function, as_group=False, skip={FIT} if takes_fit else set())
+    for action in parser._actions:  # each option by itself, also beside those that have to be given
+        action.required = False
+    shown = shown_options(command)
+    assert len(shown) > 1
+    assert [name for name, kind in shown if not parses(parser, name, kind)] == []
+    assert not parses(parser, "no_such_option", "text")
+
+
+@pytest.mark.parametrize(
+    ("command", "example"), [(command, line) for command in COMMANDS for line in EXAMPLES.get(command, ())]
+)
+def test_examples_in_help_name_options_that_there_are(command: str, example: str) -> None:
+    own = {name for name, _ in shown_options(command)}
+    if command == "compare":
+        own |= {name for name, _ in shown_options("fit")}
+    assert set(re.findall(r"--([\w.]+)", example)) <= own
 
 
 def test_all_help_names_classes_by_their_short_names(capsys: pytest.CaptureFixture[str]) -> None:
