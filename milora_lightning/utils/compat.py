@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as module_tables
 from torch.nn.modules.batchnorm import _NormBase as NormBase  # batch and instance norms, synchronized ones too
 from torch.nn.modules.conv import _ConvNd as ConvNd  # all convolutions, lazy and transposed ones too
-from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrizations import _SpectralNorm as SpectralNormParametrization
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -111,8 +111,8 @@ def transformed() -> bool:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling a module runs hooks, registered on it or globally."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or _has_any_global_hook()  # type: ignore[no-untyped-call]
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return any(getattr(module, f"_{kind}") or getattr(module_tables, f"_global_{kind}") for kind in kinds)
 
 
 def flat_weights(rnn: Any) -> list[Any]:

@@ -62,14 +62,14 @@ def is_first_rank() -> bool:
     return all(os.environ.get(name, "0") in ("", "0") for name in _RANKS)
 
 
-class _ToStderr(logging.StreamHandler[TextIO]):
+class _ToStderr(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 takes none when it runs
     """Writes to the current ``sys.stderr``, which progress bars and tests replace."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
 
     @property
-    def stream(self) -> TextIO:  # type: ignore[override]
+    def stream(self) -> TextIO:
         return sys.stderr
 
 
