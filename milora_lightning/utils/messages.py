@@ -63,7 +63,6 @@ def is_first_rank() -> bool:
 
 
 class _ToStderr(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 takes none when it runs
-class _ToStderr(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 takes none when it runs
     """Writes to the current ``sys.stderr``, which progress bars and tests replace."""
 
     def __init__(self) -> None:
