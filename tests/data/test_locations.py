@@ -220,7 +220,7 @@ def test_folders_and_lists_join_files_of_different_formats(tmp_path: Path, said:
         ),
         (("train_test.jsonl",), "train", r"The name of train_test\.jsonl tells train and test"),
         (("val.jsonl", "test.jsonl"), "train", r"No file in the folder .* is named as the train split"),
-        (("a.md",), "train", r"There is not a data file in the folder"),
+        (("a.md",), "train", r"There is no data file in the folder"),
     ],
 )
 def test_folders_that_leave_open_what_is_meant_are_refused(

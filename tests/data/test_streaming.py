@@ -398,7 +398,7 @@ def test_streams_go_on_only_as_they_began(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     for options, says in (
         ({"shuffle_buffer": 15}, "data.shuffle_buffer=14, but here it is 15"),
-        ({"num_workers": 2}, "data.num_workers=1, here it is 2"),
+        ({"num_workers": 2}, "data.num_workers=1, but here it is 2"),
         ({"streaming": False}, "written with data.streaming"),
         ({"max_length": 20}, "holds other examples"),
     ):
