@@ -201,17 +201,12 @@ def test_a_fixed_number_of_positions_ends_a_conversation(
 
 def terminal(path: Path, *steps: tuple[str, str]) -> str:
     """Run chat on a terminal: wait for what a pattern finds, then write a text; returns all that was seen."""
+    options = ["--ckpt_path", str(path), "--device=cpu", "--max_new_tokens=4000"]
     child, fd = pty.fork()
-    if child == 0:
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            main(["chat", "--ckpt_path", str(path), "--device=cpu", "--max_new_tokens=4000"])
-        except BaseException as error:
-            print(repr(error), flush=True)
-            os._exit(1)
-        os._exit(0)
-    seen, mark, end = "", 0, time.monotonic() + 60
+    if child == 0:  # a program of its own: a fork of this process, which has threads, may hang
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which jobs in the background of a shell ignore
+        os.execv(sys.executable, [sys.executable, "-m", "milora_lightning", "chat", *options])
+    seen, mark, end = "", 0, time.monotonic() + 240
     for awaited, written in steps:
         while (found := re.compile(awaited, re.DOTALL).search(seen, mark)) is None:
             assert time.monotonic() < end, seen
@@ -222,6 +217,11 @@ def terminal(path: Path, *steps: tuple[str, str]) -> str:
                     pytest.fail(f"{awaited!r} did not come: {seen}")
         mark = found.end()
         os.write(fd, written.encode())
+    while select.select([fd], [], [], 0.1)[0]:  # what is not read would keep it from ending
+        try:
+            seen += os.read(fd, 4096).decode(errors="replace")
+        except OSError:
+            break
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0, seen
     return seen
