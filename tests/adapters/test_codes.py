@@ -279,7 +279,7 @@ def test_merging_an_fp8_model_is_refused_with_the_remedy(tmp_path: Path) -> None
     model = fp8_model()
     inject(model, LoRAConfig(r=R, target_modules=["up_proj"]))
     initialize(model, cache=False)
-    with pytest.raises(ValueError, match=r"cannot be merged without rounding again.*load_peft"):
+    with pytest.raises(ValueError, match=r"cannot be merged without rounding it again.*load_peft"):
         export_merged(model, tmp_path / "merged")
 
 

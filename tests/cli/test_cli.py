@@ -235,12 +235,12 @@ def test_what_is_given_beside_a_checkpoint_wins_and_the_rest_comes_from_it(
     assert lines == ["model.max_new_tokens: 4 here, 3 in the checkpoint"]
     # a base that has moved
     (project / "model").rename("moved")
-    with pytest.raises(SystemExit, match=r"checkpoint's base model 'model' is not there.*--model.name_or_path"):
+    with pytest.raises(SystemExit, match=r"checkpoint's base model 'model' does not exist.*--model.name_or_path"):
         options("test", *data, "--ckpt_path", path)
     moved = options("test", *data, "--ckpt_path", path, "--model.name_or_path=moved")
     assert moved == {**from_checkpoint, "name_or_path": "moved"}
     assert lines == ["model.name_or_path: moved here, model in the checkpoint"]
-    with pytest.raises(SystemExit, match=r"checkpoint's base model 'model' is not there.*--name_or_path"):
+    with pytest.raises(SystemExit, match=r"checkpoint's base model 'model' does not exist.*--name_or_path"):
         run("export", "--ckpt_path", path, "--output", "exported")
     run("export", "--ckpt_path", path, "--output", "exported", "--name_or_path=moved")
     assert "model.name_or_path: moved here, model in the checkpoint" in capsys.readouterr().err

@@ -127,7 +127,7 @@ def test_one_learning_rate_needs_no_sweep_and_a_failed_run_leaves_nothing(
     ("args", "message"),
     [
         (["--methods", "[milora,mica]", "--learning_rates", "[1e-3]"], r"no config 'method/mica.yaml'"),
-        (["--methods", "[milora,milora]", "--learning_rates", "[1e-3]"], r"none twice"),
+        (["--methods", "[milora,milora]", "--learning_rates", "[1e-3]"], r"no duplicates"),
         (["--methods", "[milora]", "--learning_rates", "[]"], r"at least one"),
         (["--methods", "[milora]", "--learning_rates", "[1e-3]", "--adapter.rank", "3"], r"rank"),
         (["--methods", "[milora]"], r"learning_rates"),
