@@ -86,7 +86,7 @@ def test_a_moved_base_is_named(trained: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(trained / "peft", tmp_path / "peft")
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/gone"}))
-    with pytest.raises(FileNotFoundError, match=r"'/gone' is not there.*--name_or_path"):
+    with pytest.raises(FileNotFoundError, match=r"'/gone' does not exist.*--name_or_path"):
         load_for_inference(folder)
 
 
