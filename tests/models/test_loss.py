@@ -147,7 +147,7 @@ def test_what_is_noticed_is_said_once() -> None:
 def test_models_that_see_what_they_predict_are_refused(name: str) -> None:
     config = {"is_decoder": BertConfig, "causal": XLMConfig}[name]
     model = AutoModelForCausalLM.from_config(small_config(config, **{name: False}))
-    with pytest.raises(ValueError, match=f"{name}=False in its configuration attends to the tokens that it is to pre"):
+    with pytest.raises(ValueError, match=f"{name}=False in its configuration attends to the tokens that it should"):
         causal_lm_loss(model, *batch())
 
 
