@@ -7,12 +7,16 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from figures import COLUMNS, draw_tables
+
+from milora_lightning.utils.markdown import table
+
+__all__ = ["ROOT", "alternate", "machine", "median_seconds", "publish", "table"]
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "two_cores.md"
@@ -42,12 +46,6 @@ def machine() -> str:
     if cpuinfo.exists() and (found := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
         name = found[1]
     return f"{torch.get_num_threads()} cores of {name}, torch {version('torch').split('+')[0]}"
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def publish(name: str, text: str, page: Path = RESULTS) -> None:

@@ -106,7 +106,7 @@ def keep_master_weights(module: nn.Module, kept: Collection[nn.Module]) -> None:
             derive(child, BaseDtype)
     for parameter in trained:
         if parameter.dtype.itemsize < torch.float32.itemsize:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.float()  # in place: optimizers and tied modules hold this very parameter
 
 
 def compute_dtypes(module: nn.Module) -> dict[str, torch.dtype]:

@@ -15,21 +15,12 @@ from helpers.data_fixtures import isolate_cache
 
 from milora_lightning.data import Files
 from milora_lightning.data.columns import as_dataset
-from milora_lightning.data.files import _say
 from milora_lightning.data.reading.rows import checked_rows
 
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     isolate_cache(monkeypatch, tmp_path)
-
-
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    lines: list[str] = []
-    _say.cache_clear()
-    monkeypatch.setattr("milora_lightning.data.files.inform", lines.append)
-    return lines
 
 
 def lines(path: Path, rows: list[Any]) -> str:

@@ -17,7 +17,6 @@ import pytest
 from helpers.data_fixtures import isolate_cache
 
 from milora_lightning.data import Files
-from milora_lightning.data.files import _say
 from milora_lightning.data.reading.opening import COMPRESSED
 
 CHATS = [
@@ -37,14 +36,6 @@ PAIRS = [{"prompt": f"How many are {i}, and 1?\nSay.", "completion": f'"{i + 1}"
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     isolate_cache(monkeypatch, tmp_path)
-
-
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    lines: list[str] = []
-    _say.cache_clear()
-    monkeypatch.setattr("milora_lightning.data.files.inform", lines.append)
-    return lines
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -342,14 +342,6 @@ def test_what_sources_cannot_return_is_named(data: Any, message: str) -> None:
 ALPACA = {"instruction": "Add.", "input": "1, 2", "output": "3"}
 
 
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    lines: list[str] = []
-    _say.cache_clear()
-    monkeypatch.setattr("milora_lightning.data.files.inform", lines.append)
-    return lines
-
-
 def test_input_of_alpaca_is_read_unless_switched_off(tmp_path: Path, said: list[str]) -> None:
     path = str(written(tmp_path / "a.jsonl", json.dumps(ALPACA)))
     assert Files(train=path).load("train")["input"][:] == ["1, 2"]  # type: ignore[index]
