@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
@@ -19,6 +16,7 @@ from milora_lightning.metrics.forgetting import Forgetting
 from milora_lightning.models.pretrained import load_tokenizer
 from milora_lightning.strategies.base import calls_parts, shards
 from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.modes import eval_mode
 
 
 class ForgettingMonitor(Callback):
@@ -106,7 +104,7 @@ class ForgettingMonitor(Callback):
         base = self._base_weights(trainer, model)
         batches = torch.split(self._tokens(pl_module), self.batch_size)
         metric = Forgetting().to(pl_module.device)
-        with torch.no_grad(), _eval_mode(model), trainer.precision_plugin.forward_context():
+        with torch.no_grad(), eval_mode(model), trainer.precision_plugin.forward_context():
             for first in range(0, len(batches), trainer.world_size):
                 mine = first + trainer.global_rank
                 # A rank without a batch runs the model all the same: with a sharded model the other ranks wait for it.
@@ -156,14 +154,3 @@ def _language_model(pl_module: LightningModule) -> PreTrainedModel:
             f"{type(model).__name__} does not predict tokens, so its forgetting cannot be measured."
         )
     return model
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    training = [child for child in module.modules() if child.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child in training:
-            child.training = True

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from milora_lightning.config import IGNORE_INDEX
 from milora_lightning.models.supervision import supervised_logits
 from milora_lightning.utils.compat import attention_of
 from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.modes import eval_mode
 
 REMEDY = "set data.packing to false"
 CPU_TOKENS = 48  # most tokens of the test example on CPUs
@@ -52,7 +52,7 @@ def check_separation(model: PreTrainedModel, tokens: Sequence[int]) -> None:
     device = model.get_input_embeddings().weight.device
     # Only a few tokens on CPUs, to save time: whether examples are kept apart does not depend on their length.
     example = torch.tensor(tokens[: CPU_TOKENS if device.type == "cpu" else None], device=device)
-    with _eval_mode(model):
+    with eval_mode(model):
         alone = _last_logits(model, [example])
         packed = [_last_logits(model, [neighbour, example]) for neighbour in (example, example.flip(0))]
     eps, scale = torch.finfo(model.dtype).eps, float(alone.abs().max())
@@ -77,15 +77,3 @@ def _last_logits(model: PreTrainedModel, examples: Sequence[Tensor]) -> Tensor:
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[0, -min(COMPARED_TOKENS, len(examples[-1]) - 1) :] = 0
     return supervised_logits(model, ids, labels, positions).double()
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode, and each of its modules back in its own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

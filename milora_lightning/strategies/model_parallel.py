@@ -46,10 +46,8 @@ class MiLoRAModelParallelStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Connect the processes and create the device mesh."""
-        if (self._data_parallel_size, self._tensor_parallel_size) == (
-            "auto",
-            1,
-        ):  # Lightning's default is one for each node
+        if self._data_parallel_size == "auto" and self._tensor_parallel_size == 1:
+            # Lightning's default is one for each node
             self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 

@@ -10,13 +10,13 @@ import datasets
 import pytest
 import torch
 from helpers.chat_templates import _CHATML, GEMMA, QWEN3, TEMPLATES, chat_tokenizer
-from helpers.chats import folder_of, ids_of
+from helpers.chats import folder_of, ids_of, render_chat
 from transformers import PreTrainedTokenizerBase
 
 from milora_lightning import CausalLMModule
 from milora_lightning.data import Instructions, tokenize_dataset
 from milora_lightning.data.batches.batching import Collator
-from milora_lightning.data.encoding.chat import ChatTemplate, ChatTemplateError, render_chat
+from milora_lightning.data.encoding.chat import ChatTemplate, ChatTemplateError
 from milora_lightning.data.encoding.prompt_format import PromptFormat
 
 SYSTEM = {"role": "system", "content": "Be kind."}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from helpers.chat_templates import chat_tokenizer
 from helpers.models import TINY_CONFIGS
+from milora_lightning.data.encoding.chat import ChatTemplate, Message, Span
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> list[int]:
@@ -25,3 +27,9 @@ def folder_of(path: Path, name: str, **generation: Any) -> str:
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[Span]]:
+    """Write a chat in the tokenizer's chat template, as token ids and the spans that a model is to learn."""
+    template = ChatTemplate.of(tokenizer)
+    return template.tokenize([template.write(messages)])[0]

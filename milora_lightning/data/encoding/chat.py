@@ -166,24 +166,6 @@ def token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list
     return cast("list[list[int]]", encoded["input_ids"])
 
 
-def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[Span]]:
-    """Write a chat in the tokenizer's chat template, as token ids and the spans that a model is to learn.
-
-    Args:
-        messages: Messages with ``role`` and ``content``; the last one is the assistant's.
-        tokenizer: A tokenizer with a chat template.
-
-    Returns:
-        The ids that ``tokenizer.apply_chat_template(messages)`` gives, and the span of the last answer with the token
-        that ends its turn (see :meth:`ChatTemplate.tokenize` for the two exceptions).
-
-    Raises:
-        ChatTemplateError: As in :meth:`ChatTemplate.of`, :meth:`ChatTemplate.write` and :meth:`ChatTemplate.tokenize`.
-    """
-    template = ChatTemplate.of(tokenizer)
-    return template.tokenize([template.write(messages)])[0]
-
-
 def fold_system(messages: Sequence[Message]) -> list[Message]:
     r"""Put a system message before the first user's text.
 
