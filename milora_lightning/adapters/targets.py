@@ -120,7 +120,7 @@ def select_layers(module: nn.Module, config: LoRAConfig, kept: Collection[nn.Mod
                 selection.left_out[name] = reason
     if not selection.layers:
         raise TargetNotFoundError(nothing_left(module, config, selection.left_out))
-    for name in selection.layers.keys() & selection.left_out.keys():
+    for name in [name for name in selection.layers if name in selection.left_out]:
         del selection.left_out[name]  # another entry has selected it
     if targets == ALL_LINEAR:
         for name in _without_weight(part, kept):

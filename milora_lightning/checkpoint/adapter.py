@@ -123,7 +123,7 @@ class AdapterCheckpoint:
     def _check_config(self, description: dict[str, Any], layers: dict[str, LoRALinear]) -> None:
         saved = LoRAConfig(**description["config"])
         adapters = {unwrapped_name(name) for name in description["adapters"]}
-        for layer in layers.keys() & adapters:
+        for layer in [name for name in layers if name in adapters]:  # in the model's order, the same in every run
             here, there = self.config.settings(layer), saved.settings(layer)
             if key := first_difference(here, there, ignore=("lora_dropout",)):  # dropout may change during training
                 raise CheckpointError(
