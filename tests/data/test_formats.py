@@ -126,10 +126,12 @@ CALLED = {"role": "assistant", "content": "", "tool_calls": [{"type": "function"
         {"from": "function_call", "value": json.dumps(CALL)},
     ],
 )
-@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
-def test_calls_of_tools_have_one_form(call: Any, tools: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("field", "tools"), [("tools", [TOOL]), ("tools", json.dumps([TOOL])), ("functions", [TOOL["function"]])]
+)
+def test_calls_of_tools_have_one_form(call: Any, field: str, tools: Any, tmp_path: Path) -> None:
     result = {"from": "observation", "value": "Rain."} if "from" in call else {"role": "tool", "content": "Rain."}
-    record = {"messages": [USER, call, result, ANSWER], "tools": tools}
+    record = {"messages": [USER, call, result, ANSWER], field: tools}
     (row,) = load(lines(tmp_path / "a.jsonl", [record]))
     assert row["messages"] == [USER, CALLED, {"role": "tool", "content": "Rain."}, ANSWER]
     assert row["tools"] == [TOOL]

@@ -144,7 +144,14 @@ def as_json(value: Any, what: str) -> str:
 
 
 def read_tools(value: Any, field: str) -> str:
-    """Read the tools of a conversation, a list or a text in JSON that holds one; empty where there are none.
+    """Read the tools of a conversation, a list or a text in JSON that holds one.
+
+    Args:
+        value: Tools as chat templates expect them, or bare functions, as in OpenAI's older ``functions``.
+        field: Name of the field, for error messages.
+
+    Returns:
+        The tools as JSON; empty where there are none.
 
     Raises:
         ValueError: If it is something else.
@@ -157,7 +164,12 @@ def read_tools(value: Any, field: str) -> str:
         raise InvalidInputError(
             f"{field!r} holds {shown(value)} ({type(value).__name__}), but has to be a list of tools."
         )
-    return as_json(value, f"{field!r}")
+    return as_json([_tool(tool) for tool in value], f"{field!r}")
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """Bring a bare function into the form of chat templates."""
+    return {"type": "function", "function": tool} if isinstance(tool.get("name"), str) and "type" not in tool else tool
 
 
 def _message(message: Any, what: str) -> Message:

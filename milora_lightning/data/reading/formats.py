@@ -20,7 +20,7 @@ PROMPTS = ("instruction", "prompt", "question", "query", "problem")
 RESPONSES = ("output", "response", "completion", "answer", "chosen", "solution")
 PARTNERS = {"instruction": "output", "prompt": "completion", "question": "answer", "problem": "solution"}
 INPUTS = ("input", "context")
-OTHERS = {"system": ("system", "system_prompt"), "history": ("history",), "tools": ("tools",)}
+OTHERS = {"system": ("system", "system_prompt"), "history": ("history",), "tools": ("tools", "functions")}
 TEXT = "text"
 COLUMNS_IN_WORDS = ("messages", "system", "history", "prompt", "input", "response", "tools")
 
