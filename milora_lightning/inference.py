@@ -22,7 +22,14 @@ from milora_lightning.export.peft_import import load_peft
 from milora_lightning.models.files import UnusableModelError
 from milora_lightning.models.generation import stop_ids
 from milora_lightning.models.pretrained import load_causal_lm, load_tokenizer
-from milora_lightning.models.processor import warn_of_unused_gpu
+from milora_lightning.models.processor import (
+    CHOSEN,
+    DtypeName,
+    hold_in_float32,
+    loaded_as,
+    warn_of_slow_products,
+    warn_of_unused_gpu,
+)
 from milora_lightning.module import CausalLMModule
 from milora_lightning.utils.compat import is_sharded_folder
 from milora_lightning.utils.errors import InvalidInputError
@@ -36,7 +43,7 @@ def load_for_inference(
     path: str | Path,
     merge: bool = False,
     device: torch.device | str | None = None,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
+    dtype: DtypeName | None = None,
     name_or_path: str | None = None,
     template: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -51,7 +58,8 @@ def load_for_inference(
         merge: Add the adapters to the weights. Generation is faster and the model consists of transformers' classes
             only, but the base model cannot be used any more. Warns if rounding to half precision loses much of them.
         device: The device of the model; by default the accelerator, if there is one.
-        dtype: Dtype of the base weights; by default the checkpoint's, otherwise that of the files.
+        dtype: Dtype of the base weights, as for :class:`CausalLMModule`; by default the checkpoint's, otherwise
+            ``"auto"``.
         name_or_path: Where the base of a checkpoint or PEFT folder is now, if it has moved.
         template: The prompt template, in place of that of training: ``"alpaca"``, ``"chat"``, ``"plain"`` or the path
             of a Jinja file.
@@ -67,7 +75,7 @@ def load_for_inference(
     """
     device = device_named(device)
     path, kind = str(path), kind_of(str(path))
-    prompt_format = None
+    prompt_format, chosen = None, dtype in (None, *CHOSEN)
     if kind == "checkpoint":
         options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         if merge:
@@ -75,23 +83,28 @@ def load_for_inference(
         module, _ = load_module(path, name_or_path, whole=True, compile=False, gradient_checkpointing=False, **options)
         assert module.model is not None
         model, tokenizer, prompt_format = module.model, module.tokenizer, module.prompt_format
+        chosen = module.dtype_name in CHOSEN
         if prompt_format is None and template is None:
             inform(f"{path} does not name a prompt template: the tokenizer's own chat template is used.")
     elif kind == "peft":
-        model, tokenizer = _load_peft(Path(path).expanduser(), dtype or "auto", name_or_path)
+        model, tokenizer = _load_peft(Path(path).expanduser(), loaded_as(dtype or "auto"), name_or_path)
     else:
         if name_or_path is not None:
             raise InvalidInputError(
                 f"{path!r} is a whole model, and name_or_path names the base of a checkpoint or PEFT folder: leave "
                 "it out."
             )
-        model, tokenizer = load_causal_lm(path, dtype or "auto"), load_tokenizer(path)
+        model, tokenizer = load_causal_lm(path, loaded_as(dtype or "auto")), load_tokenizer(path)
     if merge and (note := rounding_note(merge_adapters(model))):
         warn(note)
     if template is not None:
         prompt_format = format_named(template, tokenizer)
     tokenizer = tokenizer if prompt_format is None else prompt_format.applied_to(tokenizer)
     _end_as_trained(model, tokenizer, prompt_format)
+    if chosen and not getattr(model, "is_quantized", False):
+        hold_in_float32(model, device)
+    elif device.type == "cpu":
+        warn_of_slow_products(model.dtype, "give dtype='fast' (--dtype fast) to compute on this CPU")
     return model.to(device).eval(), tokenizer
 
 

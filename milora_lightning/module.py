@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, cast, overload
+from typing import Any, cast, overload
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -25,7 +25,7 @@ from milora_lightning.models.generation import cut_at_stop, generate_greedily, g
 from milora_lightning.models.loss import causal_lm_loss, supervised_logits
 from milora_lightning.models.packed_rows import check_separation, check_takes_positions
 from milora_lightning.models.pretrained import load_causal_lm, load_config, load_tokenizer
-from milora_lightning.models.processor import warn_of_slow_products
+from milora_lightning.models.processor import CHOSEN, DtypeName, hold_in_float32, loaded_as, warn_of_slow_products
 from milora_lightning.models.quantized import Quantization
 from milora_lightning.models.streaming import empty_causal_lm, shard, stream_weights
 from milora_lightning.screen.figures import peak_memory
@@ -48,8 +48,9 @@ class CausalLMModule(EvaluatedModule):
 
     Args:
         name_or_path: A Hub name, a folder, a ``.gguf`` file, or ``"embedded"``.
-        dtype: Dtype of the frozen weights, or ``"auto"`` for that of the files. The Trainer's ``precision`` stays
-            ``32-true`` for a half-precision base: adapters and optimizer state are float32 either way.
+        dtype: Dtype of the frozen weights: ``"auto"`` for that of the files, ``"fast"`` for bfloat16; both hold the
+            same numbers in float32 on CPUs that lack such products. The Trainer's ``precision`` stays ``32-true`` for a
+            half-precision base: adapters and optimizer state are float32 either way.
         attn_implementation: Hugging Face's name of an attention implementation, or ``"causal_blocks"``, which is
             faster than those in training on CPUs; by default Hugging Face's choice.
         gradient_checkpointing: Recompute activations in backward to save memory.
@@ -84,7 +85,7 @@ class CausalLMModule(EvaluatedModule):
     def __init__(
         self,
         name_or_path: str,
-        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        dtype: DtypeName = "auto",
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
@@ -143,7 +144,7 @@ class CausalLMModule(EvaluatedModule):
 
     def load_model(self) -> PreTrainedModel:
         """Load the model, or, where it will be sharded, create it without weights. Override it to load another way."""
-        origin = self.name_or_path, self.dtype_name, self.attn_implementation
+        origin = self.name_or_path, loaded_as(self.dtype_name), self.attn_implementation
         if self.device_mesh is not None:
             return empty_causal_lm(*origin)
         device = torch.device("cpu") if self._trainer is None else self._trainer.strategy.root_device
@@ -160,8 +161,8 @@ class CausalLMModule(EvaluatedModule):
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.compile_layers:
             compile_layers(model)
-        if self._trainer is not None and self._trainer.strategy.root_device.type == "cpu":
-            warn_of_slow_products(model.dtype)
+        if self._trainer is not None:
+            self._suit_processor(model, self._trainer.strategy.root_device)
         self.model = model.train()
         if self.device_mesh is not None:  # FSDP2: inject adapters, then shard, then read the weights
             if self.milora_config is not None:
@@ -169,6 +170,17 @@ class CausalLMModule(EvaluatedModule):
             shard(model, self.device_mesh["data_parallel"])
             stream_weights(model, self.name_or_path, self.trainer.strategy.root_device)
         self.tokenizer = load_tokenizer(self.name_or_path)
+
+    def _suit_processor(self, model: PreTrainedModel, device: torch.device) -> None:
+        """On a CPU without products in the model's dtype, hold it in float32, or warn if that was not left to us."""
+        # Weights that train in full would be saved in float32 then, and rounded where they are loaded.
+        adapters = self.milora_config is not None or self.trainer.state.fn != "fit"
+        # Rounding is the loader's; shards are read as they are in the files.
+        rounds = self.dtype_name == "fast" and self.device_mesh is not None
+        if self.dtype_name in CHOSEN and adapters and not rounds and not getattr(model, "is_quantized", False):
+            hold_in_float32(model, device)
+        if device.type == "cpu":
+            warn_of_slow_products(model.dtype)
 
     def _check_quantized(self, stage: str) -> None:
         if shards(self.trainer.strategy):

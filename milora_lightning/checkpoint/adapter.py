@@ -15,7 +15,7 @@ from milora_lightning.adapters.freezing import base_keys
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import INITIALIZED, LoRALinear
 from milora_lightning.adapters.surgery import inject
-from milora_lightning.checkpoint.fingerprint import check_base, fingerprint
+from milora_lightning.checkpoint.fingerprint import check_base, fingerprint, in_other_dtypes
 from milora_lightning.checkpoint.io import KEY, CheckpointError, read
 from milora_lightning.config import LoRAConfig, first_difference
 from milora_lightning.parallel.dtensor import is_sharded
@@ -118,7 +118,11 @@ class AdapterCheckpoint:
             )
         check_format(description)
         self._check_config(description, lora_layers(module))
-        check_base({unwrapped_name(name): value for name, value in description["base"].items()}, self.base(module))
+        saved = {unwrapped_name(name): value for name, value in description["base"].items()}
+        here = self.base(module)
+        if in_other_dtypes(saved, here):
+            here = fingerprint(module, like=saved)
+        check_base(saved, here)
 
     def _check_config(self, description: dict[str, Any], layers: dict[str, LoRALinear]) -> None:
         saved = LoRAConfig(**description["config"])

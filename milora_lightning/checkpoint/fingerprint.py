@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import xxhash
 from torch import Tensor, nn
 
 from milora_lightning.adapters.base_weight import STORED, Stored
 from milora_lightning.adapters.freezing import base_keys
+from milora_lightning.adapters.linear_layers import is_plain
 from milora_lightning.adapters.quantization import pieces
 from milora_lightning.checkpoint.io import CheckpointError
 from milora_lightning.parallel.dtensor import gather_to_rank, is_sharded, memory_of
@@ -20,7 +23,7 @@ QUANTIZED = " as "
 """Separates the description of a weight from the kind of its quantization."""
 
 
-def fingerprint(module: nn.Module, frozen_only: bool = True) -> dict[str, str]:
+def fingerprint(module: nn.Module, frozen_only: bool = True, like: Mapping[str, str] | None = None) -> dict[str, str]:
     """Hash every frozen weight except those of adapters: its shape, its dtype and all of its bits.
 
     For a weight that was quantized while it was loaded, the original weight is hashed and the kind of quantization is
@@ -30,6 +33,8 @@ def fingerprint(module: nn.Module, frozen_only: bool = True) -> dict[str, str]:
         module: Any module; weights on the meta device are skipped. If weights are sharded, all ranks must call this.
             They share the work, gathering one weight at a time, and the hashes are those of the full weights.
         frozen_only: Whether to leave out weights that train; otherwise only the adapters are left out.
+        like: Another fingerprint. A weight that it has in another floating-point dtype is described in that dtype, if
+            that dtype holds each of the weight's numbers exactly: a bfloat16 weight is the same when held in float32.
 
     Returns:
         ``"(shape) dtype hash"`` by parameter name, followed by the quantization, such as ``" as nf4"``, if there is
@@ -43,13 +48,15 @@ def fingerprint(module: nn.Module, frozen_only: bool = True) -> dict[str, str]:
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for index, key in enumerate(sorted(base_keys(module, frozen_only))):
         parameter = parameters[key].detach()
+        name = pristine_name(key)
+        wanted = _dtype_in((like or {}).get(name, ""))
         stored = _stored(module, key)
         if stored is not None:
-            hashes[pristine_name(key)] = f"{_described(stored.read())}{QUANTIZED}{stored.quantization}"
+            hashes[name] = f"{_described(_as(stored.read(), wanted))}{QUANTIZED}{stored.quantization}"
             continue
         weight = None if parameter.is_meta else gather_to_rank(parameter, index % ranks)
         if weight is not None:
-            hashes[pristine_name(key)] = _described(weight)
+            hashes[name] = _described(_as(weight, wanted))
     if ranks > 1:
         parts: list[Any] = [None] * ranks
         dist.all_gather_object(parts, hashes)
@@ -62,6 +69,34 @@ def _described(weight: Tensor) -> str:
     for piece in pieces(weight):
         digest.update(memory_of(piece))
     return f"{tuple(weight.shape)} {weight.dtype} {digest.hexdigest()}"
+
+
+def _dtype_in(description: str) -> torch.dtype | None:
+    """Return the floating-point dtype in the description of a weight; None if it has none."""
+    found = re.match(r"\([\d, ]*\) torch\.(\w+) ", description)
+    dtype = getattr(torch, found[1], None) if found else None
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
+
+
+def _as(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Convert a plain floating-point weight to a dtype if that changes no number in it; otherwise return it as it is.
+
+    >>> _as(torch.tensor([0.5]), torch.bfloat16).dtype, _as(torch.tensor([0.1]), torch.bfloat16).dtype
+    (torch.bfloat16, torch.float32)
+    """
+    if dtype is None or dtype == weight.dtype or not is_plain(weight) or not weight.is_floating_point():
+        return weight
+    converted = weight.to(dtype)
+    return converted if torch.equal(converted.to(weight.dtype), weight) else weight
+
+
+def in_other_dtypes(saved: Mapping[str, str], here: Mapping[str, str]) -> bool:
+    """Tell whether some weight has different floating-point dtypes in two fingerprints.
+
+    >>> in_other_dtypes({"w": "(2,) torch.float32 1f"}, {"w": "(2,) torch.bfloat16 2e"})
+    True
+    """
+    return any(_dtype_in(saved[name]) != _dtype_in(here[name]) for name in saved.keys() & here.keys())
 
 
 def _stored(module: nn.Module, key: str) -> Stored | None:

@@ -33,6 +33,7 @@ from milora_lightning.export.peft_format import (
     task_type,
 )
 from milora_lightning.export.serving import save_tokenizer
+from milora_lightning.models.processor import NUMBERS
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.folders import check_output, new_folder
 from milora_lightning.utils.names import unwrapped_name
@@ -138,8 +139,9 @@ def export_merged(
         tokenizer: The tokenizer to save with the model.
         metrics: Results for the model card.
         data: A description of the training data, for the model card.
-        dtype: Dtype of the whole model, ``torch.float32`` or ``"float32"``. By default each weight keeps its own, and
-            half-precision weights lose the parts of ΔW that are smaller than their last digit.
+        dtype: Dtype of the whole model, ``torch.float32`` or ``"float32"``. By default each weight keeps its own (a
+            half-precision model that a CPU has held in float32, that of its files), and half-precision weights lose
+            the parts of ΔW that are smaller than their last digit.
         prompt_format: The prompt format of training; the exported chat template and the model card use it.
 
     Returns:
@@ -150,8 +152,8 @@ def export_merged(
         FileExistsError: If ``output`` exists and is not empty.
     """
     check_output(output)
-    wanted = as_dtype(dtype)
     model = find_model(module)
+    wanted = as_dtype(dtype) or getattr(model, NUMBERS, None)
     layers = _adapters(module, model)
     if not all(holds_its_weight(layer.base_layer) for layer in layers.values()):
         raise InvalidInputError(

@@ -89,7 +89,8 @@ def load_peft(module: nn.Module, folder: str | Path) -> LoRAConfig:
     config = _as_ours(peft, tensors)
     model = find_model(module)
     if BASE_KEY in metadata:
-        _check_base(json.loads(metadata[BASE_KEY]), unquantized(fingerprint(model, frozen_only=False)))
+        saved = json.loads(metadata[BASE_KEY])
+        _check_base(saved, unquantized(fingerprint(model, frozen_only=False, like=saved)))
     tensors = _without_base(model, tensors, folder)
     _check_tensors(model, config, tensors, folder)
     names = _layer_names(tensors)

@@ -6,12 +6,23 @@ import os
 import platform
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import nn
 
 from milora_lightning.utils.compat import PRODUCTS_ON_X86
 from milora_lightning.utils.counting import counted
-from milora_lightning.utils.messages import warn
+from milora_lightning.utils.messages import inform, warn
+
+DtypeName = Literal["auto", "fast", "float32", "bfloat16", "float16"]
+"""How options name the dtype of a model's weights."""
+
+CHOSEN = ("auto", "fast")
+"""Those that leave it to the package whether a CPU without instructions for the dtype holds the numbers in float32."""
+
+NUMBERS = "_numbers_dtype"
+"""Attribute of a model that is held in float32: the half-precision dtype that holds its numbers exactly."""
 
 
 def has_fast_products(dtype: torch.dtype) -> bool:
@@ -24,6 +35,50 @@ def has_fast_products(dtype: torch.dtype) -> bool:
         return True
     checks = [getattr(torch.cpu, name, None) for name in PRODUCTS_ON_X86[dtype]]
     return None in checks or any(check() for check in checks if check is not None)
+
+
+def loaded_as(name: DtypeName) -> str:
+    """Return the dtype with which ``from_pretrained`` rounds the weights as an option names it.
+
+    >>> loaded_as("fast"), loaded_as("float32")
+    ('bfloat16', 'float32')
+    """
+    return "bfloat16" if name == "fast" else name
+
+
+def held_as(name: DtypeName, in_files: torch.dtype | str | None, device: str) -> torch.dtype:
+    """Return the dtype in which a model's weights are in memory.
+
+    Args:
+        name: As an option names it.
+        in_files: The dtype of its files, as its configuration has it.
+        device: The type of the device.
+    """
+    dtype = (in_files or torch.float32) if name == "auto" else loaded_as(name)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return torch.float32 if name in CHOSEN and device == "cpu" and not has_fast_products(dtype) else dtype
+
+
+def hold_in_float32(model: nn.Module, device: torch.device) -> None:
+    """Convert a half-precision model to float32 if it computes on a CPU without instructions for its dtype, and say so.
+
+    Each weight keeps its number, so this is still the model that other devices hold in half precision.
+
+    Args:
+        model: A model with a ``dtype``, not quantized; converted in place.
+        device: The device that it computes on.
+    """
+    dtype = model.dtype
+    if device.type != "cpu" or not isinstance(dtype, torch.dtype) or has_fast_products(dtype):
+        return
+    if all(p.dtype == dtype for p in model.parameters() if p.is_floating_point()):
+        setattr(model, NUMBERS, dtype)
+    model.float()
+    name = str(dtype).removeprefix("torch.")
+    inform(
+        f"The {name} weights are held in float32, number by number the same: this processor has no instructions for "
+        f"products in {name}, and would take many times as long."
+    )
 
 
 def warn_of_more_processes(processes: int) -> None:
@@ -55,11 +110,13 @@ def _reason() -> str:
     return "it finds none"
 
 
-def warn_of_slow_products(dtype: torch.dtype) -> None:
-    """Warn if training on the CPU in a dtype takes many times as long as in float32."""
+def warn_of_slow_products(
+    dtype: torch.dtype, remedy: str = "set model.dtype: float32 (--model.dtype float32) to train on this CPU"
+) -> None:
+    """Warn if computing on the CPU in a dtype takes many times as long as in float32."""
     if not has_fast_products(dtype):
         name = str(dtype).removeprefix("torch.")
         warn(
-            f"This processor has no instructions for products in {name}, so a step takes many times as long as in "
-            "float32: set model.dtype: float32 (--model.dtype float32) to train on this CPU."
+            f"This processor has no instructions for products in {name}, so every step takes many times as long as in "
+            f"float32: {remedy}."
         )

@@ -112,7 +112,7 @@ def test_all_help_names_classes_by_their_short_names(capsys: pytest.CaptureFixtu
         (["--num_train_epochs=2"], "Did you mean --trainer.max_epochs?"),
         (["--max_seq_length=2"], "Did you mean --data.max_length?"),
         (["--model.optimizer.lr=fast"], "--model.optimizer.lr=fast: expected a number."),
-        (["--model.dtype=bfloat"], "expected auto or float32 or bfloat16 or float16. Did you mean bfloat16?"),
+        (["--model.dtype=bfloat"], "expected auto or fast or float32 or bfloat16 or float16. Did you mean bfloat16?"),
         (["--data.source=File"], "--data.source=File: there is no class of that name. Did you mean Files?"),
         (["--data.source.trains=x"], "--data.source.trains: Files has no such option. Did you mean train?"),
         (["--trainer.callbacks+=EarlyStoping"], "Did you mean EarlyStopping?"),

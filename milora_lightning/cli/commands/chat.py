@@ -20,6 +20,7 @@ from milora_lightning.data.encoding.asking import NotAskableError, TextStream, c
 from milora_lightning.data.encoding.chat import Message
 from milora_lightning.data.encoding.prompt_format import reads_one_question
 from milora_lightning.models.generation import Sampling, generate_greedily, greedy_config, use_generation_config
+from milora_lightning.models.processor import DtypeName
 from milora_lightning.models.turn_cache import TurnCache
 from milora_lightning.utils.counting import counted
 from milora_lightning.utils.errors import InvalidInputError
@@ -51,7 +52,7 @@ def chat(
     earlier_turns: bool | None = None,
     template: str | None = None,
     name_or_path: str | None = None,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
+    dtype: DtypeName | None = None,
     device: str | None = None,
 ) -> None:
     """Talk to a model in the prompt template that it was trained with; answers appear as they are generated.
@@ -74,7 +75,7 @@ def chat(
         template: Prompt template, in place of that of training: ``alpaca``, ``chat``, ``plain`` or the path of a Jinja
             file.
         name_or_path: Where the base model is now; by default where it was in training.
-        dtype: Dtype of the base weights.
+        dtype: Dtype of the base weights, as for model.dtype; by default that of training.
         device: Device to compute on, such as ``cpu`` or ``cuda:1``; by default the accelerator, if there is one.
     """
     sampling = Sampling(temperature, top_p, top_k)

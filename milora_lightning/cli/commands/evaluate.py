@@ -8,7 +8,7 @@ import logging
 import re
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from milora_lightning.adapters.injection import adapters_disabled, lora_layers
 from milora_lightning.cli.commands.loading import loading
 from milora_lightning.inference import load_for_inference
+from milora_lightning.models.processor import DtypeName
 from milora_lightning.utils.errors import InvalidInputError, MissingFileError, MissingPackageError, OutputExistsError
 from milora_lightning.utils.folders import check_file
 from milora_lightning.utils.suggestions import similar
@@ -37,7 +38,7 @@ def evaluate(
     apply_chat_template: bool = False,
     include_path: str | None = None,
     name_or_path: str | None = None,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
+    dtype: DtypeName | None = None,
     device: str | None = None,
 ) -> None:
     """Score a model on benchmarks of the evaluation harness (lm-eval), before and after fine-tuning.
@@ -56,7 +57,7 @@ def evaluate(
             the tasks define them.
         include_path: Folder with YAML files of your own tasks.
         name_or_path: Where the base model is now; by default where it was in training.
-        dtype: Dtype of the base weights; by default that of training.
+        dtype: Dtype of the base weights, as for model.dtype; by default that of training.
         device: Device to compute on; by default the accelerator, if there is one.
     """
     if (ckpt_path is None) == (model is None):

@@ -25,6 +25,7 @@ from milora_lightning.models.generation import (
     greedy_config,
     use_generation_config,
 )
+from milora_lightning.models.processor import DtypeName
 from milora_lightning.utils.counting import counted
 from milora_lightning.utils.errors import InvalidInputError, MiLoRAError
 from milora_lightning.utils.folders import check_file
@@ -51,7 +52,7 @@ def generate(
     batch_size: int = 16,
     template: str | None = None,
     name_or_path: str | None = None,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
+    dtype: DtypeName | None = None,
     device: str | None = None,
 ) -> None:
     """Answer prompts in the prompt template that the model was trained with.
@@ -77,7 +78,7 @@ def generate(
         template: Prompt template, in place of that of training: ``alpaca``, ``chat``, ``plain`` or the path of a Jinja
             file.
         name_or_path: Where the base model is now; by default where it was in training.
-        dtype: Dtype of the base weights.
+        dtype: Dtype of the base weights, as for model.dtype; by default that of training.
         device: Device to compute on, such as ``cpu`` or ``cuda:1``; by default the accelerator, if there is one.
     """
     sampling = Sampling(temperature, top_p, top_k)

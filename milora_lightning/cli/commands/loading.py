@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Literal
 
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from milora_lightning.data.encoding.asking import check_askable
 from milora_lightning.inference import load_for_inference
+from milora_lightning.models.processor import DtypeName
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.notices import leave_out_bars
 
@@ -32,7 +32,7 @@ def load_to_ask(
     model: str | None,
     name_or_path: str | None,
     template: str | None,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None,
+    dtype: DtypeName | None,
     device: str | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model that one of two options names; see :func:`milora_lightning.load_for_inference`.

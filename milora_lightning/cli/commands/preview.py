@@ -17,6 +17,7 @@ from milora_lightning.data.datamodule import SFTDataModule
 from milora_lightning.data.streaming.encoding import check_trainer
 from milora_lightning.models.memory import LOADED, Estimate, Part, estimate, planned_model
 from milora_lightning.models.pretrained import load_config
+from milora_lightning.models.processor import held_as
 from milora_lightning.utils.counting import counted
 from milora_lightning.utils.printable import printable
 
@@ -194,8 +195,7 @@ def of_memory(cli: MiLoRACLI, lengths: list[list[int]], kind: str) -> Estimate:
     module, data = cli.model, cli.datamodule
     config = load_config(module.name_or_path)
     adapters = cli.config_init["fit"]["adapter"].config
-    name = module.dtype_name if module.dtype_name != "auto" else (config.dtype or torch.float32)
-    dtype = getattr(torch, name) if isinstance(name, str) else name
+    dtype = held_as(module.dtype_name, config.dtype, kind)
     width = [len(batch) * round_up(max(batch), data.pad_to_multiple_of) for batch in lengths]
     largest = lengths[width.index(max(width))]
     examples = data.examples("train")
