@@ -9,12 +9,15 @@ from typing import Any
 import lightning.pytorch
 import pytest
 import torch
-from helpers.models import quiet_trainer, tiny_model
+from helpers.chats import folder_of
+from helpers.models import quiet_trainer, write_examples
 from helpers.pages import PAGES, ROOT, blocks, read
-from helpers.trained import fit
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from milora_lightning import CausalLMModule
+from milora_lightning import CausalLMModule, MiLoRAInit, SFTDataModule
+from milora_lightning.data import Files
 
 
 class Small(lightning.pytorch.LightningModule):
@@ -24,8 +27,8 @@ class Small(lightning.pytorch.LightningModule):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 40))
 
-    def train_dataloader(self) -> list[Tensor]:
-        return [torch.ones(2, 40)] * 2
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader(torch.ones(4, 40), batch_size=2)  # type: ignore[arg-type]
 
     def training_step(self, batch: Tensor) -> Tensor:
         return self.layers(batch).square().mean()
@@ -36,8 +39,14 @@ class Small(lightning.pytorch.LightningModule):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a conversational model."""
-    return fit(tmp_path_factory.mktemp("trained"), "chat")
+    """A checkpoint of a conversational model, trained for a step."""
+    folder = tmp_path_factory.mktemp("trained")
+    base = folder_of(folder / "base", "qwen")
+    data = SFTDataModule(Files(str(write_examples(folder / "train.jsonl", 2))), base, template="chat", max_length=64)
+    trainer = quiet_trainer(folder, max_steps=1, callbacks=[MiLoRAInit(r=4)])
+    trainer.fit(CausalLMModule(base, warmup_steps=0), data)
+    trainer.save_checkpoint(folder / "a.ckpt")
+    return folder / "a.ckpt"
 
 
 def with_checkpoint(path: str) -> Callable[[Path, Path], dict[str, Any]]:
@@ -52,8 +61,8 @@ def with_checkpoint(path: str) -> Callable[[Path, Path], dict[str, Any]]:
 
 
 def with_module(folder: Path, checkpoint: Path) -> dict[str, Any]:
-    model = tiny_model()
-    model.config.max_position_embeddings = 64
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
     return {"your_module": Small(), "model": model, "Trainer": lightning.pytorch.Trainer}
 
 
@@ -83,9 +92,8 @@ WITH_PYTHON = [path for path in PAGES if blocks(read(path), "python")]
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda path: str(path.relative_to(ROOT)))
 def test_python_blocks_run(page: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        lightning.pytorch, "Trainer", lambda **given: quiet_trainer(tmp_path, **{"max_epochs": 1, **given})
-    )
+    quiet = {"max_epochs": 1, "enable_progress_bar": None}
+    monkeypatch.setattr(lightning.pytorch, "Trainer", lambda **given: quiet_trainer(tmp_path, **{**quiet, **given}))
     names = PREPARED.get(str(page.relative_to(ROOT)), nothing)(tmp_path, checkpoint)
     for block in blocks(read(page), "python"):
         exec(compile(block, str(page), "exec"), names)

@@ -34,7 +34,7 @@ def main() -> None:
         axes.semilogy(index[-R:], values[-R:], color="#e8833a", linewidth=3.5)
         for text, point, offset, colour in [
             (f"pissa: {principal:.0%} of the energy", (R, values[R]), (45, -2), "#3b5bdb"),
-            (f"milora: {minor:.2%} of it", (len(values) - R, values[-R]), (-130, -14), "#c2601a"),
+            (f"milora: {minor * 100:.1g}% of it", (len(values) - R, values[-R]), (-130, -14), "#c2601a"),
         ]:
             line = {"arrowstyle": "-", "color": colour}
             axes.annotate(text, point, offset, textcoords="offset points", color=colour, va="center", arrowprops=line)

@@ -128,7 +128,7 @@ def first_sentence(text: str) -> str:
     >>> first_sentence("A 4-bit base (QLoRA): a 7B model. Needs bitsandbytes.")
     'A 4-bit base (QLoRA): a 7B model.'
     """
-    return re.split(r"(?<=[.:?]) (?=[A-Z])|(?<=:) *$| (?=python main)", text.strip(), maxsplit=1)[0].strip().rstrip(":")
+    return re.split(r"(?<=[.?]) (?=[A-Z])| (?=python (?:main|benchmarks))", " ".join(text.split()), maxsplit=1)[0]
 
 
 def without_roles(text: str) -> str:

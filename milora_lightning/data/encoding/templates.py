@@ -66,6 +66,7 @@ TEMPLATES: dict[TemplateName, Callable[[str, str, PreTrainedTokenizerBase], str]
     "chat": chat,
     "plain": plain,
 }
+"""What writes a prompt with its further input, by the name of the template."""
 
 
 def name_of(template: str, conversations: bool) -> TemplateName:
