@@ -17,7 +17,7 @@ from milora_lightning.data.encoding.templates import AUTO
 from milora_lightning.data.encoding.turn_encoding import ASSISTANT
 from milora_lightning.data.evaluation_loading import EvaluationLoaders
 from milora_lightning.data.model_check import language_model
-from milora_lightning.data.sources import MultipleChoice, Source, Split
+from milora_lightning.data.sources import ChecksTest, MultipleChoice, Source, Split
 from milora_lightning.data.splits import SPLITS
 from milora_lightning.data.streaming.encoding import StreamEncoder, check_trainer
 from milora_lightning.data.streaming.loading import StreamedBatches, StreamLoader
@@ -157,6 +157,8 @@ class SFTDataModule(EvaluationLoaders):
         Raises:
             ValueError: If the source lacks a needed split, its data cannot be used, or a stream lacks ``max_steps``.
         """
+        if stage == "test" and isinstance(self.source, ChecksTest):
+            self.source.check_test()
         if stage == "fit" and self.streaming and self.trainer is not None:
             check_trainer(self.trainer)
         for split in SPLITS[stage]:

@@ -11,11 +11,14 @@ from torchmetrics import Metric
 from milora_lightning.data.files import Files
 from milora_lightning.metrics import TaskAccuracy, extract_solution, right_answer, right_solution
 from milora_lightning.metrics.latex import require_math_verify
+from milora_lightning.metrics.metamath import right_expression, right_number
 from milora_lightning.utils.errors import InvalidInputError
 
 # Fields of question and solution in MetaMathQA, GSM8K, MATH, and the test files that MetaMath ships.
 FORMATS = (("query", "response"), ("question", "answer"), ("problem", "solution"), ("instruction", "output"))
 MARKER = "The answer is: "
+METAMATH = "metamath"
+"""Name of the paper's rule in results."""
 
 
 def worked_solution(record: dict[str, Any]) -> dict[str, Any]:
@@ -53,6 +56,9 @@ class Math(Files):
     ``response``, ``question`` and ``answer``, ``problem`` and ``solution``, or ``instruction`` and ``output``) and
     converted to one form, in which a solution ends with "The answer is: ...". The answer is extracted from there, and a
     text without one is wrong. Answers to GSM8K are compared as numbers, answers to MATH as expressions.
+
+    Accuracies are reported by two rules: the package's own, which compares values, and under ``accuracy_metamath`` that
+    of the paper's scripts (:mod:`milora_lightning.metrics.metamath`), to be put beside the paper's figures.
 
     Args:
         train: Training data: files or a Hub name, as for :class:`Files`.
@@ -97,9 +103,12 @@ class Math(Files):
         )
 
     def metric(self) -> Metric:
-        """Make the metric: the accuracy on each test, and their mean."""
+        """Make the metric: the accuracy on each test, and their mean, by the two rules."""
         number = partial(right_answer, strict=True)
         if "math" not in self.test_sets:
-            return TaskAccuracy({"": number, "gsm8k": number})
+            return TaskAccuracy({"": number, "gsm8k": number}, {METAMATH: {"": right_number, "gsm8k": right_number}})
         require_math_verify()  # now, not after the first answers
-        return TaskAccuracy({"": right_solution, "gsm8k": number, "math": right_solution})
+        return TaskAccuracy(
+            {"": right_solution, "gsm8k": number, "math": right_solution},
+            {METAMATH: {"": right_expression, "gsm8k": right_number, "math": right_expression}},
+        )
