@@ -15,7 +15,7 @@ from milora_lightning.adapters.injection import adapters_merged, lora_layers
 from milora_lightning.adapters.surgery import inject
 from milora_lightning.checkpoint.adapter import inject_as_in
 from milora_lightning.checkpoint.io import KEY
-from milora_lightning.config import IGNORE_INDEX, LoRAConfig
+from milora_lightning.config import LoRAConfig
 from milora_lightning.data.encoding.asking import question_batch
 from milora_lightning.data.encoding.prompt_format import PromptFormat, warn_of_another
 from milora_lightning.data.model_check import check_model
@@ -24,6 +24,7 @@ from milora_lightning.models.compile import compile_layers
 from milora_lightning.models.generation import cut_at_stop, generate_greedily, greedy_config, use_generation_config
 from milora_lightning.models.loss import causal_lm_loss, supervised_logits
 from milora_lightning.models.packed_rows import check_separation, check_takes_positions
+from milora_lightning.models.positions import found_before_transfer, known_after_transfer, supervised_count
 from milora_lightning.models.pretrained import load_causal_lm, load_config, load_tokenizer
 from milora_lightning.models.processor import CHOSEN, DtypeName, hold_in_float32, loaded_as, warn_of_slow_products
 from milora_lightning.models.quantized import Quantization
@@ -196,6 +197,13 @@ class CausalLMModule(EvaluatedModule):
 
     # ---- Training ----
 
+    def _call_batch_hook(self, hook_name: str, *args: Any) -> Any:
+        # Around the transfer alone: the hooks beside it are the user's, and Lightning warns of modules that have them.
+        if hook_name != "transfer_batch_to_device":
+            return super()._call_batch_hook(hook_name, *args)
+        batch, *others = args
+        return known_after_transfer(super()._call_batch_hook(hook_name, found_before_transfer(batch), *others))
+
     def forward(self, batch: Batch) -> Tensor:
         """Compute the logits of the supervised tokens.
 
@@ -213,7 +221,7 @@ class CausalLMModule(EvaluatedModule):
         labels = batch["labels"]
         # The model runs even if no token is supervised: with a sharded model the other ranks wait for this one.
         total = causal_lm_loss(self._built(), batch["input_ids"], labels, batch.get("position_ids"))
-        return total, (labels[:, 1:] != IGNORE_INDEX).sum()
+        return total, supervised_count(labels)
 
     def on_train_start(self) -> None:
         """Check that packed examples do not see each other in this model."""

@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from milora_lightning.config import IGNORE_INDEX
+from milora_lightning.models.positions import at_positions, next_labels, supervised_positions
 from milora_lightning.models.supervision import (
     all_logits,
     attention_rows,
     may_change_logits,
     run_with_hidden_states,
     supervised_logits,
-    supervised_positions,
 )
 
 __all__ = ["causal_lm_loss", "linear_cross_entropy", "supervised_logits"]
@@ -52,22 +51,22 @@ def causal_lm_loss(
     Raises:
         ValueError: If the model attends to the tokens that it should predict.
     """
-    input_ids, labels, position_ids = attention_rows(model, input_ids, labels, position_ids)
-    targets = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
+    positions = supervised_positions(labels)
+    targets = next_labels(labels, positions)
     if not _is_frozen_linear(model.get_output_embeddings()) or may_change_logits(model.config):
-        return F.cross_entropy(
-            supervised_logits(model, input_ids, labels, position_ids).float(), targets, reduction="sum"
-        )
-    supervised, losses = supervised_positions(labels), list[Tensor]()
+        logits = supervised_logits(model, input_ids, labels, position_ids)
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
+    input_ids, _, position_ids = attention_rows(model, input_ids, labels, position_ids)
+    losses: list[Tensor] = []
 
     def take_loss(head: nn.Linear, hidden: Tensor) -> Tensor:
         # Within the model's forward, because sharded weights are gathered only there.
-        losses.append(linear_cross_entropy(hidden[supervised], head.weight, head.bias, targets))
+        losses.append(linear_cross_entropy(at_positions(hidden, positions), head.weight, head.bias, targets))
         return hidden[:1, :1]  # a single token, enough to see whether the model changes its logits
 
     if run_with_hidden_states(model, input_ids, take_loss, position_ids).unchanged:
         return losses[0]
-    logits = all_logits(model, input_ids, position_ids)[supervised]
+    logits = at_positions(all_logits(model, input_ids, position_ids), positions)
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 

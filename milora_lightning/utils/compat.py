@@ -59,6 +59,7 @@ USED_IN_PLACE = {
     "_run_subcommand",
     "_prepare_subcommand_kwargs",
     "_parse_ckpt_path",
+    "_call_batch_hook",
     "_split_lines",
     "_actions",
     "_typehint",
