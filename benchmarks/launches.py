@@ -18,11 +18,14 @@ from common import RESULTS, publish, table
 from cost import Cost, kept_for_backward
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 
 from milora_lightning import LoRAConfig, lora_layers
 from milora_lightning.adapters.surgery import inject
 from milora_lightning.models.loss import causal_lm_loss
+from milora_lightning.models.positions import found_before_transfer, known_after_transfer
+from milora_lightning.models.recompute import recompute_layers
 
 PAGE = RESULTS.parent / "launches.md"
 IN, OUT, R, ROWS, LENGTH = 4096, 4096, 64, 16, 512
@@ -140,35 +143,55 @@ def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: 
 AttentionInterface.register("counted", _attend)
 
 
-@cache
-def kept_by_model(adapt: Adapt, dropout: float) -> int:
-    """Count what autograd keeps of all blocks of a 7B Llama."""
-    kept = []
-    for blocks in (1, 2):
-        config = LlamaConfig(**LLAMA_7B, num_hidden_layers=blocks)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="counted")
-            model.get_input_embeddings().register_forward_hook(lambda *call: call[2].requires_grad_())
-            model = adapt(model, TARGETS, dropout).train()
-            ids = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
-        known = [*model.parameters(), *model.buffers(), ids]
-        kept.append(kept_for_backward(partial(_last_logits, model, ids), known))
-    return BLOCKS * (kept[1] - kept[0])
+def llama(adapt: Adapt, dropout: float, blocks: int) -> tuple[Any, Tensor]:
+    """Build some blocks of a 7B Llama with adapters, and a batch for them."""
+    config = LlamaConfig(**LLAMA_7B, num_hidden_layers=blocks)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="counted")
+        model.get_input_embeddings().register_forward_hook(lambda *call: call[2].requires_grad_())
+        return adapt(model, TARGETS, dropout).train(), torch.zeros(ROWS, LENGTH, dtype=torch.int64)
 
 
-def _last_logits(model: Any, ids: Tensor) -> Tensor:
+def last_logits(model: Any, ids: Tensor, share: float = 0.0) -> Tensor:
+    """Run a model whose blocks may be recomputed."""
+    if share:
+        recompute_layers(model, share)
     logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
     return logits
 
 
+@cache
+def kept_by_model(adapt: Adapt, dropout: float, share: float = 0.0) -> int:
+    """Count what autograd keeps of all blocks of a 7B Llama."""
+    kept = []
+    for blocks in (1, 2):
+        model, ids = llama(adapt, dropout, blocks)
+        known = [*model.parameters(), *model.buffers(), ids]
+        kept.append(kept_for_backward(partial(last_logits, model, ids, share), known))
+    return BLOCKS * (kept[1] - kept[0])
+
+
+@cache
+def products_of_model(share: float) -> int:
+    """Count the floating-point operations of a step's matrix products, in all blocks of a 7B Llama."""
+    found = []
+    for blocks in (1, 2):
+        model, ids = llama(ours, 0.05, blocks)
+        with FlopCounterMode(display=False) as counter:
+            last_logits(model, ids, share).sum().backward()
+        found.append(counter.get_total_flops())
+    return BLOCKS * (found[1] - found[0])
+
+
 def waits_of_step() -> Cost:
-    """Count the waits of the loss and its gradient, on a small model of this package."""
+    """Count the waits of the loss and its gradient, on a small model of this package and a batch on its way to it."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 128}
     model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, num_hidden_layers=2))
     ours(model, TARGETS, 0.05).train()
     ids = torch.randint(1, 128, (2, 16))
+    batch = known_after_transfer(found_before_transfer({"input_ids": ids, "labels": ids.clone()}))
     with Cost() as cost:
-        causal_lm_loss(model, ids, ids).backward()
+        causal_lm_loss(model, batch["input_ids"], batch["labels"]).backward()
     return cost
 
 
@@ -177,27 +200,41 @@ def gigabytes(count: float) -> str:
     return f"{count / 1e9:.2f} GB"
 
 
-def main() -> None:
-    """Publish the tables."""
+def beside_peers() -> None:
+    """Publish what adapters ask for, beside the frozen model and PEFT."""
     rows = []
     for name, adapt in CONTENDERS.items():
         costs = [cost_of_layer(adapt, p) for p in DROPOUTS]
-        launches, moved = (" / ".join(map(str, numbers)) for numbers in (
-            [cost.launches for cost in costs], [gigabytes(cost.bytes) for cost in costs]
-        ))  # fmt: skip
+        launches = " / ".join(str(cost.launches) for cost in costs)
+        moved = " / ".join(gigabytes(cost.bytes) for cost in costs)
         kept = " / ".join(gigabytes(kept_by_model(adapt, p)) for p in DROPOUTS)
         rows.append([name, launches, moved, kept])
     columns = ["dropout 0 / 0.05", "launches", "bytes moved", "kept for backward, 7B"]
-    waits = waits_of_step()
-    listed = ", ".join(f"{count} × `{name}`" for name, count in waits.waits.items()) or "none"
+    waits = waits_of_step().waits
+    listed = ", ".join(f"{count} × `{name}`" for name, count in waits.items())
     note = (
         f"Launches and bytes: one layer {IN}→{OUT}, forward and backward, r = {R}, {ROWS * LENGTH:,} tokens, bfloat16. "
         f"Kept: all {BLOCKS} blocks of a Llama of 7B, {ROWS} × {LENGTH} tokens, adapters on "
         f"{', '.join(f'`{name}`' for name in TARGETS)}. "
-        f"Host waits in a step's loss and gradient: {waits.waits.total()} ({listed})."
+        f"Waits of the host for the GPU in a step's loss and gradient: {waits.total()}"
+        + (f" ({listed})." if waits else ".")
     )
     publish("launches", f"{table(columns, rows)}\n\n{note}", PAGE)
 
 
+def recomputing() -> None:
+    """Publish what recomputation saves and costs."""
+    kept, products = (
+        [count(share) for share in (0, 1)] for count in (partial(kept_by_model, ours, 0.05), products_of_model)
+    )
+    rows = []
+    for share in (0.0, 0.25, 0.5, 1.0):
+        memory, work = ((1 - share) * none + share * whole for none, whole in (kept, products))
+        rows.append([f"`{share:g}`", gigabytes(memory), f"{work / products[0] - 1:+.0%}"])
+    columns = ["`model.gradient_checkpointing`", "kept for backward, 7B", "operations of matrix products"]
+    publish("launches_recompute", table(columns, rows), PAGE)
+
+
 if __name__ == "__main__":
-    main()
+    beside_peers()
+    recomputing()

@@ -17,6 +17,7 @@ from milora_lightning.adapters.surgery import inject
 from milora_lightning.config import LoRAConfig
 from milora_lightning.models.loss import CPU_LOGITS, CPU_PROBABILITIES, DEVICE_LOGITS
 from milora_lightning.models.pretrained import decoder_layers
+from milora_lightning.models.recompute import recomputed
 from milora_lightning.utils.compat import TELLS_HOW_IT_KEEPS
 
 OPTIMIZER_STATES = {"SGD": 0, "Adagrad": 4, "RMSprop": 4, "AdamW": 8, "Adam": 8, "AdamW8bit": 2, "PagedAdamW8bit": 2}
@@ -99,7 +100,7 @@ def estimate(
     *,
     supervised: float = 1.0,
     dropout: float = 0.0,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | float = False,
     optimizer: str = "AdamW",
     attention: str = "sdpa",
     quantization: str | None = None,
@@ -114,7 +115,8 @@ def estimate(
         length: Tokens in each row, padding included.
         supervised: Share of the tokens that have labels.
         dropout: Probability of the adapters' dropout. It makes no difference: backward draws the masks again.
-        gradient_checkpointing: Whether layers keep only their input and recompute the rest in backward.
+        gradient_checkpointing: Whether layers keep only their input and recompute the rest in backward; or the share
+            of them that does.
         optimizer: Class name of the optimizer; an unknown one counts as AdamW.
         attention: ``sdpa``, ``flash_attention_2``, ``eager`` or ``causal_blocks``.
         quantization: ``nf4``, ``fp4`` or ``int8`` if the layers' linear weights are quantized; None if not.
@@ -136,10 +138,11 @@ def estimate(
     size = config.get_text_config()
     hidden = size.hidden_size * width
     each_layer, widest = tokens * per_token + stacks, tokens * width * 4 * (_intermediate(size) + size.hidden_size)
-    kept = tokens * hidden * len(layers) if gradient_checkpointing else each_layer * len(layers)
+    again = recomputed(len(layers), gradient_checkpointing)
+    kept = tokens * hidden * again + each_layer * (len(layers) - again)
     # The logits are freed before the layers' backward, so only the larger of the two counts. With gradient
-    # checkpointing, backward also holds the recomputed activations of one layer.
-    in_backward = widest + (each_layer if gradient_checkpointing else 0)
+    # checkpointing, backward also holds the recomputed activations of one layer; by then, others' are free.
+    in_backward = widest + (each_layer if again == len(layers) else 0)
     logits = _logits(size, width, tokens * supervised, device)
     states = OPTIMIZER_STATES.get(optimizer, OPTIMIZER_STATES["AdamW"])
     parts = [
@@ -150,7 +153,7 @@ def estimate(
         Part(
             "activations kept",
             kept + 4 * tokens * size.hidden_size,
-            f"{batch_size} x {length} tokens, " + ("layer inputs" if gradient_checkpointing else "all layers"),
+            f"{batch_size} x {length} tokens, " + _which_layers(again, len(layers)),
         ),
         Part(
             "computed at once",
@@ -159,15 +162,20 @@ def estimate(
         ),
     ]
     if device == "cpu":
-        if gradient_checkpointing:
-            lost = len(layers) * widest
+        share = again / len(layers)
+        lost = int(again * widest + (1 - share) * FRAGMENTATION * sum(part.size for part in parts[-2:]))
+        reason = f"{FRAGMENTATION:.0%} of the last two, as measured with glibc"
+        if again:
             reason = "under each layer's input, where glibc's default leaves what it computed"
-        else:
-            lost = int(FRAGMENTATION * sum(part.size for part in parts[-2:]))
-            reason = f"{FRAGMENTATION:.0%} of the last two, as measured with glibc"
         parts.append(Part("between tensors", lost, reason))
     total = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad or "initial_" not in n)
     return Estimate(parts, _surgery(model, device), trained, total)
+
+
+def _which_layers(again: int, layers: int) -> str:
+    if again in (0, layers):
+        return "layer inputs" if again else "all layers"
+    return f"inputs of {again} layers, {layers - again} whole"
 
 
 def _parameters(model: nn.Module) -> tuple[int, int, int]:

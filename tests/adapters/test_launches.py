@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from helpers.benchmarks import benchmark
-from helpers.budgets import GIGABYTES, KEPT_GIGABYTES, LAUNCHES
+from helpers.budgets import GIGABYTES, HOST_WAITS, KEPT_GIGABYTES, LAUNCHES
 
 from milora_lightning.utils.compat import TELLS_HOW_IT_KEEPS
 
@@ -29,6 +29,11 @@ def test_bytes_are_fewer_than_those_of_the_peer(dropout: float) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 def test_a_model_keeps_few_bytes_for_backward(dropout: float) -> None:
     assert launches.kept_by_model(launches.ours, dropout) / 1e9 <= KEPT_GIGABYTES
+
+
+def test_the_host_hardly_waits() -> None:
+    waits = launches.waits_of_step().waits
+    assert waits.total() <= HOST_WAITS, waits
 
 
 def test_counting_sees_what_is_launched() -> None:

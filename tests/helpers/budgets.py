@@ -14,3 +14,6 @@ GIGABYTES = {0.0: 0.91, 0.05: 1.42}
 
 KEPT_GIGABYTES = 40.0
 """Kept for backward, with dropout or without, of all blocks; the frozen model's share is 34.5."""
+
+HOST_WAITS = 1
+"""In a step's loss and gradient: that of transformers, which looks for packed examples in the positions."""
