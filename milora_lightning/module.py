@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, cast, overload
+from typing import Any, cast, overload
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -15,18 +15,20 @@ from milora_lightning.adapters.injection import adapters_merged, lora_layers
 from milora_lightning.adapters.surgery import inject
 from milora_lightning.checkpoint.adapter import inject_as_in
 from milora_lightning.checkpoint.io import KEY
-from milora_lightning.config import IGNORE_INDEX, LoRAConfig
+from milora_lightning.config import LoRAConfig
 from milora_lightning.data.encoding.asking import question_batch
 from milora_lightning.data.encoding.prompt_format import PromptFormat, warn_of_another
 from milora_lightning.data.model_check import check_model
 from milora_lightning.models.choosing import choose_likeliest
 from milora_lightning.models.compile import compile_layers
 from milora_lightning.models.generation import cut_at_stop, generate_greedily, greedy_config, use_generation_config
-from milora_lightning.models.loss import causal_lm_loss, example_weights, supervised_logits
+from milora_lightning.models.loss import causal_lm_loss, supervised_logits
 from milora_lightning.models.packed_rows import check_separation, check_takes_positions
+from milora_lightning.models.positions import found_before_transfer, known_after_transfer, supervised_count
 from milora_lightning.models.pretrained import load_causal_lm, load_config, load_tokenizer
 from milora_lightning.models.processor import CHOSEN, DtypeName, hold_in_float32, loaded_as, warn_of_slow_products
 from milora_lightning.models.quantized import Quantization
+from milora_lightning.models.recompute import check_share, recompute_layers
 from milora_lightning.models.streaming import empty_causal_lm, shard, stream_weights
 from milora_lightning.screen.figures import peak_memory
 from milora_lightning.strategies.base import shards
@@ -34,8 +36,6 @@ from milora_lightning.training.evaluation import Batch, EvaluatedModule
 from milora_lightning.training.schedules import WARMUP
 from milora_lightning.training.throughput import Throughput
 from milora_lightning.utils.errors import InvalidInputError
-
-BY_EXAMPLE = "seq-mean-token-mean"
 
 
 class CausalLMModule(EvaluatedModule):
@@ -55,7 +55,8 @@ class CausalLMModule(EvaluatedModule):
             half-precision base: adapters and optimizer state are float32 either way.
         attn_implementation: Hugging Face's name of an attention implementation, or ``"causal_blocks"``, which is
             faster than those in training on CPUs; by default Hugging Face's choice.
-        gradient_checkpointing: Recompute activations in backward to save memory.
+        gradient_checkpointing: Recompute activations in backward to save memory: of all decoder layers, or of a share
+            of them from 0 to 1. All take a third to a half more time, and 0.25 a quarter of that.
         compile: Compile the decoder layers for training: it starts about a minute later, and every step is faster.
         optimizer: Makes the optimizer from the trainable parameters; the paper's AdamW by default.
         lr_scheduler: Name of a schedule of ``transformers.get_scheduler``. ``reduce_lr_on_plateau`` and ``greedy``
@@ -72,10 +73,6 @@ class CausalLMModule(EvaluatedModule):
         quantization: ``nf4``, ``fp4`` or ``int8``: have bitsandbytes quantize the linear layers (all but the
             language-model head) while the model is loaded. The adapters' factors are computed from the unquantized
             weights; at the start of training the model computes exactly what the quantized model does.
-        loss_agg_mode: What a training step follows: ``"token-mean"``, the mean loss of all its learned tokens, or
-            ``"seq-mean-token-mean"``, the mean over its examples of each one's mean, in which short answers count as
-            much as long ones. Validation and test report the mean over tokens either way.
-        num_beams: Width of the beam search that generates answers; 1 for greedy decoding.
 
     Raises:
         FileNotFoundError: When the model is loaded, if there is no model of that name.
@@ -93,7 +90,7 @@ class CausalLMModule(EvaluatedModule):
         name_or_path: str,
         dtype: DtypeName = "auto",
         attn_implementation: str | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | float = False,
         compile: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4, weight_decay=0.0),
         lr_scheduler: str = "linear",
@@ -103,19 +100,14 @@ class CausalLMModule(EvaluatedModule):
         lr_scheduler_kwargs: dict[str, Any] | None = None,
         learning_rate: float | None = None,
         quantization: Quantization | None = None,
-        loss_agg_mode: Literal["token-mean", "seq-mean-token-mean"] = "token-mean",
-        num_beams: int = 1,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, warmup_steps, lr_scheduler_kwargs, learning_rate, metric)
-        if loss_agg_mode not in ("token-mean", BY_EXAMPLE):
-            raise InvalidInputError(f"loss_agg_mode must be token-mean or {BY_EXAMPLE}, not {loss_agg_mode!r}.")
-        if num_beams < 1:
-            raise InvalidInputError(f"num_beams must be at least 1, not {num_beams}; 1 is greedy decoding.")
         if max_new_tokens < 1:
             raise InvalidInputError(
                 f"max_new_tokens must be at least 1, not {max_new_tokens}. To generate no answers in validation, set "
                 "the data's num_generation_examples to 0."
             )
+        check_share(gradient_checkpointing)
         self.save_hyperparameters(ignore=["optimizer", "metric"])
         self.name_or_path = name_or_path
         self.dtype_name = dtype
@@ -124,8 +116,6 @@ class CausalLMModule(EvaluatedModule):
         self.compile_layers = compile
         self.quantization = quantization
         self.max_new_tokens = max_new_tokens
-        self.loss_agg_mode = loss_agg_mode
-        self.num_beams = num_beams
         self.model: PreTrainedModel | None = None
         self.prompt_format: PromptFormat | None = None
         self._throughput = Throughput()
@@ -170,9 +160,7 @@ class CausalLMModule(EvaluatedModule):
                 "compile=True does not work with sharded models yet: leave it out, or use strategy: ddp."
             )
         model = self.load_model()
-        if self.gradient_checkpointing:
-            # Reentrant checkpoints would give adapters no gradient, because no input of a layer requires one.
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(model, self.gradient_checkpointing)
         if self.compile_layers:
             compile_layers(model)
         if self._trainer is not None:
@@ -210,6 +198,13 @@ class CausalLMModule(EvaluatedModule):
 
     # ---- Training ----
 
+    def _call_batch_hook(self, hook_name: str, *args: Any) -> Any:
+        # Around the transfer alone: the hooks beside it are the user's, and Lightning warns of modules that have them.
+        if hook_name != "transfer_batch_to_device":
+            return super()._call_batch_hook(hook_name, *args)
+        batch, *others = args
+        return known_after_transfer(super()._call_batch_hook(hook_name, found_before_transfer(batch), *others))
+
     def forward(self, batch: Batch) -> Tensor:
         """Compute the logits of the supervised tokens.
 
@@ -223,18 +218,11 @@ class CausalLMModule(EvaluatedModule):
         return supervised_logits(self._built(), batch["input_ids"], batch["labels"], batch.get("position_ids"))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Compute a sum of losses in nats, and what it is to be divided by.
-
-        Returns:
-            The sum of the next-token cross-entropies, and the number of tokens in that sum. In training with
-            ``loss_agg_mode="seq-mean-token-mean"``, the sum of the examples' mean losses, and the number of examples.
-        """
-        labels, positions = batch["labels"], batch.get("position_ids")
-        weights, number = None, (labels[:, 1:] != IGNORE_INDEX).sum()
-        if self.training and self.loss_agg_mode == BY_EXAMPLE:
-            weights, number = example_weights(labels, positions)
+        """Compute the sum of the next-token cross-entropies in nats, and the number of tokens in that sum."""
+        labels = batch["labels"]
         # The model runs even if no token is supervised: with a sharded model the other ranks wait for this one.
-        return causal_lm_loss(self._built(), batch["input_ids"], labels, positions, weights), number
+        total = causal_lm_loss(self._built(), batch["input_ids"], labels, batch.get("position_ids"))
+        return total, supervised_count(labels)
 
     def on_train_start(self) -> None:
         """Check that packed examples do not see each other in this model."""
@@ -246,9 +234,9 @@ class CausalLMModule(EvaluatedModule):
             check_separation(self._built(), examples[longest]["input_ids"][: max(2, datamodule.max_length // 2)])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute the mean loss over the tokens (or examples, see ``loss_agg_mode``) of a batch on all ranks.
+        """Compute the mean loss over the tokens of a batch on all ranks.
 
-        With ``accumulate_grad_batches``, an optimizer step follows the gradient of the mean over those of all its
+        With ``accumulate_grad_batches``, an optimizer step follows the gradient of the mean over the tokens of all its
         batches, as one large batch would.
         """
         total, tokens = self.loss(batch)
@@ -293,7 +281,7 @@ class CausalLMModule(EvaluatedModule):
 
     @torch.no_grad()
     def generate(self, batch: Batch | str | list[str]) -> str | list[str]:
-        """Generate answers greedily, or by beam search (``num_beams``), up to a stop token.
+        """Generate answers greedily, up to a stop token.
 
         Stop tokens are the model's ``generation_config.eos_token_id``, the tokenizer's EOS token, and the token that
         ended the responses in training, such as the end of turn of a chat template.
@@ -315,7 +303,7 @@ class CausalLMModule(EvaluatedModule):
             return answers[0] if isinstance(batch, str) else answers
         end_of_turn = None if self.prompt_format is None else self.prompt_format.end_of_turn
         model = self._built()
-        config = greedy_config(model, tokenizer, self.max_new_tokens, end_of_turn, self.num_beams)
+        config = greedy_config(model, tokenizer, self.max_new_tokens, end_of_turn)
         with adapters_merged(self), use_generation_config(model, config):
             tokens = generate_greedily(model, batch["input_ids"], batch["attention_mask"], config)
         ids = cut_at_stop(tokens, config.eos_token_id or [])

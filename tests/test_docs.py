@@ -26,7 +26,10 @@ def anchors(text: str) -> set[str]:
 def missing_links(path: Path) -> list[str]:
     """Links to files that are not there, or to sections that those do not have."""
     missing = []
-    made = {DOCS / "api" / f"{room.name}.md" for room in ROOMS} | {DOCS / outside.EXAMPLES, DOCS / outside.INDEX}
+    made = {DOCS / "api" / f"{room.name}.md" for room in ROOMS if room.names} | {
+        DOCS / outside.EXAMPLES,
+        DOCS / outside.INDEX,
+    }
     text = re.sub(r"^```.*?^```", "", read(path), flags=re.M | re.S)
     for target, _, anchor in re.findall(r"\]\(([^)#\s]*)(#([^)\s]*))?\)", text):
         there = (path.parent / target).resolve() if target else path
@@ -157,12 +160,16 @@ def messages() -> str:
     return "\n".join(texts)
 
 
+def pattern(fragment: str) -> re.Pattern[str]:
+    return re.compile(".*?".join(re.escape(part.strip()) for part in fragment.split("…")))
+
+
 def test_messages_with_a_remedy_are_still_said() -> None:
     said = messages()
     cells = re.findall(r"^\| (`.*?) \| ", TROUBLES.partition("## Starting")[2], re.M)
     shown = [fragment for cell in cells for fragment in re.findall(r"`([^`]+)`", cell)]
     assert len(shown) > 100
-    gone = [f for f in shown if not re.search(".*?".join(re.escape(part.strip()) for part in f.split("…")), said)]
+    gone = [f for f in shown if f not in said and ("…" not in f or not pattern(f).search(said))]
     assert gone == []
 
 

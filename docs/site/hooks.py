@@ -23,7 +23,7 @@ FENCE = re.compile(r"(^```.*?^```|^    .*?$|`[^`\n]+`)", re.M | re.S)
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Complete the navigation: rooms, results, and pages that mkdocs.yml does not name yet."""
-    _section(config.nav, "Reference").extend(f"api/{room.name}.md" for room in rooms())
+    _section(config.nav, "Reference").extend(f"api/{room.name}.md" for room in rooms() if room.names)
     _section(config.nav, "Benchmarks").extend(outside.results())
     named = set(_named(config.nav))
     pages = sorted(str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md"))
@@ -36,7 +36,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     made = {page: (ROOT / page).read_bytes() for page in [*outside.PAGES, *outside.results(), *outside.pictures()]}
     made[outside.EXAMPLES] = outside.examples().encode()
     made[outside.INDEX] = outside.reference_index(rooms()).encode()
-    made |= {f"api/{room.name}.md": outside.reference(room).encode() for room in rooms()}
+    made |= {f"api/{room.name}.md": outside.reference(room).encode() for room in rooms() if room.names}
     for name, content in made.items():
         files.append(File.generated(config, name, content=content))
     return files

@@ -30,26 +30,25 @@ def pictures() -> list[str]:
 
 def reference(room: Room) -> str:
     """Return the page of a room."""
-    offered = room.names or ("nothing yet: what is in it is used by other rooms only, and may change",)
     blocks = [f"::: {room.module}.{name}" for name in room.names]
     about = without_roles(room.about)
-    listed = ", ".join(f"[`{name}`][{room.module}.{name}]" if room.names else name for name in offered)
+    listed = ", ".join(f"[`{name}`][{room.module}.{name}]" for name in room.names)
     return "\n\n".join([f"# {room.name}", about, f"`{room.module}` offers {listed}.", *blocks]) + "\n"
 
 
 def reference_index(found: list[Room]) -> str:
     """Return the page that lists all rooms."""
-    rows = [
-        f"| [{room.name}]({room.name}.md) | {without_roles(room.about).partition(chr(10) * 2)[0]} | "
-        + ", ".join(f"[`{name}`][{room.module}.{name}]" for name in room.names)
-        + " |"
-        for room in found
-    ]
+    rows = []
+    for room in found:
+        title = f"[{room.name}]({room.name}.md)" if room.names else room.name
+        about = without_roles(room.about).partition("\n\n")[0].replace("\n", " ")
+        names = ", ".join(f"[`{name}`][{room.module}.{name}]" for name in room.names)
+        rows.append(f"| {title} | {about} | {names} |")
     return (
         "# Reference\n\nThe package consists of subpackages (rooms). These are the names that each of them offers; "
         "they, and the class paths in YAML files, stay from version to version. Everything else may change. Most of "
         "them can also be imported from `milora_lightning` itself.\n\n| room | | names |\n|---|---|---|\n"
-        + "\n".join(line.replace("\n", " ") for line in rows)
+        + "\n".join(rows)
         + "\n"
     )
 

@@ -1,122 +1,177 @@
-"""An adapted layer as one operation for autograd: base product, dropout mask and update, forward and backward."""
+"""An adapted layer as one operation for autograd: base product, dropout and update, forward and backward.
+
+Made for GPUs that wait for work rather than work: for few operations and few bytes (``benchmarks/launches.py`` counts
+both), on CPUs as well. Nothing outlives a step, so nothing can be out of date: the factors are stacked and cast in each
+forward, in three operations, and backward uses what forward has cast. Half-precision stacks that were kept from step to
+step would save these three, and be silently wrong after the first change that no version counter shows: weights that
+FSDP2 gathers, writes through ``.data``, optimizers in C++.
+"""
 
 from __future__ import annotations
 
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from milora_lightning.adapters.factors import stack_factors
-from milora_lightning.utils.compat import transformed
+from milora_lightning.adapters.dropout import drop, drop_again, random_state, scales
+from milora_lightning.adapters.factors import Factors, stack_factors
+from milora_lightning.adapters.linear_layers import PLAIN_TENSORS
+from milora_lightning.utils.compat import kept_factors, transformed
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     initial_A: Tensor | None = None,
     initial_B: Tensor | None = None,
-    mask: Tensor | None = None,
     scaling: float = 1.0,
+    dropout: float = 0.0,
     transposed: bool = False,
+    output: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Compute W x + bias + s (B A − B₀A₀) x, in the dtype of x.
+    """Compute W x + bias + s (B A − B₀A₀) dropout(x), in the dtype of x.
 
-    Differentiable in x, ``lora_A`` and ``lora_B``; all other arguments are constants.
+    Differentiable in x, ``lora_A``, ``lora_B`` and ``output``; all other arguments are constants.
 
     Args:
         x: Input (..., in).
-        weight: Weight (out, in), or (in, out) if ``transposed``.
+        weight: Weight (out, in), or (in, out) if ``transposed``; None if ``output`` is given.
         bias: Bias (out,), or None.
         lora_A: Factor (r, in).
         lora_B: Factor (out, r).
         initial_A: Initial value of ``lora_A``, or None where there is no initial product.
         initial_B: Likewise.
-        mask: Which entries of x the update sees, 0 or 1 (..., in); None for all.
         scaling: The scale s.
+        dropout: Probability with which the update does not see an entry of x.
         transposed: Whether the weight is a ``Conv1D``'s.
+        output: What takes the place of W x + bias (..., out), from a base layer that only its own code can evaluate.
+        mask: Which entries of x the update sees (..., in), zero or not, in place of a draw.
 
     Returns:
         The output (..., out).
     """
-    arguments = x, weight, bias, lora_A, lora_B, initial_A, initial_B, mask, scaling, transposed
-    output: Tensor = _LoRALinear.apply(*arguments)  # type: ignore[no-untyped-call]
-    return output
+    arguments = x, weight, bias, lora_A, lora_B, initial_A, initial_B, scaling, dropout, transposed, output, mask
+    result: Tensor = _LoRALinear.apply(*arguments)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _LoRALinear(torch.autograd.Function):
     """Base product and update as one operation.
 
-    The update is added to the base product's output in place. Only the input, its projection (tokens, r) and the
-    dropout mask are saved for backward; the stacked factors are small and computed again.
+    The update is added to the base product's output in place. Only the input, its projection (tokens, 2r) and the
+    stacked factors are saved for backward, in the dtype of x. An input that is a product whose factors autograd keeps
+    anyway, as a gated MLP's activation is, is formed again from these: 5.8 GB less for a 7B model and 8,192 tokens.
     With g the output's gradient: ∂A = s Bᵀ g xᵀ, ∂B = s g (A x)ᵀ, ∂x = Wᵀ g + s (B A − B₀A₀)ᵀ g.
+    The scale s is left to the products, which multiply by it for nothing.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         lora_A: Tensor,
         lora_B: Tensor,
         initial_A: Tensor | None,
         initial_B: Tensor | None,
-        mask: Tensor | None,
         scaling: float,
+        dropout: float,
         transposed: bool,
+        output: Tensor | None,
+        mask: Tensor | None,
     ) -> Tensor:
-        A, B = stack_factors(lora_A, lora_B, initial_A, initial_B, scaling, x.dtype)
-        y, hidden = updated_product(x, weight, bias, A, B, mask, transposed)
-        projection = hidden[:, : lora_A.shape[0]].contiguous()
-        ctx.save_for_backward(x, weight, lora_A, lora_B, initial_A, initial_B, mask, projection)
-        ctx.scaling, ctx.transposed = scaling, transposed
+        factors = lora_A, lora_B, initial_A, initial_B
+        A, B = cast_stacks(factors, x.dtype)
+        if weight is not None:
+            y = base_product(x, weight, bias, transposed)
+        else:
+            assert output is not None
+            y = output.clone(memory_format=torch.contiguous_format)  # hooks may have kept the layer's own
+        rows, state = x.reshape(-1, x.shape[-1]), None
+        if mask is not None:
+            rows, mask = drop_again(rows, dropout, mask.reshape(rows.shape), None)
+        elif dropout:
+            state = random_state(x.device)
+            rows, mask = drop(rows, dropout)
+        hidden = add_update(y, rows, A, B, scaling * scales(x.device, dropout)[1])
+        projection = hidden[:, : lora_A.shape[0]]  # A x
+        product = kept_factors(x)
+        kept = (x, None) if product is None else product
+        ctx.save_for_backward(*kept, weight, *factors, A, B, projection, mask if state is None else None)
+        ctx.settings = scaling, dropout, transposed, state
+        ctx.input = None if product is None else ref(x)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_A, lora_B, initial_A, initial_B, mask, projection = ctx.saved_tensors
-        if torch.is_grad_enabled() or transformed():
-            factors = lora_A, lora_B, initial_A, initial_B
-            gradients = _plain_gradients(grad, x, weight, *factors, mask, ctx.scaling, ctx.transposed)
-            return gradients[0], None, None, *gradients[1:], None, None, None, None, None
-        A, B = stack_factors(lora_A, lora_B, initial_A, initial_B, ctx.scaling, x.dtype)
-        r = lora_A.shape[0]
+        x, times, weight, lora_A, lora_B, initial_A, initial_B, A, B, projection, mask = ctx.saved_tensors
+        scaling, dropout, transposed, state = ctx.settings
+        differentiated = torch.is_grad_enabled() or transformed()
+        if times is not None:
+            # Second derivatives can be asked for with respect to x itself, by whoever has it.
+            x = ctx.input() if differentiated and ctx.input() is not None else x * times
         rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        grad_hidden = grad_rows @ B  # (tokens, 2r), the scale included
-        grad_x = grad_A = grad_B = None
-        if ctx.needs_input_grad[3]:
-            # A enters both halves of the stack: s ΔBᵀg + s B₀ᵀg = s Bᵀg
-            to_A = grad_hidden if initial_A is None else grad_hidden[:, :r] + grad_hidden[:, r:]
-            grad_A = (to_A.T @ masked(rows, mask)).to(lora_A.dtype)
-        if ctx.needs_input_grad[4]:
-            # oneDNN's bfloat16 products are a third faster this way round than grad_rows.T @ projection.
-            grad_B = (projection.T @ grad_rows).T.to(lora_B.dtype) * ctx.scaling
+        dropped = rows
+        if mask is not None or state is not None:
+            dropped, mask = drop_again(rows, dropout, mask, state)
+        scale, missing = (scaling * factor for factor in scales(x.device, dropout))
+        grad_output = grad if ctx.needs_input_grad[10] else None
+        if differentiated:
+            factors = lora_A, lora_B, initial_A, initial_B
+            gradients = _plain_gradients(grad_rows, rows, weight, factors, mask, scale, transposed)
+            return gradients[0].view_as(x), None, None, *gradients[1:], *[None] * 5, grad_output, None
+
+        grad_hidden = grad_rows @ B  # (tokens, 2r)
+        r = lora_A.shape[0]
+        # A enters both halves of the stack: ΔBᵀg + B₀ᵀg = Bᵀg
+        to_A = grad_hidden if initial_A is None else grad_hidden[:, :r] + grad_hidden[:, r:]
+        # oneDNN's bfloat16 products are up to a third faster this way round. (Autograd copies what is laid out so.)
+        flipped = x.device.type == "cpu"
+        products = [(to_A.T, dropped), (projection.T, grad_rows) if flipped else (grad_rows.T, projection)]
+        grad_A, grad_B = _cast_products(products, ctx.needs_input_grad[3:5], missing, lora_A.dtype)
+        if flipped and grad_B is not None:
+            grad_B = grad_B.T
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            W = weight.to(x.dtype)
-            grad_x = grad_rows @ (W.T if ctx.transposed else W)
+            grad_x = torch.zeros_like(rows) if weight is None else grad_rows @ _matrix(weight, x.dtype, transposed)
             if mask is None:
-                grad_x.addmm_(grad_hidden, A)
+                grad_x.addmm_(grad_hidden, A, alpha=scale)
             else:
-                grad_x += masked(grad_hidden @ A, mask)
+                # In one operation; that CUDA takes a mask of another dtype is known.
+                mask = mask if x.device.type in ("cuda", "meta") else mask.to(x.dtype)
+                grad_x.addcmul_(grad_hidden @ A, mask, value=scale)
             grad_x = grad_x.view_as(x)
-        return grad_x, None, None, grad_A, grad_B, None, None, None, None, None
+        return grad_x, None, None, grad_A, grad_B, *[None] * 5, grad_output, None
+
+
+def _cast_products(
+    products: list[tuple[Tensor, Tensor]], needed: tuple[bool, ...], scale: float, dtype: torch.dtype
+) -> list[Tensor | None]:
+    """Compute s·a b for each pair of matrices that is needed, all of them in one tensor, which is cast at once."""
+    sizes = [a.shape[0] * b.shape[1] if wanted else 0 for (a, b), wanted in zip(products, needed, strict=True)]
+    buffer = products[0][0].new_empty(sum(sizes))
+    for (a, b), part in zip(products, torch.split(buffer, sizes), strict=True):
+        if len(part):
+            part.view(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=scale)
+    parts = zip(products, torch.split(buffer.to(dtype), sizes), strict=True)
+    return [part.view(a.shape[0], b.shape[1]) if len(part) else None for (a, b), part in parts]
 
 
 def _plain_gradients(
     grad: Tensor,
     x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    initial_A: Tensor | None,
-    initial_B: Tensor | None,
+    weight: Tensor | None,
+    factors: Factors,
     mask: Tensor | None,
-    scaling: float,
+    scale: float,
     transposed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of x, ``lora_A`` and ``lora_B`` in operations that can be differentiated again.
@@ -124,67 +179,62 @@ def _plain_gradients(
     The gradients depend on x, the factors and the output's gradient, and second derivatives need all of these, even
     if the output's gradient is constant. (``once_differentiable`` would silently ignore x and the factors then.)
     """
-    A, B = stack_factors(lora_A, lora_B, initial_A, initial_B, scaling, x.dtype)
-    W = weight.to(x.dtype)
-    grad_x = grad @ (W.T if transposed else W) + masked(grad @ B @ A, mask)
-    rows, grad_rows = masked(x, mask).reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    grad_A = (grad_rows @ (scaling * lora_B).to(x.dtype)).T @ rows
-    grad_B = grad_rows.T @ (rows @ lora_A.to(x.dtype).T)
-    return grad_x, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype) * scaling
+    A, B = stack_factors(*factors, dtype=x.dtype)
+    seen, to_x = x, grad @ B @ A
+    if mask is not None:
+        seen, to_x = seen * mask, to_x * mask
+    lora_A, lora_B = factors[:2]
+    grad_A = (grad @ lora_B.to(x.dtype)).T @ seen
+    grad_B = grad.T @ (seen @ lora_A.to(x.dtype).T)
+    grad_x = scale * to_x if weight is None else grad @ _matrix(weight, x.dtype, transposed) + scale * to_x
+    return grad_x, scale * grad_A.to(lora_A.dtype), scale * grad_B.to(lora_B.dtype)
 
 
-def updated_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, mask: Tensor | None, transposed: bool
-) -> tuple[Tensor, Tensor]:
-    """Compute W x + bias and add the update B A x to it in place, in the dtype of x.
-
-    Args:
-        x: Input (..., in).
-        weight: Frozen weight (out, in), or (in, out) if ``transposed``.
-        bias: Bias (out,), or None.
-        A: Stacked factor (n, in).
-        B: Stacked factor (out, n), the scale included.
-        mask: Which entries of x the update sees, or None for all.
-        transposed: Whether the weight is a ``Conv1D``'s.
-
-    Returns:
-        The output (..., out), and A x of shape (tokens, n).
-    """
-    y = base_product(x, weight, bias, transposed)
-    hidden = masked(x, mask).reshape(-1, x.shape[-1]) @ A.T
-    y.view(-1, B.shape[0]).addmm_(hidden, B.T)
-    return y, hidden
+def add_update(y: Tensor, rows: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Add the update s B A x to y (..., out) in place, for the rows x (tokens, in); return A x (tokens, n)."""
+    hidden = rows @ A.T
+    y.view(-1, B.shape[0]).addmm_(hidden, B.T, alpha=scale)
+    return hidden
 
 
 def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     """Compute the base layer's product, W x + bias (..., out), in the dtype of x."""
-    W, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    W, b = _matrix(weight, x.dtype, transposed), None if bias is None else bias.to(x.dtype)
     if b is None or not transposed:
-        return F.linear(x, W.T if transposed else W, b)
+        return F.linear(x, W, b)
     # The same call as Conv1D makes, which always has a bias.
-    return torch.addmm(b, x.reshape(-1, x.shape[-1]), W).view(*x.shape[:-1], len(b))
+    return torch.addmm(b, x.reshape(-1, x.shape[-1]), W.T).view(*x.shape[:-1], len(b))
 
 
-def draw_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
-    """Draw which entries a dropout of probability ``p`` keeps, from torch's generator of the device of x.
-
-    One 64-bit random integer decides for four entries. A draw for each entry, as in ``bernoulli_``, takes several times
-    as long on CPUs. The probability is rounded to a multiple of 2⁻¹⁶.
-
-    Args:
-        x: Tensor that the mask is for.
-        p: Probability to drop an entry, from 0 to below 1.
-
-    Returns:
-        A mask of 0 and 1 (uint8) in the shape of ``x``, and the exact probability to keep an entry.
-    """
-    dropped = min(round(p * 2**16), 2**16 - 1)
-    bits = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 3) // 4,), device=x.device)
-    kept = bits.view(torch.int16)[: x.numel()] >= dropped - 2**15
-    return kept.view(torch.uint8).view(x.shape), 1 - dropped / 2**16
+def _matrix(weight: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
+    """Return W of shape (out, in)."""
+    return weight.to(dtype).T if transposed else weight.to(dtype)
 
 
-def masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Set the entries of x that a mask drops to zero; x and mask have equally many entries, in any shape."""
-    # Convert first: torch multiplies mixed dtypes slowly, element by element.
-    return x if mask is None else x * mask.view(x.shape).to(x.dtype)
+def cast_stacks(factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Compute what :func:`stack_factors` does, bit for bit, in three operations, and without gradients."""
+    lora_A, lora_B, initial_A, initial_B = factors
+    plain = type(lora_A) in PLAIN_TENSORS and not torch.compiler.is_compiling()  # a compiler finds its own operations
+    if initial_A is None or initial_B is None or not plain:
+        return stack_factors(*factors, dtype=dtype)
+    r, features = lora_A.shape
+    A = lora_A.new_empty(2, r, features, dtype=dtype)
+    torch.addcmul(lora_A, initial_A, _zero_and_minus_one(lora_A.device), out=A)  # A and A − A₀, formed before rounding
+    B = lora_B.new_empty(len(lora_B), 2 * r, dtype=dtype)
+    torch.sub(lora_B, initial_B, out=B[:, :r])
+    B[:, r:].copy_(initial_B)
+    return A.view(2 * r, features), B
+
+
+def _zero_and_minus_one(device: torch.device) -> Tensor:
+    """Return 0 and −1 as a tensor (2, 1, 1) that stays on a device, as every call needs it."""
+    if (signs := _SIGNS.get(device)) is not None:
+        return signs
+    with torch.inference_mode(False):
+        signs = torch.tensor([0.0, -1.0], device=device).view(2, 1, 1)
+    if type(signs) is Tensor:  # not one of a tracer's
+        _SIGNS[device] = signs
+    return signs
+
+
+_SIGNS: dict[torch.device, Tensor] = {}

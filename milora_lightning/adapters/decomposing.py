@@ -43,13 +43,16 @@ def decompose_all(
 ) -> Iterator[tuple[LoRALinear, Pair]]:
     """Decompose the weights of layers, and yield the factors of each; nothing is yielded if one fails.
 
+    Of another device than the CPU, this takes the memory of one weight at a time: the next one is collected when its
+    predecessor is done, and factors wait on the CPU.
+
     Args:
         layers: Layers with their names, in the same order on all ranks.
         decompose: Called on one rank for each layer.
         track: Wraps the work list, to show progress.
         rank: This process's rank.
         world_size: Number of ranks, which must all call this.
-        device: Where the factors are; by default on the layers' device.
+        device: Where weights are decomposed; by default on the layers' device.
 
     Raises:
         ValueError: If a weight cannot be decomposed; names the layer. On all ranks.
@@ -83,32 +86,37 @@ def _run_jobs(decompose: Decompose, rounds: Iterable[Batch], rank: int, on_cpu: 
 
     for small, batches in groupby(rounds, has_small):
         size = torch.get_num_threads() if small else 1
+        most = size + 1 if on_cpu else 1  # at work or waiting: collected from shards, each takes memory
         unfinished: deque[Future[Pair]] = deque()
         with _single_threaded(size) if small else ThreadPoolExecutor(1) as workers:
             for batch in batches:
-                if len(unfinished) > size:  # only one weight may wait: collected from shards, it takes memory
+                if len(unfinished) >= most:
                     failed = unfinished.popleft().exception() is not None or failed
                 for name, layer, owner in batch:
                     if is_sharded(layer) or (owner == rank and not failed):
                         with _naming(name):
                             weight = pretrained_weight(layer, owner)
                         if owner == rank and weight is not None and not failed:
-                            jobs[layer] = workers.submit(_decompose_one, decompose, name, layer, weight)
+                            jobs[layer] = workers.submit(_decompose_one, decompose, name, layer, [weight])
                             unfinished.append(jobs[layer])
+                        del weight  # which would else be kept while the next one is collected
         failed = failed or any(job.exception() for job in unfinished)
     return jobs
 
 
-def _decompose_one(decompose: Decompose, name: str, layer: LoRALinear, weight: Tensor) -> Pair:
+def _decompose_one(decompose: Decompose, name: str, layer: LoRALinear, weight: list[Tensor]) -> Pair:
+    """Decompose a weight, taken out of a list: what a thread is given lives on after its result is there."""
     with _naming(name):
-        return decompose(name, layer, weight)
+        lora_A, lora_B = decompose(name, layer, weight.pop())
+        return lora_A.cpu(), lora_B.cpu()
 
 
 def _broadcast(layer: LoRALinear, owner: int, pair: Pair | None, device: torch.device | None) -> Pair:
     """Return the factors of a layer, which its owner has computed, on all ranks."""
+    home = device or layer.lora_A.device
     if pair is None:
-        home = device or layer.lora_A.device
         pair = torch.empty(layer.lora_A.shape, device=home), torch.empty(layer.lora_B.shape, device=home)
+    pair = pair[0].to(home), pair[1].to(home)
     for factor in pair:
         dist.broadcast(factor, src=owner)
     return pair

@@ -33,10 +33,11 @@ def initialize(
     """Fill the adapters' factors from the weights they adapt.
 
     Adapters that already have their factors (initialized before, or restored from a checkpoint) are left alone. Weights
-    are decomposed one at a time; on CPUs, as many small ones at a time as torch has threads, with the same results.
+    are decomposed one at a time, so that a device needs no room for more, even if the model is on the CPU and larger
+    than the device; on CPUs, as many small ones at a time as torch has threads, with the same results.
     Several ranks that hold the same weights, or shards of them, share the work: each decomposes its part and sends the
-    others the result, so that all end with identical factors. Of sharded weights a rank collects one while it
-    decomposes the one before.
+    others the result, so that all end with identical factors. Of sharded weights a rank
+    on a CPU collects one while it decomposes the one before.
 
     Args:
         module: A module with injected adapters.
@@ -72,4 +73,12 @@ def initialize(
     pending = [(name, layer) for name, layer in lora_layers(module).items() if not layer.initialized]
     for layer, (lora_A, lora_B) in decompose_all(pending, decompose, track, rank, world_size, device):
         layer.set_initial_factors(lora_A, lora_B)
+    if pending:
+        _return_memory(device or pending[0][1].lora_A.device)
     return len(pending)
+
+
+def _return_memory(device: torch.device) -> None:
+    """Give back what torch keeps of a device's memory, in pieces of the decompositions' sizes, which training lacks."""
+    if device.type != "cpu" and hasattr(module := torch.get_device_module(device), "empty_cache"):
+        module.empty_cache()

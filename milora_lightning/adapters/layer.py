@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from milora_lightning.adapters.autograd import draw_mask, lora_linear, masked
+from milora_lightning.adapters.autograd import lora_linear
+from milora_lightning.adapters.dropout import drop, scales
 from milora_lightning.adapters.factors import Factors, stack_factors
 from milora_lightning.adapters.linear_layers import (
     holds_its_weight,
@@ -31,6 +32,7 @@ from milora_lightning.adapters.linear_layers import (
     is_linear,
     is_plain_product,
     linear_shape,
+    output_of,
 )
 from milora_lightning.adapters.merged_product import MergedProduct, can_merge, merged_weight
 from milora_lightning.config import Init
@@ -124,24 +126,29 @@ class LoRALinear(nn.Module):
         if not self.enabled:
             return cast(Tensor, base(x))
         self._check_can_train()
-        if not self._can_fuse():
-            return self._add_update(base(x), x)
-        if torch.is_autocast_enabled(x.device.type):
+        if self._needs_plain_operations():
+            y = output_of(base, x)
+            return y + self.update(x).to(y.dtype)
+        output = None if is_plain_product(base) else output_of(base, x)
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if (merged := self._usable_merged(x)) is not None:
+        if output is not None and output.dtype != x.dtype:
+            return output + self.update(x).to(output.dtype)
+        if output is None and (merged := self._usable_merged(x)) is not None:
             return merged(x, base.bias)
-        mask, scaling = self._draw_dropout(x)
-        return lora_linear(x, base.weight, base.bias, *self.factors, mask, scaling, self.transposed)
+        weight, bias = (base.weight, base.bias) if output is None else (None, None)
+        return lora_linear(x, weight, bias, *self.factors, self.scaling, self._dropout, self.transposed, output)
 
     def update(self, x: Tensor) -> Tensor:
         """Compute the update's part of the output, s (B A − B₀A₀) x, of shape (..., out).
 
-        In plain differentiable operations, as the reference for :func:`lora_linear`, and for base layers that only
-        their own code can evaluate (quantized ones).
+        In plain differentiable operations, as the reference for :func:`lora_linear`, and where torch has to see them.
         """
-        mask, scaling = self._draw_dropout(x)
+        if self._dropout:
+            x, _ = drop(x, self._dropout)
+        scaling = self.scaling * scales(x.device, self._dropout)[1]
         A, B = stack_factors(*self.factors, scaling, x.dtype)  # (2r, in), (out, 2r)
-        return F.linear(F.linear(masked(x, mask), A), B)
+        return F.linear(F.linear(x, A), B)
 
     def delta_weight(self) -> Tensor:
         """Compute ΔW = s (B A − B₀A₀), of shape (out, in), in the factors' precision."""
@@ -228,37 +235,21 @@ class LoRALinear(nn.Module):
                 "milora_lightning.initialize(model) after inject, or add the MiLoRAInit callback to the Trainer."
             )
 
-    def _can_fuse(self) -> bool:
-        """Whether base product and update can be one operation; not for quantized layers, hooks and torch.func."""
-        initial_trains = any(t is not None and t.requires_grad for t in (self.initial_A, self.initial_B))
-        return not transformed() and is_plain_product(self.base_layer) and not initial_trains
+    def _needs_plain_operations(self) -> bool:
+        """Whether torch has to see every operation: in torch.func's transforms, and if initial factors train."""
+        return transformed() or any(t is not None and t.requires_grad for t in (self.initial_A, self.initial_B))
 
-    def _draw_dropout(self, x: Tensor) -> tuple[Tensor | None, float]:
-        """Draw which features of x to keep (None for all), and return the scale that makes up for the others."""
-        if not self.training or self.lora_dropout == 0:
-            return None, self.scaling
-        mask, keep = draw_mask(x, self.lora_dropout)
-        return mask, self.scaling / keep
+    @property
+    def _dropout(self) -> float:
+        return self.lora_dropout if self.training else 0.0
 
     def _usable_merged(self, x: Tensor) -> MergedProduct | None:
         """Return what :meth:`merge` has computed if this call can use it, merged again if something has changed."""
-        drops = self.training and self.lora_dropout > 0
-        if torch.compiler.is_compiling() or self._merged is None or torch.is_grad_enabled() or drops:
+        if torch.compiler.is_compiling() or self._merged is None or torch.is_grad_enabled() or self._dropout:
             return None
         if not self._merged.is_of(self.base_layer.weight, self.factors):
             self.merge()
         return self._merged if self._merged is not None and self._merged.dtype == x.dtype else None  # not in autocast
-
-    def _add_update(self, y: Tensor, x: Tensor) -> Tensor:
-        """Add the update for x to y, the output of the base layer's own code."""
-        update = self.update(x)
-        if y.shape != update.shape:
-            raise InvalidInputError(
-                f"A {type(self.base_layer).__name__} turns inputs of shape {tuple(x.shape)} into {tuple(y.shape)}, "
-                f"not {tuple(update.shape)}: it is more than a matrix product, and cannot have an adapter. Leave "
-                "it out of target_modules."
-            )
-        return y + update.to(y.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
         if recurse:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from milora_lightning.utils.compat import is_hooked
+from milora_lightning.utils.errors import InvalidInputError
 
 PLAIN_LAYERS = (nn.Linear, NonDynamicallyQuantizableLinear)
 PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -84,3 +85,26 @@ def is_plain_product(base: nn.Module) -> bool:
         return False
     weight, bias = cast(Tensor, base.weight), cast("Tensor | None", base.bias)
     return is_plain(weight) and not weight.requires_grad and not (bias is not None and bias.requires_grad)
+
+
+def output_of(base: nn.Module, x: Tensor) -> Tensor:
+    """Call a linear layer whose code is its own.
+
+    Args:
+        base: A layer that :func:`is_linear` recognizes.
+        x: Input (..., in).
+
+    Returns:
+        The output (..., out).
+
+    Raises:
+        ValueError: If the output has another shape.
+    """
+    y: Tensor = base(x)
+    expected = (*x.shape[:-1], linear_shape(base)[0])
+    if y.shape != expected:
+        raise InvalidInputError(
+            f"A {type(base).__name__} turns inputs of shape {tuple(x.shape)} into {tuple(y.shape)}, not {expected}: it "
+            "is more than a matrix product, and cannot have an adapter. Leave it out of target_modules."
+        )
+    return y

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from milora_lightning.adapters.autograd import base_product, updated_product
+from milora_lightning.adapters.autograd import add_update, base_product, cast_stacks
 from milora_lightning.adapters.factors import Factors, stack_factors
 
 
@@ -28,14 +28,14 @@ class MergedProduct:
 
     @torch.no_grad()
     def __init__(self, weight: Tensor, factors: Factors, scaling: float, transposed: bool) -> None:
-        self.transposed = transposed
+        self.scaling, self.transposed = scaling, transposed
         self.dtype = weight.dtype
         self.weight = weight.detach()
         self.update: tuple[Tensor, Tensor] | None = None
         if weight.dtype == factors[0].dtype and _products_are_exact(weight.device):
             self.weight = merged_weight(weight, factors, scaling, transposed)
         else:
-            self.update = stack_factors(*factors, scaling, weight.dtype)
+            self.update = cast_stacks(factors, weight.dtype)
         self._sources = weight, *factors  # kept alive, so that no other tensor can be given their memory
         self._versions = _versions(self._sources)
 
@@ -49,9 +49,10 @@ class MergedProduct:
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute (W + ΔW) x + bias (..., out) for x (..., in) of W's dtype."""
-        if self.update is None:
-            return base_product(x, self.weight, bias, self.transposed)
-        return updated_product(x, self.weight, bias, *self.update, None, self.transposed)[0]
+        y = base_product(x, self.weight, bias, self.transposed)
+        if self.update is not None:
+            add_update(y, x.reshape(-1, x.shape[-1]), *self.update, self.scaling)
+        return y
 
 
 def can_merge(weight: Tensor, factors: Factors) -> bool:

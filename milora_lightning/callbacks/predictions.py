@@ -27,15 +27,23 @@ class PredictionWriter(BasePredictionWriter):
         alpaca_eval: A JSON file to write as well at the end, in the format that ``alpaca_eval --model_outputs`` reads:
             the generations of all processes in the order of the data.
         generator: The name of the model in ``alpaca_eval``.
+        follow_bench: A folder to write as well at the end, with a file for each type of constraint as FollowBench's
+            evaluation reads them from ``api_output_vllm/MODEL``; for the source
+            :class:`milora_lightning.data.FollowBench`.
     """
 
     def __init__(
-        self, output: str = "predictions.jsonl", alpaca_eval: str | None = None, generator: str = "milora"
+        self,
+        output: str = "predictions.jsonl",
+        alpaca_eval: str | None = None,
+        generator: str = "milora",
+        follow_bench: str | None = None,
     ) -> None:
         super().__init__(write_interval="batch")
         self.output = Path(output)
         self.alpaca_eval = Path(alpaca_eval) if alpaca_eval is not None else None
         self.generator = generator
+        self.follow_bench = Path(follow_bench) if follow_bench is not None else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse files that cannot be written, before a model is loaded."""
@@ -44,6 +52,8 @@ class PredictionWriter(BasePredictionWriter):
             for path in (self._file(trainer.global_rank, trainer.world_size), self.alpaca_eval):
                 if path is not None:
                     check_file(path, "Predictions")
+            if self.follow_bench is not None:
+                check_file(self.follow_bench / "content_constraint.jsonl", "Predictions")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Create empty files, so that a place that cannot be written to is found before any work.
@@ -77,7 +87,7 @@ class PredictionWriter(BasePredictionWriter):
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in prediction)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Collect the generations for ``alpaca_eval``, and say where the files are."""
+        """Collect the generations for ``alpaca_eval`` and ``follow_bench``, and say where the files are."""
         trainer.strategy.barrier("predictions")
         if not trainer.is_global_zero:
             return
@@ -85,7 +95,20 @@ class PredictionWriter(BasePredictionWriter):
         if self.alpaca_eval is not None:
             records = [alpaca_eval_record(record, self.generator) for record in _interleaved(files)]
             self.alpaca_eval.write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
-        print("Predictions written to", *files, *([self.alpaca_eval] if self.alpaca_eval else []))
+        if self.follow_bench is not None:
+            self._write_follow_bench(_interleaved(files))
+        print("Predictions written to", *files, *filter(None, (self.alpaca_eval, self.follow_bench)))
+
+    def _write_follow_bench(self, records: Iterator[dict[str, str]]) -> None:
+        assert self.follow_bench is not None
+        lines: dict[str, list[str]] = {}
+        for record in records:
+            line = json.dumps(follow_bench_record(record), ensure_ascii=False)
+            lines.setdefault(record["task"] or "content", []).append(line + "\n")
+        self.follow_bench.mkdir(parents=True, exist_ok=True)
+        for task, written in lines.items():
+            path = self.follow_bench / f"{task}_constraint.jsonl"
+            path.write_text("".join(written), encoding="utf-8")
 
     def _file(self, rank: int, world_size: int) -> Path:
         return self.output if world_size == 1 else self.output.with_suffix(f".{rank}{self.output.suffix}")
@@ -103,6 +126,15 @@ def alpaca_eval_record(record: dict[str, str], generator: str) -> dict[str, str]
         "output": record["generation"],
         "generator": generator,
     }
+
+
+def follow_bench_record(record: dict[str, str]) -> dict[str, Any]:
+    """Convert a prediction to a line that FollowBench's evaluation reads.
+
+    >>> follow_bench_record({"instruction": "Hi", "generation": "Hello!", "task": "style", "prompt": "Hi"})
+    {'prompt': 'Hi', 'choices': [{'message': {'content': 'Hello!'}}]}
+    """
+    return {"prompt": record["instruction"], "choices": [{"message": {"content": record["generation"]}}]}
 
 
 def _interleaved(files: list[Path]) -> Iterator[dict[str, str]]:

@@ -8,7 +8,9 @@ from milora_lightning.data.encoding.templates import TEMPLATES
 from milora_lightning.data.files import Files
 from milora_lightning.data.mixture import Mixture
 from milora_lightning.data.sources import MultipleChoice, Source, Task
+from milora_lightning.data.tasks.code import Code
 from milora_lightning.data.tasks.commonsense import Commonsense
+from milora_lightning.data.tasks.follow_bench import FollowBench
 from milora_lightning.data.tasks.instructions import Instructions
 from milora_lightning.data.tasks.mathematics import Math
 from milora_lightning.data.tasks.word_problems import WordProblems
@@ -17,10 +19,12 @@ from milora_lightning.data.tokenizing import tokenize_dataset
 __all__ = [
     "TEMPLATES",
     "ChoiceCollator",
+    "Code",
     "Collator",
     "Commonsense",
     "EvaluationSampler",
     "Files",
+    "FollowBench",
     "Instructions",
     "LengthGroupedSampler",
     "Math",

@@ -66,6 +66,15 @@ class MultipleChoice(Task, Protocol):
 
 
 @runtime_checkable
+class ChecksTest(Task, Protocol):
+    """A task that may refuse to be tested, for a reason that the user has to know of."""
+
+    def check_test(self) -> None:
+        """Raise an error if answers to the test data cannot be scored."""
+        ...
+
+
+@runtime_checkable
 class AsksLines(Source, Protocol):
     """A source whose test data may be text files with one prompt per line, for ``predict`` to answer."""
 

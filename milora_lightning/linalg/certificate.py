@@ -7,11 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from milora_lightning.linalg.ritz import Triplets, residual, ritz_triplets
+
 _EPS = torch.finfo(torch.float64).eps
 _MAX_ANGLE = 7e-9  # ‖sin Θ‖_F to the exact subspace; projectors then differ by √2 times that, below 1e-8
-
-Triplets = tuple[Tensor, Tensor, Tensor]
-"""U (k, r), S (r,) descending and Vh (r, n)."""
 
 
 class Candidate(NamedTuple):
@@ -23,6 +22,8 @@ class Candidate(NamedTuple):
         values: Eigenvalues (high - low,), ascending.
         vectors: Eigenvectors (k, high - low), not necessarily orthonormal.
         cholesky: The Cholesky factor of W Wᵀ where these are the smallest eigenpairs and the solver has computed it.
+        uncertainty: Bound on the distance of ``values``, and of the solver's others, to the eigenvalues of W Wᵀ of the
+            same index; None for what rounding does to a Gram matrix in float64.
     """
 
     low: int
@@ -30,6 +31,7 @@ class Candidate(NamedTuple):
     values: Tensor
     vectors: Tensor
     cholesky: Tensor | None = None
+    uncertainty: Tensor | None = None
 
 
 def certified_triplets(W: Tensor, energy: Tensor, start: int, r: int, candidate: Candidate) -> Triplets | None:
@@ -50,32 +52,31 @@ def certified_triplets(W: Tensor, energy: Tensor, start: int, r: int, candidate:
         r: Number of triplets.
         candidate: Eigenpairs around the wanted ones.
     """
-    k, (low, high, eigenvalues, vectors, cholesky) = W.shape[0], candidate
-    Q = torch.linalg.qr(vectors).Q  # inverse iteration leaves clusters orthogonal to fewer digits
-    # Products with W take the thin factor as rows: as columns, a transposed W costs up to six times as much.
-    V, R = torch.linalg.qr((Q.mT @ W).mT)  # before the SVD, which is far slower on a wide matrix
-    X, S, Yh = torch.linalg.svd(R.mT)  # so that QᵀW = X S (Yh Vᵀ)
+    k, (low, high, eigenvalues, vectors, cholesky, uncertainty) = W.shape[0], candidate
+    found = ritz_triplets(W, vectors)
+    S = found.S
 
-    noise = k * _EPS * energy  # below it, squared singular values drown in the rounding of the Gram matrix
-    if ((S.square() - eigenvalues.flip(0)).abs() > noise).any():
+    # Below it, squared singular values drown in the rounding of the Gram matrix.
+    noise = k * _EPS * energy if uncertainty is None else uncertainty
+    if not ((S.square() - eigenvalues.flip(0)).abs() <= noise).all():
         return None  # a vector of a cluster came twice, and another one is missing
 
-    wanted = slice(start - low, start - low + r)
-    U, sigma, Vh = Q @ X[:, wanted], S[wanted], Yh[wanted] @ V.mT
-    E = (Vh @ W.mT).mT - U * sigma
+    triplets = found.triplets(slice(start - low, start - low + r))
+    sigma = triplets[1]
+    E = residual(W, triplets)
     if cholesky is not None:
-        return _certified_smallest(W, cholesky, (U, sigma, Vh), E, S[0])
-    residual = torch.linalg.vector_norm(E, dim=0)
+        return _certified_smallest(W, cholesky, triplets, E, S[0])
+    size = torch.linalg.vector_norm(E, dim=0)
     rounding = 10 * _EPS * energy.sqrt()  # no SVD in float64 leaves a smaller residual
     for is_edge, edge in ((low > 0, S[0]), (high < k, S[-1])):
         if not is_edge:
             continue
         larger = torch.maximum(edge, sigma)
         gap = ((edge.square() - sigma.square()).abs() - noise).clamp_min(0)
-        angle = torch.where(residual <= rounding, 0.0, residual * larger / gap)
+        angle = torch.where(size <= rounding, 0.0, size * larger / gap)
         if (larger.square() <= noise).any() or not torch.linalg.vector_norm(angle) <= _MAX_ANGLE:
             return None
-    return U, sigma, Vh
+    return triplets
 
 
 def _certified_smallest(W: Tensor, L: Tensor, triplets: Triplets, E: Tensor, edge: Tensor) -> Triplets | None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from scipy.linalg import LinAlgError as ScipysError
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # offered, but not listed
 
 from milora_lightning.linalg.lapack import symmetric_eigenpairs
+
+NOT_CONVERGED = (ScipysError, LinAlgError)
+"""Errors of an iteration that does not converge, on the CPU and elsewhere; torch's is a ``RuntimeError``."""
 
 _ONE_THREAD = 1536  # up to this size scipy's threads lose more by waiting for torch's than they gain
 _scipy_threads = ThreadpoolController()
@@ -24,7 +29,7 @@ def gram(W: Tensor) -> Tensor:
     >>> torch.allclose(gram(W), W @ W.mT)
     True
     """
-    if W.device.type != "cpu":
+    if not _on_cpu(W):
         return W @ W.mT
     rows = W.numpy()
     return torch.from_numpy(rows @ rows.T)  # numpy sees the symmetry, which torch does not, and computes half of it
@@ -37,17 +42,33 @@ def dense_eigenpairs(G: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
         Values (high - low,), ascending, and vectors (k, high - low).
 
     Raises:
-        scipy.linalg.LinAlgError: If inverse iteration does not converge.
+        LinAlgError: scipy's or torch's, if the solver does not converge.
 
     >>> dense_eigenpairs(torch.diag(torch.tensor([4.0, 1.0, 2.0, 3.0], dtype=torch.float64)), 1, 3)[0]
     tensor([2., 3.], dtype=torch.float64)
     """
     k = G.shape[0]
-    if G.device.type != "cpu":
-        values, vectors = torch.linalg.eigh(G)
+    if not _on_cpu(G):
+        values, vectors = eigenpairs(G)
         return values[k - high : k - low], vectors[:, k - high : k - low]
     with _scipy_threads.limit(limits=1 if k <= _ONE_THREAD else None, user_api="blas"):
         return symmetric_eigenpairs(G, k - high, k - low)
+
+
+def eigenpairs(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute all eigenpairs of a symmetric G (k, k) with torch, values ascending.
+
+    Raises:
+        torch.linalg.LinAlgError: If the solver does not converge, or returns what is no number, as cuSOLVER has done.
+    """
+    values, vectors = torch.linalg.eigh(G)
+    if not values.isfinite().all():
+        raise LinAlgError(f"eigh returned NaN for a finite matrix of size {len(G)}.")
+    return values, vectors
+
+
+def _on_cpu(matrix: Tensor) -> bool:
+    return matrix.device.type == "cpu"
 
 
 def smallest_eigenpairs(W: Tensor, wanted: int, margin: int) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -76,7 +97,7 @@ def smallest_eigenpairs(W: Tensor, wanted: int, margin: int) -> tuple[Tensor, Te
         Z: Tensor = torch.linalg.solve_triangular(L.mT, Y, upper=True)
         return Z
 
-    X = torch.randn(k, width, dtype=W.dtype, generator=torch.Generator().manual_seed(0)).to(W.device)
+    X = torch.randn(k, width, dtype=W.dtype, generator=torch.Generator().manual_seed(0), device="cpu").to(W.device)
     for _ in range(_CYCLES):
         mu, X, angles = _krylov_cycle(inverse, X, min(_STEPS, k // width), wanted)
         if angles[:wanted].norm() < _ANGLE and angles[:keep].max() < _OUTER_ANGLE:

@@ -45,8 +45,8 @@ def symmetric_eigenpairs(G: Tensor, low: int, high: int) -> tuple[Tensor, Tensor
     values = values[low:high].clone()
     vectors = G.new_empty(m, k)
     # One block, even if an element beside the diagonal is zero: vectors of equal values are then made orthogonal.
-    blocks, ends = torch.ones(m, dtype=torch.int32), torch.full((m,), k, dtype=torch.int32)
-    integers, failed = torch.empty(k, dtype=torch.int32), torch.empty(m, dtype=torch.int32)
+    blocks, ends = (G.new_full((m,), value, dtype=torch.int32) for value in (1, k))
+    integers, failed = (G.new_empty(size, dtype=torch.int32) for size in (k, m))
     real = G.new_empty(5 * k)
     _call("dstein", k, diagonal, off_diagonal, m, values, blocks, ends, vectors, k, real, integers, failed)
     _call("dormtr", "L", "L", "N", k, m, G, k, scalars, vectors, k, work, len(work))

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Literal, NamedTuple, get_args
 
-import scipy.linalg
 import torch
 from torch import Tensor
 
 from milora_lightning.linalg.certificate import Candidate, certified_triplets
-from milora_lightning.linalg.eigen import dense_eigenpairs, gram, smallest_eigenpairs
+from milora_lightning.linalg.devices import Way, at_home, in_best_way
+from milora_lightning.linalg.eigen import NOT_CONVERGED, dense_eigenpairs, gram, smallest_eigenpairs
+from milora_lightning.linalg.single import refined_candidate, single_eigenpairs
 from milora_lightning.utils.errors import InvalidInputError
 
 Slice = Literal["minor", "principal", "middle", "random"]
@@ -49,6 +50,10 @@ def singular_slice(
     Where it does not certify singular values within 1e-6 (relative) and subspaces within 1e-8 (projectors) of a full
     float64 SVD, the full SVD is computed.
 
+    On devices that are slow in float64, eigenvectors are computed in float32 and refined, or the CPU does the work,
+    whichever takes less time at the rates measured (:mod:`milora_lightning.linalg.devices`). Where a device's library
+    or memory fails, the CPU takes over, with a warning. The certificate is the same everywhere.
+
     Args:
         weight: Floating-point weight of shape (out, in), on any device, in any layout. It is not modified.
         r: Number of triplets, from 1 to k.
@@ -75,9 +80,20 @@ def singular_slice(
     """
     _check(weight, r, which)
     k = min(weight.shape)
-    home = weight.device
-    no_double = home.type == "mps"
-    W = (weight.detach().cpu() if no_double else weight.detach()).to(torch.float64)
+    if which == "random":
+        index = torch.randperm(k, generator=generator, device="cpu")[:r].sort().values
+    else:
+        start = {"minor": k - r, "principal": 0, "middle": (k - r) // 2}[which]
+        index = torch.arange(start, start + r, device="cpu")
+    triplets = in_best_way(
+        lambda way: _triplets(weight.detach(), index, which, way), weight.device, (weight.shape[0], weight.shape[1]), r
+    )
+    return SingularSlice(*(at_home(x, weight.device) for x in triplets))
+
+
+def _triplets(weight: Tensor, index: Tensor, which: Slice, way: Way) -> SingularSlice:
+    """Compute the triplets at ``index``, which for all slices but ``random`` are consecutive."""
+    W = weight.to(way.device).to(torch.float64)  # in this order: half the bytes to move, and no float64 copy here
     energy = torch.linalg.matrix_norm(W).square()
     if not energy.isfinite() and (bad := int(W.numel() - torch.isfinite(W).sum())):
         raise InvalidInputError(f"{bad} of the weight's {W.numel()} entries are NaN or infinite: check the checkpoint")
@@ -85,17 +101,12 @@ def singular_slice(
     tall = W.shape[0] > W.shape[1]
     if tall:
         W = W.mT  # short side first: the Gram matrix is (k, k)
-    if which == "random":
-        index = torch.randperm(k, generator=generator, device="cpu")[:r].sort().values
-        U, S, Vh = _full(W, index)
-    else:
-        start = {"minor": k - r, "principal": 0, "middle": (k - r) // 2}[which]
-        U, S, Vh = _partial(W, energy, start, r) or _full(W, torch.arange(start, start + r, device="cpu"))
+    found = None if which == "random" else _partial(W, energy, int(index[0]), len(index), way.single)
+    U, S, Vh = found or _full(W, index)
     if tall:
         U, Vh = Vh.mT, U.mT
     # Contiguous, because callers broadcast and save these, and because a view would keep its larger base alive.
-    triplets = (x.clone(memory_format=torch.contiguous_format) for x in (U, S, Vh))
-    return SingularSlice(*(x.to(home, torch.float32) if no_double else x for x in triplets))
+    return SingularSlice(*(x.clone(memory_format=torch.contiguous_format) for x in (U, S, Vh)))
 
 
 def _check(weight: Tensor, r: int, which: str) -> None:
@@ -117,34 +128,47 @@ def _check(weight: Tensor, r: int, which: str) -> None:
 
 
 def _full(W: Tensor, index: Tensor) -> SingularSlice:
-    """Take the triplets at ``index`` out of all of them."""
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    index = index.to(W.device)
+    """Take the triplets at ``index`` out of all of them.
+
+    On the CPU: of other devices' methods, one loses digits at this size, and the other takes minutes.
+    """
+    U, S, Vh = torch.linalg.svd(W.cpu(), full_matrices=False)
     return SingularSlice(U[:, index], S[index], Vh[index])
 
 
-def _partial(W: Tensor, energy: Tensor, start: int, r: int) -> SingularSlice | None:
+def _partial(W: Tensor, energy: Tensor, start: int, r: int, single: bool) -> SingularSlice | None:
     """Compute triplets ``start`` to ``start + r`` of W (k, n), k ≤ n, or None where none can be certified."""
     if not 1e-200 < energy < 1e200:
         return None  # its squares underflow or overflow, or it is zero
-    for candidate in _candidates(W, start, r):
-        triplets = certified_triplets(W, energy, start, r, candidate)
-        if triplets is not None:
-            return SingularSlice(*triplets)
+    for candidate in _candidates(W, energy, start, r, single):
+        with suppress(*NOT_CONVERGED):
+            triplets = certified_triplets(W, energy, start, r, candidate)
+            if triplets is not None:
+                return SingularSlice(*triplets)
     return None
 
 
-def _candidates(W: Tensor, start: int, r: int) -> Iterator[Candidate]:
+def _candidates(W: Tensor, energy: Tensor, start: int, r: int, single: bool) -> Iterator[Candidate]:
     """Compute eigenpairs of W Wᵀ (k, k) around the wanted ones, with growing effort."""
     k, n = W.shape
     margins = sorted({8, max(8, k // 8)})
+    bounds = [(max(start - margin, 0), min(start + r + margin, k)) for margin in margins]
+    # Twice this work is still far less than a full SVD, unless the SVD inside the span costs as much as that.
+    bounds = [(low, high) for low, high in bounds if high - low <= k // 2]
+    if single and bounds:
+        with suppress(*NOT_CONVERGED):
+            eigenpairs = single_eigenpairs(W, energy)
+            for low, high in bounds:
+                refined = refined_candidate(W, energy, eigenpairs, low, high, slice(start - low, start - low + r))
+                if refined is not None:
+                    yield refined
+            del eigenpairs
     extra = max(8, r // 2)  # for the Krylov method, whose convergence depends on it
     if start + r == k >= LARGE and n <= SQUARE * k and r + 2 * extra <= k // 4:
-        if (smallest := smallest_eigenpairs(W, r, extra)) is not None:
-            yield Candidate(start - extra, k, *smallest)
-        margins = margins[-1:]
-    for margin in margins:  # twice this work is still far less than a full SVD
-        low, high = max(start - margin, 0), min(start + r + margin, k)
-        if high - low <= k // 2:  # else the SVD inside the span costs as much as the full one
-            with suppress(scipy.linalg.LinAlgError):  # inverse iteration did not converge
-                yield Candidate(low, high, *dense_eigenpairs(gram(W), low, high))
+        with suppress(*NOT_CONVERGED):
+            if (smallest := smallest_eigenpairs(W, r, extra)) is not None:
+                yield Candidate(start - extra, k, *smallest)
+        bounds = bounds[-1:]
+    for low, high in bounds:
+        with suppress(*NOT_CONVERGED if W.device.type == "cpu" else ()):  # a device's failure is told to the user
+            yield Candidate(low, high, *dense_eigenpairs(gram(W), low, high))

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from fractions import Fraction
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from milora_lightning.metrics.numbers import is_number, read_number
 from milora_lightning.utils.errors import InvalidInputError
 
 MARKER = r"the answer is:|####"  # as in the paper, and as in GSM8K's references
 
-# A sign belongs to a number only if no operand comes before it: "10-5" ends in 5, "= -5" in -5.
+# Numbers within a text. A sign belongs to one only if no operand comes before it: "10-5" ends in 5, "= -5" in -5.
 _NUMBER = re.compile(
     r"(?:(?<![\w.)])(?P<sign>[-−])\s?)?[$€£¥]?(?P<sign2>(?<=[$€£¥])[-−])?"
     r"(?P<number>\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\w.])\.\d+)"
@@ -28,7 +28,7 @@ def extract_answer(text: str, pattern: str = MARKER, strict: bool = False) -> st
     Args:
         text: The text.
         pattern: Regular expression (case-insensitive) for the marker before the answer. The last match counts, and the
-            answer extends to the end of the line.
+            answer is the first line after it, or what LaTeX's environment there encloses.
         strict: Whether a text without the marker has no answer; otherwise its answer is the last number in the text.
 
     Returns:
@@ -43,8 +43,7 @@ def extract_answer(text: str, pattern: str = MARKER, strict: bool = False) -> st
     """
     markers = list(re.finditer(pattern, text, re.IGNORECASE))
     if markers:
-        lines = text[markers[-1].end() :].strip().splitlines()
-        return lines[0].strip() if lines else None
+        return _first_line(text[markers[-1].end() :].strip())
     numbers = [] if strict else list(_NUMBER.finditer(text))
     return numbers[-1].group() if numbers else None
 
@@ -52,16 +51,19 @@ def extract_answer(text: str, pattern: str = MARKER, strict: bool = False) -> st
 def same_answer(answer: str, reference: str) -> bool:
     """Compare two answers: numbers by exact value, ignoring format and unit; other texts case-insensitively.
 
+    How a number is read is described at :func:`milora_lightning.metrics.numbers.read_number`.
+
     >>> same_answer("$1,234.00 in total.", "1234"), same_answer("0.75", "3/4"), same_answer("-5", "5")
+    (True, True, False)
+    >>> same_answer("17 + 1 = 18", "18"), same_answer("10 1/2", "10.5"), same_answer("5 or 6", "5")
     (True, True, False)
     >>> same_answer("True.", "true"), same_answer("x = 4", "4"), same_answer("four", "4")
     (True, True, False)
     """
     answer, reference = _strip_markup(answer), _strip_markup(reference)
-    expected = _NUMBER.match(reference)
-    if expected and (value := _value(expected)) is not None:
-        found = _NUMBER.search(answer)
-        return found is not None and _value(found) == value
+    expected = read_number(reference, whole=True)
+    if expected is not None:
+        return read_number(answer) == expected
     return answer.casefold() == reference.casefold()
 
 
@@ -85,7 +87,7 @@ def right_answer(generation: str, reference: str, pattern: str = MARKER, strict:
     if not strict and generation.strip() and generation.strip() == reference.strip():
         return True
     expected = extract_answer(reference, pattern, strict=True)
-    if expected is None and len(_NUMBER.findall(reference)) > 1:
+    if expected is None and len(_NUMBER.findall(reference)) > 1 and not is_number(reference):
         said = extract_answer(generation, pattern, strict=True) or ("" if strict else generation)
         return _strip_markup(said).casefold() == _strip_markup(reference).casefold()
     answer = extract_answer(generation, pattern, strict)
@@ -96,12 +98,19 @@ def _strip_markup(answer: str) -> str:
     return answer.lstrip(" \t\r\n*`\"'").rstrip(" \t\r\n*`\"'.")
 
 
-def _value(match: re.Match[str]) -> Fraction | None:
-    try:
-        value = Fraction(match["number"].replace(",", "")) / Fraction(match["divisor"] or 1)
-    except (ValueError, ZeroDivisionError):  # more digits than Python converts, or a division by zero
-        return None
-    return -value if match["sign"] or match["sign2"] else value
+def _first_line(text: str) -> str | None:
+    r"""Return the first line that is more than the delimiter of a formula, with the rest of an environment.
+
+    >>> _first_line("\\[\n5\n\\]"), _first_line("\\begin{pmatrix}\n1\n\\end{pmatrix}\nBye.")
+    ('5', '\\begin{pmatrix}\n1\n\\end{pmatrix}')
+    """
+    lines = [line.strip() for line in text.splitlines()]
+    first = next((i for i, line in enumerate(lines) if re.search(r"\w", line)), 0)
+    for last in range(first, len(lines)):
+        answer = "\n".join(lines[first : last + 1])
+        if answer.count(r"\begin{") <= answer.count(r"\end{"):
+            return answer
+    return lines[first] if lines else None
 
 
 class AnswerAccuracy(Metric):

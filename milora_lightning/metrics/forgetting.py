@@ -8,8 +8,9 @@ from torchmetrics import Metric
 
 from milora_lightning.utils.errors import InvalidInputError
 
-CHUNK = 2**20
-"""Logits processed at once: their float32 copies fit a CPU's cache, which is four times faster than 256 positions."""
+CPU_LOGITS, DEVICE_LOGITS = 2**20, 2**26
+"""Logits processed at once. On CPUs their float32 copies fit the cache, which is four times faster than 256 positions;
+on other devices they are large enough to keep the device busy."""
 
 
 def divergence(logits: Tensor, base_logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +83,7 @@ class Forgetting(Metric):
                 "models the same tokens."
             )
         vocabulary = logits.shape[-1]
-        size = max(CHUNK // vocabulary, 1)
+        size = max((CPU_LOGITS if logits.device.type == "cpu" else DEVICE_LOGITS) // vocabulary, 1)
         rows, base_rows = (torch.split(x.reshape(-1, vocabulary), size) for x in (logits, base_logits))
         for chunk, base_chunk in zip(rows, base_rows, strict=True):
             kl, entropy = divergence(chunk, base_chunk)

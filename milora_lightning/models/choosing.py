@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from milora_lightning.config import IGNORE_INDEX
+from milora_lightning.models.positions import next_labels, supervised_positions
 
 
 def choose_likeliest(logits: Tensor, labels: Tensor, choices: Sequence[Sequence[str]]) -> list[str]:
@@ -26,10 +26,8 @@ def choose_likeliest(logits: Tensor, labels: Tensor, choices: Sequence[Sequence[
     >>> choose_likeliest(certain[:2], torch.tensor([[-100, 0], [-100, 2]]), [["no", "yes"]])
     ['no']
     """
-    labels = labels[:, 1:]
-    supervised = labels != IGNORE_INDEX
-    losses = F.cross_entropy(logits.float(), labels[supervised], reduction="none")
-    rows = supervised.nonzero()[:, 0]
-    scores = -torch.zeros(len(labels), device=losses.device).index_add_(0, rows, losses)
-    parts = torch.split(scores, [len(each) for each in choices])
+    positions = supervised_positions(labels)
+    losses = F.cross_entropy(logits.float(), next_labels(labels, positions), reduction="none")
+    scores = -losses.new_zeros(len(labels)).index_add_(0, positions // labels.shape[1], losses)
+    parts = torch.split(scores.cpu(), [len(each) for each in choices])
     return [each[int(part.argmax())] for each, part in zip(choices, parts, strict=True)]

@@ -11,11 +11,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from milora_lightning.adapters.injection import lora_layers
+from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import linear_shape
 from milora_lightning.adapters.surgery import inject
 from milora_lightning.config import LoRAConfig
 from milora_lightning.models.loss import CPU_LOGITS, CPU_PROBABILITIES, DEVICE_LOGITS
 from milora_lightning.models.pretrained import decoder_layers
+from milora_lightning.models.recompute import recomputed
+from milora_lightning.utils.compat import TELLS_HOW_IT_KEEPS
 
 OPTIMIZER_STATES = {"SGD": 0, "Adagrad": 4, "RMSprop": 4, "AdamW": 8, "Adam": 8, "AdamW8bit": 2, "PagedAdamW8bit": 2}
 """Bytes of optimizer state per trainable parameter, by the optimizer's class."""
@@ -28,8 +31,6 @@ FRAGMENTATION = 0.5
 
 LOADED = 40_000_000
 """Bytes that the decompositions' threads keep and that torch loads for its first step."""
-
-MASK_BYTES = 1  # per entry of a dropout mask
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def estimate(
     *,
     supervised: float = 1.0,
     dropout: float = 0.0,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | float = False,
     optimizer: str = "AdamW",
     attention: str = "sdpa",
     quantization: str | None = None,
@@ -113,8 +114,9 @@ def estimate(
         batch_size: Rows in a batch.
         length: Tokens in each row, padding included.
         supervised: Share of the tokens that have labels.
-        dropout: Probability of the adapters' dropout.
-        gradient_checkpointing: Whether layers keep only their input and recompute the rest in backward.
+        dropout: Probability of the adapters' dropout. It makes no difference: backward draws the masks again.
+        gradient_checkpointing: Whether layers keep only their input and recompute the rest in backward; or the share
+            of them that does.
         optimizer: Class name of the optimizer; an unknown one counts as AdamW.
         attention: ``sdpa``, ``flash_attention_2``, ``eager`` or ``causal_blocks``.
         quantization: ``nf4``, ``fp4`` or ``int8`` if the layers' linear weights are quantized; None if not.
@@ -131,14 +133,16 @@ def estimate(
     if quantization is not None:
         linear = sum(m.weight.numel() for layer in layers for m in layer.modules() if isinstance(m, nn.Linear))
         weights -= int(linear * (width - QUANTIZED_BYTES[quantization]))
-    per_token = max((_saved_by_layer(layer, config, width, length, dropout, attention) for layer in layers), default=0)
+    per_token = max((_saved_by_layer(layer, config, width, length, attention) for layer in layers), default=0)
+    stacks = max((_stacked_factors(layer, width) for layer in layers), default=0)
     size = config.get_text_config()
     hidden = size.hidden_size * width
-    each_layer, widest = tokens * per_token, tokens * width * 4 * (_intermediate(size) + size.hidden_size)
-    kept = tokens * hidden * len(layers) if gradient_checkpointing else each_layer * len(layers)
+    each_layer, widest = tokens * per_token + stacks, tokens * width * 4 * (_intermediate(size) + size.hidden_size)
+    again = recomputed(len(layers), gradient_checkpointing)
+    kept = tokens * hidden * again + each_layer * (len(layers) - again)
     # The logits are freed before the layers' backward, so only the larger of the two counts. With gradient
-    # checkpointing, backward also holds the recomputed activations of one layer.
-    in_backward = widest + (each_layer if gradient_checkpointing else 0)
+    # checkpointing, backward also holds the recomputed activations of one layer; by then, others' are free.
+    in_backward = widest + (each_layer if again == len(layers) else 0)
     logits = _logits(size, width, tokens * supervised, device)
     states = OPTIMIZER_STATES.get(optimizer, OPTIMIZER_STATES["AdamW"])
     parts = [
@@ -149,7 +153,7 @@ def estimate(
         Part(
             "activations kept",
             kept + 4 * tokens * size.hidden_size,
-            f"{batch_size} x {length} tokens, " + ("layer inputs" if gradient_checkpointing else "all layers"),
+            f"{batch_size} x {length} tokens, " + _which_layers(again, len(layers)),
         ),
         Part(
             "computed at once",
@@ -158,15 +162,20 @@ def estimate(
         ),
     ]
     if device == "cpu":
-        if gradient_checkpointing:
-            lost = len(layers) * widest
+        share = again / len(layers)
+        lost = int(again * widest + (1 - share) * FRAGMENTATION * sum(part.size for part in parts[-2:]))
+        reason = f"{FRAGMENTATION:.0%} of the last two, as measured with glibc"
+        if again:
             reason = "under each layer's input, where glibc's default leaves what it computed"
-        else:
-            lost = int(FRAGMENTATION * sum(part.size for part in parts[-2:]))
-            reason = f"{FRAGMENTATION:.0%} of the last two, as measured with glibc"
         parts.append(Part("between tensors", lost, reason))
     total = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad or "initial_" not in n)
     return Estimate(parts, _surgery(model, device), trained, total)
+
+
+def _which_layers(again: int, layers: int) -> str:
+    if again in (0, layers):
+        return "layer inputs" if again else "all layers"
+    return f"inputs of {again} layers, {layers - again} whole"
 
 
 def _parameters(model: nn.Module) -> tuple[int, int, int]:
@@ -194,9 +203,7 @@ def _intermediate(size: Any) -> int:
     return experts * int(per_expert or size.intermediate_size)
 
 
-def _saved_by_layer(
-    layer: nn.Module, config: PretrainedConfig, width: int, length: int, dropout: float, attention: str
-) -> int:
+def _saved_by_layer(layer: nn.Module, config: PretrainedConfig, width: int, length: int, attention: str) -> int:
     """Return the bytes per token that a decoder layer saves for backward."""
     size = config.get_text_config()
     heads = size.num_attention_heads
@@ -218,12 +225,15 @@ def _saved_by_layer(
     else:
         saved += 2 * (heads + groups) * head_dim * width + 4 * heads
     saved += 3 * _intermediate(size) * width  # gated MLP: both products and the activation
-    already_saved = ("o_proj",) if attention not in ("eager", "causal_blocks") else ()
-    return int(saved) + sum(_saved_by_adapters(layer, width, dropout, already_saved))
+    # The output of attention, and the gated MLP's product, which is formed again from its factors.
+    already_saved = ("down_proj",) if TELLS_HOW_IT_KEEPS else ()
+    if attention not in ("eager", "causal_blocks"):
+        already_saved = ("o_proj", *already_saved)
+    return int(saved) + sum(_saved_by_adapters(layer, width, already_saved))
 
 
-def _saved_by_adapters(layer: nn.Module, width: int, dropout: float, already_saved: tuple[str, ...]) -> Iterable[int]:
-    """Yield the bytes per token that adapters save: the input (once if several share it), projection and mask."""
+def _saved_by_adapters(layer: nn.Module, width: int, already_saved: tuple[str, ...]) -> Iterable[int]:
+    """Yield the bytes per token that adapters save: the input (once if several share it) and its projection."""
     inputs: set[tuple[str, int]] = set()
     for name, module in lora_layers(layer).items():
         features = linear_shape(module.base_layer)[1]
@@ -231,8 +241,18 @@ def _saved_by_adapters(layer: nn.Module, width: int, dropout: float, already_sav
         if (parent, features) not in inputs and last not in already_saved:
             inputs.add((parent, features))
             yield width * features
-        yield width * module.lora_A.shape[0]
-        yield MASK_BYTES * features if dropout else 0
+        yield width * _stacked_rank(module)
+
+
+def _stacked_factors(layer: nn.Module, width: int) -> int:
+    """Return the bytes of the stacked factors that the adapters of a layer save in its dtype."""
+    adapters = lora_layers(layer).values()
+    cast = [m for m in adapters if m.initial_A is not None or width != m.lora_A.itemsize]
+    return sum(width * _stacked_rank(m) * sum(linear_shape(m.base_layer)) for m in cast)
+
+
+def _stacked_rank(adapter: LoRALinear) -> int:
+    return adapter.r if adapter.initial_A is None else 2 * adapter.r
 
 
 def _logits(size: Any, width: int, supervised: float, device: str) -> int:

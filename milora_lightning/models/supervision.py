@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
-from milora_lightning.config import IGNORE_INDEX
+from milora_lightning.models.positions import at_positions, supervised_positions
 from milora_lightning.utils.compat import attention_of
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn
@@ -76,13 +76,6 @@ def check_causal(model: PreTrainedModel) -> None:
                 )
 
 
-def supervised_positions(labels: Tensor) -> Tensor:
-    """Return a mask (batch, length) of the positions whose next label counts."""
-    supervised = torch.zeros_like(labels, dtype=torch.bool)
-    supervised[:, :-1] = labels[:, 1:] != IGNORE_INDEX
-    return supervised
-
-
 def supervised_logits(
     model: PreTrainedModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
 ) -> Tensor:
@@ -104,12 +97,14 @@ def supervised_logits(
     Raises:
         ValueError: If the model attends to the tokens that it should predict.
     """
-    input_ids, labels, position_ids = attention_rows(model, input_ids, labels, position_ids)
-    supervised = supervised_positions(labels)
-    logits = run_with_hidden_states(model, input_ids, lambda _, hidden: hidden[supervised].unsqueeze(0), position_ids)
+    positions = supervised_positions(labels)
+    input_ids, _, position_ids = attention_rows(model, input_ids, labels, position_ids)
+    logits = run_with_hidden_states(
+        model, input_ids, lambda _, hidden: at_positions(hidden, positions).unsqueeze(0), position_ids
+    )
     if logits.unchanged or (logits.substituted and may_change_logits(model.config)):
         return logits.values[0]
-    return all_logits(model, input_ids, position_ids)[supervised]
+    return at_positions(all_logits(model, input_ids, position_ids), positions)
 
 
 def attention_rows(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,7 @@ USED_IN_PLACE = {
     "_run_subcommand",
     "_prepare_subcommand_kwargs",
     "_parse_ckpt_path",
+    "_call_batch_hook",
     "_split_lines",
     "_actions",
     "_typehint",
@@ -84,6 +85,9 @@ PRODUCTS_ON_X86 = {
 }
 """Which questions in ``torch.cpu``, as far as a version has them, tell of instructions for products in a dtype."""
 
+TELLS_HOW_IT_KEEPS = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")
+"""Whether autograd tells if it keeps a tensor itself or leaves that to hooks; not so in torch 2.6."""
+
 # (gradient, softmax's result, dimension, dtype of its input): what softmax's own backward calls.
 softmax_backward = torch._softmax_backward_data
 # (tensors, factor): multiplies all of them in place, as optimizers do.
@@ -107,6 +111,36 @@ def transformed() -> bool:
     ``torch.autograd.Function``, which makes the same check.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Leave torch.func's transforms and batched gradients, for work on tensors that have nothing to do with them."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    batched = torch._C.DispatchKeySet(torch._C._dispatch_key_parse("VmapMode"))  # autograd.grad(is_grads_batched=True)
+    with torch._C._ExcludeDispatchKeyGuard(batched), temporarily_clear_interpreter_stack():
+        yield
+
+
+def kept_factors(product: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return the two tensors whose product a tensor is, if autograd keeps both of them for that product's gradients.
+
+    None if it does not (any more), if it keeps them in another way (by hooks, as activation checkpointing does, or on
+    the CPU), or if one of the three was written to afterwards.
+    """
+    if not TELLS_HOW_IT_KEEPS or torch.compiler.is_compiling():
+        return None
+    node: Any = product.grad_fn
+    if type(node).__name__ != "MulBackward0" or product._version:
+        return None
+    try:
+        if node._raw_saved_self.unpack_hook is not None or node._raw_saved_other.unpack_hook is not None:
+            return None
+        one, other = node._saved_self, node._saved_other
+    except RuntimeError:  # freed, or written to: whoever differentiates the product will be told
+        return None
+    return None if one is None or other is None else (one, other)
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -1,11 +1,13 @@
-"""Dropout's masks: their statistics, and where they come from."""
+"""Dropout's masks: their statistics, where they come from, and that backward finds them again."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from helpers.layers import IN, OUT, TOKENS, adapted, plain
 
-from milora_lightning.adapters.autograd import draw_mask, masked
+from milora_lightning.adapters import dropout
+from milora_lightning.adapters.dropout import draw_mask, drop, drop_again, random_state, scales
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
@@ -36,11 +38,11 @@ def test_masks_come_from_torchs_generator_alone(shape: tuple[int, ...]) -> None:
 def test_compiled_equals_eager(dtype: torch.dtype) -> None:
     """The same masks from the same seed, and gradients that are zero where they drop."""
 
-    def drop(x: torch.Tensor) -> torch.Tensor:
-        return masked(x, draw_mask(x, 0.3)[0])
+    def dropped(x: torch.Tensor) -> torch.Tensor:
+        return drop(x, 0.3)[0]
 
     found = []
-    for run in (drop, torch.compile(drop, fullgraph=True, backend="aot_eager")):
+    for run in (dropped, torch.compile(dropped, fullgraph=True, backend="aot_eager")):
         x = torch.randn(7, 9, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
         torch.manual_seed(1)
         y = run(x)
@@ -50,3 +52,101 @@ def test_compiled_equals_eager(dtype: torch.dtype) -> None:
     assert torch.equal(compiled, eager)
     assert torch.equal(gradient, wanted)
     assert torch.equal(gradient, (eager != 0).to(dtype))
+
+
+@pytest.fixture(params=["as on CPUs", "as on GPUs"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to draw; that of GPUs is one operation, which torch has for CPUs, too."""
+    monkeypatch.setattr(dropout, "_draws_integers", lambda device: request.param == "as on CPUs")
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("keeps_mask", [False, True])
+def test_backward_drops_what_forward_has_dropped(keeps_mask: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if keeps_mask:  # as in graphs, which are compiled, or captured
+        monkeypatch.setattr(dropout, "_generator", lambda device: None)
+    layer = adapted(lora_dropout=0.4).train()
+    x = torch.randn(3, TOKENS, IN, requires_grad=True)
+    torch.manual_seed(3)
+    y = layer(x)
+    torch.manual_seed(3)
+    mask = drop(x.detach().view(-1, IN), 0.4)[1].view_as(x)
+    assert 0 < mask.sum() < mask.numel()
+    torch.randn(7)
+    state = torch.get_rng_state()
+    got = torch.autograd.grad(y.square().sum(), (x, layer.lora_A, layer.lora_B))
+    assert torch.equal(torch.get_rng_state(), state)  # others draw what they would have drawn
+    reference = plain(layer, x, mask, 1 / scales(x.device, 0.4)[0])
+    torch.testing.assert_close(y, reference)
+    want = torch.autograd.grad(reference.square().sum(), (x, layer.lora_A, layer.lora_B))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_backward_can_be_repeated_and_batched() -> None:
+    """Under vmap too, which would not let it draw."""
+    layer = adapted(lora_dropout=0.4).train()
+    x = torch.randn(3, IN, requires_grad=True)
+    inputs = x, layer.lora_A, layer.lora_B
+    y = layer(x).square().sum(0)
+    one_by_one = [torch.autograd.grad(y[i], inputs, retain_graph=True) for i in range(OUT)]
+    again = [torch.autograd.grad(y[i], inputs, retain_graph=True) for i in range(OUT)]
+    batched = torch.autograd.grad(y, inputs, torch.eye(OUT), retain_graph=True, is_grads_batched=True)
+    vmapped = torch.func.vmap(lambda g: torch.autograd.grad(y, inputs, g, retain_graph=True))(torch.eye(OUT))
+    for first, second, *others in zip(
+        zip(*one_by_one, strict=True), zip(*again, strict=True), batched, vmapped, strict=True
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        for rows in others:
+            torch.testing.assert_close(rows, torch.stack(first))
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("offload", [False, True])
+def test_gradients_do_not_depend_on_where_the_input_lies(offload: bool) -> None:
+    """The mask is drawn again for an input that hooks may have moved."""
+    results = []
+    for lay_out in (lambda x: x, lambda x: x.T.contiguous().T, lambda x: torch.cat([x[:1], x])[1:]):
+        layer = adapted(lora_dropout=0.4).train()
+        torch.manual_seed(1)
+        x = lay_out(torch.randn(TOKENS, IN)).detach().requires_grad_()
+        torch.manual_seed(2)
+        with (
+            torch.autograd.graph.save_on_cpu()
+            if offload
+            else torch.autograd.graph.saved_tensors_hooks(*[lambda t: t] * 2)
+        ):
+            y = layer(x)
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), (x, layer.lora_A, layer.lora_B))])
+    for result in results[1:]:
+        for a, b in zip(result, results[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_draw_is_repeated_from_the_state_before_it() -> None:
+    x = torch.randn(5, 7)
+    state = random_state(x.device)
+    dropped, mask = drop(x, 0.5)
+    drop(x, 0.5)
+    again, same = drop_again(x, 0.5, None, state)
+    assert torch.equal(again, dropped)
+    assert torch.equal(same, mask)
+    assert torch.equal(drop_again(x, 0.5, mask, None)[0], dropped)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("features", [IN, 15])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_of_gpus_repeats_its_draw_wherever_the_input_lies(features: int, dtype: torch.dtype) -> None:
+    """It would show that torch's kernel draws by memory layout in a way that is not foreseen here."""
+    x = torch.randn(4099, features, device="cuda", dtype=dtype)
+    layouts = x, torch.cat([x[:1], x])[1:], x.T.contiguous().T
+    state = random_state(x.device)
+    dropped, mask = drop(layouts[1], 0.3)
+    assert (mask.double().mean() - 0.7).abs() < 0.02
+    for layout in layouts:
+        again, same = drop_again(layout, 0.3, None, state)
+        assert torch.equal(same, mask)
+        assert torch.equal(again, dropped)

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from milora_lightning import LoRAConfig, LoRALinear, adapters_disabled, initialize, inject
-from milora_lightning.adapters.autograd import draw_mask, lora_linear
+from milora_lightning.adapters.autograd import lora_linear
+from milora_lightning.adapters.dropout import draw_mask
 
 
 @pytest.mark.parametrize("conv", [False, True])
@@ -23,11 +24,11 @@ from milora_lightning.adapters.autograd import draw_mask, lora_linear
 def test_gradcheck_in_float64(init: str, conv: bool, p: float) -> None:
     layer = adapted(init, conv=conv).double()
     x = torch.randn(2, 5, IN, dtype=torch.float64, requires_grad=True)
-    mask = draw_mask(x, p)[0] if p else None
     weight, bias = layer.base_layer.weight, layer.base_layer.bias
 
     def fused(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return lora_linear(x, weight, bias, A, B, layer.initial_A, layer.initial_B, mask, 1.7, conv)
+        torch.manual_seed(0)
+        return lora_linear(x, weight, bias, A, B, layer.initial_A, layer.initial_B, 1.7, p, conv)
 
     assert torch.autograd.gradcheck(fused, (x, layer.lora_A, layer.lora_B))
 
@@ -198,15 +199,16 @@ def test_small_updates_survive_bfloat16() -> None:
     assert error < 0.01 < naive_error
 
 
-def test_memory_saved_for_backward_is_the_input_and_its_projection() -> None:
-    layer = adapted()
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_memory_saved_for_backward_is_the_input_its_projection_and_the_stacked_factors(dropout: float) -> None:
+    layer = adapted(lora_dropout=dropout).train()
     x = torch.randn(TOKENS, IN, requires_grad=True)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x)
     parameters = {p.data_ptr() for p in layer.parameters()}
-    activations = [t for t in saved if t.data_ptr() not in parameters]
-    assert sorted(tuple(t.shape) for t in activations) == sorted([(TOKENS, IN), (TOKENS, R)])
+    storages = {t.data_ptr(): t.untyped_storage().nbytes() for t in saved if t.data_ptr() not in parameters}
+    assert sum(storages.values()) == 4 * (TOKENS * (IN + 2 * R) + 2 * R * (IN + OUT))
 
 
 def test_weight_is_that_of_the_function_and_trains() -> None:

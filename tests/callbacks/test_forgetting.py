@@ -27,7 +27,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def test_metric_is_the_definition_over_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forgetting, "CHUNK", 7 * 31)  # several chunks, the last one smaller
+    monkeypatch.setattr(forgetting, "CPU_LOGITS", 7 * 31)  # several chunks, the last one smaller
     torch.manual_seed(0)
     tuned, base = torch.randn(3, 200, 31), torch.randn(3, 200, 31)
     p, q = base.double().softmax(-1), tuned.double().softmax(-1)

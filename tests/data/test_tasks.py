@@ -73,7 +73,10 @@ def test_every_real_solution_is_right_by_its_own_answer() -> None:
     test = source.load("test")
     metric = source.metric()
     metric.update(test["response"][:], test["reference"][:], test["task"][:])
-    assert metric.compute() == {"accuracy": 1, "accuracy/gsm8k": 1}
+    # The paper's rule reads 1,450,000 as 1450.
+    paper = {name: pytest.approx(1318 / 1319) for name in ("accuracy_metamath", "accuracy_metamath/gsm8k")}
+    results = {name: value.item() for name, value in metric.compute().items()}
+    assert results == {"accuracy": 1, "accuracy/gsm8k": 1, **paper}
     assert metric.total.sum() == 1319
     metric.reset()
     metric.update(test["response"][:], [*test["reference"][1:], test["reference"][0]], test["task"][:])
@@ -94,11 +97,6 @@ def test_every_real_solution_is_right_by_its_own_answer() -> None:
         ),
         ({"instruction": "2+3?", "output": "$\\boxed{\\frac{10}2}$"}, None, "\\frac{10}2"),
         ({"query": "2+3?", "response": "Five."}, "Five.", "Five."),
-        # MetaMathQA's own texts are learned as they are.
-        ({"query": "2+3?", "response": "5.\n#### 5\nThe answer is: 5"}, "5.\n#### 5\nThe answer is: 5", "5"),
-        ({"query": "2+3?", "response": "2+3=<<2+3=5>>5\n#### 5"}, "2+3=<<2+3=5>>5\n#### 5", "5"),
-        ({"query": "2+3?", "response": "It is $\\boxed{5}$."}, "It is $\\boxed{5}$.", "5"),
-        ({"question": "2+3?", "answer": "5.\n#### 5\nThe answer is: 5"}, "5.\n#### 5\nThe answer is: 5", "5"),
     ],
 )
 def test_every_format_of_mathematics_comes_into_one_form(

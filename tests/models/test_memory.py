@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.benchmarks import benchmark
 from helpers.models import tiny_tokenizer
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 
 from milora_lightning import LoRAConfig, initialize, inject
@@ -35,20 +36,10 @@ def kept(config: PretrainedConfig, adapters: LoRAConfig, dtype: torch.dtype, att
     inject(model, adapters)
     initialize(model)
     model.train()
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    storages: dict[int, Any] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage
-        return tensor
-
     ids = torch.randint(1, 500, (BATCH, LENGTH))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = causal_lm_loss(model, ids, ids)
-    assert loss.requires_grad
-    return sum(storage.nbytes() for storage in storages.values())
+    known = [*model.parameters(), *model.buffers(), ids]
+    kept_for_backward = benchmark("cost").kept_for_backward
+    return int(kept_for_backward(lambda: causal_lm_loss(model, ids, ids), known))
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"], "all-linear"])

@@ -191,7 +191,11 @@ def score(
             results = simple_evaluate(model=harness, log_samples=False, **options)
         except (OSError, ImportError) as error:  # no connection to the Hub, or a missing package
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-            raise InvalidInputError(f"The harness cannot run {', '.join(options['tasks'])}: {reason}.") from error
+            missing = error.name if isinstance(error, ModuleNotFoundError) else None
+            remedy = f" Run: pip install {missing}" if missing else ""
+            raise InvalidInputError(
+                f"The harness cannot run {', '.join(options['tasks'])}: {reason}.{remedy}"
+            ) from error
     return dict(results or {})
 
 

@@ -1,0 +1,156 @@
+"""On which device and in which precision a weight is decomposed: what takes least time at the rates measured here."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from milora_lightning.linalg import costs
+from milora_lightning.linalg.eigen import NOT_CONVERGED
+from milora_lightning.linalg.single import full_precision
+from milora_lightning.utils.messages import inform, warn
+
+Result = TypeVar("Result")
+
+CPU = torch.device("cpu")
+
+WORTH = 2.0
+"""How many times faster than float64 on the weight's own device another way has to be: close calls stay the same."""
+
+SLOW = 4.0
+"""How many times longer than on the CPU a size may take on a device before it goes to the CPU."""
+
+_LIBRARIES = re.compile("cusolver|cublas|magma|hipsolver|rocsolver|hipblas|rocblas", re.IGNORECASE)
+_SIZES = {"cpu": 1024}
+_SIZE = 2048
+_slow: set[tuple[torch.device, int, int]] = set()
+
+
+class Way(NamedTuple):
+    """How to decompose a weight.
+
+    Attributes:
+        device: Where.
+        single: Whether to try float32 with refinement first. Float64 follows where the certificate refuses.
+    """
+
+    device: torch.device
+    single: bool = False
+
+
+def in_best_way(decompose: Callable[[Way], Result], device: torch.device, shape: tuple[int, int], r: int) -> Result:
+    """Decompose in the way that takes least time, and on the CPU if the device's library or memory fails.
+
+    Args:
+        decompose: What to call; it must not change anything.
+        device: The weight's device.
+        shape: The weight's shape.
+        r: Number of triplets.
+    """
+    chosen, started = best_way(device, shape, r), time.perf_counter()
+    try:
+        result = decompose(chosen)
+    except RuntimeError as error:  # torch's LinAlgError and OutOfMemoryError are, too
+        if chosen.device.type == "cpu" or not _is_of_the_device(error):
+            raise
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+    else:
+        _note_time(chosen.device, shape, r, time.perf_counter() - started)
+        return result
+    # Not within the except clause, which keeps the failed attempt's tensors.
+    warn(
+        f"{device} could not decompose a weight of {shape[0]} x {shape[1]} ({problem}): the CPU does it, with the same "
+        "result, but takes longer.",
+        from_any_rank=True,
+    )
+    return decompose(Way(CPU))
+
+
+def best_way(device: torch.device, shape: tuple[int, int], r: int) -> Way:
+    """Choose how to decompose a weight that is on a device, by the device's speed in float64 and float32.
+
+    Data centre GPUs compute float64 at half their speed in float32, consumer GPUs at 1/64, some devices not at all.
+
+    Args:
+        device: The weight's device.
+        shape: Its shape.
+        r: Number of triplets.
+
+    >>> best_way(torch.device("cpu"), (4096, 4096), 64)
+    Way(device=device(type='cpu'), single=False)
+    """
+    if device.type == "cpu":
+        return Way(device)
+    k, n = sorted(shape)
+    if (device, k, n) in _slow:
+        return Way(CPU)
+    double, single = rate(device, torch.float64), rate(device, torch.float32)
+    seconds = {
+        Way(device): costs.in_double(k, n).seconds(double, single) / WORTH,
+        Way(device, single=True): costs.in_single(k, n, r).seconds(double, single),
+        Way(CPU): seconds_on_cpu(k, n, r),
+    }
+    return min(seconds, key=lambda each: seconds[each])
+
+
+def seconds_on_cpu(k: int, n: int, r: int) -> float:
+    """Return how long r triplets of a weight (k, n) are expected to take on the CPU."""
+    return costs.on_cpu(k, n, r).seconds(rate(CPU, torch.float64), 0.0)
+
+
+def _note_time(device: torch.device, shape: tuple[int, int], r: int, seconds: float) -> None:
+    """Have a size decomposed on the CPU from now on if a device has taken far longer than the CPU would.
+
+    Some versions of cuSOLVER crawl for some sizes, which no rate of products shows.
+    """
+    k, n = sorted(shape)
+    if device.type == "cpu" or (device, k, n) in _slow:
+        return
+    if seconds > max(1.0, SLOW * (expected := seconds_on_cpu(k, n, r))):
+        _slow.add((device, k, n))
+        inform(
+            f"Decomposing a weight of {k} x {n} has taken {seconds:.1f} s on {device}; the CPU should take "
+            f"{expected:.1f} s, and gets the next ones of this size."
+        )
+
+
+def at_home(x: Tensor, device: torch.device) -> Tensor:
+    """Move a result to a device, in float64 if that has it."""
+    return x.to(torch.float64 if has_double(device) else torch.float32).to(device)
+
+
+def has_double(device: torch.device) -> bool:
+    """Whether a device computes in float64."""
+    return device.type == "cpu" or rate(device, torch.float64) > 0
+
+
+@cache
+def rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure how many operations per second a matrix product does, once per process; 0 where there is none.
+
+    >>> rate(torch.device("cpu"), torch.float64) > 1e6
+    True
+    """
+    size = _SIZES.get(device.type, _SIZE)
+    try:
+        A = torch.ones(size, size, dtype=dtype, device=device)
+    except (TypeError, RuntimeError):  # how mps and some xpu devices refuse float64
+        return 0.0
+    best = float("inf")
+    with full_precision():
+        for _ in range(3):  # the first one loads libraries
+            started = time.perf_counter()
+            (A @ A)[0, 0].item()  # waits for the device
+            best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def _is_of_the_device(error: RuntimeError) -> bool:
+    """Whether a device's memory or library has failed, and not this package."""
+    return isinstance(error, (*NOT_CONVERGED, torch.OutOfMemoryError)) or _LIBRARIES.search(str(error)) is not None
