@@ -29,9 +29,9 @@ from milora_lightning.models.pretrained import load_causal_lm, load_config, load
 from milora_lightning.models.processor import CHOSEN, DtypeName, hold_in_float32, loaded_as, warn_of_slow_products
 from milora_lightning.models.quantized import Quantization
 from milora_lightning.models.recompute import check_share, recompute_layers
-from milora_lightning.models.streaming import empty_causal_lm, shard, stream_weights
+from milora_lightning.models.streaming import empty_causal_lm, stream_weights
 from milora_lightning.screen.figures import peak_memory
-from milora_lightning.strategies.base import shards
+from milora_lightning.strategies.base import shard_model, sharding_of, shards
 from milora_lightning.training.evaluation import Batch, EvaluatedModule
 from milora_lightning.training.schedules import WARMUP
 from milora_lightning.training.throughput import Throughput
@@ -77,9 +77,8 @@ class CausalLMModule(EvaluatedModule):
     Raises:
         FileNotFoundError: When the model is loaded, if there is no model of that name.
         ValueError: If the schedule or its arguments are unknown, or ``max_new_tokens`` is below 1; in ``setup`` or
-            ``configure_optimizers`` if the schedule needs the length of the run and the run has no end; when the model
-            is loaded, if it is to be both compiled and sharded; when training is resumed, if the checkpoint has no
-            training state, or that of another optimizer.
+            ``configure_optimizers`` if the schedule needs the length of the run and the run has no end; when training
+            is resumed, if the checkpoint has no training state, or that of another optimizer.
     """
 
     milora_config: LoRAConfig | None = None
@@ -155,10 +154,9 @@ class CausalLMModule(EvaluatedModule):
         return load_causal_lm(*origin, self.quantization, device)
 
     def _build(self) -> None:
-        if self.compile_layers and self.device_mesh is not None:
-            raise InvalidInputError(
-                "compile=True does not work with sharded models yet: leave it out, or use strategy: ddp."
-            )
+        mesh = self.device_mesh
+        if self.compile_layers and mesh is not None and mesh["tensor_parallel"].size() > 1:
+            raise InvalidInputError("compile: true does not work with tensor_parallel_size above 1: leave one out.")
         model = self.load_model()
         recompute_layers(model, self.gradient_checkpointing)
         if self.compile_layers:
@@ -169,8 +167,14 @@ class CausalLMModule(EvaluatedModule):
         if self.device_mesh is not None:  # FSDP2: inject adapters, then shard, then read the weights
             if self.milora_config is not None:
                 inject(self, self.milora_config)
-            shard(model, self.device_mesh["data_parallel"])
-            stream_weights(model, self.name_or_path, self.trainer.strategy.root_device)
+            strategy = self.trainer.strategy
+            if self.gradient_checkpointing and (chosen := sharding_of(strategy).activation_checkpointing) is not None:
+                raise InvalidInputError(
+                    f"gradient_checkpointing is {self.gradient_checkpointing}, and the strategy's "
+                    f"activation_checkpointing {chosen}: leave one of them out."
+                )
+            shard_model(strategy, model)
+            stream_weights(model, self.name_or_path, strategy.root_device, sharding_of(strategy).cpu_offload)
         self.tokenizer = load_tokenizer(self.name_or_path)
 
     def _suit_processor(self, model: PreTrainedModel, device: torch.device) -> None:

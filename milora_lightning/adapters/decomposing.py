@@ -16,7 +16,7 @@ from torch import Tensor
 from milora_lightning.adapters.base_weight import pretrained_weight
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import linear_shape
-from milora_lightning.parallel.dtensor import is_sharded
+from milora_lightning.parallel.dtensor import home, is_sharded
 from milora_lightning.parallel.work import cost, partition_by_cost, raise_on_all_ranks, schedule_rounds
 from milora_lightning.utils.errors import InvalidInputError, MiLoRAError
 
@@ -60,7 +60,7 @@ def decompose_all(
     shapes = [linear_shape(layer.base_layer) for _, layer in layers]
     owners = partition_by_cost(shapes, world_size)
     rounds = [[(*layers[i], owners[i]) for i in batch] for batch in schedule_rounds(owners, [cost(s) for s in shapes])]
-    on_cpu = all((device or layer.base_layer.weight.device).type == "cpu" for _, layer in layers)
+    on_cpu = all((device or home(layer.base_layer.weight)).type == "cpu" for _, layer in layers)
 
     jobs = _run_jobs(decompose, track(rounds), rank, on_cpu)
     errors = [error for job in jobs.values() if (error := job.exception())]
@@ -113,10 +113,10 @@ def _decompose_one(decompose: Decompose, name: str, layer: LoRALinear, weight: l
 
 def _broadcast(layer: LoRALinear, owner: int, pair: Pair | None, device: torch.device | None) -> Pair:
     """Return the factors of a layer, which its owner has computed, on all ranks."""
-    home = device or layer.lora_A.device
+    place = device or home(layer.lora_A)
     if pair is None:
-        pair = torch.empty(layer.lora_A.shape, device=home), torch.empty(layer.lora_B.shape, device=home)
-    pair = pair[0].to(home), pair[1].to(home)
+        pair = torch.empty(layer.lora_A.shape, device=place), torch.empty(layer.lora_B.shape, device=place)
+    pair = pair[0].to(place), pair[1].to(place)
     for factor in pair:
         dist.broadcast(factor, src=owner)
     return pair

@@ -35,6 +35,7 @@ from milora_lightning.adapters.linear_layers import (
     output_of,
 )
 from milora_lightning.adapters.merged_product import MergedProduct, can_merge, merged_weight
+from milora_lightning.adapters.split import Part
 from milora_lightning.config import Init
 from milora_lightning.parallel.dtensor import copy_into, full_tensor
 from milora_lightning.utils.compat import transformed
@@ -73,12 +74,14 @@ class LoRALinear(nn.Module):
         initial_B: Frozen initial value of ``lora_B``, or None.
         enabled: Whether the update is applied; see :func:`milora_lightning.adapters_disabled`.
         initialized: Whether the factors have their initial values.
+        part: Which part of the layer this rank computes under tensor parallelism; None without it.
 
     Raises:
         TypeError: If ``base_layer`` is not a linear layer.
     """
 
     _merged: MergedProduct | None = None
+    part: Part | None = None
 
     def __init__(
         self,
@@ -123,9 +126,11 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer's output of shape (..., out) for an input of shape (..., in)."""
         base = self.base_layer
-        if not self.enabled:
+        if self.part is None and not self.enabled:
             return cast(Tensor, base(x))
         self._check_can_train()
+        if self.part is not None:
+            return self.part(x, base, (self.factors, self.scaling, self._dropout) if self.enabled else None)
         if self._needs_plain_operations():
             y = output_of(base, x)
             return y + self.update(x).to(y.dtype)

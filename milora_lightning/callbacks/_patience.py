@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from milora_lightning.data import SFTDataModule
 from milora_lightning.screen.figures import duration
+from milora_lightning.strategies.base import data_rank
 from milora_lightning.utils.counting import counted
 from milora_lightning.utils.messages import inform
 
@@ -54,5 +55,5 @@ def answers_ahead(trainer: Trainer) -> int:
     batches = list(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
     if not isinstance(data, SFTDataModule) or data.answer_by != "generation" or len(batches) < 2:
         return 0
-    share = -(-len(data.answered("validation")) // trainer.world_size)
+    share = -(-len(data.answered("validation")) // data_rank(trainer).size)
     return int(min(share, batches[1] * data.generation_batch_size))

@@ -14,7 +14,7 @@ from milora_lightning.data.held_out import pack, read_texts
 from milora_lightning.export.folders import find_model
 from milora_lightning.metrics.forgetting import Forgetting
 from milora_lightning.models.pretrained import load_tokenizer
-from milora_lightning.strategies.base import calls_parts, shards
+from milora_lightning.strategies.base import calls_parts, data_rank, shards
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.modes import eval_mode
 
@@ -105,8 +105,9 @@ class ForgettingMonitor(Callback):
         batches = torch.split(self._tokens(pl_module), self.batch_size)
         metric = Forgetting().to(pl_module.device)
         with torch.no_grad(), eval_mode(model), trainer.precision_plugin.forward_context():
-            for first in range(0, len(batches), trainer.world_size):
-                mine = first + trainer.global_rank
+            share = data_rank(trainer)
+            for first in range(0, len(batches), share.size):
+                mine = first + share.number
                 # A rank without a batch runs the model all the same: with a sharded model the other ranks wait for it.
                 ids = batches[min(mine, len(batches) - 1)].to(pl_module.device)
                 logits = model(input_ids=ids, use_cache=False).logits

@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from milora_lightning.strategies.base import DataRank, data_rank
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.folders import check_file
 
@@ -20,7 +21,7 @@ class PredictionWriter(BasePredictionWriter):
     """Writes prompt, instruction, generation, reference and task of every predicted example as JSON lines.
 
     Lines are written batch by batch, so an interrupted run leaves the answers it has generated. With several processes,
-    each writes a file of its own with the rank before the suffix.
+    each with another share of the data writes a file of its own with the number of the share before the suffix.
 
     Args:
         output: The file to write. Its folder is created if necessary; an existing file is replaced.
@@ -49,7 +50,7 @@ class PredictionWriter(BasePredictionWriter):
         """Refuse files that cannot be written, before a model is loaded."""
         super().setup(trainer, pl_module, stage)
         if stage == "predict":
-            for path in (self._file(trainer.global_rank, trainer.world_size), self.alpaca_eval):
+            for path in (self._file(data_rank(trainer)), self.alpaca_eval):
                 if path is not None:
                     check_file(path, "Predictions")
             if self.follow_bench is not None:
@@ -61,8 +62,9 @@ class PredictionWriter(BasePredictionWriter):
         Raises:
             ValueError: If a file cannot be written.
         """
-        for path in (self._file(trainer.global_rank, trainer.world_size), self.alpaca_eval):
-            if path is None:
+        share = data_rank(trainer)
+        for path in (self._file(share), self.alpaca_eval):
+            if path is None or not share.first:
                 continue
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +85,10 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Append the records of one batch."""
-        with self._file(trainer.global_rank, trainer.world_size).open("a", encoding="utf-8") as file:
+        share = data_rank(trainer)
+        if not share.first:
+            return
+        with self._file(share).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in prediction)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,7 +96,8 @@ class PredictionWriter(BasePredictionWriter):
         trainer.strategy.barrier("predictions")
         if not trainer.is_global_zero:
             return
-        files = [self._file(rank, trainer.world_size) for rank in range(trainer.world_size)]
+        size = data_rank(trainer).size
+        files = [self._file(DataRank(number, size, first=True)) for number in range(size)]
         if self.alpaca_eval is not None:
             records = [alpaca_eval_record(record, self.generator) for record in _interleaved(files)]
             self.alpaca_eval.write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -110,8 +116,8 @@ class PredictionWriter(BasePredictionWriter):
             path = self.follow_bench / f"{task}_constraint.jsonl"
             path.write_text("".join(written), encoding="utf-8")
 
-    def _file(self, rank: int, world_size: int) -> Path:
-        return self.output if world_size == 1 else self.output.with_suffix(f".{rank}{self.output.suffix}")
+    def _file(self, share: DataRank) -> Path:
+        return self.output if share.size == 1 else self.output.with_suffix(f".{share.number}{self.output.suffix}")
 
 
 def alpaca_eval_record(record: dict[str, str], generator: str) -> dict[str, str]:

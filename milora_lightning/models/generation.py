@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from milora_lightning.parallel.dtensor import is_sharded
+from milora_lightning.parallel.gathering import weights_gathered
 from milora_lightning.utils.errors import InvalidInputError
 
 
@@ -45,7 +46,8 @@ def generate_greedily(
     prompts: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
     if cache is not None:
         prompts["past_key_values"] = cache
-    tokens: Tensor = model.generate(**prompts, generation_config=config, synced_gpus=sharded, streamer=streamer)
+    with weights_gathered(model):
+        tokens: Tensor = model.generate(**prompts, generation_config=config, synced_gpus=sharded, streamer=streamer)
     return tokens[:, input_ids.shape[1] :]
 
 

@@ -9,15 +9,13 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from milora_lightning.adapters.freezing import base_keys
 from milora_lightning.models.files import clear_errors, weight_files
-from milora_lightning.models.pretrained import decoder_layers, load_causal_lm, load_config, locate
-from milora_lightning.parallel.dtensor import as_bytes, copy_into, local_slices
+from milora_lightning.models.pretrained import load_causal_lm, load_config, locate
+from milora_lightning.parallel.dtensor import as_bytes, copy_into, home, local_slices
 from milora_lightning.parallel.work import raise_on_all_ranks
 from milora_lightning.utils.compat import kept_in_float32
 from milora_lightning.utils.errors import InvalidInputError
@@ -69,37 +67,27 @@ def empty_causal_lm(
     return model.eval()
 
 
-def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Shard a model's parameters with FSDP2: each decoder layer by itself, then the rest.
-
-    Args:
-        model: The model with its adapters injected; parameters cannot be added afterwards.
-        mesh: The ranks to shard across.
-
-    Raises:
-        ValueError: If the model does not name its decoder layers.
-    """
-    for layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
-def stream_weights(model: PreTrainedModel, name_or_path: str, device: torch.device) -> None:
+def stream_weights(model: PreTrainedModel, name_or_path: str, device: torch.device, cpu_offload: bool = False) -> None:
     """Fill a sharded model that has no weights yet; all ranks must call this.
 
     Each rank reads its own shards if the tensors in the safetensors files are the model's parameters. If not (other
     names, other formats), the first rank loads the whole model and broadcasts one weight at a time.
 
     Args:
-        model: A model from :func:`empty_causal_lm`, sharded by :func:`shard`. The adapters' factors become zero.
+        model: A model from :func:`empty_causal_lm`, sharded by FSDP2. The adapters' factors become zero.
         name_or_path: As for :func:`empty_causal_lm`.
         device: Where to put the shards.
+        cpu_offload: Whether to put them on the CPU instead, as FSDP2's ``CPUOffloadPolicy`` wants it.
 
     Raises:
         ValueError: On all ranks, if the weights cannot be read on one.
     """
-    # Tied weights stay tied: for sharded parameters, _apply replaces the data, not the parameter.
-    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
+
+    def placed(tensor: Tensor) -> Tensor:
+        place = "cpu" if cpu_offload and isinstance(tensor, DTensor) else device
+        return torch.empty_like(tensor, device=place) if tensor.is_meta else tensor.to(place)
+
+    model._apply(placed)  # tied weights stay tied: for sharded parameters, _apply replaces the data
     names: dict[Tensor, list[str]] = defaultdict(list)  # several for a tied weight
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key in sorted(base_keys(model, frozen_only=False)):
@@ -147,7 +135,7 @@ def _broadcast_model(names: dict[Tensor, str], name_or_path: str) -> None:
             error = raised
     raise_on_all_ranks(error, dist.get_world_size())
     for tensor, name in names.items():
-        value = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        value = torch.empty(tensor.shape, dtype=tensor.dtype, device=home(tensor))
         if loaded:
             value.copy_(loaded[name].detach())
         dist.broadcast(as_bytes(value), src=0)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from milora_lightning.utils.compat import StridedShard
 from milora_lightning.utils.errors import InvalidInputError
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether any parameter of a module is sharded by FSDP2.
+    """Whether any parameter of a module is sharded, by FSDP2 or tensor parallelism.
 
     >>> is_sharded(nn.Linear(2, 2))
     False
@@ -21,9 +22,19 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
+def home(tensor: Tensor) -> torch.device:
+    """Return the device on which a tensor's ranks can communicate: for shards offloaded to the CPU, their mesh's."""
+    return torch.device(tensor.device_mesh.device_type) if isinstance(tensor, DTensor) else tensor.device
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gather a sharded tensor on every rank; all ranks must call this. Other tensors are returned unchanged."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    local, device = tensor.to_local(), home(tensor)
+    if local.device.type != device.type:
+        tensor = _of_local(local.to(device), tensor)
+    return tensor.full_tensor()
 
 
 def gather_to_rank(tensor: Tensor, rank: int) -> Tensor | None:
@@ -33,36 +44,77 @@ def gather_to_rank(tensor: Tensor, rank: int) -> Tensor | None:
 
     Args:
         tensor: Any tensor; one that is not sharded is returned unchanged, on every rank.
-        rank: Global rank that gets it.
+        rank: Global rank that gets it, on the device where the ranks communicate.
 
     Raises:
-        ValueError: If it is sharded in more than one way, as under tensor parallelism.
+        ValueError: If each rank holds a summand of it.
     """
     if not isinstance(tensor, DTensor):
         return tensor
-    sharded = [(i, placement) for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
-    if not sharded:
-        return tensor.to_local()
-    (mesh_dim, placement) = sharded[0]
-    if len(sharded) > 1 or type(placement) is not Shard:
-        raise InvalidInputError(
-            f"A weight placed as {tensor.placements} is sharded in more than one way, as under tensor parallelism, "
-            "which the adapters' factors are not. Shard with fully_shard alone."
-        )
-    group = tensor.device_mesh.get_group(mesh_dim)
-    ranks = dist.get_process_group_ranks(group)
-    if rank not in ranks:
+    mesh, splits = tensor.device_mesh, _splits(tensor)
+    here, there = list(mesh.get_coordinate() or []), (mesh.mesh == rank).nonzero().flatten().tolist()
+    split_along = {split.mesh_dim for split in splits}
+    if not there or any(a != b for i, (a, b) in enumerate(zip(here, there, strict=True)) if i not in split_along):
         return None
-    shard = tensor.to_local().movedim(placement.dim, 0)
-    size, chunk = tensor.shape[placement.dim], _chunk(tensor.shape[placement.dim], len(ranks))
-    if len(shard) < chunk:  # the last ranks' shards, where the size is no multiple of the ranks
-        shard = torch.cat([shard, shard.new_zeros(chunk - len(shard), *shard.shape[1:])])
+    part: Tensor | None = tensor.to_local().to(home(tensor))
+    for split in reversed(splits):  # undo the last split first
+        coordinate = [*here]
+        here[split.mesh_dim] = coordinate[split.mesh_dim] = there[split.mesh_dim]
+        part = _gather(cast(Tensor, part), split, mesh.get_group(split.mesh_dim), int(mesh.mesh[tuple(coordinate)]))
+        if part is None:
+            return None
+    return part
+
+
+def _gather(shard: Tensor, split: Split, group: dist.ProcessGroup, rank: int) -> Tensor | None:
+    """Undo one split, on one rank of a group."""
+    shard = shard.movedim(split.dim, 0)
+    if len(shard) < split.chunk:  # the last ranks' shards, where the size is no multiple of the ranks
+        shard = torch.cat([shard, shard.new_zeros(split.chunk - len(shard), *shard.shape[1:])])
     shard = shard.contiguous()
     receives = dist.get_rank() == rank
-    gathered = shard.new_empty(chunk * len(ranks), *shard.shape[1:]) if receives else None
-    parts = [as_bytes(part) for part in gathered.chunk(len(ranks))] if gathered is not None else None
+    gathered = shard.new_empty(split.chunk * split.ranks, *shard.shape[1:]) if receives else None
+    parts = [as_bytes(part) for part in gathered.chunk(split.ranks)] if gathered is not None else None
     dist.gather(as_bytes(shard), parts, dst=rank, group=group)
-    return gathered[:size].movedim(0, placement.dim) if gathered is not None else None
+    return gathered[: split.size].movedim(0, split.dim) if gathered is not None else None
+
+
+class Split(NamedTuple):
+    """One dimension of a tensor, shared out among the ranks along one dimension of a mesh.
+
+    Attributes:
+        mesh_dim: The dimension of the mesh.
+        dim: The dimension of the tensor.
+        size: Its size before this split, on this rank.
+        ranks: The number of ranks.
+        chunk: The size of their shards; the last ranks may get less.
+        place: Which of them this rank has.
+    """
+
+    mesh_dim: int
+    dim: int
+    size: int
+    ranks: int
+    chunk: int
+    place: int
+
+
+def _splits(tensor: DTensor) -> list[Split]:
+    """Return how a tensor was split, in this order: FSDP splits what tensor parallelism has left on a rank."""
+    mesh, sizes = tensor.device_mesh, list(tensor.shape)
+    placements = [(i, p) for i, p in enumerate(tensor.placements) if not p.is_replicate()]
+    splits = []
+    for mesh_dim, placement in sorted(placements, key=lambda entry: isinstance(entry[1], StridedShard)):
+        if not isinstance(placement, (Shard, StridedShard)):
+            raise InvalidInputError(
+                f"A weight placed as {tensor.placements} cannot be gathered: each rank holds a summand of it. Shard it "
+                "with fully_shard."
+            )
+        size, ranks = sizes[placement.dim], mesh.size(mesh_dim)
+        place, chunk = (mesh.get_coordinate() or [])[mesh_dim], -(-size // ranks)  # like torch.chunk
+        splits.append(Split(mesh_dim, placement.dim, size, ranks, chunk, place))
+        sizes[placement.dim] = max(0, min(chunk, size - place * chunk))
+    return splits
 
 
 def local_slices(tensor: Tensor) -> tuple[slice, ...]:
@@ -72,13 +124,10 @@ def local_slices(tensor: Tensor) -> tuple[slice, ...]:
     (slice(0, 3, None), slice(0, 2, None))
     """
     bounds = [(0, size) for size in tensor.shape]
-    if isinstance(tensor, DTensor):
-        coordinate: Sequence[int] = tensor.device_mesh.get_coordinate() or []
-        for placement, index, ranks in zip(tensor.placements, coordinate, tensor.device_mesh.shape, strict=True):
-            if isinstance(placement, Shard):
-                start, stop = bounds[placement.dim]
-                chunk = _chunk(stop - start, ranks)
-                bounds[placement.dim] = min(start + index * chunk, stop), min(start + (index + 1) * chunk, stop)
+    for split in _splits(tensor) if isinstance(tensor, DTensor) else ():
+        start, stop = bounds[split.dim]
+        first = start + split.place * split.chunk
+        bounds[split.dim] = min(first, stop), min(first + split.chunk, stop)
     return tuple(slice(start, stop) for start, stop in bounds)
 
 
@@ -86,7 +135,10 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """Return this rank's shard of a tensor that every rank has, placed like another tensor of the same shape."""
     if not isinstance(like, DTensor):
         return value
-    local = value[local_slices(like)].to(like.device, copy=True)
+    return _of_local(value[local_slices(like)].to(like.device, copy=True), like)
+
+
+def _of_local(local: Tensor, like: DTensor) -> DTensor:
     return DTensor.from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
@@ -97,10 +149,6 @@ def copy_into(parameter: Tensor, value: Tensor) -> None:
     """Copy a tensor that every rank has into a parameter that may be sharded."""
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     local.copy_(value[local_slices(parameter)])
-
-
-def _chunk(size: int, ranks: int) -> int:
-    return -(-size // ranks)  # like torch.chunk: the last ranks may get less
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -16,8 +18,10 @@ from lightning.pytorch.strategies import (
 )
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import PreTrainedModel
 
 from milora_lightning.checkpoint.io import ClearCheckpointIO
+from milora_lightning.models.sharding import Sharding, shard
 from milora_lightning.parallel.dtensor import full_tensor
 from milora_lightning.strategies.fsdp import MiLoRAFSDPStrategy
 from milora_lightning.strategies.model_parallel import MiLoRAModelParallelStrategy
@@ -29,11 +33,14 @@ __all__ = [
     "calls_parts",
     "check_whole",
     "clips_itself",
+    "data_rank",
     "finish",
     "gradient_norm",
     "needs_early_start",
     "prepare",
     "restores_late",
+    "shard_model",
+    "sharding_of",
     "shards",
 ]
 
@@ -42,6 +49,12 @@ SHARDING: dict[type[Strategy], type[Strategy]] = {
     FSDPStrategy: MiLoRAFSDPStrategy,
 }
 """The strategies of this package by the Lightning strategies that they extend."""
+
+REASONS = {
+    "DeepSpeedStrategy": ", which nobody has tried: its engine partitions the weights that factors are computed from, "
+    "and writes checkpoints of its own, with the base in them",
+}
+"""Why strategies are refused, by the names of their classes."""
 
 for _strategy in SHARDING.values():
     _strategy.register_strategies(StrategyRegistry)
@@ -62,9 +75,10 @@ def prepare(trainer: Trainer) -> None:
             strategy.check()  # type: ignore[attr-defined]
             return
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        reason = next((REASONS[kind.__name__] for kind in type(strategy).__mro__ if kind.__name__ in REASONS), "")
         raise InvalidInputError(
-            f"MiLoRAInit does not work under {type(strategy).__name__}: use one device, strategy: ddp, or, for models "
-            "that do not fit on one device, strategy: milora_fsdp2 (FSDP2)."
+            f"MiLoRAInit does not work under {type(strategy).__name__}{reason}: use one device, strategy: ddp, or, for "
+            "models that do not fit on one device, strategy: milora_fsdp2 (FSDP2)."
         )
 
 
@@ -106,6 +120,23 @@ def shards(strategy: Strategy) -> bool:
     return isinstance(strategy, (ModelParallelStrategy, FSDPStrategy))
 
 
+def sharding_of(strategy: Strategy) -> Sharding:
+    """Return how a strategy shards models with FSDP2; the defaults for one that does not.
+
+    >>> sharding_of(FSDPStrategy()).cpu_offload
+    False
+    """
+    return strategy.sharding if isinstance(strategy, MiLoRAModelParallelStrategy) else Sharding()
+
+
+def shard_model(strategy: Strategy, model: PreTrainedModel) -> None:
+    """Shard a language model as a strategy says, also where it is Lightning's own: without adapters it stays so."""
+    if isinstance(strategy, MiLoRAModelParallelStrategy):
+        strategy.shard(model)
+    elif isinstance(strategy, ModelParallelStrategy):
+        shard(model, strategy.device_mesh["data_parallel"])
+
+
 def check_whole(strategy: Strategy, name: str) -> None:
     """Refuse a callback that needs whole weights if the strategy shards them.
 
@@ -125,6 +156,27 @@ them: use one device, or strategy: ddp.
         raise InvalidInputError(
             f"{name} needs whole weights, and {type(strategy).__name__} shards them: use one device, or strategy: ddp."
         )
+
+
+class DataRank(NamedTuple):
+    """Which share of the data a process has.
+
+    Attributes:
+        number: Number of the share.
+        size: Number of shares.
+        first: Whether this is the first process with this share; under tensor parallelism several have the same.
+    """
+
+    number: int
+    size: int
+    first: bool
+
+
+def data_rank(trainer: Trainer) -> DataRank:
+    """Return which share of the data this process has."""
+    share: dict[str, Any] = getattr(trainer, "distributed_sampler_kwargs", None) or {}
+    number, size = share.get("rank", trainer.global_rank), share.get("num_replicas", trainer.world_size)
+    return DataRank(number, size, trainer.global_rank == number * (trainer.world_size // size))
 
 
 def calls_parts(strategy: Strategy) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -21,7 +21,7 @@ from milora_lightning.adapters.layer import LoRALinear, factors_tell
 from milora_lightning.checkpoint.adapter import AdapterCheckpoint, check_tensors, told_initialized
 from milora_lightning.checkpoint.io import KEY
 from milora_lightning.models.pretrained import decoder_layers
-from milora_lightning.strategies.model_parallel import read_together
+from milora_lightning.strategies.loading import load_adapters
 from milora_lightning.utils.compat import fsdp_name, whole_optimizer_states
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.names import unwrapped_name
@@ -112,28 +112,12 @@ class MiLoRAFSDPStrategy(FSDPStrategy):
         return state
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint written by any number of ranks; all ranks must call this.
-
-        Args:
-            checkpoint_path: The checkpoint.
-            weights_only: Ignored with adapters: only tensors and primitive types are read.
-
-        Returns:
-            The content of the checkpoint.
-
-        Raises:
-            CheckpointError: If it cannot be read or does not fit the module; nothing is loaded then.
-            ValueError: If this happens on another rank.
-        """
+        """Load a checkpoint as :func:`load_adapters` does; Lightning loads that of a module without adapters."""
         module, attached = self.lightning_module, self._attached
         if module is None or attached is None:
             return super().load_checkpoint(checkpoint_path, weights_only)
-        checkpoint = read_together(self, checkpoint_path)
-        _load_module(self, attached, module, checkpoint["state_dict"])
-        if module.trainer.state.fn == TrainerFn.FITTING:
-            for optimizer, saved in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
-                _load_optimizer(self, optimizer, saved)
-        return checkpoint
+        load_module, load_optimizer = partial(_load_module, self, attached, module), partial(_load_optimizer, self)
+        return load_adapters(self, checkpoint_path, load_module, load_optimizer)
 
 
 def decoder_policy(module: nn.Module) -> ModuleWrapPolicy:

@@ -3,41 +3,82 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from milora_lightning.checkpoint.adapter import AdapterCheckpoint
-from milora_lightning.checkpoint.io import KEY, read
+from milora_lightning.checkpoint.io import KEY
+from milora_lightning.models.checkpointing import Recomputation, checkpoint_layers
+from milora_lightning.models.sharding import DType, Sharding, shard
+from milora_lightning.models.tensor_parallel import parallelize
+from milora_lightning.parallel.agreement import check_same_batch, same_random_state
 from milora_lightning.parallel.dtensor import shard_like
-from milora_lightning.parallel.work import raise_on_all_ranks
+from milora_lightning.parallel.gathering import TENSOR
+from milora_lightning.strategies.loading import load_adapters
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.folders import replace_by
 from milora_lightning.utils.names import unwrapped_name
+
+REPLICATE, SHARD = "data_parallel_replicate", "data_parallel_shard"
+"""Names of the mesh's first dimensions where shards are replicated; otherwise it has one, ``data_parallel``."""
 
 
 class MiLoRAModelParallelStrategy(ModelParallelStrategy):
     """Lightning's strategy for FSDP2, ``milora_fsdp2``, whose checkpoints hold adapters and other trained weights.
 
     Args:
-        data_parallel_size: Number of devices to shard the weights over; ``"auto"`` for all of them.
-        tensor_parallel_size: Must be 1: adapters do not support tensor parallelism.
+        data_parallel_size: Number of devices to share the batches out to; ``"auto"`` for all of them.
+        tensor_parallel_size: Number of devices that split each layer and compute it together, on the same batches;
+            ``"auto"`` for those of a node. For frozen language models with adapters that transformers has a plan for.
         save_distributed_checkpoint: Whether each rank writes its shards, into a folder; otherwise one file is written.
+        data_parallel_replicate_size: Number of groups of devices that each hold the whole model in shards (HSDP), such
+            as the nodes: weights are then gathered within a group, and only gradients cross its border.
+        reshard_after_forward: Whether a decoder layer's gathered weights are freed after its forward, and gathered
+            again for its backward. By default all but the last layer's are, whose backward comes next. ``true`` frees
+            those as well, ``false`` keeps all (faster, and each device needs memory for the whole model), and a number
+            keeps shards among that many ranks, such as those of a node.
+        param_dtype: Dtype in which weights are gathered and computed with, in full fine-tuning; adapters stay float32.
+        reduce_dtype: Dtype in which gradients are summed over ranks; by default their own.
+        cpu_offload: Whether shards, gradients and optimizer state are kept, and the optimizer runs, on the CPU.
+        activation_checkpointing: Which activations are recomputed in backward: ``full`` those of every decoder layer,
+            ``selective`` likewise but for attention, a number n those of every n-th layer.
         **kwargs: Further arguments of ``ModelParallelStrategy``.
+
+    Raises:
+        ValueError: If a number is out of range; when the processes are connected, if it does not divide their number.
     """
+
+    sharding = Sharding()  # of Lightning's own objects that become instances of this class, too
+    replicate_size = 1
+    _shards = False  # whether the model has been sharded by this strategy
 
     def __init__(
         self,
         data_parallel_size: Literal["auto"] | int = "auto",
         tensor_parallel_size: Literal["auto"] | int = 1,
         save_distributed_checkpoint: bool = False,
+        data_parallel_replicate_size: int = 1,
+        reshard_after_forward: bool | int | None = None,
+        param_dtype: DType | None = None,
+        reduce_dtype: DType | None = None,
+        cpu_offload: bool = False,
+        activation_checkpointing: Recomputation | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, **kwargs)
+        self.sharding = Sharding(
+            reshard_after_forward, param_dtype, reduce_dtype, cpu_offload, activation_checkpointing
+        )
+        self.replicate_size = data_parallel_replicate_size
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
@@ -45,11 +86,64 @@ class MiLoRAModelParallelStrategy(ModelParallelStrategy):
         strategy_registry.register("milora_fsdp2", cls, description=cls.__doc__, override=True)
 
     def setup_environment(self) -> None:
-        """Connect the processes and create the device mesh."""
-        if self._data_parallel_size == "auto" and self._tensor_parallel_size == 1:
+        """Connect the processes and create the device mesh.
+
+        Raises:
+            ValueError: If the sizes of groups do not divide the number of processes.
+        """
+        if self._data_parallel_size == "auto" and self._tensor_parallel_size != "auto":
             # Lightning's default is one for each node
-            self._data_parallel_size = self.num_nodes * self.num_processes
+            self._data_parallel_size = self.num_nodes * self.num_processes // self._tensor_parallel_size
+        if self.sharding.cpu_offload and self._process_group_backend is None and self.root_device.type == "cuda":
+            self._process_group_backend = "cpu:gloo,cuda:nccl"  # norms of gradients on the CPU are summed there
         super().setup_environment()
+        data, replicas = self.device_mesh["data_parallel"].size(), self.replicate_size
+        if replicas < 1 or data % replicas:
+            raise InvalidInputError(
+                f"data_parallel_replicate_size is {replicas}, which does not divide the {data} ranks that share the "
+                "batches: the ranks of each group hold one copy of the model."
+            )
+        shards, kept = data // replicas, self.sharding.reshard_after_forward
+        if kept not in (None, True, False) and shards % kept:
+            raise InvalidInputError(
+                f"reshard_after_forward is {kept}, which does not divide the {shards} ranks that share the weights."
+            )
+        if replicas > 1:
+            sizes = replicas, shards, self.device_mesh[TENSOR].size()
+            self._device_mesh = init_device_mesh(
+                self.root_device.type, sizes, mesh_dim_names=(REPLICATE, SHARD, TENSOR)
+            )
+            assert self.lightning_module is not None
+            self.lightning_module._device_mesh = self._device_mesh
+
+    @property
+    def data_parallel_mesh(self) -> DeviceMesh:
+        """The ranks to shard weights across, for ``fully_shard``; in two dimensions if shards are replicated."""
+        names = self.device_mesh.mesh_dim_names or ()
+        return self.device_mesh[REPLICATE, SHARD] if REPLICATE in names else self.device_mesh["data_parallel"]
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Which share of the batches this rank gets; all ranks of a tensor-parallel group get the same."""
+        size = self.device_mesh[TENSOR].size()
+        return {"num_replicas": self.world_size // size, "rank": self.global_rank // size}
+
+    def shard(self, model: PreTrainedModel) -> None:
+        """Shard a language model with the strategy's options; call it in ``configure_model``, after ``inject``.
+
+        Args:
+            model: The model, with its adapters, on this rank's device (the CPU, if it is offloaded) or without weights.
+
+        Raises:
+            ValueError: If it cannot be sharded or split so.
+        """
+        tensor_parallel = self.device_mesh[TENSOR]
+        if tensor_parallel.size() > 1:
+            parallelize(model, tensor_parallel)
+        if self.sharding.activation_checkpointing is not None:
+            checkpoint_layers(model, self.sharding.activation_checkpointing)
+        shard(model, self.data_parallel_mesh, self.sharding)
+        self._shards = True
 
     def check(self) -> None:
         """Refuse settings that do not work with adapters.
@@ -57,17 +151,58 @@ class MiLoRAModelParallelStrategy(ModelParallelStrategy):
         Raises:
             ValueError: If there is such a setting.
         """
-        size = self.device_mesh["tensor_parallel"].size()
-        if size > 1:
+        kept, size = self.sharding.reshard_after_forward, self.device_mesh[TENSOR].size()
+        if size > 1 and kept not in (None, True, False):
             raise InvalidInputError(
-                f"tensor_parallel_size is {size}, and tensor parallelism splits the layers that have adapters, but not "
-                "the adapters' factors: set tensor_parallel_size: 1 and data_parallel_size: "
-                f"{self.world_size} in {type(self).__name__}."
+                f"reshard_after_forward: {kept} does not work with tensor_parallel_size: {size}: set true or false."
             )
         if self.precision_plugin.precision == "16-mixed":
             raise InvalidInputError(
                 "precision 16-mixed scales gradients, which FSDP2 does not do: set precision: bf16-mixed."
             )
+        if self.sharding.param_dtype is not None:
+            raise InvalidInputError(
+                f"param_dtype: {self.sharding.param_dtype} would gather the adapters' factors in that dtype as well, "
+                "which rounds small updates away: leave it out, and set the dtype of the frozen weights "
+                "(model.dtype: bfloat16) or precision: bf16-mixed."
+            )
+
+    def setup(self, trainer: Trainer) -> None:
+        """Set up optimizers.
+
+        Raises:
+            ValueError: If the strategy has options that the module has not used.
+        """
+        if self.sharding != Sharding() and not self._shards:
+            given = [name for name, value in vars(self.sharding).items() if value != getattr(Sharding(), name)]
+            raise InvalidInputError(
+                f"{', '.join(given)} of {type(self).__name__} had no effect: {type(self.lightning_module).__name__} "
+                "shards its model itself. In configure_model, call self.trainer.strategy.shard(model), or leave the "
+                "options out and pass them to fully_shard."
+            )
+        size = self.device_mesh[TENSOR].size()
+        if size > 1 and not self._shards and AdapterCheckpoint.of(self.lightning_module) is not None:
+            raise InvalidInputError(
+                f"tensor_parallel_size is {size}, and {type(self.lightning_module).__name__} has not split its layers: "
+                "in configure_model, after inject, call self.trainer.strategy.shard(model), or set "
+                f"tensor_parallel_size: 1 and data_parallel_size: {self.world_size}."
+            )
+        super().setup(trainer)
+
+    def on_train_start(self) -> None:
+        """Have the ranks that compute a layer together draw the same dropout masks."""
+        same_random_state(self.device_mesh[TENSOR], self.root_device)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Check in an epoch's first batch that the ranks that compute a layer together have the same data."""
+        if batch_idx == 0:
+            check_same_batch(self.device_mesh[TENSOR], batch)
+
+    def model_to_device(self) -> None:
+        """Move the model to this rank's device, but for shards: they are there, or kept on the CPU on purpose."""
+        assert self.model is not None
+        device = self.root_device
+        self.model._apply(lambda t: t if isinstance(t, DTensor) else t.to(device))  # type: ignore[no-untyped-call]
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
@@ -97,49 +232,13 @@ class MiLoRAModelParallelStrategy(ModelParallelStrategy):
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint, a file or a folder, written by any number of ranks; all ranks must call this.
-
-        Every rank reads the whole checkpoint, which holds little more than the adapters, and keeps its shards. The
-        checkpoint of a module without adapters is loaded by Lightning.
-
-        Args:
-            checkpoint_path: The checkpoint.
-            weights_only: Ignored with adapters: only tensors and primitive types are read.
-
-        Returns:
-            The content of the checkpoint.
-
-        Raises:
-            CheckpointError: If it cannot be read or does not fit the module; nothing is loaded then.
-            ValueError: If this happens on another rank.
-        """
+        """Load a checkpoint as :func:`load_adapters` does; Lightning loads that of a module without adapters."""
         module = self.lightning_module
         assert module is not None
         if AdapterCheckpoint.of(module) is None:
             return super().load_checkpoint(checkpoint_path, weights_only)
-        checkpoint = read_together(self, checkpoint_path)
-        _load_module(module, checkpoint["state_dict"], strict=module.strict_loading)
-        if module.trainer.state.fn == TrainerFn.FITTING:
-            for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
-                _load_optimizer(optimizer, state)
-        return checkpoint
-
-
-def read_together(strategy: ParallelStrategy, checkpoint_path: str | Path) -> dict[str, Any]:
-    """Read the checkpoint that the first rank names on all ranks; all of them fail if one does.
-
-    Raises:
-        CheckpointError: If it cannot be read.
-        ValueError: If it cannot be read on another rank.
-    """
-    path = strategy.broadcast(checkpoint_path)
-    checkpoint, error = {}, None
-    try:
-        checkpoint = read(path)
-    except Exception as raised:  # any error, because the other ranks wait for this one
-        error = raised
-    raise_on_all_ranks(error, strategy.world_size)
-    return checkpoint
+        load_module = partial(_load_module, module, strict=module.strict_loading)
+        return load_adapters(self, checkpoint_path, load_module, _load_optimizer)
 
 
 def _load_module(module: nn.Module, state: dict[str, Any], strict: bool) -> None:

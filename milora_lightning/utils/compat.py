@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.distributed.tensor.placement_types import _StridedShard as StridedShard  # FSDP2's, of what is split already
 from torch.nn.modules import module as module_tables
 from torch.nn.modules.batchnorm import _NormBase as NormBase  # batch and instance norms, synchronized ones too
 from torch.nn.modules.conv import _ConvNd as ConvNd  # all convolutions, lazy and transposed ones too
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.trainer.states import TrainerFn
     from transformers import PreTrainedModel
 
-__all__ = ["ConvNd", "NormBase", "SpectralNormParametrization", "is_traceable_wrapper_subclass"]
+__all__ = ["ConvNd", "NormBase", "SpectralNormParametrization", "StridedShard", "is_traceable_wrapper_subclass"]
 
 USED_IN_PLACE = {
     # torch.nn.Module's own tables, whose public iterators leave out None, and what is registered twice; its seams for
@@ -157,6 +158,25 @@ def flat_weights(rnn: Any) -> list[Any]:
 def set_last_lr(schedule: LRScheduler, rates: list[float]) -> None:
     """Have ``get_last_lr`` of a schedule return other rates until its next step."""
     schedule._last_lr = [*rates]
+
+
+def reshard_settings(unit: Any) -> Callable[[], None]:
+    """Return what gives a unit of FSDP2 its present settings of resharding after forward again."""
+    state = unit._get_fsdp_state()
+    groups = [
+        group for group in vars(state).get("_fsdp_param_groups") or [state._fsdp_param_group] if group is not None
+    ]
+    meshes = [group.post_forward_mesh_info for group in groups]
+    automatic = vars(state).get("_auto_reshard_after_forward", True)  # always so before torch 2.8
+
+    def restore() -> None:
+        if "_auto_reshard_after_forward" in vars(state):
+            state._auto_reshard_after_forward = automatic
+        for group, mesh in zip(groups, meshes, strict=True):
+            # Which unit is the root, and stays gathered, is found out in the first forward.
+            group.post_forward_mesh_info = None if state._is_root and automatic else mesh
+
+    return restore
 
 
 def fsdp_name(name: str) -> str:

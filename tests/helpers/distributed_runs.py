@@ -19,7 +19,16 @@ from torch.utils.data import DataLoader, TensorDataset
 import helpers.environment  # noqa: F401 (first)
 from helpers.models import quiet_trainer, tiny_model
 from helpers.modules import data, module
-from milora_lightning import ForgettingMonitor, LoRAConfig, MiLoRAInit, PrincipalProjection, inject, lora_layers
+from helpers.sharding_runs import sharding_runs
+from milora_lightning import (
+    ForgettingMonitor,
+    LoRAConfig,
+    MiLoRAInit,
+    MiLoRAModelParallelStrategy,
+    PrincipalProjection,
+    inject,
+    lora_layers,
+)
 from milora_lightning.adapters import initialization
 from milora_lightning.adapters.factors import initial_factors
 from milora_lightning.cli.main import main
@@ -52,6 +61,14 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {  # the strategy, and what else i
     "fsdp2-packed": ("fsdp2", {"data": {"packing": True}}),
 }
 
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "offloaded": {"cpu_offload": True, "reshard_after_forward": True, "activation_checkpointing": 2},
+    "replicated": {"data_parallel_replicate_size": 2, "activation_checkpointing": "selective"},
+    "tensor": {"data_parallel_size": 1, "tensor_parallel_size": 2, "activation_checkpointing": "full"},
+}
+"""Options of our strategy for FSDP2, by the names of runs."""
+RUNS |= {name: (name, {}) for name in STRATEGIES}
 
 spent: list[int] = []
 """What the decompositions of this process have cost since it was last emptied."""
@@ -86,6 +103,8 @@ class FSDP1OnCPU(FSDPStrategy):
 def strategy(name: str) -> Any:
     if name == "fsdp1":
         return FSDP1OnCPU()
+    if name in STRATEGIES:
+        return MiLoRAModelParallelStrategy(**STRATEGIES[name])
     if name.startswith("fsdp2"):
         return ModelParallelStrategy(2, 1, save_distributed_checkpoint=name == "fsdp2-folder")
     return name
@@ -101,6 +120,7 @@ def adapters_of(trainer: Trainer) -> dict[str, Any]:
 def fit(folder: Path, name: str, kind: str = "auto", model: str = "llama", **options: Any) -> dict[str, Any]:
     """Train with a global batch of 4, saving in the middle; return what this rank has at the end."""
     devices = 1 if kind == "auto" else 2
+    shares = 1 if kind == "tensor" else devices  # of the global batch
     resume, adapter, lm_options, rows = (
         options.pop(key, None) or {} for key in ("resume", "adapter", "module", "data")
     )
@@ -118,10 +138,10 @@ def fit(folder: Path, name: str, kind: str = "auto", model: str = "llama", **opt
     )
     torch.manual_seed(100 + trainer.global_rank)  # deliberately different
     lm = module(folder / model, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2), **lm_options)
-    files = folder / f"data{trainer.global_rank}"
+    files = folder / f"{name}.data{trainer.global_rank}"
     files.mkdir(exist_ok=True)
     with patch.object(initialization, "cached_factors", counted):
-        trainer.fit(lm, data(files, folder / model, batch_size=4 // devices, **rows), **resume)
+        trainer.fit(lm, data(files, folder / model, batch_size=4 // shares, **rows), **resume)
     ended = {
         "losses": record.losses,
         "norms": record.norms,
@@ -184,6 +204,9 @@ def own_project(folder: Path) -> dict[str, Any]:
         ("order", "shard, inject", ModelParallelStrategy(2, 1)),
         ("nan", "inject nan, shard", ModelParallelStrategy(2, 1)),
         ("tensor parallel", "inject, shard", ModelParallelStrategy(1, 2)),
+        ("options", "inject, shard", MiLoRAModelParallelStrategy(reshard_after_forward=False, cpu_offload=True)),
+        ("replicas", "inject, shard", MiLoRAModelParallelStrategy(data_parallel_replicate_size=3)),
+        ("dtype", "inject, shard", MiLoRAModelParallelStrategy(param_dtype="bfloat16")),
     ):
         trainer = quiet_trainer(folder, max_steps=1, strategy=chosen, devices=2, callbacks=[MiLoRAInit(r=4)])
         try:
@@ -224,11 +247,15 @@ def on_two_ranks(folder: Path) -> dict[str, Any]:
         resume = {"ckpt_path": folder / origin / f"step={STEPS // 2}.ckpt"}
         runs[f"{origin} to fsdp2"] = fit(folder, f"{origin}-resumed", "fsdp2-folder", resume=resume)
         runs[f"{origin} to fsdp1"] = fit(folder, f"{origin}-resumed-1", "fsdp1", resume=resume)
+    for origin, kind in (("single", "tensor"), ("tensor", "fsdp2")):
+        resume = {"ckpt_path": folder / origin / f"step={STEPS // 2}.ckpt"}
+        runs[f"{origin} to {kind}"] = fit(folder, f"{origin}-resumed-2", kind, resume=resume)
     runs["refused"] = {
         "strict": refusal(folder, "ddp", adapter={"r": 16, "target_modules": ["k_proj"]}, **RUNS["ddp-strict"][1]),
         "beside": refusal(folder, "fsdp2", adapter={"modules_to_save": ["norm"]}, **RUNS["fsdp2-forgetting"][1]),
     }
     runs["own"] = own_project(folder)
+    runs["sharding"] = sharding_runs(folder)
     runs["cli"] = {name: command_line(folder, f"strategy/{name}.yaml") for name in ("ddp", "fsdp2")}
     return runs
 
@@ -245,4 +272,5 @@ def on_two_gpus(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     target, gpu = Path(sys.argv[1]), "gpu" in sys.argv
-    torch.save(on_two_gpus(target) if gpu else on_two_ranks(target), target / f"rank{dist.get_rank()}.pt")
+    runs, prefix = (on_two_gpus(target), "gpu-") if gpu else (on_two_ranks(target), "")
+    torch.save(runs, target / f"{prefix}rank{dist.get_rank()}.pt")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,83 +14,13 @@ import torch
 import yaml
 from helpers.distributed_runs import ORIGINS, RUNS, STEPS, command_line, fit
 from helpers.models import save_tiny_model, tiny_model, write_examples
+from helpers.several_processes import CONFIG, TESTS, TORCHRUN, Runs, assert_equal_to_rounding, launch, losses
 from helpers.terminal import run_in_terminal
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from milora_lightning.checkpoint.adapter import read_checkpoint
 from milora_lightning.cli.main import main
 from milora_lightning.parallel.work import cost, partition_by_cost, schedule_rounds
-
-TESTS = Path(__file__).parents[1]
-Runs = dict[str, dict[str, Any]]
-FILES = dict.fromkeys(("train", "validation", "test"), "examples.jsonl")
-CONFIG = {
-    "model": {"name_or_path": "llama", "max_new_tokens": 4, "warmup_steps": 2},
-    "adapter": {"r": 4},
-    "data": {"source": {"class_path": "milora_lightning.data.Files", "init_args": FILES}, "batch_size": 4},
-    "trainer": {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False},
-}
-
-
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-
-
-def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=900,  # two processes import torch on a busy machine
-        check=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("distributed")
-    save_tiny_model(folder / "llama", "llama")
-    save_tiny_model(folder / "gpt2", "gpt2")
-    undropped = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)  # ranks would drop other entries
-    inner = AutoModelForCausalLM.from_pretrained(folder / "gpt2", **undropped).transformer
-    inner.save_pretrained(folder / "gpt2")  # without the prefix that the model has, as on the Hub
-    write_examples(folder / "examples.jsonl", 12)
-    (folder / "mine.yaml").write_text(yaml.safe_dump(CONFIG))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def single(folder: Path) -> dict[str, Any]:
-    return fit(folder, "single")
-
-
-@pytest.fixture(scope="module")
-def ranks(folder: Path, single: dict[str, Any]) -> tuple[Runs, Runs]:
-    done = launch(folder, *TORCHRUN, str(TESTS / "helpers" / "distributed_runs.py"), str(folder))
-    assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if line.startswith("[rank"))
-    first, second = (torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2))
-    return first, second
-
-
-def losses(ranks: tuple[Runs, Runs], name: str) -> torch.Tensor:
-    """The losses of the global batches: each rank's share, averaged."""
-    return torch.tensor([run[name]["losses"] for run in ranks]).mean(0)
-
-
-def assert_equal_to_rounding(ranks: tuple[Runs, Runs], name: str, whole: dict[str, Any]) -> None:
-    first, second = (run[name] for run in ranks)
-    steps = len(first["losses"])
-    torch.testing.assert_close(losses(ranks, name), torch.tensor(whole["losses"][-steps:]), rtol=1e-5, atol=0)
-    torch.testing.assert_close(torch.tensor(first["norms"]), torch.tensor(whole["norms"][-len(first["norms"]) :]))
-    assert first["state"].keys() == whole["state"].keys()
-    for key, value in first["state"].items():
-        assert torch.equal(value, second["state"][key])
-        torch.testing.assert_close(value, whole["state"][key], rtol=1e-4, atol=1e-6)
-    assert first["base"] == whole["base"]
-    for ours, theirs in zip(first["results"], whole["results"], strict=True):  # 11 examples: uneven shares
-        assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -152,7 +81,7 @@ def test_fsdp1_resumes_from_its_own_checkpoint(folder: Path) -> None:
     """On the CPU, torch collects one tensor of FSDP1's optimizer state in the place of another."""
     done = launch(folder, *TORCHRUN, str(TESTS / "helpers" / "distributed_runs.py"), str(folder), "gpu")
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks = tuple(torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    ranks = tuple(torch.load(folder / f"gpu-rank{rank}.pt", weights_only=True) for rank in range(2))
     first = ranks[0]["gpu"]
     assert {value.dtype for value in first["state"].values()} == {torch.float32}
     later = torch.tensor(first["losses"][STEPS // 2 :])
@@ -162,14 +91,14 @@ def test_fsdp1_resumes_from_its_own_checkpoint(folder: Path) -> None:
 @pytest.mark.slow
 def test_checkpoints_of_shards_hold_adapters_only_and_export_the_same(folder: Path, ranks: tuple[Runs, Runs]) -> None:
     exported, keys = {}, {}
-    for origin in (*ORIGINS, "fsdp1"):
+    for origin in (*ORIGINS, "fsdp1", "tensor"):
         path = folder / origin / f"step={STEPS}.ckpt"
         keys[origin] = read_checkpoint(path)["state_dict"].keys()
         main(["export", f"--ckpt_path={path}", f"--output={folder / f'exported-{origin}'}"])
         exported[origin] = load_file(folder / f"exported-{origin}" / "adapter_model.safetensors")
     assert all(there == keys["single"] for there in keys.values())
     assert not any("base_layer" in key for key in keys["single"])
-    for origin in (*ORIGINS, "fsdp1"):
+    for origin in (*ORIGINS, "fsdp1", "tensor"):
         for key, value in exported["single"].items():
             torch.testing.assert_close(exported[origin][key], value, rtol=1e-4, atol=1e-6)
 

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.text import Text
 
@@ -19,6 +18,7 @@ from milora_lightning.models.memory import LOADED, Estimate, Part, estimate, pla
 from milora_lightning.models.pretrained import load_config
 from milora_lightning.models.processor import held_as
 from milora_lightning.utils.counting import counted
+from milora_lightning.utils.memory import available
 from milora_lightning.utils.printable import printable
 
 LEARNED = "bold green"
@@ -223,18 +223,6 @@ def resident() -> int:
             return int(file.read().split()[1]) * 4096
     except OSError:
         return 0
-
-
-def available(kind: str) -> int | None:
-    """Return the memory available on the device in bytes; None if it is not known."""
-    if kind == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":") for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return None
 
 
 def _bytes(size: float) -> str:

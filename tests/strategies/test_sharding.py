@@ -1,0 +1,74 @@
+"""FSDP2 and tensor parallelism on two processes: what is gathered when, what is kept, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.distributed_runs import STEPS
+from helpers.several_processes import Runs, assert_equal_to_rounding
+
+from milora_lightning import MiLoRAModelParallelStrategy
+
+
+@pytest.mark.slow
+def test_a_generation_gathers_each_weight_once(ranks: tuple[Runs, Runs]) -> None:
+    """And training goes on as before it: the weights are in shards again, and gathered as often in a step."""
+    for run in ranks:
+        found = run["sharding"]["generation"]
+        assert torch.equal(found["once"], found["each call"])
+        assert torch.equal(found["once"], found["alone"])
+        assert found["gathers once"] == 3  # two layers, and what is outside of them
+        assert found["gathers each call"] == 18  # the first layer 16 times
+        assert found["sharded again"]
+        assert found["step before"] == found["step after"] == 4  # the first layer twice, the last one and the rest once
+
+
+@pytest.mark.slow
+def test_no_gathered_weight_is_kept_for_backward_but_the_last_layer_s(ranks: tuple[Runs, Runs]) -> None:
+    for run in ranks:
+        found = run["sharding"]["memory"]
+        assert found["layers"] == 14
+        assert found["others"] == found["copies"] == 0
+        assert found["last"] > 0
+        assert found["after"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", ["colwise", "rowwise", "replicate"])
+def test_a_split_layer_is_the_whole_one(style: str, ranks: tuple[Runs, Runs]) -> None:
+    """Its output and gradients, with a bias and the same dropout."""
+    for run in ranks:
+        assert max(run["sharding"]["split"][style].values()) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["single to tensor", "tensor to fsdp2"])
+def test_checkpoints_fit_with_and_without_tensor_parallelism(
+    name: str, single: dict[str, Any], ranks: tuple[Runs, Runs]
+) -> None:
+    assert len(ranks[0][name]["losses"]) == STEPS // 2
+    assert_equal_to_rounding(ranks, name, single)
+
+
+@pytest.mark.slow
+def test_options_that_cannot_be_are_refused_on_all_ranks(ranks: tuple[Runs, Runs]) -> None:
+    for run in ranks:
+        messages = run["own"]["messages"]
+        assert "reshard_after_forward, cpu_offload of MiLoRAModelParallelStrategy had no effect" in messages["options"]
+        assert "call self.trainer.strategy.shard(model)" in messages["options"]
+        assert "data_parallel_replicate_size is 3, which does not divide the 2 ranks" in messages["replicas"]
+        assert "param_dtype: bfloat16 would gather the adapters' factors in that dtype" in messages["dtype"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reshard_after_forward": 1}, "reshard_after_forward is 1: false keeps the weights"),
+        ({"activation_checkpointing": 0}, "activation_checkpointing is 0: leave it out for none"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MiLoRAModelParallelStrategy(**options)
