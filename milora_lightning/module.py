@@ -16,11 +16,13 @@ from milora_lightning.adapters.surgery import inject
 from milora_lightning.checkpoint.adapter import inject_as_in
 from milora_lightning.checkpoint.io import KEY
 from milora_lightning.config import LoRAConfig
+from milora_lightning.data.batches.images import IMAGES
 from milora_lightning.data.encoding.asking import question_batch
 from milora_lightning.data.encoding.prompt_format import PromptFormat, warn_of_another
 from milora_lightning.data.model_check import check_model
 from milora_lightning.models.choosing import choose_likeliest
 from milora_lightning.models.compile import compile_layers
+from milora_lightning.models.files import takes_images
 from milora_lightning.models.generation import cut_at_stop, generate_greedily, greedy_config, use_generation_config
 from milora_lightning.models.loss import causal_lm_loss, supervised_logits
 from milora_lightning.models.packed_rows import check_separation, check_takes_positions
@@ -157,6 +159,11 @@ class CausalLMModule(EvaluatedModule):
         mesh = self.device_mesh
         if self.compile_layers and mesh is not None and mesh["tensor_parallel"].size() > 1:
             raise InvalidInputError("compile: true does not work with tensor_parallel_size above 1: leave one out.")
+        if mesh is not None and takes_images(load_config(self.name_or_path)):
+            raise InvalidInputError(
+                "A model that takes images cannot be sharded yet: use strategy: ddp, and quantization: nf4 if it is "
+                "too large."
+            )
         model = self.load_model()
         recompute_layers(model, self.gradient_checkpointing)
         if self.compile_layers:
@@ -219,13 +226,16 @@ class CausalLMModule(EvaluatedModule):
         Returns:
             Logits of shape (supervised tokens, vocabulary): those that predict a label other than the ignored one.
         """
-        return supervised_logits(self._built(), batch["input_ids"], batch["labels"], batch.get("position_ids"))
+        return supervised_logits(
+            self._built(), batch["input_ids"], batch["labels"], batch.get("position_ids"), **batch.get(IMAGES, {})
+        )
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Compute the sum of the next-token cross-entropies in nats, and the number of tokens in that sum."""
         labels = batch["labels"]
         # The model runs even if no token is supervised: with a sharded model the other ranks wait for this one.
-        total = causal_lm_loss(self._built(), batch["input_ids"], labels, batch.get("position_ids"))
+        images = batch.get(IMAGES, {})
+        total = causal_lm_loss(self._built(), batch["input_ids"], labels, batch.get("position_ids"), **images)
         return total, supervised_count(labels)
 
     def on_train_start(self) -> None:
@@ -309,7 +319,9 @@ class CausalLMModule(EvaluatedModule):
         model = self._built()
         config = greedy_config(model, tokenizer, self.max_new_tokens, end_of_turn)
         with adapters_merged(self), use_generation_config(model, config):
-            tokens = generate_greedily(model, batch["input_ids"], batch["attention_mask"], config)
+            tokens = generate_greedily(
+                model, batch["input_ids"], batch["attention_mask"], config, **batch.get(IMAGES, {})
+            )
         ids = cut_at_stop(tokens, config.eos_token_id or [])
         return cast(list[str], tokenizer.batch_decode(ids, skip_special_tokens=True))
 

@@ -13,6 +13,7 @@ from milora_lightning.data.tasks.commonsense import Commonsense
 from milora_lightning.data.tasks.follow_bench import FollowBench
 from milora_lightning.data.tasks.instructions import Instructions
 from milora_lightning.data.tasks.mathematics import Math
+from milora_lightning.data.tasks.visual import VisualInstructions
 from milora_lightning.data.tasks.word_problems import WordProblems
 from milora_lightning.data.tokenizing import tokenize_dataset
 
@@ -34,6 +35,7 @@ __all__ = [
     "SFTDataModule",
     "Source",
     "Task",
+    "VisualInstructions",
     "WordProblems",
     "tokenize_dataset",
 ]

@@ -48,8 +48,9 @@ class SFTDataModule(EvaluationLoaders):
         source: Where examples come from.
         tokenizer: The model's name (see :func:`milora_lightning.models.pretrained.load_tokenizer`), or its tokenizer.
         template: How prompts and conversations are written: ``"alpaca"`` as in the paper, ``"chat"`` for the
-            tokenizer's own chat template, ``"plain"`` for the bare prompt and a line break, or the path of a Jinja file
-            with a chat template; ``"auto"`` is ``"chat"`` if there are conversations, and ``"alpaca"`` if not.
+            tokenizer's own chat template, ``"plain"`` for the bare prompt and a line break, ``"vicuna"`` for the chat
+            template of LLaVA-1.5, or the path of a Jinja file with a chat template; ``"auto"`` is ``"chat"`` if there
+            are conversations, and ``"alpaca"`` if not.
         prompt_suffix: Text added unchanged after every prompt and its template, for example
             ``"Let's think step by step.\n"``. With ``"chat"``, it is the beginning of the assistant's answer.
         max_length: Maximum number of tokens in an example. A prompt that is too long loses its beginning (in chats, the
@@ -135,6 +136,10 @@ class SFTDataModule(EvaluationLoaders):
         for name, least in [*((size, 1) for size in sizes), *((count, 0) for count in counts)]:
             if (value := getattr(self, name)) is not None and value < least:
                 raise InvalidInputError(f"{name} must be at least {least}, not {value}.")
+        if self.shows_images and (packing or streaming):
+            raise InvalidInputError(
+                f"{type(source).__name__} has images, which work with neither packing nor streaming: leave both out."
+            )
         if answer_by == "likelihood" and not isinstance(source, MultipleChoice):
             raise InvalidInputError(
                 f"answer_by='likelihood' needs a source with choices, which {type(source).__name__} is not. Use "
@@ -184,7 +189,7 @@ class SFTDataModule(EvaluationLoaders):
         examples = self.examples("train")
         sampler_class = OverfittingSampler if self._overfits() else ResumableSampler
         # Without the text columns, which only generation needs.
-        columns: Any = examples.select_columns(["input_ids", "spans"])
+        columns: Any = examples.select_columns(["input_ids", "spans", *(["image"] if self.shows_images else [])])
         lengths = examples["length"][:]
         if self.packing:
             columns = PackedDataset(columns, lengths, self.max_length, self.seed)

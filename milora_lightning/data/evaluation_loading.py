@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from milora_lightning.data.batches.batching import Collator, PaddedDataset, PromptCollator
 from milora_lightning.data.batches.choices import ChoiceCollator
+from milora_lightning.data.batches.images import ImageCollator
 from milora_lightning.data.batches.sampling import EvaluationSampler
 from milora_lightning.data.encoding.chat import ChatTemplate
 from milora_lightning.data.model_check import check_model
@@ -87,7 +88,8 @@ class EvaluationLoaders(TokenizedSplits):
         return self._loader(examples, sampler, self.generation_batch_size, collator)
 
     def _collator(self, kind: Callable[[int, int], Any]) -> Any:
-        return kind(padding_id(self.tokenizer_object), self.pad_to_multiple_of)
+        collator = kind(padding_id(self.tokenizer_object), self.pad_to_multiple_of)
+        return ImageCollator(collator, self.processor) if self.shows_images else collator
 
     def _loader(
         self,

@@ -18,9 +18,9 @@ from milora_lightning.utils.compat import fingerprint_of
 
 Split = Literal["train", "validation", "test"]
 PROMPT_COLUMNS = ("prompt", "input", "response", "reference", "task")
-COLUMNS = (*PROMPT_COLUMNS, "messages", "tools", "text")
+COLUMNS = (*PROMPT_COLUMNS, "messages", "tools", "text", "image")
 """Columns of an example. It is a prompt with a response, or ``messages`` in JSON with ``tools``, or a ``text``; the
-columns of the other two kinds are empty."""
+columns of the other two kinds are empty. ``image`` is the path of the image that the prompt or a message shows."""
 
 
 class Source(Protocol):
@@ -72,6 +72,13 @@ class ChecksTest(Task, Protocol):
     def check_test(self) -> None:
         """Raise an error if answers to the test data cannot be scored."""
         ...
+
+
+@runtime_checkable
+class ShowsImages(Source, Protocol):
+    """A source whose rows may have an ``image``, for which the text has one placeholder of the model."""
+
+    shows_images: bool
 
 
 @runtime_checkable

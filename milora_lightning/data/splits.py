@@ -11,14 +11,15 @@ from typing import Any, Literal
 import datasets
 from lightning.pytorch import LightningDataModule
 from torchmetrics import Metric
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from milora_lightning.data.batches.images import with_their_images
 from milora_lightning.data.columns import as_columns, as_dataset
 from milora_lightning.data.encoding.prompt_format import PromptFormat
 from milora_lightning.data.encoding.templates import AUTO, TemplateName, name_of, with_template
 from milora_lightning.data.encoding.turn_encoding import choose_turns
 from milora_lightning.data.reading.rows import BEGINNING
-from milora_lightning.data.sources import AsksLines, Source, Split, Task, describe
+from milora_lightning.data.sources import AsksLines, ShowsImages, Source, Split, Task, describe
 from milora_lightning.data.streaming.rows import stream_of
 from milora_lightning.data.tokenizing import holds, tokenize_dataset
 from milora_lightning.metrics import AnswerAccuracy
@@ -79,6 +80,7 @@ class TokenizedSplits(LightningDataModule):
         self.num_test_generation_examples = num_test_generation_examples
         self.answer_by = answer_by
         self._splits: dict[Split, datasets.Dataset | None] = {}
+        self._processor: ProcessorMixin | None = None
         self._unanswered: bool | None = None  # whether prompts without a response are in test; None without any
         self._kinds: tuple[bool, bool] | None = None  # whether there are conversations, and nothing but plain texts
 
@@ -138,6 +140,20 @@ class TokenizedSplits(LightningDataModule):
             self.tokenizer = load_tokenizer(self.tokenizer)
         self.tokenizer = with_template(self.tokenizer, self.template)
         return self.tokenizer
+
+    @property
+    def shows_images(self) -> bool:
+        """Whether the source has rows with images."""
+        return isinstance(self.source, ShowsImages) and self.source.shows_images
+
+    @property
+    def processor(self) -> ProcessorMixin:
+        """The model's processor of images and texts, beside its tokenizer."""
+        if self._processor is None:
+            from milora_lightning.models.pretrained import load_processor
+
+            self._processor = load_processor(self.tokenizer_object.name_or_path)
+        return self._processor
 
     def loaded(self, stage: str) -> list[Split]:
         """Return the splits of a stage that the source has."""
@@ -199,7 +215,7 @@ class TokenizedSplits(LightningDataModule):
         if split == "test":
             lines = isinstance(self.source, AsksLines) and self.source.lines() is not None
             self._unanswered = unanswered if lines or _asks(dataset) else None
-        return tokenize_dataset(
+        encoded = tokenize_dataset(
             dataset,
             self.tokenizer_object,
             self.template_name,
@@ -210,6 +226,7 @@ class TokenizedSplits(LightningDataModule):
             self.train_on,
             unanswered,
         )
+        return with_their_images(encoded, self.processor, split) if self.shows_images else encoded
 
     def _kinds_of_rows(self) -> tuple[bool, bool]:
         """Return the kinds of rows in the first split loaded; if none has been loaded, load the first one there is."""

@@ -25,6 +25,7 @@ from milora_lightning.export.peft_format import (
     HEADS,
     MERGED,
     PEFT_PREFIX,
+    base_name,
     lora_config,
     objection,
     opens_otherwise,
@@ -33,9 +34,12 @@ from milora_lightning.export.peft_format import (
     task_type,
 )
 from milora_lightning.export.serving import save_tokenizer
+from milora_lightning.models.files import takes_images
+from milora_lightning.models.pretrained import load_processor
 from milora_lightning.models.processor import NUMBERS
-from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.errors import InvalidInputError, MiLoRAError
 from milora_lightning.utils.folders import check_output, new_folder
+from milora_lightning.utils.messages import warn
 from milora_lightning.utils.names import unwrapped_name
 
 BASE_KEY = "milora_lightning.base"
@@ -271,7 +275,16 @@ def _finish(
     tokenizer: PreTrainedTokenizerBase | None,
     prompt_format: PromptFormat | None,
 ) -> None:
-    """Add the tokenizer and the model card."""
+    """Add the tokenizer, the processor of a model that takes images, and the model card."""
+    if takes_images(model.config):
+        _save_processor(folder, base_name(model))
     if tokenizer is not None:
         card += save_tokenizer(folder, model, tokenizer, prompt_format)
     (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def _save_processor(folder: Path, base: str) -> None:
+    try:
+        load_processor(base).save_pretrained(folder)
+    except MiLoRAError as error:  # everything else is there already
+        warn(f"The processor of images is not exported, so copy its files from the base model to {folder}: {error}")

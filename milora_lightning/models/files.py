@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -70,6 +71,17 @@ def check_model_folder(location: str) -> None:
             raise UnusableModelError(f"{location!r} {reason}.")
 
 
+def takes_images(config: PretrainedConfig) -> bool:
+    """Tell whether a configuration is that of a language model with a part that sees, such as LLaVA.
+
+    >>> from transformers import LlamaConfig, LlavaConfig
+    >>> takes_images(LlavaConfig()), takes_images(LlamaConfig())
+    (True, False)
+    """
+    name = config.model_type
+    return name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
 def check_model_type(name_or_path: str, config: PretrainedConfig) -> None:
     """Refuse models that do not predict each token from the tokens before it.
 
@@ -83,7 +95,7 @@ def check_model_type(name_or_path: str, config: PretrainedConfig) -> None:
     model_type = config.model_type
     if config.is_encoder_decoder:
         what = "an encoder-decoder model"
-    elif model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    elif model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not takes_images(config):
         what = "not a causal language model"
     elif model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not any(
         getattr(config, name, False) for name in ("is_decoder", "causal")

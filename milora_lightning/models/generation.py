@@ -27,6 +27,7 @@ def generate_greedily(
     config: GenerationConfig,
     streamer: BaseStreamer | None = None,
     cache: Cache | None = None,
+    **inputs: Tensor,
 ) -> Tensor:
     """Continue prompts with transformers' own ``generate``.
 
@@ -37,13 +38,14 @@ def generate_greedily(
         config: Generation config.
         streamer: Receives each token as it is generated; for a single prompt only.
         cache: Keys and values of the tokens already read; those of the new tokens are added to it.
+        inputs: What else the model takes, such as ``pixel_values``.
 
     Returns:
         The new tokens (batch, new tokens).
     """
     # Ranks that share a sharded model (FSDP2 or FSDP1) keep generating until the last of them is done.
     sharded = is_sharded(model) or is_fsdp_managed_module(model)
-    prompts: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+    prompts: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
     if cache is not None:
         prompts["past_key_values"] = cache
     with weights_gathered(model):

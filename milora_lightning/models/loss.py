@@ -27,7 +27,7 @@ DEVICE_LOGITS = 2**26
 
 
 def causal_lm_loss(
-    model: PreTrainedModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
+    model: PreTrainedModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, **inputs: Tensor
 ) -> Tensor:
     """Compute the sum of a causal language model's next-token cross-entropies over the labelled tokens.
 
@@ -44,6 +44,7 @@ def causal_lm_loss(
         labels: Labels (batch, length), ``IGNORE_INDEX`` where they do not count.
         position_ids: Positions (batch, length) of packed rows, starting from 0 in each example; None if each row is
             one example.
+        inputs: What else the model takes, such as ``pixel_values``.
 
     Returns:
         The sum in nats, a float32 scalar; without any label it is zero, but still connected to the model's graph.
@@ -54,7 +55,7 @@ def causal_lm_loss(
     positions = supervised_positions(labels)
     targets = next_labels(labels, positions)
     if not _is_frozen_linear(model.get_output_embeddings()) or may_change_logits(model.config):
-        logits = supervised_logits(model, input_ids, labels, position_ids)
+        logits = supervised_logits(model, input_ids, labels, position_ids, **inputs)
         return F.cross_entropy(logits.float(), targets, reduction="sum")
     input_ids, _, position_ids = attention_rows(model, input_ids, labels, position_ids)
     losses: list[Tensor] = []
@@ -64,9 +65,9 @@ def causal_lm_loss(
         losses.append(linear_cross_entropy(at_positions(hidden, positions), head.weight, head.bias, targets))
         return hidden[:1, :1]  # a single token, enough to see whether the model changes its logits
 
-    if run_with_hidden_states(model, input_ids, take_loss, position_ids).unchanged:
+    if run_with_hidden_states(model, input_ids, take_loss, position_ids, **inputs).unchanged:
         return losses[0]
-    logits = at_positions(all_logits(model, input_ids, position_ids), positions)
+    logits = at_positions(all_logits(model, input_ids, position_ids, **inputs), positions)
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 

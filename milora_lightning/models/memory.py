@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
@@ -16,7 +16,7 @@ from milora_lightning.adapters.linear_layers import linear_shape
 from milora_lightning.adapters.surgery import inject
 from milora_lightning.config import LoRAConfig
 from milora_lightning.models.loss import CPU_LOGITS, CPU_PROBABILITIES, DEVICE_LOGITS
-from milora_lightning.models.pretrained import decoder_layers
+from milora_lightning.models.pretrained import auto_class, decoder_layers
 from milora_lightning.models.recompute import recomputed
 from milora_lightning.utils.compat import TELLS_HOW_IT_KEEPS
 
@@ -86,7 +86,7 @@ def planned_model(config: PretrainedConfig, dtype: torch.dtype, adapters: LoRACo
         ValueError: If the adapters do not fit the model.
     """
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: nn.Module = auto_class(config).from_config(config, dtype=dtype)
         if adapters is not None:
             inject(model, adapters)
     return model

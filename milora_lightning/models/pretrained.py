@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 from contextlib import ExitStack
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import transformers
@@ -14,10 +14,13 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 
 import milora_lightning.models.attention  # noqa: F401  (registers the attention function in transformers)
@@ -29,6 +32,7 @@ from milora_lightning.models.files import (
     check_model_folder,
     check_model_type,
     clear_errors,
+    takes_images,
 )
 from milora_lightning.models.quantized import Quantization, quantized_loading, remember_stored_weights
 from milora_lightning.utils.compat import decoder_layer_names
@@ -63,6 +67,34 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_processor(name_or_path: str) -> ProcessorMixin:
+    """Load the processor of a model that takes images: it makes tensors of images and placeholders for them.
+
+    Args:
+        name_or_path: As for :func:`load_causal_lm`.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ModuleNotFoundError: If the package that reads images is missing.
+        ValueError: If the model takes no images.
+    """
+    if not takes_images(load_config(name_or_path)):
+        raise InvalidInputError(
+            f"{name_or_path!r} takes no images: choose a model of LLaVA's kind, such as llava-hf/llava-1.5-7b-hf."
+        )
+    if importlib.util.find_spec("PIL") is None:
+        raise MissingPackageError("Images are read by the package pillow: pip install milora-lightning[visual]")
+    location = locate(name_or_path)
+    with clear_errors(name_or_path, location, "processor"):
+        processor = AutoProcessor.from_pretrained(location, trust_remote_code=False)
+    return cast(ProcessorMixin, processor)
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """Return the class of transformers that loads a causal language model, with the part that sees if it has one."""
+    return AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
 
 
 def load_causal_lm(
@@ -103,7 +135,7 @@ def load_causal_lm(
             config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         options |= quantized_loading(name_or_path, config, quantization, device)
     with clear_errors(name_or_path, location):
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = auto_class(config).from_pretrained(
             location, config=config, output_loading_info=True, trust_remote_code=False, **options
         )
     check_complete(name_or_path, model, loading)

@@ -77,7 +77,7 @@ def check_causal(model: PreTrainedModel) -> None:
 
 
 def supervised_logits(
-    model: PreTrainedModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
+    model: PreTrainedModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, **inputs: Tensor
 ) -> Tensor:
     """Compute a causal language model's logits at each position whose next label counts.
 
@@ -90,6 +90,7 @@ def supervised_logits(
         labels: Labels (batch, length), ``IGNORE_INDEX`` where they do not count.
         position_ids: Positions (batch, length) of packed rows, starting from 0 in each example; None if each row is
             one example.
+        inputs: What else the model takes, such as ``pixel_values``.
 
     Returns:
         Logits of shape (supervised tokens, vocabulary).
@@ -100,11 +101,11 @@ def supervised_logits(
     positions = supervised_positions(labels)
     input_ids, _, position_ids = attention_rows(model, input_ids, labels, position_ids)
     logits = run_with_hidden_states(
-        model, input_ids, lambda _, hidden: at_positions(hidden, positions).unsqueeze(0), position_ids
+        model, input_ids, lambda _, hidden: at_positions(hidden, positions).unsqueeze(0), position_ids, **inputs
     )
     if logits.unchanged or (logits.substituted and may_change_logits(model.config)):
         return logits.values[0]
-    return at_positions(all_logits(model, input_ids, position_ids), positions)
+    return at_positions(all_logits(model, input_ids, position_ids, **inputs), positions)
 
 
 def attention_rows(
@@ -125,6 +126,7 @@ def run_with_hidden_states(
     input_ids: Tensor,
     substitute: Callable[[Any, Tensor], Tensor],
     position_ids: Tensor | None = None,
+    **inputs: Tensor,
 ) -> Logits:
     """Run a model, passing substituted hidden states to its output embeddings.
 
@@ -134,6 +136,7 @@ def run_with_hidden_states(
         substitute: Given the output embeddings and their hidden states (batch, length, width), returns the hidden
             states to use instead.
         position_ids: Positions of packed rows.
+        inputs: What else the model takes, such as ``pixel_values``.
 
     Raises:
         ValueError: If the model attends to the tokens that it should predict.
@@ -156,15 +159,17 @@ def run_with_hidden_states(
         if head is not None:
             stack.callback(head.register_forward_pre_hook(before).remove)
             stack.callback(head.register_forward_hook(after).remove)
-        logits = _forward(model, input_ids, position_ids)
+        logits = _forward(model, input_ids, position_ids, **inputs)
     substituted = tracker.calls == 1
     return Logits(logits, substituted, substituted and tracker.is_unchanged(logits))
 
 
-def all_logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+def all_logits(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None, **inputs: Tensor
+) -> Tensor:
     """Compute all logits (batch, length, vocabulary), for a model that changes its logits in an unknown way."""
     _warn_of_second_forward(type(model).__name__)
-    return _forward(model, input_ids, position_ids)
+    return _forward(model, input_ids, position_ids, **inputs)
 
 
 def _configs(config: PretrainedConfig) -> list[PretrainedConfig]:
@@ -172,10 +177,10 @@ def _configs(config: PretrainedConfig) -> list[PretrainedConfig]:
     return [config, config.get_text_config(decoder=True)]
 
 
-def _forward(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+def _forward(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None, **inputs: Tensor) -> Tensor:
     # Only for packed rows: some models take no positions.
     positions = {} if position_ids is None else {"position_ids": position_ids}
-    output = model(input_ids=input_ids, use_cache=False, **positions)
+    output = model(input_ids=input_ids, use_cache=False, **positions, **inputs)
     logits: Tensor = output[0] if isinstance(output, tuple) else output.logits
     return logits
 

@@ -42,6 +42,7 @@ FEATURES = datasets.Features(
         "instruction": datasets.Value("large_string"),
         "reference": datasets.Value("large_string"),
         "task": datasets.Value("large_string"),
+        "image": datasets.Value("large_string"),
     }
 )
 
@@ -87,7 +88,7 @@ def encode(
         of ids of the prompt), ``response_end`` (stop of the last span), ``length``, ``truncated``, ``piece`` (index of
         a piece of a long text), ``unlearned`` (number of turns not learned because the template writes them
         differently once others follow), ``prompt`` (the text that the model reads), ``instruction`` (the prompt
-        without its template), ``reference`` and ``task`` (empty without that column).
+        without its template), ``reference``, ``task`` and ``image`` (empty without that column).
 
     Raises:
         ValueError: If a chat template cannot write a row; the message says which.
@@ -106,12 +107,12 @@ def encode(
     for place, row in answered:
         rows[prompts[place]] = [row]
     columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
-    tasks, references = (batch.get(name) or [""] * size for name in ("task", "reference"))
+    tasks, references, images = (batch.get(name) or [""] * size for name in ("task", "reference", "image"))
     for i in sorted(rows):
         for example in rows[i]:
             end = example["spans"][-1]
             values = {"response_end": end, "length": len(example["input_ids"]), "piece": 0, "unlearned": 0, **example}
-            values = {**values, "task": tasks[i], "reference": references[i] or example["reference"]}
+            values |= {"task": tasks[i], "reference": references[i] or example["reference"], "image": images[i]}
             for name, column in columns.items():
                 column.append(values[name])
     return columns

@@ -26,6 +26,19 @@ ALPACA_WITH_INPUT = (
 )
 
 
+VICUNA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.{% endif %}{{ ' ' }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+CHAT_TEMPLATES = {"vicuna": VICUNA}
+"""Chat templates by name, for models whose tokenizers have none: Vicuna's is LLaVA-1.5's."""
+
+
 def alpaca(prompt: str, input: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
     r"""Write the prompt of Stanford Alpaca, which the MiLoRA paper uses.
 
@@ -73,8 +86,8 @@ def name_of(template: str, conversations: bool) -> TemplateName:
     """Return the name of the template that an option stands for.
 
     Args:
-        template: ``"auto"``, the name of a template, or the path of a Jinja file, which becomes the tokenizer's chat
-            template (:func:`with_template`).
+        template: ``"auto"``, the name of a template, or the name of a chat template or path of a Jinja file, which
+            becomes the tokenizer's chat template (:func:`with_template`).
         conversations: Whether there are conversations among the data.
 
     Raises:
@@ -87,16 +100,16 @@ def name_of(template: str, conversations: bool) -> TemplateName:
         return template
     if template == AUTO:
         return "chat" if conversations else "alpaca"
-    if not Path(template).is_file():
+    if template not in CHAT_TEMPLATES and not Path(template).is_file():
         raise InvalidInputError(
-            f"There is no template {template!r}: {', '.join([AUTO, *TEMPLATES])} are known, and the path of a file "
-            "that holds a chat template in Jinja."
+            f"There is no template {template!r}: {', '.join([AUTO, *TEMPLATES, *CHAT_TEMPLATES])} are known, and the "
+            "path of a file that holds a chat template in Jinja."
         )
     return "chat"
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerBase:
-    """Return a copy of a tokenizer with the chat template of a Jinja file; the tokenizer itself for other templates.
+    """Return a copy of a tokenizer with a named chat template or that of a Jinja file; else the tokenizer itself.
 
     Raises:
         ValueError: As :func:`name_of`.
@@ -104,7 +117,7 @@ def with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrain
     name_of(template, False)
     if template == AUTO or template in TEMPLATES:
         return tokenizer
-    jinja = Path(template).read_text(encoding="utf-8")
+    jinja = CHAT_TEMPLATES.get(template) or Path(template).read_text(encoding="utf-8")
     if tokenizer.chat_template == jinja:
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)

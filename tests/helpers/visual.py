@@ -1,0 +1,74 @@
+"""A tiny LLaVA, made from its configuration, and conversations about coloured squares."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from helpers.models import TINY_CONFIGS, tiny_tokenizer
+from milora_lightning import SFTDataModule
+from milora_lightning.data import VisualInstructions
+
+FEATURES = 4  # of an image: 2 × 2 patches
+COLOURS = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250)}
+
+
+def tiny_processor() -> LlavaProcessor:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    images = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    return LlavaProcessor(
+        images, tokenizer, patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+
+
+def save_tiny_llava(folder: Path) -> Path:
+    processor = tiny_processor()
+    text = TINY_CONFIGS["llama"]
+    text.vocab_size, text.max_position_embeddings = 136, 512
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=processor.image_token_id, image_seq_length=FEATURES
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config)
+    with torch.no_grad():  # as large as in a trained model: small random weights see little and say nothing
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def conversation(colour: str | None, *exchanges: tuple[str, str]) -> dict[str, Any]:
+    turns = [
+        {"from": who, "value": text} for pair in exchanges for who, text in zip(("human", "gpt"), pair, strict=True)
+    ]
+    return {"id": str(colour), "conversations": turns, **({"image": f"{colour}.png"} if colour else {})}
+
+
+def visual_files(folder: Path) -> Path:
+    """Images, and a file of conversations about them, one of which has none."""
+    (folder / "images").mkdir(parents=True)
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (10, 12), colour).save(folder / "images" / f"{name}.png")
+    rows = [conversation(name, ("What is it?\n<image>", name), ("Sure?", "Yes.")) for name in COLOURS]
+    path = folder / "train.json"
+    path.write_text(json.dumps([*rows, conversation(None, ("1 plus 2?", "3"))]))
+    return path
+
+
+def visual_data(folder: Path, model: Path, train: Path | None = None, **options: Any) -> SFTDataModule:
+    source = VisualInstructions(
+        str(train or folder / "train.json"), str(folder / "images"), test=options.pop("test", None)
+    )
+    return SFTDataModule(source, str(model), **{"template": "vicuna", "max_length": 400, "batch_size": 4, **options})
