@@ -145,7 +145,7 @@ class _LoRALinear(torch.autograd.Function):
             if mask is None:
                 grad_x.addmm_(grad_hidden, A, alpha=scale)
             else:
-                # In one operation; that CUDA takes a mask of another dtype is known.
+                # In one operation, where the device is known to take a mask of another dtype.
                 mask = mask if x.device.type in ("cuda", "meta") else mask.to(x.dtype)
                 grad_x.addcmul_(grad_hidden @ A, mask, value=scale)
             grad_x = grad_x.view_as(x)

@@ -114,7 +114,7 @@ def estimate(
         batch_size: Rows in a batch.
         length: Tokens in each row, padding included.
         supervised: Share of the tokens that have labels.
-        dropout: Probability of the adapters' dropout. It makes no difference: backward draws the masks again.
+        dropout: Probability of the adapters' dropout. Its masks are kept on CPUs only.
         gradient_checkpointing: Whether layers keep only their input and recompute the rest in backward; or the share
             of them that does.
         optimizer: Class name of the optimizer; an unknown one counts as AdamW.
@@ -133,7 +133,8 @@ def estimate(
     if quantization is not None:
         linear = sum(m.weight.numel() for layer in layers for m in layer.modules() if isinstance(m, nn.Linear))
         weights -= int(linear * (width - QUANTIZED_BYTES[quantization]))
-    per_token = max((_saved_by_layer(layer, config, width, length, attention) for layer in layers), default=0)
+    masks = dropout > 0 and device == "cpu"
+    per_token = max((_saved_by_layer(layer, config, width, length, masks, attention) for layer in layers), default=0)
     stacks = max((_stacked_factors(layer, width) for layer in layers), default=0)
     size = config.get_text_config()
     hidden = size.hidden_size * width
@@ -203,7 +204,9 @@ def _intermediate(size: Any) -> int:
     return experts * int(per_expert or size.intermediate_size)
 
 
-def _saved_by_layer(layer: nn.Module, config: PretrainedConfig, width: int, length: int, attention: str) -> int:
+def _saved_by_layer(
+    layer: nn.Module, config: PretrainedConfig, width: int, length: int, masks: bool, attention: str
+) -> int:
     """Return the bytes per token that a decoder layer saves for backward."""
     size = config.get_text_config()
     heads = size.num_attention_heads
@@ -229,11 +232,11 @@ def _saved_by_layer(layer: nn.Module, config: PretrainedConfig, width: int, leng
     already_saved = ("down_proj",) if TELLS_HOW_IT_KEEPS else ()
     if attention not in ("eager", "causal_blocks"):
         already_saved = ("o_proj", *already_saved)
-    return int(saved) + sum(_saved_by_adapters(layer, width, already_saved))
+    return int(saved) + sum(_saved_by_adapters(layer, width, masks, already_saved))
 
 
-def _saved_by_adapters(layer: nn.Module, width: int, already_saved: tuple[str, ...]) -> Iterable[int]:
-    """Yield the bytes per token that adapters save: the input (once if several share it) and its projection."""
+def _saved_by_adapters(layer: nn.Module, width: int, masks: bool, already_saved: tuple[str, ...]) -> Iterable[int]:
+    """Yield the bytes per token that adapters save: the input (once if several share it), projection and mask."""
     inputs: set[tuple[str, int]] = set()
     for name, module in lora_layers(layer).items():
         features = linear_shape(module.base_layer)[1]
@@ -242,6 +245,8 @@ def _saved_by_adapters(layer: nn.Module, width: int, already_saved: tuple[str, .
             inputs.add((parent, features))
             yield width * features
         yield width * _stacked_rank(module)
+        if masks:
+            yield features
 
 
 def _stacked_factors(layer: nn.Module, width: int) -> int:

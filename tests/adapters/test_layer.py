@@ -208,7 +208,8 @@ def test_memory_saved_for_backward_is_the_input_its_projection_and_the_stacked_f
         layer(x)
     parameters = {p.data_ptr() for p in layer.parameters()}
     storages = {t.data_ptr(): t.untyped_storage().nbytes() for t in saved if t.data_ptr() not in parameters}
-    assert sum(storages.values()) == 4 * (TOKENS * (IN + 2 * R) + 2 * R * (IN + OUT))
+    mask = TOKENS * IN if dropout else 0  # a byte each, on CPUs
+    assert sum(storages.values()) == 4 * (TOKENS * (IN + 2 * R) + 2 * R * (IN + OUT)) + mask
 
 
 def test_weight_is_that_of_the_function_and_trains() -> None:
