@@ -96,7 +96,7 @@ def _masked(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _masked_scale(x: Tensor, mask: Tensor, scale: float) -> Tensor:
-    product: Tensor = torch.ops.aten.native_dropout_backward(x, mask, scale)
+    product: Tensor = torch.ops.aten.native_dropout_backward(x, mask.to(torch.bool), scale)
     return product
 
 

@@ -7,6 +7,7 @@ import torch
 from helpers.layers import IN, OUT, TOKENS, adapted, plain
 
 from milora_lightning.adapters import dropout
+from milora_lightning.adapters.autograd import lora_linear
 from milora_lightning.adapters.dropout import draw_mask, drop, drop_again, random_state, scales
 
 
@@ -77,6 +78,22 @@ def test_backward_drops_what_forward_has_dropped() -> None:
     reference = plain(layer, x, mask, 1 / scales(x.device, 0.4)[0])
     torch.testing.assert_close(y, reference)
     want = torch.autograd.grad(reference.square().sum(), (x, layer.lora_A, layer.lora_B))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_mask_that_is_given_takes_the_place_of_a_draw() -> None:
+    """As ranks that share a layer draw one for its whole input, and take their part of it."""
+    layer = adapted()
+    x = torch.randn(3, TOKENS, IN, requires_grad=True)
+    mask, _ = draw_mask(x, 0.4)
+    base = layer.base_layer
+    y = lora_linear(x, base.weight, base.bias, *layer.factors, layer.scaling, 0.4, mask=mask)
+    reference = plain(layer, x, mask, 1 / scales(x.device, 0.4)[0])
+    torch.testing.assert_close(y, reference)
+    inputs = x, layer.lora_A, layer.lora_B
+    got, want = (torch.autograd.grad(one.square().sum(), inputs) for one in (y, reference))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
