@@ -63,7 +63,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             there = "benchmarks.md"
         return f"{begin}{posixpath.relpath(there, posixpath.dirname(here) or '.')}{anchor}{end}"
 
-    if here.startswith(("api/", "examples/")):
+    if here.startswith("api/") or here == outside.EXAMPLES:
         return markdown
     try:
         return "".join(
@@ -71,6 +71,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         )
     except KeyError as error:
         raise PluginError(f"{here}: {error.args[0]}") from error
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Mark code that is one word, which is not to be broken after its hyphens (see the stylesheet)."""
+    return re.sub(r"<code>([^<\s]+)</code>", r'<code class="word">\1</code>', html)
 
 
 def _section(nav: Any, title: str) -> list[Any]:

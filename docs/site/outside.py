@@ -15,7 +15,7 @@ PAGES = ["CONTRIBUTING.md", "CHANGELOG.md"]
 """Files that are pages as they are, beside the results of benchmarks."""
 
 INDEX = "api/index.md"
-EXAMPLES = "examples/index.md"
+EXAMPLES = "examples.md"
 
 
 def results() -> list[str]:
@@ -81,6 +81,12 @@ def fenced(text: str, language: str) -> str:
     return f"```{language}\n{text.strip()}\n```"
 
 
+def result_pages() -> str:
+    """Return a list of the pages with results of benchmarks, by their titles."""
+    titles = {page: (ROOT / page).read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for page in results()}
+    return "\n".join(f"- [{title}](../{page})" for page, title in titles.items())
+
+
 def configs() -> str:
     """Return a table of the shipped configs, each with the first sentence of its comment."""
     folder = ROOT / "configs"
@@ -109,7 +115,9 @@ def filled_in(text: str) -> str:
         KeyError: If there is no such result.
     """
     text = re.sub(r"<!-- quote: (\S+) (\S+) -->", lambda found: quoted(found[1], found[2]), text)
-    return text.replace("<!-- list: configs -->", configs()).replace("<!-- list: benchmarks -->", scripts())
+    for name, made in {"configs": configs, "benchmarks": scripts, "results": result_pages}.items():
+        text = text.replace(f"<!-- list: {name} -->", made())
+    return text
 
 
 def quoted(page: str, name: str) -> str:
