@@ -4,12 +4,22 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; a test never waits for a network
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 collect_ignore = ["helpers"]
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny models in one thread: several would wait for each other longer than they compute."""
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(number)
 
 
 @pytest.fixture

@@ -45,6 +45,7 @@ def test_functions_work_without_lightning(capsys: pytest.CaptureFixture[str]) ->
     assert "loss" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", ["first_steps", "spectra"])
 def test_notebooks_run_and_are_kept_without_outputs(name: str) -> None:
     cells = json.loads((EXAMPLES / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
