@@ -30,6 +30,17 @@ def test_other_strategies_are_refused() -> None:
         prepare(trainer_with(SimpleNamespace(checkpoint_io=None)))
 
 
+def test_deepspeed_is_refused_with_the_reason_and_a_remedy() -> None:
+    class DeepSpeedStrategy(SimpleNamespace):
+        """Lightning's, which cannot be made without the package deepspeed."""
+
+    class Own(DeepSpeedStrategy):
+        pass
+
+    with pytest.raises(ValueError, match=r"under Own, which nobody has tried: its engine partitions .* milora_fsdp2"):
+        prepare(trainer_with(Own(checkpoint_io=None)))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,0 +1,74 @@
+"""Which models cannot be split among ranks, and why: said before anything is split."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers.models import tiny_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from milora_lightning import LoRAConfig, inject, lora_layers
+from milora_lightning.models.tensor_parallel import parallelize, planned
+
+
+def adapted(kind: str = "llama", **options: Any) -> PreTrainedModel:
+    model = tiny_model(kind)
+    inject(model, LoRAConfig(r=4, **options))
+    return model
+
+
+def refusal(model: PreTrainedModel, ranks: int) -> str:
+    before = list(model.parameters())
+    mesh: Any = SimpleNamespace(size=lambda: ranks)
+    with pytest.raises(ValueError, match="tensor_parallel_size") as raised:
+        parallelize(model, mesh)
+    assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+    return str(raised.value)
+
+
+def test_a_plan_names_the_layers_of_each_decoder_layer() -> None:
+    model = adapted()
+    styles = planned(model)
+    assert set(lora_layers(model).values()) == set(styles)
+    assert [styles[layer] for layer in model.model.layers[1].mlp.children() if layer in styles] == [
+        "colwise",
+        "colwise",
+        "rowwise",
+    ]
+
+
+def test_models_without_a_plan_are_refused() -> None:
+    assert "transformers has no plan for tensor parallelism of GPT2LMHeadModel" in refusal(adapted("gpt2"), 2)
+
+
+def test_plans_that_split_fused_weights_are_refused() -> None:
+    model = adapted()
+    model.config.base_model_tp_plan = {"layers.*.self_attn.qkv_proj": "packed_colwise"}
+    assert "splits layers.*.self_attn.qkv_proj by 'packed_colwise'" in refusal(model, 2)
+
+
+def test_ranks_have_to_divide_heads_and_sizes() -> None:
+    assert "does not divide the 2 num_key_value_heads of LlamaForCausalLM" in refusal(adapted(), 4)
+    model = adapted()
+    model.config.num_attention_heads = model.config.num_key_value_heads = 6
+    assert "is 3, which does not divide the 32 rows of layer 'model.layers.0.self_attn.q_proj'" in refusal(model, 3)
+
+
+def test_what_trains_in_full_is_refused() -> None:
+    assert "'model.norm.weight' trains besides the adapters" in refusal(adapted(modules_to_save=("model.norm",)), 2)
+
+
+def test_layers_that_are_more_than_a_product_are_refused() -> None:
+    model = adapted()
+    model.model.layers[0].mlp.up_proj.base_layer.register_forward_hook(lambda layer, args, output: output + 1)
+    assert "'model.layers.0.mlp.up_proj' (Linear) is more than the product" in refusal(model, 2)
+
+
+def test_layers_without_an_adapter_are_split_too() -> None:
+    model = adapted(target_modules=("q_proj",))
+    styles = planned(model)
+    assert len(styles) == 14
+    assert sum(isinstance(layer, nn.Linear) for layer in styles) == 12
