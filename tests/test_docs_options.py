@@ -82,6 +82,7 @@ def test_an_option_that_is_none_is_seen(fit_options: set[str]) -> None:
 def test_options_named_in_sentences_exist(page: Path, fit_options: set[str]) -> None:
     text = re.sub(r"^```.*?^```", "", read(page), flags=re.M | re.S)
     named = re.findall(rf"`(?:--)?((?:{'|'.join(PARTS)})\.[\w.]+)(?:[+:= ][^`]*)?`", text)
+    named = [re.sub(r"\.(class_path|init_args)(\..*)?$", "", name) for name in named]
     unknown = [name for name in named if name not in fit_options and not name.endswith((".py", ".yaml", "..."))]
     # methods and attributes of a trainer or module that a sentence speaks of
     owners = {"trainer": lightning.pytorch.Trainer, "model": torch.nn.Module}
