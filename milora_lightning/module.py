@@ -21,16 +21,26 @@ from milora_lightning.data.encoding.asking import question_batch
 from milora_lightning.data.encoding.prompt_format import PromptFormat, warn_of_another
 from milora_lightning.data.model_check import check_model
 from milora_lightning.models.choosing import choose_likeliest
+from milora_lightning.models.choosing_attention import AUTO, choose_attention
 from milora_lightning.models.compile import compile_layers
 from milora_lightning.models.files import takes_images
 from milora_lightning.models.generation import cut_at_stop, generate_greedily, greedy_config, use_generation_config
+from milora_lightning.models.kernels import apply_liger
 from milora_lightning.models.loss import causal_lm_loss, supervised_logits
 from milora_lightning.models.packed_rows import check_separation, check_takes_positions
 from milora_lightning.models.positions import found_before_transfer, known_after_transfer, supervised_count
 from milora_lightning.models.pretrained import load_causal_lm, load_config, load_tokenizer
-from milora_lightning.models.processor import CHOSEN, DtypeName, hold_in_float32, loaded_as, warn_of_slow_products
+from milora_lightning.models.processor import (
+    CHOSEN,
+    DtypeName,
+    held_as,
+    hold_in_float32,
+    loaded_as,
+    warn_of_slow_products,
+)
 from milora_lightning.models.quantized import Quantization
 from milora_lightning.models.recompute import check_share, recompute_layers
+from milora_lightning.models.segments import positions_of
 from milora_lightning.models.streaming import empty_causal_lm, stream_weights
 from milora_lightning.screen.figures import peak_memory
 from milora_lightning.strategies.base import shard_model, sharding_of, shards
@@ -38,6 +48,7 @@ from milora_lightning.training.evaluation import Batch, EvaluatedModule
 from milora_lightning.training.schedules import WARMUP
 from milora_lightning.training.throughput import Throughput
 from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.messages import inform
 
 
 class CausalLMModule(EvaluatedModule):
@@ -55,11 +66,13 @@ class CausalLMModule(EvaluatedModule):
         dtype: Dtype of the frozen weights: ``"auto"`` for that of the files, ``"fast"`` for bfloat16; both hold the
             same numbers in float32 on CPUs that lack such products. The Trainer's ``precision`` stays ``32-true`` for a
             half-precision base: adapters and optimizer state are float32 either way.
-        attn_implementation: Hugging Face's name of an attention implementation, or ``"causal_blocks"``, which is
-            faster than those in training on CPUs; by default Hugging Face's choice.
+        attn_implementation: Hugging Face's name of an attention implementation, ``"causal_blocks"``, which is faster
+            than those in training on CPUs, or None for Hugging Face's choice. ``"auto"`` is causal_blocks on CPUs,
+            flash attention on GPUs where it is installed and fits the model, and else Hugging Face's choice.
         gradient_checkpointing: Recompute activations in backward to save memory: of all decoder layers, or of a share
             of them from 0 to 1. All take a third to a half more time, and 0.25 a quarter of that.
         compile: Compile the decoder layers for training: it starts about a minute later, and every step is faster.
+            On GPUs dropout is compiled too, and draws other masks than without.
         optimizer: Makes the optimizer from the trainable parameters; the paper's AdamW by default.
         lr_scheduler: Name of a schedule of ``transformers.get_scheduler``. ``reduce_lr_on_plateau`` and ``greedy``
             follow ``val_loss`` after each validation.
@@ -75,13 +88,19 @@ class CausalLMModule(EvaluatedModule):
         quantization: ``nf4``, ``fp4`` or ``int8``: have bitsandbytes quantize the linear layers (all but the
             language-model head) while the model is loaded. The adapters' factors are computed from the unquantized
             weights; at the start of training the model computes exactly what the quantized model does.
+        liger: Train with Liger's kernels for norms, rotary embeddings and gated activations, on GPUs; needs the
+            package liger-kernel.
 
     Raises:
         FileNotFoundError: When the model is loaded, if there is no model of that name.
         ValueError: If the schedule or its arguments are unknown, or ``max_new_tokens`` is below 1; in ``setup`` or
-            ``configure_optimizers`` if the schedule needs the length of the run and the run has no end; when training
+            ``configure_optimizers`` if the schedule needs the length of the run and the run has no end; when the model
+            is loaded, if it is to be both compiled and sharded by FSDP1, or Liger has no kernels for it; when training
             is resumed, if the checkpoint has no training state, or that of another optimizer.
     """
+
+    takes_one_row = True
+    """Whether it keeps apart the examples that share the only row of a batch."""
 
     milora_config: LoRAConfig | None = None
     """The configuration of the adapters that this run trains; set by :class:`milora_lightning.MiLoRAInit`."""
@@ -90,7 +109,7 @@ class CausalLMModule(EvaluatedModule):
         self,
         name_or_path: str,
         dtype: DtypeName = "auto",
-        attn_implementation: str | None = None,
+        attn_implementation: str | None = AUTO,
         gradient_checkpointing: bool | float = False,
         compile: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4, weight_decay=0.0),
@@ -101,6 +120,7 @@ class CausalLMModule(EvaluatedModule):
         lr_scheduler_kwargs: dict[str, Any] | None = None,
         learning_rate: float | None = None,
         quantization: Quantization | None = None,
+        liger: bool = False,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, warmup_steps, lr_scheduler_kwargs, learning_rate, metric)
         if max_new_tokens < 1:
@@ -116,6 +136,7 @@ class CausalLMModule(EvaluatedModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_layers = compile
         self.quantization = quantization
+        self.liger = liger
         self.max_new_tokens = max_new_tokens
         self.model: PreTrainedModel | None = None
         self.prompt_format: PromptFormat | None = None
@@ -144,19 +165,37 @@ class CausalLMModule(EvaluatedModule):
             self._build()
         if self.sft_data is not None:
             check_model(self.sft_data, self, self.sft_data.pad_to_multiple_of)
-            if self.sft_data.packing:
-                check_takes_positions(self._built())
+            if remedy := self.sft_data.remedy_for_shared_rows(auto=False):
+                check_takes_positions(self._built(), remedy)
 
     def load_model(self) -> PreTrainedModel:
         """Load the model, or, where it will be sharded, create it without weights. Override it to load another way."""
-        origin = self.name_or_path, loaded_as(self.dtype_name), self.attn_implementation
+        origin = self.name_or_path, loaded_as(self.dtype_name), self._attention()
         if self.device_mesh is not None:
             return empty_causal_lm(*origin)
         device = torch.device("cpu") if self._trainer is None else self._trainer.strategy.root_device
         return load_causal_lm(*origin, self.quantization, device)
 
+    def _attention(self) -> str | None:
+        """Return the name of the attention to load the model with; None for transformers' choice."""
+        if self.attn_implementation != AUTO:
+            return self.attn_implementation
+        if self._trainer is None:
+            return None
+        config, device = load_config(self.name_or_path), self._trainer.strategy.root_device
+        choice = choose_attention(config, held_as(self.dtype_name, config.dtype, device.type), device)
+        if self._trainer.state.fn == "fit":
+            inform(choice.in_words)
+        return choice.name
+
     def _build(self) -> None:
         mesh = self.device_mesh
+        device = None if self._trainer is None else self._trainer.strategy.root_device
+        if self.compile_layers and device is not None and mesh is None and shards(self.trainer.strategy):
+            raise InvalidInputError(
+                "compile: true does not work under FSDPStrategy (FSDP1): leave it out, or use FSDP2 (strategy: "
+                "milora_fsdp2)."
+            )
         if self.compile_layers and mesh is not None and mesh["tensor_parallel"].size() > 1:
             raise InvalidInputError("compile: true does not work with tensor_parallel_size above 1: leave one out.")
         if mesh is not None and takes_images(load_config(self.name_or_path)):
@@ -166,10 +205,12 @@ class CausalLMModule(EvaluatedModule):
             )
         model = self.load_model()
         recompute_layers(model, self.gradient_checkpointing)
+        if self.liger and device is not None:
+            apply_liger(model, device)
         if self.compile_layers:
-            compile_layers(model)
-        if self._trainer is not None:
-            self._suit_processor(model, self._trainer.strategy.root_device)
+            compile_layers(model, device)
+        if device is not None:
+            self._suit_processor(model, device)
         self.model = model.train()
         if self.device_mesh is not None:  # FSDP2: inject adapters, then shard, then read the weights
             if self.milora_config is not None:
@@ -221,13 +262,14 @@ class CausalLMModule(EvaluatedModule):
 
         Args:
             batch: ``input_ids`` and ``labels`` (batch, length), padded on the right. No attention mask is needed:
-                with causal attention no token sees the padding behind it. Packed rows also have ``position_ids``.
+                with causal attention no token sees the padding behind it. Packed rows also have ``position_ids``, and
+                a single row of several examples ``cu_seq_lens`` and ``max_length``.
 
         Returns:
             Logits of shape (supervised tokens, vocabulary): those that predict a label other than the ignored one.
         """
         return supervised_logits(
-            self._built(), batch["input_ids"], batch["labels"], batch.get("position_ids"), **batch.get(IMAGES, {})
+            self._built(), batch["input_ids"], batch["labels"], positions_of(batch), **batch.get(IMAGES, {})
         )
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -235,17 +277,20 @@ class CausalLMModule(EvaluatedModule):
         labels = batch["labels"]
         # The model runs even if no token is supervised: with a sharded model the other ranks wait for this one.
         images = batch.get(IMAGES, {})
-        total = causal_lm_loss(self._built(), batch["input_ids"], labels, batch.get("position_ids"), **images)
+        total = causal_lm_loss(self._built(), batch["input_ids"], labels, positions_of(batch), **images)
         return total, supervised_count(labels)
 
     def on_train_start(self) -> None:
         """Check that packed examples do not see each other in this model."""
         super().on_train_start()
         datamodule = self.sft_data
-        if datamodule is not None and datamodule.packing:
+        remedy = None if datamodule is None else datamodule.remedy_for_shared_rows()
+        if datamodule is not None and remedy is not None:
             examples = datamodule.examples("train")
             longest = max(range(len(examples)), key=examples["length"][:].__getitem__)
-            check_separation(self._built(), examples[longest]["input_ids"][: max(2, datamodule.max_length // 2)])
+            check_separation(
+                self._built(), examples[longest]["input_ids"][: max(2, datamodule.max_length // 2)], remedy
+            )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute the mean loss over the tokens of a batch on all ranks.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,9 @@ def checkpoint_errors(path: str | Path) -> Iterator[None]:
         raise
     except (Exception, CheckpointException) as error:  # torch raises many types for files it cannot read
         reason = "it is damaged, incomplete, or not a checkpoint"
-        if isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in str(error):
+        if _needs_torchao(error):
+            reason = "it holds the state of an optimizer of torchao: pip install milora-lightning[torchao]"
+        elif isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in str(error):
             reason = "it holds Python objects, perhaps in the module's hyper_parameters (see save_hyperparameters)"
         raise CheckpointError(
             f"{str(path)!r} cannot be read as a checkpoint: {reason} ({type(error).__name__})."
@@ -56,8 +60,10 @@ class ClearCheckpointIO(TorchCheckpointIO):
         """
         if is_sharded_folder(Path(path)):
             return read(path)
+        super_load = super().load_checkpoint
         with checkpoint_errors(path):
-            return super().load_checkpoint(path, *args, **kwargs)
+            content: dict[str, Any] = _with_torchao(lambda: super_load(path, *args, **kwargs))
+            return content
 
 
 def read_without_weights(path: str | Path) -> dict[str, Any]:
@@ -77,7 +83,7 @@ def read_without_weights(path: str | Path) -> dict[str, Any]:
     _check_exists(path)
     with checkpoint_errors(path):
         file = metadata_file(path) if path.is_dir() else path
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+        content = _with_torchao(lambda: torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file)))
     if not isinstance(content, dict):
         raise CheckpointError(f"{str(path)!r} is not a Lightning checkpoint: it has no state_dict.")
     return content
@@ -101,7 +107,7 @@ def read(path: str | Path) -> dict[str, Any]:
     _check_exists(path)
     with checkpoint_errors(path):
         if not path.is_dir():
-            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            content: dict[str, Any] = _with_torchao(lambda: torch.load(path, map_location="cpu", weights_only=True))
             return content
         content = read_sharded_folder(path)
     state = content.pop("state_dict", None) or content.pop("model")  # the names that FSDP2 and FSDP1 use
@@ -119,3 +125,18 @@ def _check_exists(path: Path) -> None:
         inside = sorted(child.name for child in path.glob("*.ckpt"))
         found = f"Give the path of a file in it, such as {path / inside[-1]}." if inside else "Check the path."
         raise CheckpointError(f"{str(path)!r} is a folder, but not a checkpoint folder of a sharded run. {found}")
+
+
+def _needs_torchao(error: BaseException) -> bool:
+    return isinstance(error, pickle.UnpicklingError) and "torchao" in str(error)
+
+
+def _with_torchao(load: Callable[[], Any]) -> Any:
+    """Load a checkpoint; if it holds tensors of torchao, import it before, so that torch knows that they are safe."""
+    try:
+        return load()
+    except pickle.UnpicklingError as error:
+        if not _needs_torchao(error) or importlib.util.find_spec("torchao") is None:
+            raise
+    importlib.import_module("torchao.optim")
+    return load()

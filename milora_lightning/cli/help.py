@@ -41,7 +41,7 @@ GROUPS = (
         "The model",
         "model",
         "milora_lightning.module:CausalLMModule",
-        ("metric", "lr_scheduler_kwargs", "optimizer"),
+        ("metric", "lr_scheduler_kwargs", "optimizer", "liger"),
     ),
     Group(
         "The adapters",
@@ -61,7 +61,7 @@ GROUPS = (
         f"{DATA}.datamodule:SFTDataModule",
         (
             *("source", "tokenizer", "num_test_generation_examples"),
-            *("pad_to_multiple_of", "num_proc", "num_workers", "seed"),
+            *("pad_to_multiple_of", "num_proc", "num_workers", "seed", "padding_free"),
         ),
     ),
 )

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import Strategy
 from torchmetrics import Metric
 
 from milora_lightning.data import Files, Source
-from milora_lightning.training.optimizers import know_short_names
+from milora_lightning.training.optimizers import EXTRAS, know_short_names, missing
 from milora_lightning.utils.compat import option_strings
 from milora_lightning.utils.suggestions import closest, suggest
 
@@ -98,6 +98,9 @@ def in_a_sentence(message: str, options: Iterable[str] = ()) -> str:
         return (
             f"{' and '.join('--' + name.lstrip('-') for name in names)} {'is' if len(names) == 1 else 'are'} missing."
         )
+    for library in EXTRAS:
+        if f"No module named '{library}'" in message and (found := re.search(rf"{library}\.optim\.(\w+)", message)):
+            return f"--model.optimizer: {missing(library, found[1])}"
     key = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
     return (key and (_of_a_class(key, message) or _of_a_value(key, message))) or message
 

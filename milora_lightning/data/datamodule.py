@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from milora_lightning.data.batches.batching import Collator
+from milora_lightning.data.batches.budget import Batches, OverfittingBudgetSampler, TokenBudgetSampler
 from milora_lightning.data.batches.packing import PackedDataset, PackingCollator
 from milora_lightning.data.batches.resuming import OverfittingSampler, ResumableSampler, Resumption
 from milora_lightning.data.batches.sampling import ResumableDataLoader
@@ -24,6 +26,8 @@ from milora_lightning.data.streaming.loading import StreamedBatches, StreamLoade
 from milora_lightning.data.streaming.places import StreamPlaces
 from milora_lightning.data.streaming.rows import stream_of
 from milora_lightning.models.limits import embedding_rows
+from milora_lightning.models.packed_rows import reason_to_mix
+from milora_lightning.models.segments import skips_other_examples
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import inform
 
@@ -73,6 +77,11 @@ class SFTDataModule(EvaluationLoaders):
         packing: Put several training examples into each row of up to ``max_length`` tokens, so that there is almost no
             padding; ``batch_size`` then counts rows. The model keeps the examples apart by ``position_ids``, which
             replace the attention mask in these batches. The same examples share a row in each epoch.
+        padding_free: Lay the examples of each training batch out in one row, without padding between them. ``"auto"``
+            does so if the model's attention then skips what lies between examples (flash and flex attention). With
+            other implementations it is right too, but slower than padding where the row is long.
+        max_tokens_per_batch: Instead of ``batch_size`` examples, each rank and training batch gets as many as fit into
+            so many tokens, padding included: examples of similar length, or with ``padding_free`` any that fill it.
         streaming: Read and tokenize the training data during training, so that they may be larger than memory and
             disk. Needs the Trainer's ``max_steps``, since the length of a stream is not known; a stream that ends is
             read again. Validation data are the first ``validation_size`` rows, or separate data.
@@ -105,6 +114,8 @@ class SFTDataModule(EvaluationLoaders):
         packing: bool = False,
         streaming: bool = False,
         shuffle_buffer: int = 1000,
+        padding_free: bool | Literal["auto"] = "auto",
+        max_tokens_per_batch: int | None = None,
     ) -> None:
         super().__init__(
             source,
@@ -126,12 +137,16 @@ class SFTDataModule(EvaluationLoaders):
         self.num_workers = num_workers
         self.seed = seed
         self.packing = packing
+        self.padding_free = padding_free
+        self.max_tokens_per_batch = max_tokens_per_batch
         self.shuffle_buffer = shuffle_buffer
         self._resumption = Resumption(self)
         self._said_template = False
+        self._said_layout = False
         order = {"num_workers": max(1, num_workers), "shuffle_buffer": shuffle_buffer, "packing": packing, "seed": seed}
         self._places = StreamPlaces(self, order)
-        sizes = ("batch_size", "eval_batch_size", "generation_batch_size", "pad_to_multiple_of", "shuffle_buffer")
+        sizes = ["batch_size", "eval_batch_size", "generation_batch_size", "pad_to_multiple_of", "shuffle_buffer"]
+        sizes += ["max_tokens_per_batch"]
         counts = ("num_generation_examples", "num_test_generation_examples")
         for name, least in [*((size, 1) for size in sizes), *((count, 0) for count in counts)]:
             if (value := getattr(self, name)) is not None and value < least:
@@ -139,6 +154,16 @@ class SFTDataModule(EvaluationLoaders):
         if self.shows_images and (packing or streaming):
             raise InvalidInputError(
                 f"{type(source).__name__} has images, which work with neither packing nor streaming: leave both out."
+            )
+        if self.shows_images and (padding_free is True or max_tokens_per_batch is not None):
+            raise InvalidInputError(
+                f"{type(source).__name__} has images, whose batches are padded and of batch_size examples: leave "
+                "padding_free and max_tokens_per_batch out."
+            )
+        if streaming and max_tokens_per_batch is not None:
+            raise InvalidInputError(
+                "max_tokens_per_batch groups all of the data by length, and a stream is not read whole: leave it out, "
+                "and set packing: true and max_length for rows of so many tokens."
             )
         if answer_by == "likelihood" and not isinstance(source, MultipleChoice):
             raise InvalidInputError(
@@ -187,17 +212,55 @@ class SFTDataModule(EvaluationLoaders):
     def epoch(self) -> DataLoader[Any]:
         """Return batches of the loaded training examples, which for a stream are those of its beginning."""
         examples = self.examples("train")
-        sampler_class = OverfittingSampler if self._overfits() else ResumableSampler
         # Without the text columns, which only generation needs.
-        columns: Any = examples.select_columns(["input_ids", "spans", *(["image"] if self.shows_images else [])])
+        rows: Any = examples.select_columns(["input_ids", "spans", *(["image"] if self.shows_images else [])])
         lengths = examples["length"][:]
         if self.packing:
-            columns = PackedDataset(columns, lengths, self.max_length, self.seed)
-            lengths = columns.lengths
-        options: dict[str, Any] = {"shuffle": True, "seed": self.seed, **self._rank()}
-        sampler = sampler_class(self._resumption, lengths, self.batch_size, **options)
-        collator = self._collator(PackingCollator if self.packing else Collator)
-        return self._loader(columns, sampler, self.batch_size, collator, ResumableDataLoader)
+            rows = PackedDataset(rows, lengths, self.max_length, self.seed)
+            lengths = rows.lengths
+        order: dict[str, Any] = {"shuffle": True, "seed": self.seed, **self._rank()}
+        overfits, collator = self._overfits(), self._training_collator()
+        if (most := self.max_tokens_per_batch) is not None:
+            by_tokens = OverfittingBudgetSampler if overfits else TokenBudgetSampler
+            grouped = by_tokens(
+                self._resumption, lengths, most, not self.has_one_row(), self.pad_to_multiple_of, **order
+            )
+            return self._loader(Batches(rows), grouped, None, collator, ResumableDataLoader)
+        sampler = (OverfittingSampler if overfits else ResumableSampler)(
+            self._resumption, lengths, self.batch_size, **order
+        )
+        return self._loader(rows, sampler, self.batch_size, collator, ResumableDataLoader)
+
+    # ---- Rows that examples share ----
+
+    def has_one_row(self) -> bool:
+        """Tell whether all examples of a training batch are in one row."""
+        if self.padding_free != "auto":
+            return self.padding_free
+        if self.shows_images:
+            return False
+        module = getattr(self.trainer, "lightning_module", None)
+        model = language_model(module) if module is not None and getattr(module, "takes_one_row", False) else None
+        return model is not None and skips_other_examples(model) and reason_to_mix(model) is None
+
+    def remedy_for_shared_rows(self, auto: bool = True) -> str | None:
+        """Return what to do if the model cannot keep the examples of a row apart; None if they share none.
+
+        Args:
+            auto: Whether that counts which ``padding_free: auto`` has chosen.
+        """
+        if self.packing:
+            return "set data.packing to false"
+        shares = self.has_one_row() if auto else self.padding_free is True
+        return "set data.padding_free to false" if shares else None
+
+    def _training_collator(self) -> Any:
+        one_row = self.has_one_row()
+        if one_row and self.padding_free == "auto" and not self._said_layout:
+            self._said_layout = True
+            inform("Batches: all examples in one row, without padding; the model's attention skips what is between.")
+        kind = partial(PackingCollator, one_row=one_row) if one_row or self.packing else Collator
+        return self._collator(kind)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what goes into the checkpoint: the position in the data, their description and the prompt format."""
@@ -250,7 +313,7 @@ class SFTDataModule(EvaluationLoaders):
         batches = StreamedBatches(
             stream,
             encoder,
-            self._collator(PackingCollator if self.packing else Collator),
+            self._training_collator(),
             self.shuffle_buffer,
             self.batch_size,
             self.max_length if self.packing else None,

@@ -95,7 +95,7 @@ class EvaluationLoaders(TokenizedSplits):
         self,
         examples: Any,
         sampler: Any,
-        batch_size: int,
+        batch_size: int | None,
         collator: Any,
         loader: type[DataLoader[Any]] = DataLoader,
     ) -> DataLoader[Any]:

@@ -5,31 +5,50 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from milora_lightning.models.pretrained import decoder_layers
+from milora_lightning.utils.derived_class import Derived, derive
+
+CODE = "_compiled_forward"
+"""Attribute of a layer with its compiled forward, which a copy of the layer has to make for itself."""
 
 
-def compile_layers(model: PreTrainedModel) -> None:
+def compile_layers(model: PreTrainedModel, device: torch.device | None = None) -> None:
     """Compile the forward of each decoder layer, used whenever gradients are computed.
 
     The layers share their code, so a few compiled variants serve all of them at every length. Evaluation, and
-    generation above all, has too many shapes to be worth compiling for, and runs uncompiled.
+    generation above all, has too many shapes to be worth compiling for, and runs uncompiled. Hooks stay outside of
+    what is compiled, so layers may be sharded afterwards (FSDP2).
 
     Args:
         model: Any causal language model of transformers; modified in place.
+        device: The device that it will train on. On CPUs, dropout draws what it draws without compilation; on others
+            it becomes part of the compiled code, which is faster and draws other masks.
     """
+    on_cpu = device is None or device.type == "cpu"
     for layer in decoder_layers(model):
-        _compile(layer)
+        layer.compile_options = {"fallback_random": True} if on_cpu else {}  # type: ignore[assignment]
+        derive(layer, Compiled)
+        layer.__dict__[CODE] = _compiled(layer)
 
 
-def _compile(layer: nn.Module) -> None:
-    eager = layer.forward
-    # Torch's own random numbers: dropout is cheaper with them, and gives the same results as without compilation.
-    compiled = torch.compile(eager, options={"fallback_random": True})
+class Compiled(Derived):
+    """Mixin of a decoder layer that runs compiled code where gradients are computed."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return (compiled if torch.is_grad_enabled() else eager)(*args, **kwargs)
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        make, origin, state, *rest = super().__reduce_ex__(protocol)
+        return (make, origin, {key: value for key, value in state.items() if key != CODE}, *rest)
 
-    layer.forward = forward
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the layer, by compiled code if gradients are computed."""
+        if not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if CODE not in self.__dict__:
+            self.__dict__[CODE] = _compiled(self)
+        return self.__dict__[CODE](*args, **kwargs)
+
+
+def _compiled(layer: Any) -> Any:
+    forward = super(Compiled, layer).forward
+    return torch.compile(forward, options=layer.compile_options)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from milora_lightning.models.positions import at_positions, next_labels, supervised_positions
+from milora_lightning.models.segments import Positions
 from milora_lightning.models.supervision import (
     all_logits,
     attention_rows,
@@ -27,7 +28,7 @@ DEVICE_LOGITS = 2**26
 
 
 def causal_lm_loss(
-    model: PreTrainedModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, **inputs: Tensor
+    model: PreTrainedModel, input_ids: Tensor, labels: Tensor, position_ids: Positions = None, **inputs: Tensor
 ) -> Tensor:
     """Compute the sum of a causal language model's next-token cross-entropies over the labelled tokens.
 
@@ -42,8 +43,8 @@ def causal_lm_loss(
         input_ids: Token ids (batch, length), padded on the right. Causal attention keeps the padding out of every
             token before it, so no attention mask is needed.
         labels: Labels (batch, length), ``IGNORE_INDEX`` where they do not count.
-        position_ids: Positions (batch, length) of packed rows, starting from 0 in each example; None if each row is
-            one example.
+        position_ids: Positions (batch, length) of packed rows, starting from 0 in each example, or the segments of a
+            single row; None if each row is one example.
         inputs: What else the model takes, such as ``pixel_values``.
 
     Returns:

@@ -20,7 +20,17 @@ from milora_lightning.models.pretrained import auto_class, decoder_layers
 from milora_lightning.models.recompute import recomputed
 from milora_lightning.utils.compat import TELLS_HOW_IT_KEEPS
 
-OPTIMIZER_STATES = {"SGD": 0, "Adagrad": 4, "RMSprop": 4, "AdamW": 8, "Adam": 8, "AdamW8bit": 2, "PagedAdamW8bit": 2}
+OPTIMIZER_STATES = {
+    "SGD": 0,
+    "Adagrad": 4,
+    "RMSprop": 4,
+    "AdamW": 8,
+    "Adam": 8,
+    "AdamW8bit": 2,
+    "PagedAdamW8bit": 2,
+    "AdamWFp8": 2,
+    "AdamW4bit": 1,
+}
 """Bytes of optimizer state per trainable parameter, by the optimizer's class."""
 
 QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64, "int8": 1.0}

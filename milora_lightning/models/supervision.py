@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from milora_lightning.models.positions import at_positions, supervised_positions
+from milora_lightning.models.segments import Positions, attention_arguments
 from milora_lightning.utils.compat import attention_of
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn
@@ -77,7 +78,7 @@ def check_causal(model: PreTrainedModel) -> None:
 
 
 def supervised_logits(
-    model: PreTrainedModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, **inputs: Tensor
+    model: PreTrainedModel, input_ids: Tensor, labels: Tensor, position_ids: Positions = None, **inputs: Tensor
 ) -> Tensor:
     """Compute a causal language model's logits at each position whose next label counts.
 
@@ -88,8 +89,8 @@ def supervised_logits(
         model: Any causal language model of transformers.
         input_ids: Token ids (batch, length), padded on the right.
         labels: Labels (batch, length), ``IGNORE_INDEX`` where they do not count.
-        position_ids: Positions (batch, length) of packed rows, starting from 0 in each example; None if each row is
-            one example.
+        position_ids: Positions (batch, length) of packed rows, starting from 0 in each example, or the segments of a
+            single row; None if each row is one example.
         inputs: What else the model takes, such as ``pixel_values``.
 
     Returns:
@@ -109,14 +110,14 @@ def supervised_logits(
 
 
 def attention_rows(
-    model: PreTrainedModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    model: PreTrainedModel, input_ids: Tensor, labels: Tensor, position_ids: Positions
+) -> tuple[Tensor, Tensor, Positions]:
     """Reshape packed rows so that a model's attention keeps the examples apart.
 
     From positions alone, transformers' flash attention does so only within a single row; the masks of the other
     implementations work with any number of rows.
     """
-    if position_ids is None or "flash" not in attention_of(model):
+    if not isinstance(position_ids, Tensor) or "flash" not in attention_of(model):
         return input_ids, labels, position_ids
     return input_ids.reshape(1, -1), labels.reshape(1, -1), position_ids.reshape(1, -1)
 
@@ -125,7 +126,7 @@ def run_with_hidden_states(
     model: PreTrainedModel,
     input_ids: Tensor,
     substitute: Callable[[Any, Tensor], Tensor],
-    position_ids: Tensor | None = None,
+    position_ids: Positions = None,
     **inputs: Tensor,
 ) -> Logits:
     """Run a model, passing substituted hidden states to its output embeddings.
@@ -164,9 +165,7 @@ def run_with_hidden_states(
     return Logits(logits, substituted, substituted and tracker.is_unchanged(logits))
 
 
-def all_logits(
-    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None, **inputs: Tensor
-) -> Tensor:
+def all_logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Positions = None, **inputs: Tensor) -> Tensor:
     """Compute all logits (batch, length, vocabulary), for a model that changes its logits in an unknown way."""
     _warn_of_second_forward(type(model).__name__)
     return _forward(model, input_ids, position_ids, **inputs)
@@ -177,10 +176,8 @@ def _configs(config: PretrainedConfig) -> list[PretrainedConfig]:
     return [config, config.get_text_config(decoder=True)]
 
 
-def _forward(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None, **inputs: Tensor) -> Tensor:
-    # Only for packed rows: some models take no positions.
-    positions = {} if position_ids is None else {"position_ids": position_ids}
-    output = model(input_ids=input_ids, use_cache=False, **positions, **inputs)
+def _forward(model: PreTrainedModel, input_ids: Tensor, position_ids: Positions, **inputs: Tensor) -> Tensor:
+    output = model(input_ids=input_ids, use_cache=False, **attention_arguments(model, position_ids), **inputs)
     logits: Tensor = output[0] if isinstance(output, tuple) else output.logits
     return logits
 

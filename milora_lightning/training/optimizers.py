@@ -1,4 +1,4 @@
-"""Optimizers by their short names: those of torch, and the memory-saving ones of bitsandbytes."""
+"""Optimizers by their short names: those of torch, and the memory-saving ones of bitsandbytes and torchao."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import torch
 from milora_lightning.utils.compat import class_resolver, set_class_resolver
 from milora_lightning.utils.errors import InvalidInputError
 
-LIBRARY = "bitsandbytes"
+EXTRAS = {"bitsandbytes": "quantization", "torchao": "torchao"}
+"""The libraries of memory-saving optimizers, in their modules ``optim``, and the extras that install them."""
 
 
 def full_path(name: str) -> str:
     """Return the class path of an optimizer.
 
-    A name that both libraries have means torch's optimizer. A name that ends in ``8bit`` or begins with ``Paged`` is
-    looked up in bitsandbytes, which is imported for it.
+    A name that several libraries have means torch's optimizer, or that of bitsandbytes. A name that ends in ``bit`` or
+    ``Fp8``, or begins with ``Paged``, is looked up in the library that has such names, which is imported for it.
 
     Args:
-        name: A class name or a class path. A path, or a name that neither library has, is returned unchanged.
+        name: A class name or a class path. A path, or a name that no library has, is returned unchanged.
 
     Raises:
-        ValueError: If the optimizer is one of bitsandbytes and bitsandbytes is not installed.
+        ValueError: If the optimizer is one of a library that is not installed.
 
     >>> full_path("AdamW"), full_path("my.own.AdamW8bit"), full_path("AdanW")
     ('torch.optim.AdamW', 'my.own.AdamW8bit', 'AdanW')
@@ -32,14 +33,29 @@ def full_path(name: str) -> str:
     module, _, short = name.rpartition(".")
     if not module and _is_optimizer(torch.optim, short):
         return f"torch.optim.{short}"
-    if module.partition(".")[0] != LIBRARY and (module or not (short.endswith("8bit") or short.startswith("Paged"))):
+    library = module.partition(".")[0] if module else _library_of(short)
+    if library not in EXTRAS:
         return name
-    if importlib.util.find_spec(LIBRARY) is None:
-        raise InvalidInputError(
-            f"The optimizer {short} needs the package {LIBRARY}: pip install milora-lightning[quantization]"
-        )
-    known = _is_optimizer(importlib.import_module(f"{LIBRARY}.optim"), short)
-    return f"{LIBRARY}.optim.{short}" if known and not module else name
+    if importlib.util.find_spec(library) is None:
+        raise InvalidInputError(missing(library, short))
+    known = _is_optimizer(importlib.import_module(f"{library}.optim"), short)
+    return f"{library}.optim.{short}" if known and not module else name
+
+
+def missing(library: str, optimizer: str) -> str:
+    """Say that a library is not installed, and how to install it."""
+    return f"The optimizer {optimizer} needs the package {library}: pip install milora-lightning[{EXTRAS[library]}]"
+
+
+def _library_of(short: str) -> str | None:
+    """Return the library in which to look for an optimizer of that name.
+
+    >>> _library_of("AdamW8bit"), _library_of("PagedAdamW"), _library_of("AdamW4bit"), _library_of("AdamW")
+    ('bitsandbytes', 'bitsandbytes', 'torchao', None)
+    """
+    if short.endswith(("4bit", "Fp8")):
+        return "torchao"
+    return "bitsandbytes" if short.endswith("8bit") or short.startswith("Paged") else None
 
 
 def _is_optimizer(module: Any, name: str) -> bool:

@@ -293,6 +293,16 @@ def attention_of(model: PreTrainedModel) -> str:
     return str(model.config._attn_implementation)
 
 
+def takes_sdpa(kind: type[PreTrainedModel]) -> bool:
+    """Whether a class of models computes attention by torch's function, or by one registered in its place."""
+    return bool(kind._supports_sdpa) and bool(kind._supports_attention_backend)
+
+
+def takes_flash_attention(kind: type[PreTrainedModel]) -> bool:
+    """Whether a class of models has been made for flash attention."""
+    return bool(kind._supports_flash_attn)
+
+
 def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> Any:
     """Return which weights a model keeps in float32 whatever dtype it is loaded in; nothing if there are none."""
     return model._get_dtype_plan(dtype)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import TINY_CONFIGS, save_tiny_model
+from helpers.models import TINY_CONFIGS, quiet_trainer, save_tiny_model
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -104,3 +107,30 @@ def test_the_module_compiles_what_it_loads(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(compilation.torch, "compile", lambda f, options: compiled.append(f) or f)
     CausalLMModule(str(save_tiny_model(tmp_path / "llama", "llama")), compile=True).configure_model()
     assert len(compiled) == 2
+
+
+def test_a_copy_computes_with_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the averages of weights need it, which are copies of the model."""
+    use_backend(monkeypatch, "eager")
+    model, plain = adapted(), adapted()
+    compilation.compile_layers(model)
+    before = loss_of(model, 30).detach()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for changed in (copied, plain):
+            for name, parameter in changed.named_parameters():
+                if "lora_B" in name:
+                    parameter.add_(1)
+    torch.testing.assert_close(loss_of(copied, 30), loss_of(plain, 30))
+    torch.testing.assert_close(loss_of(model, 30).detach(), before)
+    assert abs(loss_of(copied, 30) - before) > 0.05
+
+
+def test_fsdp1_is_refused(tmp_path: Path) -> None:
+    lm = CausalLMModule(str(save_tiny_model(tmp_path / "llama", "llama")), compile=True)
+    strategy = FSDPStrategy(parallel_devices=[torch.device("cpu")], cluster_environment=LightningEnvironment())
+    trainer = quiet_trainer(tmp_path)
+    trainer._accelerator_connector.strategy = strategy
+    lm.trainer = trainer
+    with pytest.raises(ValueError, match=r"compile: true does not work under FSDPStrategy \(FSDP1\): leave it out"):
+        lm.configure_model()

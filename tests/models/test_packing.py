@@ -30,9 +30,11 @@ from transformers.masking_utils import flash_attention_mask, sdpa_mask
 from milora_lightning import CausalLMModule, MiLoRAInit, SFTDataModule
 from milora_lightning.data import Collator, Files
 from milora_lightning.data.batches.packing import PackedDataset, PackingCollator, pack
+from milora_lightning.models import segments
 from milora_lightning.models.attention import NAME as CAUSAL_BLOCKS
 from milora_lightning.models.loss import causal_lm_loss, supervised_logits
 from milora_lightning.models.packed_rows import check_separation, check_takes_positions
+from milora_lightning.models.segments import positions_of
 
 CONFIGS = {
     **{name: TINY_CONFIGS[name] for name in ("llama", "qwen3", "gemma2", "gpt2")},
@@ -241,6 +243,10 @@ def varlen_reference(module: Any, query: Any, key: Any, value: Any, attention_ma
     assert attention_mask is None
     assert flash._is_packed_sequence(positions, len(query))
     (starts, _), _ = flash.prepare_fa_kwargs_from_position_ids(positions)
+    return attend_apart(query, key, value, starts, options)
+
+
+def attend_apart(query: Any, key: Any, value: Any, starts: torch.Tensor, options: dict[str, Any]) -> Any:
     outputs = []
     for start, stop in pairwise(starts.tolist()):
         q, k, v = (x[:, :, start:stop] for x in (query, key, value))
@@ -290,3 +296,101 @@ def test_an_attention_that_forgets_the_mask_is_refused() -> None:
     AttentionMaskInterface.register("forgetful", sdpa_mask)
     with pytest.raises(ValueError, match="'forgetful' for an example in a packed row changes with its neighbour"):
         check_separation(model_of("llama", "forgetful"), examples(16)[0]["input_ids"])
+
+
+# ---- A batch in one row ----
+
+
+def padded_and_flat(lengths: tuple[int, ...], model: PreTrainedModel) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+    """Loss and gradients of a padded batch, of the same examples in one row, and of that row with no boundaries."""
+    rows = examples(*lengths)
+    flat = PackingCollator(0, one_row=True)(rows)
+    assert flat["input_ids"].shape[0] == 1
+    mixed = {**flat, "position_ids": None}
+    mixed.pop("cu_seq_lens")
+    results = []
+    for batch in (Collator(0)(rows), flat, mixed):
+        model.zero_grad()
+        total = causal_lm_loss(model, batch["input_ids"], batch["labels"], positions_of(batch))
+        total.backward()
+        results.append((total.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    return results
+
+
+@pytest.mark.parametrize(("name", "implementation"), [*IMPLEMENTATIONS, ("llama", CAUSAL_BLOCKS)])
+def test_a_batch_in_one_row_is_the_padded_batch(name: str, implementation: str) -> None:
+    (padded, expected), (flat, gradients), (mixed, _) = padded_and_flat((9, 14, 7, 12), model_of(name, implementation))
+    torch.testing.assert_close(flat, padded, rtol=1e-5, atol=0)
+    for gradient, reference in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()) + 1e-7)
+    assert abs(mixed / padded - 1) > 1e-4  # negative control
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2"])
+def test_flash_attention_is_told_the_boundaries(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it neither looks for them in the positions, nor waits for the device."""
+
+    def varlen(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
+        starts = options["cu_seq_lens_q"]
+        assert options["max_length_q"] == options["max_length_k"] == int(starts.diff().max())
+        assert torch.equal(starts, options["cu_seq_lens_k"])
+        assert attention_mask is None
+        return attend_apart(query, key, value, starts, {"scaling": query.shape[-1] ** -0.5, **options})
+
+    # Under a name of its own, because transformers looks for a kernel behind any name with "flash" in it.
+    AttentionInterface.register("told", varlen)
+    AttentionMaskInterface.register("told", flash_attention_mask)
+    monkeypatch.setattr(segments, "attention_of", lambda _: "flash_attention_2")
+    rows = examples(9, 14, 7, 12)
+    batch, flat = Collator(0)(rows), PackingCollator(0, one_row=True)(rows)
+    expected = causal_lm_loss(model_of(name, "eager"), batch["input_ids"], batch["labels"])
+    model = model_of(name, "told")
+    found = causal_lm_loss(model, flat["input_ids"], flat["labels"], positions_of(flat))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    check_separation(model, rows[1]["input_ids"])
+
+
+def test_a_run_in_one_row_is_that_on_padded_batches(base: Path, tmp_path: Path) -> None:
+    states = []
+    for options in ({"padding_free": False}, {"padding_free": True}, {"padding_free": True, "packing": True}):
+        lm = CausalLMModule(str(base), optimizer=lambda params: torch.optim.SGD(params, lr=0.1), warmup_steps=0)
+        trainer = quiet_trainer(tmp_path, max_epochs=2, limit_val_batches=0, callbacks=[MiLoRAInit(r=2)])
+        trainer.fit(lm, data_of(tmp_path, base, batch_size=40, **options))
+        assert trainer.global_step == 2
+        states.append({n: p.detach() for n, p in lm.named_parameters() if p.requires_grad})
+    for state in states[1:]:
+        for name, parameter in states[0].items():
+            torch.testing.assert_close(state[name], parameter, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("attention", "asked", "one_row"), [("flash", "auto", True), ("flash", False, False), ("sdpa", "auto", False)]
+)
+def test_what_auto_means(
+    attention: str, asked: Any, one_row: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if attention == "flash":
+        monkeypatch.setattr(segments, "attention_of", lambda _: "flash_attention_2")
+    shapes = []
+
+    class Watched(CausalLMModule):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            shapes.append(tuple(batch["input_ids"].shape))
+            return super().training_step(batch, batch_idx)
+
+    lm = Watched(str(base), attn_implementation="sdpa")  # which finds the examples by their positions
+    trainer = quiet_trainer(tmp_path, max_steps=1, callbacks=[MiLoRAInit(r=2)], limit_val_batches=0)
+    trainer.fit(lm, data_of(tmp_path, base, batch_size=4, padding_free=asked))
+    assert (shapes[0][0] == 1) == one_row
+
+
+def test_a_model_that_takes_no_positions_is_refused_where_one_row_is_asked_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    folder = save_tiny_model(tmp_path / "mamba", "llama")
+    AutoModelForCausalLM.from_config(MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2)).save_pretrained(
+        folder
+    )
+    lm = CausalLMModule(str(folder))
+    trainer = quiet_trainer(tmp_path, max_steps=1, callbacks=[MiLoRAInit(r=2)])
+    with pytest.raises(ValueError, match=r"takes no position_ids, .*: set data.padding_free to false"):
+        trainer.fit(lm, data_of(tmp_path, folder, batch_size=4, padding_free=True))

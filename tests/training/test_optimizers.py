@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from milora_lightning.cli.main import MiLoRACLI, command_line
 from milora_lightning.training.optimizers import full_path
@@ -76,3 +79,21 @@ def test_other_names_are_left_to_the_parser(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         optimizer("--model.optimizer=AdamW9bit")
     assert "there is no class of that name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["AdamW4bit", "AdamWFp8", "torchao.optim.AdamW8bit"])
+def test_names_of_torchao(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    short = name.rpartition(".")[2]
+    if importlib.util.find_spec("torchao") is None:
+        with pytest.raises(SystemExit):
+            optimizer(f"--model.optimizer={name}", "--model.optimizer.lr=1")
+        assert f"The optimizer {short} needs the package torchao: pip install milora-lightning[torchao]" in (
+            capsys.readouterr().err
+        )
+        stand_in = ModuleType("torchao.optim")
+        setattr(stand_in, short, type(short, (torch.optim.AdamW,), {"__module__": "torchao.optim"}))
+        monkeypatch.setitem(sys.modules, "torchao", ModuleType("torchao"))
+        monkeypatch.setitem(sys.modules, "torchao.optim", stand_in)
+        find = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: name == "torchao" or find(name, *a))
+    assert full_path(name) == f"torchao.optim.{short}"

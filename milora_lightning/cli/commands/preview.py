@@ -12,8 +12,10 @@ from rich.text import Text
 
 from milora_lightning.cli.main import MiLoRACLI, command_line
 from milora_lightning.data.batches.batching import learned_spans, round_up
+from milora_lightning.data.batches.budget import Batches
 from milora_lightning.data.datamodule import SFTDataModule
 from milora_lightning.data.streaming.encoding import check_trainer
+from milora_lightning.models.choosing_attention import AUTO, choose_attention
 from milora_lightning.models.memory import LOADED, Estimate, Part, estimate, planned_model
 from milora_lightning.models.pretrained import load_config
 from milora_lightning.models.processor import held_as
@@ -138,15 +140,23 @@ def histogram(lengths: Sequence[int], width: int = 40) -> list[str]:
 def epoch(data: SFTDataModule) -> list[list[int]]:
     """Return the lengths of the rows in each batch of an epoch, or of the beginning of a stream."""
     loader = data.epoch()
-    lengths = getattr(loader.dataset, "lengths", None) or data.examples("train")["length"][:]
-    return [[lengths[i] for i in batch] for batch in loader.batch_sampler or ()]
+    rows = loader.dataset.source if isinstance(loader.dataset, Batches) else loader.dataset
+    lengths = getattr(rows, "lengths", None) or data.examples("train")["length"][:]
+    batches: Any = loader.batch_sampler or loader.sampler  # by number of examples, or by number of tokens
+    return [[lengths[i] for i in batch] for batch in batches]
+
+
+def shape(data: SFTDataModule, batch: Sequence[int]) -> tuple[int, int]:
+    """Return the number of rows and the padded length of a batch, given the lengths of its rows before."""
+    rows = [sum(batch)] if data.has_one_row() else batch
+    return len(rows), round_up(max(rows), data.pad_to_multiple_of)
 
 
 def of_the_data(data: SFTDataModule, lengths: Sequence[int], batches: list[list[int]]) -> list[str]:
     """Describe the data: how much is learned, truncated and padded."""
     examples = data.examples("train")
     learned = sum(stop - start for e in examples.select_columns(["spans"]) for start, stop in learned_spans(e))
-    padded = sum(len(batch) * round_up(max(batch), data.pad_to_multiple_of) for batch in batches)
+    padded = sum(math.prod(shape(data, batch)) for batch in batches)
     truncated = sum(examples["truncated"][:])
     where = " at the beginning of the stream, the only ones read" if data.streaming else ""
     whole = "of these" if data.streaming else "an epoch"
@@ -166,7 +176,9 @@ def of_the_run(cli: MiLoRACLI, batches: int, lengths: list[list[int]]) -> list[s
     each, epochs = trainer.accumulate_grad_batches, trainer.max_epochs or -1
     steps = math.ceil(batches / each)
     limits = [limit for limit in (trainer.max_steps, 0 if data.streaming else steps * epochs) if limit > 0]
-    rows = counted(data.batch_size, "row") + (f" x {each} batches" if each > 1 else "")
+    most = data.max_tokens_per_batch
+    rows = counted(data.batch_size, "row") if most is None else f"up to {counted(most, 'token')}"
+    rows += f" x {each} batches" if each > 1 else ""
     rows += f" x {trainer.world_size} devices" if trainer.world_size > 1 else ""
     length = counted(min(limits), "step") if limits else "steps without end"
     kind = trainer.strategy.root_device.type
@@ -196,21 +208,22 @@ def of_memory(cli: MiLoRACLI, lengths: list[list[int]], kind: str) -> Estimate:
     config = load_config(module.name_or_path)
     adapters = cli.config_init["fit"]["adapter"].config
     dtype = held_as(module.dtype_name, config.dtype, kind)
-    width = [len(batch) * round_up(max(batch), data.pad_to_multiple_of) for batch in lengths]
-    largest = lengths[width.index(max(width))]
+    attention = module.attn_implementation
+    if attention == AUTO:
+        attention = choose_attention(config, dtype, cli.trainer.strategy.root_device).name
+    largest = max((shape(data, batch) for batch in lengths), key=math.prod)
     examples = data.examples("train")
     learned = sum(b - a for e in examples.select_columns(["spans"]) for a, b in learned_spans(e))
     optimizer = cli.config["fit"]["model"]["optimizer"]
     return estimate(
         planned_model(config, dtype, adapters),
         config,
-        len(largest),
-        round_up(max(largest), data.pad_to_multiple_of),
+        *largest,
         supervised=learned / sum(examples["length"][:]),
         dropout=adapters.lora_dropout if adapters else 0.0,
         gradient_checkpointing=module.gradient_checkpointing,
         optimizer=str(getattr(optimizer, "class_path", "AdamW")).rpartition(".")[2],
-        attention=module.attn_implementation or "sdpa",
+        attention=attention or "sdpa",
         quantization=module.quantization,
         device="cpu" if kind == "cpu" else "cuda",
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from milora_lightning.config import IGNORE_INDEX
@@ -34,11 +34,22 @@ def pack(lengths: Sequence[int], capacity: int, seed: int = 0) -> list[list[int]
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(sizes))
     order = order[np.argsort(-sizes[order], kind="stable")]
+    return [generator.permutation(order[row]).tolist() for row in pack_sorted(sizes[order].tolist(), capacity)]
+
+
+def pack_sorted(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Pack sizes that come in descending order; see :func:`pack`.
+
+    Returns:
+        For each row the places of its members among the sizes.
+
+    >>> pack_sorted([5, 4, 3, 2, 1], 6)
+    [[0, 4], [1, 3], [2]]
+    """
     rows: list[list[int]] = []
     with_room: defaultdict[int, list[int]] = defaultdict(list)  # rows by the number of tokens that still fit
     rooms: list[int] = []  # the keys that have rows, in ascending order
-    for index in order.tolist():
-        size = int(sizes[index])
+    for index, size in enumerate(sizes):
         place = bisect_left(rooms, size)
         if place == len(rooms):
             room, row = capacity, len(rows)
@@ -53,7 +64,7 @@ def pack(lengths: Sequence[int], capacity: int, seed: int = 0) -> list[list[int]
         if not with_room[room]:
             insort(rooms, room)
         with_room[room].append(row)
-    return [generator.permutation(row).tolist() for row in rows]
+    return rows
 
 
 class PackedDataset(Dataset[list[Example]]):
@@ -81,13 +92,14 @@ class PackedDataset(Dataset[list[Example]]):
 
 
 class PackingCollator:
-    """Makes training batches of packed rows.
+    """Makes training batches of rows that several examples share.
 
     There is no attention mask: with one, models of transformers would treat a row as a single example.
 
     Args:
         pad_token_id: Id of the padding token.
         pad_to_multiple_of: Lengths are rounded up to a multiple of this.
+        one_row: Lay the examples of a whole batch out in a single row, which has no padding but at its end.
 
     >>> row = [{"input_ids": [5, 6, 7], "spans": [0, 3]}, {"input_ids": [8, 9], "spans": [1, 2]}]
     >>> batch = PackingCollator(pad_token_id=0)([row])
@@ -95,28 +107,38 @@ class PackingCollator:
     ([[5, 6, 7, 8, 9, 0, 0, 0]], [[0, 1, 2, 0, 1, 0, 1, 2]])
     >>> batch["labels"].tolist(), batch["lengths"].tolist()
     ([[-100, 6, 7, -100, 9, -100, -100, -100]], [5])
+    >>> batch = PackingCollator(pad_token_id=0, one_row=True)(row)
+    >>> batch["input_ids"].tolist(), batch["cu_seq_lens"].tolist(), batch["max_length"]
+    ([[5, 6, 7, 8, 9, 0, 0, 0]], [0, 3, 5, 8], 3)
     """
 
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int = 8) -> None:
+    def __init__(self, pad_token_id: int, pad_to_multiple_of: int = 8, one_row: bool = False) -> None:
         self.pad_token_id = pad_token_id
         self.multiple = pad_to_multiple_of
+        self.one_row = one_row
 
-    def __call__(self, rows: Sequence[Sequence[Example]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Sequence[Example]] | Sequence[Example]) -> dict[str, Any]:
         """Collate rows.
 
         Args:
-            rows: For each row its examples, as for :class:`milora_lightning.data.Collator`.
+            rows: For each row its examples, as for :class:`milora_lightning.data.Collator`, or its only example.
 
         Returns:
             ``input_ids``, ``labels`` and ``position_ids``, int64 of shape (batch, length), and ``lengths`` (batch,),
             the number of tokens in each row without padding. Positions restart at 0 with each example and with the
-            padding. The first token of an example has no label, since no token in the row should predict it.
+            padding. The first token of an example has no label, since no token in the row should predict it. A single
+            row also comes with ``cu_seq_lens``, int32, the places where examples and padding begin, and where the row
+            ends; and with ``max_length``, the length of the longest of them.
         """
-        lengths = [sum(len(example["input_ids"]) for example in row) for row in rows]
-        shape = len(rows), round_up(max(lengths), self.multiple)
+        grouped: list[Sequence[Example]] = [[row] if isinstance(row, Mapping) else row for row in rows]
+        if self.one_row:
+            grouped = [[example for row in grouped for example in row]]
+        lengths = [sum(len(example["input_ids"]) for example in row) for row in grouped]
+        shape = len(grouped), round_up(max(lengths), self.multiple)
         input_ids, labels = torch.full(shape, self.pad_token_id), torch.full(shape, IGNORE_INDEX)
         position_ids = torch.zeros(shape, dtype=torch.int64)
-        for k, row in enumerate(rows):
+        starts = [0]
+        for k, row in enumerate(grouped):
             start = 0
             for example in row:
                 ids = torch.tensor(example["input_ids"])
@@ -126,10 +148,17 @@ class PackingCollator:
                 for first, last in learned_spans(example):
                     labels[k, start + max(first, 1) : start + last] = ids[max(first, 1) : last]
                 start = stop
+                starts.append(start)
             position_ids[k, start:] = torch.arange(shape[1] - start)
-        return {
+        batch = {
             "input_ids": input_ids,
             "labels": labels,
             "position_ids": position_ids,
             "lengths": torch.tensor(lengths),
         }
+        if not self.one_row:
+            return batch
+        if starts[-1] < shape[1]:
+            starts.append(shape[1])
+        longest = max(stop - start for start, stop in pairwise(starts))
+        return {**batch, "cu_seq_lens": torch.tensor(starts, dtype=torch.int32), "max_length": longest}

@@ -189,6 +189,7 @@ def _digest(lengths: Sequence[int] | Indices) -> str:
 def _warn_of_other_data(saved: str, lengths: Indices, epoch: int) -> None:
     if saved != _digest(lengths):
         warn(
-            "The training data have other examples, or other lengths in tokens, than those of the checkpoint: epoch "
-            f"{epoch} continues in another order, so some examples come twice in it and some not at all."
+            "The training data have other examples, other lengths in tokens or another max_tokens_per_batch than those "
+            f"of the checkpoint: epoch {epoch} continues in another order, so some examples come twice in it and some "
+            "not at all."
         )
