@@ -7,6 +7,7 @@ from typing import Any, cast, overload
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedModel
@@ -45,6 +46,7 @@ from milora_lightning.models.streaming import empty_causal_lm, stream_weights
 from milora_lightning.screen.figures import peak_memory
 from milora_lightning.strategies.base import shard_model, sharding_of, shards
 from milora_lightning.training.evaluation import Batch, EvaluatedModule
+from milora_lightning.training.loss_scaling import check_loss_scaling, is_float16
 from milora_lightning.training.schedules import WARMUP
 from milora_lightning.training.throughput import Throughput
 from milora_lightning.utils.errors import InvalidInputError
@@ -65,7 +67,8 @@ class CausalLMModule(EvaluatedModule):
         name_or_path: A Hub name, a folder, a ``.gguf`` file, or ``"embedded"``.
         dtype: Dtype of the frozen weights: ``"auto"`` for that of the files, ``"fast"`` for bfloat16; both hold the
             same numbers in float32 on CPUs that lack such products. The Trainer's ``precision`` stays ``32-true`` for a
-            half-precision base: adapters and optimizer state are float32 either way.
+            bfloat16 base, and has to be ``16-mixed`` for a float16 one, whose gradients vanish unless they are scaled.
+            Adapters and optimizer state are float32 either way.
         attn_implementation: Hugging Face's name of an attention implementation, ``"causal_blocks"``, which is faster
             than those in training on CPUs, or None for Hugging Face's choice. ``"auto"`` is causal_blocks on CPUs,
             flash attention on GPUs where it is installed and fits the model, and else Hugging Face's choice.
@@ -95,8 +98,9 @@ class CausalLMModule(EvaluatedModule):
         FileNotFoundError: When the model is loaded, if there is no model of that name.
         ValueError: If the schedule or its arguments are unknown, or ``max_new_tokens`` is below 1; in ``setup`` or
             ``configure_optimizers`` if the schedule needs the length of the run and the run has no end; when the model
-            is loaded, if it is to be both compiled and sharded by FSDP1, or Liger has no kernels for it; when training
-            is resumed, if the checkpoint has no training state, or that of another optimizer.
+            is loaded, if it is to be both compiled and sharded by FSDP1, Liger has no kernels for it, or it would train
+            in float16 with nothing scaling the loss; when training is resumed, if the checkpoint has no training state,
+            or that of another optimizer.
     """
 
     takes_one_row = True
@@ -153,11 +157,16 @@ class CausalLMModule(EvaluatedModule):
                 warn_of_another(trained, self.prompt_format)
         if self.quantization is not None:
             self._check_quantized(stage)
+        if stage == "fit":
+            check_loss_scaling(self.trainer, self, self.dtype_name == "float16")
 
     def prepare_data(self) -> None:
-        """Refuse what is no causal language model, before data is tokenized for it."""
+        """Refuse what is no causal language model, or cannot be trained as it is, before data is tokenized for it."""
         if self.model is None and type(self).configure_model is CausalLMModule.configure_model:
-            load_config(self.name_or_path)
+            config, device = load_config(self.name_or_path), self.trainer.strategy.root_device
+            if self.trainer.state.fn == TrainerFn.FITTING:
+                half = held_as(self.dtype_name, config.dtype, device.type) == torch.float16
+                check_loss_scaling(self.trainer, self, half)
 
     def configure_model(self) -> None:
         """Load the model, once, and check that it fits the data."""
@@ -211,6 +220,8 @@ class CausalLMModule(EvaluatedModule):
             compile_layers(model, device)
         if device is not None:
             self._suit_processor(model, device)
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            check_loss_scaling(self._trainer, self, is_float16(model))
         self.model = model.train()
         if self.device_mesh is not None:  # FSDP2: inject adapters, then shard, then read the weights
             if self.milora_config is not None:

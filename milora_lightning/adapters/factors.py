@@ -55,7 +55,7 @@ def initial_factors(
     """
     if init == "lora":
         bound = 1 / math.sqrt(weight.shape[1])  # the bound of kaiming_uniform_(a=√5), as in LoRA
-        lora_A = torch.empty(r, weight.shape[1]).uniform_(-bound, bound, generator=generator)
+        lora_A = torch.empty(r, weight.shape[1], device="cpu").uniform_(-bound, bound, generator=generator)
         return lora_A.to(weight.device), torch.zeros(weight.shape[0], r, device=weight.device)
     return scaled_factors(initial_triplets(weight, r, init, generator), scaling)
 

@@ -36,7 +36,10 @@ def tied_to(layer: nn.Module, weight: Tensor, owners: Owners) -> list[str]:
 
 def _memory(parameter: Tensor) -> tuple[object, ...]:
     """Return a key that two parameters share exactly if they are tied: their memory, or the object if it has none."""
-    without = parameter.is_meta or parameter.numel() == 0 or is_traceable_wrapper_subclass(parameter)
-    if without or parameter.data_ptr() == 0:
+    if parameter.is_meta or parameter.numel() == 0 or is_traceable_wrapper_subclass(parameter):
         return ("object", id(parameter))
-    return (parameter.device, parameter.data_ptr())
+    try:
+        address = parameter.data_ptr()
+    except RuntimeError:  # fake tensors, with which tools estimate memory
+        address = 0
+    return (parameter.device, address) if address else ("object", id(parameter))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.parts import find_modules, find_part, first_few
+from milora_lightning.callbacks._configure_model import builds_itself
 from milora_lightning.config import LoRAConfig
 from milora_lightning.export.peft_format import objection, outermost_models
 from milora_lightning.utils.compat import is_placeholder
@@ -27,6 +29,20 @@ def check_callbacks(trainer: Trainer) -> None:
         raise InvalidInputError(
             "ModelPruning does not work with MiLoRAInit: it prunes the weights that adapters keep frozen, and whose "
             "singular vectors they start from. Remove one of the two, or prune the model before or after training."
+        )
+
+
+def check_quantizing(trainer: Trainer, module: LightningModule) -> None:
+    """Refuse Lightning's plugin that quantizes weights where it does so while the model is built.
+
+    Raises:
+        ValueError: If the plugin is used, and the module has a ``configure_model``.
+    """
+    if isinstance(trainer.precision_plugin, BitsandbytesPrecision) and builds_itself(module):
+        raise InvalidInputError(
+            "BitsandbytesPrecision quantizes what configure_model builds before factors can be computed from it: "
+            "build the model in __init__ or setup instead, or load it quantized, by transformers' BitsAndBytesConfig "
+            "or, in CausalLMModule, quantization='nf4'."
         )
 
 

@@ -74,6 +74,6 @@ def _largest_change(module: LightningModule) -> float:
     changes = []
     for layer in lora_layers(module).values():
         A, B = map(full_tensor, stack_factors(*layer.factors, layer.scaling))
-        x = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0)).to(A)
+        x = torch.randn(4, layer.in_features, device="cpu", generator=torch.Generator().manual_seed(0)).to(A)
         changes.append((x @ A.T @ B.T).abs().max().float().cpu())
     return max(changes, default=torch.zeros(())).item()

@@ -20,7 +20,13 @@ from milora_lightning.adapters.initialization import initialize
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.parts import TargetNotFoundError, find_part
 from milora_lightning.adapters.surgery import freeze_again, inject, inject_quietly
-from milora_lightning.callbacks._checks import check_callbacks, check_optimizers, say_without_gradient, warn_of_export
+from milora_lightning.callbacks._checks import (
+    check_callbacks,
+    check_optimizers,
+    check_quantizing,
+    say_without_gradient,
+    warn_of_export,
+)
 from milora_lightning.callbacks._configure_model import after_configure_model
 from milora_lightning.callbacks._display import progress, summary
 from milora_lightning.callbacks.progress import RunProgress
@@ -29,6 +35,7 @@ from milora_lightning.config import Init, LoRAConfig
 from milora_lightning.export.peft_import import load_peft, peft_config
 from milora_lightning.strategies.base import calls_parts, finish, needs_early_start, prepare, restores_late, shards
 from milora_lightning.training.averaging import check_averaging, copy_adapted, start_averages
+from milora_lightning.training.loss_scaling import check_loss_scaling, is_float16
 
 
 class MiLoRAInit(Callback):
@@ -124,6 +131,7 @@ class MiLoRAInit(Callback):
         if config is None:
             return
         check_callbacks(trainer)
+        check_quantizing(trainer, pl_module)
         prepare(trainer)
         check_averaging(trainer)
         # First in the list: tuners, which Lightning sorts to the front, train in their own on_fit_start, and need the
@@ -143,6 +151,8 @@ class MiLoRAInit(Callback):
 
     def _complete(self, trainer: Trainer, pl_module: LightningModule, stage: str, config: LoRAConfig) -> None:
         inject(pl_module, config)
+        if stage == "fit":
+            check_loss_scaling(trainer, pl_module, is_float16(find_part(pl_module, config.module)))
         AdapterCheckpoint.attach(pl_module, config)
         if self.start_from is not None and not all(layer.initialized for layer in lora_layers(pl_module).values()):
             load_peft(find_part(pl_module, config.module), self.start_from)

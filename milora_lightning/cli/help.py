@@ -89,7 +89,12 @@ TRAINER = [
     Option("limit_val_batches", "int | float", "1.0", "Number, or fraction, of batches to validate on."),
     Option("devices", "int", "auto", "Number of GPUs."),
     Option("strategy", "str", "auto", "How they share the work: ddp, or a --config strategy/fsdp2.yaml."),
-    Option("precision", "str", "32-true", "Leave as is: for a half-precision base use --model.dtype bfloat16."),
+    Option(
+        "precision",
+        "str",
+        "32-true",
+        "Leave as is: for a half-precision base use --model.dtype bfloat16 (float16 needs 16-mixed).",
+    ),
     Option("callbacks+", "CLASS", "None", "Adds a callback, such as EarlyStopping, followed by its options."),
     Option("default_root_dir", "str", "None", "Where logs and checkpoints go."),
     Option("fast_dev_run", "bool", "False", "Try everything on one batch."),

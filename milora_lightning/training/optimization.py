@@ -139,7 +139,13 @@ class OptimizedModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Make the optimizer of the trainable parameters and its schedule over the whole run."""
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        trained = [p for p in self.parameters() if p.requires_grad]
+        if any(p.dtype == torch.float16 for p in trained):
+            raise InvalidInputError(
+                "Weights that train in float16 would lose small updates, and their gradients cannot be scaled: load "
+                "the model in float32 (model.dtype: float32), with trainer.precision: 16-mixed to compute in float16."
+            )
+        optimizer = self.optimizer(trained)
         if isinstance(optimizer, torch.optim.LBFGS) and accumulates(self.trainer):
             raise InvalidInputError(
                 "LBFGS computes the loss several times in a step, which does not work with accumulate_grad_batches or "

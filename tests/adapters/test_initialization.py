@@ -52,6 +52,25 @@ def test_small_weights_have_one_thread_each_and_large_ones_all(
     assert seen == expected
 
 
+@pytest.mark.parametrize("init", ["milora", "random", "lora"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_another_default_device_changes_no_factor(init: str, threads: int) -> None:
+    def starts(device: str) -> list[torch.Tensor]:
+        adapted = model()
+        inject(adapted, LoRAConfig(r=4, init=init))
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(threads)
+            with torch.device(device):  # on "meta", what is made without a device has no values
+                initialize(adapted, seed=1, cache=False)
+        finally:
+            torch.set_num_threads(before)
+        return [x.detach() for layer in lora_layers(adapted).values() for x in (layer.lora_A, layer.lora_B)]
+
+    for ours, theirs in zip(starts("meta"), starts("cpu"), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_a_failure_beside_others_names_its_layer_and_leaves_the_threads_alone() -> None:
     adapted = model()
     inject(adapted, LoRAConfig(r=4))

@@ -8,11 +8,13 @@ import pytest
 import torch
 from helpers.models import TINY_CONFIGS, embedded_model, tiny_model
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from milora_lightning import LoRAConfig, adapters_disabled, initialize, inject, lora_layers
 from milora_lightning.adapters.factors import initial_factors
 from milora_lightning.adapters.parts import TargetNotFoundError
 from milora_lightning.adapters.targets import find_targets
+from milora_lightning.adapters.tied import parameter_owners, tied_to
 from milora_lightning.models.processor import has_fast_products
 
 PAPER_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -81,6 +83,15 @@ def test_another_configuration_on_top_is_refused() -> None:
     inject(model, LoRAConfig(r=4))
     with pytest.raises(ValueError, match=r"has an adapter with r=4 already, and r=8"):
         inject(model, LoRAConfig(r=8))
+
+
+def test_fake_tensors_with_which_tools_estimate_memory_get_adapters() -> None:
+    with FakeTensorMode(), torch.device("cpu"):
+        model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+        model[1].weight = model[0].weight
+        inject(model, LoRAConfig(r=2, target_modules=["0"]))
+        assert model(torch.ones(3, 6)).shape == (3, 6)
+        assert tied_to(model[0].base_layer, model[1].weight, parameter_owners(model)) == ["1.weight"]
 
 
 def test_injection_works_on_meta_and_is_initialized_later() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.callback_modules import LanguageModel
 from helpers.models import quiet_trainer, tiny_model
+from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
@@ -99,26 +101,55 @@ def test_lightnings_plugin_says_that_it_needs_cuda(tmp_path: Path) -> None:
         quiet_trainer(tmp_path, plugins=BitsandbytesPrecision("nf4"), callbacks=[MiLoRAInit(r=4)])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_lightnings_plugin_gets_factors_of_the_full_weight(tmp_path: Path) -> None:
-    class Llama(LanguageModel):
-        def configure_model(self) -> None:
-            if self.lm is None:
-                self.lm = tiny_model()
+class Built(LanguageModel):
+    """Built in ``__init__``, so that Lightning's plugin quantizes it afterwards."""
 
-    lm, reference = Llama(), tiny_model()
-    plugin = BitsandbytesPrecision("nf4", dtype=torch.float32, ignore_modules={"lm_head"})
-    trainer = quiet_trainer(tmp_path, max_steps=1, plugins=plugin, callbacks=[MiLoRAInit(r=4)], accelerator="cuda")
-    trainer.fit(lm)
-    layers = lora_layers(lm)
-    assert layers
+    def __init__(self) -> None:
+        super().__init__()
+        self.lm = tiny_model()
+
+
+Built.configure_model = LightningModule.configure_model  # type: ignore[method-assign]
+
+
+def assert_factors_of_the_full_weight(lm: LightningModule) -> None:
+    reference, layers = tiny_model(), lora_layers(lm)
+    assert len(layers) > 2
     for name, layer in layers.items():
         assert type(layer.base_layer) is not nn.Linear
         weight = reference.get_submodule(name.removeprefix("lm.")).weight.to(layer.lora_A.device)
         U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
         expected = U[:, -4:] * S[-4:] @ Vh[-4:]
         assert (layer.initial_B @ layer.initial_A - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("ignored", [{"lm_head"}, set()])
+def test_lightnings_plugin_quantizes_after_factors_are_computed(ignored: set[str], tmp_path: Path) -> None:
+    """Without a GPU it replaces the layers, and leaves quantizing them to their way to one."""
+    trainer = quiet_trainer(tmp_path, max_steps=1, callbacks=[MiLoRAInit(r=4)])
+    trainer.strategy._precision_plugin = BitsandbytesPrecision("nf4", torch.float32, ignored)
+    lm = Built()
+    with suppress(Exception) if not torch.cuda.is_available() else nullcontext():
+        trainer.fit(lm)
+    assert_factors_of_the_full_weight(lm)
+
+
+def test_lightnings_plugin_is_refused_where_it_quantizes_while_the_model_is_built(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, max_steps=1, callbacks=[MiLoRAInit(r=4)])
+    trainer.strategy._precision_plugin = BitsandbytesPrecision("nf4", torch.float32)
+    with pytest.raises(ValueError, match="quantizes what configure_model builds before factors can be computed"):
+        trainer.fit(LanguageModel())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_lightnings_plugin_gets_factors_of_the_full_weight(tmp_path: Path) -> None:
+    """Would catch factors of codes, or of a weight that the plugin has quantized on its way to the GPU."""
+    plugin = BitsandbytesPrecision("nf4", dtype=torch.bfloat16, ignore_modules={"lm_head"})
+    lm = Built()
+    trainer = quiet_trainer(tmp_path, max_steps=1, plugins=plugin, callbacks=[MiLoRAInit(r=4)], accelerator="cuda")
+    trainer.fit(lm)
+    assert_factors_of_the_full_weight(lm)
 
 
 def test_checkpoint_leaves_scales_out_and_merging_is_refused(tmp_path: Path) -> None:
