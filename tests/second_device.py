@@ -1,0 +1,151 @@
+"""Whole runs on a second device that computes (helpers/second_device.py), for a process of their own.
+
+tests/test_second_device.py starts it; by hand: pytest tests/second_device.py
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.second_device import DEVICE, Count, OnDevice, counting, strategy
+from helpers.whole_runs import KINDS, STEPS, assert_same, everything, fit, write_base
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from milora_lightning import CausalLMModule, LoRAConfig, initialize, inject, lora_layers, singular_slice
+
+BUDGET = json.loads((Path(__file__).parent / "helpers" / "launches.json").read_text())
+EXPERTS = ("/experts", "/integrations/moe", "/models/mixtral/")  # transformers' code that sorts tokens by expert
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def base(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp(kind), kind)
+
+
+def there() -> dict[str, Any]:
+    return {"strategy": strategy(), "accelerator": "auto"}
+
+
+class Steps(Callback):
+    """Counts what happens in each training step, and with the batch's way to the device before the next."""
+
+    def __init__(self) -> None:
+        self.counts: list[Count] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._context = counting()
+        self.counts.append(self._context.__enter__())
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._context.__exit__(None, None, None)
+
+
+def test_a_run_is_that_of_the_cpu(kind: str, base: Path) -> None:
+    """Surgery, loss, backward, optimizer, monitors, metrics, checkpoint, answers and export, with nothing mixed.
+
+    Without dropout, which each device draws in its own way.
+    """
+    again = kind in ("llama", "mixtral")
+    found = everything(base, "there", there(), dropout=0, again=again)
+    assert found["devices"] == {DEVICE}
+    assert_same(found, everything(base, "here", {}, dropout=0, again=again))
+
+
+def test_a_step_waits_for_nothing_and_launches_no_more_than_it_may(kind: str, base: Path) -> None:
+    """One wait is transformers', which looks whether positions restart; its experts wait, too, outside of our code."""
+    steps = Steps()
+    fit(base, "counted", [steps], there(), limit_val_batches=0)
+    assert len(steps.counts) == STEPS
+    for count in steps.counts[1:]:
+        assert count.own_waits == []
+        assert len([wait for wait in count.waits if not any(part in wait[0] for part in EXPERTS)]) <= 1, count.waits
+    launches = max(steps.counts[1:], key=lambda count: count.launches.total()).launches
+    assert launches.total() <= BUDGET["launches"][kind], launches.most_common()
+
+
+def test_labels_that_change_on_the_way_are_looked_at_again_which_waits(base: Path) -> None:
+    class Masks(CausalLMModule):
+        def loss(self, batch: Any) -> Any:
+            batch["labels"][:, -2:] = -100
+            return super().loss(batch)
+
+    steps = Steps()
+    fit(base, "masks", [steps], there(), lm=Masks(str(base / "model"), warmup_steps=2), limit_val_batches=0)
+    assert all(count.own_waits for count in steps.counts)
+
+
+def test_a_solver_that_fails_there_is_replaced_by_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a warning that names the layer; the factors are those of the CPU."""
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(40, 48), nn.Linear(48, 40))
+
+    eigh, failures = torch.linalg.eigh, (torch.linalg.LinAlgError("failed to converge"), torch.OutOfMemoryError("full"))
+    for failure in failures:
+
+        def fails(matrix: torch.Tensor, *args: Any, failure: Exception = failure, **kwargs: Any) -> Any:
+            if matrix.device == DEVICE:
+                raise failure
+            return eigh(matrix, *args, **kwargs)
+
+        monkeypatch.setattr(torch.linalg, "eigh", fails)
+        here, there = model(), model().to(DEVICE)
+        for each in (here, there):
+            inject(each, LoRAConfig(r=4))
+        initialize(here, cache=False)
+        with pytest.warns(
+            UserWarning, match="weight of layer '1' is decomposed on the CPU.* as second:0 has failed: f"
+        ):
+            initialize(there, cache=False)
+        for ours, theirs in zip(lora_layers(there).values(), lora_layers(here).values(), strict=True):
+            assert ours.lora_A.device == DEVICE
+            torch.testing.assert_close(ours.delta_weight().cpu(), theirs.delta_weight())
+            torch.testing.assert_close((ours.initial_B @ ours.initial_A).cpu(), theirs.initial_B @ theirs.initial_A)
+
+
+@pytest.mark.parametrize("default", [False, True])
+def test_a_default_device_is_not_needed_and_does_not_harm(default: bool) -> None:
+    """With torch.set_default_device, or in Lightning's configure_model, what is made without a device is there."""
+    torch.manual_seed(0)
+    weight = torch.randn(200, 210)
+    with DEVICE if default else nullcontext():
+        for which in ("minor", "principal", "middle", "random"):
+            found = singular_slice(weight.to(DEVICE), 4, which, torch.Generator().manual_seed(0))
+            expected = singular_slice(weight, 4, which, torch.Generator().manual_seed(0))
+            assert all(isinstance(x, OnDevice) for x in found)
+            torch.testing.assert_close(found.S.cpu(), expected.S)
+        for init in ("milora", "pissa", "middle", "random", "lora"):
+            model = nn.Sequential(nn.Linear(40, 48), nn.Linear(48, 40)).to(DEVICE)
+            inject(model, LoRAConfig(r=4, init=init))
+            initialize(model, cache=False)
+            assert all(p.device == DEVICE for p in model.parameters())
+
+
+def test_what_a_gpu_refuses_is_refused_and_what_waits_is_counted() -> None:
+    x = torch.ones(3, device=DEVICE)
+    with pytest.raises(RuntimeError, match="at least two devices"):
+        x + torch.ones(3)
+    with pytest.raises(RuntimeError, match="device type for generator"):
+        torch.randn(3, device=DEVICE, generator=torch.Generator())
+    with counting() as count:
+        x.sum().item()
+        x[x > 0]
+        torch.tensor([1.0], device=DEVICE)
+        x.to("cpu")
+        torch.ones(2).to(DEVICE, non_blocking=True)
+    assert [name for _, name in count.waits] == ["_local_scalar_dense", "index", "_copy_from", "_to_copy"]
+    assert all(place.startswith(__file__) for place, _ in count.waits)
+    assert count.own_waits == []
+    assert {"sum", "gt", "index"} <= set(count.launches)
