@@ -7,7 +7,7 @@ import re
 import threading
 
 from milora_lightning.metrics.answers import extract_answer
-from milora_lightning.metrics.latex_forms import assigned, bare, numeral, tidy, words
+from milora_lightning.metrics.latex_forms import assigned, bare, both_signs, numeral, tidy, words
 from milora_lightning.utils.errors import MissingPackageError
 
 _PERCENT = re.compile(r"\s*\\?%$")
@@ -61,6 +61,8 @@ def same_latex(answer: str, reference: str) -> bool:
         return True
     if bool(_PERCENT.search(named.value)) != bool(_PERCENT.search(wanted.value)):  # 33⅓ % where 33⅓ was asked for
         return _verified(_PERCENT.sub("", named.value), _PERCENT.sub("", wanted.value))
+    if (signs := [both_signs(named.value), both_signs(wanted.value)]) != [named.value, wanted.value]:
+        return _verified(*signs)
     return bool(named.name or wanted.name) and _verified(found, expected)
 
 

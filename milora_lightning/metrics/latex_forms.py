@@ -6,7 +6,7 @@ import re
 from typing import NamedTuple
 
 _DEGREES = re.compile(
-    r"(\\(?:sin|cos|tan|cot|sec|csc))\s*(?:\\left)?[({]?\s*(\d+(?:\.\d+)?)\s*\^?\{?\\circ\}?\s*(?:\\right)?[)}]?"
+    r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{?\d\}?)?)\s*(?:\\left)?[({]?\s*(\d+(?:\.\d+)?)\s*\^?\{?\\circ\}?\s*(?:\\right)?[)}]?"
 )
 _WORD = r"[A-Za-z]{2,}\.?"
 _NOT_UNITS = (
@@ -42,6 +42,15 @@ _REWRITES = [
         (r">=", r"\\ge "),
         (r"\\!", ""),
         (r"\{,\}", ","),
+        (r"\\varnothing", r"\\emptyset "),
+        (r"\\langle", "("),
+        (r"\\rangle", ")"),
+        (r"(?<=\d)\s*(?:\\text\s*\{\s*to\s*\}|\bto\b)\s*(?=\d)", ":"),
+        (r"(\d)\s*\^\s*\{?\\circ\s*\}?\s*\\?\s*(?:\\text\s*\{\s*)?[CF]\s*\}?$", r"\1"),
+        (
+            r"(\d)\s*(?:k?m|cm|ft|mi|miles?|feet|met(?:er|re)s?)\s*/\s*(?:s|sec|seconds?|min|minutes?|h|hr|hours?)$",
+            r"\1",
+        ),
         (r"\\fbox", r"\\boxed"),
         (r"\*\*|`", ""),
         (r"\s*\n\s*", " "),
@@ -124,10 +133,23 @@ def assigned(text: str) -> Assigned:
     '1 or 2'
     """
     name, sign, value = _partition(text)
+    if sign == "=" and re.search(r"\d", name) and re.fullmatch(r"\\?[A-Za-z]+", value):  # 5 = x
+        name, value = value, name
     if not sign or not name or re.search(r"(?<!_)(?<!_\{)\d|[-+*/^<>=,;]|\\(?:frac|sqrt|cdot|times|le|ge|ne)\b", name):
         return Assigned("", text)
     again = re.compile(rf"(,|\bor\b|\band\b|\\text\s*\{{\s*(?:or|and)\s*\}})\s*{re.escape(name)}\s*=\s*")
     return Assigned(name.replace(" ", ""), again.sub(r"\1 ", value))
+
+
+def both_signs(text: str) -> str:
+    r"""Write an expression with one "±" as two.
+
+    >>> both_signs(r"\frac{1 \pm x}{2}")
+    '\\frac{1 + x}{2}, \\frac{1 - x}{2}'
+    """
+    if text.count(r"\pm") != 1 or "," in text:
+        return text
+    return ", ".join(text.replace(r"\pm", sign) for sign in "+-")
 
 
 def _partition(text: str) -> tuple[str, str, str]:

@@ -9,10 +9,12 @@ from fractions import Fraction
 MAX_EXPONENT = 400  # of powers and scientific notation: 9^(9^9) has more digits than there is memory
 
 _ATOM = re.compile(
-    r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?: \d{3})+(?![\d/]|\s*/)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?![\w.]))?"
-    r"|\.\d+"
+    r"(?:\d{1,3}(?:[,'’]\d{3})+(?!\d)|\d{1,3}(?: \d{3})+(?![\d/]|\s*/)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?![\w.]))?"
+    r"|(?<![\w.])\.\d+"
 )
-_MIXED = re.compile(r"\s+(\d+)\s?/\s?(\d+)(?![\d/.,])")  # what follows the 1 in "1 1/2"
+_SCALES = {"thousand": 10**3, "k": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALE = re.compile(rf"\s*({'|'.join(_SCALES)})\b")
+_MIXED = re.compile(r"\s+(?:and\s+)?(\d+)\s?/\s?(\d+)(?![\d/.,])")  # what follows the 1 in "1 1/2"
 _SIGN = re.compile(r"(?<![\w.)])[-+]\s?$")
 # Behind a number: digits that belong to it in no known way (1,5; 3:30; 1.2.3), or another candidate (5 or 6, 3 to 4).
 _MORE = re.compile(r",\s?\d|[.:]\d|_\s*\d|\s*(?:[^\W\d]+\s+)?(?:or|to)\s+[-+]?\d")
@@ -79,6 +81,7 @@ def _plain(text: str) -> str:
     >>> _plain(r"$2\frac{1}{2} \times 10^{3}$").split()
     ['2', '1/2', '*', '10^3']
     """
+    text = re.sub(r"(?<=\d)[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda power: f"^{unicodedata.normalize('NFKC', power[0])}", text)
     text = "".join(_fraction(c) if unicodedata.category(c) == "No" else c for c in text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
@@ -102,9 +105,10 @@ _REWRITES = [
         (r"\\[dtc]?frac\s*(\d)\s*(\d)", r" \1/\2"),
         (r"\\[dtc]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", r" \1/\2"),
         (r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r" (\1)/(\2)"),
+        (r"(?<=\d)\*\*(?=\d)", "^"),
         (r"\*\*|__|`|\\left|\\right", " "),
         (r"\\times|\\cdot|[×·∗]", "*"),
-        (r"\\div|÷", "/"),
+        (r"\\div|÷|\\over(?![a-zA-Z])", "/"),
         (r"\\approx", "="),
         (r"\\[a-zA-Z]+", " "),
         (r"\\[()\[\]]|\\", " "),
@@ -157,14 +161,15 @@ class _Reader:
         found = self._take(_ATOM)
         if found is None:
             raise ValueError("no number")
-        digits = found[0].replace(",", "").replace(" ", "")
+        digits = re.sub(r"[, '’]", "", found[0])
         value = Fraction(digits)
         if digits.isdigit() and (mixed := _MIXED.match(self.text, self.position)):
             part = Fraction(int(mixed[1]), int(mixed[2]))
             if part < 1:
                 self.position = mixed.end()
                 return value + part
-        return value
+        scale = self._take(_SCALE)
+        return value * _SCALES[scale[1]] if scale else value
 
     def _take(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
         found = pattern.match(self.text, self.position)
