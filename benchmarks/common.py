@@ -48,10 +48,17 @@ def machine() -> str:
     return f"{torch.get_num_threads()} cores of {name}, torch {version('torch').split('+')[0]}"
 
 
-def publish(name: str, text: str, page: Path = RESULTS) -> None:
-    """Print a result, write it between the marks of its name on a page, and draw the tables of its script again."""
+def publish(name: str, text: str, page: Path = RESULTS, measured: bool = True) -> None:
+    """Print a result, write it between the marks of its name on a page, and draw the tables of its script again.
+
+    Args:
+        name: Its name.
+        text: The result.
+        page: The page.
+        measured: Whether it was measured on this machine, which is named then.
+    """
     command = " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *(Path(word).name for word in sys.argv[1:])])
-    text = f"{text}\n\n({machine()}; `{command}`)"
+    text = f"{text}\n\n({machine()}; `{command}`)" if measured else f"{text}\n\n(`{command}`)"
     print(text)
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before = page.read_text()

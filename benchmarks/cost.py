@@ -14,6 +14,10 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface
+
+ATTENTION = "counted"
+"""Name of an implementation of attention whose own operations do not count."""
 
 ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
 NOT_LAUNCHED = {*ALLOCATIONS, "detach", "lift_fresh", "_unsafe_view", "set_", "device", "view", "alias"}
@@ -44,19 +48,29 @@ class Cost(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if name in WAITS or (name.startswith(("index", "_index")) and _has_mask(args)):
             self.waits[name] += 1
-        if name not in NOT_LAUNCHED and not _is_view(function):
+        if is_launched(function):
             self.operations[name] += 1
-            inputs, outputs = ([t for t in tree_leaves(x) if isinstance(t, Tensor)] for x in ((args, kwargs), result))
-            written = {id(t) for t in outputs}
-            reads_result = not _overwrites(name, kwargs)
-            read = {id(t): _size(t) for t in inputs if id(t) not in written or reads_result}
-            self.bytes += sum(read.values()) + sum({id(t): _size(t) for t in outputs}.values())
+            self.bytes += traffic(function, args, kwargs, result)
         return result
 
     @property
     def launches(self) -> int:
         """How many operations were launched."""
         return self.operations.total()
+
+
+def is_launched(function: Any) -> bool:
+    """Whether an operation computes something."""
+    return function.overloadpacket.__name__ not in NOT_LAUNCHED and not _is_view(function)
+
+
+def traffic(function: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Return the bytes that an operation reads and writes."""
+    inputs, outputs = ([t for t in tree_leaves(x) if isinstance(t, Tensor)] for x in ((args, kwargs), result))
+    written = {id(t) for t in outputs}
+    reads_result = not _overwrites(function.overloadpacket.__name__, kwargs)
+    read = {id(t): _size(t) for t in inputs if id(t) not in written or reads_result}
+    return sum(read.values()) + sum({id(t): _size(t) for t in outputs}.values())
 
 
 def _is_view(function: Any) -> bool:
@@ -107,3 +121,24 @@ def kept_for_backward(run: Callable[[], Tensor], besides: Iterable[Tensor] = ())
     return sum(
         size for key, (storage, size) in allocations.storages.items() if key not in known and not storage.expired()
     )
+
+
+class _Attention(torch.autograd.Function):
+    """Attention that computes nothing, and keeps what FlashAttention does."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        output = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, output, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
+
+
+def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
+    return _Attention.apply(q, k, v).transpose(1, 2).contiguous(), None  # type: ignore[no-untyped-call]
+
+
+AttentionInterface.register(ATTENTION, _attend)

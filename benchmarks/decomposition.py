@@ -11,12 +11,12 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 from common import alternate, publish, table
 
 from milora_lightning.linalg.singular import SingularSlice, singular_slice
+from milora_lightning.utils import process_memory
 
 SHAPES = {"4096x4096": (4096, 4096), "4096x11008": (4096, 11008), "11008x4096": (11008, 4096)}
 R = 64
@@ -57,14 +57,9 @@ def projector_distance(one: torch.Tensor, other: torch.Tensor) -> float:
 def peak_memory(spectrum: str, shape: tuple[int, int], dtype: torch.dtype) -> float:
     """Return the peak above the memory before, in float64 copies of the weight; to be run in a fresh process."""
     weight = SPECTRA[spectrum](shape).to(dtype)
-    before = resident("VmRSS")
+    before = process_memory.resident()
     singular_slice(weight, R)
-    return (resident("VmHWM") - before) / (8 * weight.numel())
-
-
-def resident(key: str) -> int:
-    """Return the memory of this process, now (VmRSS) or at most so far (VmHWM; ru_maxrss counts its parent's too)."""
-    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024
+    return (process_memory.peak_resident() - before) / (8 * weight.numel())
 
 
 def measure(shape: tuple[int, int], spectrum: str) -> list[str]:

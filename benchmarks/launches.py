@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from common import RESULTS, publish, table
-from cost import Cost, kept_for_backward
+from cost import ATTENTION, Cost, kept_for_backward
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from milora_lightning import LoRAConfig, lora_layers
 from milora_lightning.adapters.surgery import inject
@@ -122,32 +122,11 @@ def cost_of_layer(adapt: Adapt, dropout: float) -> Cost:
     return cost
 
 
-class _Attention(torch.autograd.Function):
-    """Attention that computes nothing, and keeps what FlashAttention does."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        output = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, output, q.new_empty(q.shape[:-1], dtype=torch.float32))
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
-
-
-def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
-    return _Attention.apply(q, k, v).transpose(1, 2).contiguous(), None  # type: ignore[no-untyped-call]
-
-
-AttentionInterface.register("counted", _attend)
-
-
 def llama(adapt: Adapt, dropout: float, blocks: int) -> tuple[Any, Tensor]:
     """Build some blocks of a 7B Llama with adapters, and a batch for them."""
     config = LlamaConfig(**LLAMA_7B, num_hidden_layers=blocks)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="counted")
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=ATTENTION)
         model.get_input_embeddings().register_forward_hook(lambda *call: call[2].requires_grad_())
         return adapt(model, TARGETS, dropout).train(), torch.zeros(ROWS, LENGTH, dtype=torch.int64)
 

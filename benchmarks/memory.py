@@ -1,12 +1,11 @@
 """Compares what ``preview`` estimates with the peak of memory that ``fit`` reaches on this machine's CPU.
 
-python benchmarks/memory.py        # about five minutes; publishes a table in docs/preview.md
+python benchmarks/memory.py        # about six minutes; publishes a table in docs/preview.md
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -70,7 +69,25 @@ SETTINGS = {
         *("--model.name_or_path={folder}/deep", "--model.attn_implementation=sdpa", "--data.batch_size=3"),
         *("--model.gradient_checkpointing=true", "--adapter.target_modules=all-linear", "--data.max_length=320"),
     ],
+    # Not used to derive anything.
+    "wide, checkpoints: Llama of 4 layers of 768, causal_blocks, 3 x 768": [
+        *("--model.name_or_path={folder}/wide", "--model.attn_implementation=causal_blocks", "--data.batch_size=3"),
+        *("--model.gradient_checkpointing=true", "--data.max_length=768"),
+    ],
+    "deep, without checkpoints: Qwen3 of 32 layers of 320, causal_blocks, 2 x 192": [
+        *("--model.name_or_path={folder}/deep", "--model.attn_implementation=causal_blocks", "--data.batch_size=2"),
+        "--data.max_length=192",
+    ],
 }
+PROGRAM = """
+import sys
+from milora_lightning.__main__ import main
+from milora_lightning.utils.process_memory import peak_resident
+try:
+    main()
+finally:
+    print(f"\\npeak: {peak_resident()}")
+"""
 # Examples of one length, so that every batch is as large as the largest.
 DATA = """
 data:
@@ -115,22 +132,17 @@ def tokenizer_of_bytes() -> Any:
 def compare(folder: str, settings: list[str]) -> tuple[float, float]:
     """Return what preview estimates of a run and the peak of fit, in GB."""
     options = [option.format(folder=folder) for option in [*COMMON, *settings]]
-    command = [sys.executable, str(ROOT / "main.py")]
-    text = subprocess.run(
-        [*command, "preview", *options], check=True, capture_output=True, text=True, cwd=folder
-    ).stdout
-    (estimated,) = re.findall(r"estimated: ([\d.]+) GB", text)
-    return float(estimated), peak([*command, "fit", *options], folder)
-
-
-def peak(command: list[str], folder: str) -> float:
-    """Run a command and return the most memory that it had, in GB."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} has failed.")
-    return usage.ru_maxrss * 1024 / 1e9
+    texts = []
+    for command in ("preview", "fit"):  # both in a process of their own, as users run them
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, command, *options], capture_output=True, text=True, cwd=folder, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"{command} has failed:\n{done.stderr}")
+        texts.append(done.stdout)
+    (estimated,) = re.findall(r"estimated: ([\d.]+) GB", texts[0])
+    (measured,) = re.findall(r"^peak: (\d+)$", texts[1], re.MULTILINE)
+    return float(estimated), int(measured) / 1e9
 
 
 if __name__ == "__main__":

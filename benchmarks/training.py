@@ -11,7 +11,6 @@ settings below.
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from lightning.pytorch import Callback, Trainer
 from milora_lightning import CausalLMModule, MiLoRAInit, SFTDataModule
 from milora_lightning.data import Files, tokenize_dataset
 from milora_lightning.models.pretrained import load_causal_lm, load_tokenizer
+from milora_lightning.utils.process_memory import peak_resident
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 BATCH, STEPS, ROUNDS = 16, 3, 3
@@ -152,7 +152,7 @@ def measure(file: str, setting: str, contender: str) -> None:
     run(clock, warm_up + STEPS, source, *SETTINGS[setting])
     counted = slice(warm_up, warm_up + STEPS)
     rate = sum(clock.tokens[counted]) / (clock.ends[warm_up + STEPS - 1] - clock.ends[warm_up - 1])
-    print(json.dumps({"rate": rate, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+    print(json.dumps({"rate": rate, "memory": (peak_resident() or 0) / 2**30}))
 
 
 def rows_of(file: str, setting: str) -> list[list[str]]:

@@ -49,6 +49,7 @@ from milora_lightning.training.evaluation import Batch, EvaluatedModule
 from milora_lightning.training.loss_scaling import check_loss_scaling, is_float16
 from milora_lightning.training.schedules import WARMUP
 from milora_lightning.training.throughput import Throughput
+from milora_lightning.utils.allocator import map_large_tensors
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import inform
 
@@ -212,6 +213,9 @@ class CausalLMModule(EvaluatedModule):
                 "A model that takes images cannot be sharded yet: use strategy: ddp, and quantization: nf4 if it is "
                 "too large."
             )
+        on_cpu = self._trainer is not None and self._trainer.strategy.root_device.type == "cpu"
+        if self.gradient_checkpointing and on_cpu:
+            map_large_tensors()
         model = self.load_model()
         recompute_layers(model, self.gradient_checkpointing)
         if self.liger and device is not None:

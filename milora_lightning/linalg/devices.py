@@ -23,6 +23,9 @@ CPU = torch.device("cpu")
 WORTH = 2.0
 """How many times faster than float64 on the weight's own device another way has to be: close calls stay the same."""
 
+CRAWL = 10.0
+"""Seconds below which a decomposition does not crawl: the first one loads libraries."""
+
 SLOW = 4.0
 """How many times longer than on the CPU a size may take on a device before it goes to the CPU."""
 
@@ -112,7 +115,7 @@ def _note_time(device: torch.device, shape: tuple[int, int], r: int, seconds: fl
     k, n = sorted(shape)
     if device.type == "cpu" or (device, k, n) in _slow:
         return
-    if seconds > max(1.0, SLOW * (expected := seconds_on_cpu(k, n, r))):
+    if seconds > max(CRAWL, SLOW * (expected := seconds_on_cpu(k, n, r))):
         _slow.add((device, k, n))
         inform(
             f"Decomposing a weight of {k} x {n} has taken {seconds:.1f} s on {device}; the CPU should take "

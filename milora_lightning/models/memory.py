@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from milora_lightning.adapters.decomposing import SMALL
 from milora_lightning.adapters.injection import lora_layers
-from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import linear_shape
 from milora_lightning.adapters.surgery import inject
 from milora_lightning.config import LoRAConfig
+from milora_lightning.linalg.singular import LARGE, SQUARE
+from milora_lightning.models.activations import active_intermediate, saved_by_layer, stacked_factors
 from milora_lightning.models.loss import CPU_LOGITS, CPU_PROBABILITIES, DEVICE_LOGITS
 from milora_lightning.models.pretrained import auto_class, decoder_layers
 from milora_lightning.models.recompute import recomputed
-from milora_lightning.utils.compat import TELLS_HOW_IT_KEEPS
+from milora_lightning.parallel.work import cost
 
 OPTIMIZER_STATES = {
     "SGD": 0,
@@ -115,6 +116,8 @@ def estimate(
     attention: str = "sdpa",
     quantization: str | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
+    shards: int = 1,
+    mapped: bool = False,
 ) -> Estimate:
     """Estimate the memory of training a decoder model with adapters.
 
@@ -131,10 +134,13 @@ def estimate(
         attention: ``sdpa``, ``flash_attention_2``, ``eager`` or ``causal_blocks``.
         quantization: ``nf4``, ``fp4`` or ``int8`` if the layers' linear weights are quantized; None if not.
         device: Device type.
+        shards: Number of devices that share weights, adapters, gradients and optimizer state (FSDP2).
+        mapped: Whether, with gradient checkpointing on a CPU, freed memory returns to the system, as
+            :func:`milora_lightning.utils.allocator.map_large_tensors` has it.
 
     Returns:
-        The estimate. Activations are those that autograd keeps for backward in a dense decoder as transformers
-        implements it; in a mixture of experts, each token counts for the experts that it is routed to.
+        The estimate, of one device. Activations are those that autograd keeps for backward in a dense decoder as
+        transformers implements it; in a mixture of experts, each token counts for the experts that it is routed to.
     """
     tokens = batch_size * length
     layers = decoder_layers(model)
@@ -144,23 +150,22 @@ def estimate(
         linear = sum(m.weight.numel() for layer in layers for m in layer.modules() if isinstance(m, nn.Linear))
         weights -= int(linear * (width - QUANTIZED_BYTES[quantization]))
     masks = dropout > 0 and device == "cpu"
-    per_token = max((_saved_by_layer(layer, config, width, length, masks, attention) for layer in layers), default=0)
-    stacks = max((_stacked_factors(layer, width) for layer in layers), default=0)
+    per_token = max((saved_by_layer(layer, config, width, length, masks, attention) for layer in layers), default=0)
+    stacks = max((stacked_factors(layer, width) for layer in layers), default=0)
     size = config.get_text_config()
     hidden = size.hidden_size * width
-    each_layer, widest = tokens * per_token + stacks, tokens * width * 4 * (_intermediate(size) + size.hidden_size)
+    each_layer, widest = (
+        tokens * per_token + stacks,
+        tokens * width * 4 * (active_intermediate(size) + size.hidden_size),
+    )
     again = recomputed(len(layers), gradient_checkpointing)
     kept = tokens * hidden * again + each_layer * (len(layers) - again)
     # The logits are freed before the layers' backward, so only the larger of the two counts. With gradient
     # checkpointing, backward also holds the recomputed activations of one layer; by then, others' are free.
     in_backward = widest + (each_layer if again == len(layers) else 0)
     logits = _logits(size, width, tokens * supervised, device)
-    states = OPTIMIZER_STATES.get(optimizer, OPTIMIZER_STATES["AdamW"])
     parts = [
-        Part("frozen weights", weights, quantization or f"{width} bytes each"),
-        Part("adapters", 4 * trained + initial, "in float32, with their initial factors, which do not change"),
-        Part("their gradients", 4 * trained, "float32"),
-        Part(f"{optimizer}'s state", states * trained, f"{states} bytes per trainable parameter"),
+        *_held(weights, trained, initial, optimizer, quantization or f"{width} bytes each", shards),
         Part(
             "activations kept",
             kept + 4 * tokens * size.hidden_size,
@@ -172,15 +177,30 @@ def estimate(
             "a chunk of logits" if logits > in_backward else "the gradients of one layer",
         ),
     ]
-    if device == "cpu":
+    if device == "cpu" and not (again and mapped):
         share = again / len(layers)
         lost = int(again * widest + (1 - share) * FRAGMENTATION * sum(part.size for part in parts[-2:]))
         reason = f"{FRAGMENTATION:.0%} of the last two, as measured with glibc"
         if again:
-            reason = "under each layer's input, where glibc's default leaves what it computed"
+            reason = "at most: under each layer's input, where an allocator may leave what it computed"
         parts.append(Part("between tensors", lost, reason))
+    if shards > 1:
+        parts.append(Part("gathered", _gathered(model, layers), "one layer, the next one, and what is in no layer"))
     total = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad or "initial_" not in n)
     return Estimate(parts, _surgery(model, device), trained, total)
+
+
+def _held(weights: int, trained: int, initial: int, optimizer: str, how: str, shards: int) -> list[Part]:
+    """Return what is in memory from the first step on: weights, adapters, gradients and optimizer state."""
+    states = OPTIMIZER_STATES.get(optimizer, OPTIMIZER_STATES["AdamW"])
+    share = f", a share of 1/{shards}" if shards > 1 else ""
+    whole = [
+        Part("frozen weights", weights, how + share),
+        Part("adapters", 4 * trained + initial, f"in float32, with their initial factors, which do not change{share}"),
+        Part("their gradients", 4 * trained, f"float32{share}"),
+        Part(f"{optimizer}'s state", states * trained, f"{states} bytes per trainable parameter{share}"),
+    ]
+    return [replace(part, size=-(-part.size // shards)) for part in whole]
 
 
 def _which_layers(again: int, layers: int) -> str:
@@ -202,72 +222,15 @@ def _parameters(model: nn.Module) -> tuple[int, int, int]:
     return frozen, trained, initial
 
 
+def _gathered(model: nn.Module, layers: list[nn.Module]) -> int:
+    """Return the bytes that FSDP2 gathers at once: a layer, the one that it fetches ahead, and embeddings and norms."""
+    sizes = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
+    return sum(p.nbytes for p in model.parameters()) - sum(sizes) + sum(sorted(sizes)[-2:])
+
+
 def _dtype(model: nn.Module) -> torch.dtype:
     dtypes = (p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
     return next(dtypes)
-
-
-def _intermediate(size: Any) -> int:
-    """Return the intermediate features that a token passes through, in all experts that it is routed to."""
-    experts = int(getattr(size, "num_experts_per_tok", None) or 1)
-    per_expert = getattr(size, "moe_intermediate_size", None) if experts > 1 else None
-    return experts * int(per_expert or size.intermediate_size)
-
-
-def _saved_by_layer(
-    layer: nn.Module, config: PretrainedConfig, width: int, length: int, masks: bool, attention: str
-) -> int:
-    """Return the bytes per token that a decoder layer saves for backward."""
-    size = config.get_text_config()
-    heads = size.num_attention_heads
-    groups = getattr(size, "num_key_value_heads", None) or heads
-    head_dim = getattr(size, "head_dim", None) or size.hidden_size // heads
-    saved = 0
-    for name, module in layer.named_modules():
-        # Norms compute in float32 and save their input so; norms of queries and keys have an input for each head.
-        if "Norm" in type(module).__name__:
-            times = {"q_norm": heads, "k_norm": groups}.get(name.rpartition(".")[2], 1)
-            scales = getattr(module, "weight", None)
-            saved += 4 * times * (size.hidden_size if scales is None else scales.numel())
-    # Queries, keys and values, the latter two repeated for every head by implementations that do not support groups;
-    # the output, or what it takes to recompute it; attention weights where they are materialized.
-    if attention == "eager":
-        saved += 3 * heads * head_dim * width + heads * length * (4 + (width if width < 4 else 0))
-    elif attention == "causal_blocks":
-        saved += (heads + 2 * groups) * head_dim * width + heads * (length + 64) // 2 * width
-    else:
-        saved += 2 * (heads + groups) * head_dim * width + 4 * heads
-    saved += 3 * _intermediate(size) * width  # gated MLP: both products and the activation
-    # The output of attention, and the gated MLP's product, which is formed again from its factors.
-    already_saved = ("down_proj",) if TELLS_HOW_IT_KEEPS else ()
-    if attention not in ("eager", "causal_blocks"):
-        already_saved = ("o_proj", *already_saved)
-    return int(saved) + sum(_saved_by_adapters(layer, width, masks, already_saved))
-
-
-def _saved_by_adapters(layer: nn.Module, width: int, masks: bool, already_saved: tuple[str, ...]) -> Iterable[int]:
-    """Yield the bytes per token that adapters save: the input (once if several share it), projection and mask."""
-    inputs: set[tuple[str, int]] = set()
-    for name, module in lora_layers(layer).items():
-        features = linear_shape(module.base_layer)[1]
-        parent, _, last = name.rpartition(".")
-        if (parent, features) not in inputs and last not in already_saved:
-            inputs.add((parent, features))
-            yield width * features
-        yield width * _stacked_rank(module)
-        if masks:
-            yield features
-
-
-def _stacked_factors(layer: nn.Module, width: int) -> int:
-    """Return the bytes of the stacked factors that the adapters of a layer save in its dtype."""
-    adapters = lora_layers(layer).values()
-    cast = [m for m in adapters if m.initial_A is not None or width != m.lora_A.itemsize]
-    return sum(width * _stacked_rank(m) * sum(linear_shape(m.base_layer)) for m in cast)
-
-
-def _stacked_rank(adapter: LoRALinear) -> int:
-    return adapter.r if adapter.initial_A is None else 2 * adapter.r
 
 
 def _logits(size: Any, width: int, supervised: float, device: str) -> int:
@@ -278,10 +241,25 @@ def _logits(size: Any, width: int, supervised: float, device: str) -> int:
     return int(min(chunk, logits) * width + 2 * min(float_chunk, logits) * 4 + hidden)
 
 
-def _surgery(model: nn.Module, device: str) -> int:
-    """Return the bytes of the largest decompositions, one per thread: weight, Gram matrix and eigenvectors."""
+def _surgery(model: nn.Module, device: Literal["cpu", "cuda"]) -> int:
+    """Return the bytes of the largest decompositions: of one, or of as many small ones as a CPU does side by side."""
+    shapes = {linear_shape(layer.base_layer) for layer in lora_layers(model).values()}
     needs = []
-    for layer in lora_layers(model).values():
-        rows, columns = linear_shape(layer.base_layer)
-        needs.append(4 * rows * columns + 8 * 3 * min(rows, columns) ** 2)
-    return max(needs, default=0) * (torch.get_num_threads() if device == "cpu" else 1)
+    for shape in shapes:
+        side_by_side = torch.get_num_threads() if device == "cpu" and cost(shape) <= SMALL else 1
+        needs.append(side_by_side * decomposition_size(shape, device))
+    return max(needs, default=0)
+
+
+def decomposition_size(shape: tuple[int, int], device: Literal["cpu", "cuda"]) -> int:
+    """Return the bytes that the decomposition of one weight takes, in addition to the weight.
+
+    A copy in float64, and a Gram matrix. LAPACK works inside that; the Krylov method has a Cholesky factor and its
+    copies besides; other devices compute all eigenvectors, for which their libraries take room for two more matrices.
+
+    >>> [round(decomposition_size((4096, 11008), device) / 1e6) for device in ("cpu", "cuda")]
+    [495, 898]
+    """
+    k, n = sorted(shape)
+    matrices = 4.0 if device == "cuda" else 2.5 if k >= LARGE and n <= SQUARE * k else 1.0
+    return int(8 * k * n + 8 * matrices * k * k)

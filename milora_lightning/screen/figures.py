@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import torch
 
-try:
-    import resource
-except ImportError:  # Windows has no such module
-    resource = None  # type: ignore[assignment]
+from milora_lightning.utils.process_memory import peak_resident
 
 
 def number(value: float) -> str:
@@ -64,7 +60,5 @@ def peak_memory(device: torch.device) -> float | None:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    if resource is None:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+    peak = peak_resident()
+    return None if peak is None else peak / 1e9

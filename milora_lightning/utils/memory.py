@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from milora_lightning.utils import process_memory
+
 
 def available(kind: str) -> int | None:
     """Return the memory available on a device in bytes; None if it is not known.
@@ -14,9 +16,4 @@ def available(kind: str) -> int | None:
     if kind == "cuda":
         kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # torch gives it to whoever asks next
         return torch.cuda.mem_get_info()[0] + kept
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":") for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return None
+    return process_memory.available()

@@ -17,6 +17,7 @@ from milora_lightning.adapters import decomposing
 from milora_lightning.adapters.factors import initial_factors
 from milora_lightning.linalg import devices, eigen
 from milora_lightning.linalg.devices import CPU, Way
+from milora_lightning.models.memory import decomposition_size
 
 SHAPE = (256, 688)
 """A sixteenth of a Llama's feed-forward layer, 4096 x 11008."""
@@ -43,6 +44,8 @@ def test_one_weight_takes_at_most_three_float64_copies(
     workspace = 2 * min(shape) ** 2 * (4 if single else 8)  # of LAPACK's and cuSOLVER's syevd, which torch does not see
     assert memory.peak > copy
     assert memory.peak + workspace <= 3 * copy
+    estimated = decomposition_size(shape, "cuda")
+    assert estimated * (0.5 if single else 0.9) < memory.peak + workspace < 1.1 * estimated
     assert all(max(svd) < min(shape) for svd in svd_shapes)
 
 

@@ -103,11 +103,24 @@ def test_quantized_weights_take_their_codes_and_scales() -> None:
     assert sizes[0] - sizes[2] == pytest.approx(linear * 1.4375)
 
 
+def test_many_threads_decompose_small_weights_side_by_side_and_large_ones_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def surgery(size: int) -> int:
+        config = LlamaConfig(hidden_size=size, intermediate_size=size, num_hidden_layers=1, vocab_size=8)
+        return estimate(planned_model(config, torch.float32, LoRAConfig(8)), config, 1, 8).surgery
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert surgery(1024) == 64 * 2 * 8 * 1024**2
+    assert surgery(4096) == 3.5 * 8 * 4096**2  # as measured: benchmarks/results/two_cores.md
+
+
 RUN = """
-import re, sys, torch
+import sys, torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from milora_lightning import LoRAConfig, initialize, inject
-from milora_lightning.cli.commands.preview import resident
+from milora_lightning.utils.allocator import map_large_tensors
+from milora_lightning.utils.process_memory import peak_resident, resident
 from milora_lightning.models.loss import causal_lm_loss
 from milora_lightning.models.memory import LOADED, estimate, planned_model
 
@@ -116,7 +129,7 @@ config = LlamaConfig(**sizes, num_hidden_layers=6, vocab_size=8000, pad_token_id
 adapters = LoRAConfig(16, lora_dropout=0.1)
 checkpointing = sys.argv[1] == "True"
 expected = estimate(
-    planned_model(config, torch.float32, adapters), config, 8, 256, dropout=0.1, gradient_checkpointing=checkpointing
+    planned_model(config, torch.float32, adapters), config, 8, 256, gradient_checkpointing=checkpointing, mapped=True
 )
 before = resident() + LOADED
 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
@@ -124,6 +137,7 @@ inject(model, adapters)
 initialize(model)
 model.train()
 if checkpointing:
+    assert map_large_tensors()
     model.gradient_checkpointing_enable({"use_reentrant": False})
 optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
 for _ in range(2):
@@ -131,7 +145,7 @@ for _ in range(2):
     optimizer.zero_grad()
     causal_lm_loss(model, ids, ids).backward()
     optimizer.step()
-print(before + expected.peak, int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024)
+print(before + expected.peak, peak_resident())
 """
 
 
@@ -145,9 +159,10 @@ def test_the_peak_of_a_run_is_estimated_within_15_percent(checkpointing: bool) -
 
 
 FIT = r"""
-import contextlib, io, re, sys
+import contextlib, io, sys
 from milora_lightning.cli.main import main
 from milora_lightning.cli.commands.preview import preview
+from milora_lightning.utils.process_memory import peak_resident
 folder = sys.argv[1]
 options = ["--config=milora.yaml", f"--model.name_or_path={folder}", "--model.dtype=float32",
     "--model.attn_implementation=sdpa", f"--data.source=Files", f"--data.source.train={folder}/examples.jsonl",
@@ -159,8 +174,7 @@ with contextlib.redirect_stdout(io.StringIO()) as text:
     preview(options, examples=0)
 main(["fit", *options])
 print(text.getvalue())
-# ru_maxrss would be the test process's own, where that has been larger: it outlives exec
-print("measured:", int(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[1]) * 1024 / 1e9)
+print("measured:", peak_resident() / 1e9)
 """
 
 

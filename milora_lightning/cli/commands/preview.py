@@ -19,6 +19,9 @@ from milora_lightning.models.choosing_attention import AUTO, choose_attention
 from milora_lightning.models.memory import LOADED, Estimate, Part, estimate, planned_model
 from milora_lightning.models.pretrained import load_config
 from milora_lightning.models.processor import held_as
+from milora_lightning.strategies.base import shards
+from milora_lightning.utils import process_memory
+from milora_lightning.utils.allocator import maps_large_tensors
 from milora_lightning.utils.counting import counted
 from milora_lightning.utils.memory import available
 from milora_lightning.utils.printable import printable
@@ -183,10 +186,9 @@ def of_the_run(cli: MiLoRACLI, batches: int, lengths: list[list[int]]) -> list[s
     length = counted(min(limits), "step") if limits else "steps without end"
     kind = trainer.strategy.root_device.type
     expected = of_memory(cli, lengths, kind)
+    here = (process_memory.resident() or 0) + LOADED
     held = (
-        [Part("program and data", resident() + LOADED, "what preview takes, and what torch loads to train")]
-        if kind == "cpu"
-        else []
+        [Part("program and data", here, "what preview takes, and what torch loads to train")] if kind == "cpu" else []
     )
     peak = expected.peak + sum(part.size for part in held)
     free = available(kind)
@@ -204,7 +206,7 @@ def of_the_run(cli: MiLoRACLI, batches: int, lengths: list[list[int]]) -> list[s
 
 def of_memory(cli: MiLoRACLI, lengths: list[list[int]], kind: str) -> Estimate:
     """Estimate the memory that the run needs for its largest batch."""
-    module, data = cli.model, cli.datamodule
+    module, data, trainer = cli.model, cli.datamodule, cli.trainer
     config = load_config(module.name_or_path)
     adapters = cli.config_init["fit"]["adapter"].config
     dtype = held_as(module.dtype_name, config.dtype, kind)
@@ -226,16 +228,9 @@ def of_memory(cli: MiLoRACLI, lengths: list[list[int]], kind: str) -> Estimate:
         attention=attention or "sdpa",
         quantization=module.quantization,
         device="cpu" if kind == "cpu" else "cuda",
+        shards=trainer.world_size // getattr(trainer.strategy, "replicate_size", 1) if shards(trainer.strategy) else 1,
+        mapped=maps_large_tensors(),
     )
-
-
-def resident() -> int:
-    """Return the resident memory of this process in bytes; 0 if the system does not report it."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * 4096
-    except OSError:
-        return 0
 
 
 def _bytes(size: float) -> str:

@@ -1,0 +1,77 @@
+"""What a decoder layer with adapters saves for backward, by formula: its activations and stacked factors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from milora_lightning.adapters.injection import lora_layers
+from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.linear_layers import linear_shape
+from milora_lightning.utils.compat import TELLS_HOW_IT_KEEPS
+
+
+def active_intermediate(size: Any) -> int:
+    """Return the intermediate features that a token passes through, in all experts that it is routed to."""
+    experts = int(getattr(size, "num_experts_per_tok", None) or 1)
+    per_expert = getattr(size, "moe_intermediate_size", None) if experts > 1 else None
+    return experts * int(per_expert or size.intermediate_size)
+
+
+def saved_by_layer(
+    layer: nn.Module, config: PretrainedConfig, width: int, length: int, masks: bool, attention: str
+) -> int:
+    """Return the bytes per token that a decoder layer saves for backward."""
+    size = config.get_text_config()
+    heads = size.num_attention_heads
+    groups = getattr(size, "num_key_value_heads", None) or heads
+    head_dim = getattr(size, "head_dim", None) or size.hidden_size // heads
+    saved = 0
+    for name, module in layer.named_modules():
+        # Norms compute in float32 and save their input so; norms of queries and keys have an input for each head.
+        if "Norm" in type(module).__name__:
+            times = {"q_norm": heads, "k_norm": groups}.get(name.rpartition(".")[2], 1)
+            scales = getattr(module, "weight", None)
+            saved += 4 * times * (size.hidden_size if scales is None else scales.numel())
+    # Queries, keys and values, the latter two repeated for every head by implementations that do not support groups;
+    # the output, or what it takes to recompute it; attention weights where they are materialized.
+    if attention == "eager":
+        saved += 3 * heads * head_dim * width + heads * length * (4 + (width if width < 4 else 0))
+    elif attention == "causal_blocks":
+        saved += (heads + 2 * groups) * head_dim * width + heads * (length + 64) // 2 * width
+    else:
+        saved += 2 * (heads + groups) * head_dim * width + 4 * heads
+    saved += 3 * active_intermediate(size) * width  # gated MLP: both products and the activation
+    # The output of attention, and the gated MLP's product, which is formed again from its factors.
+    already_saved = ("down_proj",) if TELLS_HOW_IT_KEEPS else ()
+    if attention not in ("eager", "causal_blocks"):
+        already_saved = ("o_proj", *already_saved)
+    return int(saved) + sum(_saved_by_adapters(layer, width, masks, already_saved))
+
+
+def _saved_by_adapters(layer: nn.Module, width: int, masks: bool, already_saved: tuple[str, ...]) -> Iterable[int]:
+    """Yield the bytes per token that adapters save: the input (once if several share it), projection and mask."""
+    inputs: set[tuple[str, int]] = set()
+    for name, module in lora_layers(layer).items():
+        features = linear_shape(module.base_layer)[1]
+        parent, _, last = name.rpartition(".")
+        if (parent, features) not in inputs and last not in already_saved:
+            inputs.add((parent, features))
+            yield width * features
+        yield width * _stacked_rank(module)
+        if masks:
+            yield features
+
+
+def stacked_factors(layer: nn.Module, width: int) -> int:
+    """Return the bytes of the stacked factors that the adapters of a layer save in its dtype."""
+    adapters = lora_layers(layer).values()
+    cast = [m for m in adapters if m.initial_A is not None or width != m.lora_A.itemsize]
+    return sum(width * _stacked_rank(m) * sum(linear_shape(m.base_layer)) for m in cast)
+
+
+def _stacked_rank(adapter: LoRALinear) -> int:
+    return adapter.r if adapter.initial_A is None else 2 * adapter.r
