@@ -97,6 +97,11 @@ def test_every_real_solution_is_right_by_its_own_answer() -> None:
         ),
         ({"instruction": "2+3?", "output": "$\\boxed{\\frac{10}2}$"}, None, "\\frac{10}2"),
         ({"query": "2+3?", "response": "Five."}, "Five.", "Five."),
+        # MetaMathQA's own texts are learned as they are.
+        ({"query": "2+3?", "response": "5.\n#### 5\nThe answer is: 5"}, "5.\n#### 5\nThe answer is: 5", "5"),
+        ({"query": "2+3?", "response": "2+3=<<2+3=5>>5\n#### 5"}, "2+3=<<2+3=5>>5\n#### 5", "5"),
+        ({"query": "2+3?", "response": "It is $\\boxed{5}$."}, "It is $\\boxed{5}$.", "5"),
+        ({"question": "2+3?", "answer": "5.\n#### 5\nThe answer is: 5"}, "5.\n#### 5\nThe answer is: 5", "5"),
     ],
 )
 def test_every_format_of_mathematics_comes_into_one_form(

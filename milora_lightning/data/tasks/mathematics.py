@@ -15,20 +15,25 @@ from milora_lightning.metrics.metamath import right_expression, right_number
 from milora_lightning.utils.errors import InvalidInputError
 
 # Fields of question and solution in MetaMathQA, GSM8K, MATH, and the test files that MetaMath ships.
-FORMATS = (("query", "response"), ("question", "answer"), ("problem", "solution"), ("instruction", "output"))
+METAMATH = ("query", "response")
+FORMATS = (METAMATH, ("question", "answer"), ("problem", "solution"), ("instruction", "output"))
 MARKER = "The answer is: "
 METAMATH = "metamath"
 """Name of the paper's rule in results."""
 
 
 def worked_solution(record: dict[str, Any]) -> dict[str, Any]:
-    r"""Convert a record of MetaMathQA, GSM8K or MATH to the paper's form: solutions end with "The answer is: ...".
+    r"""Convert a record of GSM8K or MATH to MetaMathQA's form: solutions end with "The answer is: ...".
+
+    MetaMathQA's own solutions stay as they are, and so does any other that says its answer in this form.
 
     Raises:
         ValueError: If the record has none of the known pairs of fields.
 
     >>> worked_solution({"question": "2 + 3?", "answer": "2 + 3 = <<2+3=5>>5.\n#### 5"})
     {'instruction': '2 + 3?', 'output': '2 + 3 = 5.\nThe answer is: 5', 'answer': '5'}
+    >>> worked_solution({"query": "2 + 3?", "response": "2 + 3 = 5.\n#### 5\nThe answer is: 5"})["output"]
+    '2 + 3 = 5.\n#### 5\nThe answer is: 5'
     >>> worked_solution({"problem": "$6x=3$", "solution": r"So $x=\boxed{\frac12}$."})["output"]
     'So $x=\\boxed{\\frac12}$.\nThe answer is: \\frac12'
     """
@@ -41,10 +46,12 @@ def worked_solution(record: dict[str, Any]) -> dict[str, Any]:
         raise InvalidInputError(
             f"there is no question with a solution among the fields {sorted(record)}: {pairs} are known."
         )
-    text = re.sub(r"<<[^<>]*>>", "", text)  # what GSM8K's calculator was told
-    text = re.sub(r"####\s*(?=[^#]*$)", MARKER, text)
+    converts = (question, solution) != METAMATH and MARKER.strip() not in text
+    if converts:
+        text = re.sub(r"<<[^<>]*>>", "", text)  # what GSM8K's calculator was told
+        text = re.sub(r"####\s*(?=[^#]*$)", MARKER, text)
     answer = extract_solution(text)
-    if answer is not None and MARKER.strip() not in text:
+    if converts and answer is not None and MARKER.strip() not in text:
         text += f"\n{MARKER}{answer}"
     return {"instruction": record[question], "output": text, "answer": answer or text}
 
@@ -54,8 +61,8 @@ class Math(Files):
 
     Each location may hold data of all three. Their records are distinguished by their fields (``query`` and
     ``response``, ``question`` and ``answer``, ``problem`` and ``solution``, or ``instruction`` and ``output``) and
-    converted to one form, in which a solution ends with "The answer is: ...". The answer is extracted from there, and a
-    text without one is wrong. Answers to GSM8K are compared as numbers, answers to MATH as expressions.
+    converted to MetaMathQA's form, in which a solution ends with "The answer is: ...". The answer is extracted from
+    there, and a text without one is wrong. Answers to GSM8K are compared as numbers, answers to MATH as expressions.
 
     Accuracies are reported by two rules: the package's own, which compares values, and under ``accuracy_metamath`` that
     of the paper's scripts (:mod:`milora_lightning.metrics.metamath`), to be put beside the paper's figures.

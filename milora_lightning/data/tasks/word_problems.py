@@ -103,7 +103,7 @@ def _problems(seed: int) -> Any:
 
 
 def _row(problem: dict[str, Any]) -> Row:
-    r"""Bring a problem into the paper's form, whose solutions end in "The answer is: ".
+    r"""Bring a problem into MetaMathQA's form, whose solutions end in "The answer is: ".
 
     >>> problem = {"question": "1 + 1?" + INSTRUCTION, "answer": "2", "metadata": {"answer_cot": "1+1=2\n#### 2.0"}}
     >>> _row(problem)["response"]
