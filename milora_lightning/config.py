@@ -30,8 +30,8 @@ class LoRAConfig:
             teacher, a perceptual loss) are only matched by a name or expression that matches no layer that trained.
             ``"all-linear"`` and expressions skip layers that are smaller than ``r`` or cannot be adapted.
         init: Where the factors start: ``"milora"`` at the smallest singular triplets of the weight,
-            ``"pissa"`` at the largest, ``"middle"`` and ``"random"`` at those of the paper's ablation,
-            ``"lora"`` at LoRA's own start (A Kaiming-uniform, B zero).
+            ``"pissa"`` at the largest, ``"random"`` at random ones as in the paper's ablation, ``"middle"`` at those
+            in the middle, ``"lora"`` at LoRA's own start (A Kaiming-uniform, B zero).
         modules_to_save: Name endings of modules that are trained in full together with the adapters, for example
             a new classification head. They are kept in float32 and compute in the model's dtype.
         rank_pattern: Other ranks for some layers, ``{"down_proj": 16}``. A key is a regular expression that matches the

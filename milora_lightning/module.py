@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -27,7 +27,7 @@ from milora_lightning.models.compile import compile_layers
 from milora_lightning.models.files import takes_images
 from milora_lightning.models.generation import cut_at_stop, generate_greedily, greedy_config, use_generation_config
 from milora_lightning.models.kernels import apply_liger
-from milora_lightning.models.loss import causal_lm_loss, supervised_logits
+from milora_lightning.models.loss import causal_lm_loss, example_weights, supervised_logits
 from milora_lightning.models.packed_rows import check_separation, check_takes_positions
 from milora_lightning.models.positions import found_before_transfer, known_after_transfer, supervised_count
 from milora_lightning.models.pretrained import load_causal_lm, load_config, load_tokenizer
@@ -52,6 +52,8 @@ from milora_lightning.training.throughput import Throughput
 from milora_lightning.utils.allocator import map_large_tensors
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import inform
+
+BY_EXAMPLE = "seq-mean-token-mean"
 
 
 class CausalLMModule(EvaluatedModule):
@@ -94,6 +96,10 @@ class CausalLMModule(EvaluatedModule):
             weights; at the start of training the model computes exactly what the quantized model does.
         liger: Train with Liger's kernels for norms, rotary embeddings and gated activations, on GPUs; needs the
             package liger-kernel.
+        loss_agg_mode: What a training step follows: ``"token-mean"``, the mean loss of all its learned tokens, or
+            ``"seq-mean-token-mean"``, the mean over its examples of each one's mean, in which short answers count as
+            much as long ones. Validation and test report the mean over tokens either way.
+        num_beams: Width of the beam search that generates answers; 1 for greedy decoding.
 
     Raises:
         FileNotFoundError: When the model is loaded, if there is no model of that name.
@@ -126,8 +132,14 @@ class CausalLMModule(EvaluatedModule):
         learning_rate: float | None = None,
         quantization: Quantization | None = None,
         liger: bool = False,
+        loss_agg_mode: Literal["token-mean", "seq-mean-token-mean"] = "token-mean",
+        num_beams: int = 1,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, warmup_steps, lr_scheduler_kwargs, learning_rate, metric)
+        if loss_agg_mode not in ("token-mean", BY_EXAMPLE):
+            raise InvalidInputError(f"loss_agg_mode must be token-mean or {BY_EXAMPLE}, not {loss_agg_mode!r}.")
+        if num_beams < 1:
+            raise InvalidInputError(f"num_beams must be at least 1, not {num_beams}; 1 is greedy decoding.")
         if max_new_tokens < 1:
             raise InvalidInputError(
                 f"max_new_tokens must be at least 1, not {max_new_tokens}. To generate no answers in validation, set "
@@ -143,6 +155,8 @@ class CausalLMModule(EvaluatedModule):
         self.quantization = quantization
         self.liger = liger
         self.max_new_tokens = max_new_tokens
+        self.loss_agg_mode = loss_agg_mode
+        self.num_beams = num_beams
         self.model: PreTrainedModel | None = None
         self.prompt_format: PromptFormat | None = None
         self._throughput = Throughput()
@@ -288,12 +302,22 @@ class CausalLMModule(EvaluatedModule):
         )
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Compute the sum of the next-token cross-entropies in nats, and the number of tokens in that sum."""
+        """Compute a sum of losses in nats, and what it is to be divided by.
+
+        Returns:
+            The sum of the next-token cross-entropies, and the number of tokens in that sum. In training with
+            ``loss_agg_mode="seq-mean-token-mean"``, the sum of the examples' mean losses, and the number of examples.
+        """
         labels = batch["labels"]
+        weights: Tensor | None = None
+        if self.training and self.loss_agg_mode == BY_EXAMPLE:
+            weights, number = example_weights(labels, batch.get("position_ids"))
+        else:
+            number = supervised_count(labels)
         # The model runs even if no token is supervised: with a sharded model the other ranks wait for this one.
         images = batch.get(IMAGES, {})
-        total = causal_lm_loss(self._built(), batch["input_ids"], labels, positions_of(batch), **images)
-        return total, supervised_count(labels)
+        total = causal_lm_loss(self._built(), batch["input_ids"], labels, positions_of(batch), weights, **images)
+        return total, number
 
     def on_train_start(self) -> None:
         """Check that packed examples do not see each other in this model."""
@@ -308,9 +332,9 @@ class CausalLMModule(EvaluatedModule):
             )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute the mean loss over the tokens of a batch on all ranks.
+        """Compute the mean loss over the tokens (or examples, see ``loss_agg_mode``) of a batch on all ranks.
 
-        With ``accumulate_grad_batches``, an optimizer step follows the gradient of the mean over the tokens of all its
+        With ``accumulate_grad_batches``, an optimizer step follows the gradient of the mean over those of all its
         batches, as one large batch would.
         """
         total, tokens = self.loss(batch)
@@ -355,7 +379,7 @@ class CausalLMModule(EvaluatedModule):
 
     @torch.no_grad()
     def generate(self, batch: Batch | str | list[str]) -> str | list[str]:
-        """Generate answers greedily, up to a stop token.
+        """Generate answers greedily, or by beam search (``num_beams``), up to a stop token.
 
         Stop tokens are the model's ``generation_config.eos_token_id``, the tokenizer's EOS token, and the token that
         ended the responses in training, such as the end of turn of a chat template.
@@ -377,7 +401,7 @@ class CausalLMModule(EvaluatedModule):
             return answers[0] if isinstance(batch, str) else answers
         end_of_turn = None if self.prompt_format is None else self.prompt_format.end_of_turn
         model = self._built()
-        config = greedy_config(model, tokenizer, self.max_new_tokens, end_of_turn)
+        config = greedy_config(model, tokenizer, self.max_new_tokens, end_of_turn, self.num_beams)
         with adapters_merged(self), use_generation_config(model, config):
             tokens = generate_greedily(
                 model, batch["input_ids"], batch["attention_mask"], config, **batch.get(IMAGES, {})

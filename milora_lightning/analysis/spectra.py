@@ -101,7 +101,7 @@ def _triplets(weight: Tensor) -> SingularSlice:
 
 @torch.no_grad()
 def analyze_matrix(name: str, weight: Tensor, update: Update, r: int, bins: int = BINS) -> MatrixAnalysis | None:
-    """Compare an update with the spectrum of its weight (MiLoRA, arXiv 2406.09044, section 6).
+    """Compare an update with the spectrum of its weight (MiLoRA, arXiv 2406.09044, sections 5.3, A.1).
 
     Args:
         name: Name of the layer.

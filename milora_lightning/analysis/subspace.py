@@ -15,7 +15,7 @@ def similarity(A: Tensor, B: Tensor) -> float:
     """Compute the similarity of two subspaces, φ = ‖AᵀB‖²_F / r.
 
     It is 1 if one contains the other and 0 if they are orthogonal. For random subspaces it is r / out on average, with
-    r the larger of the two dimensions (LoRA, arXiv 2106.09685, section 7.2; MiLoRA, arXiv 2406.09044, section 6).
+    r the larger of the two dimensions (LoRA, arXiv 2106.09685, section 7.2; MiLoRA, arXiv 2406.09044, section 5.3).
 
     Args:
         A: Orthonormal columns, shape (out, a).

@@ -25,8 +25,8 @@ class ForgettingMonitor(Callback):
     The base model is the same model with its adapters switched off, so there is no second model in memory. Other
     weights that train (``modules_to_save``, or all weights in full fine-tuning) are copied before training. Logs
     ``forgetting_kl``, the KL divergence from the base model's next-token distribution, and
-    ``forgetting_cross_entropy``, the measure used in the MiLoRA paper (arXiv 2406.09044, section 5), in nats per token
-    over all ranks. The values before training, where the KL divergence is 0, are logged as step 0.
+    ``forgetting_cross_entropy``, the MiLoRA paper's measure (arXiv 2406.09044, section 5.4), in nats per token over all
+    ranks. The values before training, where the KL divergence is 0, are logged as step 0.
 
     Args:
         text: Held-out text: a ``.txt`` file, a JSON, JSON lines or Parquet file, or a Hub name.

@@ -23,7 +23,7 @@ class SubspaceMonitor(Callback):
 
     For each module type, such as ``q_proj``: ``subspace/q_proj/top``, ``/bottom`` and ``/random`` are the similarities
     φ between the update's top r left singular vectors and those of the weight (r / out for random subspaces), and
-    ``subspace/q_proj/amplification`` is ‖UᵀΔWV‖_F / ‖UᵀWV‖_F (MiLoRA, arXiv 2406.09044, section 6). Each weight is
+    ``subspace/q_proj/amplification`` is ‖UᵀΔWV‖_F / ‖UᵀWV‖_F (MiLoRA, arXiv 2406.09044, 5.3 and A.1). Each weight is
     decomposed once, when training starts, and 3 r of its singular vectors are kept on the CPU. Only the first rank does
     this work.
 

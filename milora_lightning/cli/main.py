@@ -35,7 +35,7 @@ from milora_lightning.cli.run_config import RunConfig
 from milora_lightning.cli.trainer_defaults import LOG_EVERY_N_STEPS, earlier_checkpoints, missing_options, with_screen
 from milora_lightning.cli.typed_text import take_text_as_typed
 from milora_lightning.data import Files, SFTDataModule
-from milora_lightning.data.datamodule import TRAIN_ON
+from milora_lightning.data.datamodule import TRAIN_ON, TRAIN_ON_INPUTS
 from milora_lightning.data.encoding.prompt_format import PromptFormat, data_state
 from milora_lightning.models.processor import warn_of_more_processes, warn_of_unused_gpu
 from milora_lightning.module import CausalLMModule
@@ -138,7 +138,7 @@ class MiLoRACLI(LightningCLI):
         if self._given_to != "fit":  # which decides anew how to train
             state = data_state(checkpoint)
             self._trained_with = PromptFormat.found_in(checkpoint)
-            saved.update({f"data.{TRAIN_ON}": state[TRAIN_ON]} if TRAIN_ON in state else {})
+            saved.update({f"data.{name}": state[name] for name in (TRAIN_ON, TRAIN_ON_INPUTS) if name in state})
         if full and any(name.startswith("adapter.") for name in saved):
             raise CheckpointError(f"{path!r} holds adapters, but adapter.init is full: leave adapter.init out.")
         parser = self._parser(self._given_to)

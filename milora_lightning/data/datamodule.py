@@ -34,6 +34,9 @@ from milora_lightning.utils.messages import inform
 TRAIN_ON = "train_on"
 """The entry of the state, and of a checkpoint, that says which turns were learned."""
 
+TRAIN_ON_INPUTS = "train_on_inputs"
+"""Likewise, whether prompts were."""
+
 # The split that each stage needs.
 NEEDED: dict[str | None, Split] = {"fit": "train", "validate": "validation", "test": "test", "predict": "test"}
 
@@ -51,12 +54,15 @@ class SFTDataModule(EvaluationLoaders):
     Args:
         source: Where examples come from.
         tokenizer: The model's name (see :func:`milora_lightning.models.pretrained.load_tokenizer`), or its tokenizer.
-        template: How prompts and conversations are written: ``"alpaca"`` as in the paper, ``"chat"`` for the
-            tokenizer's own chat template, ``"plain"`` for the bare prompt and a line break, ``"vicuna"`` for the chat
-            template of LLaVA-1.5, or the path of a Jinja file with a chat template; ``"auto"`` is ``"chat"`` if there
-            are conversations, and ``"alpaca"`` if not.
+        template: How prompts and conversations are written: ``"alpaca"``, ``"chat"`` for the tokenizer's own chat
+            template, ``"plain"`` for the bare prompt and a line break, ``"vicuna"`` for the chat template of LLaVA-1.5,
+            or the path of a Jinja file with a chat template; ``"auto"`` is ``"chat"`` if there are conversations, and
+            ``"alpaca"`` if not. ``"metamath"``, ``"llm-adapters"`` and ``"tulu"`` write and tokenize as the code of
+            these names does.
         prompt_suffix: Text added unchanged after every prompt and its template, for example
             ``"Let's think step by step.\n"``. With ``"chat"``, it is the beginning of the assistant's answer.
+        generation_prompt_suffix: Another suffix for prompts that the model is to answer, which it then was not trained
+            on; None for ``prompt_suffix``.
         max_length: Maximum number of tokens in an example. A prompt that is too long loses its beginning (in chats, the
             beginning of the user's text), a response that is too long its end.
         batch_size: Training examples per rank and batch.
@@ -74,6 +80,10 @@ class SFTDataModule(EvaluationLoaders):
         train_on: Which turns of conversations are learned: ``"assistant"`` for all turns of the assistant, ``"last"``
             for its last turn, or a list of roles. A message's own field ``weight``, ``loss`` or ``train`` (0 or 1,
             false or true) decides for that message. In a ``text`` every token is learned.
+        train_on_inputs: Whether the prompts of prompts with responses are learned as well. Evaluations then report the
+            loss over all tokens, too.
+        group_by_length: Whether the examples of a training batch have similar lengths, for little padding. If not, the
+            order is a uniformly random one.
         packing: Put several training examples into each row of up to ``max_length`` tokens, so that there is almost no
             padding; ``batch_size`` then counts rows. The model keeps the examples apart by ``position_ids``, which
             replace the attention mask in these batches. The same examples share a row in each epoch.
@@ -116,15 +126,20 @@ class SFTDataModule(EvaluationLoaders):
         shuffle_buffer: int = 1000,
         padding_free: bool | Literal["auto"] = "auto",
         max_tokens_per_batch: int | None = None,
+        generation_prompt_suffix: str | None = None,
+        train_on_inputs: bool = False,
+        group_by_length: bool = True,
     ) -> None:
         super().__init__(
             source,
             tokenizer,
             template,
             prompt_suffix,
+            generation_prompt_suffix,
             max_length,
             num_proc,
             train_on,
+            train_on_inputs,
             streaming,
             num_generation_examples,
             num_test_generation_examples,
@@ -140,10 +155,12 @@ class SFTDataModule(EvaluationLoaders):
         self.padding_free = padding_free
         self.max_tokens_per_batch = max_tokens_per_batch
         self.shuffle_buffer = shuffle_buffer
+        self.group_by_length = group_by_length
         self._resumption = Resumption(self)
         self._said_template = False
         self._said_layout = False
         order = {"num_workers": max(1, num_workers), "shuffle_buffer": shuffle_buffer, "packing": packing, "seed": seed}
+        order["group_by_length"] = group_by_length
         self._places = StreamPlaces(self, order)
         sizes = ["batch_size", "eval_batch_size", "generation_batch_size", "pad_to_multiple_of", "shuffle_buffer"]
         sizes += ["max_tokens_per_batch"]
@@ -159,6 +176,11 @@ class SFTDataModule(EvaluationLoaders):
             raise InvalidInputError(
                 f"{type(source).__name__} has images, whose batches are padded and of batch_size examples: leave "
                 "padding_free and max_tokens_per_batch out."
+            )
+        if not group_by_length and max_tokens_per_batch is not None:
+            raise InvalidInputError(
+                "max_tokens_per_batch fills batches by length, so their order is not uniformly random: leave it "
+                "or group_by_length: false out."
             )
         if streaming and max_tokens_per_batch is not None:
             raise InvalidInputError(
@@ -177,6 +199,8 @@ class SFTDataModule(EvaluationLoaders):
             stage = self.trainer.state.fn and self.trainer.state.fn.value
             for split in SPLITS[stage]:
                 self._tokenized(split, stage == "predict")
+                if split != "train" and self._asks_otherwise:
+                    self._tokenized(split, stage == "predict", asks=True)
 
     def setup(self, stage: str | None = None) -> None:
         """Load and tokenize the splits that a stage needs, unless that has been done.
@@ -195,6 +219,7 @@ class SFTDataModule(EvaluationLoaders):
             predicts = stage == "predict"  # which also answers prompts without a response; an evaluation drops these
             if split not in self._splits or (split == "test" and self._unanswered not in (None, predicts)):
                 self._splits[split] = self._tokenized(split, predicts)
+                self._prompts.pop(split, None)
         if stage is not None:
             self.examples(NEEDED[stage])
         if stage == "fit":
@@ -205,7 +230,7 @@ class SFTDataModule(EvaluationLoaders):
             self._places.forget()
 
     def train_dataloader(self) -> DataLoader[Any] | StreamLoader:
-        """Return training batches, shuffled in each epoch and grouped by length."""
+        """Return training batches, shuffled in each epoch and, by default, grouped by length."""
         self._check_model()
         return self._stream_loader() if self.streaming else self.epoch()
 
@@ -227,7 +252,7 @@ class SFTDataModule(EvaluationLoaders):
             )
             return self._loader(Batches(rows), grouped, None, collator, ResumableDataLoader)
         sampler = (OverfittingSampler if overfits else ResumableSampler)(
-            self._resumption, lengths, self.batch_size, **order
+            self._resumption, lengths, self.batch_size, group_by_length=self.group_by_length, **order
         )
         return self._loader(rows, sampler, self.batch_size, collator, ResumableDataLoader)
 
@@ -269,7 +294,7 @@ class SFTDataModule(EvaluationLoaders):
         position, prompt_format = self._resumption.state_dict(), self.prompt_format
         record = None if prompt_format is None else prompt_format.record()
         stream = self._places.state_dict() if self.streaming else None
-        asked = {KEY: record, TRAIN_ON: self.train_on}
+        asked = {KEY: record, TRAIN_ON: self.train_on, TRAIN_ON_INPUTS: self.train_on_inputs}
         return {"position": position, "stream": stream, "description": self.description, **asked}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -305,6 +330,7 @@ class SFTDataModule(EvaluationLoaders):
             self.prompt_suffix,
             self.max_length,
             self.train_on,
+            self.train_on_inputs,
             conversations=conversations or self.template != AUTO,
             only_texts=only_texts,
             passed=getattr(stream, "skipped", 0),
@@ -318,6 +344,7 @@ class SFTDataModule(EvaluationLoaders):
             self.batch_size,
             self.max_length if self.packing else None,
             self.seed,
+            group_by_length=self.group_by_length,
             **self._rank(),
         )
         steps, batches_per_step = (

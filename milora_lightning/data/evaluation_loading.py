@@ -49,7 +49,7 @@ class EvaluationLoaders(TokenizedSplits):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return generation batches of all test examples in their order."""
-        with_prompt = [i for i, length in enumerate(self.examples("test")["prompt_length"][:]) if length]
+        with_prompt = [i for i, length in enumerate(self.prompts("test")["prompt_length"][:]) if length]
         if not with_prompt:
             raise InvalidInputError(
                 "There is nothing to answer in the test data: they are texts without prompts. Give rows with a prompt, "
@@ -73,13 +73,13 @@ class EvaluationLoaders(TokenizedSplits):
         loaders = [self._loader(PaddedDataset(examples), sampler, self.eval_batch_size, self._collator(Collator))]
         answered = self.answered(split)
         if answered:
-            by_length = _longest_first(answered, examples["prompt_length"][:])
+            by_length = _longest_first(answered, self.prompts(split)["prompt_length"][:])
             loaders.append(self._generation_loader(split, answered if self._overfits() else by_length))
         return loaders
 
     def _generation_loader(self, split: Split, indices: Sequence[int]) -> DataLoader[Any]:
         sampler = EvaluationSampler(indices, **self._rank())
-        examples = PaddedDataset(self.examples(split))
+        examples = PaddedDataset(self.prompts(split))
         collator: Any = self._collator(PromptCollator)
         if self.answer_by == "likelihood":
             choices = cast(MultipleChoice, self.source).choices

@@ -41,7 +41,7 @@ def check_model(data: TokenizedSplits, module: LightningModule, padded: int = 1)
     for split, part in examples.items():
         answered = range(len(part)) if predicts else data.answered(split)
         if answered and data.answer_by == "generation":
-            tokens = part["prompt_length"][:]
+            tokens = data.prompts(split)["prompt_length"][:]
             prompts[split] = max(tokens[i] for i in answered)
     check_positions(model, lengths, prompts, getattr(module, "max_new_tokens", 1), padded)
 

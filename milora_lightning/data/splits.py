@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import datasets
 from lightning.pytorch import LightningDataModule
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from milora_lightning.data.batches.images import with_their_images
 from milora_lightning.data.columns import as_columns, as_dataset
 from milora_lightning.data.encoding.prompt_format import PromptFormat
-from milora_lightning.data.encoding.templates import AUTO, TemplateName, name_of, with_template
+from milora_lightning.data.encoding.templates import AUTO, TemplateName, asks_otherwise, name_of, with_template
 from milora_lightning.data.encoding.turn_encoding import choose_turns
 from milora_lightning.data.reading.rows import BEGINNING
 from milora_lightning.data.sources import AsksLines, ShowsImages, Source, Split, Task, describe
@@ -43,9 +43,11 @@ class TokenizedSplits(LightningDataModule):
         tokenizer: The model's name, or its tokenizer.
         template: How prompts and conversations are written.
         prompt_suffix: What every prompt ends in.
+        generation_prompt_suffix: What prompts to answer end in instead; None for the same.
         max_length: Maximum number of tokens in an example.
         num_proc: Number of processes that tokenize.
         train_on: Which turns of conversations are learned.
+        train_on_inputs: Whether prompts are learned as well.
         streaming: Whether only the beginning of the training data is loaded.
         num_generation_examples: Number of validation examples to answer; None for all.
         num_test_generation_examples: Number of examples to answer in each test set; None for all.
@@ -58,9 +60,11 @@ class TokenizedSplits(LightningDataModule):
         tokenizer: str | PreTrainedTokenizerBase,
         template: str,
         prompt_suffix: str,
+        generation_prompt_suffix: str | None,
         max_length: int,
         num_proc: int | None,
         train_on: str | list[str],
+        train_on_inputs: bool,
         streaming: bool,
         num_generation_examples: int | None,
         num_test_generation_examples: int | None,
@@ -72,14 +76,17 @@ class TokenizedSplits(LightningDataModule):
         self.tokenizer = tokenizer
         self.template = template
         self.prompt_suffix = prompt_suffix
+        self.generation_prompt_suffix = generation_prompt_suffix
         self.max_length = max_length
         self.num_proc = num_proc
         self.train_on = train_on
+        self.train_on_inputs = train_on_inputs
         self.streaming = streaming
         self.num_generation_examples = num_generation_examples
         self.num_test_generation_examples = num_test_generation_examples
         self.answer_by = answer_by
         self._splits: dict[Split, datasets.Dataset | None] = {}
+        self._prompts: dict[Split, datasets.Dataset] = {}  # where they are written otherwise than in training
         self._processor: ProcessorMixin | None = None
         self._unanswered: bool | None = None  # whether prompts without a response are in test; None without any
         self._kinds: tuple[bool, bool] | None = None  # whether there are conversations, and nothing but plain texts
@@ -97,16 +104,19 @@ class TokenizedSplits(LightningDataModule):
     def prompt_format(self) -> PromptFormat | None:
         """How prompts are written; None if all data are plain texts."""
         _, only_texts = self._kinds_of_rows()
-        return None if only_texts else PromptFormat.of(self.tokenizer_object, self.template_name, self.prompt_suffix)
+        suffixes = self.prompt_suffix, self.generation_prompt_suffix
+        return None if only_texts else PromptFormat.of(self.tokenizer_object, self.template_name, *suffixes)
 
     def ask_as(self, trained: PromptFormat) -> None:
         """Use the prompt format of training if ``template`` is ``"auto"``, instead of letting the data decide.
 
         Args:
-            trained: The format of training; its suffix is used unless one is given here.
+            trained: The format of training; its suffixes are used unless one is given here.
         """
         if self.template != AUTO:
             return
+        if not self.prompt_suffix and self.generation_prompt_suffix is None:
+            self.generation_prompt_suffix = trained.generation_prompt_suffix
         self.template, self.prompt_suffix = trained.template, self.prompt_suffix or trained.prompt_suffix
         if (jinja := trained.tokenizers_template) is not None:
             self.tokenizer = replace(trained, chat_template=jinja).applied_to(self.tokenizer_object)
@@ -164,7 +174,7 @@ class TokenizedSplits(LightningDataModule):
         number = {"validation": self.num_generation_examples, "test": self.num_test_generation_examples}.get(split, 0)
         if self.metric() is None or number == 0:
             return []
-        examples = self.examples(split)
+        examples = self.prompts(split)
         asked = [i for i, length in enumerate(examples["prompt_length"][:]) if length]  # plain texts ask nothing
         if number is None:
             return asked
@@ -183,6 +193,29 @@ class TokenizedSplits(LightningDataModule):
                 + ("." if split in self._splits else f", and call setup() for a stage that uses {split}.")
             )
         return examples
+
+    def prompts(self, split: Split) -> datasets.Dataset:
+        """Return the tokenized examples of a split with their prompts as a model is to answer them.
+
+        They are those of :meth:`examples`, in the same order; a template may ask otherwise than it trains, and
+        ``generation_prompt_suffix`` does.
+
+        Raises:
+            ValueError: As :meth:`examples`.
+        """
+        examples = self.examples(split)
+        if not self._asks_otherwise:
+            return examples
+        if split not in self._prompts:
+            unanswered = split == "test" and bool(self._unanswered)
+            self._prompts[split] = cast(datasets.Dataset, self._tokenized(split, unanswered, asks=True))
+        return self._prompts[split]
+
+    @property
+    def _asks_otherwise(self) -> bool:
+        """Whether prompts to answer have other tokens than those of training."""
+        other_suffix = self.generation_prompt_suffix not in (None, self.prompt_suffix)
+        return other_suffix or asks_otherwise(self.template_name)
 
     def longest(self, split: Split) -> int:
         """Return the length of the longest example of a split in tokens; for a stream, the length allowed."""
@@ -205,7 +238,7 @@ class TokenizedSplits(LightningDataModule):
         rows = list(itertools.islice(stream, BEGINNING if self._is_stream(split) else None))
         return datasets.Dataset.from_dict(as_columns(rows, range(len(rows)), split)) if rows else []
 
-    def _tokenized(self, split: Split, unanswered: bool = False) -> datasets.Dataset | None:
+    def _tokenized(self, split: Split, unanswered: bool = False, asks: bool = False) -> datasets.Dataset | None:
         dataset = self._load(split, unanswered)
         if dataset is None:
             return None
@@ -219,12 +252,14 @@ class TokenizedSplits(LightningDataModule):
             dataset,
             self.tokenizer_object,
             self.template_name,
-            self.prompt_suffix,
+            self.prompt_suffix if not asks or self.generation_prompt_suffix is None else self.generation_prompt_suffix,
             self.max_length,
             self.num_proc,
             f"beginning of the {split}" if self._is_stream(split) else split,
             self.train_on,
             unanswered,
+            asks,
+            self.train_on_inputs,
         )
         return with_their_images(encoded, self.processor, split) if self.shows_images else encoded
 

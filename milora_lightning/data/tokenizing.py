@@ -37,6 +37,8 @@ def tokenize_dataset(
     split: str = "train",
     train_on: TrainOn = ASSISTANT,
     unanswered: bool = False,
+    asks: bool = False,
+    train_on_inputs: bool = False,
 ) -> datasets.Dataset:
     """Tokenize a source's dataset, or read it from the cache of ``datasets`` if it was tokenized before.
 
@@ -54,6 +56,9 @@ def tokenize_dataset(
         train_on: Which turns of conversations are learned: ``"assistant"`` for all turns of the assistant, ``"last"``
             for its last turn, or a list of roles.
         unanswered: Whether prompts without a response are kept, to be answered.
+        asks: Whether to write prompts as a model is to answer them, for templates that differ in this from training.
+            Nothing is reported then.
+        train_on_inputs: Whether prompts are learned as well as responses; not for conversations.
 
     Returns:
         Dataset with the columns that :func:`encode` returns.
@@ -72,8 +77,8 @@ def tokenize_dataset(
     name = name_of(template, holds(dataset, "messages"))
     check_end(tokenizer, name)
     arguments = {"template": name, "prompt_suffix": prompt_suffix, "max_length": max_length, "train_on": train_on}
-    if unanswered:
-        arguments["unanswered"] = True
+    options = {"unanswered": unanswered, "asks": asks, "train_on_inputs": train_on_inputs}
+    arguments.update({option: True for option, given in options.items() if given})
     # Not the tokenizer's own hash, which changes with use (it stores padding and truncation) and would miss the cache.
     key = [fingerprint_of(dataset), _content(tokenizer), arguments, code_key(encode)]
     with progress_bars(len(dataset) >= LONG):
@@ -88,7 +93,8 @@ def tokenize_dataset(
             new_fingerprint=Hasher.hash(key),
             desc=f"Tokenizing the {split} data",
         )
-    _report(len(dataset), encoded, max_length, split)
+    if not asks:
+        _report(len(dataset), encoded, max_length, split)
     return encoded
 
 

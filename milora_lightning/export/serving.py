@@ -53,7 +53,7 @@ def save_tokenizer(
         config = copy.deepcopy(model.generation_config)
         config.eos_token_id = stop
         config.save_pretrained(folder)
-    suffix = f" and the suffix `{prompt_format.prompt_suffix!r}`" if prompt_format.prompt_suffix else ""
+    suffix = f" and the suffix `{prompt_format.asking_suffix!r}`" if prompt_format.asking_suffix else ""
     if prompt_format.chat_template is None:
         warn(
             f"No chat template can write the prompts of template={prompt_format.template!r} with this tokenizer, so "

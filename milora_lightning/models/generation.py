@@ -1,4 +1,4 @@
-"""Greedy and sampled generation with transformers' ``generate``."""
+"""Greedy, beam-search and sampled generation with transformers' ``generate``."""
 
 from __future__ import annotations
 
@@ -61,7 +61,11 @@ INHERITED_OPTIONS = (
 
 
 def greedy_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, end_of_turn: str | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    end_of_turn: str | None = None,
+    num_beams: int = 1,
 ) -> GenerationConfig:
     """Make a config for greedy decoding: always the most likely token that the model's own config allows.
 
@@ -70,6 +74,7 @@ def greedy_config(
         tokenizer: Its tokenizer.
         max_new_tokens: Length limit of answers.
         end_of_turn: A further token that ends an answer, in addition to those of :func:`stop_ids`.
+        num_beams: How many beginnings of an answer are kept, the likeliest ones; 1 for greedy decoding.
     """
     inherited = {name: getattr(model.generation_config, name, None) for name in INHERITED_OPTIONS}
     options = {name: value for name, value in inherited.items() if value is not None}
@@ -78,7 +83,8 @@ def greedy_config(
     stop = stop_ids(model, tokenizer, end_of_turn)
     if stop:
         options.setdefault("pad_token_id", stop[0])
-    return GenerationConfig(**options, eos_token_id=stop or None, max_new_tokens=max_new_tokens, do_sample=False)
+    options.update(eos_token_id=stop or None, max_new_tokens=max_new_tokens, do_sample=False, num_beams=num_beams)
+    return GenerationConfig(**options)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from milora_lightning.config import IGNORE_INDEX
 from milora_lightning.models.positions import at_positions, next_labels, supervised_positions
 from milora_lightning.models.segments import Positions
 from milora_lightning.models.supervision import (
@@ -28,7 +29,12 @@ DEVICE_LOGITS = 2**26
 
 
 def causal_lm_loss(
-    model: PreTrainedModel, input_ids: Tensor, labels: Tensor, position_ids: Positions = None, **inputs: Tensor
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    labels: Tensor,
+    position_ids: Positions = None,
+    weights: Tensor | None = None,
+    **inputs: Tensor,
 ) -> Tensor:
     """Compute the sum of a causal language model's next-token cross-entropies over the labelled tokens.
 
@@ -45,6 +51,7 @@ def causal_lm_loss(
         labels: Labels (batch, length), ``IGNORE_INDEX`` where they do not count.
         position_ids: Positions (batch, length) of packed rows, starting from 0 in each example, or the segments of a
             single row; None if each row is one example.
+        weights: What each label's cross-entropy is multiplied by (batch, length), float32; None for 1.
         inputs: What else the model takes, such as ``pixel_values``.
 
     Returns:
@@ -55,24 +62,63 @@ def causal_lm_loss(
     """
     positions = supervised_positions(labels)
     targets = next_labels(labels, positions)
+    factors = None if weights is None else next_labels(weights, positions)
     if not _is_frozen_linear(model.get_output_embeddings()) or may_change_logits(model.config):
         logits = supervised_logits(model, input_ids, labels, position_ids, **inputs)
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+        return _cross_entropy(logits, targets, factors)
     input_ids, _, position_ids = attention_rows(model, input_ids, labels, position_ids)
     losses: list[Tensor] = []
 
     def take_loss(head: nn.Linear, hidden: Tensor) -> Tensor:
         # Within the model's forward, because sharded weights are gathered only there.
-        losses.append(linear_cross_entropy(at_positions(hidden, positions), head.weight, head.bias, targets))
+        chosen = at_positions(hidden, positions)
+        losses.append(linear_cross_entropy(chosen, head.weight, head.bias, targets, factors))
         return hidden[:1, :1]  # a single token, enough to see whether the model changes its logits
 
     if run_with_hidden_states(model, input_ids, take_loss, position_ids, **inputs).unchanged:
         return losses[0]
     logits = at_positions(all_logits(model, input_ids, position_ids, **inputs), positions)
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    return _cross_entropy(logits, targets, factors)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def example_weights(labels: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Weight labels so that the sum of the weighted losses is the sum of the examples' mean losses.
+
+    Args:
+        labels: Labels (batch, length), ``IGNORE_INDEX`` where they do not count. A row's first one is never predicted.
+        position_ids: Positions (batch, length) of packed rows, starting from 0 in each example; None if each row is
+            one example.
+
+    Returns:
+        Weights (batch, length), float32: 1 / n for an example of n labels; and the number of examples with any label.
+
+    >>> labels = torch.tensor([[-100, 5, 6, 7], [-100, -100, -100, 8]])
+    >>> example_weights(labels)[0][:, 1:]
+    tensor([[0.3333, 0.3333, 0.3333],
+            [0.0000, 0.0000, 1.0000]])
+    """
+    counted = (labels != IGNORE_INDEX).float()
+    counted[:, 0] = 0
+    if position_ids is None:
+        sizes = counted.sum(1)
+        each = sizes[:, None]
+    else:
+        examples = (position_ids == 0).flatten().cumsum(0) - 1
+        sizes = counted.new_zeros(labels.numel()).index_add_(0, examples, counted.flatten())
+        each = sizes[examples].view_as(counted)
+    return counted / each.clamp(min=1), (sizes > 0).sum()
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, factors: Tensor | None) -> Tensor:
+    """Compute the sum of cross-entropies, each multiplied by its factor."""
+    if factors is None:
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
+    return (F.cross_entropy(logits.float(), targets, reduction="none") * factors).sum()
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, factors: Tensor | None = None
+) -> Tensor:
     """Compute the sum of cross-entropies of a linear layer's outputs, chunk by chunk.
 
     The logits z = W h + b are in the dtype of the hidden states (or of autocast), the probabilities p in float32. The
@@ -84,6 +130,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
         weight: Weight (vocabulary, width) of the output embeddings.
         bias: Bias (vocabulary), or None.
         targets: Target token ids (tokens,), int64.
+        factors: What each token's cross-entropy is multiplied by (tokens,), float32; None for 1.
 
     Returns:
         The sum in nats, a float32 scalar.
@@ -97,16 +144,23 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     with torch.autocast(kind, enabled=False):
-        total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, dtype)  # type: ignore[no-untyped-call]
+        arguments = hidden, weight, bias, targets, factors, dtype
+        total: Tensor = _LinearCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
     return total
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, dtype: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        factors: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        inputs = hidden, weight, bias, targets
+        inputs = hidden, weight, bias, targets, factors
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -116,6 +170,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Buffers for all chunks: the system would take time to provide new memory for each of them.
         logits_buffer = hidden.new_empty(chunk_size, len(weight))
         float_buffers = [hidden.new_empty(piece_size, len(weight), dtype=torch.float32) for _ in range(2)]
+        done = 0
         for start in range(0, len(hidden), chunk_size):
             chunk, chunk_targets = hidden[start : start + chunk_size], targets[start : start + chunk_size, None]
             logits = logits_buffer[: len(chunk)]
@@ -129,7 +184,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.softmax(z.copy_(piece), -1, out=p)
                 # The largest probability is 1 / Σ exp(z − max z), never too small for a logarithm.
                 log_sum = z.amax(-1) - p.amax(-1).log()
-                total += (log_sum - z.gather(1, target)[:, 0]).sum()
+                losses = log_sum - z.gather(1, target)[:, 0]
+                total += losses.sum() if factors is None else losses @ factors[done : done + len(piece)]
+                done += len(piece)
                 if gradient is not None:
                     piece.copy_(p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype)))  # p − e_target
             if gradient is not None:
@@ -140,13 +197,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, hidden, weight, bias, targets = ctx.saved_tensors
+        gradient, hidden, weight, bias, targets, factors = ctx.saved_tensors
         if torch.is_grad_enabled():  # for double backward: computed again from the input, on which it depends
             weight = weight.to(ctx.dtype)
             logits = F.linear(hidden.to(ctx.dtype), weight, None if bias is None else bias.to(ctx.dtype))
             one_hot = F.one_hot(targets, len(weight))
             gradient = (logits.float().softmax(-1) - one_hot).to(ctx.dtype) @ weight
-        return (gradient * grad).to(hidden.dtype), None, None, None, None
+        # Not before: float16 has no room for a long example's small gradients until a GradScaler's factor is in grad.
+        scale = grad if factors is None else (grad * factors)[:, None]
+        return (gradient * scale).to(hidden.dtype), None, None, None, None, None
 
 
 def _is_frozen_linear(head: nn.Module | None) -> bool:

@@ -1,4 +1,4 @@
-"""Gradient accumulation in which every token of an optimizer step has the same weight."""
+"""Gradient accumulation in which every token (or example) of an optimizer step has the same weight."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ def accumulates(trainer: Trainer) -> bool:
 
 class TokenWindow:
     """The micro-batches of one optimizer step. The i-th has n_i tokens, over which its mean loss is L_i.
+
+    Where losses are averaged over examples, these take the tokens' place in all that follows.
 
     The mean over all tokens is Σ n_i L_i / T with T = Σ n_i, which is known only after the last micro-batch. Therefore
     gradients are accumulated relative to the first micro-batch, Σ (n_i / n_1) ∇L_i, and scaled by n_1 / T at the end.

@@ -59,6 +59,16 @@ def test_questions_are_asked_as_the_checkpoint_was_trained(
     assert cli.datamodule.train_on == "last"
 
 
+def test_prompts_that_were_learned_are_part_of_the_loss_of_a_test(trained: Callable[..., str]) -> None:
+    path = trained("--data.source.train=questions.jsonl", "--data.train_on_inputs=true", "--data.template=metamath")
+    cli = run("test", "--ckpt_path", path, *QUESTIONS)
+    assert cli.datamodule.train_on_inputs
+    assert [example["spans"][0] for example in cli.datamodule.examples("test")] == [0] * 3
+    assert cli.datamodule.template == "metamath"
+    with pytest.raises(SystemExit, match=r"Row 1 of the train data is a conversation, and train_on_inputs is for"):
+        trained("--data.train_on_inputs=true")
+
+
 def test_a_template_from_a_file_comes_from_the_checkpoint(trained: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "mine.jinja").write_text(TEMPLATES["qwen"][0].replace("a helpful assistant", "a mathematician"))
     path = trained("--data.template=mine.jinja")

@@ -140,6 +140,9 @@ def test_recipes_have_the_papers_settings(recipe: str, r: int, epochs: int) -> N
     assert (group["lr"], group["weight_decay"]) == (2e-5 if pissa else 3e-4, 0)
     assert (cli.model.lr_scheduler, cli.model.warmup_steps) == (("cosine", 24) if pissa else ("linear", 100))
     assert (cli.model.dtype_name, cli.trainer.precision) == ("bfloat16", "32-true")
+    assert (cli.model.loss_agg_mode, cli.model.num_beams, cli.trainer.gradient_clip_val) == ("token-mean", 1, 1.0)
+    assert (cli.datamodule.train_on_inputs, cli.datamodule.group_by_length) == (False, True)
+    assert not cli.datamodule.generation_prompt_suffix
 
 
 @pytest.mark.parametrize("method", METHODS)

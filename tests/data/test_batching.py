@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -31,6 +32,21 @@ def test_grouping_removes_most_of_the_padding():
     shuffled = random.Random(1).sample(range(len(LENGTHS)), len(LENGTHS))
     assert padding(shuffled, 8) > 0.4
     assert padding(list(LengthGroupedSampler(LENGTHS, 8)), 8) < 0.05
+
+
+def test_without_grouping_every_order_is_as_likely():
+    """Lengths play no part, and of three examples each of the six orders comes equally often."""
+    sampler = LengthGroupedSampler([1, 2, 3], 1, group_by_length=False)
+    seen = Counter()
+    for epoch in range(1200):
+        sampler.set_epoch(epoch)
+        seen[tuple(sampler)] += 1
+    assert len(seen) == 6
+    assert max(abs(count - 200) for count in seen.values()) < 60  # 4.6 standard deviations
+    whole = LengthGroupedSampler(LENGTHS, 8, group_by_length=False)
+    assert sorted(whole) == list(range(len(LENGTHS)))
+    assert list(whole) == list(LengthGroupedSampler(LENGTHS[::-1], 8, group_by_length=False))
+    assert padding(list(whole), 8) > 0.4
 
 
 def test_order_is_a_function_of_seed_and_epoch():

@@ -12,10 +12,9 @@ import pytest
 import torch
 from helpers.chat_templates import TEMPLATES, chat_tokenizer
 from helpers.chats import folder_of, ids_of
-from helpers.data_fixtures import make_tokenizer
+from helpers.data_fixtures import make_tokenizer, with_a_space_before_texts
 from helpers.models import quiet_trainer, save_tiny_model, write_examples
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from milora_lightning import AdapterExport, CausalLMModule, MiLoRAInit, SFTDataModule
 from milora_lightning.cli.main import main
@@ -53,6 +52,28 @@ def test_exported_tokenizer_asks_as_in_training(template: Any, adds_bos: bool, s
     assert ids_of(tokenizer, [user], add_generation_prompt=True) != prompt  # negative control: its own template
 
 
+@pytest.mark.parametrize("template", ["alpaca", "metamath", "llm-adapters", "tulu"])
+@pytest.mark.parametrize("make", [make_tokenizer, with_a_space_before_texts])
+def test_exported_tokenizer_asks_as_in_tests(template: Any, make: Any) -> None:
+    """Where prompts to answer differ from those of training, the former are what an export writes."""
+    tokenizer = make()
+    prompt_format = PromptFormat.of(tokenizer, template, "", " So:")
+    asked = prompt_format.applied_to(tokenizer)
+    for prompt, input in (("Add.", ""), ("Add.\n\n### Input: 3", "1\n\n2")):
+        row = {"prompt": prompt, "input": input, "response": "3"}
+        (example,) = tokenize_dataset([row], tokenizer, template, " So:", asks=True)
+        messages = [{"role": "user", "content": input or prompt}]
+        if input:
+            messages.insert(0, {"role": "system", "content": prompt})
+        want = example["input_ids"][: example["prompt_length"]]
+        assert ids_of(asked, messages, add_generation_prompt=True) == want
+        (trained,) = tokenize_dataset([row], tokenizer, template)
+        assert trained["prompt"] != example["prompt"]
+    assert PromptFormat.found_in({"data": {"prompt_format": prompt_format.record()}}) == prompt_format
+    old = {name: value for name, value in prompt_format.record().items() if name != "generation_prompt_suffix"}
+    assert PromptFormat(**old).asking_suffix == ""
+
+
 @pytest.mark.parametrize("suffix", ["", "So: "])
 @pytest.mark.parametrize("name", ["qwen", "gemma", "mistral"])
 def test_a_chat_keeps_the_template_of_the_tokenizer(name: str, suffix: str) -> None:
@@ -65,16 +86,6 @@ def test_a_chat_keeps_the_template_of_the_tokenizer(name: str, suffix: str) -> N
     assert (asked is tokenizer) == (not prompt_format.prompt_suffix)
     assert prompt_format.end_of_turn == TEMPLATES[name][1]
     assert tokenizer.chat_template == TEMPLATES[name][0]  # the user's own object is left alone
-
-
-def with_a_space_before_texts() -> PreTrainedTokenizerFast:
-    """A tokenizer like LLaMA's: what stands alone gets a space before it, what follows a special token none."""
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "▁", *map(chr, range(32, 127)), "\n"])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    backend.decoder = decoders.Metaspace()
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 @pytest.mark.parametrize("template", ["alpaca", "plain"])

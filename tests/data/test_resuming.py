@@ -6,6 +6,7 @@ import contextlib
 import math
 import random
 from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from milora_lightning.data import LengthGroupedSampler, SFTDataModule
+from milora_lightning.data.batches.resuming import position
 from milora_lightning.data.batches.sampling import Position, grouped_order
 
 pytestmark = [
@@ -61,6 +63,18 @@ def test_ranks_share_what_other_ranks_left(seed: int) -> None:
     assert set(repeated) <= set(epoch[: new[0] - 1].tolist())  # the first ones
     if old == new and end is None:  # nothing but the border has changed
         assert rest == [share[batches * old[1] :] for share in shares(*old, begin)]
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_an_epoch_goes_on_in_the_kind_of_order_that_it_began_in(grouped: bool) -> None:
+    """Also where group_by_length is another one by now; older checkpoints do not name it, and were grouped."""
+    lengths = random.Random(0).choices(range(10, 401), k=200)
+    began = LengthGroupedSampler(lengths, 8, seed=3, group_by_length=grouped)
+    goes_on = LengthGroupedSampler(lengths, 8, seed=3, group_by_length=not grouped)
+    saved = {name: value for name, value in asdict(began.start()).items() if name != "group_by_length" or not grouped}
+    start = replace(position(saved), consumed=16)
+    assert list(goes_on.share(start)) == list(began)[16:]
+    assert list(goes_on) != list(began)
 
 
 SIZE = 23

@@ -47,7 +47,7 @@ def test_what_is_generated_from_is_what_was_trained_on():
     assert prompts[0] == prompts[1]
 
 
-def test_alpaca_is_the_prompt_of_the_paper():
+def test_alpaca_is_stanfords_prompt():
     text = TEMPLATES["alpaca"]("Say {hello}.", "", make_tokenizer())
     assert text == ALPACA.replace("{prompt}", "Say {hello}.")
     assert text.startswith("Below is an instruction that describes a task. Write a response that appropriately ")

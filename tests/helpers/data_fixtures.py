@@ -48,6 +48,18 @@ def _trained() -> str:
     return str(backend.to_str())
 
 
+def with_a_space_before_texts(merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenizerFast:
+    """A tokenizer like LLaMA's: what stands alone gets a space before it, what follows a special token none."""
+    joined = ["".join(pair) for pair in merges]
+    tokens = ["<unk>", "<s>", "</s>", "▁", *map(chr, range(32, 127)), "\n", *joined]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges), unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
 class InMemory:
     """A source of rows (prompt, response)."""
 

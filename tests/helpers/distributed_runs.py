@@ -59,6 +59,10 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {  # the strategy, and what else i
     "fsdp2-whole": ("fsdp2", {"model": "gpt2"}),
     "ddp-packed": ("ddp", {"data": {"packing": True}}),
     "fsdp2-packed": ("fsdp2", {"data": {"packing": True}}),
+    "ddp-by-example": (
+        "ddp",
+        {"accumulate_grad_batches": 2, "module": {"loss_agg_mode": "seq-mean-token-mean"}},
+    ),
 }
 
 

@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
-from helpers.models import TINY_CONFIGS
+from helpers.models import TINY_CONFIGS, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from milora_lightning import LoRAConfig, initialize, inject
 from milora_lightning.adapters.injection import adapters_merged
 from milora_lightning.models.attention import NAME
-from milora_lightning.models.generation import generate_greedily
+from milora_lightning.models.generation import generate_greedily, greedy_config
 
 NEW = 12
 CONFIG = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=0)
@@ -57,3 +57,25 @@ def test_answers_are_those_to_each_prompt_alone(kind: str, attention: str) -> No
         assert torch.equal(generate_greedily(model, input_ids, attention_mask, CONFIG), torch.cat(want))
         with adapters_merged(model):
             assert torch.equal(generate_greedily(model, input_ids, attention_mask, CONFIG), torch.cat(want))
+
+
+def test_beams_find_a_likelier_answer_to_each_prompt_alone() -> None:
+    """Of 3 beams after two tokens, the likeliest is that of all pairs which begin with the 3 likeliest tokens."""
+    model = trained_model("llama")
+    model.generation_config.eos_token_id = None
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    input_ids, attention_mask = prompts((9, 6))
+    config = greedy_config(model, tokenizer, 2, num_beams=3)
+    got = generate_greedily(model, input_ids, attention_mask, config)
+    for row, mask, answer in zip(input_ids, attention_mask, got, strict=True):
+        prompt = row[mask.bool()][None]
+        with torch.no_grad():
+            first = model(input_ids=prompt, use_cache=False).logits[0, -1].log_softmax(-1).topk(3)
+            second = [
+                model(input_ids=torch.cat([prompt, token.view(1, 1)], 1), use_cache=False).logits[0, -1].log_softmax(-1)
+                for token in first.indices
+            ]
+        scores = first.values[:, None] + torch.stack(second)
+        best = divmod(int(scores.argmax()), scores.shape[1])
+        assert answer.tolist() == [first.indices[best[0]].item(), best[1]]

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BertConfig, LlamaForCausalLM, Pre
 from milora_lightning import LoRAConfig, initialize, inject
 from milora_lightning.models import loss
 from milora_lightning.models.attention import NAME
-from milora_lightning.models.loss import causal_lm_loss, linear_cross_entropy, supervised_logits
+from milora_lightning.models.loss import causal_lm_loss, example_weights, linear_cross_entropy, supervised_logits
 
 
 def reference(model: torch.nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -49,6 +49,35 @@ def test_loss_and_gradients_equal_those_of_whole_logits(
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
     for a, b in zip(torch.autograd.grad(got * 0.1, trained), torch.autograd.grad(want * 0.1, trained), strict=True):
         assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])  # chunk by chunk, and from the model's own logits
+@pytest.mark.parametrize("packed", [False, True])
+def test_weighted_loss_and_gradients_are_those_of_the_examples_means(
+    kind: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "CPU_LOGITS", 128 * 5)
+    monkeypatch.setattr(loss, "CPU_PROBABILITIES", 128 * 2)
+    model = tiny_model(kind).eval()
+    adapters = inject(model, LoRAConfig(r=4))
+    initialize(model)
+    trained = [p for layer in adapters.values() for p in (layer.lora_A, layer.lora_B)]
+    input_ids, labels = batch()
+    labels[1] = -100  # an example without labels does not count
+    rows = [(i, j) for i, j in zip(input_ids, labels, strict=True)]
+    means = [reference(model, i[None], j[None]) / (j[1:] != -100).sum() for i, j in rows if (j != -100).any()]
+    positions = None
+    if packed:
+        positions = torch.arange(12).repeat(3)[None]
+        input_ids, labels = input_ids.view(1, -1), labels.view(1, -1).clone()
+        labels[:, ::12] = -100
+    weights, number = example_weights(labels, positions)
+    assert number == len(means) == 2
+    got, want = causal_lm_loss(model, input_ids, labels, positions, weights), sum(means)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(got * 0.1, trained), torch.autograd.grad(want * 0.1, trained), strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+    assert (causal_lm_loss(model, input_ids, labels, positions) / 2 - want).abs() > 0.1  # another loss
 
 
 def test_models_that_change_their_logits_keep_their_own() -> None:

@@ -60,6 +60,7 @@ def train(
     callbacks = [MiLoRAInit(r=2, seed=0), gradients, *options.pop("callbacks", [])]
     lm = kind(
         str(model),
+        loss_agg_mode=options.pop("loss_agg_mode", "token-mean"),
         optimizer=options.pop("optimizer", lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9)),
         lr_scheduler="constant",
         warmup_steps=0,
@@ -110,6 +111,30 @@ def test_batches_of_a_step_train_what_one_large_batch_does(
         assert distance(got, expected) < 1e-5
     else:
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("batches", [WHOLE, [[0, 1], [2, 3]], [[4], [3], [0, 2], [1]], [[0], [1], [2], [3]]])
+def test_each_example_has_the_same_weight_where_losses_are_averaged_by_example(
+    batches: list[list[int]], llama: Path
+) -> None:
+    """A step's gradient is the mean of those of its examples, each trained on alone; an empty one does not count."""
+    alone = [train(llama, [[number]], max_epochs=1)[1][0] for number in WHOLE[0]]
+    options: dict[str, Any] = {"max_epochs": 1, "accumulate_grad_batches": len(batches)}
+    _, (gradient,) = train(llama, batches, loss_agg_mode="seq-mean-token-mean", **options)
+    assert distance(gradient, torch.stack(alone).mean(0)) < 1e-5
+    _, (by_token,) = train(llama, batches, **options)
+    assert distance(gradient, by_token) > 0.05
+
+
+def test_evaluation_is_by_token_however_training_averages(llama: Path) -> None:
+    lm = CausalLMModule(str(llama), loss_agg_mode="seq-mean-token-mean")
+    lm.configure_model()
+    labels = torch.tensor([[-100, 5, 6, 7], [-100, -100, -100, 8]])
+    batch = {"input_ids": labels.clamp(min=4), "labels": labels}
+    assert lm.eval().loss(batch)[1] == 4
+    assert lm.train().loss(batch)[1] == 2
+    with pytest.raises(ValueError, match="loss_agg_mode must be token-mean or seq-mean-token-mean, not 'mean'"):
+        CausalLMModule(str(llama), loss_agg_mode="mean")  # type: ignore[arg-type]
 
 
 def test_the_mean_of_means_is_another_gradient(llama: Path) -> None:

@@ -70,7 +70,7 @@ class Resumption:
         self.forget()
         self._saved = state and dict(state)
         trainer, saved = self._owner.trainer, self._saved or {"consumed": 0}
-        if trainer is not None and saved["consumed"] > 0 and _position(saved).remaining(saved.get("size", 0)) > 0:
+        if trainer is not None and saved["consumed"] > 0 and position(saved).remaining(saved.get("size", 0)) > 0:
             # Before the loops are restored, because they might find that training is complete.
             _uncount_epoch(checkpoint_being_loaded(trainer))
 
@@ -85,7 +85,7 @@ class Resumption:
             left = 0 if count.is_last_batch else (batches - count.current.processed) * sampler.global_batch
             self._continues = count.current.processed > 0 and left > 0
         else:
-            left = _position(self._saved).remaining(len(sampler.lengths))
+            left = position(self._saved).remaining(len(sampler.lengths))
             self._continues = self._saved["consumed"] > 0 and left > 0
             if self._saved["run_batch"] != sampler.global_batch:
                 moved = batches - math.ceil(left / sampler.global_batch) - count.current.processed
@@ -97,7 +97,12 @@ class Resumption:
 
     def begin(self, sampler: ResumableSampler) -> Position:
         """Return where an iteration begins; called when its first batch is requested."""
-        start = Position(sampler.epoch + self._shift, sampler.seed, sampler.global_batch)
+        start = Position(
+            sampler.epoch + self._shift,
+            sampler.seed,
+            sampler.global_batch,
+            group_by_length=sampler.group_by_length,
+        )
         loop = self._loop()
         if loop is None:
             return start
@@ -105,7 +110,7 @@ class Resumption:
             return self._begun[2]
         before = loop.batch_progress.current.ready
         if self._begun is None and self._saved is not None:
-            saved = _position(self._saved)
+            saved = position(self._saved)
             if self._continues:
                 _warn_of_other_data(self._saved["lengths"], sampler.lengths, saved.epoch)
                 start = saved
@@ -177,8 +182,9 @@ def _uncount_epoch(checkpoint: dict[str, Any]) -> None:
             counts["completed"] = counts["processed"]
 
 
-def _position(state: dict[str, Any]) -> Position:
-    return Position(**{field.name: state[field.name] for field in fields(Position)})
+def position(state: dict[str, Any]) -> Position:
+    """Return the position in a saved state, which may be an older one with fewer fields."""
+    return Position(**{field.name: state[field.name] for field in fields(Position) if field.name in state})
 
 
 def _digest(lengths: Sequence[int] | Indices) -> str:

@@ -26,6 +26,7 @@ class Position:
         global_batch: Examples in one batch over all ranks, by which the order is grouped.
         consumed: Number of examples of the order that have been trained on.
         end: Number of examples after which the epoch ends; None if it covers all data.
+        group_by_length: Whether the examples of a batch have similar lengths.
     """
 
     epoch: int
@@ -33,6 +34,7 @@ class Position:
     global_batch: int
     consumed: int = 0
     end: int | None = None
+    group_by_length: bool = True
 
     def remaining(self, size: int) -> int:
         """Return how many of ``size`` examples are left in the epoch."""
@@ -68,6 +70,25 @@ def grouped_order(lengths: Sequence[int] | Indices, seed: int, epoch: int, globa
     return np.concatenate(batches)
 
 
+def training_order(
+    lengths: Sequence[int] | Indices,
+    seed: int,
+    epoch: int,
+    global_batch: int,
+    shuffle: bool = True,
+    group_by_length: bool = True,
+) -> Indices:
+    """Order examples as :func:`grouped_order` does, or, if not grouped, uniformly at random.
+
+    >>> [sorted(training_order([3, 1, 2], 0, epoch, 1, group_by_length=False).tolist()) for epoch in (0, 1)]
+    [[0, 1, 2], [0, 1, 2]]
+    """
+    # Sorting is stable: examples that are all alike keep the order in which they were drawn.
+    return grouped_order(
+        lengths if group_by_length else np.zeros(len(lengths), np.int64), seed, epoch, global_batch, shuffle
+    )
+
+
 class LengthGroupedSampler(DistributedSampler[int]):
     """Training order in which the examples of a batch have similar lengths, to keep padding small.
 
@@ -86,6 +107,7 @@ class LengthGroupedSampler(DistributedSampler[int]):
         seed: Seed of the order.
         num_replicas: Number of ranks.
         rank: Index of this rank.
+        group_by_length: Whether to group; otherwise each order is as likely as any other.
     """
 
     def __init__(
@@ -96,14 +118,16 @@ class LengthGroupedSampler(DistributedSampler[int]):
         seed: int = 0,
         num_replicas: int = 1,
         rank: int = 0,
+        group_by_length: bool = True,
     ) -> None:
         super().__init__(lengths, num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]
+        self.group_by_length = group_by_length
         self.lengths = np.asarray(lengths)
         self.global_batch = batch_size * num_replicas
 
     def start(self) -> Position:
         """Return where the next iteration begins: at the first example of the current epoch."""
-        return Position(self.epoch, self.seed, self.global_batch)
+        return Position(self.epoch, self.seed, self.global_batch, group_by_length=self.group_by_length)
 
     def __iter__(self) -> Iterator[int]:
         """Iterate over this rank's indices."""
@@ -118,7 +142,8 @@ class LengthGroupedSampler(DistributedSampler[int]):
 
     def order(self, start: Position) -> Indices:
         """Return the order of the whole epoch over all ranks."""
-        return grouped_order(self.lengths, start.seed, start.epoch, start.global_batch, self.shuffle)
+        options = start.seed, start.epoch, start.global_batch, self.shuffle, start.group_by_length
+        return training_order(self.lengths, *options)
 
 
 class EvaluationSampler(DistributedSampler[int], SequentialSampler):

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from milora_lightning.data.batches.batching import Example
 from milora_lightning.data.encoding.chat import ChatTemplate, ChatTemplateError, Message, token_ids
 from milora_lightning.data.encoding.prompt_format import for_conversations
-from milora_lightning.data.encoding.templates import TEMPLATES, TemplateName, bos_prefix, plain
+from milora_lightning.data.encoding.templates import TOGETHER, TemplateName, bos_prefix, plain, renders
 from milora_lightning.data.encoding.token_borders import locate_all
 from milora_lightning.data.encoding.truncation import common_length, join
 from milora_lightning.data.encoding.turn_encoding import (
@@ -47,6 +47,14 @@ FEATURES = datasets.Features(
 )
 
 
+class Style(NamedTuple):
+    """How prompts are written: the template, what they end in, and whether a model is to answer them."""
+
+    template: TemplateName
+    prompt_suffix: str
+    asks: bool
+
+
 class Encoded(NamedTuple):
     """An example before truncation."""
 
@@ -67,6 +75,8 @@ def encode(
     train_on: TrainOn = ASSISTANT,
     split: str = "train",
     unanswered: bool = False,
+    asks: bool = False,
+    train_on_inputs: bool = False,
 ) -> dict[str, list[Any]]:
     """Encode a batch of rows, and drop rows that have nothing to learn.
 
@@ -82,6 +92,8 @@ def encode(
         split: Name of the data, for messages.
         unanswered: Whether to keep prompts without a response, with nothing to learn. A conversation that ends in a
             question is then a prompt as a whole.
+        asks: Whether to write prompts as a model is to answer them, where that differs from training.
+        train_on_inputs: Whether prompts are learned as well as responses; not for conversations.
 
     Returns:
         Columns ``input_ids``, ``spans`` (start, stop, start, stop ... of the ids to learn), ``prompt_length`` (number
@@ -91,19 +103,25 @@ def encode(
         without its template), ``reference``, ``task`` and ``image`` (empty without that column).
 
     Raises:
-        ValueError: If a chat template cannot write a row; the message says which.
+        ValueError: If a chat template cannot write a row, or ``train_on_inputs`` is given for a conversation; the
+            message says which.
     """
-    size = len(indices)
+    size, style = len(indices), Style(template, prompt_suffix, asks)
     messages, tools, texts = (batch.get(name) or [""] * size for name in ("messages", "tools", "text"))
     given = {i: (indices[i], messages[i], tools[i]) for i in range(size) if messages[i]}
     rows: dict[int, list[Example]] = {}
     if given:
-        rows = _conversation_rows(given, tokenizer, template, prompt_suffix, max_length, train_on, split, unanswered)
+        if train_on_inputs:
+            raise InvalidInputError(
+                f"Row {indices[min(given)] + 1} of the {split} data is a conversation, and train_on_inputs is for "
+                "prompts with responses. Name the roles to learn instead: train_on: [system, user, assistant]."
+            )
+        rows = _conversation_rows(given, tokenizer, style, max_length, train_on, split, unanswered)
     rows |= {i: _pieces(texts[i], tokenizer, max_length) for i in range(size) if texts[i] and i not in rows}
     prompts = [i for i in range(size) if i not in rows]
     some = {name: [values[i] for i in prompts] for name, values in batch.items()}
     where = [indices[i] for i in prompts]
-    answered = _answered_rows(some, where, tokenizer, template, prompt_suffix, max_length, split, unanswered)
+    answered = _answered_rows(some, where, tokenizer, style, max_length, split, unanswered, train_on_inputs)
     for place, row in answered:
         rows[prompts[place]] = [row]
     columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
@@ -121,15 +139,15 @@ def encode(
 def _conversation_rows(
     given: dict[int, tuple[int, Any, Any]],
     tokenizer: PreTrainedTokenizerBase,
-    template: TemplateName,
-    prompt_suffix: str,
+    style: Style,
     max_length: int,
     train_on: TrainOn,
     split: str,
     unanswered: bool,
 ) -> dict[int, list[Example]]:
     """Encode conversations, given by place in the batch as (index of the row, messages, tools)."""
-    chat = ChatTemplate.of(for_conversations(tokenizer, template, prompt_suffix))
+    template, prompt_suffix, asks = style
+    chat = ChatTemplate.of(for_conversations(tokenizer, template, prompt_suffix, asks))
     prefill = prompt_suffix if template == "chat" else ""  # the chat templates of other formats include the suffix
     conversations, written = {}, {}
     asking: set[int] = set()
@@ -185,11 +203,11 @@ def _answered_rows(
     batch: dict[str, list[Any]],
     indices: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
-    template: TemplateName,
-    prompt_suffix: str,
+    style: Style,
     max_length: int,
     split: str,
     unanswered: bool,
+    train_on_inputs: bool,
 ) -> list[tuple[int, Example]]:
     """Encode rows of a prompt and a response; return each example with its place in the batch."""
     responses = batch.get("response") or []
@@ -199,17 +217,17 @@ def _answered_rows(
     texts = [(batch["prompt"][i], inputs[i], responses[i]) for i in kept]
     if not texts:
         return []
-    if template == "chat":
+    if style.template == "chat":
         chats = {indices[i]: _messages(*row, roles[i]) for i, row in zip(kept, texts, strict=True)}
-        rows = _as_chats(chats, tokenizer, prompt_suffix, max_length, split)
+        rows = _as_chats(chats, tokenizer, style.prompt_suffix, max_length, split)
     else:
-        rows = _as_texts(texts, tokenizer, template, prompt_suffix)
+        rows = _as_texts(texts, tokenizer, style)
     examples = []
     for i, row in zip(kept, rows, strict=True):
         ids, prompt_length = join(row.prompt, row.response, max_length, tokenizer.bos_token_id, row.head)
         example = {
             "input_ids": ids,
-            "spans": [prompt_length, min(prompt_length + row.learned, len(ids))],
+            "spans": [0 if train_on_inputs else prompt_length, min(prompt_length + row.learned, len(ids))],
             "prompt_length": prompt_length,
             "truncated": len(ids) < len(row.prompt) + len(row.response),
             "prompt": row.text,
@@ -220,19 +238,24 @@ def _answered_rows(
     return examples
 
 
-def _as_texts(
-    rows: list[tuple[str, str, str]], tokenizer: PreTrainedTokenizerBase, template: TemplateName, prompt_suffix: str
-) -> list[Encoded]:
+def _as_texts(rows: list[tuple[str, str, str]], tokenizer: PreTrainedTokenizerBase, style: Style) -> list[Encoded]:
     """Encode rows (prompt, input, response), each response ending in the EOS token."""
-    render = TEMPLATES[template]
-    prompts = [render(prompt, input, tokenizer) + prompt_suffix for prompt, input, _ in rows]
+    render = renders(style.template, style.asks)
+    prompts = [render(prompt, input, tokenizer) + style.prompt_suffix for prompt, input, _ in rows]
+    responses = [response for _, _, response in rows]
+    prompt_ids = token_ids(prompts, tokenizer)
+    if style.template in TOGETHER and not style.asks:
+        # A token may span the border: as many as the prompt has by itself are taken for the prompt's.
+        whole = token_ids([prompt + response for prompt, response in zip(prompts, responses, strict=True)], tokenizer)
+        lengths = list(map(len, prompt_ids))
+        prompt_ids = [ids[:length] for ids, length in zip(whole, lengths, strict=True)]
+        response_ids = [ids[length:] for ids, length in zip(whole, lengths, strict=True)]
+    else:
+        response_ids = token_ids(responses, tokenizer)
     # Special tokens are added here, not by the tokenizer: at most one BOS, and no EOS between prompt and response.
-    prefix = bos_prefix(tokenizer)
-    prompt_ids = [prefix + ids for ids in token_ids(prompts, tokenizer)]
-    response_ids = [
-        [*ids, tokenizer.eos_token_id] for ids in token_ids([response for _, _, response in rows], tokenizer)
-    ]
-    return [Encoded(*row, len(row[2])) for row in zip(prompts, prompt_ids, response_ids, strict=True)]
+    prefix, end = bos_prefix(tokenizer), cast(int, tokenizer.eos_token_id)
+    parts = zip(prompts, prompt_ids, response_ids, strict=True)
+    return [Encoded(text, prefix + asked, [*ids, end], len(ids) + 1) for text, asked, ids in parts]
 
 
 def _messages(prompt: str, input: str, response: str, role: str) -> list[Message]:

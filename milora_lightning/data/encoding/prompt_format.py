@@ -11,7 +11,7 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from milora_lightning.data.encoding.chat import ChatTemplate, token_ids
-from milora_lightning.data.encoding.templates import TEMPLATES, TemplateName, bos_prefix
+from milora_lightning.data.encoding.templates import TemplateName, bos_prefix, renders
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn
 
@@ -19,7 +19,7 @@ KEY = "prompt_format"
 """The entry of a checkpoint, among the data's, that holds the record."""
 
 ONE_QUESTION = "{% set asked = namespace(instruction='') %}"
-"""What chat templates begin with that write the prompts of ``alpaca`` and ``plain``."""
+"""What chat templates begin with that write the prompts of ``alpaca``, ``plain`` and their kin."""
 
 
 @dataclass(frozen=True)
@@ -32,22 +32,41 @@ class PromptFormat:
         chat_template: A Jinja template that writes a user's message as the same prompt, token by token; a system
             message stands for the instruction, if the user's is an input to it. None if no template can.
         end_of_turn: The token that ends an answer.
+        generation_prompt_suffix: What prompts to answer end in, in place of ``prompt_suffix``; None for the same.
     """
 
     template: TemplateName
     prompt_suffix: str
     chat_template: str | None
     end_of_turn: str
+    generation_prompt_suffix: str | None = None
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, template: TemplateName, prompt_suffix: str = "") -> PromptFormat:
-        """Describe how :func:`milora_lightning.data.tokenize_dataset` writes prompts with these arguments."""
+    def of(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        template: TemplateName,
+        prompt_suffix: str = "",
+        generation_prompt_suffix: str | None = None,
+        asks: bool = True,
+    ) -> PromptFormat:
+        """Describe how :func:`milora_lightning.data.tokenize_dataset` writes prompts with these arguments.
+
+        Args:
+            tokenizer: The tokenizer.
+            template: Name of the prompt template.
+            prompt_suffix: What prompts end in.
+            generation_prompt_suffix: What prompts to answer end in; None for the same.
+            asks: Whether the chat template is to write prompts to answer, not those of training.
+        """
+        suffix = prompt_suffix if generation_prompt_suffix is None or not asks else generation_prompt_suffix
         if template == "chat":
             end = ChatTemplate.of(tokenizer).end_of_turn
-            own = cast(str, tokenizer.get_chat_template())
+            jinja: str | None = cast(str, tokenizer.get_chat_template()) + _suffix_in_jinja(suffix)
             token = tokenizer.eos_token if end is None else tokenizer.convert_ids_to_tokens(end)
-            return cls(template, prompt_suffix, own + _suffix_in_jinja(prompt_suffix), cast(str, token))
-        return cls(template, prompt_suffix, _chat_template(tokenizer, template, prompt_suffix), tokenizer.eos_token)
+        else:
+            jinja, token = _chat_template(tokenizer, template, suffix, asks), tokenizer.eos_token
+        return cls(template, prompt_suffix, jinja, cast(str, token), generation_prompt_suffix)
 
     @classmethod
     def found_in(cls, checkpoint: Mapping[str, Any]) -> PromptFormat | None:
@@ -56,11 +75,16 @@ class PromptFormat:
         return None if record is None else cls(**record)
 
     @property
+    def asking_suffix(self) -> str:
+        """What prompts to answer end in, after the template."""
+        return self.prompt_suffix if self.generation_prompt_suffix is None else self.generation_prompt_suffix
+
+    @property
     def tokenizers_template(self) -> str | None:
         """The chat template that the tokenizer had in training, where prompts were written by that."""
         if self.template != "chat" or self.chat_template is None:
             return None
-        return self.chat_template.removesuffix(_suffix_in_jinja(self.prompt_suffix))
+        return self.chat_template.removesuffix(_suffix_in_jinja(self.asking_suffix))
 
     def record(self) -> dict[str, Any]:
         """Return what :meth:`found_in` reads, of primitives alone."""
@@ -73,7 +97,7 @@ class PromptFormat:
         "template='plain', here it is 'alpaca'"
         """
         mine, theirs = self.record(), other.record()
-        for name in ("template", "prompt_suffix", "end_of_turn", "chat_template"):
+        for name in ("template", "prompt_suffix", "generation_prompt_suffix", "end_of_turn", "chat_template"):
             if mine[name] != theirs[name]:
                 return f"{name}={mine[name]!r:.200}, here it is {theirs[name]!r:.200}"
         return ""
@@ -105,16 +129,22 @@ def warn_of_another(trained: PromptFormat, now: PromptFormat) -> None:
 
 
 def for_conversations(
-    tokenizer: PreTrainedTokenizerBase, template: TemplateName, prompt_suffix: str
+    tokenizer: PreTrainedTokenizerBase, template: TemplateName, prompt_suffix: str, asks: bool = False
 ) -> PreTrainedTokenizerBase:
     """Return a tokenizer whose chat template writes conversations as a template writes prompts.
+
+    Args:
+        tokenizer: The tokenizer.
+        template: Name of the template.
+        prompt_suffix: What every prompt ends in.
+        asks: Whether as it writes prompts to answer, not those of training.
 
     Raises:
         ValueError: If no chat template does with this tokenizer.
     """
     if template == "chat":
         return tokenizer
-    prompt_format = PromptFormat.of(tokenizer, template, prompt_suffix)
+    prompt_format = PromptFormat.of(tokenizer, template, prompt_suffix, asks=asks)
     if prompt_format.chat_template is None:
         raise InvalidInputError(
             f"No chat template writes conversations as template={template!r} writes prompts with the tokenizer of "
@@ -124,18 +154,18 @@ def for_conversations(
 
 
 def reads_one_question(chat_template: str) -> bool:
-    """Tell whether a chat template writes the prompts of ``alpaca`` or ``plain``, which hold one question each."""
+    """Tell whether a chat template writes the prompts of ``alpaca`` or its kin, which hold one question each."""
     return ONE_QUESTION in chat_template
 
 
-def _chat_template(tokenizer: PreTrainedTokenizerBase, template: TemplateName, suffix: str) -> str | None:
+def _chat_template(tokenizer: PreTrainedTokenizerBase, template: TemplateName, suffix: str, asks: bool) -> str | None:
     """Return the chat template that writes prompts as a template does, down to their tokens; None if there is none."""
     probe = "What is 1 plus 2?"
-    want = bos_prefix(tokenizer) + token_ids([TEMPLATES[template](probe, "", tokenizer) + suffix], tokenizer)[0]
+    want = bos_prefix(tokenizer) + token_ids([renders(template, asks)(probe, "", tokenizer) + suffix], tokenizer)[0]
     bos = "{{ bos_token }}" if bos_prefix(tokenizer) else ""
     # Some tokenizers put a space before a text that stands alone, and none behind a BOS token.
     for beginning in (bos, bos + "{{ ' ' }}"):
-        jinja = beginning + _as_jinja(template, suffix)
+        jinja = beginning + _as_jinja(template, suffix, asks)
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": probe}], chat_template=jinja, tokenize=False, add_generation_prompt=True
         )
@@ -144,9 +174,9 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase, template: TemplateName, s
     return None
 
 
-def _as_jinja(template: TemplateName, suffix: str) -> str:
+def _as_jinja(template: TemplateName, suffix: str, asks: bool) -> str:
     """Write a template in Jinja, without BOS."""
-    render = cast(Any, TEMPLATES[template])
+    render = cast(Any, renders(template, asks))
     before, after = render("\0", "").split("\0")
     before_instruction, between, after_input = render("\0", "\1").replace("\1", "\0").split("\0")
     assert after == after_input  # what is between a question and its answer

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from milora_lightning.data.reading.values import question
 from milora_lightning.utils.errors import InvalidInputError
 
-TemplateName = Literal["alpaca", "chat", "plain"]
+TemplateName = Literal["alpaca", "chat", "plain", "metamath", "llm-adapters", "tulu"]
 AUTO = "auto"  # the tokenizer's chat template for conversations, alpaca for prompts with responses
 
 ALPACA = (
@@ -40,7 +40,7 @@ CHAT_TEMPLATES = {"vicuna": VICUNA}
 
 
 def alpaca(prompt: str, input: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
-    r"""Write the prompt of Stanford Alpaca, which the MiLoRA paper uses.
+    r"""Write the prompt of Stanford Alpaca.
 
     >>> alpaca("Add the numbers.", "1, 2").splitlines()[2:]
     ['### Instruction:', 'Add the numbers.', '', '### Input:', '1, 2', '', '### Response:']
@@ -74,12 +74,93 @@ def plain(prompt: str, input: str, tokenizer: PreTrainedTokenizerBase | None = N
     return f"{prompt}\n{input}\n" if input else f"{prompt}\n"
 
 
-TEMPLATES: dict[TemplateName, Callable[[str, str, PreTrainedTokenizerBase], str]] = {
+def metamath(prompt: str, input: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    r"""Write the prompt of MetaMath, PiSSA and MiLoRA: Alpaca's without the line break before the answer.
+
+    >>> metamath("1 + 1?", "").endswith("\n\n### Response:")
+    True
+    """
+    return alpaca(prompt, input).removesuffix("\n")
+
+
+# LLM-Adapters writes its prompts in an indented string: each line of the template has this before it.
+_INDENT = " " * 16
+
+
+def llm_adapters(prompt: str, input: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    r"""Write the prompt that LLM-Adapters trains on: Alpaca's, indented, with white space in its empty lines.
+
+    >>> llm_adapters("1 + 1?", "").split("\n")[-4:]
+    ['                1 + 1?', '                ', '                ### Response:', '                ']
+    """
+    return _indented(prompt, input, " " if input else "  ", _INDENT)
+
+
+def llm_adapters_asked(prompt: str, input: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    r"""Write the prompt that LLM-Adapters tests with, which has less white space than the one that it trains on.
+
+    >>> llm_adapters_asked("1 + 1?", "").split("\n")[-4:]
+    ['                1 + 1?', '', '                ### Response:', '                ']
+    """
+    return _indented(prompt, input, "" if input else " ", "")
+
+
+def _indented(prompt: str, input: str, after_request: str, between: str) -> str:
+    """Write LLM-Adapters' prompt.
+
+    Args:
+        prompt: Question or instruction.
+        input: Further context; may be empty.
+        after_request: What follows the first line.
+        between: What the empty lines between sections hold.
+    """
+    first_line = (ALPACA_WITH_INPUT if input else ALPACA).partition("\n")[0]
+    sections = [("Instruction", prompt), *([("Input", input)] if input else []), ("Response", "")]
+    written = (f"{_INDENT}### {name}:\n{_INDENT}{text}" for name, text in sections)
+    return f"{first_line}{after_request}\n\n" + f"\n{between}\n".join(written)
+
+
+def tulu(prompt: str, input: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    r"""Write the prompt of open-instruct's Tulu models.
+
+    >>> tulu("Say hello.", "")
+    '<|user|>\nSay hello.\n<|assistant|>\n'
+    """
+    return f"<|user|>\n{question(prompt, input).strip()}\n<|assistant|>\n"
+
+
+Render = Callable[[str, str, PreTrainedTokenizerBase], str]
+TEMPLATES: dict[TemplateName, Render] = {
     "alpaca": alpaca,
     "chat": chat,
     "plain": plain,
+    "metamath": metamath,
+    "llm-adapters": llm_adapters,
+    "tulu": tulu,
 }
 """What writes a prompt with its further input, by the name of the template."""
+
+ASKED: dict[TemplateName, Render] = {"llm-adapters": llm_adapters_asked}
+"""Templates that ask otherwise in tests than in training, as the code does that they come from."""
+
+TOGETHER: frozenset[TemplateName] = frozenset({"metamath", "llm-adapters", "tulu"})
+"""Templates whose training texts are tokenized whole, as the code does that they come from. In all others prompt and
+answer are tokenized one by one, so that a model is asked with the very tokens that it was trained on."""
+
+
+def renders(template: TemplateName, asks: bool) -> Render:
+    """Return what writes a template's prompts.
+
+    Args:
+        template: Name of the template.
+        asks: Whether to write prompts that a model is to answer, not those that it is trained on.
+    """
+    return ASKED.get(template, TEMPLATES[template]) if asks else TEMPLATES[template]
+
+
+def asks_otherwise(template: TemplateName) -> bool:
+    """Tell whether a template's prompts may have other tokens where a model is to answer them than in training."""
+    return template in TOGETHER or template in ASKED
 
 
 def name_of(template: str, conversations: bool) -> TemplateName:

@@ -24,11 +24,12 @@ class StreamEncoder:
     """Encodes training rows as :func:`milora_lightning.data.tokenize_dataset` does.
 
     Args:
-        tokenizer: The tokenizer; for details of the first five arguments see that function.
+        tokenizer: The tokenizer; for details of the first six arguments see that function.
         template: Name of the prompt template.
         prompt_suffix: What every prompt ends in.
         max_length: Maximum number of tokens in an example.
         train_on: Which turns of conversations are learned.
+        train_on_inputs: Whether prompts are learned as well.
         conversations: Whether the template, which may be chosen by the first rows, takes conversations.
         only_texts: Whether all of the first rows are plain texts.
         passed: Number of rows of the data before the stream, for messages.
@@ -40,6 +41,7 @@ class StreamEncoder:
     prompt_suffix: str
     max_length: int
     train_on: TrainOn
+    train_on_inputs: bool
     conversations: bool
     only_texts: bool
     passed: int = 0
@@ -77,6 +79,7 @@ class StreamEncoder:
             self.prompt_suffix,
             self.max_length,
             self.train_on,
+            train_on_inputs=self.train_on_inputs,
         )
         if self.embeddings is not None and len(self.tokenizer) > self.embeddings:
             self._check_ids(encoded["input_ids"])

@@ -1,9 +1,9 @@
 """Training batches of a stream, read in blocks that are each ordered like a small data set.
 
 Worker k of N takes every N-th record, starting with the k-th. It encodes a block of its records, groups it by length
-(or packs it) and shuffles it; examples that do not fill a batch over all ranks are carried over into its next block.
-All ranks go through the same batches and take their share of each, as with other data. The place in the stream is
-therefore the same on all ranks, and a run can resume on any number of them.
+(or packs it, or neither) and shuffles it; examples that do not fill a batch over all ranks are carried over into its
+next block. All ranks go through the same batches and take their share of each, as with other data. The place in the
+stream is therefore the same on all ranks, and a run can resume on any number of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from milora_lightning.data.batches.batching import Example
 from milora_lightning.data.batches.packing import pack
-from milora_lightning.data.batches.sampling import grouped_order
+from milora_lightning.data.batches.sampling import training_order
 from milora_lightning.data.streaming.places import Place, StreamPlaces
 from milora_lightning.data.streaming.rows import Stream
 from milora_lightning.utils.compat import forget_worker
@@ -52,6 +52,7 @@ class StreamedBatches(IterableDataset[Any]):
         seed: Seed of the order.
         num_replicas: Number of ranks.
         rank: Index of this rank.
+        group_by_length: Whether the rows of a batch have similar lengths.
     """
 
     def __init__(
@@ -65,7 +66,9 @@ class StreamedBatches(IterableDataset[Any]):
         seed: int = 0,
         num_replicas: int = 1,
         rank: int = 0,
+        group_by_length: bool = True,
     ) -> None:
+        self.group_by_length = group_by_length
         self.stream = stream
         self.encode = encode
         self.collate = collate
@@ -150,7 +153,10 @@ class StreamedBatches(IterableDataset[Any]):
 
     def _order(self, place: Place, rows: list[Any]) -> Any:
         lengths = [sum(len(example["input_ids"]) for example in self._examples(row)) for row in rows]
-        return grouped_order(lengths, self.seed, self._seed(place), place.global_batch, shuffle=True) if rows else []
+        if not rows:
+            return []
+        seeds = self.seed, self._seed(place)
+        return training_order(lengths, *seeds, place.global_batch, group_by_length=self.group_by_length)
 
     def _examples(self, row: Any) -> list[Example]:
         return [row] if self.capacity is None else row

@@ -10,6 +10,9 @@ from milora_lightning.data.batches.batching import Example
 from milora_lightning.data.batches.resuming import HasTrainer
 from milora_lightning.utils.errors import InvalidInputError
 
+BEFORE = {"group_by_length": True}
+"""What settings stood at in checkpoints that do not name them."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -86,7 +89,7 @@ class StreamPlaces:
             ValueError: If a setting that the order depends on has changed.
         """
         for name, value in self._settings.items():
-            if (before := state["settings"].get(name)) != value:
+            if (before := state["settings"].get(name, BEFORE.get(name))) != value:
                 raise InvalidInputError(
                     f"The checkpoint was written with data.{name}={before}, but here it is {value}, and a stream can "
                     f"only be resumed with the same value: set data.{name}: {before}, or start again."

@@ -15,8 +15,8 @@ from milora_lightning.metrics.metamath import right_expression, right_number
 from milora_lightning.utils.errors import InvalidInputError
 
 # Fields of question and solution in MetaMathQA, GSM8K, MATH, and the test files that MetaMath ships.
-METAMATH = ("query", "response")
-FORMATS = (METAMATH, ("question", "answer"), ("problem", "solution"), ("instruction", "output"))
+UNCHANGED = ("query", "response")  # MetaMathQA's, which are learned as they are
+FORMATS = (UNCHANGED, ("question", "answer"), ("problem", "solution"), ("instruction", "output"))
 MARKER = "The answer is: "
 METAMATH = "metamath"
 """Name of the paper's rule in results."""
@@ -46,7 +46,7 @@ def worked_solution(record: dict[str, Any]) -> dict[str, Any]:
         raise InvalidInputError(
             f"there is no question with a solution among the fields {sorted(record)}: {pairs} are known."
         )
-    converts = (question, solution) != METAMATH and MARKER.strip() not in text
+    converts = (question, solution) != UNCHANGED and MARKER.strip() not in text
     if converts:
         text = re.sub(r"<<[^<>]*>>", "", text)  # what GSM8K's calculator was told
         text = re.sub(r"####\s*(?=[^#]*$)", MARKER, text)
