@@ -76,7 +76,8 @@ def _gather(shard: Tensor, split: Split, group: dist.ProcessGroup, rank: int) ->
     gathered = shard.new_empty(split.chunk * split.ranks, *shard.shape[1:]) if receives else None
     parts = [as_bytes(part) for part in gathered.chunk(split.ranks)] if gathered is not None else None
     dist.gather(as_bytes(shard), parts, dst=rank, group=group)
-    return gathered[: split.size].movedim(0, split.dim) if gathered is not None else None
+    # Contiguous as the whole weight is: of another layout, singular vectors may come out with other signs.
+    return gathered[: split.size].movedim(0, split.dim).contiguous() if gathered is not None else None
 
 
 class Split(NamedTuple):

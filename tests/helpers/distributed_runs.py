@@ -259,7 +259,7 @@ def on_two_ranks(folder: Path) -> dict[str, Any]:
         "beside": refusal(folder, "fsdp2", adapter={"modules_to_save": ["norm"]}, **RUNS["fsdp2-forgetting"][1]),
     }
     runs["own"] = own_project(folder)
-    runs["sharding"] = sharding_runs(folder)
+    runs["sharding"] = sharding_runs()
     runs["cli"] = {name: command_line(folder, f"strategy/{name}.yaml") for name in ("ddp", "fsdp2")}
     return runs
 

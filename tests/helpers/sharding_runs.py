@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -20,8 +20,12 @@ from milora_lightning import LoRAConfig, initialize, inject, lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.split import Part, Style, split_parameters
 from milora_lightning.models import generation
+from milora_lightning.models.checkpointing import checkpoint_layers
+from milora_lightning.models.compile import compile_layers
 from milora_lightning.models.sharding import shard
+from milora_lightning.models.tensor_parallel import parallelize
 from milora_lightning.parallel.dtensor import full_tensor, is_sharded
+from milora_lightning.parallel.gathering import TENSOR
 
 IDS = torch.arange(20).view(2, 10) + 5
 
@@ -116,6 +120,28 @@ def memory_run() -> dict[str, Any]:
     return {**found, "layers": len(gathered), "after": size(gathered.values())}
 
 
+def compiled_run() -> dict[str, Any]:
+    """Train compiled and plain layers that recompute their activations: gradients, and how many tensors are saved."""
+    found: dict[str, Any] = {}
+    for name in ("plain", "compiled"):
+        model = adapted_model()
+        checkpoint_layers(model, "full")
+        if name == "compiled":
+            compiler = partial(torch.compile, backend="eager")  # captured, without machine code, which takes long
+            with patch.object(torch, "compile", lambda forward, options, compiler=compiler: compiler(forward)):
+                compile_layers(model)
+        shard(model, init_device_mesh("cpu", (2,)))
+        initialize(model)
+        moved(model)
+        saved: list[torch.Tensor] = []
+        with saved_tensors_hooks(lambda tensor, saved=saved: saved.append(tensor) or tensor, lambda tensor: tensor):
+            loss = model.train()(input_ids=IDS, labels=IDS, use_cache=False).loss
+        loss.backward()
+        gradients = [full_tensor(p.grad).flatten() for p in model.parameters() if p.grad is not None]
+        found |= {name: torch.cat(gradients), f"{name} saves": len(saved)}
+    return found
+
+
 def split_run(style: Style) -> dict[str, float]:
     """Compare a layer that two ranks split with the whole one: relative differences, with dropout."""
     mesh = init_device_mesh("cpu", (2,))
@@ -149,10 +175,30 @@ def split_run(style: Style) -> dict[str, float]:
     return dict(zip(names, differences, strict=True))
 
 
-def sharding_runs(folder: Path) -> dict[str, Any]:
+def split_model_run() -> dict[str, Any]:
+    """Compare a model that two ranks split with the whole one: the factors' starts and gradients, with dropout."""
+    found: dict[str, Any] = {}
+    for name in ("whole", "split"):
+        model = tiny_model("qwen3")
+        inject(model, LoRAConfig(r=4, lora_dropout=0.3))
+        if name == "split":
+            parallelize(model, init_device_mesh("cpu", (2,), mesh_dim_names=(TENSOR,)))
+        initialize(model)
+        starts = [full_tensor(layer.initial_B).detach().flatten() for layer in lora_layers(model).values()]
+        moved(model)
+        torch.manual_seed(0)
+        model.train()(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        gradients = [full_tensor(p.grad).flatten() for p in model.parameters() if p.grad is not None]
+        found[name] = {"starts": torch.cat(starts), "gradients": torch.cat(gradients)}
+    return found
+
+
+def sharding_runs() -> dict[str, Any]:
     styles: tuple[Style, ...] = ("colwise", "rowwise", "replicate")
     return {
         "generation": generation_run(),
         "memory": memory_run(),
+        "compiled": compiled_run(),
+        "split model": split_model_run(),
         "split": {style: split_run(style) for style in styles},
     }

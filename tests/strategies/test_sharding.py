@@ -36,11 +36,29 @@ def test_no_gathered_weight_is_kept_for_backward_but_the_last_layer_s(ranks: tup
 
 
 @pytest.mark.slow
+def test_sharded_layers_are_compiled_and_recomputed(ranks: tuple[Runs, Runs]) -> None:
+    """Also together: the class that FSDP2 gives a layer is a third one that wraps its forward."""
+    for run in ranks:
+        found = run["sharding"]["compiled"]
+        torch.testing.assert_close(found["compiled"], found["plain"], rtol=1e-4, atol=1e-7)
+        assert found["compiled saves"] == found["plain saves"] < 20  # 175 if nothing is recomputed
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["colwise", "rowwise", "replicate"])
 def test_a_split_layer_is_the_whole_one(style: str, ranks: tuple[Runs, Runs]) -> None:
     """Its output and gradients, with a bias and the same dropout."""
     for run in ranks:
         assert max(run["sharding"]["split"][style].values()) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_split_model_starts_and_trains_like_the_whole_one(ranks: tuple[Runs, Runs]) -> None:
+    """The same factors bit for bit, from weights that were gathered along rows and columns; with dropout."""
+    for run in ranks:
+        whole, split = (run["sharding"]["split model"][name] for name in ("whole", "split"))
+        assert torch.equal(whole["starts"], split["starts"])
+        assert (whole["gradients"] - split["gradients"]).norm() < 1e-5 * whole["gradients"].norm()
 
 
 @pytest.mark.slow
