@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.decomposition_weights import R, assert_is_slice, make_weight
 from helpers.second_device import DEVICE, Count, OnDevice, counting, strategy
 from helpers.whole_runs import KINDS, STEPS, assert_same, everything, fit, write_base
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from milora_lightning import CausalLMModule, LoRAConfig, initialize, inject, lora_layers, singular_slice
+from milora_lightning.linalg import devices, singular
+from milora_lightning.linalg.devices import CPU, Way
 
 BUDGET = json.loads((Path(__file__).parent / "helpers" / "launches.json").read_text())
 EXPERTS = ("/experts", "/integrations/moe", "/models/mixtral/")  # transformers' code that sorts tokens by expert
@@ -86,7 +89,8 @@ def test_labels_that_change_on_the_way_are_looked_at_again_which_waits(base: Pat
 
 
 def test_a_solver_that_fails_there_is_replaced_by_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a warning that names the layer; the factors are those of the CPU."""
+    """With a warning; the factors are those of the CPU."""
+    monkeypatch.setattr(devices, "best_way", lambda device, shape, r: Way(device))
 
     def model() -> nn.Module:
         torch.manual_seed(0)
@@ -105,14 +109,25 @@ def test_a_solver_that_fails_there_is_replaced_by_the_cpus(monkeypatch: pytest.M
         for each in (here, there):
             inject(each, LoRAConfig(r=4))
         initialize(here, cache=False)
-        with pytest.warns(
-            UserWarning, match="weight of layer '1' is decomposed on the CPU.* as second:0 has failed: f"
-        ):
+        with pytest.warns(UserWarning, match=r"second:0 could not decompose a weight of .* \(f.*\): the CPU does it"):
             initialize(there, cache=False)
         for ours, theirs in zip(lora_layers(there).values(), lora_layers(here).values(), strict=True):
             assert ours.lora_A.device == DEVICE
             torch.testing.assert_close(ours.delta_weight().cpu(), theirs.delta_weight())
             torch.testing.assert_close((ours.initial_B @ ours.initial_A).cpu(), theirs.initial_B @ theirs.initial_A)
+
+
+@pytest.mark.parametrize("way", [Way(DEVICE), Way(DEVICE, single=True), Way(CPU)], ids=["float64", "float32", "cpu"])
+@pytest.mark.parametrize("large", [0, singular.LARGE], ids=["krylov", "dense"])
+def test_every_way_of_decomposing_stays_on_its_device(monkeypatch: pytest.MonkeyPatch, way: Way, large: int) -> None:
+    monkeypatch.setattr(devices, "best_way", lambda device, shape, r: way)
+    monkeypatch.setattr(singular, "LARGE", large)
+    for shape in ((160, 160), (96, 200), (200, 96)):
+        weight = make_weight(shape, 1e3)
+        for which in ("minor", "principal", "middle"):
+            found = singular_slice(weight.to(DEVICE), R, which)
+            assert all(isinstance(x, OnDevice) for x in found)
+            assert_is_slice(singular.SingularSlice(*(x.cpu() for x in found)), weight, R, which)
 
 
 @pytest.mark.parametrize("default", [False, True])

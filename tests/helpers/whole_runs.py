@@ -96,7 +96,7 @@ def fit(
     torch.manual_seed(5)
     lm = lm or module(base / "model")
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", ".*is decomposed on the CPU.*")
+        warnings.filterwarnings("error", ".*could not decompose a weight.*")
         trainer.fit(lm, examples(base, name), ckpt_path=resume)
     return lm
 
