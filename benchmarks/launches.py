@@ -3,11 +3,13 @@
 Everything is counted on the meta device (``cost.py``), without a GPU: one layer forward and backward, and what
 autograd keeps of the blocks of a 7B Llama. Attention keeps what FlashAttention does.
 
-python benchmarks/launches.py
+python benchmarks/launches.py   # a minute or two
 """
 
 from __future__ import annotations
 
+import statistics
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -30,6 +32,7 @@ from milora_lightning.models.recompute import recompute_layers
 PAGE = RESULTS.parent / "launches.md"
 IN, OUT, R, ROWS, LENGTH = 4096, 4096, 64, 16, 512
 DROPOUTS = (0.0, 0.05)
+SMALL, TOKENS, ROUNDS = 768, 2048, 9  # for a processor
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 BLOCKS = 32
 LLAMA_7B = {
@@ -98,9 +101,9 @@ CONTENDERS: dict[str, Adapt] = {
 class OneLayer(nn.Module):
     """A model of one linear layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, features: int = IN, out: int = OUT) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(IN, OUT, bias=False)
+        self.up_proj = nn.Linear(features, out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Call it."""
@@ -214,6 +217,62 @@ def recomputing() -> None:
     publish("launches_recompute", table(columns, rows), PAGE)
 
 
+def trend() -> None:
+    """Publish whether counted operations and bytes tell a CPU's time, for the same layers on one core, in float32."""
+    torch.set_num_threads(1)
+    seconds: dict[tuple[str, float], list[float]] = {}
+    counted: dict[tuple[str, float], tuple[float, float]] = {}
+    contenders = [(name, adapt) for name, adapt in CONTENDERS.items() if adapt is not peft_half]  # all in one dtype
+    runs = {(name, p): _run_on_cpu(adapt, p) for name, adapt in contenders for p in DROPOUTS}
+    for key, run in runs.items():
+        with (
+            FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_operations}) as counter,
+            Cost() as cost,
+        ):
+            run()
+        counted[key] = counter.get_total_flops() / 1e9, cost.bytes / 1e9
+    for _ in range(ROUNDS):
+        for key, run in runs.items():
+            started = time.process_time()
+            run()
+            seconds.setdefault(key, []).append(time.process_time() - started)
+    found = torch.tensor([statistics.median(values) for values in seconds.values()])
+    predictors = torch.tensor([counted[key] for key in seconds])
+    per_unit = torch.linalg.lstsq(predictors, found[:, None]).solution[:, 0]
+    predicted = predictors @ per_unit
+    rows = [
+        [f"{name}, dropout {p:g}", f"{flops:.1f}", f"{moved:.2f} GB", f"{1e3 * told:.0f} ms", f"{1e3 * real:.0f} ms"]
+        for ((name, p), (flops, moved)), told, real in zip(
+            counted.items(), predicted.tolist(), found.tolist(), strict=True
+        )
+    ]
+    columns = ["on one core", "10⁹ operations of products", "bytes moved", "predicted", "measured"]
+    correlation = torch.corrcoef(torch.stack([predicted, found]))[0, 1]
+    note = (
+        f"One layer {SMALL}→{SMALL}, r = {R}, {TOKENS:,} tokens, float32, medians of {ROUNDS} alternating rounds of "
+        f"CPU time. Predicted: {1e3 * per_unit[0]:.0f} ms for 10⁹ operations and {1e3 * per_unit[1]:.0f} ms for a GB, "
+        f"fitted to all of them; correlation {correlation:.3f}."
+    )
+    publish("launches_trend", f"{table(columns, rows)}\n\n{note}", PAGE)
+
+
+def _addmm_operations(y: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+    return int(2 * a[0] * a[1] * b[1])
+
+
+def _run_on_cpu(adapt: Adapt, dropout: float) -> Callable[[], None]:
+    model = adapt(OneLayer(SMALL, SMALL), ["up_proj"], dropout).train()
+    x, direction = torch.randn(TOKENS, SMALL).requires_grad_(), torch.randn(TOKENS, SMALL)
+
+    def run() -> None:
+        model(x).backward(direction)
+        model.zero_grad()
+        x.grad = None
+
+    return run
+
+
 if __name__ == "__main__":
     beside_peers()
     recomputing()
+    trend()
