@@ -117,7 +117,8 @@ class _LoRALinear(torch.autograd.Function):
         differentiated = torch.is_grad_enabled() or transformed()
         if times is not None:
             # Second derivatives can be asked for with respect to x itself, by whoever has it.
-            x = ctx.input() if differentiated and ctx.input() is not None else x * times
+            itself = ctx.input() if differentiated else None
+            x = itself if itself is not None and not itself._version else x * times
         rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         dropped = rows
         if mask is not None or state is not None:

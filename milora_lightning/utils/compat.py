@@ -128,7 +128,8 @@ def kept_factors(product: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | N
     """Return the two tensors whose product a tensor is, if autograd keeps both of them for that product's gradients.
 
     None if it does not (any more), if it keeps them in another way (by hooks, as activation checkpointing does, or on
-    the CPU), or if one of the three was written to afterwards.
+    the CPU), if one of the three was written to afterwards, or if one is not of the product's shape: it may be a
+    weight, which FSDP2 has in memory only while its module needs it.
     """
     if not TELLS_HOW_IT_KEEPS or torch.compiler.is_compiling():
         return None
@@ -141,7 +142,9 @@ def kept_factors(product: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | N
         one, other = node._saved_self, node._saved_other
     except RuntimeError:  # freed, or written to: whoever differentiates the product will be told
         return None
-    return None if one is None or other is None else (one, other)
+    if one is None or other is None or not one.shape == other.shape == product.shape:
+        return None
+    return one, other
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -274,6 +274,17 @@ def test_a_product_is_not_kept() -> None:
     assert of_another - of_product == 4 * TOKENS * IN
 
 
+def test_a_product_with_a_weight_is_kept() -> None:
+    """As a norm's output is; FSDP2 may have freed the weight when backward comes to the adapter."""
+    layer, weight, h = adapted(), nn.Parameter(torch.randn(IN)), torch.randn(TOKENS, IN, requires_grad=True)
+    y = layer(weight * h)
+    got_from = layer.lora_A, weight
+    want = torch.autograd.grad(y.square().sum(), got_from, retain_graph=True)
+    freed = y.grad_fn.saved_tensors
+    assert all(saved is None or saved.data_ptr() != weight.data_ptr() for saved in freed)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(y.square().sum(), got_from), want, strict=True))
+
+
 def test_a_product_that_was_written_to_is_kept(gates: Tensor) -> None:
     layer = adapted(dtype=gates.dtype)
     results = []
