@@ -55,6 +55,13 @@ check-wheel: $(READY)
 	cd $(WHEEL) && env/bin/milora fit --config method/milora.yaml --model.name_or_path model \
 		--data.source.train train.jsonl --data.num_generation_examples 0 --adapter.r 4 --trainer.max_steps 2
 
+# On a machine with a GPU: the tests that need one, or two, and ten minutes of training beside PEFT, TRL and Liger.
+gpu: $(READY)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable .[benchmarks]
+	$(VENV)/bin/python main.py env
+	$(VENV)/bin/pytest -m gpu
+	$(VENV)/bin/python benchmarks/gpu.py
+
 test-lowest: $(READY_LOWEST)
 	$(VENV_LOWEST)/bin/python -m pytest $(SIDE_BY_SIDE)
 
@@ -68,4 +75,4 @@ $(READY_LOWEST): pyproject.toml constraints-lowest.txt
 clean:
 	rm -rf $(VENV) $(VENV_LOWEST) site
 
-.PHONY: fit test test-lowest docs check-wheel clean
+.PHONY: fit test gpu test-lowest docs check-wheel clean

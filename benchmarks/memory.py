@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 PAGE = ROOT / "docs" / "preview.md"
 COMMON = [
     *("--config", "milora.yaml", "--config", "{folder}/data.yaml", "--data.num_generation_examples=0"),
+    "--data.global_batch_size=null",
     *("--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--trainer.num_sanity_val_steps=0"),
     *("--trainer.callbacks=[]", "--trainer.enable_checkpointing=false", "--logger=none", "--model.dtype=float32"),
 ]

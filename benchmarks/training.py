@@ -44,9 +44,13 @@ class Clock(Callback):
         self.ends: list[float] = []
         self.tokens: list[int] = []
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Note one."""
+    def note(self) -> None:
+        """Note the end of a step."""
         self.ends.append(time.perf_counter())
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Note one of the Trainer's."""
+        self.note()
         self.tokens.append(int(batch["attention_mask"].sum()))
 
 
@@ -86,7 +90,7 @@ def count(clock: Clock, trainer: Any) -> None:
 
     class Ends(transformers.TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            clock.ends.append(time.perf_counter())
+            clock.note()
 
     collate = trainer.data_collator
 

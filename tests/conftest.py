@@ -13,6 +13,13 @@ import torch
 collect_ignore = ["helpers"]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs, of which Lightning would take all there are, but from the tests that need one (pytest -m gpu)."""
+    if "gpu" not in config.getoption("markexpr", "").replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first asks for them; programs that tests start, too
+        torch.backends.mps.is_available = lambda: False
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Tiny models in one thread: several would wait for each other longer than they compute."""

@@ -53,7 +53,7 @@ GROUPS = (
         "Your data, read by Files (--data.source CLASS for another source, --data.source.help CLASS for its options)",
         "data.source",
         f"{DATA}.files:Files",
-        ("train_split", "validation_split", "test_split", "seed"),
+        ("train_split", "validation_split", "test_split", "tools_field", "system_field", "text_field", "seed"),
     ),
     Group(
         "Preparing the data",
@@ -61,7 +61,15 @@ GROUPS = (
         f"{DATA}.datamodule:SFTDataModule",
         (
             *("source", "tokenizer", "num_test_generation_examples"),
-            *("pad_to_multiple_of", "num_proc", "num_workers", "seed", "padding_free"),
+            *(
+                "padding_free",
+                "shuffle_buffer",
+                "pad_to_multiple_of",
+                "num_proc",
+                "num_workers",
+                "seed",
+                "padding_free",
+            ),
         ),
     ),
 )
@@ -89,12 +97,7 @@ TRAINER = [
     Option("limit_val_batches", "int | float", "1.0", "Number, or fraction, of batches to validate on."),
     Option("devices", "int", "auto", "Number of GPUs."),
     Option("strategy", "str", "auto", "How they share the work: ddp, or a --config strategy/fsdp2.yaml."),
-    Option(
-        "precision",
-        "str",
-        "32-true",
-        "Leave as is: for a half-precision base use --model.dtype bfloat16 (float16 needs 16-mixed).",
-    ),
+    Option("precision", "str", "32-true", "Leave as is for --model.dtype bfloat16; 16-mixed for float16."),
     Option("callbacks+", "CLASS", "None", "Adds a callback, such as EarlyStopping, followed by its options."),
     Option("default_root_dir", "str", "None", "Where logs and checkpoints go."),
     Option("fast_dev_run", "bool", "False", "Try everything on one batch."),

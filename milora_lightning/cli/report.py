@@ -11,6 +11,7 @@ from typing import Any
 
 from milora_lightning.analysis.plots import new_figure
 from milora_lightning.cli.runs import Row, Run, best_rate, write_rows
+from milora_lightning.data.shared_steps import BATCH
 from milora_lightning.utils.markdown import table
 
 NAMES = {
@@ -160,9 +161,10 @@ def _setting(runs: Sequence[Run], config: Any) -> str:
     seeds = len({run.seed for run in runs})
     minutes = mean(run.last["seconds"] for run in runs) / 60
     source = config.data.source
+    examples = config.data.get("global_batch_size") or config.data.batch_size or BATCH
     return (
         f"Model `{config.model.name_or_path}` ({config.model.dtype}), data `{source.class_path.rpartition('.')[2]}`, "
-        f"r = {config.adapter.r}, {runs[0].last['step']:.0f} optimizer steps, batch size {config.data.batch_size}, "
+        f"r = {config.adapter.r}, {runs[0].last['step']:.0f} optimizer steps, batch size {examples}, "
         f"{seeds} seeds; {minutes:.1f} minutes a run. Each run's whole configuration is in its folder. "
         f"milora-lightning {version('milora-lightning')}, torch {version('torch')}, {date.today()}."
     )

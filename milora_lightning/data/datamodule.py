@@ -17,8 +17,8 @@ from milora_lightning.data.batches.sampling import ResumableDataLoader
 from milora_lightning.data.encoding.prompt_format import KEY, PromptFormat, warn_of_another
 from milora_lightning.data.encoding.templates import AUTO
 from milora_lightning.data.encoding.turn_encoding import ASSISTANT
-from milora_lightning.data.evaluation_loading import EvaluationLoaders
 from milora_lightning.data.model_check import language_model
+from milora_lightning.data.shared_steps import SharedSteps
 from milora_lightning.data.sources import ChecksTest, MultipleChoice, Source, Split
 from milora_lightning.data.splits import SPLITS
 from milora_lightning.data.streaming.encoding import StreamEncoder, check_trainer
@@ -29,7 +29,6 @@ from milora_lightning.models.limits import embedding_rows
 from milora_lightning.models.packed_rows import reason_to_mix
 from milora_lightning.models.segments import skips_other_examples
 from milora_lightning.utils.errors import InvalidInputError
-from milora_lightning.utils.messages import inform
 
 TRAIN_ON = "train_on"
 """The entry of the state, and of a checkpoint, that says which turns were learned."""
@@ -41,7 +40,7 @@ TRAIN_ON_INPUTS = "train_on_inputs"
 NEEDED: dict[str | None, Split] = {"fit": "train", "validate": "validation", "test": "test", "predict": "test"}
 
 
-class SFTDataModule(EvaluationLoaders):
+class SFTDataModule(SharedSteps):
     r"""Data module for supervised fine-tuning of a causal language model.
 
     Training and loss batches are dicts of ``input_ids``, ``attention_mask`` and ``labels``, each int64 of shape
@@ -65,7 +64,7 @@ class SFTDataModule(EvaluationLoaders):
             on; None for ``prompt_suffix``.
         max_length: Maximum number of tokens in an example. A prompt that is too long loses its beginning (in chats, the
             beginning of the user's text), a response that is too long its end.
-        batch_size: Training examples per rank and batch.
+        batch_size: Training examples per device and batch. None for 16, or fewer with a smaller ``global_batch_size``.
         eval_batch_size: Examples per rank and batch in validation and test; None for ``batch_size``.
         generation_batch_size: Prompts per rank and batch to generate from; None for ``eval_batch_size``.
         num_generation_examples: Number of validation examples, counted from the first, to generate answers for; 0 for
@@ -90,13 +89,17 @@ class SFTDataModule(EvaluationLoaders):
         padding_free: Lay the examples of each training batch out in one row, without padding between them. ``"auto"``
             does so if the model's attention then skips what lies between examples (flash and flex attention). With
             other implementations it is right too, but slower than padding where the row is long.
-        max_tokens_per_batch: Instead of ``batch_size`` examples, each rank and training batch gets as many as fit into
-            so many tokens, padding included: examples of similar length, or with ``padding_free`` any that fill it.
+        max_tokens_per_batch: Tokens per rank and training batch, padding included, instead of ``batch_size`` examples.
+            It gets examples of similar length, or with ``padding_free`` any that fill it.
         streaming: Read and tokenize the training data during training, so that they may be larger than memory and
             disk. Needs the Trainer's ``max_steps``, since the length of a stream is not known; a stream that ends is
             read again. Validation data are the first ``validation_size`` rows, or separate data.
         shuffle_buffer: With ``streaming``, the number of records in memory at a time, which are shuffled, grouped by
             length and packed together.
+        global_batch_size: Training examples in an optimizer step, on any number of devices. They share them, and
+            accumulate gradients where ``batch_size`` is less than their share. ``val_check_interval`` and
+            ``limit_train_batches`` then count steps. None for one batch of each device, times the Trainer's
+            ``accumulate_grad_batches``.
 
     Raises:
         ValueError: If a size is out of range, or ``answer_by="likelihood"`` is used with a source without choices; in
@@ -110,7 +113,7 @@ class SFTDataModule(EvaluationLoaders):
         template: str = AUTO,
         prompt_suffix: str = "",
         max_length: int = 1024,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         eval_batch_size: int | None = None,
         generation_batch_size: int | None = None,
         num_generation_examples: int | None = 64,
@@ -129,6 +132,7 @@ class SFTDataModule(EvaluationLoaders):
         generation_prompt_suffix: str | None = None,
         train_on_inputs: bool = False,
         group_by_length: bool = True,
+        global_batch_size: int | None = None,
     ) -> None:
         super().__init__(
             source,
@@ -145,25 +149,22 @@ class SFTDataModule(EvaluationLoaders):
             num_test_generation_examples,
             answer_by,
         )
-        self.batch_size = batch_size
-        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.set_sizes(batch_size, global_batch_size, max_tokens_per_batch)
+        self.eval_batch_size = self.batch_size if eval_batch_size is None else eval_batch_size
         self.generation_batch_size = self.eval_batch_size if generation_batch_size is None else generation_batch_size
         self.pad_to_multiple_of = pad_to_multiple_of
         self.num_workers = num_workers
         self.seed = seed
         self.packing = packing
         self.padding_free = padding_free
-        self.max_tokens_per_batch = max_tokens_per_batch
         self.shuffle_buffer = shuffle_buffer
         self.group_by_length = group_by_length
         self._resumption = Resumption(self)
-        self._said_template = False
-        self._said_layout = False
         order = {"num_workers": max(1, num_workers), "shuffle_buffer": shuffle_buffer, "packing": packing, "seed": seed}
         order["group_by_length"] = group_by_length
         self._places = StreamPlaces(self, order)
         sizes = ["batch_size", "eval_batch_size", "generation_batch_size", "pad_to_multiple_of", "shuffle_buffer"]
-        sizes += ["max_tokens_per_batch"]
+        sizes += ["max_tokens_per_batch", "global_batch_size"]
         counts = ("num_generation_examples", "num_test_generation_examples")
         for name, least in [*((size, 1) for size in sizes), *((count, 0) for count in counts)]:
             if (value := getattr(self, name)) is not None and value < least:
@@ -213,8 +214,10 @@ class SFTDataModule(EvaluationLoaders):
         """
         if stage == "test" and isinstance(self.source, ChecksTest):
             self.source.check_test()
-        if stage == "fit" and self.streaming and self.trainer is not None:
-            check_trainer(self.trainer)
+        if stage == "fit" and self.trainer is not None:
+            if self.streaming:
+                check_trainer(self.trainer)
+            self.accumulate()
         for split in SPLITS[stage]:
             predicts = stage == "predict"  # which also answers prompts without a response; an evaluation drops these
             if split not in self._splits or (split == "test" and self._unanswered not in (None, predicts)):
@@ -223,9 +226,8 @@ class SFTDataModule(EvaluationLoaders):
         if stage is not None:
             self.examples(NEEDED[stage])
         if stage == "fit":
-            if self.template == AUTO and self.trainer is not None and not self._said_template:
-                self._said_template = True
-                inform(f"Template: {self.template_in_words}.")
+            if self.template == AUTO and self.trainer is not None:
+                self.say(f"Template: {self.template_in_words}.")
             self._resumption.forget()
             self._places.forget()
 
@@ -251,10 +253,11 @@ class SFTDataModule(EvaluationLoaders):
                 self._resumption, lengths, most, not self.has_one_row(), self.pad_to_multiple_of, **order
             )
             return self._loader(Batches(rows), grouped, None, collator, ResumableDataLoader)
-        sampler = (OverfittingSampler if overfits else ResumableSampler)(
-            self._resumption, lengths, self.batch_size, group_by_length=self.group_by_length, **order
-        )
-        return self._loader(rows, sampler, self.batch_size, collator, ResumableDataLoader)
+        step = self.counted_step(None if self.streaming else len(lengths))
+        kind = OverfittingSampler if overfits else ResumableSampler
+        grouping: dict[str, Any] = {"group_by_length": self.group_by_length, "group": self.global_batch_size}
+        sampler = kind(self._resumption, lengths, step.examples, **order, **grouping)
+        return self._loader(rows, sampler, step.examples, collator, ResumableDataLoader)
 
     # ---- Rows that examples share ----
 
@@ -281,9 +284,8 @@ class SFTDataModule(EvaluationLoaders):
 
     def _training_collator(self) -> Any:
         one_row = self.has_one_row()
-        if one_row and self.padding_free == "auto" and not self._said_layout:
-            self._said_layout = True
-            inform("Batches: all examples in one row, without padding; the model's attention skips what is between.")
+        if one_row and self.padding_free == "auto":
+            self.say("Batches: all examples in one row, without padding; the model's attention skips what is between.")
         kind = partial(PackingCollator, one_row=one_row) if one_row or self.packing else Collator
         return self._collator(kind)
 
@@ -294,7 +296,7 @@ class SFTDataModule(EvaluationLoaders):
         position, prompt_format = self._resumption.state_dict(), self.prompt_format
         record = None if prompt_format is None else prompt_format.record()
         stream = self._places.state_dict() if self.streaming else None
-        asked = {KEY: record, TRAIN_ON: self.train_on, TRAIN_ON_INPUTS: self.train_on_inputs}
+        asked = {KEY: record, TRAIN_ON: self.train_on, TRAIN_ON_INPUTS: self.train_on_inputs, **self.state_of_steps()}
         return {"position": position, "stream": stream, "description": self.description, **asked}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -314,6 +316,7 @@ class SFTDataModule(EvaluationLoaders):
             )
         if stream is not None and self.streaming:
             self._places.load_state_dict(stream)
+        self.continue_steps(state_dict)
         # Older checkpoints have no position; Lightning's count of batches is used instead.
         self._resumption.load_state_dict(state_dict.get("position"))
 
@@ -336,18 +339,18 @@ class SFTDataModule(EvaluationLoaders):
             passed=getattr(stream, "skipped", 0),
             embeddings=None if model is None else embedding_rows(model),
         )
+        step = self.counted_step(None)
         batches = StreamedBatches(
             stream,
             encoder,
             self._training_collator(),
             self.shuffle_buffer,
-            self.batch_size,
+            step.examples,
             self.max_length if self.packing else None,
             self.seed,
             group_by_length=self.group_by_length,
             **self._rank(),
+            group=self.global_batch_size,
         )
-        steps, batches_per_step = (
-            (self.trainer.max_steps, self.trainer.accumulate_grad_batches) if self.trainer else (sys.maxsize, 1)
-        )
-        return StreamLoader(batches, self._places, self.num_workers, steps * batches_per_step)
+        steps = self.trainer.max_steps if self.trainer else sys.maxsize
+        return StreamLoader(batches, self._places, self.num_workers, steps * step.accumulated)

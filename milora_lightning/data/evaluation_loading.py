@@ -29,8 +29,10 @@ class EvaluationLoaders(TokenizedSplits):
         pad_to_multiple_of: Batch lengths are rounded up to a multiple of this.
         num_workers: Number of processes that load batches.
         seed: Seed of the training order.
+        planned_devices: Number of devices without a Trainer, for a look at the batches of a run that is planned.
     """
 
+    planned_devices = 1
     eval_batch_size: int
     generation_batch_size: int
     pad_to_multiple_of: int
@@ -117,7 +119,8 @@ class EvaluationLoaders(TokenizedSplits):
 
     def _rank(self) -> dict[str, int]:
         """Return the number of data-parallel replicas and this rank's index; tensor-parallel ranks share batches."""
-        return (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+        planned = {"num_replicas": self.planned_devices, "rank": 0}
+        return getattr(self.trainer, "distributed_sampler_kwargs", None) or planned
 
 
 def _longest_first(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,6 +11,7 @@ from torch import nn
 
 from milora_lightning.utils.compat import PRODUCTS_ON_X86
 from milora_lightning.utils.counting import counted
+from milora_lightning.utils.machine import cores, has_nvidia_gpu
 from milora_lightning.utils.messages import inform, warn
 
 DtypeName = Literal["auto", "fast", "float32", "bfloat16", "float16"]
@@ -23,6 +22,9 @@ CHOSEN = ("auto", "fast")
 
 NUMBERS = "_numbers_dtype"
 """Attribute of a model that is held in float32: the half-precision dtype that holds its numbers exactly."""
+
+INDEX, OLDEST_CUDA = "https://download.pytorch.org/whl", "cu126"
+"""Where torch is built for which CUDA; this one is for drivers from R560 on, and for older cards."""
 
 
 def has_fast_products(dtype: torch.dtype) -> bool:
@@ -83,31 +85,50 @@ def hold_in_float32(model: nn.Module, device: torch.device) -> None:
 
 def warn_of_more_processes(processes: int) -> None:
     """Warn if more processes than there are cores share this machine's CPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if processes > max(cores, 1):
+    available = cores()
+    if processes > max(available, 1):
         warn(
-            f"trainer.devices={processes} starts {processes} processes on a CPU with {counted(cores, 'core')}, each "
-            "with its own model, which is slower than trainer.devices=1 with all cores."
+            f"trainer.devices={processes} starts {processes} processes on a CPU with {counted(available, 'core')}, "
+            "each with its own model, which is slower than trainer.devices=1 with all cores."
         )
 
 
 def warn_of_unused_gpu() -> None:
-    """Warn if an NVIDIA GPU seems to be present and is not hidden, but torch cannot use it; say why."""
-    present = Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
-    if present and not torch.cuda.is_available() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+    """Warn if an NVIDIA GPU seems to be present and is not hidden, but torch cannot use it; say why, and what to do."""
+    if (why := why_gpu_is_unused()) is not None:
         warn(
             "There seems to be an NVIDIA GPU here, but torch cannot use it, and everything runs on the CPU: "
-            f"{_reason()}. To leave the GPU alone without this warning, set accelerator: cpu (--device cpu)."
+            f"{why} To leave the GPU alone without this warning, set accelerator: cpu (--device cpu)."
         )
 
 
-def _reason() -> str:
-    """Return why torch cannot use a GPU."""
+def why_gpu_is_unused() -> str | None:
+    """Say why torch cannot use an NVIDIA GPU that seems to be present, and what to do; None if all is well.
+
+    The usual reasons are a build of torch for CPUs, and one for a newer driver than there is: what PyPI has as the
+    newest torch is built for the newest CUDA.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if hidden or not has_nvidia_gpu() or torch.cuda.is_available():
+        return None
+    version = torch.__version__.partition("+")[0]
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is a build for CPUs. {_install(version)}"
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    return "it finds none"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        if "driver" in reason and "too old" in reason:
+            return f"{reason}, and torch {version} is built for CUDA {torch.version.cuda}. {_install(version)}"
+        return f"{reason}."
+    return "it finds none."
+
+
+def _install(version: str) -> str:
+    return (
+        f"Install one for the driver: pip install torch=={version} --index-url {INDEX}/{OLDEST_CUDA} (or a newer CUDA "
+        "that nvidia-smi names)."
+    )
 
 
 def warn_of_slow_products(

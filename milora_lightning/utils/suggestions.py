@@ -26,6 +26,7 @@ ELSEWHERE = {
     "template": ("chat_template", "prompt_style", "prompt_template"),
     "max_length": ("max_seq_length", "max_seq_len", "seq_length", "sequence_len", "cutoff_len", "block_size"),
     "batch_size": ("micro_batch_size", "train_batch_size", "per_device_train_batch_size"),
+    "global_batch_size": ("total_batch_size", "effective_batch_size"),
     "eval_batch_size": ("per_device_eval_batch_size",),
     "accumulate_grad_batches": ("gradient_accumulation_steps", "grad_accum"),
     "gradient_clip_val": ("max_grad_norm", "max_norm", "clip"),

@@ -200,6 +200,7 @@ def test_surgery_decomposes_once(folder: Path, decomposed: list[object], cache: 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_shares_entries_with_the_cpu(folder: Path, decomposed: list[object]) -> None:
+    """Would catch a key that depends on the device, and triplets that are not brought back to it."""
     A, B = cached_factors(make_weight(), R)
     C, D = cached_factors(make_weight().cuda(), R)
     assert C.is_cuda

@@ -68,5 +68,5 @@ def test_settings_of_the_new_recipes() -> None:
     (adapter,) = (c.config for c in visual.trainer.callbacks if getattr(c, "config", None) is not None)
     assert (adapter.r, adapter.target_modules, adapter.lora_dropout) == (128, "all-linear", 0.05)
     assert set(adapter.exclude_modules) == {"vision_tower", "multi_modal_projector"}
-    assert visual.datamodule.batch_size * visual.trainer.accumulate_grad_batches == 128
+    assert visual.datamodule.step_batch().total == 128
     assert (visual.model.lr_scheduler, visual.datamodule.template) == ("cosine", "vicuna")

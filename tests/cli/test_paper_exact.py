@@ -163,7 +163,7 @@ def test_settings_of_the_other_tables(overlays: list[str], r: int, alpha: int, e
     assert (adapter.r, adapter.scaling * adapter.r) == (r, alpha)
     assert (cli.datamodule.max_length, cli.trainer.max_epochs) == (512, epochs)
     assert cli.config["data"]["source"]["init_args"].get("train_split") == (split or "train")
-    assert cli.datamodule.batch_size * cli.trainer.accumulate_grad_batches == 16
+    assert cli.datamodule.step_batch().total == 16
 
 
 def test_full_fine_tuning_has_metamaths_schedule() -> None:
@@ -176,7 +176,7 @@ def test_full_fine_tuning_has_metamaths_schedule() -> None:
     assert (cli.model.lr_scheduler, cli.model.warmup_steps, cli.model.dtype_name) == ("cosine", 0.03, "float32")
     (group,) = cli.model.optimizer([torch.nn.Parameter(torch.ones(1))]).param_groups
     assert group["lr"] == 2e-5
-    assert cli.datamodule.batch_size * cli.trainer.accumulate_grad_batches == 128
+    assert cli.datamodule.step_batch().total == 128
     assert (cli.datamodule.template, cli.datamodule.max_length) == ("metamath", 512)
 
 

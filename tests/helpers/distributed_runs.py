@@ -58,6 +58,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {  # the strategy, and what else i
     "fsdp2-forgetting": ("fsdp2", {"callbacks": lambda folder: [forgetting(folder)]}),
     "fsdp2-whole": ("fsdp2", {"model": "gpt2"}),
     "ddp-packed": ("ddp", {"data": {"packing": True}}),
+    "ddp-shared": ("ddp", {"data": {"global_batch_size": 8}}),  # in two batches of each device, as on one
     "fsdp2-packed": ("fsdp2", {"data": {"packing": True}}),
     "ddp-by-example": (
         "ddp",
@@ -265,10 +266,15 @@ def on_two_ranks(folder: Path) -> dict[str, Any]:
 
 
 def on_two_gpus(folder: Path) -> dict[str, Any]:
-    """Train and resume under FSDP1 as Lightning sets it up."""
+    """Train and resume under FSDP1 as Lightning sets it up; train under DDP and FSDP2, which also compiles."""
     options = {"accelerator": "gpu", "precision": "bf16-mixed"}
     resume = {"ckpt_path": folder / "gpu" / f"step={STEPS // 2}.ckpt"}
+    half = {"accelerator": "gpu", "module": {"dtype": "bfloat16"}}
+    compiled = {"accelerator": "gpu", "module": {"dtype": "bfloat16", "compile": True}}
     return {
+        "ddp": fit(folder, "gpu-ddp", "ddp", **half),
+        "fsdp2": fit(folder, "gpu-fsdp2", "fsdp2", **half),
+        "compiled": fit(folder, "gpu-compiled", "fsdp2", **compiled),
         "gpu": fit(folder, "gpu", "fsdp", **options),
         "resumed": fit(folder, "gpu-resumed", "fsdp", resume=resume, **options),
     }

@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import pytest
 import scipy.linalg
@@ -246,6 +247,7 @@ def test_transpose_swaps_the_sides():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("large", [0, decomposition.LARGE])
 def test_cuda_agrees(monkeypatch, shape, which, large):
+    """Would catch eigenpairs of CUDA in another order, with other digits, or left on another device."""
     monkeypatch.setattr(decomposition, "LARGE", large)
     weight = make_weight(shape, 1e3)
     triplets = singular_slice(weight.cuda(), R, which)
@@ -253,6 +255,25 @@ def test_cuda_agrees(monkeypatch, shape, which, large):
     triplets = decomposition.SingularSlice(*(x.cpu() for x in triplets))
     assert_are_triplets(triplets, weight, R)
     assert_is_slice(triplets, weight, R, which)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", [(4096, 11008), (4096, 4096)])
+def test_cuda_decomposes_weights_of_a_7b_model(shape):
+    """Would catch a solver of cuSOLVER that fails or gives wrong digits at sizes that no test on a CPU has."""
+    weight = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0)).bfloat16()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that the CPU had to do it
+        U, S, Vh = singular_slice(weight, 64)
+    W, k = weight.double(), min(shape)
+    assert S.shape == (64,)
+    assert (W @ Vh.mT - U * S).norm() <= 1e-9 * W.norm()
+    for rows in (U.mT, Vh):
+        assert (rows @ rows.mT - torch.eye(64, device="cuda", dtype=torch.float64)).norm() <= 1e-9
+    assert (
+        torch.linalg.svdvals(W @ W.mT if k == shape[0] else W.mT @ W)[-64:].sqrt().sub(S).abs().max() <= 1e-5 * S.max()
+    )
 
 
 def with_entries(*values):

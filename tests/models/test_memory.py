@@ -166,7 +166,7 @@ from milora_lightning.utils.process_memory import peak_resident
 folder = sys.argv[1]
 options = ["--config=milora.yaml", f"--model.name_or_path={folder}", "--model.dtype=float32",
     "--model.attn_implementation=sdpa", f"--data.source=Files", f"--data.source.train={folder}/examples.jsonl",
-    "--data.source.validation_size=0", "--data.template=plain", "--data.max_length=1024", "--data.batch_size=2",
+    "--data.source.validation_size=0", "--data.template=plain", "--data.max_length=1024", "--data.global_batch_size=2",
     "--data.num_generation_examples=0", "--trainer.max_steps=2", "--trainer.limit_val_batches=0",
     "--trainer.num_sanity_val_steps=0", "--trainer.callbacks=[]", "--trainer.enable_checkpointing=false",
     "--trainer.logger=false", f"--trainer.default_root_dir={folder}"]

@@ -6,11 +6,13 @@ import os
 import platform
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 from milora_lightning.models.processor import warn_of_more_processes, warn_of_slow_products, warn_of_unused_gpu
+from milora_lightning.utils import machine
 from milora_lightning.utils.compat import PRODUCTS_ON_X86
 
 
@@ -42,6 +44,14 @@ def test_more_processes_than_cores_are_told(monkeypatch: pytest.MonkeyPatch, rec
     assert "starts 4 processes on a CPU with 2 cores" in str(recwarn.pop().message)
 
 
+def said_of_gpu(there: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> list[str]:
+    monkeypatch.setattr(machine, "_DRIVER", Path("/no/such/file"))
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/nvidia-smi" if there else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    warn_of_unused_gpu()
+    return [str(warning.message) for warning in recwarn]
+
+
 @pytest.mark.parametrize(("there", "hidden"), [(True, None), (True, ""), (False, None)])
 def test_a_gpu_that_torch_cannot_use_is_told_with_the_reason(
     there: bool, hidden: str | None, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
@@ -49,13 +59,23 @@ def test_a_gpu_that_torch_cannot_use_is_told_with_the_reason(
     def fails() -> None:
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 1).\nUpdate it.")
 
-    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/nvidia-smi" if there else None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "init", fails)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if hidden is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    warn_of_unused_gpu()
-    said = [str(warning.message) for warning in recwarn]
+    said = said_of_gpu(there, monkeypatch, recwarn)
     assert len(said) == (there and hidden is None)
-    assert all("everything runs on the CPU: The NVIDIA driver on your system is too old (found" in s for s in said)
+    for text in said:
+        assert "everything runs on the CPU: The NVIDIA driver on your system is too old (found" in text
+        assert "is built for CUDA 13.0. Install one for the driver: pip install torch==" in text
+
+
+def test_a_build_for_cpus_beside_a_gpu_is_told_with_the_command(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (text,) = said_of_gpu(True, monkeypatch, recwarn)
+    assert "is a build for CPUs. Install one for the driver: pip install torch==" in text
+    assert "--index-url https://download.pytorch.org/whl/cu126" in text

@@ -75,17 +75,35 @@ def test_resumed_on_another_number_of_ranks_it_goes_on_the_same(
     torch.testing.assert_close(torch.tensor(alone["losses"]), torch.tensor(single["losses"][half:]), rtol=1e-5, atol=0)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_fsdp1_resumes_from_its_own_checkpoint(folder: Path) -> None:
-    """On the CPU, torch collects one tensor of FSDP1's optimizer state in the place of another."""
+@pytest.fixture(scope="module")
+def gpus(folder: Path) -> tuple[Runs, Runs]:
     done = launch(folder, *TORCHRUN, str(TESTS / "helpers" / "distributed_runs.py"), str(folder), "gpu")
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks = tuple(torch.load(folder / f"gpu-rank{rank}.pt", weights_only=True) for rank in range(2))
-    first = ranks[0]["gpu"]
+    first, second = (torch.load(folder / f"gpu-rank{rank}.pt", weights_only=True) for rank in range(2))
+    return first, second
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_fsdp1_resumes_from_its_own_checkpoint(gpus: tuple[Runs, Runs]) -> None:
+    """Would catch an optimizer state that is restored to other parameters.
+
+    On the CPU, torch collects one tensor of FSDP1's optimizer state in the place of another.
+    """
+    first = gpus[0]["gpu"]
     assert {value.dtype for value in first["state"].values()} == {torch.float32}
     later = torch.tensor(first["losses"][STEPS // 2 :])
-    torch.testing.assert_close(torch.tensor(ranks[0]["resumed"]["losses"]), later, rtol=1e-3, atol=0)
+    torch.testing.assert_close(torch.tensor(gpus[0]["resumed"]["losses"]), later, rtol=1e-3, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "compiled"])
+def test_two_gpus_train_what_one_process_does(name: str, gpus: tuple[Runs, Runs], single: dict[str, Any]) -> None:
+    """Would catch NCCL gathering other shards than gloo, and compiled layers that read weights too early."""
+    first, second = (run[name] for run in gpus)
+    assert all(torch.equal(value, second["state"][key]) for key, value in first["state"].items())
+    torch.testing.assert_close(losses(gpus, name), torch.tensor(single["losses"]), rtol=2e-2, atol=0)
 
 
 @pytest.mark.slow

@@ -20,5 +20,6 @@ COMMANDS = {
     "export": "milora_lightning.cli.commands.export:export",
     "evaluate": "milora_lightning.cli.commands.evaluate:evaluate",
     "analyze": "milora_lightning.cli.commands.analyze:analyze",
+    "env": "milora_lightning.cli.commands.env:env",
 }
 """Where the function of each other command is."""

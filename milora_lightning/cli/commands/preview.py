@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -41,6 +42,7 @@ class PreviewCLI(MiLoRACLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if self.datamodule.streaming:
             check_trainer(self.trainer)
+        self.datamodule.planned_devices = self.trainer.num_devices * self.trainer.num_nodes
         self.datamodule.setup("fit")
 
 
@@ -176,13 +178,15 @@ def of_the_data(data: SFTDataModule, lengths: Sequence[int], batches: list[list[
 def of_the_run(cli: MiLoRACLI, batches: int, lengths: list[list[int]]) -> list[str]:
     """Describe the run: its length, the parameters that train, and the memory it needs."""
     trainer, data = cli.trainer, cli.datamodule
-    each, epochs = trainer.accumulate_grad_batches, trainer.max_epochs or -1
-    steps = math.ceil(batches / each)
+    step, epochs = data.step_batch(), trainer.max_epochs or -1
+    if data.global_batch_size is None:
+        step = replace(step, accumulated=trainer.accumulate_grad_batches)
+    steps = math.ceil(batches / step.accumulated)
     limits = [limit for limit in (trainer.max_steps, 0 if data.streaming else steps * epochs) if limit > 0]
     most = data.max_tokens_per_batch
-    rows = counted(data.batch_size, "row") if most is None else f"up to {counted(most, 'token')}"
-    rows += f" x {each} batches" if each > 1 else ""
-    rows += f" x {trainer.world_size} devices" if trainer.world_size > 1 else ""
+    rows = counted(step.examples, "row") if most is None else f"up to {counted(most, 'token')}"
+    rows += f" x {step.accumulated} batches" if step.accumulated > 1 else ""
+    rows += f" x {step.devices} devices" if step.devices > 1 else ""
     length = counted(min(limits), "step") if limits else "steps without end"
     kind = trainer.strategy.root_device.type
     expected = of_memory(cli, lengths, kind)

@@ -100,7 +100,7 @@ class Resumption:
         start = Position(
             sampler.epoch + self._shift,
             sampler.seed,
-            sampler.global_batch,
+            sampler.group,
             group_by_length=sampler.group_by_length,
         )
         loop = self._loop()

@@ -23,7 +23,8 @@ class Position:
     Attributes:
         epoch: Epoch of the order.
         seed: Seed of the order.
-        global_batch: Examples in one batch over all ranks, by which the order is grouped.
+        global_batch: Examples by which the order is grouped: those of a batch over all ranks, or of an optimizer step
+            where their number is given.
         consumed: Number of examples of the order that have been trained on.
         end: Number of examples after which the epoch ends; None if it covers all data.
         group_by_length: Whether the examples of a batch have similar lengths.
@@ -92,11 +93,12 @@ def training_order(
 class LengthGroupedSampler(DistributedSampler[int]):
     """Training order in which the examples of a batch have similar lengths, to keep padding small.
 
-    A random order is cut into megabatches of 50 global batches (batches over all ranks). Each megabatch is sorted by
-    length and cut into global batches, which are then shuffled. Megabatches of small data sets are smaller, so that
-    the same examples do not share a batch in every epoch. Rank k of N takes every N-th index, starting with the k-th:
-    N ranks together see the same batches as one process with N times the batch size. If the number of examples is not
-    a multiple of N, the first examples of the epoch are repeated. The order depends only on seed and epoch.
+    A random order is cut into megabatches of 50 global batches (batches over all ranks, or ``group`` examples). Each
+    megabatch is sorted by length and cut into global batches, which are then shuffled. Megabatches of small data sets
+    are smaller, so that the same examples do not share a batch in every epoch. Rank k of N takes every N-th index,
+    starting with the k-th: N ranks together see the same batches as one process with N times the batch size. With the
+    same ``group``, the order is the same for all numbers of ranks and batch sizes. If the number of examples is not a
+    multiple of N, the first examples of the epoch are repeated. The order depends only on seed and epoch.
 
     Lightning does not replace it, because it is a ``DistributedSampler``, but sets its epoch.
 
@@ -108,6 +110,7 @@ class LengthGroupedSampler(DistributedSampler[int]):
         num_replicas: Number of ranks.
         rank: Index of this rank.
         group_by_length: Whether to group; otherwise each order is as likely as any other.
+        group: Number of examples of similar length, a multiple of the batch over all ranks; None for that batch.
     """
 
     def __init__(
@@ -119,15 +122,17 @@ class LengthGroupedSampler(DistributedSampler[int]):
         num_replicas: int = 1,
         rank: int = 0,
         group_by_length: bool = True,
+        group: int | None = None,
     ) -> None:
         super().__init__(lengths, num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]
         self.group_by_length = group_by_length
         self.lengths = np.asarray(lengths)
         self.global_batch = batch_size * num_replicas
+        self.group = self.global_batch if group is None else group
 
     def start(self) -> Position:
         """Return where the next iteration begins: at the first example of the current epoch."""
-        return Position(self.epoch, self.seed, self.global_batch, group_by_length=self.group_by_length)
+        return Position(self.epoch, self.seed, self.group, group_by_length=self.group_by_length)
 
     def __iter__(self) -> Iterator[int]:
         """Iterate over this rank's indices."""

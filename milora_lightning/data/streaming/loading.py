@@ -1,9 +1,9 @@
 """Training batches of a stream, read in blocks that are each ordered like a small data set.
 
 Worker k of N takes every N-th record, starting with the k-th. It encodes a block of its records, groups it by length
-(or packs it, or neither) and shuffles it; examples that do not fill a batch over all ranks are carried over into its
-next block. All ranks go through the same batches and take their share of each, as with other data. The place in the
-stream is therefore the same on all ranks, and a run can resume on any number of them.
+(or packs it, or neither) and shuffles it; examples that do not fill a group, a batch over all ranks or an optimizer
+step, are carried over into its next block. All ranks go through the same batches and take their share of each, as with
+other data. The place in the stream is therefore the same on all ranks, and a run can resume on any number of them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from milora_lightning.utils.compat import forget_worker
 from milora_lightning.utils.errors import InvalidInputError, MiLoRAError
 
 GOLDEN = 0.6180339887498949  # the fractional parts of its multiples are spread evenly
+Group = list[tuple[Any, Place | int]]  # batches, each with the place after it or the rows consumed in the same block
 Encode = Callable[[Sequence[dict[str, Any]], Sequence[int]], list[Example]]
 
 
@@ -53,6 +54,8 @@ class StreamedBatches(IterableDataset[Any]):
         num_replicas: Number of ranks.
         rank: Index of this rank.
         group_by_length: Whether the rows of a batch have similar lengths.
+        group: Rows of an optimizer step, a multiple of the batch over all ranks, which then come from one worker; None
+            for that batch.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class StreamedBatches(IterableDataset[Any]):
         num_replicas: int = 1,
         rank: int = 0,
         group_by_length: bool = True,
+        group: int | None = None,
     ) -> None:
         self.group_by_length = group_by_length
         self.stream = stream
@@ -74,13 +78,14 @@ class StreamedBatches(IterableDataset[Any]):
         self.collate = collate
         self.buffer = buffer
         self.global_batch = batch_size * num_replicas
+        self.group = self.global_batch if group is None else group
         self.capacity = capacity
         self.seed = seed
         self.share = slice(rank, None, num_replicas)
         self.places: tuple[Place, ...] = (Place(0),)  # of all workers, beginning with the one whose batch is next
 
-    def __iter__(self) -> Iterator[tuple[Any, Place | int] | Failure]:
-        """Iterate over batches, each with the place after it, or with the rows consumed if nothing else has changed."""
+    def __iter__(self) -> Iterator[Group | Failure]:
+        """Iterate over groups of batches."""
         worker = get_worker_info()
         # The stream is divided here: without this, `datasets` would divide it among the workers a second time.
         forget_worker()
@@ -94,15 +99,21 @@ class StreamedBatches(IterableDataset[Any]):
                 "resume from the last checkpoint."
             )
 
-    def batches(self, place: Place) -> Iterator[tuple[Any, Place | int]]:
-        """Iterate over batches, starting at a place."""
+    def batches(self, place: Place) -> Iterator[Group]:
+        """Iterate over groups of batches, starting at a place.
+
+        Each batch comes with the place after it, or with the rows consumed if nothing else has changed.
+        """
         for start, rows in self._blocks(place):
             order = self._order(start, rows)
-            first = True
-            for consumed in range(start.consumed + self.global_batch, len(rows) + 1, self.global_batch):
-                chosen = order[consumed - self.global_batch : consumed][self.share]
-                yield self.collate([rows[i] for i in chosen]), replace(start, consumed=consumed) if first else consumed
-                first = False
+            for begin in range(start.consumed, len(rows) - self.group + 1, self.group):
+                group: Group = []
+                for consumed in range(begin + self.global_batch, begin + self.group + 1, self.global_batch):
+                    chosen = order[consumed - self.global_batch : consumed][self.share]
+                    first = begin == start.consumed and not group
+                    mark = replace(start, consumed=consumed) if first else consumed
+                    group.append((self.collate([rows[i] for i in chosen]), mark))
+                yield group
 
     def _blocks(self, place: Place) -> Iterator[tuple[Place, list[Any]]]:
         """Yield the place of each block, with its digest and rows."""
@@ -118,7 +129,7 @@ class StreamedBatches(IterableDataset[Any]):
                 place = self._known(place, [*place.carried, *examples])
                 rows = self._rows([*place.carried, *examples], place)
                 yield place, rows
-                left = self._order(place, rows)[len(rows) - (len(rows) - place.consumed) % self.global_batch :]
+                left = self._order(place, rows)[len(rows) - (len(rows) - place.consumed) % self.group :]
                 carried = tuple(example for i in left for example in self._examples(rows[i]))
                 place = Place(place.worker, place.epoch, indices[-1] + 1, place.block + 1, carried)
             if not found:
@@ -143,7 +154,7 @@ class StreamedBatches(IterableDataset[Any]):
                 "than when the checkpoint was written, so the run cannot resume there. Use the data, the tokenizer and "
                 "max_length of that run, or start again."
             )
-        return replace(place, digest=digest, global_batch=place.global_batch or self.global_batch)
+        return replace(place, digest=digest, global_batch=place.global_batch or self.group)
 
     def _rows(self, examples: list[Example], place: Place) -> list[Any]:
         if self.capacity is None:
@@ -196,12 +207,9 @@ class StreamLoader:
             generator=torch.Generator(),  # a separate one: the global one is used by training's dropout
         )
         with _without_tokenizer_threads():
-            batches = iter(loader)
-        for item in itertools.islice(batches, self.length):
-            if isinstance(item, Failure):
-                raise InvalidInputError(item.message)
-            batch, mark = item
-            self.places.note(mark)
+            groups = iter(loader)
+        for batch, mark, is_last in itertools.islice(_ungrouped(groups), self.length):
+            self.places.note(mark, is_last)
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -222,6 +230,15 @@ def _without_tokenizer_threads() -> Iterator[None]:
     finally:
         if before is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
+
+
+def _ungrouped(groups: Iterator[Group | Failure]) -> Iterator[tuple[Any, Place | int, bool]]:
+    """Yield each batch with its mark, and whether it is the last of its group, after which another worker is next."""
+    for group in groups:
+        if isinstance(group, Failure):
+            raise InvalidInputError(group.message)
+        for number, (batch, mark) in enumerate(group, 1):
+            yield batch, mark, number == len(group)
 
 
 def _identity(item: Any) -> Any:

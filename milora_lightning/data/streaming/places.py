@@ -68,12 +68,17 @@ class StreamPlaces:
         self._after = {self._noted: places}
         return places
 
-    def note(self, mark: Place | int) -> None:
-        """Note the place after one more batch, or the number of rows consumed if it is in the same block."""
+    def note(self, mark: Place | int, is_last: bool = True) -> None:
+        """Note the place after one more batch.
+
+        Args:
+            mark: The place, or the number of rows consumed if it is in the same block.
+            is_last: Whether another worker's batch is next.
+        """
         first, *others = self._after[self._noted]
-        last = replace(first, consumed=mark) if isinstance(mark, int) else mark
+        place = replace(first, consumed=mark) if isinstance(mark, int) else mark
         self._noted += 1
-        self._after[self._noted] = (*others, last)
+        self._after[self._noted] = (*others, place) if is_last else (place, *others)
         trained = self._trained()
         for passed in [number for number in self._after if number < trained]:
             del self._after[passed]

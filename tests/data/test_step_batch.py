@@ -1,0 +1,254 @@
+"""An optimizer step has the same examples on any number of devices, however they are shared out."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.data_fixtures import InMemory, make_tokenizer, rows
+from helpers.models import quiet_trainer, save_tiny_model
+from helpers.modules import data, module
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+
+from milora_lightning import MiLoRAInit
+from milora_lightning.data import SFTDataModule
+from milora_lightning.data.batches.step_batch import share_out
+from milora_lightning.utils.errors import InvalidInputError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size` from an ambiguous collection"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory"),
+]
+SIZE, GLOBAL = 23, 8
+Step = list[tuple[int, ...]]
+
+
+class Streamed(InMemory):
+    """The same rows, one after the other."""
+
+    def load(self, split: str) -> Any:
+        found = super().load(split)
+        return None if found is None else found.to_iterable_dataset()
+
+
+class Share(SFTDataModule):
+    """The data of one of several ranks, all of which one process plays in turn."""
+
+    def __init__(self, ranks: int = 1, rank: int = 0, **options: Any) -> None:
+        source = (Streamed if options.get("streaming") else InMemory)(train=rows(SIZE))
+        super().__init__(source, make_tokenizer(), template="plain", **options)
+        self.share = {"num_replicas": ranks, "rank": rank}
+
+    def _rank(self) -> dict[str, int]:
+        return self.share
+
+    def val_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(torch.zeros(2))
+
+
+class Recorder(LightningModule):
+    """Notes the examples of each optimizer step, and after how many of them it is validated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.steps: list[Step] = []
+        self.validated: list[int] = []
+        self._examples: Step = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        pairs = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        self._examples += [tuple(ids[mask > 0].tolist()) for ids, mask in pairs]
+        return self.weight.sum()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.steps.append(sorted(self._examples))
+        self._examples = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def on_validation_start(self) -> None:
+        self.validated.append(self.trainer.global_step)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fit(folder: Path, ranks: int, batch_size: int | None, *callbacks: Callback, **options: Any) -> list[Recorder]:
+    """Train each rank's share in turn."""
+    streaming, ckpt = options.pop("streaming", False), options.pop("ckpt", None)
+    more = {"streaming": True, "shuffle_buffer": 12, "num_workers": options.pop("workers", 0)} if streaming else {}
+    recorders = []
+    for rank in range(ranks):
+        recorder = Recorder()
+        mine = list(callbacks) if rank == 0 else []
+        settings = {"max_epochs": 2, "num_sanity_val_steps": 0, "enable_checkpointing": bool(mine), **options}
+        trainer = quiet_trainer(folder, callbacks=mine, **settings)
+        share = Share(ranks, rank, batch_size=batch_size, global_batch_size=GLOBAL, **more)
+        trainer.fit(recorder, share, ckpt_path=ckpt, weights_only=True if ckpt else None)
+        recorders.append(recorder)
+    return recorders
+
+
+def steps(recorders: list[Recorder]) -> list[Step]:
+    """The examples of each step on all ranks."""
+    assert len({len(r.steps) for r in recorders}) == 1
+    return [
+        sorted(example for part in parts for example in part)
+        for parts in zip(*(r.steps for r in recorders), strict=True)
+    ]
+
+
+def test_examples_are_shared_out_exactly() -> None:
+    draw = random.Random(0)
+    for _ in range(300):
+        devices, most = draw.randint(1, 9), draw.randint(1, 20)
+        total = draw.randint(1, 200)
+        if total % devices:
+            with pytest.raises(InvalidInputError, match=f"cannot be shared evenly by {devices} devices"):
+                share_out(total, most, devices)
+            continue
+        step = share_out(total, most, devices)
+        assert step.total == total
+        assert step.examples <= most
+        fewer = [k for k in range(1, step.accumulated) if (total // devices) % k == 0 and total // devices // k <= most]
+        assert fewer == []  # no fewer batches would do
+
+
+@pytest.mark.parametrize(("ranks", "batch_size"), [(1, 4), (1, 1), (2, 8), (2, 2), (4, 1), (8, None), (1, 3)])
+def test_steps_have_the_same_examples(ranks: int, batch_size: int | None, tmp_path: Path) -> None:
+    whole = steps(fit(tmp_path, 1, None))
+    assert [len(step) for step in whole] == 2 * [8, 8, 7]  # of each epoch's 23
+    shared = steps(fit(tmp_path, ranks, batch_size))
+    assert len(shared) == len(whole)
+    assert [step for i, step in enumerate(shared) if i % 3 < 2] == [s for i, s in enumerate(whole) if i % 3 < 2]
+    for ours, last in zip(shared[2::3], whole[2::3], strict=True):  # what is left: some come twice on several ranks
+        assert set(last) <= set(ours)
+        assert len(ours) - len(last) < ranks
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("ranks", "batch_size"), [(1, 2), (2, 4), (4, 1)])
+def test_steps_of_a_stream_have_the_same_examples(ranks: int, batch_size: int, workers: int, tmp_path: Path) -> None:
+    options = {"streaming": True, "max_steps": 5, "max_epochs": -1, "workers": workers, "limit_val_batches": 0}
+    assert steps(fit(tmp_path, ranks, batch_size, **options)) == steps(fit(tmp_path, 1, None, **options))
+
+
+@pytest.mark.parametrize("interval", [2, 0.5, 1.0, 3])
+@pytest.mark.parametrize("batch_size", [2, 1])
+def test_intervals_and_limits_count_steps(interval: Any, batch_size: int, tmp_path: Path) -> None:
+    """As of one device that takes the whole step at once."""
+    for options in ({}, {"limit_train_batches": 2}, {"limit_train_batches": 0.7}, {"max_steps": 4}):
+        if options.get("limit_train_batches") and isinstance(interval, int) and interval > 2:
+            continue
+        (whole,) = fit(tmp_path, 1, None, val_check_interval=interval, **options)
+        (parts,) = fit(tmp_path, 1, batch_size, val_check_interval=interval, **options)
+        assert parts.validated == whole.validated
+        assert len(parts.steps) == len(whole.steps)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("before", [(1, None), (1, 2), (2, 1)])
+@pytest.mark.parametrize("after", [(1, None), (1, 4), (4, 1)])
+def test_a_run_goes_on_with_the_same_steps_elsewhere(
+    before: tuple[int, Any], after: tuple[int, Any], streaming: bool, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"limit_val_batches": 0}
+    options |= {"streaming": True, "max_steps": 6, "max_epochs": -1} if streaming else {}
+    whole = steps(fit(tmp_path, 1, None, **options))
+    for step in (1, 2, 4):
+        save = ModelCheckpoint(
+            tmp_path, f"{step}", every_n_train_steps=step, save_top_k=1, save_on_train_epoch_end=False
+        )
+        fit(tmp_path, *before, save, **{**options, "max_steps": step})
+        rest = steps(fit(tmp_path, *after, ckpt=save.best_model_path, **options))
+        assert len(rest) == len(whole) - step
+        for ours, theirs in zip(rest, whole[step:], strict=True):
+            assert set(theirs) <= set(ours)
+            assert len(ours) - len(theirs) < after[0]
+
+
+def test_a_step_in_parts_learns_what_it_learns_at_once(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "llama", "llama")
+    found = []
+    for batch_size in (4, 2, 1):
+        lm = module(base)
+        trainer = quiet_trainer(tmp_path, callbacks=[MiLoRAInit(r=4, cache=False)], max_steps=4, limit_val_batches=0)
+        trainer.fit(lm, data(tmp_path, base, batch_size=batch_size, global_batch_size=4))
+        assert trainer.accumulate_grad_batches == 4 // batch_size
+        found.append({n: p.detach() for n, p in lm.named_parameters() if p.requires_grad})
+    for other in found[1:]:
+        for name, value in found[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="batch_size=16 is more than global_batch_size=8"):
+        Share(batch_size=16, global_batch_size=8)
+    with pytest.raises(InvalidInputError, match="global_batch_size must be at least 1"):
+        Share(global_batch_size=0)
+    with pytest.raises(InvalidInputError, match="cannot be shared evenly by 3 devices: use 2 devices"):
+        fit(tmp_path, 3, 1)
+    with pytest.raises(
+        InvalidInputError, match=r"accumulate_grad_batches=3 does not fit data.global_batch_size: 8 exam"
+    ):
+        fit(tmp_path, 1, 4, accumulate_grad_batches=3)
+    with pytest.raises(InvalidInputError, match="GradientAccumulationScheduler changes"):
+        fit(tmp_path, 1, 4, GradientAccumulationScheduler({0: 2}), enable_checkpointing=False)
+    manual = Recorder()
+    manual.automatic_optimization = False
+    with pytest.raises(InvalidInputError, match="Recorder optimizes manually"):
+        quiet_trainer(tmp_path).fit(manual, Share(batch_size=2, global_batch_size=8))
+
+
+def test_without_it_batches_are_what_they_were(tmp_path: Path) -> None:
+    """Each device's own, accumulated as often as the Trainer is told, in the order of batches."""
+    recorder = Recorder()
+    trainer = quiet_trainer(tmp_path, max_epochs=1, accumulate_grad_batches=2, limit_val_batches=0)
+    share = Share(batch_size=4)
+    trainer.fit(recorder, share)
+    sampler = share.epoch().sampler
+    assert [len(step) for step in recorder.steps] == [8, 8, 7]
+    assert (sampler.group, sampler.global_batch) == (4, 4)
+    assert trainer.accumulate_grad_batches == 2
+
+
+def said_at_setup(capsys: pytest.CaptureFixture[str], ranks: int, **options: Any) -> str:
+    share = Share(ranks, 0, **options)
+    share.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    share.setup("fit")
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    said: list[str] = []
+    monkeypatch.setattr("milora_lightning.data.shared_steps.inform", said.append)
+    return said
+
+
+def test_a_step_is_described_where_several_things_make_it_up(
+    capsys: pytest.CaptureFixture[str], heard: list[str]
+) -> None:
+    for options in ({"batch_size": 4, "global_batch_size": 64}, {"batch_size": 4}):
+        said_at_setup(capsys, 8, **options)
+    said_at_setup(capsys, 1, batch_size=4)
+    said_at_setup(capsys, 1, global_batch_size=4)
+    assert heard == [
+        "64 examples a step = 8 devices x 4 examples x 2 accumulated batches.",
+        "32 examples a step = 8 devices x 4 examples; with data.global_batch_size it is the same on any number of "
+        "devices.",
+    ]
+
+
+def test_going_on_with_larger_steps_is_told(tmp_path: Path) -> None:
+    save = ModelCheckpoint(tmp_path, "a", every_n_train_steps=1, save_top_k=1)
+    fit(tmp_path, 1, 2, save, max_steps=1)
+    trainer = quiet_trainer(tmp_path, max_steps=2)
+    with pytest.warns(UserWarning, match="trained with 8 examples a step, and this run goes on with 4 examples a step"):
+        trainer.fit(Recorder(), Share(batch_size=4), ckpt_path=save.best_model_path, weights_only=True)
