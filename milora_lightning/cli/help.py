@@ -41,7 +41,7 @@ GROUPS = (
         "The model",
         "model",
         "milora_lightning.module:CausalLMModule",
-        ("metric", "lr_scheduler_kwargs", "optimizer", "liger"),
+        ("metric", "lr_scheduler_kwargs", "optimizer", "liger", "loss_agg_mode", "num_beams"),
     ),
     Group(
         "The adapters",
@@ -60,16 +60,9 @@ GROUPS = (
         "data",
         f"{DATA}.datamodule:SFTDataModule",
         (
-            *("source", "tokenizer", "num_test_generation_examples"),
-            *(
-                "padding_free",
-                "shuffle_buffer",
-                "pad_to_multiple_of",
-                "num_proc",
-                "num_workers",
-                "seed",
-                "padding_free",
-            ),
+            *("source", "tokenizer", "num_test_generation_examples", "generation_prompt_suffix", "train_on_inputs"),
+            *("group_by_length", "padding_free", "shuffle_buffer"),
+            *("pad_to_multiple_of", "num_proc", "num_workers", "seed"),
         ),
     ),
 )

@@ -9,6 +9,7 @@ from torch import nn
 from milora_lightning.utils.errors import InvalidInputError
 
 _HALF = ("16-true", "transformer-engine-float16")
+_BFLOAT16 = ("bf16-mixed", "bf16-true")  # whose products, and their gradients, are in bfloat16 whatever the weights are
 
 
 def check_loss_scaling(trainer: Trainer, module: LightningModule, computes_in_float16: bool) -> None:
@@ -26,7 +27,8 @@ def check_loss_scaling(trainer: Trainer, module: LightningModule, computes_in_fl
         ValueError: If it does, and nothing scales the loss.
     """
     plugin = trainer.precision_plugin
-    if getattr(plugin, "scaler", None) is not None or not module.automatic_optimization:
+    scaled = getattr(plugin, "scaler", None) is not None or not module.automatic_optimization
+    if scaled or plugin.precision in _BFLOAT16:
         return
     by_plugin = plugin.precision in _HALF or getattr(plugin, "dtype", None) is torch.float16
     if computes_in_float16 or by_plugin:
