@@ -186,6 +186,15 @@ def test_beside_such_a_layer_the_same_is_kept() -> None:
     assert kept <= 4 * (TOKENS * 2 * R + 2 * R * (IN + OUT)) + TOKENS * IN  # and a mask
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_no_tokens_give_no_gradient(dropout: float) -> None:
+    """As for an expert to which none is routed: products of nothing are zero, not what was in memory."""
+    layer = adapted(dtype=torch.bfloat16, lora_dropout=dropout).train()
+    layer(torch.empty(0, IN, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
+    assert not layer.lora_A.grad.any()
+    assert not layer.lora_B.grad.any()
+
+
 @pytest.mark.parametrize("trained", ["lora_A", "lora_B"])
 def test_a_factor_that_is_frozen_gets_no_gradient(trained: str) -> None:
     layer, whole = adapted(), adapted()
