@@ -146,6 +146,20 @@ def test_training_starts_at_the_model_learns_from_images_and_is_exported(
     assert loss_of(tuned, batch).item() == pytest.approx(loss(pixels), rel=1e-4)
 
 
+def test_images_may_have_different_numbers_of_features(folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (30, 12), COLOURS["red"]).save(folder / "images" / "red.png")
+    model = save_tiny_llava(tmp_path / "next", cuts=True)
+    batch = only_batch(visual_data(folder, model))
+    module = CausalLMModule(str(model))
+    module.configure_model()
+    placeholder = AutoProcessor.from_pretrained(model).image_token_id
+    assert len(set((batch["input_ids"] == placeholder).sum(-1).tolist())) == 3  # red, the squares, and no image
+    with torch.no_grad():
+        total, tokens = module.loss(batch)
+    base = AutoModelForImageTextToText.from_pretrained(model).eval()
+    torch.testing.assert_close(total / tokens, loss_of(base, batch))
+
+
 def test_questions_about_images_are_answered(llava: Path, folder: Path, tmp_path: Path) -> None:
     questions = [{"question_id": i, "image": f"{name}.png", "text": "What is it?"} for i, name in enumerate(COLOURS)]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))

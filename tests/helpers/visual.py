@@ -8,8 +8,17 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    LlavaProcessor,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from helpers.models import TINY_CONFIGS, tiny_tokenizer
 from milora_lightning import SFTDataModule
@@ -19,27 +28,32 @@ FEATURES = 4  # of an image: 2 × 2 patches
 COLOURS = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250)}
 
 
-def tiny_processor() -> LlavaProcessor:
+SIZES = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+GRIDS = [[8, 16], [16, 8], [16, 16]]  # into which LLaVA-NeXT cuts images of other shapes
+
+
+def save_tiny_llava(folder: Path, cuts: bool = False) -> Path:
+    """Save a model that sees a fixed number of features, or one that cuts each image by its shape (LLaVA-NeXT)."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    images = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
-    return LlavaProcessor(
-        images, tokenizer, patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    options = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    processor = (
+        LlavaNextProcessor(LlavaNextImageProcessorPil(**SIZES, image_grid_pinpoints=GRIDS), tokenizer, **options)
+        if cuts
+        else LlavaProcessor(CLIPImageProcessorPil(**SIZES), tokenizer, **options)
     )
-
-
-def save_tiny_llava(folder: Path) -> Path:
-    processor = tiny_processor()
     text = TINY_CONFIGS["llama"]
     text.vocab_size, text.max_position_embeddings = 136, 512
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
     )
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=processor.image_token_id, image_seq_length=FEATURES
-    )
+    parts = {"vision_config": vision, "text_config": text, "image_token_index": processor.image_token_id}
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config)
+    model = (
+        LlavaNextForConditionalGeneration(LlavaNextConfig(**parts, image_grid_pinpoints=GRIDS))
+        if cuts
+        else LlavaForConditionalGeneration(LlavaConfig(**parts, image_seq_length=FEATURES))
+    )
     with torch.no_grad():  # as large as in a trained model: small random weights see little and say nothing
         for parameter in model.parameters():
             if parameter.ndim > 1:
