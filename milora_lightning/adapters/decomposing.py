@@ -16,6 +16,7 @@ from torch import Tensor
 from milora_lightning.adapters.base_weight import pretrained_weight
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import linear_shape
+from milora_lightning.linalg.devices import decomposing
 from milora_lightning.parallel.dtensor import home, is_sharded
 from milora_lightning.parallel.work import cost, partition_by_cost, raise_on_all_ranks, schedule_rounds
 from milora_lightning.utils.errors import InvalidInputError, MiLoRAError
@@ -137,6 +138,7 @@ def _single_threaded(workers: int) -> Iterator[ThreadPoolExecutor]:
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
     try:
-        yield
+        with decomposing(name):
+            yield
     except MiLoRAError as error:
         raise InvalidInputError(f"The weight of layer {name!r} cannot be decomposed: {error}") from error

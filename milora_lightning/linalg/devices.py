@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import NamedTuple, TypeVar
 
@@ -34,6 +36,9 @@ _SIZE = 1024
 _slow: set[tuple[torch.device, int, int]] = set()
 
 
+_layer: ContextVar[str | None] = ContextVar("layer", default=None)
+
+
 class Way(NamedTuple):
     """How to decompose a weight.
 
@@ -44,6 +49,16 @@ class Way(NamedTuple):
 
     device: torch.device
     single: bool = False
+
+
+@contextmanager
+def decomposing(layer: str) -> Iterator[None]:
+    """Within this context, a warning about a decomposition names the layer whose weight it is."""
+    token = _layer.set(layer)
+    try:
+        yield
+    finally:
+        _layer.reset(token)
 
 
 def in_best_way(decompose: Callable[[Way], Result], device: torch.device, shape: tuple[int, int], r: int) -> Result:
@@ -66,9 +81,10 @@ def in_best_way(decompose: Callable[[Way], Result], device: torch.device, shape:
         _note_time(chosen.device, shape, r, time.perf_counter() - started)
         return result
     # Not within the except clause, which keeps the failed attempt's tensors.
+    layer = _layer.get()
+    what = f"a weight of {shape[0]} x {shape[1]}" + (f", that of layer {layer!r}" if layer else "")
     warn(
-        f"{device} could not decompose a weight of {shape[0]} x {shape[1]} ({problem}): the CPU does it, with the same "
-        "result, but takes longer.",
+        f"{device} could not decompose {what} ({problem}): the CPU does it, with the same result, but takes longer.",
         from_any_rank=True,
     )
     return decompose(Way(CPU))
