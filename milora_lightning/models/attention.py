@@ -55,6 +55,8 @@ def causal_blocks_forward(
         and query.device.type == "cpu"
         and key.shape[2] >= query.shape[2] > 1
         and query.shape[-1] == value.shape[-1]
+        and query.dtype == key.dtype == value.dtype  # rotary embeddings may have made some of them float32
+        and (not torch.is_autocast_enabled("cpu") or query.dtype == torch.get_autocast_dtype("cpu"))
         and not options.get("dropout")
         and (getattr(module, "is_causal", True) if causal is None else causal)
     )
