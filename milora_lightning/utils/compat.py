@@ -6,6 +6,7 @@ and jsonargparse 4.53. No more than torch is imported with it; the others by the
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -161,6 +162,11 @@ def flat_weights(rnn: Any) -> list[Any]:
 def set_last_lr(schedule: LRScheduler, rates: list[float]) -> None:
     """Have ``get_last_lr`` of a schedule return other rates until its next step."""
     schedule._last_lr = [*rates]
+
+
+def quiet_gathering() -> None:
+    """Have torch not remark that it gathers along the dimensions of a mesh one by one, which nobody can change."""
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
 def reshard_settings(unit: Any) -> Callable[[], None]:
