@@ -12,6 +12,7 @@ from milora_lightning.utils.errors import InvalidInputError
 ALL_LINEAR = "all-linear"
 IGNORE_INDEX = -100  # label of the tokens that the loss ignores
 Init = Literal["milora", "pissa", "middle", "random", "lora"]
+DropoutOn = Literal["update", "product"]
 Value = TypeVar("Value")
 
 
@@ -42,6 +43,8 @@ class LoRAConfig:
             of modules around them, or one regular expression that has to match a full name.
         module: Name of the part that is adapted, such as ``"student"``. All names are then relative to it, only it is
             frozen, and the rest is left alone: a discriminator still trains, a teacher is still frozen.
+        dropout_on: Where dropout acts: on the input of the ``"update"``, s (B A − B₀A₀), or of the ``"product"`` s B A
+            alone, as PEFT does, with which training does not start at the pretrained model.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -65,6 +68,7 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     exclude_modules: str | Sequence[str] = ()
     module: str | None = None
+    dropout_on: DropoutOn = "update"
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -75,6 +79,8 @@ class LoRAConfig:
             )
         if not 0 <= self.lora_dropout < 1:
             raise InvalidInputError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout}.")
+        if self.dropout_on not in get_args(DropoutOn):
+            raise InvalidInputError(f"dropout_on must be update or product, not {self.dropout_on!r}.")
         if self.init not in get_args(Init):
             raise InvalidInputError(f"init must be one of {', '.join(get_args(Init))}, not {self.init!r}.")
         if not self.target_modules:
@@ -116,6 +122,7 @@ class LoRAConfig:
             "r": self.rank(name),
             "lora_alpha / r": self.scale(name),
             "lora_dropout": self.lora_dropout,
+            "dropout_on": self.dropout_on,
             "init": self.init,
         }
 

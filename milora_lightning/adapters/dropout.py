@@ -8,8 +8,10 @@ CPU, drawing it again takes 6 % of a step, so it is kept.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from milora_lightning.adapters.factors import Factors, stack_factors
 from milora_lightning.utils.compat import outside_transforms
 
 
@@ -28,6 +30,26 @@ def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
         mask, _ = draw_mask(x, p)
         return _masked(x, mask), mask
     return torch.native_dropout(_aligned(x), p, True)
+
+
+def dropped_product(x: Tensor, factors: Factors, scaling: float, p: float) -> Tensor:
+    """Compute s (B A drop(x) − B₀A₀ x) of shape (..., out), the update of PEFT's layer, where W − s B₀A₀ is frozen.
+
+    It is the usual update of what is left of x, plus s B₀A₀ (drop(x) − x), which is not zero when training starts.
+
+    Args:
+        x: Input (..., in).
+        factors: A, B, A₀ and B₀.
+        scaling: The scale s.
+        p: Probability with which an entry of x is dropped.
+    """
+    seen = drop(x, p)[0] * scales(x.device, p)[1]
+    A, B = stack_factors(*factors, scaling, x.dtype)
+    update = F.linear(F.linear(seen, A), B)
+    _, _, initial_A, initial_B = factors
+    if initial_A is None or initial_B is None:
+        return update
+    return update + F.linear(F.linear(seen - x, initial_A.to(x.dtype)), (scaling * initial_B).to(x.dtype))
 
 
 def drop_again(x: Tensor, p: float, mask: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:

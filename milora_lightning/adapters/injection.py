@@ -50,7 +50,8 @@ def _wrap(module: nn.Module, targets: Mapping[str, nn.Module], config: LoRAConfi
     """Replace each target by its adapter wherever it is registered (a layer may be in several places)."""
     adapters = {}
     for name, layer in targets.items():
-        adapters[layer] = LoRALinear(layer, config.rank(name), config.alpha(name), config.lora_dropout, config.init)
+        options = config.lora_dropout, config.init, config.dropout_on
+        adapters[layer] = LoRALinear(layer, config.rank(name), config.alpha(name), *options)
         adapters[layer].train(layer.training)
     for parent in list(module.modules()):
         if isinstance(parent, LoRALinear):

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from milora_lightning.adapters.autograd import lora_linear
-from milora_lightning.adapters.dropout import drop, scales
+from milora_lightning.adapters.dropout import drop, dropped_product, scales
 from milora_lightning.adapters.factors import Factors, stack_factors
 from milora_lightning.adapters.linear_layers import (
     holds_its_weight,
@@ -36,7 +36,7 @@ from milora_lightning.adapters.linear_layers import (
 )
 from milora_lightning.adapters.merged_product import MergedProduct, can_merge, merged_weight
 from milora_lightning.adapters.split import Part
-from milora_lightning.config import Init
+from milora_lightning.config import DropoutOn, Init
 from milora_lightning.parallel.dtensor import copy_into, full_tensor
 from milora_lightning.utils.compat import transformed
 from milora_lightning.utils.errors import InvalidInputError
@@ -66,6 +66,7 @@ class LoRALinear(nn.Module):
         lora_dropout: Probability with which features of the update's input are dropped in training.
         init: How the factors will start. :func:`milora_lightning.initialize` fills them. Until then they are zero and
             the layer computes what ``base_layer`` does.
+        dropout_on: Whether dropout acts on the ``"update"`` or, as PEFT's, on the ``"product"`` B A alone.
 
     Attributes:
         lora_A: Trainable factor (r, in).
@@ -90,6 +91,7 @@ class LoRALinear(nn.Module):
         lora_alpha: float | None = None,
         lora_dropout: float = 0.0,
         init: Init = "milora",
+        dropout_on: DropoutOn = "update",
     ) -> None:
         super().__init__()
         if not is_linear(base_layer):
@@ -98,7 +100,7 @@ class LoRALinear(nn.Module):
         self.r = r
         self.lora_alpha = float(r if lora_alpha is None else lora_alpha)
         self.scaling = self.lora_alpha / r
-        self.lora_dropout = lora_dropout
+        self.lora_dropout, self.dropout_on = lora_dropout, dropout_on
         self.init = init
         self.enabled = True
         self.initialized = False
@@ -121,7 +123,8 @@ class LoRALinear(nn.Module):
     @property
     def settings(self) -> dict[str, Any]:
         """The adapter's settings by name, as in :meth:`milora_lightning.LoRAConfig.settings`."""
-        return {"r": self.r, "lora_alpha / r": self.scaling, "lora_dropout": self.lora_dropout, "init": self.init}
+        dropout = {"lora_dropout": self.lora_dropout, "dropout_on": self.dropout_on}
+        return {"r": self.r, "lora_alpha / r": self.scaling, **dropout, "init": self.init}
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer's output of shape (..., out) for an input of shape (..., in)."""
@@ -149,6 +152,8 @@ class LoRALinear(nn.Module):
 
         In plain differentiable operations, as the reference for :func:`lora_linear`, and where torch has to see them.
         """
+        if self._dropout and self.dropout_on == "product":
+            return dropped_product(x, self.factors, self.scaling, self._dropout)
         if self._dropout:
             x, _ = drop(x, self._dropout)
         scaling = self.scaling * scales(x.device, self._dropout)[1]
@@ -242,7 +247,8 @@ class LoRALinear(nn.Module):
 
     def _needs_plain_operations(self) -> bool:
         """Whether torch has to see every operation: in torch.func's transforms, and if initial factors train."""
-        return transformed() or any(t is not None and t.requires_grad for t in (self.initial_A, self.initial_B))
+        trains = any(t is not None and t.requires_grad for t in (self.initial_A, self.initial_B))
+        return trains or transformed() or (self._dropout > 0 and self.dropout_on == "product")
 
     @property
     def _dropout(self) -> float:

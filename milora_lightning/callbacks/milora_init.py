@@ -31,7 +31,7 @@ from milora_lightning.callbacks._configure_model import after_configure_model
 from milora_lightning.callbacks._display import progress, summary
 from milora_lightning.callbacks.progress import RunProgress
 from milora_lightning.checkpoint.adapter import AdapterCheckpoint
-from milora_lightning.config import Init, LoRAConfig
+from milora_lightning.config import DropoutOn, Init, LoRAConfig
 from milora_lightning.export.peft_import import load_peft, peft_config
 from milora_lightning.strategies.base import calls_parts, finish, needs_early_start, prepare, restores_late, shards
 from milora_lightning.training.averaging import check_averaging, copy_adapted, start_averages
@@ -80,6 +80,8 @@ class MiLoRAInit(Callback):
             of modules around them, or one regular expression for full names.
         module: Name of the part to adapt, such as ``"student"`` or ``"generator"``. Names are then relative to it,
             only this part is frozen, and the rest of the module is left alone.
+        dropout_on: ``"update"``, or ``"product"`` for dropout as in PEFT, with which the start is not the pretrained
+            model; see :class:`milora_lightning.LoRAConfig`.
 
     Raises:
         ValueError: In the constructor for values out of range; in ``setup`` if the targets do not fit the model, or
@@ -106,6 +108,7 @@ class MiLoRAInit(Callback):
         alpha_pattern: dict[str, float] | None = None,
         exclude_modules: str | list[str] | None = None,
         module: str | None = None,
+        dropout_on: DropoutOn = "update",
     ) -> None:
         self.config: LoRAConfig | None = None
         if start_from is not None:
@@ -117,7 +120,7 @@ class MiLoRAInit(Callback):
                 alphas = {**alphas, **{key: 2.0 * rank for key, rank in ranks.items() if key not in alphas}}
             kept = tuple(modules_to_save or ())
             excluded = exclude_modules if isinstance(exclude_modules, str) else tuple(exclude_modules or ())
-            options = (target_modules, init, kept, ranks, alphas, excluded, module)
+            options = (target_modules, init, kept, ranks, alphas, excluded, module, dropout_on)
             self.config = LoRAConfig(r, alpha, lora_dropout, *options)
         self.seed = seed
         self.start_from = start_from

@@ -22,6 +22,7 @@ from milora_lightning.parallel.dtensor import is_sharded
 from milora_lightning.utils.names import key_in, rename_keys, unwrapped_name
 
 FORMAT = 1
+DROPOUT = ("lora_dropout", "dropout_on")  # may change during training
 
 
 class AdapterCheckpoint:
@@ -129,7 +130,9 @@ class AdapterCheckpoint:
         adapters = {unwrapped_name(name) for name in description["adapters"]}
         for layer in [name for name in layers if name in adapters]:  # in the model's order, the same in every run
             here, there = self.config.settings(layer), saved.settings(layer)
-            if key := first_difference(here, there, ignore=("lora_dropout",)):  # dropout may change during training
+            if key := first_difference(
+                here, there, ignore=("lora_dropout", "dropout_on")
+            ):  # dropout may change during training
                 raise CheckpointError(
                     f"The checkpoint's adapters have {key}={there[key]}, this run's have {key}={here[key]}, as on "
                     f"{layer!r}. Use the configuration the checkpoint was trained with, or start without it."

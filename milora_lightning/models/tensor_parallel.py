@@ -104,6 +104,10 @@ def _check_layer(name: str, layer: nn.Module, style: Style, ranks: int) -> None:
             f"Layer {name!r} ({type(base).__name__}) is more than the product with a frozen weight, and cannot be "
             "split among ranks: set tensor_parallel_size: 1."
         )
+    if isinstance(layer, LoRALinear) and layer.lora_dropout and layer.dropout_on == "product":
+        raise InvalidInputError(
+            "dropout_on: product does not work with tensor parallelism: set tensor_parallel_size: 1, or leave it out."
+        )
     sizes = dict(zip(("rows", "columns"), base.weight.shape, strict=True))  # type: ignore[arg-type]
     split = {"colwise": "rows", "rowwise": "columns"}.get(style)
     if split is not None and sizes[split] % ranks:

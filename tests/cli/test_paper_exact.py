@@ -140,6 +140,8 @@ def test_real_questions_have_the_papers_ids() -> None:
 @pytest.mark.parametrize("task", TEXTS)
 def test_the_overlay_has_the_papers_settings(task: str) -> None:
     cli = exact(task)
+    (adapter,) = (callback.config for callback in cli.trainer.callbacks if isinstance(callback, MiLoRAInit))
+    assert adapter.dropout_on == "product"
     assert cli.trainer.gradient_clip_val == 1.0
     assert cli.datamodule.group_by_length is False
     assert cli.datamodule.train_on_inputs == (task == "commonsense")
