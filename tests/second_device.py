@@ -19,7 +19,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from milora_lightning import CausalLMModule, LoRAConfig, initialize, inject, lora_layers, singular_slice
-from milora_lightning.linalg import devices, singular
+from milora_lightning.analysis.subspace import Update
+from milora_lightning.export.compression import compress
+from milora_lightning.linalg import devices, products, singular
 from milora_lightning.linalg.devices import CPU, Way
 
 BUDGET = json.loads((Path(__file__).parent / "helpers" / "launches.json").read_text())
@@ -146,6 +148,17 @@ def test_a_default_device_is_not_needed_and_does_not_harm(default: bool) -> None
             inject(model, LoRAConfig(r=4, init=init))
             initialize(model, cache=False)
             assert all(p.device == DEVICE for p in model.parameters())
+
+
+def test_a_device_without_float64_has_its_updates_measured_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (products, devices):
+        monkeypatch.setattr(module, "has_double", lambda device: device.type == "cpu")
+    B, A, weight = torch.randn(20, 3), torch.randn(3, 30), torch.randn(20, 30)
+    here, there = Update.of(B, A), Update.of(B.to(DEVICE), A.to(DEVICE))
+    assert not isinstance(there.S, OnDevice)
+    torch.testing.assert_close(there.S, here.S)
+    assert there.amplification(weight.to(DEVICE), 2) == pytest.approx(here.amplification(weight, 2))
+    assert all(isinstance(x, OnDevice) for x in compress(B.to(DEVICE), A.to(DEVICE), 2)[:2])
 
 
 def test_what_a_gpu_refuses_is_refused_and_what_waits_is_counted() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from milora_lightning.linalg.products import product_svd
+from milora_lightning.linalg.products import in_double, product_svd
 from milora_lightning.linalg.singular import SingularSlice
 
 
@@ -66,17 +66,17 @@ class Update:
         """Decompose ΔW = B A, of factors (out, n) and (n, in), without forming it."""
         U, S, Vh = product_svd(B, A)
         # Relative to the factors, not only to S, so that an update whose terms cancel counts as zero.
-        scale = torch.linalg.matrix_norm(B.double()) * torch.linalg.matrix_norm(A.double())
+        scale = torch.linalg.matrix_norm(in_double(B)) * torch.linalg.matrix_norm(in_double(A))
         rank = int((torch.finfo(A.dtype).eps * scale < S).sum())
         return Update(U[:, :rank], S[:rank], Vh[:rank])
 
     def similarities(self, subspaces: dict[str, Tensor], r: int) -> dict[str, float]:
         """Compute φ of the top r left singular vectors with each subspace."""
-        return {name: similarity(self.U[:, :r], vectors.double()) for name, vectors in subspaces.items()}
+        return {name: similarity(self.U[:, :r], in_double(vectors)) for name, vectors in subspaces.items()}
 
     def amplification(self, weight: Tensor, r: int) -> float:
         """Compute ‖UᵀΔWV‖_F / ‖UᵀWV‖_F, for the top r singular vectors U and V of ΔW."""
-        inside = self.U[:, :r].mT @ weight.double() @ self.Vh[:r].mT
+        inside = self.U[:, :r].mT @ in_double(weight) @ self.Vh[:r].mT
         return float(torch.linalg.vector_norm(self.S[:r]) / torch.linalg.matrix_norm(inside))
 
     def energy(self, weight: SingularSlice, bins: int) -> tuple[Tensor, Tensor]:
@@ -91,8 +91,8 @@ class Update:
             to 1, minus the share of ΔW that lies in the null space of W on its longer side.
         """
         total = self.S.square().sum()
-        left = ((weight.U.mT @ self.U) * self.S).square().sum(1) / total
-        right = ((weight.Vh @ self.Vh.mT) * self.S).square().sum(1) / total
+        left = ((in_double(weight.U).mT @ self.U) * self.S).square().sum(1) / total
+        right = ((in_double(weight.Vh) @ self.Vh.mT) * self.S).square().sum(1) / total
         index = torch.arange(len(weight.S), device=left.device) * bins // len(weight.S)
         zeros = torch.zeros(bins, dtype=left.dtype, device=left.device)
         return zeros.index_add(0, index, left), zeros.index_add(0, index, right)

@@ -42,4 +42,4 @@ def compress(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, float, fl
     small_A, small_B = root[:, None] * Vh[:rank], U[:, :rank] * root
     padding = rank - small_A.shape[0]  # a small matrix may have fewer singular values than rank
     small_A, small_B = F.pad(small_A, (0, 0, 0, padding)), F.pad(small_B, (0, padding))
-    return small_A.to(A.dtype), small_B.to(B.dtype), lost, energy
+    return small_A.to(A.dtype).to(A.device), small_B.to(B.dtype).to(B.device), lost, energy
