@@ -47,7 +47,7 @@ GROUPS = (
         "The adapters",
         "adapter",
         "milora_lightning.callbacks.milora_init:MiLoRAInit",
-        ("seed", "cache", "rank_pattern", "alpha_pattern", "module"),
+        ("seed", "cache", "rank_pattern", "alpha_pattern", "module", "dropout_on"),
     ),
     Group(
         "Your data, read by Files (--data.source CLASS for another source, --data.source.help CLASS for its options)",
