@@ -116,7 +116,8 @@ def filled_in(text: str) -> str:
     """
     text = re.sub(r"<!-- quote: (\S+) (\S+) -->", lambda found: quoted(found[1], found[2]), text)
     for name, made in {"configs": configs, "benchmarks": scripts, "results": result_pages}.items():
-        text = text.replace(f"<!-- list: {name} -->", made())
+        mark = f"<!-- list: {name} -->"
+        text = text.replace(mark, made()) if mark in text else text
     return text
 
 
