@@ -88,7 +88,7 @@ class SFTDataModule(SharedSteps):
             replace the attention mask in these batches. The same examples share a row in each epoch.
         padding_free: Lay the examples of each training batch out in one row, without padding between them. ``"auto"``
             does so if the model's attention then skips what lies between examples (flash and flex attention). With
-            other implementations it is right too, but slower than padding where the row is long.
+            other implementations it is right too, but seldom faster than padding.
         max_tokens_per_batch: Tokens per rank and training batch, padding included, instead of ``batch_size`` examples.
             It gets examples of similar length, or with ``padding_free`` any that fill it.
         streaming: Read and tokenize the training data during training, so that they may be larger than memory and
