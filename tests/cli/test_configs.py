@@ -110,6 +110,17 @@ def test_recipe_starts(recipe: str, workplace: Path) -> None:
     assert len(description["adapters"]) == 2 * 5
 
 
+@pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU")
+@pytest.mark.parametrize("task", ["math", "commonsense"])
+def test_recipe_starts_as_the_papers_code_does(task: str, workplace: Path) -> None:
+    """A float16 base, examples of the paper's texts, and answers by its beams."""
+    overlay = f"recipe/{task}/paper-exact.yaml"
+    cli = start(f"recipe/{task}/llama2-7b.yaml", overlay, options=("--data.max_length", "64"))
+    assert cli.trainer.global_step == 2
+    assert {parameter.dtype for parameter in cli.model.model.parameters()} == {torch.float16, torch.float32}
+    assert {layer.dropout_on for layer in lora_layers(cli.model).values()} == {"product"}
+
+
 def test_there_is_a_recipe_for_each_task_and_model() -> None:
     models = {"llama2-7b", "llama3-8b", "qwen2.5-7b"}
     assert {tuple(Path(recipe).with_suffix("").parts[1:]) for recipe in RECIPES} == {
