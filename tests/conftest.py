@@ -3,8 +3,8 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; a test never waits for a network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models, several test processes: more threads wait for each other
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,15 +18,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if "gpu" not in config.getoption("markexpr", "").replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first asks for them; programs that tests start, too
         torch.backends.mps.is_available = lambda: False
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny models in one thread: several would wait for each other longer than they compute."""
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(number)
 
 
 @pytest.fixture

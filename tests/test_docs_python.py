@@ -38,7 +38,7 @@ class Small(lightning.pytorch.LightningModule):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a conversational model, trained for a step."""
     folder = tmp_path_factory.mktemp("trained")
     base = folder_of(folder / "base", "qwen")
@@ -89,7 +89,6 @@ PREPARED: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
 WITH_PYTHON = [path for path in PAGES if blocks(read(path), "python")]
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda path: str(path.relative_to(ROOT)))
 def test_python_blocks_run(page: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -31,7 +31,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.usefixtures("one_rank", "one_thread")
+@pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("name", ["minimal_callback", "image_classifier", "own_fully_shard"])
 def test_modules_train_their_adapters(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = []
@@ -58,7 +58,6 @@ def test_functions_work_without_lightning(capsys: pytest.CaptureFixture[str]) ->
     assert "loss" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", ["first_steps", "spectra"])
 def test_notebooks_run_and_are_kept_without_outputs(name: str) -> None:
     cells = json.loads((EXAMPLES / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
