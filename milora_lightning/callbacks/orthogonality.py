@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import torch
@@ -62,8 +63,10 @@ class PrincipalProjection(Callback):
         bases: list[tuple[Tensor, Tensor]] = []
         error = None
         if trainer.is_global_zero:
+            shown: Any = track(layers.items(), "Decomposing weights", transient=True)
             try:
-                bases = [_bases(*item, self.p) for item in track(layers.items(), "Decomposing weights", transient=True)]
+                with closing(shown):  # a bar that the collector of garbage closes can wait for itself
+                    bases = [_bases(name, layer, self.p) for name, layer in shown]
             except Exception as raised:  # any error, because the other ranks wait for this one
                 error = raised
         raise_on_all_ranks(error, trainer.world_size)
