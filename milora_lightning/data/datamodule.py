@@ -231,6 +231,10 @@ class SFTDataModule(SharedSteps):
             self._resumption.forget()
             self._places.forget()
 
+    def teardown(self, stage: str) -> None:
+        """Leave the Trainer as it was to its next run."""
+        self._resumption.count_from_start()
+
     def train_dataloader(self) -> DataLoader[Any] | StreamLoader:
         """Return training batches, shuffled in each epoch and, by default, grouped by length."""
         self._check_model()

@@ -81,6 +81,7 @@ class Recorder(LightningModule):
 
 def fit(folder: Path, ranks: int, batch_size: int | None, *callbacks: Callback, **options: Any) -> list[Recorder]:
     """Train each rank's share in turn."""
+    examples = options.pop("examples", GLOBAL)
     streaming, ckpt = options.pop("streaming", False), options.pop("ckpt", None)
     more = {"streaming": True, "shuffle_buffer": 12, "num_workers": options.pop("workers", 0)} if streaming else {}
     recorders = []
@@ -89,7 +90,7 @@ def fit(folder: Path, ranks: int, batch_size: int | None, *callbacks: Callback, 
         mine = list(callbacks) if rank == 0 else []
         settings = {"max_epochs": 2, "num_sanity_val_steps": 0, "enable_checkpointing": bool(mine), **options}
         trainer = quiet_trainer(folder, callbacks=mine, **settings)
-        share = Share(ranks, rank, batch_size=batch_size, global_batch_size=GLOBAL, **more)
+        share = Share(ranks, rank, batch_size=batch_size, global_batch_size=examples, **more)
         trainer.fit(recorder, share, ckpt_path=ckpt, weights_only=True if ckpt else None)
         recorders.append(recorder)
     return recorders
@@ -171,6 +172,71 @@ def test_a_run_goes_on_with_the_same_steps_elsewhere(
         for ours, theirs in zip(rest, whole[step:], strict=True):
             assert set(theirs) <= set(ours)
             assert len(ours) - len(theirs) < after[0]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("examples", "batch_size", "left", "next_epoch"),
+    [
+        (6, 2, [6, 6, 3], [6, 6, 6, 5]),
+        (12, 4, [12, 3], [12, 11]),
+        (16, 4, [15], [16, 7]),
+        (10, 5, [10, 5], [10, 10, 3]),
+        (4, 2, [4, 4, 4, 3], [4, 4, 4, 4, 4, 3]),
+    ],
+)
+def test_a_run_goes_on_with_whole_steps_of_another_size(
+    examples: int, batch_size: int, left: list[int], next_epoch: list[int], streaming: bool, tmp_path: Path
+) -> None:
+    """The first step of what is left of an epoch is as large as any other."""
+    options: dict[str, Any] = {"limit_val_batches": 0}
+    options |= {"streaming": True, "max_epochs": -1} if streaming else {}
+    save = ModelCheckpoint(tmp_path, "a", every_n_train_steps=1, save_top_k=1, save_on_train_epoch_end=False)
+    before = steps(fit(tmp_path, 1, 8, save, **options, max_steps=1))
+    options |= {"max_steps": 5} if streaming else {}
+    with pytest.warns(UserWarning, match="trained with 8 examples a step"):
+        rest = steps(fit(tmp_path, 1, batch_size, ckpt=save.best_model_path, examples=examples, **options))
+    assert [len(step) for step in rest] == (4 * [examples] if streaming else left + next_epoch)
+    if not streaming:
+        assert len({e for step in [*before, *rest[: len(left)]] for e in step}) == SIZE
+
+
+class SavesAt(Callback):
+    """Saves a checkpoint after some number of batches, as ``train_time_interval`` and validations do."""
+
+    def __init__(self, path: Path, batches: int) -> None:
+        self.path, self.left = path, batches
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.left -= 1
+        if not self.left:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.filterwarnings("ignore:`weights_only` was not set")
+@pytest.mark.parametrize("batches", [2, 3, 6, 11, 12, 14])
+@pytest.mark.parametrize("after", [(1, 2), (1, None), (2, 1)])
+def test_a_step_that_was_half_accumulated_is_done_again(batches: int, after: tuple[int, Any], tmp_path: Path) -> None:
+    """Checkpoints hold no gradients."""
+    whole = steps(fit(tmp_path, 1, 2, limit_val_batches=0))
+    fit(tmp_path, 1, 2, SavesAt(tmp_path / "a.ckpt", batches), limit_val_batches=0, enable_checkpointing=False)
+    rest = steps(fit(tmp_path, *after, ckpt=tmp_path / "a.ckpt", limit_val_batches=0))
+    assert len(rest) > 0
+    for ours, theirs in zip(rest, whole[-len(rest) :], strict=True):
+        assert set(theirs) <= set(ours)
+    done = batches // 12 * 3 + batches % 12 // 4
+    assert len(rest) == len(whole) - done
+
+
+def test_the_next_run_of_a_trainer_counts_from_the_start(tmp_path: Path) -> None:
+    save = ModelCheckpoint(tmp_path, "a", every_n_train_steps=1, save_top_k=1, save_on_train_epoch_end=False)
+    fit(tmp_path, 1, 8, save, max_steps=1)
+    trainer = quiet_trainer(tmp_path, max_steps=2, max_epochs=2, limit_val_batches=0)
+    with pytest.warns(UserWarning, match="trained with 8 examples a step"):
+        trainer.fit(
+            Recorder(), Share(batch_size=2, global_batch_size=6), ckpt_path=save.best_model_path, weights_only=True
+        )
+    assert [batch for batch in range(1, 7) if batch % trainer.accumulate_grad_batches == 0] == [3, 6]
 
 
 def test_a_step_in_parts_learns_what_it_learns_at_once(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ Lightning counts batches, and assumes that a resumed epoch has as many batches a
 examples, so that an epoch continues in its order even on another number of ranks or with another batch size. It
 reconciles the two counts. Which examples have been trained on follows from Lightning's count, not from the batches that
 a loader returned (workers fetch ahead, and a step may fail). If the batch size changes, Lightning's count is shifted so
-that the remaining batches fill the rest of its epoch.
+that the remaining batches fill the rest of its epoch. Batches whose gradients were accumulated, but not yet followed by
+a step, are trained on again, because checkpoints hold no gradients.
 """
 
 from __future__ import annotations
@@ -22,6 +23,31 @@ from torch.utils.data import SequentialSampler
 from milora_lightning.data.batches.sampling import Indices, LengthGroupedSampler, Position
 from milora_lightning.utils.compat import checkpoint_being_loaded
 from milora_lightning.utils.messages import warn
+
+UNDONE = "undone"
+"""The entry of the state that says how many batches have been accumulated since the last step."""
+
+
+class AccumulatedFrom(int):
+    """A number of batches to accumulate in an epoch whose steps are counted from one of its batches on.
+
+    Lightning steps where the batches so far, divided by this number, leave no rest.
+
+    >>> [batch for batch in range(5, 12) if batch % AccumulatedFrom(3, 4) == 0]
+    [7, 10]
+    """
+
+    def __new__(cls, batches: int, start: int) -> AccumulatedFrom:
+        """Count from a number of batches on."""
+        number = super().__new__(cls, batches)
+        number._start = start
+        return number
+
+    _start: int
+
+    def __rmod__(self, count: int) -> int:
+        """Return how many batches have come after the last step."""
+        return (count - self._start) % int(self)
 
 
 class HasTrainer(Protocol):
@@ -56,6 +82,9 @@ class Resumption:
         sampler, _, start, before = self._begun
         # Batches processed, not those fetched or started: workers fetch ahead, and a step may fail.
         processed = loop.batch_progress.current.processed
+        ended = loop.batch_progress.is_last_batch or processed >= loop.trainer.num_training_batches
+        undone = 0 if ended else min(processed - before, processed % loop.trainer.accumulate_grad_batches)
+        processed -= undone
         consumed = start.consumed + (processed - before) * sampler.global_batch
         left = max(0, loop.trainer.num_training_batches - processed) * sampler.global_batch
         end = start.end
@@ -63,7 +92,8 @@ class Resumption:
             end = consumed + int(left)
         position = replace(start, consumed=consumed, end=end)
         size, digest = len(sampler.lengths), _digest(sampler.lengths)
-        return {**asdict(position), "run_batch": sampler.global_batch, "size": size, "lengths": digest}
+        run = {"run_batch": sampler.global_batch, UNDONE: undone}
+        return {**asdict(position), **run, "size": size, "lengths": digest}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Let the next epoch begin or continue at a saved position."""
@@ -78,6 +108,7 @@ class Resumption:
         """Reconcile Lightning's count of batches with the position, before Lightning continues with an epoch."""
         loop = self._loop()
         self._continues = False
+        self.count_from_start()
         if loop is None or not loop.restarting or self._begun is not None:
             return
         count, batches = loop.batch_progress, loop.trainer.num_training_batches
@@ -87,11 +118,15 @@ class Resumption:
         else:
             left = position(self._saved).remaining(len(sampler.lengths))
             self._continues = self._saved["consumed"] > 0 and left > 0
+            moved = -self._saved.get(UNDONE, 0)
             if self._saved["run_batch"] != sampler.global_batch:
                 moved = batches - math.ceil(left / sampler.global_batch) - count.current.processed
-                for name in ("ready", "started", "processed", "completed"):
-                    setattr(count.current, name, getattr(count.current, name) + moved)
-                self._saved["run_batch"] = sampler.global_batch
+            for name in ("ready", "started", "processed", "completed"):
+                setattr(count.current, name, getattr(count.current, name) + moved)
+            self._saved |= {"run_batch": sampler.global_batch, UNDONE: 0}
+            accumulated = loop.trainer.accumulate_grad_batches
+            if self._continues and count.current.processed % accumulated:
+                loop.trainer.accumulate_grad_batches = AccumulatedFrom(accumulated, count.current.processed)
         if left <= 0:
             _begin_next_epoch(loop.trainer.fit_loop)
 
@@ -121,6 +156,12 @@ class Resumption:
             start = replace(start, consumed=before * sampler.global_batch)
         self._begun = sampler, sampler.epoch, start, before
         return start
+
+    def count_from_start(self) -> None:
+        """Have the Trainer count the batches of a step from the start of an epoch again, where it does not."""
+        trainer = self._owner.trainer
+        if isinstance(getattr(trainer, "accumulate_grad_batches", None), AccumulatedFrom):
+            trainer.accumulate_grad_batches = int(trainer.accumulate_grad_batches)  # type: ignore[union-attr]
 
     def _loop(self) -> Any:
         """Return the loop over the batches of an epoch, if there is a Trainer."""

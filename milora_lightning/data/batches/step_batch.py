@@ -223,11 +223,14 @@ def continue_with(trainer: Trainer, before: Mapping[str, int], now: StepBatch, s
         )
     loop = checkpoint_being_loaded(trainer).get("loops", {}).get("fit_loop", {})
     progress = loop.get("epoch_loop.batch_progress", {})
-    ratio = before["batch"] / now.batch
     for counts in (progress.get(part) for part in (("total", "current") if streaming else ("total",))):
         if counts:  # all by the same number: from their differences Lightning tells when the checkpoint was saved
-            moved = round(counts["processed"] * ratio) - counts["processed"]
-            counts.update({name: value + moved for name, value in counts.items()})
+            processed = counts["processed"]
+            if streaming:  # whose batches are as many as the run's steps need, the first of which have been done
+                batches = processed * before["batch"] // before["examples"] * now.accumulated
+            else:
+                batches = round(processed * before["batch"] / now.batch)
+            counts.update({name: value + batches - processed for name, value in counts.items()})
 
 
 def _is_scheduled(trainer: Trainer) -> bool:
