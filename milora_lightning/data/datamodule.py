@@ -238,6 +238,7 @@ class SFTDataModule(SharedSteps):
     def train_dataloader(self) -> DataLoader[Any] | StreamLoader:
         """Return training batches, shuffled in each epoch and, by default, grouped by length."""
         self._check_model()
+        self.check_accumulated()
         return self._stream_loader() if self.streaming else self.epoch()
 
     def epoch(self) -> DataLoader[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from milora_lightning.data.batches.step_batch import StepBatch, StepOptions, continue_with, share_out
 from milora_lightning.data.evaluation_loading import EvaluationLoaders
 from milora_lightning.utils.errors import InvalidInputError
-from milora_lightning.utils.messages import inform
+from milora_lightning.utils.messages import inform, warn
 
 STEP = "step"
 """The entry of the state that says how many examples an optimizer step has, and how many of them a batch."""
@@ -73,9 +73,23 @@ class SharedSteps(EvaluationLoaders):
                 self._step_options.accumulate(self.trainer, step)
             if step.devices > 1 or step.accumulated > 1:
                 self.say(f"{step.in_words}.")
-        elif step.devices > 1 and self.max_tokens_per_batch is None:
+            return step
+        if self.trainer is not None:
+            self._step_options.restore(self.trainer)
+            step = self.step_batch()
+        if step.devices > 1 and self.max_tokens_per_batch is None:
             self.say(f"{step.in_words}; with data.global_batch_size it is the same on any number of devices.")
         return step
+
+    def check_accumulated(self) -> None:
+        """Warn if batches are taken by other than a Trainer that has this data module, and are parts of steps."""
+        step = self.step_batch()
+        if self.trainer is None and self.global_batch_size is not None and step.accumulated > 1:
+            warn(
+                f"global_batch_size={self.global_batch_size} is left to whoever takes these batches of "
+                f"{step.examples}, as no Trainer has this data module: pass it to Trainer.fit as datamodule=, or "
+                f"accumulate {step.accumulated} batches."
+            )
 
     def counted_step(self, rows: int | None) -> StepBatch:
         """Return what a step consists of, and have the Trainer's options count steps if their size is given.

@@ -239,6 +239,37 @@ def test_the_next_run_of_a_trainer_counts_from_the_start(tmp_path: Path) -> None
     assert [batch for batch in range(1, 7) if batch % trainer.accumulate_grad_batches == 0] == [3, 6]
 
 
+def test_the_next_data_of_a_trainer_find_what_it_was_asked_for(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, max_epochs=1, limit_val_batches=0, limit_train_batches=2)
+    for options, wanted in (
+        ({"batch_size": 2, "global_batch_size": 8}, [8, 8]),
+        ({"batch_size": 4, "global_batch_size": 8}, [8, 8]),
+        ({"batch_size": 2, "global_batch_size": 8}, [8, 8]),
+        ({"batch_size": 4}, [4, 4]),
+    ):
+        recorder = Recorder()
+        trainer.fit(recorder, Share(**options))
+        assert [len(step) for step in recorder.steps] == wanted
+        trainer.fit_loop.max_epochs += 1
+    assert (trainer.accumulate_grad_batches, trainer.limit_train_batches) == (1, 2)
+
+
+def test_less_than_a_step(tmp_path: Path) -> None:
+    """An interval is one step at least, as of a whole step at once; no step at all is refused."""
+    for batch_size in (None, 2):
+        (recorder,) = fit(tmp_path, 1, batch_size, val_check_interval=0.1)
+        assert recorder.validated == [1, 2, 3, 4, 5, 6]
+        with pytest.raises(InvalidInputError, match=r"limit_train_batches=0.1 is less than one of the 3 optimizer"):
+            fit(tmp_path, 1, batch_size, limit_train_batches=0.1)
+
+
+def test_batches_that_nobody_accumulates_are_told() -> None:
+    share = Share(batch_size=2, global_batch_size=8)
+    share.setup("fit")
+    with pytest.warns(UserWarning, match="accumulate 4 batches"):
+        share.train_dataloader()
+
+
 def test_a_step_in_parts_learns_what_it_learns_at_once(tmp_path: Path) -> None:
     base = save_tiny_model(tmp_path / "llama", "llama")
     found = []

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -84,18 +85,30 @@ use 4 devices (trainer.devices), or a multiple of 6, such as 12 or 18.
     return StepBatch(devices, size, each // size)
 
 
+@dataclass
+class _Record:
+    """Values of a Trainer's options by name: what the user asked for, and what took its place."""
+
+    asked: dict[str, Any] = field(default_factory=dict)
+    set: dict[str, Any] = field(default_factory=dict)
+
+
+_RECORDS: WeakKeyDictionary[Trainer, _Record] = WeakKeyDictionary()
+
+
 class StepOptions:
     """A Trainer's options that count batches, where the number of examples in an optimizer step is given.
 
     The Trainer accumulates as many batches as a step has. Its options that count batches, ``val_check_interval`` and
     ``limit_train_batches``, then count steps: those of a batch as large as the step, so that they mean the same on any
-    number of devices. What was asked for is kept, because a Trainer may fit several times.
+    number of devices. What was asked for is kept, because a Trainer may fit several times, with other data as well.
     """
 
-    def __init__(self) -> None:
-        self._trainer: Trainer | None = None
-        self._asked: dict[str, Any] = {}
-        self._set: dict[str, Any] = {}
+    def restore(self, trainer: Trainer) -> None:
+        """Give a Trainer the options that it was asked for, where an earlier run has changed them."""
+        for name in _RECORDS.get(trainer, _Record()).set:
+            setattr(trainer, name, self._asked_for(trainer, name))
+        _RECORDS.pop(trainer, None)
 
     def accumulate(self, trainer: Trainer, step: StepBatch) -> None:
         """Have a Trainer accumulate the batches of a step.
@@ -131,7 +144,13 @@ class StepOptions:
             rows: Number of examples in an epoch; None if it is not known.
         """
         batches = None if rows is None else math.ceil(rows / step.batch)
-        limit = in_batches(self._asked_for(trainer, "limit_train_batches"), step.accumulated, batches)
+        asked = self._asked_for(trainer, "limit_train_batches")
+        if isinstance(asked, float) and asked > 0 and rows is not None and asked * math.ceil(rows / step.total) < 1:
+            raise InvalidInputError(
+                f"trainer.limit_train_batches={asked} is less than one of the {math.ceil(rows / step.total)} optimizer "
+                "steps in an epoch: give a larger fraction, or a number of steps."
+            )
+        limit = in_batches(asked, step.accumulated, batches)
         self._change(trainer, "limit_train_batches", limit)
         if batches is not None:
             batches = min(batches, int(limit)) if isinstance(limit, int) else int(batches * limit)
@@ -139,26 +158,26 @@ class StepOptions:
         self._change(trainer, "val_check_interval", every)
 
     def _asked_for(self, trainer: Trainer, name: str) -> Any:
-        if trainer is not self._trainer:
-            self._trainer, self._asked, self._set = trainer, {}, {}
-        value = getattr(trainer, name)
-        return self._asked[name] if name in self._set and self._set[name] == value else value
+        value, record = getattr(trainer, name), _RECORDS.get(trainer, _Record())
+        return record.asked[name] if name in record.set and record.set[name] == value else value
 
     def _change(self, trainer: Trainer, name: str, value: Any) -> None:
-        self._asked[name], self._set[name] = self._asked_for(trainer, name), value
+        asked = self._asked_for(trainer, name)
+        record = _RECORDS.setdefault(trainer, _Record())
+        record.asked[name], record.set[name] = asked, value
         setattr(trainer, name, value)
 
 
 def in_batches(value: Any, accumulated: int, batches: int | None) -> Any:
-    """Convert a number of optimizer steps, or a fraction of an epoch, to one of batches, in whole steps.
+    """Convert a number of optimizer steps, or a fraction of an epoch, to one of batches, in whole steps, at least one.
 
     Args:
         value: A number of steps, or as a float a fraction of an epoch; anything else (a time) stays as it is.
         accumulated: Number of batches in a step.
         batches: Number of batches in an epoch, whose last step may have fewer; None if it is not known.
 
-    >>> [in_batches(value, 4, 42) for value in (3, 11, 12, 0.25, 1.0)]
-    [12, 42, 48, 8, 1.0]
+    >>> [in_batches(value, 4, 42) for value in (3, 11, 12, 0.25, 0.01, 1.0)]
+    [12, 42, 48, 8, 4, 1.0]
     """
     if accumulated == 1 or isinstance(value, bool) or not isinstance(value, (int, float)):
         return value
@@ -167,7 +186,7 @@ def in_batches(value: Any, accumulated: int, batches: int | None) -> Any:
     if value == 1.0 or batches is None:
         return value
     steps = int(value * math.ceil(batches / accumulated))
-    return StepInterval(steps, accumulated, batches) if steps else value
+    return StepInterval(max(steps, 1), accumulated, batches) if value else value
 
 
 class StepInterval(int):
