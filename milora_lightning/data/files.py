@@ -69,7 +69,8 @@ class Files(Source):
         response_field: Field with the text to learn.
         input_field: Field with further context, which may be empty or absent in some rows; None for none.
         reference_field: Field that generated text is scored against; None for the response.
-        train_split: Name of the training split in a data set; on the Hub, slices such as ``"train[:90%]"`` work too.
+        train_split: Name of the training split in a data set. A slice, such as ``"train[:1000]"`` or ``"train[:90%]"``,
+            takes a part of it, of files as well.
         validation_split: The same for validation.
         test_split: The same for test.
         validation_size: How much of ``train`` to hold out if ``validation`` is None: a number of examples, or a

@@ -14,7 +14,9 @@ from milora_lightning.data.reading.opening import open_text
 from milora_lightning.data.reading.records import read_records
 from milora_lightning.data.reading.rows import FORMAT, Convert, Row, checked_rows, rows_after
 from milora_lightning.data.reading.tables import without_nulls
+from milora_lightning.data.slices import sliced, without_slice
 from milora_lightning.data.sources import Split, cached_dataset
+from milora_lightning.utils.errors import InvalidInputError
 
 OpenRows = Callable[[int], Iterator["Row | None"]]
 """Opens an iterator over rows; yields None for each of the given number of first rows, which are skipped."""
@@ -43,13 +45,22 @@ def kept_rows_at(
     Returns:
         The rows; None if there are none and ``needed`` is false.
     """
-    if is_hub_name(name) or is_saved(name):
-        open_dataset = hub_dataset if is_hub_name(name) else functools.partial(saved_dataset, split=split)
-        table = open_dataset(name, split_name=split_name, needed=needed)
+    if is_hub_name(name):
+        table = hub_dataset(name, split_name, needed)
         return None if table is None else cached_dataset(table_rows, columns, dataset=table, name=name, **reading)
-    # Size and modification time are part of the cache's key, so that an edited file is read again.
-    files = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files_at(name, split, needed))
-    return cached_dataset(file_rows, columns, files=files, **reading) if files else None
+    if is_saved(name):
+        table = saved_dataset(name, split, without_slice(split_name), needed)
+        if table is None:
+            return None
+        rows = cached_dataset(table_rows, columns, dataset=table, name=name, **reading)
+    else:
+        # Size and modification time are part of the cache's key, so that an edited file is read again.
+        files = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files_at(name, split, needed))
+        if not files:
+            return None
+        rows = cached_dataset(file_rows, columns, files=files, **reading)
+    chosen = sliced(split_name, len(rows))
+    return rows if len(chosen) == len(rows) else rows.select(chosen)
 
 
 def prompt_lines(names: Sequence[str]) -> list[str]:
@@ -84,8 +95,13 @@ def rows_at(
 
     Raises:
         FileNotFoundError: As for :func:`files_at` and :func:`hub_dataset`.
-        ValueError: As for these.
+        ValueError: As for these, and for a slice of a split.
     """
+    if "[" in split_name:
+        raise InvalidInputError(
+            f"A stream has no slices, such as {split_name!r}. Set {split}_split to a whole split, or data.streaming: "
+            "false."
+        )
     if is_hub_name(name) or is_saved(name):
         table = (
             hub_dataset(name, split_name, needed, streaming=True)

@@ -185,6 +185,28 @@ def test_splits_of_a_saved_data_set_are_told_by_names(tmp_path: Path) -> None:
         rows_of(path)
 
 
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl.gz", "saved", "splits"])
+def test_a_slice_takes_as_much_of_local_data_as_of_the_hubs(name: str, tmp_path: Path) -> None:
+    path = str(tmp_path / name)
+    if name == "splits":
+        datasets.DatasetDict({"train": datasets.Dataset.from_list(PAIRS)}).save_to_disk(path)
+    else:
+        write(tmp_path / name, PAIRS)
+    prompts = [row["prompt"] for row in PAIRS]
+    for slice_, expected in (("[:10]", prompts[:10]), ("[-25%:]", prompts[-12:]), ("[40:1_000]", prompts[40:])):
+        source = Files(train=path, train_split=f"train{slice_}", validation_size=0)
+        assert source.load("train")["prompt"][:] == expected  # type: ignore[index]
+    held = Files(train=path, train_split="train[:10]", validation_size=4)
+    parts = [held.load(split)["prompt"][:] for split in ("train", "validation")]  # type: ignore[arg-type,index]
+    assert (len(parts[0]), sorted(parts[0] + parts[1])) == (6, sorted(prompts[:10]))
+    with pytest.raises(ValueError, match=r"one slice of rows or percentages"):
+        Files(train=path, train_split="train[:ten]").load("train")
+    with pytest.raises(ValueError, match=r"of 48 rows holds none"):
+        Files(train=path, train_split="train[48:]").load("train")
+    with pytest.raises(ValueError, match=r"A stream has no slices.*train_split"):
+        Files(train=path, train_split="train[:10]").stream("train")
+
+
 def test_saved_data_sets_are_read_whatever_format_they_were_saved_in(tmp_path: Path) -> None:
     datasets.Dataset.from_list([{**PAIRS[0], "n": 1}]).with_format("torch").save_to_disk(tmp_path / "saved")
     assert rows_of(str(tmp_path / "saved"))[0]["prompt"] == PAIRS[0]["prompt"]

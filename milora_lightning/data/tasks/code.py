@@ -65,7 +65,7 @@ class Code(Files):
         run_generated_code: Whether the test may run what the model writes.
         seconds: How long a program may run.
         memory_gb: How much memory it may use.
-        train_split: Which split of a Hub data set to train on, such as ``"train[:100000]"``.
+        train_split: Which split to train on, or which part of it, of files as well: ``"train[:100000]"``.
         validation_size: How much of ``train`` to hold out where ``validation`` is None: a number of examples, or
             a fraction below 1.
         seed: Chooses the examples held out.

@@ -72,7 +72,7 @@ class Math(Files):
         gsm8k: GSM8K's test data; None to leave it out.
         math: MATH's test data; None to leave it out.
         validation: Validation data, scored as MATH is if that is tested, else as GSM8K is.
-        train_split: Which split of a Hub data set to train on, such as ``"train[:100000]"``.
+        train_split: Which split to train on, or which part of it, of files as well: ``"train[:100000]"``.
         validation_size: How much of ``train`` to hold out where ``validation`` is None: a number of examples, or
             a fraction below 1.
         seed: Chooses the examples held out.
