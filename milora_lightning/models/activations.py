@@ -49,7 +49,25 @@ def saved_by_layer(
     already_saved = ("down_proj",) if TELLS_HOW_IT_KEEPS else ()
     if attention not in ("eager", "causal_blocks"):
         already_saved = ("o_proj", *already_saved)
-    return int(saved) + sum(_saved_by_adapters(layer, width, masks, already_saved))
+    adapters = sum(_saved_by_adapters(layer, width, masks, already_saved))
+    return int(saved) + adapters + sum(_saved_by_trained(layer, width, already_saved))
+
+
+def _saved_by_trained(layer: nn.Module, width: int, already_saved: tuple[str, ...]) -> Iterable[int]:
+    """Yield the bytes per token of inputs that layers save which train whole, once where several share one."""
+    inputs: set[tuple[str, int]] = set()
+    for name, module in layer.named_modules():
+        parent, _, last = name.rpartition(".")
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
+            continue
+        if "Norm" in type(module).__name__:  # the normalized input, which the scale is multiplied with
+            yield width * weight.numel()
+        elif isinstance(module, nn.Linear) and last == "o_proj":
+            yield 0 if last in already_saved else width * module.in_features
+        elif isinstance(module, nn.Linear) and (parent, module.in_features) not in inputs:
+            inputs.add((parent, module.in_features))
+            yield width * module.in_features
 
 
 def _saved_by_adapters(layer: nn.Module, width: int, masks: bool, already_saved: tuple[str, ...]) -> Iterable[int]:

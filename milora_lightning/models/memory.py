@@ -165,7 +165,9 @@ def estimate(
     in_backward = widest + (each_layer if again == len(layers) else 0)
     logits = _logits(size, width, tokens * supervised, device)
     parts = [
-        *_held(weights, trained, initial, optimizer, quantization or f"{width} bytes each", shards),
+        *_held(
+            weights, trained, initial, optimizer, quantization or f"{width} bytes each", shards, _what_trains(model)
+        ),
         Part(
             "activations kept",
             kept + 4 * tokens * size.hidden_size,
@@ -190,13 +192,22 @@ def estimate(
     return Estimate(parts, _surgery(model, device), trained, total)
 
 
-def _held(weights: int, trained: int, initial: int, optimizer: str, how: str, shards: int) -> list[Part]:
+def _what_trains(model: nn.Module) -> tuple[str, str]:
+    """Return what trains, and of what it is made up."""
+    if lora_layers(model):
+        return "adapters", "in float32, with their initial factors, which do not change"
+    return "weights that train", "in float32"
+
+
+def _held(
+    weights: int, trained: int, initial: int, optimizer: str, how: str, shards: int, what: tuple[str, str]
+) -> list[Part]:
     """Return what is in memory from the first step on: weights, adapters, gradients and optimizer state."""
     states = OPTIMIZER_STATES.get(optimizer, OPTIMIZER_STATES["AdamW"])
     share = f", a share of 1/{shards}" if shards > 1 else ""
     whole = [
         Part("frozen weights", weights, how + share),
-        Part("adapters", 4 * trained + initial, f"in float32, with their initial factors, which do not change{share}"),
+        Part(what[0], 4 * trained + initial, what[1] + share),
         Part("their gradients", 4 * trained, f"float32{share}"),
         Part(f"{optimizer}'s state", states * trained, f"{states} bytes per trainable parameter{share}"),
     ]
@@ -229,8 +240,9 @@ def _gathered(model: nn.Module, layers: list[nn.Module]) -> int:
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
-    return next(dtypes)
+    """Return the dtype of the frozen weights, or of all weights where none is frozen."""
+    floating = [p for p in model.parameters() if p.is_floating_point()]
+    return next((p.dtype for p in floating if not p.requires_grad), floating[0].dtype)
 
 
 def _logits(size: Any, width: int, supervised: float, device: str) -> int:

@@ -30,11 +30,12 @@ def config_of(kind: str, layers: int) -> PretrainedConfig:
     return cls(**SIZES, **more, num_hidden_layers=layers, vocab_size=500, pad_token_id=0)
 
 
-def kept(config: PretrainedConfig, adapters: LoRAConfig, dtype: torch.dtype, attention: str) -> int:
+def kept(config: PretrainedConfig, adapters: LoRAConfig | None, dtype: torch.dtype, attention: str) -> int:
     """Return the bytes that autograd keeps for backward beside parameters."""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    inject(model, adapters)
-    initialize(model)
+    if adapters is not None:
+        inject(model, adapters)
+        initialize(model)
     model.train()
     ids = torch.randint(1, 500, (BATCH, LENGTH))
     known = [*model.parameters(), *model.buffers(), ids]
@@ -79,6 +80,22 @@ def test_weights_gradients_and_states_are_counted_without_weights() -> None:
     assert sizes["adapters"] == 2 * 4 * trained  # with the initial factors
     assert (sizes["their gradients"], sizes["AdamW's state"]) == (4 * trained, 8 * trained)
     assert estimate(model, config, BATCH, LENGTH, optimizer="SGD").peak < estimate(model, config, BATCH, LENGTH).peak
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_full_fine_tuning_is_estimated_without_adapters(attention: str) -> None:
+    difference = [kept(config_of("llama", layers), None, torch.float32, attention) for layers in (2, 4)]
+    predicted = []
+    for layers in (2, 4):
+        config = config_of("llama", layers)
+        model = planned_model(config, torch.float32, None)
+        estimated = estimate(model, config, BATCH, LENGTH, attention=attention)
+        sizes = {part.name: part.size for part in estimated.parts}
+        predicted.append(sizes["activations kept"])
+        weights = sum(p.nbytes for p in model.parameters())
+        assert (sizes["weights that train"], sizes["AdamW's state"]) == (weights, 2 * weights)
+        assert 4 * estimated.trainable == 4 * estimated.total == weights
+    assert predicted[1] - predicted[0] == pytest.approx(difference[1] - difference[0], rel=0.05)
 
 
 def test_checkpointing_keeps_inputs_and_one_layer() -> None:
