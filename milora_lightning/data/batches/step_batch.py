@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -93,7 +92,8 @@ class _Record:
     set: dict[str, Any] = field(default_factory=dict)
 
 
-_RECORDS: WeakKeyDictionary[Trainer, _Record] = WeakKeyDictionary()
+_KEPT = "milora_step_options"
+"""The attribute of a Trainer that holds its record."""
 
 
 class StepOptions:
@@ -106,9 +106,9 @@ class StepOptions:
 
     def restore(self, trainer: Trainer) -> None:
         """Give a Trainer the options that it was asked for, where an earlier run has changed them."""
-        for name in _RECORDS.get(trainer, _Record()).set:
+        for name in _record(trainer).set:
             setattr(trainer, name, self._asked_for(trainer, name))
-        _RECORDS.pop(trainer, None)
+        vars(trainer).pop(_KEPT, None)
 
     def accumulate(self, trainer: Trainer, step: StepBatch) -> None:
         """Have a Trainer accumulate the batches of a step.
@@ -158,14 +158,19 @@ class StepOptions:
         self._change(trainer, "val_check_interval", every)
 
     def _asked_for(self, trainer: Trainer, name: str) -> Any:
-        value, record = getattr(trainer, name), _RECORDS.get(trainer, _Record())
+        value, record = getattr(trainer, name), _record(trainer)
         return record.asked[name] if name in record.set and record.set[name] == value else value
 
     def _change(self, trainer: Trainer, name: str, value: Any) -> None:
-        asked = self._asked_for(trainer, name)
-        record = _RECORDS.setdefault(trainer, _Record())
-        record.asked[name], record.set[name] = asked, value
+        record = _record(trainer)
+        record.asked[name], record.set[name] = self._asked_for(trainer, name), value
         setattr(trainer, name, value)
+        setattr(trainer, _KEPT, record)
+
+
+def _record(trainer: Trainer) -> _Record:
+    record: _Record = getattr(trainer, _KEPT, None) or _Record()
+    return record
 
 
 def in_batches(value: Any, accumulated: int, batches: int | None) -> Any:
