@@ -16,8 +16,9 @@ _SCALES = {"thousand": 10**3, "k": 10**3, "million": 10**6, "billion": 10**9, "t
 _SCALE = re.compile(rf"\s*({'|'.join(_SCALES)})\b")
 _MIXED = re.compile(r"\s+(?:and\s+)?(\d+)\s?/\s?(\d+)(?![\d/.,])")  # what follows the 1 in "1 1/2"
 _SIGN = re.compile(r"(?<![\w.)])[-+]\s?$")
-# Behind a number: digits that belong to it in no known way (1,5; 3:30; 1.2.3), or another candidate (5 or 6, 3 to 4).
-_MORE = re.compile(r",\s?[-+]?\d|[.:]\d|_\s*\d|\s*(?:[^\W\d]+\s+)?(?:or|to)\s+[-+]?\d")
+# Behind a number: digits that belong to it in no known way (1,5; 3:30; 1.2.3), or another candidate (5 or 6, 3 to 4,
+# 5 and 6). A second number of something else is none: 18 apples and 5 pears.
+_MORE = re.compile(r",\s?[-+]?\d|[.:]\d|_\s*\d|\s*(?:[^\W\d]+\s+)?(?:or|to)\s+[-+]?\d|\s*(?:;|&|\band\b)\s*[-+]?\d")
 _FACTOR = r"\s*(?=[-+]?(?:\d|\.\d|\(\s*[-+]?[\d.]))"
 _TIMES, _OVER = re.compile(rf"\s*(?:\*|[xX]){_FACTOR}"), re.compile(rf"\s*/{_FACTOR}")
 _PLUS = re.compile(rf"\s*([-+]){_FACTOR}")
