@@ -84,9 +84,23 @@ def program_of(answer: str, problem: Problem) -> str:
         prompt = prompt if _parses(prompt) else f"{prompt}\n    pass"
         code = f"{prompt}\n\n{_without_prose(textwrap.dedent(code))}"
     else:
-        body = ENDS.split(f"\n{code}")[0].strip("\n")
-        code = f"{prompt}\n{body if body.startswith((' ', chr(9))) else textwrap.indent(body, '    ')}"
+        body = ENDS.split(code.strip("\n"))[0].strip("\n")
+        code = _with_body(prompt, body)
     return f"{code}\n\n{problem.test.strip()}\ncheck({problem.entry_point})"
+
+
+def _with_body(prompt: str, body: str) -> str:
+    r"""Put a function's body behind its beginning; decoding takes spaces from the first line of what is generated.
+
+    >>> print(_with_body("def one():", "if True:\n        return 1\n    return 2"))
+    def one():
+        if True:
+            return 1
+        return 2
+    """
+    as_written = body if body.startswith((" ", "\t")) else textwrap.indent(body, "    ")
+    codes = [f"{prompt}\n{each}" for each in (as_written, f"    {body.lstrip()}")]
+    return next(filter(_parses, codes), codes[0])
 
 
 def _without_prose(code: str) -> str:

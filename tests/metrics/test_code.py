@@ -26,6 +26,8 @@ PROBLEM = Problem(
     [
         ("    return math.pi * r**2", True),  # a continuation
         ("return math.pi * r**2", True),  # without its indentation
+        ("   if r:\n        return math.pi * r**2\n    return 0", True),  # of which decoding took the first space
+        ("if r:\n        return math.pi * r**2\n    return 0", True),  # or the first line's indentation
         ("    return math.pi * r**2\n\nprint(area('x'))", True),  # which goes on
         ("Here it is:\n```python\ndef area(r):\n    return math.pi * r * r\n```\nHope it helps!", True),
         ("```\nimport math\ndef area(r):\n    return math.pi * r * r", True),  # cut off by the length limit
