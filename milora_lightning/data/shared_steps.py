@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from milora_lightning.data.batches.resuming import UNDONE, batches_since_step
 from milora_lightning.data.batches.step_batch import StepBatch, StepOptions, continue_with, share_out
 from milora_lightning.data.evaluation_loading import EvaluationLoaders
 from milora_lightning.utils.errors import InvalidInputError
@@ -108,7 +109,9 @@ class SharedSteps(EvaluationLoaders):
         if self.max_tokens_per_batch is not None:
             return {}
         step = self.step_batch()
-        return {STEP: {"examples": step.total, "batch": step.batch}}
+        fits = getattr(self.trainer, "fit_loop", None) is not None
+        undone = batches_since_step(self.trainer) if self.trainer is not None and fits else 0
+        return {STEP: {"examples": step.total, "batch": step.batch, UNDONE: undone}}
 
     def continue_steps(self, state: Mapping[str, Any]) -> None:
         """Continue a run with that entry of its state, if this one trains by numbers of examples, too."""

@@ -228,6 +228,17 @@ def test_a_step_that_was_half_accumulated_is_done_again(batches: int, after: tup
     assert len(rest) == len(whole) - done
 
 
+@pytest.mark.filterwarnings("ignore:`weights_only` was not set")
+@pytest.mark.parametrize("batches", [2, 4, 7])
+@pytest.mark.parametrize("batch_size", [2, None])
+def test_a_half_accumulated_step_of_a_stream_is_done_again(
+    batches: int, batch_size: int | None, tmp_path: Path
+) -> None:
+    options = {"streaming": True, "max_steps": 3, "max_epochs": -1, "limit_val_batches": 0}
+    whole = steps(fit(tmp_path, 1, 2, SavesAt(tmp_path / "a", batches), enable_checkpointing=False, **options))
+    assert steps(fit(tmp_path, 1, batch_size, ckpt=tmp_path / "a", **options)) == whole[batches // 4 :]
+
+
 def test_the_next_run_of_a_trainer_counts_from_the_start(tmp_path: Path) -> None:
     save = ModelCheckpoint(tmp_path, "a", every_n_train_steps=1, save_top_k=1, save_on_train_epoch_end=False)
     fit(tmp_path, 1, 8, save, max_steps=1)

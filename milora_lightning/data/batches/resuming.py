@@ -50,6 +50,13 @@ class AccumulatedFrom(int):
         return (count - self._start) % int(self)
 
 
+def batches_since_step(trainer: Any) -> int:
+    """Return how many batches a Trainer has accumulated, in fit, since its last step."""
+    count = trainer.fit_loop.epoch_loop.batch_progress
+    ended = count.is_last_batch or count.current.processed >= trainer.num_training_batches
+    return 0 if ended else int(count.current.processed % trainer.accumulate_grad_batches)
+
+
 class HasTrainer(Protocol):
     """An object with a Trainer, such as a data module."""
 
@@ -82,8 +89,7 @@ class Resumption:
         sampler, _, start, before = self._begun
         # Batches processed, not those fetched or started: workers fetch ahead, and a step may fail.
         processed = loop.batch_progress.current.processed
-        ended = loop.batch_progress.is_last_batch or processed >= loop.trainer.num_training_batches
-        undone = 0 if ended else min(processed - before, processed % loop.trainer.accumulate_grad_batches)
+        undone = min(processed - before, batches_since_step(loop.trainer))
         processed -= undone
         consumed = start.consumed + (processed - before) * sampler.global_batch
         left = max(0, loop.trainer.num_training_batches - processed) * sampler.global_batch

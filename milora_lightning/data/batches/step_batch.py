@@ -251,7 +251,9 @@ def continue_with(trainer: Trainer, before: Mapping[str, int], now: StepBatch, s
         if counts:  # all by the same number: from their differences Lightning tells when the checkpoint was saved
             processed = counts["processed"]
             if streaming:  # whose batches are as many as the run's steps need, the first of which have been done
-                batches = processed * before["batch"] // before["examples"] * now.accumulated
+                batches = processed - before.get("undone", 0)
+                if (before["batch"], before["examples"]) != (now.batch, now.total):
+                    batches = batches * before["batch"] // before["examples"] * now.accumulated
             else:
                 batches = round(processed * before["batch"] / now.batch)
             counts.update({name: value + batches - processed for name, value in counts.items()})

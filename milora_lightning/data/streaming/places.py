@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from milora_lightning.data.batches.batching import Example
-from milora_lightning.data.batches.resuming import HasTrainer
+from milora_lightning.data.batches.resuming import HasTrainer, batches_since_step
 from milora_lightning.utils.errors import InvalidInputError
 
 BEFORE = {"group_by_length": True}
@@ -64,7 +64,7 @@ class StreamPlaces:
     def begin(self) -> tuple[Place, ...]:
         """Return the places after the batches trained on, where an iteration begins."""
         self._noted = self._trained()
-        places = self._now()
+        places = self._after.get(self._noted, self._start)
         self._after = {self._noted: places}
         return places
 
@@ -79,13 +79,14 @@ class StreamPlaces:
         place = replace(first, consumed=mark) if isinstance(mark, int) else mark
         self._noted += 1
         self._after[self._noted] = (*others, place) if is_last else (place, *others)
-        trained = self._trained()
-        for passed in [number for number in self._after if number < trained]:
+        stepped = self._stepped()
+        for passed in [number for number in self._after if number < stepped]:
             del self._after[passed]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the places after the batches trained on, and the settings they are valid for, as primitives."""
-        return {"settings": self._settings, "places": [_state(place) for place in self._now()]}
+        """Return the places after the last step, and the settings they are valid for, as primitives."""
+        places = self._after.get(self._stepped(), self._start)
+        return {"settings": self._settings, "places": [_state(place) for place in places]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at the places of a checkpoint.
@@ -102,8 +103,10 @@ class StreamPlaces:
         self.forget()
         self._start = tuple(_place(place) for place in state["places"])
 
-    def _now(self) -> tuple[Place, ...]:
-        return self._after.get(self._trained(), self._start)
+    def _stepped(self) -> int:
+        """Return the number of batches trained on up to the last step."""
+        trainer = self._owner.trainer
+        return self._trained() - (0 if getattr(trainer, "fit_loop", None) is None else batches_since_step(trainer))
 
     def _trained(self) -> int:
         """Return the number of batches trained on, by Lightning's count if there is a Trainer."""
