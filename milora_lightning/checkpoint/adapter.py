@@ -121,18 +121,15 @@ class AdapterCheckpoint:
         self._check_config(description, lora_layers(module))
         saved = {unwrapped_name(name): value for name, value in description["base"].items()}
         here = self.base(module)
-        if in_other_dtypes(saved, here):
-            here = fingerprint(module, like=saved)
-        check_base(saved, here)
+        alike = fingerprint(module, like=saved) if in_other_dtypes(saved, here) else here
+        check_base(saved, alike, here)
 
     def _check_config(self, description: dict[str, Any], layers: dict[str, LoRALinear]) -> None:
         saved = LoRAConfig(**description["config"])
         adapters = {unwrapped_name(name) for name in description["adapters"]}
         for layer in [name for name in layers if name in adapters]:  # in the model's order, the same in every run
             here, there = self.config.settings(layer), saved.settings(layer)
-            if key := first_difference(
-                here, there, ignore=("lora_dropout", "dropout_on")
-            ):  # dropout may change during training
+            if key := first_difference(here, there, ignore=DROPOUT):
                 raise CheckpointError(
                     f"The checkpoint's adapters have {key}={there[key]}, this run's have {key}={here[key]}, as on "
                     f"{layer!r}. Use the configuration the checkpoint was trained with, or start without it."

@@ -127,8 +127,13 @@ def quantization_of(base: Mapping[str, str]) -> str | None:
     return next((value.partition(QUANTIZED)[2] for value in base.values() if QUANTIZED in value), None)
 
 
-def check_base(saved: dict[str, str], here: dict[str, str]) -> None:
+def check_base(saved: dict[str, str], here: dict[str, str], held: Mapping[str, str] | None = None) -> None:
     """Compare the fingerprint of the base that adapters were trained on with this model's.
+
+    Args:
+        saved: The base that they were trained on.
+        here: This model, described in the dtypes of ``saved`` where these hold its numbers.
+        held: This model in the dtypes that it has, for the message.
 
     Raises:
         CheckpointError: If they differ.
@@ -141,9 +146,9 @@ def check_base(saved: dict[str, str], here: dict[str, str]) -> None:
                 f"The adapters were trained on a base with quantization: {there or 'null'}, and this one has "
                 f"{now or 'null'}: set model.quantization as in training."
             )
-        name = different[0]
+        name, held = different[0], held or here
         raise CheckpointError(
             f"The adapters were trained on another base model: {len(different)} of {len(saved)} frozen weights differ, "
-            f"for example {name!r} ({saved.get(name, 'absent')} there, {here.get(name, 'absent')} here). Use the same "
+            f"for example {name!r} ({saved.get(name, 'absent')} there, {held.get(name, 'absent')} here). Use the same "
             "model, files and dtype as in training."
         )

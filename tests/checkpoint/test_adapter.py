@@ -174,7 +174,7 @@ def test_adapters_saved_before_their_start_are_initialized_when_they_train(tmp_p
 
 def test_load_from_checkpoint_needs_the_checkpoint_and_the_base(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "llama", "llama")
-    lm = module(model)
+    lm = module(model, attn_implementation="sdpa")  # without a Trainer, auto leaves the choice to transformers
     path = train(tmp_path, lm, data(tmp_path, model), target_modules=["q_proj", "up_proj"], lora_alpha=7)
     loaded = CausalLMModule.load_from_checkpoint(path)
     assert loaded.hparams["name_or_path"] == str(model)
