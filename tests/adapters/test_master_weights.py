@@ -43,7 +43,6 @@ def fit(folder: Path, lm: LanguageModel, kept: list[str], **options: Any) -> dic
         (torch.bfloat16, "32-true"),
         (torch.float32, "bf16-true"),
         (torch.float32, "bf16-mixed"),
-        (torch.float16, "32-true"),
     ],
 )
 def test_small_updates_are_kept_whatever_the_precision(dtype: torch.dtype, precision: str, tmp_path: Path) -> None:

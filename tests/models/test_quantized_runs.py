@@ -50,7 +50,7 @@ def test_a_run_starts_at_the_quantized_model_and_peft_computes_what_it_has_learn
 ) -> None:
     base = str(save_tiny_model(tmp_path / "base", "llama"))
     options: dict[str, Any] = {"warmup_steps": 0, "lr_scheduler": "constant", "learning_rate": 0.02}
-    lm = CausalLMModule(base, dtype="float32", quantization=way, **options)
+    lm = CausalLMModule(base, dtype="float32", attn_implementation="sdpa", quantization=way, **options)
     batch = {"input_ids": IDS, "labels": IDS, "attention_mask": torch.ones_like(IDS)}
     watch = Watch()
     limits = {"max_steps": 6, "limit_val_batches": 0, "num_sanity_val_steps": 0, "accelerator": device}
