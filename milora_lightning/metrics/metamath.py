@@ -23,6 +23,8 @@ import warnings
 from fractions import Fraction
 from typing import Any
 
+from milora_lightning.metrics.numbers import UnreadableError
+
 MARKER = "The answer is: "
 HUNDREDS = (0.01, 1.0, 100.0)
 LONGEST = 200  # characters of arithmetic that is computed
@@ -199,7 +201,7 @@ def _equal(answer: str, reference: str) -> bool:
 
 def _computed(text: str) -> Any:
     if len(text) > LONGEST:
-        raise ValueError("too long")
+        raise UnreadableError("too long")
     text = re.sub(r"(\d{1,3})!(?!=)", lambda number: str(math.factorial(int(number[1]))), text)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is no good Python, such as "1or 2"
@@ -212,7 +214,7 @@ def _value(node: ast.expr) -> Any:
 
     match node:
         case ast.Constant(value=bool()):
-            raise ValueError("no number")
+            raise UnreadableError("no number")
         case ast.Constant(value=int() as number):
             return Integer(number)
         case ast.Constant(value=float() as number):
@@ -233,4 +235,4 @@ def _value(node: ast.expr) -> Any:
             return _value(left) / _value(right)
         case ast.BinOp(left=ast.Constant(value=int() as a), op=ast.BitXor(), right=ast.Constant(value=int() as b)):
             return Integer(a ^ b)  # Python's meaning of 2^3
-    raise ValueError("no plain arithmetic")
+    raise UnreadableError("no plain arithmetic")

@@ -25,6 +25,10 @@ _PLUS = re.compile(rf"\s*([-+]){_FACTOR}")
 _POWER = re.compile(r"\s*\^\s*\(?\s*(-?\d{1,4})\s*\)?")
 
 
+class UnreadableError(ValueError):
+    """A text is not what a reader of numbers expects; caught in this room."""
+
+
 def read_number(text: str, whole: bool = False) -> Fraction | None:
     r"""Read the number that an answer states.
 
@@ -161,7 +165,7 @@ class _Reader:
     def _number(self) -> Fraction:
         found = self._take(_ATOM)
         if found is None:
-            raise ValueError("no number")
+            raise UnreadableError("no number")
         digits = re.sub(r"[, '’]", "", found[0])
         value = Fraction(digits)
         if digits.isdigit() and (mixed := _MIXED.match(self.text, self.position)):

@@ -178,7 +178,7 @@ def test_what_trains_beside_the_adapters_keeps_its_name(tmp_path: Path) -> None:
     for wrap in (compiled, lambda module: module):
         module = Classifier(wrap)
         MiLoRAInit(r=2, modules_to_save=["head"], target_modules=["body"]).setup(quiet_trainer(tmp_path), module, "fit")
-        module.configure_model()
+        module.setup("fit")
         states.append(module.state_dict())
     assert states[0].keys() == states[1].keys()
     assert {"net.head.weight", "net.norm.running_mean"} <= states[0].keys()
