@@ -107,7 +107,10 @@ def test_texts_and_numbers_are_kept(value: str, text: str, tmp_path: Path) -> No
         ('{"instruction": "a", "output": "b"}\n{\n"a": 2\n}', r"spread over several lines, from line 2"),
         ('[{"instruction": "a"}]\n[{"instruction": "a"}]', r"is not valid JSON in line 2, column 1 \(Extra data\)"),
         ('{"instruction": "a", "output": "b"},\n', r"is not valid JSON in line 1"),
-        (gzip.compress(b'{"instruction": "a", "output": "b"}\n'), r"a\.jsonl is compressed with gzip: unpack it"),
+        (
+            gzip.compress(b'{"instruction": "a", "output": "b"}\n', mtime=0),
+            r"a\.jsonl is compressed with gzip: unpack it",
+        ),
         ('{"instruction": "ä"}'.encode("utf-16"), r"a\.jsonl is not text in UTF-8"),
         ('{"instruction": "ä"}'.encode("latin-1"), r"a\.jsonl is not text in UTF-8"),
         (b"PAR1\x15\x04", r"a\.jsonl is a Parquet file: let its name end in \.parquet"),
