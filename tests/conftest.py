@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-collect_ignore = ["helpers"]
+# The second device would be the accelerator of every process that looks there for doctests.
+collect_ignore = ["helpers", "second_device.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
