@@ -50,6 +50,7 @@ class RunProgress(ProgressBar):
         self._passes = 0
         self._answering = False
         self._first_step = 0
+        self._has_trained = False
         self._evaluation = 0.0  # seconds that a whole evaluation takes; 0 until one has been timed
         self._loss = SmoothedLoss()
         self._pace = Pace()
@@ -131,6 +132,7 @@ class RunProgress(ProgressBar):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the display of loading."""
         self.state.work = None
+        self._has_trained = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start counting; a Trainer may fit several times, as tuners make it do."""
@@ -139,8 +141,18 @@ class RunProgress(ProgressBar):
         self.state.training = Work("Training", run_length(trainer), "steps", trainer.global_step)
         self._first_step = trainer.global_step
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that a run was resumed that had nothing left to train, of which Lightning's own line is left out."""
+        stopped = trainer.should_stop or not trainer.limit_train_batches
+        if trainer.ckpt_path and not self._has_trained and not stopped:
+            self.print(
+                f"Nothing was left to train: the checkpoint is at step {trainer.global_step:,}, where the run ends. "
+                "Raise trainer.max_epochs, or max_steps or max_time if that is what ends it, to train further."
+            )
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock, unless it is running since the last batch: loading data is part of a step."""
+        self._has_trained = True
         self._pace.start()
 
     def on_train_batch_end(

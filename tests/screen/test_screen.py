@@ -371,3 +371,20 @@ def test_any_module_has_its_progress_shown(tmp_path: Path, capsys: pytest.Captur
     assert re.search(r"Trained 4 of 4 steps in 0:00:\d\d: loss \S+, peak \S+ GB", capsys.readouterr().out)
     assert bar.state.rate == pytest.approx(0.01)  # BoringModel's schedule has stepped
     assert bar.state.steps is not None
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_finished_run_that_is_resumed_says_that_nothing_was_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: int
+) -> None:
+    first = quiet_trainer(tmp_path, limit_train_batches=2, max_epochs=1)
+    first.fit(BoringModel())
+    first.save_checkpoint(tmp_path / "done.ckpt")
+    again = quiet_trainer(
+        tmp_path, limit_train_batches=2, max_epochs=1 + more, callbacks=[RunProgress()], enable_progress_bar=True
+    )
+    capsys.readouterr()
+    again.fit(BoringModel(), ckpt_path=str(tmp_path / "done.ckpt"))
+    said = capsys.readouterr().out
+    assert ("Nothing was left to train: the checkpoint is at step 2," in said) == (not more)
+    assert ("Trained 4 of 4 steps" in said) == bool(more)
