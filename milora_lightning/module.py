@@ -7,7 +7,6 @@ from typing import Any, Literal, cast, overload
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedModel
@@ -179,7 +178,7 @@ class CausalLMModule(EvaluatedModule):
         """Refuse what is no causal language model, or cannot be trained as it is, before data is tokenized for it."""
         if self.model is None and type(self).configure_model is CausalLMModule.configure_model:
             config, device = load_config(self.name_or_path), self.trainer.strategy.root_device
-            if self.trainer.state.fn == TrainerFn.FITTING:
+            if self._is_fitting:
                 half = held_as(self.dtype_name, config.dtype, device.type) == torch.float16
                 check_loss_scaling(self.trainer, self, half)
 
@@ -208,7 +207,7 @@ class CausalLMModule(EvaluatedModule):
             return None
         config, device = load_config(self.name_or_path), self._trainer.strategy.root_device
         choice = choose_attention(config, held_as(self.dtype_name, config.dtype, device.type), device)
-        if self._trainer.state.fn == "fit":
+        if self._is_fitting:
             inform(choice.in_words)
         return choice.name
 
@@ -227,8 +226,7 @@ class CausalLMModule(EvaluatedModule):
                 "A model that takes images cannot be sharded yet: use strategy: ddp, and quantization: nf4 if it is "
                 "too large."
             )
-        on_cpu = self._trainer is not None and self._trainer.strategy.root_device.type == "cpu"
-        if self.gradient_checkpointing and on_cpu:
+        if self.gradient_checkpointing and device is not None and device.type == "cpu":
             map_large_tensors()
         model = self.load_model()
         recompute_layers(model, self.gradient_checkpointing)
@@ -238,10 +236,10 @@ class CausalLMModule(EvaluatedModule):
             compile_layers(model, device)
         if device is not None:
             self._suit_processor(model, device)
-        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            check_loss_scaling(self._trainer, self, is_float16(model))
+        if self._is_fitting:
+            check_loss_scaling(self.trainer, self, is_float16(model))
         self.model = model.train()
-        if self.device_mesh is not None:  # FSDP2: inject adapters, then shard, then read the weights
+        if mesh is not None:  # FSDP2: inject adapters, then shard, then read the weights
             if self.milora_config is not None:
                 inject(self, self.milora_config)
             strategy = self.trainer.strategy
@@ -257,7 +255,7 @@ class CausalLMModule(EvaluatedModule):
     def _suit_processor(self, model: PreTrainedModel, device: torch.device) -> None:
         """On a CPU without products in the model's dtype, hold it in float32, or warn if that was not left to us."""
         # Weights that train in full would be saved in float32 then, and rounded where they are loaded.
-        adapters = self.milora_config is not None or self.trainer.state.fn != "fit"
+        adapters = self.milora_config is not None or not self._is_fitting
         # Rounding is the loader's; shards are read as they are in the files.
         rounds = self.dtype_name == "fast" and self.device_mesh is not None
         if self.dtype_name in CHOSEN and adapters and not rounds and not getattr(model, "is_quantized", False):

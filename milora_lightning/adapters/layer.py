@@ -28,6 +28,7 @@ from milora_lightning.adapters.dropout import drop, dropped_product, scales
 from milora_lightning.adapters.factors import Factors, stack_factors
 from milora_lightning.adapters.linear_layers import (
     holds_its_weight,
+    in_autocast_dtype,
     is_conv1d,
     is_linear,
     is_plain_product,
@@ -138,8 +139,7 @@ class LoRALinear(nn.Module):
             y = output_of(base, x)
             return y + self.update(x).to(y.dtype)
         output = None if is_plain_product(base) else output_of(base, x)
-        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = in_autocast_dtype(x)
         if output is not None and output.dtype != x.dtype:
             return output + self.update(x).to(output.dtype)
         if output is None and (merged := self._usable_merged(x)) is not None:

@@ -87,6 +87,13 @@ def is_plain_product(base: nn.Module) -> bool:
     return is_plain(weight) and not weight.requires_grad and not (bias is not None and bias.requires_grad)
 
 
+def in_autocast_dtype(x: Tensor) -> Tensor:
+    """Convert an input to autocast's dtype where autocast is on, as torch does for its own linear layer."""
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
 def output_of(base: nn.Module, x: Tensor) -> Tensor:
     """Call a linear layer whose code is its own.
 

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from milora_lightning.adapters.autograd import base_product, lora_linear
 from milora_lightning.adapters.dropout import drop
 from milora_lightning.adapters.factors import Factors
+from milora_lightning.adapters.linear_layers import in_autocast_dtype
 from milora_lightning.parallel.collectives import sum_gradients, sum_parts
 
 Style = Literal["colwise", "rowwise", "replicate"]
@@ -60,8 +61,7 @@ class Part:
         Returns:
             The output (..., out), or this rank's features of it if the layer is split colwise.
         """
-        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = in_autocast_dtype(x)
         group, summed = self.mesh.get_group(), self.style == "rowwise"
         weight, bias = local(cast(Tensor, base.weight)), cast("Tensor | None", base.bias)
         bias = None if bias is None else local(bias)

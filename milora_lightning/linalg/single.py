@@ -39,8 +39,8 @@ class SingleEigenpairs(NamedTuple):
     error: Tensor
     skew: Tensor
 
-    def uncertainty(self, low: int, high: int) -> Tensor:
-        """Bound the error of eigenvalues ``low`` to ``high``, counted from the largest, and of one beside them."""
+    def uncertainty(self, low: int) -> Tensor:
+        """Bound the error of the eigenvalues from ``low`` on, counted from the largest, and of the one before them."""
         k = len(self.values)
         largest = self.values[k - max(low, 1)].abs()
         return self.error + self.skew * largest
@@ -90,7 +90,7 @@ def refined_candidate(
     """
     k = len(W)
     inside = slice(k - high, k - low)
-    uncertainty = single.uncertainty(low, high)
+    uncertainty = single.uncertainty(low)
     outside = torch.ones(k, dtype=torch.bool, device=W.device)
     outside[inside] = False
     vectors, best = single.vectors[:, inside].double(), math.inf

@@ -24,6 +24,15 @@ SQUARE = 1.5
 """Up to this aspect ratio the smallest singular values are well separated, as the Krylov method needs them."""
 
 
+def suits_krylov(k: int, n: int) -> bool:
+    """Whether the Krylov method finds the smallest triplets of a weight with sides k ≤ n faster than LAPACK.
+
+    >>> suits_krylov(4096, 4096), suits_krylov(4096, 11008)
+    (True, False)
+    """
+    return k >= LARGE and n <= SQUARE * k
+
+
 class SingularSlice(NamedTuple):
     """Some singular triplets of a weight of shape (out, in): ``U * S @ Vh`` is their part of it.
 
@@ -164,7 +173,7 @@ def _candidates(W: Tensor, energy: Tensor, start: int, r: int, single: bool) -> 
                     yield refined
             del eigenpairs
     extra = max(8, r // 2)  # for the Krylov method, whose convergence depends on it
-    if start + r == k >= LARGE and n <= SQUARE * k and r + 2 * extra <= k // 4:
+    if start + r == k and suits_krylov(k, n) and r + 2 * extra <= k // 4:
         with suppress(*NOT_CONVERGED):
             if (smallest := smallest_eigenpairs(W, r, extra)) is not None:
                 yield Candidate(start - extra, k, *smallest)

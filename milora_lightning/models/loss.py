@@ -66,7 +66,7 @@ def causal_lm_loss(
     if not _is_frozen_linear(model.get_output_embeddings()) or may_change_logits(model.config):
         logits = supervised_logits(model, input_ids, labels, position_ids, **inputs)
         return _cross_entropy(logits, targets, factors)
-    input_ids, _, position_ids = attention_rows(model, input_ids, labels, position_ids)
+    input_ids, position_ids = attention_rows(model, input_ids, position_ids)
     losses: list[Tensor] = []
 
     def take_loss(head: nn.Linear, hidden: Tensor) -> Tensor:

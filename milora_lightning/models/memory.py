@@ -14,7 +14,7 @@ from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.linear_layers import linear_shape
 from milora_lightning.adapters.surgery import inject
 from milora_lightning.config import LoRAConfig
-from milora_lightning.linalg.singular import LARGE, SQUARE
+from milora_lightning.linalg.singular import suits_krylov
 from milora_lightning.models.activations import active_intermediate, saved_by_layer, stacked_factors
 from milora_lightning.models.loss import CPU_LOGITS, CPU_PROBABILITIES, DEVICE_LOGITS
 from milora_lightning.models.pretrained import auto_class, decoder_layers
@@ -273,5 +273,5 @@ def decomposition_size(shape: tuple[int, int], device: Literal["cpu", "cuda"]) -
     [495, 898]
     """
     k, n = sorted(shape)
-    matrices = 4.0 if device == "cuda" else 2.5 if k >= LARGE and n <= SQUARE * k else 1.0
+    matrices = 4.0 if device == "cuda" else 2.5 if suits_krylov(k, n) else 1.0
     return int(8 * k * n + 8 * matrices * k * k)

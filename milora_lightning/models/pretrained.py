@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -202,17 +203,21 @@ def _embedded_gguf() -> Path:
     return files[0]
 
 
+@cache
+def _digest(path: Path, size: int, mtime_ns: int) -> str:
+    """Hash a file, once while its size and time stay: a run asks for its model several times."""
+    with path.open("rb") as file:
+        if hasattr(hashlib, "file_digest"):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(file.read()).hexdigest()
+
+
 def _convert_gguf(gguf: Path) -> str:
     """Return a cached folder with the dequantized float32 weights and the tokenizer of a GGUF file."""
     if importlib.util.find_spec("gguf") is None:
         raise MissingPackageError("Reading GGUF files needs the package gguf: pip install milora-lightning[embedded]")
-    with gguf.open("rb") as file:
-        digest = (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )
-    folder = cache_folder() / "models" / f"{gguf.stem}-{digest[:16]}"
+    state = gguf.stat()
+    folder = cache_folder() / "models" / f"{gguf.stem}-{_digest(gguf, state.st_size, state.st_mtime_ns)[:16]}"
     if folder.is_dir():
         return str(folder)
     with ExitStack() as stack:

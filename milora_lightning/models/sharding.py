@@ -46,13 +46,11 @@ class Sharding:
     activation_checkpointing: Recomputation | None = None
 
     def __post_init__(self) -> None:
-        for name in ("reshard_after_forward", "activation_checkpointing"):
-            value = getattr(self, name)
-            if isinstance(value, bool) and name == "reshard_after_forward":
-                continue
-            if isinstance(value, int) and value < (2 if name == "reshard_after_forward" else 1):
-                remedy = "false keeps the weights" if name == "reshard_after_forward" else "leave it out for none"
-                raise InvalidInputError(f"{name} is {value}: {remedy}.")
+        again, recomputed = self.reshard_after_forward, self.activation_checkpointing
+        if isinstance(again, int) and not isinstance(again, bool) and again < 2:
+            raise InvalidInputError(f"reshard_after_forward is {again}: false keeps the weights.")
+        if isinstance(recomputed, int) and recomputed < 1:
+            raise InvalidInputError(f"activation_checkpointing is {recomputed}: leave it out for none.")
 
     def policies(self, mesh: DeviceMesh) -> dict[str, Any]:
         """Return the policies for ``fully_shard``."""

@@ -100,7 +100,7 @@ def supervised_logits(
         ValueError: If the model attends to the tokens that it should predict.
     """
     positions = supervised_positions(labels)
-    input_ids, _, position_ids = attention_rows(model, input_ids, labels, position_ids)
+    input_ids, position_ids = attention_rows(model, input_ids, position_ids)
     logits = run_with_hidden_states(
         model, input_ids, lambda _, hidden: at_positions(hidden, positions).unsqueeze(0), position_ids, **inputs
     )
@@ -109,17 +109,15 @@ def supervised_logits(
     return at_positions(all_logits(model, input_ids, position_ids, **inputs), positions)
 
 
-def attention_rows(
-    model: PreTrainedModel, input_ids: Tensor, labels: Tensor, position_ids: Positions
-) -> tuple[Tensor, Tensor, Positions]:
+def attention_rows(model: PreTrainedModel, input_ids: Tensor, position_ids: Positions) -> tuple[Tensor, Positions]:
     """Reshape packed rows so that a model's attention keeps the examples apart.
 
     From positions alone, transformers' flash attention does so only within a single row; the masks of the other
     implementations work with any number of rows.
     """
     if not isinstance(position_ids, Tensor) or "flash" not in attention_of(model):
-        return input_ids, labels, position_ids
-    return input_ids.reshape(1, -1), labels.reshape(1, -1), position_ids.reshape(1, -1)
+        return input_ids, position_ids
+    return input_ids.reshape(1, -1), position_ids.reshape(1, -1)
 
 
 def run_with_hidden_states(

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
-from milora_lightning.adapters.linear_layers import is_conv1d, is_plain_product
+from milora_lightning.adapters.linear_layers import is_conv1d, is_plain_product, linear_shape
 from milora_lightning.adapters.split import DIMS, Part, Style, split_linear, split_parameters
 from milora_lightning.utils.compat import quiet_gathering
 from milora_lightning.utils.errors import InvalidInputError
@@ -108,10 +108,9 @@ def _check_layer(name: str, layer: nn.Module, style: Style, ranks: int) -> None:
         raise InvalidInputError(
             "dropout_on: product does not work with tensor parallelism: set tensor_parallel_size: 1, or leave it out."
         )
-    sizes = dict(zip(("rows", "columns"), base.weight.shape, strict=True))  # type: ignore[arg-type]
-    split = {"colwise": "rows", "rowwise": "columns"}.get(style)
-    if split is not None and sizes[split] % ranks:
+    dim, shape = DIMS[style].get("weight"), linear_shape(base)
+    if dim is not None and shape[dim] % ranks:
         raise InvalidInputError(
-            f"tensor_parallel_size is {ranks}, which does not divide the {sizes[split]} {split} of layer {name!r}: "
-            "choose a divisor."
+            f"tensor_parallel_size is {ranks}, which does not divide the {shape[dim]} {('rows', 'columns')[dim]} of "
+            f"layer {name!r}: choose a divisor."
         )

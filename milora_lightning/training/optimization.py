@@ -196,10 +196,15 @@ class OptimizedModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume from a checkpoint without training state."""
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+        if self._is_fitting:
             check_whole(checkpoint)
             self._resumed = checkpoint
             self._check_resumed()
+
+    @property
+    def _is_fitting(self) -> bool:
+        """Whether a Trainer is fitting this module now."""
+        return self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
 
     def _check_resumed(self) -> None:
         # Sharded models are restored after on_fit_start, other models before the optimizer exists.

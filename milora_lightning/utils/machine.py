@@ -1,4 +1,4 @@
-"""What a program runs on: processor, memory, NVIDIA's driver."""
+"""What a program runs on: processor, NVIDIA's driver."""
 
 from __future__ import annotations
 
@@ -27,15 +27,6 @@ def processor() -> str:
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine() or "unknown"
-
-
-def total_memory() -> int | None:
-    """Return the memory of the machine in bytes; None if the system does not report it."""
-    try:
-        found = re.search(r"^MemTotal: +(\d+)", Path("/proc/meminfo").read_text(encoding="ascii"), re.MULTILINE)
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
 
 
 def has_nvidia_gpu() -> bool:

@@ -39,6 +39,11 @@ def peak_resident() -> int | None:
     return reported if sys.platform == "darwin" else 1024 * reported
 
 
+def total() -> int | None:
+    """Return the memory of the machine in bytes; None if the system does not report it."""
+    return _kilobytes(_MEMINFO, "MemTotal")
+
+
 def available() -> int | None:
     """Return the memory in bytes that processes can still take, in this container if there is one; None if unknown."""
     free = _kilobytes(_MEMINFO, "MemAvailable")

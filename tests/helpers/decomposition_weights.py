@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from milora_lightning.linalg import singular
+
 R = 16
 SHAPES = [(160, 160), (96, 256), (256, 96)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -100,3 +102,18 @@ def nearly_low_rank(weight):
     spectrum = torch.full((min(weight.shape),), 1e-12, dtype=torch.float64)
     spectrum[:20] = 1
     weight.copy_(planted(weight.shape, spectrum))
+
+
+def record_certificates(monkeypatch, concerned):
+    """Return a list to which each decomposition adds whether a candidate was certified, if ``concerned`` by it."""
+    found = []
+    certified = singular.certified_triplets
+
+    def record(*args):
+        triplets = certified(*args)
+        if concerned(args[-1]):
+            found.append(triplets is not None)
+        return triplets
+
+    monkeypatch.setattr(singular, "certified_triplets", record)
+    return found

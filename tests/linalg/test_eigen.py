@@ -12,6 +12,7 @@ from helpers.decomposition_weights import (
     nearly_low_rank,
     planted,
     pruned_rows,
+    record_certificates,
     zero,
 )
 
@@ -22,18 +23,8 @@ from milora_lightning.linalg.singular import singular_slice
 @pytest.fixture
 def krylov(monkeypatch):
     """Send what small weights there are to the Krylov method, and record whether its result was taken."""
-    taken = []
-    certified = decomposition.certified_triplets
-
-    def record(*args):
-        triplets = certified(*args)
-        if args[-1].cholesky is not None:  # a Cholesky factor comes with it
-            taken.append(triplets is not None)
-        return triplets
-
     monkeypatch.setattr(decomposition, "LARGE", 0)
-    monkeypatch.setattr(decomposition, "certified_triplets", record)
-    return taken
+    return record_certificates(monkeypatch, lambda candidate: candidate.cholesky is not None)  # Krylov's comes with it
 
 
 @pytest.mark.parametrize("spectrum", ["gaussian", 1e3, 1e5])

@@ -14,6 +14,7 @@ from helpers.decomposition_weights import (
     make_weight,
     nearly_low_rank,
     planted,
+    record_certificates,
     zero,
 )
 
@@ -27,18 +28,8 @@ from milora_lightning.linalg.singular import singular_slice
 @pytest.fixture
 def taken(monkeypatch):
     """Have the CPU decompose as a device does that is slow in float64; record whether what it refined was certified."""
-    found = []
-    certified = decomposition.certified_triplets
-
-    def record(*args):
-        triplets = certified(*args)
-        if args[-1].uncertainty is not None:
-            found.append(triplets is not None)
-        return triplets
-
     monkeypatch.setattr(devices, "best_way", lambda device, shape, r: Way(CPU, single=True))
-    monkeypatch.setattr(decomposition, "certified_triplets", record)
-    return found
+    return record_certificates(monkeypatch, lambda candidate: candidate.uncertainty is not None)
 
 
 @pytest.mark.parametrize("which", ["minor", "principal", "middle"])

@@ -19,7 +19,7 @@ from milora_lightning.models.attention import NAME as CAUSAL_BLOCKS
 from milora_lightning.models.processor import has_fast_products, why_gpu_is_unused
 from milora_lightning.utils import process_memory
 from milora_lightning.utils.folders import cache_folder
-from milora_lightning.utils.machine import cores, nvidia_driver, processor, total_memory
+from milora_lightning.utils.machine import cores, nvidia_driver, processor
 
 PACKAGES = (
     *("milora-lightning", "torch", "lightning", "transformers", "peft", "accelerate", "datasets", "tokenizers"),
@@ -147,7 +147,7 @@ def _attention() -> Section:
 
 def _machine() -> Section:
     found: Section = {"system": platform.platform(), "cores": f"{cores()} (torch uses {torch.get_num_threads()})"}
-    total, available = total_memory(), process_memory.available()
+    total, available = process_memory.total(), process_memory.available()
     if total is not None and available is not None:
         found["memory"] = f"{total / 1e9:.1f} GB ({available / 1e9:.1f} available)"
     folder: Any = cache_folder()
