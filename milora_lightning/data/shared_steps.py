@@ -109,9 +109,7 @@ class SharedSteps(EvaluationLoaders):
         if self.max_tokens_per_batch is not None:
             return {}
         step = self.step_batch()
-        fits = getattr(self.trainer, "fit_loop", None) is not None
-        undone = batches_since_step(self.trainer) if self.trainer is not None and fits else 0
-        return {STEP: {"examples": step.total, "batch": step.batch, UNDONE: undone}}
+        return {STEP: {"examples": step.total, "batch": step.batch, UNDONE: batches_since_step(self.trainer)}}
 
     def continue_steps(self, state: Mapping[str, Any]) -> None:
         """Continue a run with that entry of its state, if this one trains by numbers of examples, too."""

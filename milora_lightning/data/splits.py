@@ -245,7 +245,7 @@ class TokenizedSplits(LightningDataModule):
         dataset = as_dataset(dataset, split)
         if self._kinds is None:
             self._kinds = _kinds(dataset)
-        if split == "test":
+        if split == "test" and not asks:
             lines = isinstance(self.source, AsksLines) and self.source.lines() is not None
             self._unanswered = unanswered if lines or _asks(dataset) else None
         encoded = tokenize_dataset(

@@ -16,9 +16,9 @@ MARKER = r"the answer is:|####"  # as in the paper, and as in GSM8K's references
 
 # Numbers within a text. A sign belongs to one only if no operand comes before it: "10-5" ends in 5, "= -5" in -5.
 _NUMBER = re.compile(
-    r"(?:(?<![\w.)])(?P<sign>[-−])\s?)?[$€£¥]?(?P<sign2>(?<=[$€£¥])[-−])?"
-    r"(?P<number>\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\w.])\.\d+)"
-    r"(?:\s?/\s?(?P<divisor>\d+))?"
+    r"(?:(?<![\w.)])[-−]\s?)?[$€£¥]?(?:(?<=[$€£¥])[-−])?"
+    r"(?:\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\w.])\.\d+)"
+    r"(?:\s?/\s?\d+)?"
 )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 import textwrap
 import warnings
@@ -20,6 +19,7 @@ from torchmetrics import Metric
 
 from milora_lightning.metrics.sandbox import Limits, runs
 from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.machine import cores
 
 ENDS = re.compile(r"\n(?=class\b|def\b|#|if\b|print\b|```)")
 """Where a continuation of a function goes on to something else, as in HumanEval's paper."""
@@ -200,7 +200,7 @@ class PassRate(Metric):
         """Run answers, several at a time, and count those that pass."""
         if len(generations) != len(references):
             raise InvalidInputError(f"There are {len(generations)} generated texts but {len(references)} references.")
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(8, cores())) as pool:
             passed = list(pool.map(partial(passes, limits=self.limits), generations, references))
         self.correct += sum(passed)
         self.total += len(passed)

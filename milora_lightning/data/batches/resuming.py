@@ -50,9 +50,16 @@ class AccumulatedFrom(int):
         return (count - self._start) % int(self)
 
 
+def epoch_loop(trainer: Any) -> Any:
+    """Return the loop over the batches of an epoch; None if there is no Trainer, or it has none."""
+    return getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
+
+
 def batches_since_step(trainer: Any) -> int:
-    """Return how many batches a Trainer has accumulated, in fit, since its last step."""
-    count = trainer.fit_loop.epoch_loop.batch_progress
+    """Return how many batches a Trainer has accumulated, in fit, since its last step; 0 if there is none."""
+    if (loop := epoch_loop(trainer)) is None:
+        return 0
+    count = loop.batch_progress
     ended = count.is_last_batch or count.current.processed >= trainer.num_training_batches
     return 0 if ended else int(count.current.processed % trainer.accumulate_grad_batches)
 
@@ -138,12 +145,7 @@ class Resumption:
 
     def begin(self, sampler: ResumableSampler) -> Position:
         """Return where an iteration begins; called when its first batch is requested."""
-        start = Position(
-            sampler.epoch + self._shift,
-            sampler.seed,
-            sampler.group,
-            group_by_length=sampler.group_by_length,
-        )
+        start = replace(LengthGroupedSampler.start(sampler), epoch=sampler.epoch + self._shift)
         loop = self._loop()
         if loop is None:
             return start
@@ -171,8 +173,7 @@ class Resumption:
 
     def _loop(self) -> Any:
         """Return the loop over the batches of an epoch, if there is a Trainer."""
-        trainer = self._owner.trainer
-        return None if trainer is None else getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
+        return epoch_loop(self._owner.trainer)
 
 
 class ResumableSampler(LengthGroupedSampler):

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from milora_lightning.data.batches.batching import Example
-from milora_lightning.data.batches.resuming import HasTrainer, batches_since_step
+from milora_lightning.data.batches.resuming import HasTrainer, batches_since_step, epoch_loop
 from milora_lightning.utils.errors import InvalidInputError
 
 BEFORE = {"group_by_length": True}
@@ -105,12 +105,11 @@ class StreamPlaces:
 
     def _stepped(self) -> int:
         """Return the number of batches trained on up to the last step."""
-        trainer = self._owner.trainer
-        return self._trained() - (0 if getattr(trainer, "fit_loop", None) is None else batches_since_step(trainer))
+        return self._trained() - batches_since_step(self._owner.trainer)
 
     def _trained(self) -> int:
         """Return the number of batches trained on, by Lightning's count if there is a Trainer."""
-        loop = getattr(getattr(self._owner.trainer, "fit_loop", None), "epoch_loop", None)
+        loop = epoch_loop(self._owner.trainer)
         return self._noted if loop is None else int(loop.batch_progress.total.processed)
 
 
