@@ -206,10 +206,11 @@ def _embedded_gguf() -> Path:
 @cache
 def _digest(path: Path, size: int, mtime_ns: int) -> str:
     """Hash a file, once while its size and time stay: a run asks for its model several times."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        if hasattr(hashlib, "file_digest"):
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        return hashlib.sha256(file.read()).hexdigest()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _convert_gguf(gguf: Path) -> str:

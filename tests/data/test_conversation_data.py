@@ -80,7 +80,7 @@ def test_a_jinja_file_is_a_template(tmp_path: Path) -> None:
     data = SFTDataModule(Rows([PAIR]), bare, str(file))
     assert data.prompt_format == PromptFormat.of(own, "chat")
     assert bare.chat_template is None
-    with pytest.raises(ValueError, match="There is no template 'chatlm': auto, .*vicuna are known, and the path"):
+    with pytest.raises(ValueError, match=r"There is no template 'chatlm': auto, .*vicuna are known, and the path"):
         SFTDataModule(Rows([PAIR]), bare, "chatlm")
     with pytest.raises(ValueError, match="has no chat template"):
         tokenize_dataset([{"messages": TALK}], bare)
