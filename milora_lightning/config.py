@@ -25,10 +25,11 @@ class LoRAConfig:
         lora_alpha: Numerator of the scale ``lora_alpha / r``. Defaults to ``r``, a scale of 1,
             as in the MiLoRA paper.
         lora_dropout: Probability with which an adapter's input features are dropped in training.
-        target_modules: Which linear layers get an adapter: name endings (``["q_proj", "v_proj"]``), one
+        target_modules: Which layers get an adapter: name endings (``["q_proj", "v_proj"]``), one
             regular expression that has to match a layer's full name, or ``"all-linear"`` for every linear
-            layer but the language-model head. Layers that were frozen before while other parameters trained (a
-            teacher, a perceptual loss) are only matched by a name or expression that matches no layer that trained.
+            layer but the language-model head. Convolutions get one where a name or expression matches them. Layers
+            that were frozen before while other parameters trained (a teacher, a perceptual loss) are only matched by a
+            name or expression that matches no layer that trained.
             ``"all-linear"`` and expressions skip layers that are smaller than ``r`` or cannot be adapted.
         init: Where the factors start: ``"milora"`` at the smallest singular triplets of the weight,
             ``"pissa"`` at the largest, ``"random"`` at random ones as in the paper's ablation, ``"middle"`` at those

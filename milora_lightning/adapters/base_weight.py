@@ -67,7 +67,7 @@ def collected_weight(layer: LoRALinear, rank: int) -> Tensor | None:
     if weight is None:
         return None
     weight = decoded(base, weight)
-    weight = weight.T if layer.transposed else weight
+    weight = layer.as_matrix(weight)
     if weight.shape != (layer.out_features, layer.in_features):
         raise InvalidInputError(refusal(base))
     return weight

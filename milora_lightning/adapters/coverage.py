@@ -194,6 +194,7 @@ def _unreached(part: nn.Module, config: LoRAConfig, kept: set[nn.Module]) -> Ite
         yield (
             f"Adapters reach {sizes['adapted'] / total:.0%} of the weights (without embeddings and output embeddings), "
             f"because they fit linear layers only: {listed} stay frozen without adapters."
+            + (" Convolutions get adapters where target_modules names them." if "convolutions" in without else "")
         )
 
 

@@ -18,6 +18,7 @@ from milora_lightning.adapters.factor_cache import cached_factors
 from milora_lightning.adapters.factors import initial_factors
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.linear_layers import groups_of
 from milora_lightning.parallel.dtensor import is_sharded
 
 
@@ -68,7 +69,9 @@ def initialize(
     def decompose(name: str, layer: LoRALinear, weight: Tensor) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
         compute = cached_factors if cache else initial_factors
-        return compute(weight.to(device), layer.r, layer.scaling, layer.init, generator)
+        parts = weight.to(device).chunk(groups := groups_of(layer.base_layer))
+        pairs = [compute(part, layer.r // groups, layer.scaling, layer.init, generator) for part in parts]
+        return torch.cat([lora_A for lora_A, _ in pairs]), torch.cat([lora_B for _, lora_B in pairs])
 
     pending = [(name, layer) for name, layer in lora_layers(module).items() if not layer.initialized]
     for layer, (lora_A, lora_B) in decompose_all(pending, decompose, track, rank, world_size, device):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from milora_lightning.adapters.freezing import freeze
+from milora_lightning.adapters.kinds import adapter_class
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.config import LoRAConfig
 from milora_lightning.utils.compat import bind_compiled
@@ -51,7 +52,7 @@ def _wrap(module: nn.Module, targets: Mapping[str, nn.Module], config: LoRAConfi
     adapters = {}
     for name, layer in targets.items():
         options = config.lora_dropout, config.init, config.dropout_on
-        adapters[layer] = LoRALinear(layer, config.rank(name), config.alpha(name), *options)
+        adapters[layer] = adapter_class(layer)(layer, config.rank(name), config.alpha(name), *options)
         adapters[layer].train(layer.training)
     for parent in list(module.modules()):
         if isinstance(parent, LoRALinear):

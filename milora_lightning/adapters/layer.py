@@ -27,6 +27,7 @@ from milora_lightning.adapters.autograd import lora_linear
 from milora_lightning.adapters.dropout import drop, dropped_product, scales
 from milora_lightning.adapters.factors import Factors, stack_factors
 from milora_lightning.adapters.linear_layers import (
+    factor_shapes,
     holds_its_weight,
     in_autocast_dtype,
     is_conv1d,
@@ -84,6 +85,8 @@ class LoRALinear(nn.Module):
 
     _merged: MergedProduct | None = None
     part: Part | None = None
+    fits: Callable[[object], bool] = staticmethod(is_linear)
+    _ADAPTS = "nn.Linear or Conv1D"
 
     def __init__(
         self,
@@ -95,9 +98,9 @@ class LoRALinear(nn.Module):
         dropout_on: DropoutOn = "update",
     ) -> None:
         super().__init__()
-        if not is_linear(base_layer):
-            raise TypeError(f"LoRALinear adapts nn.Linear or Conv1D layers, not {type(base_layer).__name__}.")
-        self.base_layer = base_layer
+        if not self.fits(base_layer):
+            raise TypeError(f"{type(self).__name__} adapts {self._ADAPTS} layers, not {type(base_layer).__name__}.")
+        self.base_layer = cast(nn.Linear, base_layer)
         self.r = r
         self.lora_alpha = float(r if lora_alpha is None else lora_alpha)
         self.scaling = self.lora_alpha / r
@@ -109,17 +112,16 @@ class LoRALinear(nn.Module):
         self.out_features, self.in_features = linear_shape(base_layer)
 
         def factor(*shape: int, trainable: bool) -> nn.Parameter:
-            zeros = torch.zeros(shape, dtype=torch.float32, device=base_layer.weight.device)
+            zeros = torch.zeros(shape, dtype=torch.float32, device=self.base_layer.weight.device)
             return nn.Parameter(zeros, requires_grad=trainable)
 
-        self.lora_A = factor(r, self.in_features, trainable=True)
-        self.lora_B = factor(self.out_features, r, trainable=True)
+        of_A, of_B = factor_shapes(base_layer, r)
+        self.lora_A, self.lora_B = factor(*of_A, trainable=True), factor(*of_B, trainable=True)
         self.initial_A: nn.Parameter | None = None
         self.initial_B: nn.Parameter | None = None
         if init != "lora":
             # Parameters, not buffers: DDP would broadcast buffers at every step.
-            self.initial_A = factor(r, self.in_features, trainable=False)
-            self.initial_B = factor(self.out_features, r, trainable=False)
+            self.initial_A, self.initial_B = factor(*of_A, trainable=False), factor(*of_B, trainable=False)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -202,6 +204,14 @@ class LoRALinear(nn.Module):
                 f"The weight of a {type(self.base_layer).__name__} is quantized and cannot be merged."
             )
         return merged_weight(weight, self.factors, self.scaling, self.transposed).to(weight.dtype)
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """Return a weight in the base layer's layout as a matrix (out, in)."""
+        return weight.T if self.transposed else weight
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """Return a matrix (out, in) in the base layer's layout."""
+        return matrix.T if self.transposed else matrix
 
     @property
     def factors(self) -> Factors:

@@ -1,10 +1,11 @@
-"""The layers that can have adapters: what counts as linear, how large it is, and whether its weight is plain numbers.
+"""The layers that can have adapters: linear ones and convolutions, how large they are, whether they hold plain numbers.
 
 Hugging Face's ``Conv1D`` is recognized without importing transformers: a model that holds one has imported it.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from itertools import chain
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from milora_lightning.utils.compat import is_hooked
+from milora_lightning.utils.compat import ConvNd, is_hooked, own_convolution
 from milora_lightning.utils.errors import InvalidInputError
 
 PLAIN_LAYERS = (nn.Linear, NonDynamicallyQuantizableLinear)
@@ -41,11 +42,56 @@ def is_linear(module: object) -> TypeGuard[nn.Linear]:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
+def is_convolution(module: object) -> TypeGuard[ConvNd]:
+    """Whether a module is a convolution in one to three dimensions: not a transposed one, nor one with code of its own.
+
+    What pads or normalizes its weight by itself computes another function of its weight than torch's layers do.
+
+    >>> is_convolution(nn.Conv2d(2, 2, 3)), is_convolution(nn.ConvTranspose2d(2, 2, 3))
+    (True, False)
+    """
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and own_convolution(module)
+
+
+def is_adaptable(module: object) -> bool:
+    """Whether adapters fit a layer of this kind."""
+    return is_linear(module) or is_convolution(module)
+
+
+def groups_of(layer: nn.Module) -> int:
+    """Return the number of matrices in a layer's weight: one, or as many as a convolution has groups."""
+    return layer.groups if is_convolution(layer) else 1
+
+
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
-    """Return (out, in) of a linear layer, from its attributes: a quantized weight has another shape."""
+    """Return (out, in) of a layer, from its attributes: a quantized weight has another shape.
+
+    A convolution's weight (out, in / groups, *kernel) counts as a matrix of as many columns as a filter has entries.
+
+    >>> linear_shape(nn.Conv2d(4, 6, 3, groups=2))
+    (6, 18)
+    """
+    if is_convolution(layer):
+        return layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.kernel_size)
     if is_conv1d(layer):
         return cast(int, layer.nf), cast(int, layer.nx)
     return cast(int, layer.out_features), cast(int, layer.in_features)
+
+
+def factor_shapes(layer: nn.Module, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the shapes of A (r, in) and B (out, r): of groups, each has r / groups rows of A, and sees only these."""
+    out_features, in_features = linear_shape(layer)
+    return (r, in_features), (out_features, r // groups_of(layer))
+
+
+def largest_rank(layer: nn.Module) -> int:
+    """Return the largest r that a layer allows: the number of singular values, of all groups together.
+
+    >>> largest_rank(nn.Linear(8, 3)), largest_rank(nn.Conv2d(4, 6, 3, groups=2))
+    (3, 6)
+    """
+    (out_features, in_features), groups = linear_shape(layer), groups_of(layer)
+    return groups * min(out_features // groups, in_features)
 
 
 def is_plain(tensor: Tensor) -> bool:

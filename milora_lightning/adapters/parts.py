@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from milora_lightning.adapters.layer import LoRALinear
-from milora_lightning.adapters.linear_layers import is_linear
+from milora_lightning.adapters.linear_layers import is_adaptable
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.names import WRAPPERS, unwrapped_name
 
@@ -74,7 +74,7 @@ def find_part(module: nn.Module, name: str | None) -> nn.Module:
         raise TargetNotFoundError(
             f"module={name!r} is no part of {type(module).__name__}, whose parts are: {parts or 'none'}."
         ) from error
-    if is_linear(part) or isinstance(part, LoRALinear):
+    if is_adaptable(part) or isinstance(part, LoRALinear):
         raise InvalidInputError(f"module={name!r} is a single layer: name it in target_modules instead.")
     return part
 

@@ -7,19 +7,26 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from milora_lightning.adapters.linear_layers import linear_shape
+from milora_lightning.adapters.linear_layers import groups_of, is_convolution, largest_rank, linear_shape
 from milora_lightning.adapters.parts import ends_with, first_few, modules_by_name
 from milora_lightning.config import LoRAConfig
 
 TOO_SMALL = "is too small for r"
+UNEVEN = "has more groups than r, or a number of them that does not divide it,"
 FROZEN = "was frozen by you"
 
 
 def refusal(name: str, layer: nn.Module, r: int, reason: str) -> str:
     """Say why a layer that was named cannot have an adapter."""
     if reason == TOO_SMALL:
-        most = min(linear_shape(layer))
+        most = largest_rank(layer)
         return f"{_too_large(name, layer, r)} Choose r of at most {most}, or leave the layer out of target_modules."
+    if reason == UNEVEN:
+        groups = groups_of(layer)
+        return (
+            f"r={r} cannot be shared among the {groups} groups of the convolution {name!r}: give it a multiple of "
+            f"{groups} in rank_pattern, of at most {largest_rank(layer)}, or leave it out (exclude_modules)."
+        )
     if reason.startswith("is tied to"):
         return (
             f"The weight of target {name!r} {reason}: an adapter would change one and not the other. Leave it out of "
@@ -41,7 +48,7 @@ def nothing_left(module: nn.Module, config: LoRAConfig, left_out: Mapping[str, s
         return "All of target_modules is inside modules_to_save: nothing is left to adapt."
     small = [name for name, reason in left_out.items() if reason == TOO_SMALL]
     layers = modules_by_name(module)
-    largest = max((min(linear_shape(layers[name])) for name in small), default=0)
+    largest = max((largest_rank(layers[name]) for name in small), default=0)
     parts = [_too_large(small[0], layers[small[0]], config.rank(small[0]))] if small else []
     parts += [
         f"{first_few([n for n, why in left_out.items() if why == r])} {r}."
@@ -60,11 +67,14 @@ def no_match(module: nn.Module, what: str, layers: Mapping[str, nn.Module], targ
     others = {type(m).__name__ for n, m in modules_by_name(module).items() if target and ends_with(n, target)}
     if others:
         return (
-            f"The {what} matches only modules of type {', '.join(sorted(others))}; adapters fit nn.Linear and Conv1D. "
-            "Name linear layers instead."
+            f"The {what} matches only modules of type {', '.join(sorted(others))}; adapters fit linear layers "
+            "(nn.Linear, Conv1D) and convolutions (nn.Conv1d, nn.Conv2d, nn.Conv3d). Name such layers instead."
         )
-    endings = sorted({name.rsplit(".", 1)[-1] for name in layers})
-    close = difflib.get_close_matches(target or "", endings, n=1)
+    every = sorted({name.rsplit(".", 1)[-1] for name in layers})
+    endings = sorted({name.rsplit(".", 1)[-1] for name, layer in layers.items() if not is_convolution(layer)})
+    close = difflib.get_close_matches(target or "", every, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     exists = f"Its linear layers end in: {', '.join(endings)}." if endings else "It has no linear layers at all."
+    if convolutions := sorted({name.rsplit(".", 1)[-1] for name, layer in layers.items() if is_convolution(layer)}):
+        exists += f" Convolutions get adapters if named: {', '.join(convolutions)}."
     return f"The {what} matches no linear layer of {type(module).__name__}. {exists}{hint}"

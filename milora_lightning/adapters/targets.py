@@ -1,4 +1,4 @@
-"""Target layers: which linear layers of a model get adapters, and which are left out, with the reason."""
+"""Target layers: which layers of a model get adapters, and which are left out, with the reason."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import nn
 
 from milora_lightning.adapters.freezing import anything_trains, frozen_by_user
 from milora_lightning.adapters.layer import LoRALinear
-from milora_lightning.adapters.linear_layers import PLAIN_LAYERS, PLAIN_TENSORS, is_linear, is_plain, linear_shape
+from milora_lightning.adapters.linear_layers import is_adaptable, is_linear
+from milora_lightning.adapters.misfits import misfit
 from milora_lightning.adapters.parts import TargetNotFoundError, ends_with, excluded_names, find_part, first_few
 from milora_lightning.adapters.target_errors import FROZEN, TOO_SMALL, no_match, nothing_left, refusal
-from milora_lightning.adapters.tied import Owners, parameter_owners, tied_to
+from milora_lightning.adapters.tied import parameter_owners
 from milora_lightning.config import ALL_LINEAR, LoRAConfig
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.names import unwrapped_name
@@ -36,7 +37,7 @@ class Selection:
 def find_targets(
     module: nn.Module, target_modules: str | Sequence[str], exclude_modules: str | Sequence[str] = ()
 ) -> dict[str, nn.Module]:
-    """Find the linear layers that match and have no adapter yet, whether or not they can have one.
+    """Find the layers that match and have no adapter yet, whether or not they can have one.
 
     A layer that is registered under several names counts under its first.
 
@@ -63,7 +64,7 @@ def find_targets(
 
 
 def layers_named(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    """Return the linear layers of these full names, those with adapters as their LoRALinear.
+    """Return the layers of these full names, those with adapters as their LoRALinear.
 
     Raises:
         TargetNotFoundError: If there is no linear layer of one of the names.
@@ -109,7 +110,7 @@ def select_layers(module: nn.Module, config: LoRAConfig, kept: Collection[nn.Mod
         for name_in_part, layer in matches.items():
             name = prefix + name_in_part
             r = config.rank(name)
-            reason = FROZEN if skip_frozen and name_in_part in frozen else _misfit(layer, r, owners)
+            reason = FROZEN if skip_frozen and name_in_part in frozen else misfit(layer, r, owners)
             if reason == TOO_SMALL and named and config.init == "lora":
                 reason = None  # LoRA needs no singular triplets, and PEFT allows its adapters any rank
             if reason is None:
@@ -137,7 +138,8 @@ def _matches(module: nn.Module, entry: str, is_name: bool) -> dict[str, nn.Modul
         what = f"target_modules entry {entry!r}"
     elif entry == ALL_LINEAR:
         heads = output_heads(module)
-        found = {n: m for n, m in layers.items() if _base(m) not in heads and not ends_with(n, "lm_head")}
+        linear = {n: m for n, m in layers.items() if is_linear(_base(m))}
+        found = {n: m for n, m in linear.items() if _base(m) not in heads and not ends_with(n, "lm_head")}
         what = f'target_modules="{ALL_LINEAR}"'
     else:
         found = {name: layer for name, layer in layers.items() if re.fullmatch(entry, name)}
@@ -148,13 +150,13 @@ def _matches(module: nn.Module, entry: str, is_name: bool) -> dict[str, nn.Modul
 
 
 def adaptable_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """Return all linear layers with a weight, by name; those with adapters as their LoRALinear."""
+    """Return all layers with a weight that adapters fit, by name; those with adapters as their LoRALinear."""
     bases = {child.base_layer for child in module.modules() if isinstance(child, LoRALinear)}
     layers: dict[str, nn.Module] = {}
     for wrapped_name, child in module.named_modules():
         name = unwrapped_name(wrapped_name)
-        linear = name and is_linear(child) and child not in bases
-        if isinstance(child, LoRALinear) or (linear and child._parameters.get("weight") is not None):
+        fitting = name and is_adaptable(child) and child not in bases
+        if isinstance(child, LoRALinear) or (fitting and child._parameters.get("weight") is not None):
             layers[name] = child
     return layers
 
@@ -176,18 +178,3 @@ def output_heads(module: nn.Module) -> set[nn.Module | None]:
 
 def _base(layer: nn.Module) -> nn.Module:
     return layer.base_layer if isinstance(layer, LoRALinear) else layer
-
-
-def _misfit(layer: nn.Module, r: int, owners: Owners) -> str | None:
-    """Say why a layer cannot have an adapter of rank r; None if it can, or has one."""
-    if isinstance(layer, LoRALinear):
-        return None
-    weight: Tensor = layer._parameters["weight"]  # type: ignore[assignment]
-    if weight.is_complex():
-        return "has complex weights"
-    if type(layer) in PLAIN_LAYERS and type(weight) in PLAIN_TENSORS and not is_plain(weight):
-        return f"has weights of {weight.dtype}"
-    if r > min(linear_shape(layer)):
-        return TOO_SMALL
-    others = tied_to(layer, weight, owners)
-    return f"is tied to {', '.join(others)}" if others else None

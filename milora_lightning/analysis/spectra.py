@@ -22,6 +22,7 @@ from milora_lightning.adapters.base_weight import dense_weight
 from milora_lightning.adapters.factors import stack_factors
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.linear_layers import groups_of
 from milora_lightning.analysis.subspace import Update, reference_subspaces
 from milora_lightning.linalg.singular import SingularSlice, singular_slice
 from milora_lightning.utils.errors import InvalidInputError
@@ -81,6 +82,9 @@ def block_number(layer: str) -> int:
 @torch.no_grad()
 def update_of(layer: LoRALinear) -> Update:
     """Decompose the update of an adapter, ΔW = s (B A − B₀A₀)."""
+    if groups_of(layer.base_layer) > 1:  # the groups' updates below one another, as their weights are
+        delta = layer.delta_weight()
+        return Update.of(delta, torch.eye(delta.shape[1]).to(delta))
     A, B = stack_factors(*layer.factors)
     return Update.of(layer.scaling * B, A)
 

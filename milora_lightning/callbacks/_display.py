@@ -9,10 +9,12 @@ from lightning.pytorch import LightningModule
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from milora_lightning.adapters.convolution import grouped_product
 from milora_lightning.adapters.coverage import adapters_by_part, coverage
 from milora_lightning.adapters.decomposing import Batch
 from milora_lightning.adapters.factors import stack_factors
 from milora_lightning.adapters.injection import lora_layers
+from milora_lightning.adapters.linear_layers import groups_of
 from milora_lightning.config import LoRAConfig
 from milora_lightning.parallel.dtensor import full_tensor
 
@@ -75,5 +77,7 @@ def _largest_change(module: LightningModule) -> float:
     for layer in lora_layers(module).values():
         A, B = map(full_tensor, stack_factors(*layer.factors, layer.scaling))
         x = torch.randn(4, layer.in_features, device="cpu", generator=torch.Generator().manual_seed(0)).to(A)
+        if groups_of(layer.base_layer) > 1:
+            A, B = grouped_product(A, B, groups_of(layer.base_layer), layer.r), torch.eye(layer.out_features).to(A)
         changes.append((x @ A.T @ B.T).abs().max().float().cpu())
     return max(changes, default=torch.zeros(())).item()

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from milora_lightning.adapters.base_weight import dense_weight
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.linear_layers import groups_of
 from milora_lightning.linalg.singular import singular_slice
 from milora_lightning.parallel.work import raise_on_all_ranks
 from milora_lightning.strategies.base import check_whole
@@ -156,6 +157,11 @@ def project_out(rows: Tensor, basis: Tensor) -> Tensor:
 
 
 def _bases(name: str, layer: LoRALinear, p: int) -> tuple[Tensor, Tensor]:
+    if groups_of(layer.base_layer) > 1:
+        raise InvalidInputError(
+            f"PrincipalProjection cannot protect {name!r}, a convolution of several groups: leave it out of "
+            "target_modules, by exclude_modules for example."
+        )
     weight = dense_weight(layer)
     free = min(weight.shape) - layer.r
     if free < 1:

@@ -12,13 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from milora_lightning.adapters.factors import stack_factors
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import holds_its_weight
 from milora_lightning.checkpoint.fingerprint import fingerprint, unquantized
 from milora_lightning.data.encoding.prompt_format import PromptFormat
-from milora_lightning.export.compression import compress
 from milora_lightning.export.merging import as_dtype, is_factor, merged_state
 from milora_lightning.export.model_card import CARD, model_card
 from milora_lightning.export.peft_format import (
@@ -33,6 +31,7 @@ from milora_lightning.export.peft_format import (
     registrations,
     task_type,
 )
+from milora_lightning.export.peft_layers import in_peft, objection_to, stacked_rank, update_factors
 from milora_lightning.export.serving import save_tokenizer
 from milora_lightning.models.files import takes_images
 from milora_lightning.models.pretrained import load_processor
@@ -81,7 +80,7 @@ def export_peft(
     check_output(output)
     model = find_model(module)
     layers = _adapters(module, model)
-    if said := objection(model):
+    if said := objection(model) or next(filter(None, map(objection_to, layers.values())), None):
         raise InvalidInputError(f"PEFT cannot represent these adapters: {said}. {MERGED}")
     kept = _kept_whole(model, layers)
     inside = tuple(f"{name}." for name in kept)
@@ -94,14 +93,11 @@ def export_peft(
     tensors: dict[str, Tensor] = {}
     ranks, alphas, lost, energy = {}, {}, 0.0, 0.0
     for name, layer in outside.items():
-        A, B = _factors(layer)
-        ranks[name], alphas[name] = len(A), layer.lora_alpha * len(A) / layer.r
-        if rank is not None and rank < len(A):
-            A, B, layer_lost, layer_energy = compress(layer.scaling * B, A, rank)
-            lost, energy = lost + layer_lost, energy + layer_energy
-            ranks[name] = alphas[name] = rank
-        elif rank is not None:
-            energy += layer.delta_weight().double().square().sum().item()
+        A, B, layer_lost, layer_energy = update_factors(layer, rank)
+        lost, energy = lost + layer_lost, energy + layer_energy
+        ranks[name] = len(A)
+        alphas[name] = len(A) if len(A) < stacked_rank(layer) else layer.lora_alpha * len(A) / layer.r
+        A, B = in_peft(layer, A, B)
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A.contiguous().cpu()
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B.contiguous().cpu()
     for key, value in merged_state(model, dtype=torch.float32, only=inside)[0].items():
@@ -219,18 +215,12 @@ def _adapters(module: nn.Module, model: nn.Module) -> dict[str, LoRALinear]:
     return layers
 
 
-@torch.no_grad()
-def _factors(layer: LoRALinear) -> tuple[Tensor, Tensor]:
-    A, B = stack_factors(*layer.factors)
-    return A.detach(), B.detach()
-
-
 def _check_rank(rank: int | None, layers: Mapping[str, LoRALinear]) -> None:
     if rank is None:
         return
     if rank < 1:
         raise InvalidInputError(f"rank must be at least 1, not {rank}; leave it out to keep everything.")
-    largest = max(len(_factors(layer)[0]) for layer in layers.values())
+    largest = max(stacked_rank(layer) for layer in layers.values())
     if rank > largest:
         raise InvalidInputError(f"rank={rank} is more than the adapters' {largest}; leave it out to keep everything.")
 

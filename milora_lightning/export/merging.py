@@ -89,8 +89,7 @@ def merge_adapters(model: nn.Module) -> float:
 def _merge(name: str, layer: LoRALinear, dtype: torch.dtype | None) -> tuple[Tensor, float, float]:
     """W + ΔW, added in the factors' precision and rounded once; and ‖·‖²_F of the rounding error and of ΔW."""
     weight = layer.base_layer.weight.detach()
-    delta = layer.delta_weight()
-    delta = delta.T if layer.transposed else delta
+    delta = layer.as_weight(layer.delta_weight())
     exact = weight.to(delta.dtype) + delta
     rounded = _cast(name, exact, dtype or weight.dtype)
     error = (rounded.to(delta.dtype) - weight.to(delta.dtype)) - delta

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
-from milora_lightning.adapters.linear_layers import linear_shape
 from milora_lightning.adapters.surgery import inject
 from milora_lightning.adapters.targets import find_targets
 from milora_lightning.checkpoint.fingerprint import check_base, fingerprint, unquantized
@@ -24,7 +23,9 @@ from milora_lightning.checkpoint.io import CheckpointError
 from milora_lightning.config import LoRAConfig
 from milora_lightning.export.folders import BASE_KEY, find_model
 from milora_lightning.export.peft_format import PEFT_PREFIX, deviations, most_common, opens_otherwise
+from milora_lightning.export.peft_layers import from_peft, peft_shapes
 from milora_lightning.parallel.dtensor import copy_into, full_tensor
+from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.names import unwrapped_name
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def load_peft(module: nn.Module, folder: str | Path) -> LoRAConfig:
         raise CheckpointError(f"PEFT itself cannot load {str(folder)!r} into this model: {said}.")
     inject(model, config, names)
     for name, layer in lora_layers(model).items():
-        layer.set_initial_factors(*(tensors[_key(name, factor)] for factor in ("lora_A", "lora_B")))
+        layer.set_initial_factors(*_ours(layer, name, tensors, folder))
     places = _places(model)
     with torch.no_grad():
         for name, value in _whole(tensors).items():
@@ -230,8 +231,15 @@ def _places(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _factor_shapes(name: str, layer: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
-    out_features, in_features = linear_shape(layer.base_layer if isinstance(layer, LoRALinear) else layer)
-    return {_key(name, "lora_A"): (r, in_features), _key(name, "lora_B"): (out_features, r)}
+    of_A, of_B = peft_shapes(layer.base_layer if isinstance(layer, LoRALinear) else layer, r)
+    return {_key(name, "lora_A"): of_A, _key(name, "lora_B"): of_B}
+
+
+def _ours(layer: LoRALinear, name: str, tensors: dict[str, Tensor], folder: str | Path) -> tuple[Tensor, Tensor]:
+    try:
+        return from_peft(layer, *(tensors[_key(name, factor)] for factor in ("lora_A", "lora_B")))
+    except InvalidInputError as error:
+        raise CheckpointError(f"{str(folder)!r} cannot be loaded: of {name!r}, {error}.") from error
 
 
 def _layer_names(tensors: dict[str, Tensor]) -> list[str]:

@@ -96,6 +96,19 @@ softmax_backward = torch._softmax_backward_data
 multiply_together = torch._foreach_mul_
 
 
+def own_convolution(module: Any) -> bool:
+    """Whether a convolution computes what torch's class of its kind does: nothing in its class replaces that."""
+    kind: Any = type(module)
+    plain = next(base for base in kind.__mro__ if base in (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d))
+    return bool(kind.forward is plain.forward and kind._conv_forward is plain._conv_forward)
+
+
+def convolve(module: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Convolve x with other filters than a convolution's own, and with all else as there: padding, stride, groups."""
+    output: torch.Tensor = module._conv_forward(x, weight, None)
+    return output
+
+
 def bind_compiled(module: Any) -> None:
     """If a module is ``torch.compile``'s wrapper, make it call the module that is inside it now.
 

@@ -1,0 +1,35 @@
+"""Why a layer of a kind that adapters fit cannot have one."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.linear_layers import (
+    PLAIN_LAYERS,
+    PLAIN_TENSORS,
+    groups_of,
+    is_convolution,
+    is_plain,
+    largest_rank,
+)
+from milora_lightning.adapters.target_errors import TOO_SMALL, UNEVEN
+from milora_lightning.adapters.tied import Owners, tied_to
+
+
+def misfit(layer: nn.Module, r: int, owners: Owners) -> str | None:
+    """Say why a layer cannot have an adapter of rank r; None if it can, or has one."""
+    if isinstance(layer, LoRALinear):
+        return None
+    weight: Tensor = layer._parameters["weight"]  # type: ignore[assignment]
+    if weight.is_complex():
+        return "has complex weights"
+    known = type(layer) in PLAIN_LAYERS or is_convolution(layer)
+    if known and type(weight) in PLAIN_TENSORS and not is_plain(weight):
+        return f"has weights of {weight.dtype}"
+    if r % groups_of(layer):
+        return UNEVEN
+    if r > largest_rank(layer):
+        return TOO_SMALL
+    others = tied_to(layer, weight, owners)
+    return f"is tied to {', '.join(others)}" if others else None

@@ -1,0 +1,104 @@
+"""The shapes in which PEFT keeps the factors of each kind of layer, and what its layers cannot do."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from milora_lightning.adapters.convolution import LoRAConv, by_group
+from milora_lightning.adapters.factors import stack_factors
+from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.linear_layers import factor_shapes, groups_of, is_convolution
+from milora_lightning.export.compression import compress
+from milora_lightning.utils.errors import InvalidInputError
+
+
+@torch.no_grad()
+def update_factors(layer: LoRALinear, rank: int | None = None) -> tuple[Tensor, Tensor, float, float]:
+    """Write an adapter's update as two factors, of all of its rank or of a lower one.
+
+    Args:
+        layer: The adapter.
+        rank: The rank to compress to; the factors include the scale only if this makes them smaller.
+
+    Returns:
+        A (n, in) and B (out, n / groups), the rows of A sorted by group; the energy ‖·‖²_F that is lost, and that of
+        ΔW. Both energies are 0 without ``rank``.
+    """
+    A, B = stack_factors(*layer.factors)
+    groups = groups_of(layer.base_layer)
+    A = by_group(A, groups, layer.r).flatten(0, 1) if groups > 1 else A
+    if rank is None:
+        return A.detach(), B.detach(), 0.0, 0.0
+    if rank >= len(A):
+        return A.detach(), B.detach(), 0.0, layer.delta_weight().double().square().sum().item()
+    if rank % groups:
+        raise InvalidInputError(
+            f"rank={rank} cannot be shared among the {groups} groups of a convolution: choose a multiple of {groups}."
+        )
+    matrices = zip((layer.scaling * B).chunk(groups), A.chunk(groups), strict=True)
+    each = [compress(own_B, own_A, rank // groups) for own_B, own_A in matrices]
+    lost, energy = sum(part[2] for part in each), sum(part[3] for part in each)
+    return torch.cat([part[0] for part in each]), torch.cat([part[1] for part in each]), lost, energy
+
+
+def stacked_rank(layer: LoRALinear) -> int:
+    """Return the rank of an adapter's whole update: of A and ΔA one below the other, or of A alone."""
+    return layer.r if layer.initial_A is None else 2 * layer.r
+
+
+def in_peft(layer: LoRALinear, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors as PEFT keeps them: those of a convolution as filters, each of which reads all of its input.
+
+    Args:
+        layer: The adapter.
+        A: Factor (n, in), its rows sorted by group.
+        B: Factor (out, n / groups).
+    """
+    if not isinstance(layer, LoRAConv):
+        return A, B
+    filters, groups = layer.as_weight(A), layer.groups
+    whole = filters.new_zeros(len(A), groups, *filters.shape[1:])
+    for group, (part, own) in enumerate(zip(whole.chunk(groups), filters.chunk(groups), strict=True)):
+        part[:, group] = own
+    return whole.flatten(1, 2), B.reshape(*B.shape, *[1] * len(layer.kernel_size))
+
+
+def peft_shapes(layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes in which PEFT keeps the factors of a layer, given without its adapter."""
+    of_A, of_B = factor_shapes(layer, r)
+    if not is_convolution(layer):
+        return of_A, of_B
+    return (r, layer.in_channels, *layer.kernel_size), (*of_B, *[1] * len(layer.kernel_size))
+
+
+def from_peft(layer: LoRALinear, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors that PEFT has kept as A (r, in) and B (out, r / groups).
+
+    Raises:
+        ValueError: If a group's filters read more of the input than the group does, as those that PEFT has trained do.
+    """
+    if not isinstance(layer, LoRAConv):
+        return A, B
+    groups = layer.groups
+    parts = A.reshape(len(A), groups, -1, *A.shape[2:]).chunk(groups)
+    own = torch.cat([part[:, group] for group, part in enumerate(parts)])
+    if not math.isclose(own.double().norm(), A.double().norm(), rel_tol=1e-9):
+        raise InvalidInputError(
+            f"it adapts a convolution of {groups} groups by filters that read all of its input, which is no change of "
+            "the convolution's weight, and PEFT cannot merge it either"
+        )
+    return own.flatten(1), B.flatten(1)
+
+
+def objection_to(layer: LoRALinear) -> str | None:
+    """Return what PEFT's adapter of a layer computes otherwise; None if it does not."""
+    if not isinstance(layer, LoRAConv):
+        return None
+    if any(step != 1 for step in layer.dilation):
+        return f"its adapters of convolutions have no dilation, and one of these has {layer.dilation}"
+    if layer.padding_mode != "zeros":
+        return f"its adapters of convolutions pad with zeros, and one of these has padding_mode={layer.padding_mode!r}"
+    return None
