@@ -86,7 +86,7 @@ class LoRALinear(nn.Module):
     _merged: MergedProduct | None = None
     part: Part | None = None
     fits: Callable[[object], bool] = staticmethod(is_linear)
-    _ADAPTS = "nn.Linear or Conv1D"
+    _ADAPTS: str = "nn.Linear or Conv1D"
 
     def __init__(
         self,
