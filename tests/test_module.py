@@ -94,13 +94,14 @@ def test_evaluation_weights_by_tokens_and_leaves_training_undisturbed(llama: Pat
     for a, b in zip(plain.parameters(), lm.parameters(), strict=True):
         assert torch.equal(a, b)
     assert lm.model.training
-    datamodule = data(tmp_path, llama, eval_batch_size=11)
+    datamodule = data(tmp_path, llama, eval_batch_size=3)
     losses, answers = trainer.validate(lm, datamodule, verbose=False)
     results = losses | answers
     with torch.no_grad():
         datamodule.setup("validate")
-        total, tokens = lm.eval().loss(next(iter(datamodule.val_dataloader()[0])))
-        whole = total / tokens
+        batches = [lm.eval().loss(batch) for batch in datamodule.val_dataloader()[0]]
+        whole = sum(total for total, _ in batches) / sum(tokens for _, tokens in batches)
+    assert len({int(tokens) for _, tokens in batches}) > 1
     assert results["val_loss"] == pytest.approx(whole.item(), rel=1e-5)
     assert results["val_perplexity"] == pytest.approx(whole.exp().item(), rel=1e-5)
     assert 0 <= results["val_accuracy"] <= 1

@@ -7,13 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.layers import adapted
 from helpers.models import quiet_trainer, save_tiny_model
 from helpers.modules import data, module
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from milora_lightning import MiLoRAInit, SubspaceMonitor
-from milora_lightning.analysis.spectra import MatrixAnalysis, analyze_matrix, analyze_model, averages, by_type
+from milora_lightning.analysis.spectra import (
+    MatrixAnalysis,
+    analyze_matrix,
+    analyze_model,
+    averages,
+    block_number,
+    by_type,
+    update_of,
+)
 from milora_lightning.analysis.subspace import Update, similarity
 from milora_lightning.cli.main import main
 from milora_lightning.linalg.singular import SingularSlice
@@ -96,6 +105,29 @@ def test_energy_lies_where_it_was_planted() -> None:
     left, _ = delta.energy(SingularSlice(planted.U, planted.S, planted.V.T), 8)
     torch.testing.assert_close(left, expected)
     assert left.sum() < 0.9  # the rest is in the null space of the longer side
+
+
+@pytest.mark.parametrize("init", ["milora", "lora"])
+def test_the_update_of_a_layer_is_what_it_adds_to_its_weight(init: str) -> None:
+    """With its scale, which is not 1 where alpha is not r."""
+    layer = adapted(init)
+    assert layer.scaling == 1.5
+    found = update_of(layer)
+    torch.testing.assert_close((found.U * found.S @ found.Vh).float(), layer.delta_weight().detach())
+    assert found.amplification(layer.base_layer.weight.detach(), 2) > 0
+
+
+def test_subspaces_of_other_sizes_and_numbers_in_names() -> None:
+    basis = orthonormal(12, 6, 0)
+    assert similarity(basis[:, :2], basis) == pytest.approx(1)  # one holds the other
+    assert similarity(basis, basis[:, 4:]) == pytest.approx(1)
+    assert [block_number(name) for name in ("h.3.mlp", "3", "conv2d.4", "conv2d.proj", "layers.11.q.2")] == [
+        3,
+        3,
+        4,
+        0,
+        11,
+    ]
 
 
 def test_rank_of_an_update_counts_what_is_not_zero() -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import yaml
 
 from milora_lightning.checkpoint.adapter import read_checkpoint
-from milora_lightning.cli.compare import RunCLI
+from milora_lightning.cli import compare as comparing
+from milora_lightning.cli import report
+from milora_lightning.cli.compare import Comparison, RunCLI, Trajectory
 from milora_lightning.cli.main import main
 from milora_lightning.cli.report import by_method, paired_table, results_table, spread, sweep_table
 from milora_lightning.cli.runs import Run, best_rate
@@ -72,15 +76,15 @@ def test_a_comparison_sweeps_trains_reports_and_resumes(
         assert float(trajectory[0]["forgetting_kl"]) == 0 < float(trajectory[-1]["forgetting_kl"])
         assert trajectory[-1]["val_loss"] == row["val_loss"] != trajectory[0]["val_loss"]
         assert read_checkpoint(folder / "last.ckpt")["global_step"] == 6
-    report = (output / "report.md").read_text()
+    text = (output / "report.md").read_text()
     losses = [float(r["val_loss"]) for r in final if r["method"] == "lora"]
-    assert f"| {spread(losses)} |" in report
+    assert f"| {spread(losses)} |" in text
     for name in ("learning_curves.png", "learning_forgetting.png"):
-        assert name in report
+        assert name in text
         assert (output / name).read_bytes().startswith(b"\x89PNG")
     assert not list((project / "out").rglob("*.ckpt"))
 
-    done, before = len(runs), report
+    done, before = len(runs), text
     victim = next(output.glob("lora-*-seed1"))
     trajectory = untimed(victim)
     weights = read_checkpoint(victim / "last.ckpt")["state_dict"]
@@ -159,6 +163,62 @@ def test_mistakes_are_named_before_anything_runs(
     assert not list((project / "comparison").glob("*"))
 
 
+class Recorded(Comparison):
+    """A comparison whose runs take no time: each has the loss that belongs to its learning rate."""
+
+    made: ClassVar[list[tuple[str, str, float, int, bool]]] = []
+    losses: ClassVar[dict[float, float]] = {1e-3: 0.3, 1e-2: 0.2, 1e-1: 0.4}
+
+    def parse(self, run: Run) -> Any:
+        return SimpleNamespace(config=None)
+
+    def check(self, runs: Sequence[Run]) -> None:
+        self.checked = [run.name for run in runs]
+
+    def run(self, runs: Sequence[Run], what: str, save: bool) -> None:
+        for run in runs:
+            assert run.name in self.checked
+            run.rows = run.rows or fake("", 0, 0, self.losses[run.learning_rate], 0).rows
+            self.made.append((what, run.method, run.learning_rate, run.seed, save))
+
+
+@pytest.mark.parametrize(
+    ("given", "used", "kept"), [(None, 8, False), (0, 0, False), (7, 7, True)], ids=["default", "zero", "reported"]
+)
+def test_rates_are_chosen_with_their_own_seed(
+    given: int | None, used: int, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zero is a seed, too; runs of a reported seed are kept whole, because they are reported as well."""
+    reported: list[tuple[float, int]] = []
+    monkeypatch.setattr(comparing, "Comparison", Recorded)
+    monkeypatch.setattr(Recorded, "made", [])
+    monkeypatch.setattr(
+        report, "write_report", lambda _, runs, *__: reported.extend((r.learning_rate, r.seed) for r in runs)
+    )
+    comparing.compare([], ["milora", "lora"], str(tmp_path), [1e-3, 1e-2, 1e-1], [5, 7], given)
+    sweep = [(method, rate, seed, save) for what, method, rate, seed, save in Recorded.made if "sweep" in what]
+    assert sweep == [(method, rate, used, kept) for method in ("milora", "lora") for rate in (1e-3, 1e-2, 1e-1)]
+    final = [(method, rate, seed, save) for what, method, rate, seed, save in Recorded.made if "sweep" not in what]
+    assert final == [(method, 1e-2, seed, True) for seed in (5, 7) for method in ("milora", "lora")]
+    assert reported == [(1e-2, 5), (1e-2, 5), (1e-2, 7), (1e-2, 7)]
+
+
+def test_a_run_is_given_its_own_seed_rate_and_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparing, "RunCLI", lambda arguments: arguments)
+    arguments = Comparison(["--config", "mine.yaml"], {"a": "method/a.yaml"}, Path()).parse(Run("a", 3e-4, 6))
+    assert arguments[:4] == ["--config", "mine.yaml", "--config", "method/a.yaml"]
+    assert {"--seed_everything=6", "--data.seed=6", "--model.optimizer.lr=0.0003"} <= set(arguments)
+
+
+def test_the_end_of_training_is_measured_once() -> None:
+    trajectory = Trajectory()
+    for step, loss in ((0, 3.0), (4, 2.0), (4, 9.0), (6, 1.0)):
+        trainer = SimpleNamespace(global_step=step, callback_metrics={"val_loss": torch.tensor(loss)})
+        trajectory.on_validation_end(trainer, None)  # type: ignore[arg-type]
+    assert [(row["step"], row["val_loss"]) for row in trajectory.rows] == [(0, 3.0), (4, 2.0), (6, 1.0)]
+    assert [row["seconds"] for row in trajectory.rows] == sorted(row["seconds"] for row in trajectory.rows)
+
+
 def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["compare", "--help"])
@@ -188,4 +248,5 @@ def test_tables_say_what_was_measured() -> None:
     sweep = [fake("a", rate, 9, loss, 0.1) for rate, loss in ((1e-3, 0.3), (1e-2, 0.2), (1e-1, 0.4))]
     assert "| a | 0.3000, 0.1 | **0.2000**, 0.1 | 0.4000, 0.1 |" in sweep_table(sweep)
     assert "edge" not in sweep_table(sweep)
-    assert "For a the best is at the edge" in sweep_table(sweep[:2])
+    for edge in (sweep[:2], sweep[1:]):  # the highest rate, and the lowest
+        assert "For a the best is at the edge" in sweep_table(edge)
