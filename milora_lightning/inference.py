@@ -31,7 +31,7 @@ from milora_lightning.models.processor import (
     warn_of_unused_gpu,
 )
 from milora_lightning.module import CausalLMModule
-from milora_lightning.utils.compat import is_sharded_folder
+from milora_lightning.utils.compat.lightning import is_sharded_folder
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import inform, warn
 

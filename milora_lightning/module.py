@@ -9,53 +9,33 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torchmetrics import Metric
-from transformers import PreTrainedModel
 
 from milora_lightning.adapters.injection import adapters_merged, lora_layers
-from milora_lightning.adapters.surgery import inject
 from milora_lightning.checkpoint.adapter import inject_as_in
 from milora_lightning.checkpoint.io import KEY
-from milora_lightning.config import LoRAConfig
 from milora_lightning.data.batches.images import IMAGES
 from milora_lightning.data.encoding.asking import question_batch
 from milora_lightning.data.encoding.prompt_format import PromptFormat, warn_of_another
-from milora_lightning.data.model_check import check_model
 from milora_lightning.models.choosing import choose_likeliest
-from milora_lightning.models.choosing_attention import AUTO, choose_attention
-from milora_lightning.models.compile import compile_layers
-from milora_lightning.models.files import takes_images
+from milora_lightning.models.choosing_attention import AUTO
 from milora_lightning.models.generation import cut_at_stop, generate_greedily, greedy_config, use_generation_config
-from milora_lightning.models.kernels import apply_liger
 from milora_lightning.models.loss import causal_lm_loss, example_weights, supervised_logits
-from milora_lightning.models.packed_rows import check_separation, check_takes_positions
+from milora_lightning.models.packed_rows import check_separation
 from milora_lightning.models.positions import found_before_transfer, known_after_transfer, supervised_count
-from milora_lightning.models.pretrained import load_causal_lm, load_config, load_tokenizer
-from milora_lightning.models.processor import (
-    CHOSEN,
-    DtypeName,
-    held_as,
-    hold_in_float32,
-    loaded_as,
-    warn_of_slow_products,
-)
+from milora_lightning.models.processor import DtypeName
 from milora_lightning.models.quantized import Quantization
-from milora_lightning.models.recompute import check_share, recompute_layers
 from milora_lightning.models.segments import positions_of
-from milora_lightning.models.streaming import empty_causal_lm, stream_weights
 from milora_lightning.screen.figures import peak_memory
-from milora_lightning.strategies.base import shard_model, sharding_of, shards
-from milora_lightning.training.evaluation import Batch, EvaluatedModule
-from milora_lightning.training.loss_scaling import check_loss_scaling, is_float16
+from milora_lightning.training.evaluation import Batch
+from milora_lightning.training.loading import LoadedModule
 from milora_lightning.training.schedules import WARMUP
 from milora_lightning.training.throughput import Throughput
-from milora_lightning.utils.allocator import map_large_tensors
 from milora_lightning.utils.errors import InvalidInputError
-from milora_lightning.utils.messages import inform
 
 BY_EXAMPLE = "seq-mean-token-mean"
 
 
-class CausalLMModule(EvaluatedModule):
+class CausalLMModule(LoadedModule):
     """Fine-tunes a causal language model on prompts and responses.
 
     Training logs the loss per supervised token, the learning rate, the gradient norm, throughput and memory; validation
@@ -112,9 +92,6 @@ class CausalLMModule(EvaluatedModule):
     takes_one_row = True
     """Whether it keeps apart the examples that share the only row of a batch."""
 
-    milora_config: LoRAConfig | None = None
-    """The configuration of the adapters that this run trains; set by :class:`milora_lightning.MiLoRAInit`."""
-
     def __init__(
         self,
         name_or_path: str,
@@ -144,136 +121,23 @@ class CausalLMModule(EvaluatedModule):
                 f"max_new_tokens must be at least 1, not {max_new_tokens}. To generate no answers in validation, set "
                 "the data's num_generation_examples to 0."
             )
-        check_share(gradient_checkpointing)
+        self.set_model_options(
+            name_or_path, dtype, attn_implementation, gradient_checkpointing, compile, quantization, liger
+        )
         self.save_hyperparameters(ignore=["optimizer", "metric"])
-        self.name_or_path = name_or_path
-        self.dtype_name = dtype
-        self.attn_implementation = attn_implementation
-        self.gradient_checkpointing = gradient_checkpointing
-        self.compile_layers = compile
-        self.quantization = quantization
-        self.liger = liger
         self.max_new_tokens = max_new_tokens
         self.loss_agg_mode = loss_agg_mode
         self.num_beams = num_beams
-        self.model: PreTrainedModel | None = None
         self.prompt_format: PromptFormat | None = None
         self._throughput = Throughput()
 
-    # ---- Loading ----
-
     def setup(self, stage: str) -> None:
-        """Ask questions in the data's prompt format, and refuse a quantized model that the run cannot use."""
+        """Ask questions in the data's prompt format."""
         super().setup(stage)
         if self.sft_data is not None:
             trained, self.prompt_format = self.prompt_format, self.sft_data.prompt_format
             if stage != "fit" and trained is not None and self.prompt_format is not None:
                 warn_of_another(trained, self.prompt_format)
-        if self.quantization is not None:
-            self._check_quantized(stage)
-        if stage == "fit":
-            check_loss_scaling(self.trainer, self, self.dtype_name == "float16")
-
-    def prepare_data(self) -> None:
-        """Refuse what is no causal language model, or cannot be trained as it is, before data is tokenized for it."""
-        if self.model is None and type(self).configure_model is CausalLMModule.configure_model:
-            config, device = load_config(self.name_or_path), self.trainer.strategy.root_device
-            if self._is_fitting:
-                half = held_as(self.dtype_name, config.dtype, device.type) == torch.float16
-                check_loss_scaling(self.trainer, self, half)
-
-    def configure_model(self) -> None:
-        """Load the model, once, and check that it fits the data."""
-        if self.model is None:
-            self._build()
-        if self.sft_data is not None:
-            check_model(self.sft_data, self, self.sft_data.pad_to_multiple_of)
-            if remedy := self.sft_data.remedy_for_shared_rows(auto=False):
-                check_takes_positions(self._built(), remedy)
-
-    def load_model(self) -> PreTrainedModel:
-        """Load the model, or, where it will be sharded, create it without weights. Override it to load another way."""
-        origin = self.name_or_path, loaded_as(self.dtype_name), self._attention()
-        if self.device_mesh is not None:
-            return empty_causal_lm(*origin)
-        device = torch.device("cpu") if self._trainer is None else self._trainer.strategy.root_device
-        return load_causal_lm(*origin, self.quantization, device)
-
-    def _attention(self) -> str | None:
-        """Return the name of the attention to load the model with; None for transformers' choice."""
-        if self.attn_implementation != AUTO:
-            return self.attn_implementation
-        if self._trainer is None:
-            return None
-        config, device = load_config(self.name_or_path), self._trainer.strategy.root_device
-        choice = choose_attention(config, held_as(self.dtype_name, config.dtype, device.type), device)
-        if self._is_fitting:
-            inform(choice.in_words)
-        return choice.name
-
-    def _build(self) -> None:
-        mesh = self.device_mesh
-        device = None if self._trainer is None else self._trainer.strategy.root_device
-        if self.compile_layers and device is not None and mesh is None and shards(self.trainer.strategy):
-            raise InvalidInputError(
-                "compile: true does not work under FSDPStrategy (FSDP1): leave it out, or use FSDP2 (strategy: "
-                "milora_fsdp2)."
-            )
-        if self.compile_layers and mesh is not None and mesh["tensor_parallel"].size() > 1:
-            raise InvalidInputError("compile: true does not work with tensor_parallel_size above 1: leave one out.")
-        if mesh is not None and takes_images(load_config(self.name_or_path)):
-            raise InvalidInputError(
-                "A model that takes images cannot be sharded yet: use strategy: ddp, and quantization: nf4 if it is "
-                "too large."
-            )
-        if self.gradient_checkpointing and device is not None and device.type == "cpu":
-            map_large_tensors()
-        model = self.load_model()
-        recompute_layers(model, self.gradient_checkpointing)
-        if self.liger and device is not None:
-            apply_liger(model, device)
-        if self.compile_layers:
-            compile_layers(model, device)
-        if device is not None:
-            self._suit_processor(model, device)
-        if self._is_fitting:
-            check_loss_scaling(self.trainer, self, is_float16(model))
-        self.model = model.train()
-        if mesh is not None:  # FSDP2: inject adapters, then shard, then read the weights
-            if self.milora_config is not None:
-                inject(self, self.milora_config)
-            strategy = self.trainer.strategy
-            if self.gradient_checkpointing and (chosen := sharding_of(strategy).activation_checkpointing) is not None:
-                raise InvalidInputError(
-                    f"gradient_checkpointing is {self.gradient_checkpointing}, and the strategy's "
-                    f"activation_checkpointing {chosen}: leave one of them out."
-                )
-            shard_model(strategy, model)
-            stream_weights(model, self.name_or_path, strategy.root_device, sharding_of(strategy).cpu_offload)
-        self.tokenizer = load_tokenizer(self.name_or_path)
-
-    def _suit_processor(self, model: PreTrainedModel, device: torch.device) -> None:
-        """On a CPU without products in the model's dtype, hold it in float32, or warn if that was not left to us."""
-        # Weights that train in full would be saved in float32 then, and rounded where they are loaded.
-        adapters = self.milora_config is not None or not self._is_fitting
-        # Rounding is the loader's; shards are read as they are in the files.
-        rounds = self.dtype_name == "fast" and self.device_mesh is not None
-        if self.dtype_name in CHOSEN and adapters and not rounds and not getattr(model, "is_quantized", False):
-            hold_in_float32(model, device)
-        if device.type == "cpu":
-            warn_of_slow_products(model.dtype)
-
-    def _check_quantized(self, stage: str) -> None:
-        if shards(self.trainer.strategy):
-            raise InvalidInputError(
-                f"quantization: {self.quantization} does not work with sharded models, whose weights are read shard by "
-                "shard: leave it out, or use one device or strategy: ddp."
-            )
-        if stage == "fit" and self.milora_config is None and not lora_layers(self):
-            raise InvalidInputError(
-                f"Weights with quantization: {self.quantization} cannot be trained themselves: train adapters "
-                "(adapter.init: milora), or leave quantization out."
-            )
 
     # ---- Training ----
 
@@ -416,8 +280,3 @@ class CausalLMModule(EvaluatedModule):
         if KEY in checkpoint["state_dict"] and not lora_layers(self):
             inject_as_in(self, checkpoint["state_dict"])
         super().on_load_checkpoint(checkpoint)
-
-    def _built(self) -> PreTrainedModel:
-        if self.model is None:
-            raise RuntimeError("The model is not loaded yet: call configure_model() before using the module alone.")
-        return self.model

@@ -19,7 +19,7 @@ from torch import Tensor
 from milora_lightning.adapters.dropout import drop, drop_again, random_state, scales
 from milora_lightning.adapters.factors import Factors, stack_factors
 from milora_lightning.adapters.linear_layers import PLAIN_TENSORS
-from milora_lightning.utils.compat import kept_factors, transformed
+from milora_lightning.utils.compat.torch import kept_factors, transformed
 
 
 def lora_linear(

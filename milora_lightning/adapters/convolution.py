@@ -27,7 +27,7 @@ from milora_lightning.adapters.dropout import drop, scales
 from milora_lightning.adapters.factors import stack_factors
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import is_convolution
-from milora_lightning.utils.compat import convolve
+from milora_lightning.utils.compat.torch import convolve
 
 _POINTWISE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _READ_BY_MODELS = (

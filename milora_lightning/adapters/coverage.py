@@ -25,7 +25,7 @@ from milora_lightning.adapters.target_errors import FROZEN, TOO_SMALL
 from milora_lightning.adapters.targets import Selection, output_heads, select_layers
 from milora_lightning.config import ALL_LINEAR, LoRAConfig
 from milora_lightning.parallel.dtensor import is_sharded
-from milora_lightning.utils.compat import ConvNd
+from milora_lightning.utils.compat.torch import ConvNd
 
 LARGE_SHARE = 0.1
 """Smallest share of the weights without adapters that is worth a remark."""

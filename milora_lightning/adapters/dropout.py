@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from milora_lightning.adapters.factors import Factors, stack_factors
-from milora_lightning.utils.compat import outside_transforms
+from milora_lightning.utils.compat.torch import outside_transforms
 
 
 def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from milora_lightning.utils.compat import NormBase, SpectralNormParametrization
+from milora_lightning.utils.compat.torch import NormBase, SpectralNormParametrization
 from milora_lightning.utils.derived_class import Derived, derive
 
 

@@ -15,7 +15,7 @@ from milora_lightning.adapters.freezing import freeze
 from milora_lightning.adapters.kinds import adapter_class
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.config import LoRAConfig
-from milora_lightning.utils.compat import bind_compiled
+from milora_lightning.utils.compat.torch import bind_compiled
 from milora_lightning.utils.names import unwrapped_name
 
 

@@ -40,7 +40,7 @@ from milora_lightning.adapters.merged_product import MergedProduct, can_merge, m
 from milora_lightning.adapters.split import Part
 from milora_lightning.config import DropoutOn, Init
 from milora_lightning.parallel.dtensor import copy_into, full_tensor
-from milora_lightning.utils.compat import transformed
+from milora_lightning.utils.compat.torch import transformed
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.precision import without_rounding
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from milora_lightning.utils.compat import ConvNd, is_hooked, own_convolution
+from milora_lightning.utils.compat.torch import ConvNd, is_hooked, own_convolution
 from milora_lightning.utils.errors import InvalidInputError
 
 PLAIN_LAYERS = (nn.Linear, NonDynamicallyQuantizableLinear)

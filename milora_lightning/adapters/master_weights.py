@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from milora_lightning.utils.compat import flat_weights
+from milora_lightning.utils.compat.torch import flat_weights
 from milora_lightning.utils.derived_class import Derived, derive
 from milora_lightning.utils.names import unwrapped_name
 from milora_lightning.utils.precision import without_rounding

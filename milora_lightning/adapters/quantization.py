@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from milora_lightning.adapters.linear_layers import PLAIN_TENSORS, holds_its_weight, is_plain, scale_name
-from milora_lightning.utils.compat import is_traceable_wrapper_subclass
+from milora_lightning.utils.compat.torch import is_traceable_wrapper_subclass
 from milora_lightning.utils.errors import InvalidInputError
 
 BITSANDBYTES = ("Params4bit", "Int8Params")

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from torch import Tensor, nn
 
-from milora_lightning.utils.compat import is_traceable_wrapper_subclass
+from milora_lightning.utils.compat.torch import is_traceable_wrapper_subclass
 from milora_lightning.utils.names import unwrapped_name
 
 Owners = dict[tuple[object, ...], list[tuple[nn.Module, str]]]

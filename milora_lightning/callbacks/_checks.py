@@ -13,7 +13,7 @@ from milora_lightning.adapters.parts import find_modules, find_part, first_few
 from milora_lightning.callbacks._configure_model import builds_itself
 from milora_lightning.config import LoRAConfig
 from milora_lightning.export.peft_format import objection, outermost_models
-from milora_lightning.utils.compat import is_placeholder
+from milora_lightning.utils.compat.lightning import is_placeholder
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn, warn_once
 from milora_lightning.utils.names import unwrapped_name

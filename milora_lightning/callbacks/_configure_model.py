@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from milora_lightning.adapters.parts import TargetNotFoundError
-from milora_lightning.utils.compat import current_hook
+from milora_lightning.utils.compat.lightning import current_hook
 
 
 def builds_itself(pl_module: LightningModule) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from milora_lightning.utils.compat import expect_processes_to_end, numbers_versions
+from milora_lightning.utils.compat.lightning import expect_processes_to_end, numbers_versions
 from milora_lightning.utils.messages import inform
 
 SHOW_CURSOR = b"\x1b[?25h\n"

@@ -12,7 +12,7 @@ from milora_lightning.callbacks._patience import Patience
 from milora_lightning.metrics.results import Stage, results
 from milora_lightning.screen.figures import number
 from milora_lightning.screen.samples import Sample, choose, log_samples, table
-from milora_lightning.utils.compat import logged_step
+from milora_lightning.utils.compat.lightning import logged_step
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import inform
 

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.distributed.checkpoint.api import CheckpointException
 
-from milora_lightning.utils.compat import is_sharded_folder, metadata_file, read_sharded_folder
+from milora_lightning.utils.compat.lightning import is_sharded_folder, metadata_file, read_sharded_folder
 from milora_lightning.utils.errors import InvalidInputError, MissingFileError
 
 KEY = "milora_lightning"

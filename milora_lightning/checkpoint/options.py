@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from milora_lightning.checkpoint.adapter import read_checkpoint
 from milora_lightning.checkpoint.io import KEY, read_without_weights
 from milora_lightning.models.files import ModelNotFoundError
-from milora_lightning.utils.compat import find_by_keyword
+from milora_lightning.utils.compat.lightning import find_by_keyword
 from milora_lightning.utils.errors import MissingFileError
 
 BASE = "model.name_or_path"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from milora_lightning.utils.compat import options_of_wandb
+from milora_lightning.utils.compat.lightning import options_of_wandb
 from milora_lightning.utils.errors import InvalidInputError, MissingPackageError
 
 LoggerName = Literal["tensorboard", "wandb", "mlflow", "csv", "none"]

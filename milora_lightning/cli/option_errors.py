@@ -18,7 +18,7 @@ from torchmetrics import Metric
 
 from milora_lightning.data import Files, Source
 from milora_lightning.training.optimizers import EXTRAS, know_short_names, missing
-from milora_lightning.utils.compat import option_strings
+from milora_lightning.utils.compat.jsonargparse import option_strings
 from milora_lightning.utils.suggestions import closest, suggest
 
 # Options that take the name of a class.

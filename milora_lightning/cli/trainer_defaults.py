@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 
 from milora_lightning.callbacks.interruption import SaveOnInterrupt
 from milora_lightning.callbacks.progress import RunProgress
-from milora_lightning.utils.compat import numbers_versions
+from milora_lightning.utils.compat.lightning import numbers_versions
 from milora_lightning.utils.errors import InvalidInputError
 
 EPOCHS = 3

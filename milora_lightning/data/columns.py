@@ -12,7 +12,7 @@ from milora_lightning.data.code_key import code_key
 from milora_lightning.data.reading.conversations import as_json, read_conversation, read_tools
 from milora_lightning.data.reading.values import as_text
 from milora_lightning.data.sources import COLUMNS
-from milora_lightning.utils.compat import fingerprint_of
+from milora_lightning.utils.compat.datasets import fingerprint_of
 from milora_lightning.utils.errors import InvalidInputError, MiLoRAError
 
 NEEDED = ("prompt", "response")

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from functools import partial
 from typing import Any, Literal
 
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from milora_lightning.data.batches.batching import Collator
-from milora_lightning.data.batches.budget import Batches, OverfittingBudgetSampler, TokenBudgetSampler
-from milora_lightning.data.batches.packing import PackedDataset, PackingCollator
-from milora_lightning.data.batches.resuming import OverfittingSampler, ResumableSampler, Resumption
-from milora_lightning.data.batches.sampling import ResumableDataLoader
+from milora_lightning.data.batches.resuming import Resumption
 from milora_lightning.data.encoding.prompt_format import KEY, PromptFormat, warn_of_another
 from milora_lightning.data.encoding.templates import AUTO
 from milora_lightning.data.encoding.turn_encoding import ASSISTANT
-from milora_lightning.data.model_check import language_model
-from milora_lightning.data.shared_steps import SharedSteps
 from milora_lightning.data.sources import ChecksTest, MultipleChoice, Source, Split
 from milora_lightning.data.splits import SPLITS
-from milora_lightning.data.streaming.encoding import StreamEncoder, check_trainer
-from milora_lightning.data.streaming.loading import StreamedBatches, StreamLoader
+from milora_lightning.data.streaming.encoding import check_trainer
 from milora_lightning.data.streaming.places import StreamPlaces
-from milora_lightning.data.streaming.rows import stream_of
-from milora_lightning.models.limits import embedding_rows
-from milora_lightning.models.packed_rows import reason_to_mix
-from milora_lightning.models.segments import skips_other_examples
+from milora_lightning.data.training_loading import TrainingLoaders
 from milora_lightning.utils.errors import InvalidInputError
 
 TRAIN_ON = "train_on"
@@ -40,7 +27,7 @@ TRAIN_ON_INPUTS = "train_on_inputs"
 NEEDED: dict[str | None, Split] = {"fit": "train", "validate": "validation", "test": "test", "predict": "test"}
 
 
-class SFTDataModule(SharedSteps):
+class SFTDataModule(TrainingLoaders):
     r"""Data module for supervised fine-tuning of a causal language model.
 
     Training and loss batches are dicts of ``input_ids``, ``attention_mask`` and ``labels``, each int64 of shape
@@ -235,65 +222,6 @@ class SFTDataModule(SharedSteps):
         """Leave the Trainer as it was to its next run."""
         self._resumption.count_from_start()
 
-    def train_dataloader(self) -> DataLoader[Any] | StreamLoader:
-        """Return training batches, shuffled in each epoch and, by default, grouped by length."""
-        self._check_model()
-        self.check_accumulated()
-        return self._stream_loader() if self.streaming else self.epoch()
-
-    def epoch(self) -> DataLoader[Any]:
-        """Return batches of the loaded training examples, which for a stream are those of its beginning."""
-        examples = self.examples("train")
-        # Without the text columns, which only generation needs.
-        rows: Any = examples.select_columns(["input_ids", "spans", *(["image"] if self.shows_images else [])])
-        lengths = examples["length"][:]
-        if self.packing:
-            rows = PackedDataset(rows, lengths, self.max_length, self.seed)
-            lengths = rows.lengths
-        order: dict[str, Any] = {"shuffle": True, "seed": self.seed, **self._rank()}
-        overfits, collator = self._overfits(), self._training_collator()
-        if (most := self.max_tokens_per_batch) is not None:
-            by_tokens = OverfittingBudgetSampler if overfits else TokenBudgetSampler
-            grouped = by_tokens(
-                self._resumption, lengths, most, not self.has_one_row(), self.pad_to_multiple_of, **order
-            )
-            return self._loader(Batches(rows), grouped, None, collator, ResumableDataLoader)
-        step = self.counted_step(None if self.streaming else len(lengths))
-        kind = OverfittingSampler if overfits else ResumableSampler
-        grouping: dict[str, Any] = {"group_by_length": self.group_by_length, "group": self.global_batch_size}
-        sampler = kind(self._resumption, lengths, step.examples, **order, **grouping)
-        return self._loader(rows, sampler, step.examples, collator, ResumableDataLoader)
-
-    # ---- Rows that examples share ----
-
-    def has_one_row(self) -> bool:
-        """Tell whether all examples of a training batch are in one row."""
-        if self.padding_free != "auto":
-            return self.padding_free
-        if self.shows_images:
-            return False
-        module = getattr(self.trainer, "lightning_module", None)
-        model = language_model(module) if module is not None and getattr(module, "takes_one_row", False) else None
-        return model is not None and skips_other_examples(model) and reason_to_mix(model) is None
-
-    def remedy_for_shared_rows(self, auto: bool = True) -> str | None:
-        """Return what to do if the model cannot keep the examples of a row apart; None if they share none.
-
-        Args:
-            auto: Whether that counts which ``padding_free: auto`` has chosen.
-        """
-        if self.packing:
-            return "set data.packing to false"
-        shares = self.has_one_row() if auto else self.padding_free is True
-        return "set data.padding_free to false" if shares else None
-
-    def _training_collator(self) -> Any:
-        one_row = self.has_one_row()
-        if one_row and self.padding_free == "auto":
-            self.say("Batches: all examples in one row, without padding; the model's attention skips what is between.")
-        kind = partial(PackingCollator, one_row=one_row) if one_row or self.packing else Collator
-        return self._collator(kind)
-
     def state_dict(self) -> dict[str, Any]:
         """Return what goes into the checkpoint: the position in the data, their description and the prompt format."""
         # Lightning's own handling of stateful loaders would skip a loader that was created before the loops are
@@ -324,38 +252,3 @@ class SFTDataModule(SharedSteps):
         self.continue_steps(state_dict)
         # Older checkpoints have no position; Lightning's count of batches is used instead.
         self._resumption.load_state_dict(state_dict.get("position"))
-
-    def _stream_loader(self) -> StreamLoader:
-        """Return a loader with as many batches of the stream as the run takes."""
-        stream = stream_of(self.source, "train")
-        assert stream is not None  # its beginning has been read in setup
-        module = getattr(self.trainer, "lightning_module", None)
-        model = None if module is None else language_model(module)
-        conversations, only_texts = self._kinds_of_rows()
-        encoder = StreamEncoder(
-            self.tokenizer_object,
-            self.template_name,
-            self.prompt_suffix,
-            self.max_length,
-            self.train_on,
-            self.train_on_inputs,
-            conversations=conversations or self.template != AUTO,
-            only_texts=only_texts,
-            passed=getattr(stream, "skipped", 0),
-            embeddings=None if model is None else embedding_rows(model),
-        )
-        step = self.counted_step(None)
-        batches = StreamedBatches(
-            stream,
-            encoder,
-            self._training_collator(),
-            self.shuffle_buffer,
-            step.examples,
-            self.max_length if self.packing else None,
-            self.seed,
-            group_by_length=self.group_by_length,
-            **self._rank(),
-            group=self.global_batch_size,
-        )
-        steps = self.trainer.max_steps if self.trainer else sys.maxsize
-        return StreamLoader(batches, self._places, self.num_workers, steps * step.accumulated)

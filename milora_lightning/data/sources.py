@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 from milora_lightning.data.code_key import code_key
 from milora_lightning.data.reading.rows import Row
-from milora_lightning.utils.compat import fingerprint_of
+from milora_lightning.utils.compat.datasets import fingerprint_of
 
 Split = Literal["train", "validation", "test"]
 PROMPT_COLUMNS = ("prompt", "input", "response", "reference", "task")

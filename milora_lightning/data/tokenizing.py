@@ -18,7 +18,7 @@ from milora_lightning.data.encoding.templates import AUTO, TemplateName, name_of
 from milora_lightning.data.encoding.truncation import join
 from milora_lightning.data.encoding.turn_encoding import ASSISTANT, TrainOn
 from milora_lightning.data.sources import progress_bars
-from milora_lightning.utils.compat import fingerprint_of
+from milora_lightning.utils.compat.datasets import fingerprint_of
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn
 

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import linear_shape
-from milora_lightning.utils.compat import TELLS_HOW_IT_KEEPS
+from milora_lightning.utils.compat.torch import TELLS_HOW_IT_KEEPS
 
 
 def active_intermediate(size: Any) -> int:

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from milora_lightning.utils.compat import softmax_backward
+from milora_lightning.utils.compat.torch import softmax_backward
 from milora_lightning.utils.errors import InvalidInputError
 
 NAME = "causal_blocks"

@@ -9,7 +9,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrain
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from milora_lightning.models.attention import NAME as CAUSAL_BLOCKS
-from milora_lightning.utils.compat import takes_flash_attention, takes_sdpa
+from milora_lightning.utils.compat.transformers import takes_flash_attention, takes_sdpa
 
 AUTO = "auto"
 FLASH_HEAD_DIM = 256  # the largest that flash attention has kernels for

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from milora_lightning.config import IGNORE_INDEX
 from milora_lightning.models.segments import Segments
 from milora_lightning.models.supervision import supervised_logits
-from milora_lightning.utils.compat import attention_of
+from milora_lightning.utils.compat.transformers import attention_of
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.modes import eval_mode
 

@@ -36,7 +36,7 @@ from milora_lightning.models.files import (
     takes_images,
 )
 from milora_lightning.models.quantized import Quantization, quantized_loading, remember_stored_weights
-from milora_lightning.utils.compat import decoder_layer_names
+from milora_lightning.utils.compat.transformers import decoder_layer_names
 from milora_lightning.utils.errors import InvalidInputError, MissingFileError, MissingPackageError
 from milora_lightning.utils.folders import cache_folder, new_cache_folder
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from milora_lightning.utils.compat import PRODUCTS_ON_X86
+from milora_lightning.utils.compat.torch import PRODUCTS_ON_X86
 from milora_lightning.utils.counting import counted
 from milora_lightning.utils.machine import cores, has_nvidia_gpu
 from milora_lightning.utils.messages import inform, warn

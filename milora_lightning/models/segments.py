@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from milora_lightning.utils.compat import attention_of
+from milora_lightning.utils.compat.transformers import attention_of
 
 
 class Segments(NamedTuple):

@@ -17,7 +17,7 @@ from milora_lightning.models.files import clear_errors, weight_files
 from milora_lightning.models.pretrained import load_causal_lm, load_config, locate
 from milora_lightning.parallel.dtensor import as_bytes, copy_into, home, local_slices
 from milora_lightning.parallel.work import raise_on_all_ranks
-from milora_lightning.utils.compat import kept_in_float32
+from milora_lightning.utils.compat.transformers import kept_in_float32
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.names import pristine_name, unwrapped_name
 

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from milora_lightning.models.positions import at_positions, supervised_positions
 from milora_lightning.models.segments import Positions, attention_arguments
-from milora_lightning.utils.compat import attention_of
+from milora_lightning.utils.compat.transformers import attention_of
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn
 

@@ -12,7 +12,7 @@ from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import is_conv1d, is_plain_product, linear_shape
 from milora_lightning.adapters.split import DIMS, Part, Style, split_linear, split_parameters
-from milora_lightning.utils.compat import quiet_gathering
+from milora_lightning.utils.compat.torch import quiet_gathering
 from milora_lightning.utils.errors import InvalidInputError
 
 HARMLESS = {"colwise_gather_output", "replicated_with_grad_allreduce"}

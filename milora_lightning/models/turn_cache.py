@@ -8,7 +8,7 @@ from itertools import takewhile
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from milora_lightning.utils.compat import takes_dynamic_cache
+from milora_lightning.utils.compat.transformers import takes_dynamic_cache
 
 LENGTH_DEPENDENT = {"dynamic", "longrope"}
 """Types of rotary embeddings with which the keys of early tokens change as the text grows."""

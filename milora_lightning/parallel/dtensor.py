@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from milora_lightning.utils.compat import StridedShard
+from milora_lightning.utils.compat.torch import StridedShard
 from milora_lightning.utils.errors import InvalidInputError
 
 

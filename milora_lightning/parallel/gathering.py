@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from milora_lightning.utils.compat import reshard_settings
+from milora_lightning.utils.compat.torch import reshard_settings
 from milora_lightning.utils.memory import available
 
 TENSOR = "tensor_parallel"

@@ -22,7 +22,8 @@ from milora_lightning.checkpoint.adapter import AdapterCheckpoint, check_tensors
 from milora_lightning.checkpoint.io import KEY
 from milora_lightning.models.pretrained import decoder_layers
 from milora_lightning.strategies.loading import load_adapters
-from milora_lightning.utils.compat import fsdp_name, whole_optimizer_states
+from milora_lightning.utils.compat.lightning import whole_optimizer_states
+from milora_lightning.utils.compat.torch import fsdp_name
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.names import unwrapped_name
 

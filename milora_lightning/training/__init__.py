@@ -1,1 +1,1 @@
-"""Training and evaluating a module: optimizer steps, learning rates, resuming, averaging, metrics."""
+"""Training and evaluating a module: its model, optimizer steps, learning rates, resuming, averaging, metrics."""

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from milora_lightning.utils.compat import multiply_together
+from milora_lightning.utils.compat.torch import multiply_together
 
 
 def accumulates(trainer: Trainer) -> bool:

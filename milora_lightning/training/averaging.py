@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from milora_lightning.adapters.frozen_statistics import unfrozen_modules
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.strategies.base import check_whole
-from milora_lightning.utils.compat import averaged_model, change_average
+from milora_lightning.utils.compat.lightning import averaged_model, change_average
 
 Averaging = WeightAveraging | StochasticWeightAveraging
 Average = Callable[[Tensor, Tensor, Any], Tensor]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from milora_lightning.utils.compat import class_resolver, set_class_resolver
+from milora_lightning.utils.compat.jsonargparse import class_resolver, set_class_resolver
 from milora_lightning.utils.errors import InvalidInputError
 
 EXTRAS = {"bitsandbytes": "quantization", "torchao": "torchao"}

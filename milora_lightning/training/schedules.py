@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from transformers import SchedulerType, get_scheduler, optimization
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-from milora_lightning.utils.compat import set_last_lr
+from milora_lightning.utils.compat.torch import set_last_lr
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from milora_lightning.utils.compat import CHECKPOINT_WRAPPED, COMPILED, FSDP_WRAPPED
+from milora_lightning.utils.compat.torch import CHECKPOINT_WRAPPED, COMPILED, FSDP_WRAPPED
 
 # Of these only COMPILED also appears in the keys of a state dict.
 WRAPPERS = frozenset({COMPILED, FSDP_WRAPPED, CHECKPOINT_WRAPPED})

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from milora_lightning import LoRAConfig, LoRALinear, initialize, inject
 from milora_lightning.adapters.autograd import cast_stacks
 from milora_lightning.adapters.factors import stack_factors
-from milora_lightning.utils.compat import TELLS_HOW_IT_KEEPS
+from milora_lightning.utils.compat.torch import TELLS_HOW_IT_KEEPS
 
 STARTS = ["milora", "pissa", "random", "middle", "lora"]
 

@@ -6,7 +6,7 @@ import pytest
 from helpers.benchmarks import benchmark
 from helpers.budgets import GIGABYTES, HOST_WAITS, KEPT_GIGABYTES, LAUNCHES
 
-from milora_lightning.utils.compat import TELLS_HOW_IT_KEEPS
+from milora_lightning.utils.compat.torch import TELLS_HOW_IT_KEEPS
 
 launches = benchmark("launches")
 

@@ -19,7 +19,7 @@ from milora_lightning.checkpoint.io import CheckpointError
 from milora_lightning.cli.commands.export import export
 from milora_lightning.data import Files
 from milora_lightning.models.processor import held_as
-from milora_lightning.utils.compat import PRODUCTS_ON_X86
+from milora_lightning.utils.compat.torch import PRODUCTS_ON_X86
 
 HALF = torch.bfloat16
 

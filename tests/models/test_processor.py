@@ -13,7 +13,7 @@ import torch
 
 from milora_lightning.models.processor import warn_of_more_processes, warn_of_slow_products, warn_of_unused_gpu
 from milora_lightning.utils import machine
-from milora_lightning.utils.compat import PRODUCTS_ON_X86
+from milora_lightning.utils.compat.torch import PRODUCTS_ON_X86
 
 
 @pytest.mark.parametrize("has", [False, True])

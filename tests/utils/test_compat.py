@@ -1,4 +1,4 @@
-"""What is private in other packages is used in one module, and is there."""
+"""What is private in other packages is used in one folder, and is there."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPO
 from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
 
 import milora_lightning
-from milora_lightning.utils import compat as _compat
+from milora_lightning.utils.compat import USED_IN_PLACE
+from milora_lightning.utils.compat import torch as _torch
 
 PACKAGE = Path(milora_lightning.__file__).parent
+COMPAT = PACKAGE / "utils" / "compat"
 
 
 def is_private(name: str) -> bool:
@@ -43,9 +45,10 @@ def private(tree: ast.Module) -> Iterator[str]:
                 yield name
 
 
-def test_what_is_private_elsewhere_is_used_in_one_module() -> None:
-    trees = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py") if path.name != "compat.py"}
-    known = {*defined([*trees.values()]), *_compat.USED_IN_PLACE, "_adapter_checkpoint", "_origin"}
+def test_what_is_private_elsewhere_is_used_in_one_folder() -> None:
+    paths = [path for path in PACKAGE.rglob("*.py") if COMPAT not in path.parents]
+    trees = {path: ast.parse(path.read_text()) for path in paths}
+    known = {*defined([*trees.values()]), *USED_IN_PLACE, "_adapter_checkpoint", "_origin"}
     known |= {"_asdict", "_fields", "_replace", "_exit"}  # which are public, whatever they look like
     found = {path.name: set(private(tree)) - known for path, tree in trees.items()}
     assert {name: names for name, names in found.items() if names} == {}
@@ -53,14 +56,14 @@ def test_what_is_private_elsewhere_is_used_in_one_module() -> None:
 
 
 def test_names_of_wrappers_are_torch_s() -> None:
-    assert _compat.FSDP_WRAPPED == FSDP_WRAPPED_MODULE
-    assert _compat.CHECKPOINT_WRAPPED == _CHECKPOINT_WRAPPED_MODULE
-    assert _compat.COMPILED in dict(torch.compile(nn.Linear(1, 1), backend="eager").named_children())
+    assert _torch.FSDP_WRAPPED == FSDP_WRAPPED_MODULE
+    assert _torch.CHECKPOINT_WRAPPED == _CHECKPOINT_WRAPPED_MODULE
+    assert _torch.COMPILED in dict(torch.compile(nn.Linear(1, 1), backend="eager").named_children())
 
 
 def test_a_compiled_layer_calls_what_is_inside_it_now() -> None:
     compiled = torch.compile(nn.Linear(2, 2), backend="eager")
     compiled._orig_mod = nn.Identity()
-    _compat.bind_compiled(compiled)
+    _torch.bind_compiled(compiled)
     assert torch.equal(compiled(torch.ones(2)), torch.ones(2))
-    _compat.bind_compiled(nn.Linear(1, 1))
+    _torch.bind_compiled(nn.Linear(1, 1))

@@ -13,7 +13,7 @@ from jsonargparse import auto_cli
 
 from milora_lightning.cli.commands import COMMANDS
 from milora_lightning.cli.typed_text import CommandParser, take_text_as_typed
-from milora_lightning.utils.compat import option_strings
+from milora_lightning.utils.compat.jsonargparse import option_strings
 
 FIT = "fit"
 

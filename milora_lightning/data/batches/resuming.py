@@ -21,7 +21,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import SequentialSampler
 
 from milora_lightning.data.batches.sampling import Indices, LengthGroupedSampler, Position
-from milora_lightning.utils.compat import checkpoint_being_loaded
+from milora_lightning.utils.compat.lightning import checkpoint_being_loaded
 from milora_lightning.utils.messages import warn
 
 UNDONE = "undone"

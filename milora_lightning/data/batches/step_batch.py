@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from milora_lightning.utils.compat import checkpoint_being_loaded
+from milora_lightning.utils.compat.lightning import checkpoint_being_loaded
 from milora_lightning.utils.counting import counted
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn

@@ -25,7 +25,7 @@ from milora_lightning.data.batches.packing import pack
 from milora_lightning.data.batches.sampling import training_order
 from milora_lightning.data.streaming.places import Place, StreamPlaces
 from milora_lightning.data.streaming.rows import Stream
-from milora_lightning.utils.compat import forget_worker
+from milora_lightning.utils.compat.torch import forget_worker
 from milora_lightning.utils.errors import InvalidInputError, MiLoRAError
 
 GOLDEN = 0.6180339887498949  # the fractional parts of its multiples are spread evenly

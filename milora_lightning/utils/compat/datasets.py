@@ -1,0 +1,13 @@
+"""Private APIs of datasets, read in version 5.2."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def fingerprint_of(dataset: datasets.Dataset) -> str:
+    """Return what names a dataset's content in the cache of datasets."""
+    return str(dataset._fingerprint)
