@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, get_args
 from milora_lightning.utils.errors import InvalidInputError
 
 ALL_LINEAR = "all-linear"
+AUTO = "auto"
 IGNORE_INDEX = -100  # label of the tokens that the loss ignores
 Init = Literal["milora", "pissa", "middle", "random", "lora"]
 DropoutOn = Literal["update", "product"]
@@ -34,8 +35,9 @@ class LoRAConfig:
         init: Where the factors start: ``"milora"`` at the smallest singular triplets of the weight,
             ``"pissa"`` at the largest, ``"random"`` at random ones as in the paper's ablation, ``"middle"`` at those
             in the middle, ``"lora"`` at LoRA's own start (A Kaiming-uniform, B zero).
-        modules_to_save: Name endings of modules that are trained in full together with the adapters, for example
-            a new classification head. They are kept in float32 and compute in the model's dtype.
+        modules_to_save: Name endings of modules that are trained in full together with the adapters, such as a new
+            classification head, or ``"auto"`` for what looks new or is named as a classifier's. They are kept in
+            float32 and compute in the model's dtype.
         rank_pattern: Other ranks for some layers, ``{"down_proj": 16}``. A key is a regular expression that matches the
             end of a layer's name, starting after a dot; the first key that matches decides, as in PEFT.
         alpha_pattern: Likewise other values of ``lora_alpha``. A layer that no key matches has ``lora_alpha``, or,
@@ -64,7 +66,7 @@ class LoRAConfig:
     lora_dropout: float = 0.0
     target_modules: str | Sequence[str] = ALL_LINEAR
     init: Init = "milora"
-    modules_to_save: Sequence[str] = ()
+    modules_to_save: str | Sequence[str] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     exclude_modules: str | Sequence[str] = ()
@@ -97,8 +99,8 @@ class LoRAConfig:
                 if value <= 0 or (name == "rank_pattern" and value != int(value)):
                     wanted = "a whole number of at least 1" if name == "rank_pattern" else "positive"
                     raise InvalidInputError(f"{name} must be {wanted} for each key, not {value} as for {key!r}.")
-        if isinstance(self.modules_to_save, str):
-            raise InvalidInputError(f"modules_to_save takes a list of names: [{self.modules_to_save!r}].")
+        if isinstance(self.modules_to_save, str) and self.modules_to_save != AUTO:
+            raise InvalidInputError(f'modules_to_save takes a list of names: [{self.modules_to_save!r}], or "{AUTO}".')
 
     @property
     def scaling(self) -> float:

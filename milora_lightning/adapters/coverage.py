@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from milora_lightning.adapters.freezing import TRAINED_BEFORE, frozen_by_user
 from milora_lightning.adapters.layer import LoRALinear
-from milora_lightning.adapters.linear_layers import is_linear, is_plain, linear_shape
+from milora_lightning.adapters.linear_layers import is_linear, linear_shape
+from milora_lightning.adapters.new_layers import looks_new, named_as_head, saved_modules, saved_names
 from milora_lightning.adapters.parts import (
     ends_with,
-    find_modules,
     find_part,
     first_few,
     modules_by_name,
@@ -23,8 +23,7 @@ from milora_lightning.adapters.parts import (
 from milora_lightning.adapters.quantization import is_quantized_linear
 from milora_lightning.adapters.target_errors import FROZEN, TOO_SMALL
 from milora_lightning.adapters.targets import Selection, output_heads, select_layers
-from milora_lightning.config import ALL_LINEAR, LoRAConfig
-from milora_lightning.parallel.dtensor import is_sharded
+from milora_lightning.config import ALL_LINEAR, AUTO, LoRAConfig
 from milora_lightning.utils.compat.torch import ConvNd
 
 LARGE_SHARE = 0.1
@@ -40,9 +39,6 @@ UNSUPPORTED = (
     "recurrent layers",
     QUANTIZED,
 )
-HEADS = {"head", "heads", "classifier", "classification_head", "cls_head", "fc", "score", "out_proj", "out", "output"}
-HEADS |= {"output_layer", "qa_outputs", "regressor", "regression_head", "prediction_head", "value_head", "v_head"}
-"""Usual names of task heads."""
 
 
 def remarks(module: nn.Module, config: LoRAConfig) -> Iterator[str]:
@@ -55,6 +51,13 @@ def remarks(module: nn.Module, config: LoRAConfig) -> Iterator[str]:
     part = find_part(module, config.module)
     kept = _kept(part, config)
     selection = select_layers(module, config, kept)
+    if config.modules_to_save == AUTO:
+        names = saved_names(part, config)
+        yield f'modules_to_save="{AUTO}": ' + (
+            f"{first_few(names, 10)}: new or a classifier's, and trained in full. To train others, name them instead."
+            if names
+            else "nothing looks new or like a classifier, so only adapters train."
+        )
     yield from _left_out(module, selection, config)
     yield from _fresh_heads(module, part, selection, kept)
     yield from _unreached(part, config, kept)
@@ -110,7 +113,7 @@ def adapters_by_part(module: nn.Module, config: LoRAConfig) -> str:
 
 
 def _kept(part: nn.Module, config: LoRAConfig) -> set[nn.Module]:
-    return modules_inside(find_modules(part, config.modules_to_save))
+    return modules_inside(saved_modules(part, config))
 
 
 def _left_out(module: nn.Module, selection: Selection, config: LoRAConfig) -> Iterator[str]:
@@ -138,7 +141,7 @@ def _fresh_heads(module: nn.Module, part: nn.Module, selection: Selection, kept:
     """Name layers that look newly made for the task and neither train nor have an adapter."""
     lm_heads = output_heads(part)
     adapted = [m.base_layer for m in part.modules() if isinstance(m, LoRALinear)]
-    pretrained = not all(_looks_new(layer) for layer in adapted[:: max(1, len(adapted) // 8)])
+    pretrained = not all(looks_new(layer) for layer in adapted[:: max(1, len(adapted) // 8)])
     inside = {
         child for m in part.modules() if isinstance(m, (LoRALinear, nn.MultiheadAttention)) for child in m.modules()
     }
@@ -152,36 +155,13 @@ def _fresh_heads(module: nn.Module, part: nn.Module, selection: Selection, kept:
             or ends_with(name, "lm_head")
         ):
             continue
-        if _named_as_head(name) or (pretrained and isinstance(child, nn.Linear) and _looks_new(child)):
+        if named_as_head(name) or (pretrained and isinstance(child, nn.Linear) and looks_new(child)):
             heads.append(name)
     if heads:
         yield (
             f"{first_few(heads)}: looks newly made for this task, and neither trains nor has an adapter. If it is, "
             f"train it in full: modules_to_save={[heads[-1]]!r}."
         )
-
-
-def _named_as_head(name: str) -> bool:
-    """Whether a part of a layer's name is a usual name of heads, before any number (of a list of layers)."""
-    for part in name.split("."):
-        if part.isdigit():
-            return False
-        if part in HEADS:
-            return True
-    return False
-
-
-def _looks_new(layer: nn.Module) -> bool:
-    """Whether a weight's entries are uniformly distributed, as torch's initializers draw them, or constant.
-
-    Then the largest is √3 times the root mean square; in trained weights it is several times that.
-    """
-    weight = layer._parameters.get("weight")
-    if weight is None or weight.is_meta or is_sharded(layer) or not is_plain(weight):
-        return False
-    sample = weight.detach().flatten()[:4096].float()
-    size = sample.square().mean().sqrt().item()
-    return sample.numel() >= 64 and sample.abs().max().item() <= 1.03 * math.sqrt(3) * size
 
 
 def _unreached(part: nn.Module, config: LoRAConfig, kept: set[nn.Module]) -> Iterator[str]:

@@ -12,7 +12,8 @@ from milora_lightning.adapters.frozen_statistics import freeze_statistics
 from milora_lightning.adapters.injection import inject_adapters, lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.master_weights import keep_master_weights
-from milora_lightning.adapters.parts import find_modules, find_part, modules_inside
+from milora_lightning.adapters.new_layers import saved_modules
+from milora_lightning.adapters.parts import find_part, modules_inside
 from milora_lightning.adapters.quantization import keep_codes_in_place
 from milora_lightning.adapters.targets import layers_named, select_layers
 from milora_lightning.config import LoRAConfig
@@ -59,7 +60,7 @@ def inject_quietly(module: nn.Module, config: LoRAConfig, layers: Sequence[str] 
     """Do what :func:`inject` does without remarks on what is left out: parts of the module may not exist yet."""
     check_no_peft(module)
     part = find_part(module, config.module)
-    saved = find_modules(part, config.modules_to_save)
+    saved = saved_modules(part, config)
     kept = modules_inside(saved)
     check_materialized(part, kept)
     selected = layers_named(module, layers) if layers is not None else select_layers(module, config, kept).layers
@@ -76,4 +77,4 @@ def inject_quietly(module: nn.Module, config: LoRAConfig, layers: Sequence[str] 
 def freeze_again(module: nn.Module, config: LoRAConfig) -> None:
     """Freeze the statistics of layers that have been replaced since surgery."""
     part = find_part(module, config.module)
-    freeze_statistics(part, modules_inside(find_modules(part, config.modules_to_save)))
+    freeze_statistics(part, modules_inside(saved_modules(part, config)))

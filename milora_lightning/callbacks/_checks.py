@@ -9,7 +9,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from milora_lightning.adapters.injection import lora_layers
-from milora_lightning.adapters.parts import find_modules, find_part, first_few
+from milora_lightning.adapters.new_layers import saved_modules
+from milora_lightning.adapters.parts import find_part, first_few
 from milora_lightning.callbacks._configure_model import builds_itself
 from milora_lightning.config import LoRAConfig
 from milora_lightning.export.peft_format import objection, outermost_models
@@ -60,7 +61,7 @@ def check_optimizers(trainer: Trainer, module: LightningModule, config: LoRAConf
             child.reshard()
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     factors = [p for layer in lora_layers(module).values() for p in (layer.lora_A, layer.lora_B)]
-    saved = find_modules(find_part(module, config.module), config.modules_to_save)
+    saved = saved_modules(find_part(module, config.module), config)
     wanted = {id(p) for p in [*factors, *(p for each in saved for p in each.parameters())] if p.requires_grad}
     missing = [unwrapped_name(name) for name, p in module.named_parameters() if id(p) in wanted - held]
     if missing:

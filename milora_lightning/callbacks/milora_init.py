@@ -66,7 +66,8 @@ class MiLoRAInit(Callback):
         init: Start of the factors: ``"milora"`` (smallest singular triplets), ``"pissa"`` (largest), ``"middle"``,
             ``"random"``, or ``"lora"`` (A Kaiming-uniform, B zero). ``"full"`` is the baseline without adapters:
             nothing is frozen, and checkpoints are Lightning's own.
-        modules_to_save: Name endings of modules to train in full together with the adapters, in float32.
+        modules_to_save: Name endings of modules to train in full together with the adapters, in float32, or
+            ``"auto"``: layers that look new and those named as a classifier's; it says which.
         seed: What the random starts derive from. Defaults to the run's seed.
         start_from: PEFT LoRA folder (exported here or by others) to continue from; the arguments above then follow
             the folder.
@@ -100,7 +101,7 @@ class MiLoRAInit(Callback):
         lora_dropout: float = 0.0,
         target_modules: str | list[str] = "all-linear",
         init: Init | Literal["full"] = "milora",
-        modules_to_save: list[str] | None = None,
+        modules_to_save: str | list[str] | None = None,
         seed: int | None = None,
         start_from: str | None = None,
         cache: bool = True,
@@ -118,7 +119,7 @@ class MiLoRAInit(Callback):
             ranks, alphas = rank_pattern or {}, alpha_pattern or {}
             if lora_alpha == "2r":
                 alphas = {**alphas, **{key: 2.0 * rank for key, rank in ranks.items() if key not in alphas}}
-            kept = tuple(modules_to_save or ())
+            kept = modules_to_save if isinstance(modules_to_save, str) else tuple(modules_to_save or ())
             excluded = exclude_modules if isinstance(exclude_modules, str) else tuple(exclude_modules or ())
             options = (target_modules, init, kept, ranks, alphas, excluded, module, dropout_on)
             self.config = LoRAConfig(r, alpha, lora_dropout, *options)

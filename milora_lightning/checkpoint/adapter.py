@@ -14,6 +14,8 @@ from torch import nn
 from milora_lightning.adapters.freezing import base_keys
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import INITIALIZED, LoRALinear
+from milora_lightning.adapters.new_layers import saved_names
+from milora_lightning.adapters.parts import find_part
 from milora_lightning.adapters.surgery import inject
 from milora_lightning.checkpoint.fingerprint import check_base, fingerprint, in_other_dtypes
 from milora_lightning.checkpoint.io import KEY, CheckpointError, read
@@ -86,7 +88,11 @@ class AdapterCheckpoint:
         return {
             "format": FORMAT,
             "version": version("milora-lightning"),
-            "config": {**asdict(self.config), "target_modules": _as_primitive(self.config.target_modules)},
+            "config": {
+                **asdict(self.config),
+                "target_modules": _as_primitive(self.config.target_modules),
+                "modules_to_save": tuple(saved_names(find_part(module, self.config.module), self.config)),
+            },
             "adapters": list(lora_layers(module)),
             "uninitialized": [name for name, layer in lora_layers(module).items() if not layer.initialized],
             "base": self.base(module),
