@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from milora_lightning.linalg import singular_slice as singular_slice
     from milora_lightning.models import causal_attention as causal_attention
     from milora_lightning.module import CausalLMModule as CausalLMModule
+    from milora_lightning.starts import register_start as register_start
     from milora_lightning.strategies import MiLoRAFSDPStrategy as MiLoRAFSDPStrategy
     from milora_lightning.strategies import MiLoRAModelParallelStrategy as MiLoRAModelParallelStrategy
     from milora_lightning.utils import MiLoRAError as MiLoRAError
@@ -63,6 +64,7 @@ _OFFERED = {
     "linalg": ["singular_slice"],
     "models": ["causal_attention"],
     "module": ["CausalLMModule"],
+    "starts": ["register_start"],
     "strategies": ["MiLoRAFSDPStrategy", "MiLoRAModelParallelStrategy"],
     "utils": ["MiLoRAError"],
 }

@@ -7,12 +7,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
+from milora_lightning.starts import find_start
 from milora_lightning.utils.errors import InvalidInputError
 
 ALL_LINEAR = "all-linear"
 AUTO = "auto"
 IGNORE_INDEX = -100  # label of the tokens that the loss ignores
-Init = Literal["milora", "pissa", "middle", "random", "lora"]
 DropoutOn = Literal["update", "product"]
 Value = TypeVar("Value")
 
@@ -34,7 +34,9 @@ class LoRAConfig:
             ``"all-linear"`` and expressions skip layers that are smaller than ``r`` or cannot be adapted.
         init: Where the factors start: ``"milora"`` at the smallest singular triplets of the weight,
             ``"pissa"`` at the largest, ``"random"`` at random ones as in the paper's ablation, ``"middle"`` at those
-            in the middle, ``"lora"`` at LoRA's own start (A Kaiming-uniform, B zero).
+            in the middle, ``"lora"`` at LoRA's own start (A Kaiming-uniform, B zero), ``"mica"``, ``"olora"`` and
+            ``"orthogonal"`` at those of PEFT; directions with singular values, such as ``"gaussian x minor"`` or
+            ``"slice 0.25"``; or the name of :func:`milora_lightning.register_start`.
         modules_to_save: Name endings of modules that are trained in full together with the adapters, such as a new
             classification head, or ``"auto"`` for what looks new or is named as a classifier's. They are kept in
             float32 and compute in the model's dtype.
@@ -65,7 +67,7 @@ class LoRAConfig:
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
     target_modules: str | Sequence[str] = ALL_LINEAR
-    init: Init = "milora"
+    init: str = "milora"
     modules_to_save: str | Sequence[str] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -84,8 +86,7 @@ class LoRAConfig:
             raise InvalidInputError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout}.")
         if self.dropout_on not in get_args(DropoutOn):
             raise InvalidInputError(f"dropout_on must be update or product, not {self.dropout_on!r}.")
-        if self.init not in get_args(Init):
-            raise InvalidInputError(f"init must be one of {', '.join(get_args(Init))}, not {self.init!r}.")
+        object.__setattr__(self, "init", find_start(self.init).name)  # what computes the same has one name
         if not self.target_modules:
             raise InvalidInputError('target_modules is empty; name layers, or use "all-linear".')
         for name in ("rank_pattern", "alpha_pattern"):

@@ -18,8 +18,9 @@ PACKAGE = Path(milora_lightning.__file__).parent
 # From the ground up: a room imports from those before it alone.
 ROOMS = [
     "utils",
-    "config",
     "linalg",
+    "starts",
+    "config",
     "parallel",
     "adapters",
     "models",
@@ -39,7 +40,7 @@ ROOMS = [
 
 HEAVY = {"datasets", "lightning", "matplotlib", "peft", "torchmetrics", "transformers"}
 BRINGS = {
-    **{room: set() for room in ("utils", "config", "linalg", "parallel", "adapters", "screen")},
+    **{room: set() for room in ("utils", "linalg", "starts", "config", "parallel", "adapters", "screen")},
     "models": {"transformers"},
     "metrics": {"torchmetrics", "transformers", "matplotlib"},  # torchmetrics imports the other two
 }

@@ -10,10 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from milora_lightning.adapters.factors import initial_factors, initial_triplets, scaled_factors
-from milora_lightning.config import Init
+from milora_lightning.adapters.factors import Pair, as_factors, evaluate, initial_factors, part_shapes
 from milora_lightning.linalg.singular import SingularSlice
 from milora_lightning.parallel.dtensor import memory_of
+from milora_lightning.starts import Start, Statistics, find_start
 from milora_lightning.utils.folders import cache_folder, replaced_file
 from milora_lightning.utils.messages import warn
 
@@ -26,21 +26,23 @@ def cached_factors(
     weight: Tensor,
     r: int,
     scaling: float = 1.0,
-    init: Init = "milora",
+    init: str = "milora",
     generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
+    statistics: Statistics | None = None,
+) -> Pair:
     """Compute the same as :func:`milora_lightning.adapters.factors.initial_factors`, decomposing large weights once.
 
-    The triplets are kept in safetensors files, in the folder ``factors`` of the user's cache, which may be deleted at
-    any time. An entry is found by a hash of the weight's bits and of everything else that the triplets depend on.
+    Triplets, or factors, are kept in safetensors files, in the folder ``factors`` of the user's cache, which may be
+    deleted at any time. An entry is found by a hash of the weight's bits and of all else that its content depends on.
     A damaged entry is computed again, and a folder that cannot be written is not used, both with a warning.
 
     Args:
         weight: Weight of shape (out, in).
-        r: Number of triplets.
+        r: Rank of the factors.
         scaling: The scale s = lora_alpha / r, positive.
-        init: Which triplets; ``"lora"`` has none, and nothing is kept.
+        init: Name of the start. What needs no decomposition is not kept, as ``"lora"``.
         generator: CPU generator for the random choices; it advances only if something is computed.
+        statistics: What data tells about the layer, for starts that depend on it.
 
     Returns:
         ``lora_A`` (r, in) and ``lora_B`` (out, r), float32 on the weight's device, bit for bit the same whether they
@@ -49,40 +51,51 @@ def cached_factors(
     Raises:
         ValueError: If the weight is not a finite matrix, or r is out of range.
     """
-    if init == "lora" or weight.is_meta or min(weight.shape) < _SMALLEST:
-        return initial_factors(weight, r, scaling, init, generator)
-    path = cache_folder() / "factors" / f"{_key(weight, r, init, generator)}.safetensors"
-    triplets = _read(path, weight.shape, r)
-    if triplets is None:
-        triplets = initial_triplets(weight, r, init, generator)
-        _write(path, triplets)
-    return scaled_factors(SingularSlice(*(x.to(weight.device) for x in triplets)), scaling)
+    start = find_start(init)
+    if start.key is None or weight.is_meta or min(weight.shape) < _SMALLEST:
+        return initial_factors(weight, r, scaling, init, generator, statistics)
+    path = cache_folder() / "factors" / f"{_key(weight, r, start, generator, statistics)}.safetensors"
+    found = _read(path, weight.shape, r)
+    if found is None:
+        found = evaluate(start, weight, r, generator, statistics)
+        _write(path, found)
+    A, B = as_factors(found, scaling)
+    return A.to(weight.device), B.to(weight.device)
 
 
-def _key(weight: Tensor, r: int, init: Init, generator: torch.Generator | None) -> str:
-    digest = xxhash.xxh3_128(f"{_VERSION} {tuple(weight.shape)} {weight.dtype} {init} {r} ".encode())
+def _key(weight: Tensor, r: int, start: Start, generator: torch.Generator | None, statistics: Statistics | None) -> str:
+    digest = xxhash.xxh3_128(f"{_VERSION} {tuple(weight.shape)} {weight.dtype} {start.key} {r} ".encode())
     digest.update(memory_of(weight))
-    if init == "random":
+    if start.random:
         digest.update(memory_of(torch.get_rng_state() if generator is None else generator.get_state()))
+    for name, tensor in statistics._asdict().items() if start.own and statistics is not None else ():
+        digest.update(name.encode())
+        digest.update(b"" if tensor is None else memory_of(tensor))
     return digest.hexdigest()
 
 
-def _checksum(triplets: SingularSlice) -> str:
+def _named(found: SingularSlice | Pair) -> dict[str, Tensor]:
+    return dict(zip(SingularSlice._fields if len(found) == 3 else ("lora_A", "lora_B"), found, strict=True))
+
+
+def _checksum(found: SingularSlice | Pair) -> str:
     digest = xxhash.xxh3_128()
-    for x in triplets:
+    for x in found:
         digest.update(memory_of(x))
     return digest.hexdigest()
 
 
-def _read(path: Path, shape: torch.Size, r: int) -> SingularSlice | None:
+def _read(path: Path, shape: torch.Size, r: int) -> SingularSlice | Pair | None:
     """Read an entry; None if there is none or it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            triplets = SingularSlice(*(file.get_tensor(name) for name in SingularSlice._fields))
+            pair = "lora_A" in file.keys()  # noqa: SIM118 (a file of safetensors is no container)
+            names = ("lora_A", "lora_B") if pair else SingularSlice._fields
+            parts = [file.get_tensor(name) for name in names]
+            found = (parts[0], parts[1]) if pair else SingularSlice(*parts)
             checksum = (file.metadata() or {}).get(_CHECKSUM)
-        shapes = [tuple(x.shape) for x in triplets]
-        if shapes == [(shape[0], r), (r,), (r, shape[1])] and checksum == _checksum(triplets):
-            return triplets
+        if [tuple(x.shape) for x in found] == part_shapes(len(found), shape, r) and checksum == _checksum(found):
+            return found
         problem = "its content is not what was written"
     except FileNotFoundError:
         return None
@@ -92,12 +105,12 @@ def _read(path: Path, shape: torch.Size, r: int) -> SingularSlice | None:
     return None
 
 
-def _write(path: Path, triplets: SingularSlice) -> None:
+def _write(path: Path, found: SingularSlice | Pair) -> None:
     """Write an entry, whole or not at all."""
     try:
         with replaced_file(path) as unfinished:
-            on_cpu = {name: x.cpu() for name, x in triplets._asdict().items()}
-            save_file(on_cpu, unfinished, metadata={_CHECKSUM: _checksum(triplets)})
+            on_cpu = {name: x.cpu() for name, x in _named(found).items()}
+            save_file(on_cpu, unfinished, metadata={_CHECKSUM: _checksum(found)})
     except (OSError, SafetensorError) as error:
         warn(
             f"Decompositions cannot be kept in {str(path.parent)!r} ({error}): later runs compute them again. Set "

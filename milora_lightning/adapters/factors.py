@@ -6,27 +6,28 @@ A₀ = √(S/s) Vᵀ (r, in) and B₀ = U √(S/s) (out, r), so that s B₀A₀ 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from milora_lightning.config import Init
-from milora_lightning.linalg.singular import SingularSlice, Slice, singular_slice
+from milora_lightning.linalg.singular import SingularSlice
+from milora_lightning.starts import Start, Statistics, find_start
+from milora_lightning.utils.errors import InvalidInputError
 
 Factors = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None"]
 """A (r, in), B (out, r), and their initial values A₀ and B₀, or None for both where B₀A₀ is zero."""
 
-SLICES: dict[Init, Slice] = {"milora": "minor", "pissa": "principal", "middle": "middle", "random": "random"}
+Pair = tuple[Tensor, Tensor]
+"""``lora_A`` (r, in) and ``lora_B`` (out, r)."""
 
 
 def initial_factors(
     weight: Tensor,
     r: int,
     scaling: float = 1.0,
-    init: Init = "milora",
+    init: str = "milora",
     generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
+    statistics: Statistics | None = None,
+) -> Pair:
     """Compute where the factors of one weight start.
 
     For the singular triplets (U, S, Vᵀ) that ``init`` chooses, A = √(S/s) Vᵀ and B = U √(S/s), so that s·B A is
@@ -36,16 +37,17 @@ def initial_factors(
 
     Args:
         weight: Weight of shape (out, in).
-        r: Number of triplets.
+        r: Rank of the factors.
         scaling: The scale s = lora_alpha / r, positive.
-        init: Which triplets, or ``"lora"`` for A Kaiming-uniform and B zero.
+        init: Name of the start, as in :class:`milora_lightning.LoRAConfig`.
         generator: CPU generator for the random choices.
+        statistics: What data tells about the layer, for starts that depend on it.
 
     Returns:
         ``lora_A`` (r, in) and ``lora_B`` (out, r), float32 on the weight's device.
 
     Raises:
-        ValueError: If the weight is not a finite matrix, or r is out of range.
+        ValueError: If the weight is not a finite matrix, r is out of range, or the start gives no such factors.
 
     >>> A, B = initial_factors(torch.diag(torch.tensor([4.0, 2.0, 1.0])), r=1)
     >>> (B @ A).abs()
@@ -53,32 +55,60 @@ def initial_factors(
             [0., 0., 0.],
             [0., 0., 1.]])
     """
-    if init == "lora":
-        bound = 1 / math.sqrt(weight.shape[1])  # the bound of kaiming_uniform_(a=√5), as in LoRA
-        lora_A = torch.empty(r, weight.shape[1], device="cpu").uniform_(-bound, bound, generator=generator)
-        return lora_A.to(weight.device), torch.zeros(weight.shape[0], r, device=weight.device)
-    return scaled_factors(initial_triplets(weight, r, init, generator), scaling)
+    return as_factors(evaluate(find_start(init), weight, r, generator, statistics), scaling)
 
 
-def initial_triplets(weight: Tensor, r: int, init: Init, generator: torch.Generator | None = None) -> SingularSlice:
-    """Compute the triplets that factors start from, in float32; singular values below rounding are exactly zero.
-
-    Args:
-        weight: Weight of shape (out, in).
-        r: Number of triplets.
-        init: Which triplets; any but ``"lora"``.
-        generator: CPU generator for ``"random"``.
-
-    Returns:
-        U (out, r), S (r,) and Vh (r, in), on the weight's device.
+@torch.no_grad()
+def evaluate(
+    start: Start,
+    weight: Tensor,
+    r: int,
+    generator: torch.Generator | None = None,
+    statistics: Statistics | None = None,
+) -> SingularSlice | Pair:
+    """Compute what a start gives for a weight, in float32 on the weight's device, whatever the layer's scale.
 
     Raises:
-        ValueError: If the weight is not a finite matrix, or r is out of range.
+        ValueError: As :func:`initial_factors`.
     """
-    U, S, Vh = singular_slice(weight, r, SLICES[init], generator)
-    norm = torch.linalg.matrix_norm(weight.detach().to(S.dtype))
-    vanishing = torch.finfo(S.dtype).eps * max(weight.shape) * norm >= S
-    return SingularSlice(U.float(), S.masked_fill(vanishing, 0.0).float(), Vh.float())
+    W = weight.detach()
+    if start.own:  # a copy, as the weight itself must never be written
+        W = W.to(torch.promote_types(W.dtype, torch.float32), copy=True)
+    found = start.compute(W, r, statistics, generator)
+    parts = [x.detach().to(weight.device, torch.float32).contiguous() for x in found]
+    if start.own:
+        _check(start, parts, weight.shape, r)
+    return SingularSlice(*parts) if len(parts) == 3 else (parts[0], parts[1])
+
+
+def _check(start: Start, parts: list[Tensor], shape: torch.Size, r: int) -> None:
+    """Refuse what a registered function gives if an adapter cannot start from it."""
+    wanted = part_shapes(len(parts), shape, r)
+    shapes = [tuple(x.shape) for x in parts]
+    if shapes != wanted:
+        raise InvalidInputError(
+            f"the start {start.name!r} gives tensors of shapes {shapes}, and for r={r} A₀ has to be {(r, shape[1])} "
+            f"and B₀ {(shape[0], r)}"
+        )
+    if not all(bool(x.isfinite().all()) for x in parts):
+        raise InvalidInputError(f"the start {start.name!r} gives NaN or infinite entries")
+    if len(parts) == 3 and bool((parts[1] < 0).any()):
+        raise InvalidInputError(f"the start {start.name!r} gives negative singular values")
+    if start.zero_product and all(bool(x.any()) for x in parts):
+        raise InvalidInputError(
+            f"the start {start.name!r} is registered with zero_product, and neither A₀ nor B₀ is zero: leave that out"
+        )
+
+
+def part_shapes(number: int, shape: torch.Size, r: int) -> list[tuple[int, ...]]:
+    """Return the shapes of A₀ and B₀, or, if a start gives 3 tensors, of U, S and Vᵀ."""
+    out_features, in_features = shape
+    return [(out_features, r), (r,), (r, in_features)] if number == 3 else [(r, in_features), (out_features, r)]
+
+
+def as_factors(found: SingularSlice | Pair, scaling: float) -> Pair:
+    """Turn what a start gives into ``lora_A`` (r, in) and ``lora_B`` (out, r) of a layer with scale s."""
+    return scaled_factors(found, scaling) if isinstance(found, SingularSlice) else found
 
 
 def scaled_factors(triplets: SingularSlice, scaling: float) -> tuple[Tensor, Tensor]:

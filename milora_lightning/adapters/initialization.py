@@ -1,13 +1,13 @@
 """Initialization: the adapters' factors are computed from the weights that they adapt.
 
-For each layer, ``factors.py`` turns singular triplets of W into A₀ and B₀, and the adapter starts from them: A = A₀ and
+For each layer, ``factors.py`` turns what its start gives into A₀ and B₀, and the adapter starts from them: A = A₀ and
 B = B₀. How the weights are shared out among ranks and threads is in ``decomposing.py``.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import groups_of
 from milora_lightning.parallel.dtensor import is_sharded
+from milora_lightning.starts import Statistics
 
 
 def initialize(
@@ -30,6 +31,7 @@ def initialize(
     world_size: int = 1,
     device: torch.device | None = None,
     cache: bool = True,
+    statistics: Mapping[str, Statistics] | None = None,
 ) -> int:
     """Fill the adapters' factors from the weights they adapt.
 
@@ -42,7 +44,7 @@ def initialize(
 
     Args:
         module: A module with injected adapters.
-        seed: What random starts (``"random"``, ``"lora"``) derive from, together with the layer's name: neither
+        seed: What random starts (``"random"``, ``"lora"``, …) derive from, together with the layer's name: neither
             the order of layers nor other random draws matter.
         track: Wraps the work list, to show progress. Its entries hold at most one layer for each rank.
         rank: This process's rank in torch's default process group. Only needed where each rank has all of the weights:
@@ -50,6 +52,7 @@ def initialize(
         world_size: Number of ranks, which must all call this.
         device: Where to decompose; by default on the weight's device.
         cache: Whether to read decompositions from the user's cache folder, and to write new ones to it.
+        statistics: What data tells about layers, by their names, for registered starts that use it.
 
     Returns:
         The number of weights initialized, on all ranks together.
@@ -67,10 +70,14 @@ def initialize(
         rank, world_size = dist.get_rank(), dist.get_world_size()
 
     def decompose(name: str, layer: LoRALinear, weight: Tensor) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
         compute = cached_factors if cache else initial_factors
+        known = None if statistics is None else statistics.get(name)
         parts = weight.to(device).chunk(groups := groups_of(layer.base_layer))
-        pairs = [compute(part, layer.r // groups, layer.scaling, layer.init, generator) for part in parts]
+        pairs = []
+        for i, part in enumerate(parts):
+            # One for each group: whether another one's result is cached must not matter.
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}{f':{i}' if i else ''}".encode()))
+            pairs.append(compute(part, layer.r // groups, layer.scaling, layer.init, generator, known))
         return torch.cat([lora_A for lora_A, _ in pairs]), torch.cat([lora_B for _, lora_B in pairs])
 
     pending = [(name, layer) for name, layer in lora_layers(module).items() if not layer.initialized]

@@ -42,8 +42,7 @@ def inject_adapters(
     freeze(part, kept)
     _wrap(module, targets, config)
     for adapter in lora_layers(part).values():
-        adapter.lora_A.requires_grad_(True)
-        adapter.lora_B.requires_grad_(True)
+        adapter.train_factors()
     return lora_layers(module)
 
 

@@ -38,8 +38,9 @@ from milora_lightning.adapters.linear_layers import (
 )
 from milora_lightning.adapters.merged_product import MergedProduct, can_merge, merged_weight
 from milora_lightning.adapters.split import Part
-from milora_lightning.config import DropoutOn, Init
+from milora_lightning.config import DropoutOn
 from milora_lightning.parallel.dtensor import copy_into, full_tensor
+from milora_lightning.starts import find_start
 from milora_lightning.utils.compat.torch import transformed
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.precision import without_rounding
@@ -71,9 +72,10 @@ class LoRALinear(nn.Module):
         dropout_on: Whether dropout acts on the ``"update"`` or, as PEFT's, on the ``"product"`` B A alone.
 
     Attributes:
-        lora_A: Trainable factor (r, in).
-        lora_B: Trainable factor (out, r).
-        initial_A: Frozen initial value of ``lora_A``, or None.
+        lora_A: Factor (r, in); it trains, unless ``frozen`` names it.
+        lora_B: Factor (out, r), likewise.
+        frozen: Name of the factor that keeps its initial value, such as MiCA's ``"lora_B"``, or None.
+        initial_A: Frozen initial value of ``lora_A``, or None where B₀A₀ is zero.
         initial_B: Frozen initial value of ``lora_B``, or None.
         enabled: Whether the update is applied; see :func:`milora_lightning.adapters_disabled`.
         initialized: Whether the factors have their initial values.
@@ -94,7 +96,7 @@ class LoRALinear(nn.Module):
         r: int,
         lora_alpha: float | None = None,
         lora_dropout: float = 0.0,
-        init: Init = "milora",
+        init: str = "milora",
         dropout_on: DropoutOn = "update",
     ) -> None:
         super().__init__()
@@ -105,7 +107,8 @@ class LoRALinear(nn.Module):
         self.lora_alpha = float(r if lora_alpha is None else lora_alpha)
         self.scaling = self.lora_alpha / r
         self.lora_dropout, self.dropout_on = lora_dropout, dropout_on
-        self.init = init
+        start = find_start(init)
+        self.init, self.frozen = start.name, start.frozen
         self.enabled = True
         self.initialized = False
         self.transposed = is_conv1d(base_layer)
@@ -116,10 +119,11 @@ class LoRALinear(nn.Module):
             return nn.Parameter(zeros, requires_grad=trainable)
 
         of_A, of_B = factor_shapes(base_layer, r)
-        self.lora_A, self.lora_B = factor(*of_A, trainable=True), factor(*of_B, trainable=True)
+        self.lora_A = factor(*of_A, trainable=self.frozen != "lora_A")
+        self.lora_B = factor(*of_B, trainable=self.frozen != "lora_B")
         self.initial_A: nn.Parameter | None = None
         self.initial_B: nn.Parameter | None = None
-        if init != "lora":
+        if not start.zero_product:
             # Parameters, not buffers: DDP would broadcast buffers at every step.
             self.initial_A, self.initial_B = factor(*of_A, trainable=False), factor(*of_B, trainable=False)
 
@@ -233,6 +237,11 @@ class LoRALinear(nn.Module):
     def bias(self) -> Tensor | None:
         """The bias of the base layer."""
         return cast("Tensor | None", self.base_layer.bias)
+
+    def train_factors(self) -> None:
+        """Let the factors train that do so in this layer, after all has been frozen."""
+        self.lora_A.requires_grad_(self.frozen != "lora_A")
+        self.lora_B.requires_grad_(self.frozen != "lora_B")
 
     @torch.no_grad()
     def set_initial_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:

@@ -17,6 +17,7 @@ from milora_lightning.adapters.parts import TargetNotFoundError, ends_with, excl
 from milora_lightning.adapters.target_errors import FROZEN, TOO_SMALL, no_match, nothing_left, refusal
 from milora_lightning.adapters.tied import parameter_owners
 from milora_lightning.config import ALL_LINEAR, LoRAConfig
+from milora_lightning.starts import find_start
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.names import unwrapped_name
 
@@ -111,7 +112,7 @@ def select_layers(module: nn.Module, config: LoRAConfig, kept: Collection[nn.Mod
             name = prefix + name_in_part
             r = config.rank(name)
             reason = FROZEN if skip_frozen and name_in_part in frozen else misfit(layer, r, owners)
-            if reason == TOO_SMALL and named and config.init == "lora":
+            if reason == TOO_SMALL and named and find_start(config.init).any_rank:
                 reason = None  # LoRA needs no singular triplets, and PEFT allows its adapters any rank
             if reason is None:
                 selection.layers[name] = layer

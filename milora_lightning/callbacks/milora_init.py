@@ -31,7 +31,7 @@ from milora_lightning.callbacks._configure_model import after_configure_model
 from milora_lightning.callbacks._display import progress, summary
 from milora_lightning.callbacks.progress import RunProgress
 from milora_lightning.checkpoint.adapter import AdapterCheckpoint
-from milora_lightning.config import DropoutOn, Init, LoRAConfig
+from milora_lightning.config import DropoutOn, LoRAConfig
 from milora_lightning.export.peft_import import load_peft, peft_config
 from milora_lightning.strategies.base import calls_parts, finish, needs_early_start, prepare, restores_late, shards
 from milora_lightning.training.averaging import check_averaging, copy_adapted, start_averages
@@ -64,8 +64,9 @@ class MiLoRAInit(Callback):
             ``"all-linear"`` (every linear layer but the language-model head, those smaller than ``r``, and those that
             were frozen before).
         init: Start of the factors: ``"milora"`` (smallest singular triplets), ``"pissa"`` (largest), ``"middle"``,
-            ``"random"``, or ``"lora"`` (A Kaiming-uniform, B zero). ``"full"`` is the baseline without adapters:
-            nothing is frozen, and checkpoints are Lightning's own.
+            ``"random"``, ``"lora"`` (A Kaiming-uniform, B zero), ``"mica"``, ``"olora"``, ``"orthogonal"``; directions
+            with singular values (``"gaussian x minor"``, ``"slice 0.25"``); or a name that is registered. ``"full"`` is
+            the baseline without adapters: nothing is frozen, and checkpoints are Lightning's own.
         modules_to_save: Name endings of modules to train in full together with the adapters, in float32, or
             ``"auto"``: layers that look new and those named as a classifier's; it says which.
         seed: What the random starts derive from. Defaults to the run's seed.
@@ -100,7 +101,7 @@ class MiLoRAInit(Callback):
         lora_alpha: float | Literal["2r"] | None = None,
         lora_dropout: float = 0.0,
         target_modules: str | list[str] = "all-linear",
-        init: Init | Literal["full"] = "milora",
+        init: str = "milora",
         modules_to_save: str | list[str] | None = None,
         seed: int | None = None,
         start_from: str | None = None,

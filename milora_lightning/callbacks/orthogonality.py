@@ -109,17 +109,21 @@ class ProtectedSubspace(NamedTuple):
     V: Tensor
 
     def check(self, name: str) -> None:
-        """Refuse an adapter whose initial factors are not orthogonal to the protected directions."""
+        """Refuse an adapter whose initial or frozen factors are not orthogonal to the protected directions."""
         layer = self.layer
-        if layer.initial_A is not None and (layer.initial_A @ self.V).norm() > 1e-3 * layer.initial_A.norm():
+        A = layer.lora_A if layer.frozen == "lora_A" else layer.initial_A
+        B = layer.lora_B if layer.frozen == "lora_B" else layer.initial_B
+        inside = [(A.detach(), self.V)] if A is not None else []
+        inside += [(B.detach().mT, self.U)] if B is not None else []
+        if any((rows @ basis).norm() > 1e-3 * rows.norm() for rows, basis in inside):
             raise InvalidInputError(
                 f"The initial factors of layer {name!r} (init={layer.init!r}) lie in the subspace that "
-                "PrincipalProjection is to protect. Use init milora or lora."
+                "PrincipalProjection is to protect. Use init milora, mica or lora."
             )
 
     def project_initial(self) -> None:
-        """Project A if it starts outside the free subspace, as with ``init="lora"``; B is 0, so ΔW stays 0."""
-        if self.layer.initial_A is None and not self.layer.lora_B.any():
+        """Project what starts outside the free subspace, as A with ``init="lora"``; the other is 0, so ΔW stays 0."""
+        if self.layer.initial_A is None and not (self.layer.lora_A.any() and self.layer.lora_B.any()):
             self.project()
 
     @torch.no_grad()
@@ -128,16 +132,18 @@ class ProtectedSubspace(NamedTuple):
         layer = self.layer
         # Project the change rather than the factor, so that unchanged rows stay the same bit for bit.
         A0, B0 = (0 if x is None else x for x in (layer.initial_A, layer.initial_B))
-        layer.lora_A.copy_(A0 + project_out(layer.lora_A - A0, self.V))
-        layer.lora_B.copy_(B0 + project_out((layer.lora_B - B0).mT, self.U).mT)
+        if layer.lora_A.requires_grad:
+            layer.lora_A.copy_(A0 + project_out(layer.lora_A - A0, self.V))
+        if layer.lora_B.requires_grad:
+            layer.lora_B.copy_(B0 + project_out((layer.lora_B - B0).mT, self.U).mT)
 
     def project_gradients(self) -> list[RemovableHandle]:
         """Project the gradients of both factors when they are computed."""
-        A, B = self.layer.lora_A, self.layer.lora_B
-        return [
-            A.register_hook(lambda gradient: project_out(gradient, self.V)),  # type: ignore[no-untyped-call]
-            B.register_hook(lambda gradient: project_out(gradient.mT, self.U).mT),  # type: ignore[no-untyped-call]
-        ]
+        projections = {
+            self.layer.lora_A: lambda gradient: project_out(gradient, self.V),
+            self.layer.lora_B: lambda gradient: project_out(gradient.mT, self.U).mT,
+        }
+        return [factor.register_hook(f) for factor, f in projections.items() if factor.requires_grad]  # type: ignore[no-untyped-call]
 
 
 def project_out(rows: Tensor, basis: Tensor) -> Tensor:

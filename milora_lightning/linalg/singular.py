@@ -20,6 +20,9 @@ Slice = Literal["minor", "principal", "middle", "random"]
 LARGE = 3072
 """From this size on, LAPACK's reduction to a tridiagonal matrix is limited by memory, and the Krylov method faster."""
 
+POSITIONS = {"principal": 0.0, "middle": 0.5, "minor": 1.0}
+"""Where slices begin, as parts of the way through the spectrum."""
+
 SQUARE = 1.5
 """Up to this aspect ratio the smallest singular values are well separated, as the Krylov method needs them."""
 
@@ -48,7 +51,7 @@ class SingularSlice(NamedTuple):
 
 
 def singular_slice(
-    weight: Tensor, r: int, which: Slice = "minor", generator: torch.Generator | None = None
+    weight: Tensor, r: int, which: Slice | float = "minor", generator: torch.Generator | None = None
 ) -> SingularSlice:
     """Compute r singular triplets of a weight.
 
@@ -67,7 +70,8 @@ def singular_slice(
         weight: Floating-point weight of shape (out, in), on any device, in any layout. It is not modified.
         r: Number of triplets, from 1 to k.
         which: ``"minor"`` for the last r, ``"principal"`` for the first r, ``"middle"`` for those from index
-            (k - r) // 2, ``"random"`` for r indices drawn without replacement.
+            (k - r) // 2, ``"random"`` for r indices drawn without replacement, or a position from 0.0 (the first) to
+            1.0 (the last): those from index ⌊position · (k - r)⌋.
         generator: CPU generator for ``"random"``; torch's default generator when None.
 
     Returns:
@@ -92,7 +96,7 @@ def singular_slice(
     if which == "random":
         index = torch.randperm(k, generator=generator, device="cpu")[:r].sort().values
     else:
-        start = {"minor": k - r, "principal": 0, "middle": (k - r) // 2}[which]
+        start = int(POSITIONS.get(which, which) * (k - r))  # type: ignore[arg-type]
         index = torch.arange(start, start + r, device="cpu")
     triplets = in_best_way(
         lambda way: _triplets(weight.detach(), index, which, way), weight.device, (weight.shape[0], weight.shape[1]), r
@@ -100,7 +104,7 @@ def singular_slice(
     return SingularSlice(*(at_home(x, weight.device) for x in triplets))
 
 
-def _triplets(weight: Tensor, index: Tensor, which: Slice, way: Way) -> SingularSlice:
+def _triplets(weight: Tensor, index: Tensor, which: Slice | float, way: Way) -> SingularSlice:
     """Compute the triplets at ``index``, which for all slices but ``random`` are consecutive."""
     W = weight.to(way.device).to(torch.float64)  # in this order: half the bytes to move, and no float64 copy here
     energy = torch.linalg.matrix_norm(W).square()
@@ -118,9 +122,11 @@ def _triplets(weight: Tensor, index: Tensor, which: Slice, way: Way) -> Singular
     return SingularSlice(*(x.clone(memory_format=torch.contiguous_format) for x in (U, S, Vh)))
 
 
-def _check(weight: Tensor, r: int, which: str) -> None:
-    if which not in get_args(Slice):
-        raise InvalidInputError(f"unknown slice {which!r}: choose one of {', '.join(get_args(Slice))}")
+def _check(weight: Tensor, r: int, which: str | float) -> None:
+    if which not in get_args(Slice) and not (isinstance(which, (int, float)) and 0 <= which <= 1):
+        raise InvalidInputError(
+            f"unknown slice {which!r}: choose one of {', '.join(get_args(Slice))}, or a position from 0.0 to 1.0"
+        )
     if weight.ndim != 2:
         raise InvalidInputError(
             f"a weight of shape {tuple(weight.shape)} has no singular vectors: pass a matrix (out, in)"

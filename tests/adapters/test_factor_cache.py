@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from milora_lightning import LoRAConfig, initialize, inject
-from milora_lightning.adapters import factor_cache, factors
+from milora_lightning.adapters import factor_cache
 from milora_lightning.adapters.factor_cache import cached_factors
 from milora_lightning.adapters.factors import initial_factors
-from milora_lightning.config import Init
+from milora_lightning.starts import algebra
 
 SHAPE = (160, 192)
 R = 4
@@ -26,13 +26,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def decomposed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of the weights that are decomposed."""
     shapes = []
-    original = factors.singular_slice
+    original = algebra.singular_slice
 
     def record(weight: Tensor, *args: object) -> object:
         shapes.append(tuple(weight.shape))
         return original(weight, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(factors, "singular_slice", record)
+    monkeypatch.setattr(algebra, "singular_slice", record)
     return shapes
 
 
@@ -47,7 +47,7 @@ def entry(folder: Path) -> Path:
 
 @pytest.mark.parametrize("init", ["milora", "pissa", "middle", "random"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_read_equals_computed(folder: Path, decomposed: list[object], init: Init, dtype: torch.dtype) -> None:
+def test_read_equals_computed(folder: Path, decomposed: list[object], init: str, dtype: torch.dtype) -> None:
     weight = make_weight().to(dtype)
 
     def compute(function: object) -> tuple[Tensor, Tensor]:

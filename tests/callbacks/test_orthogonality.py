@@ -84,6 +84,14 @@ def test_lora_is_projected_at_the_start_and_starts_at_the_base_model(llama: Path
     assert inside(lm, P) < 1e-5
 
 
+def test_what_is_frozen_stays_and_the_rest_is_projected(llama: Path, tmp_path: Path) -> None:
+    lm = fit(tmp_path, llama, PrincipalProjection(P), init="mica")
+    assert inside(lm, P) < 1e-5
+    for layer in lora_layers(lm).values():
+        U = torch.linalg.svd(layer.base_layer.weight.detach().double())[0][:, : min(layer.base_layer.weight.shape)]
+        torch.testing.assert_close(U[:, -4:] @ U[:, -4:].T @ layer.lora_B.double(), layer.lora_B.double())
+
+
 def test_milora_starts_bit_for_bit_at_its_initial_factors(llama: Path, tmp_path: Path) -> None:
     class Start(Callback):
         def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

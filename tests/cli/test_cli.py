@@ -168,7 +168,7 @@ def test_every_option_is_documented(help: str, capsys: pytest.CaptureFixture[str
         (["--ckpt_path", "model"], r"'model' is a folder, but not a checkpoint folder of a sharded run"),
         (["--model.max_new_tokens", "0"], r"max_new_tokens must be at least 1, not 0"),
         (["--trainer.precision", "transformer-engine"], r"Trainer's options: .*transformer_engine"),
-        (["--adapter.init", "mica"], "mica"),
+        (["--adapter.init", "micah"], "init='micah' is no start"),
     ],
 )
 def test_mistakes_are_named_before_training(

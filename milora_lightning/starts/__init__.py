@@ -1,0 +1,5 @@
+"""Where factors start: directions and singular values, the methods that have names, and a registry for one's own."""
+
+from milora_lightning.starts.registry import Start, Statistics, find_start, register_start
+
+__all__ = ["Start", "Statistics", "find_start", "register_start"]

@@ -1,0 +1,159 @@
+"""The registry of starts: a name, the function that computes A₀ and B₀ from a weight, and what that implies.
+
+Whether a factor stays frozen, and whether B₀A₀ is zero, decides which parameters an adapter has. This is needed before
+there are weights, on the meta device and when a checkpoint is read, so that it is said with the name and not computed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from milora_lightning.linalg.singular import SingularSlice
+from milora_lightning.starts import algebra, methods
+from milora_lightning.utils.errors import InvalidInputError
+
+Factor = Literal["lora_A", "lora_B"]
+
+
+class Statistics(NamedTuple):
+    """What data tells about a layer, for starts that depend on it.
+
+    Attributes:
+        inputs: Second moments of the layer's inputs, E[x xᵀ], of shape (in, in); or None.
+        gradient: Gradient of the loss with respect to the weight, of shape (out, in); or None.
+    """
+
+    inputs: Tensor | None = None
+    gradient: Tensor | None = None
+
+
+StartFunction = Callable[
+    [Tensor, int, "Statistics | None", "torch.Generator | None"], "SingularSlice | tuple[Tensor, Tensor]"
+]
+"""Computes the start of a layer from its weight (out, in), its rank, statistics of data, and a CPU generator: either
+A₀ (r, in) and B₀ (out, r) as they stand in the layer, or triplets, whose part of the weight s B₀A₀ then is."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """A start by its name.
+
+    Attributes:
+        name: The name, in the one way in which configurations and checkpoints write it.
+        compute: The function; see :data:`StartFunction`.
+        frozen: The factor that keeps its initial value, ``"lora_A"`` or ``"lora_B"``; None if both train.
+        zero_product: Whether B₀A₀ is zero because one of them is, as in LoRA. Then no copies of them are needed.
+        any_rank: Whether ranks above the shorter side of the weight are possible.
+        random: Whether it draws on the generator.
+        key: What the cache tells starts apart by; None if results are not kept.
+        own: Whether a user has registered it.
+    """
+
+    name: str
+    compute: StartFunction
+    frozen: Factor | None = None
+    zero_product: bool = False
+    any_rank: bool = False
+    random: bool = False
+    key: str | None = None
+    own: bool = False
+
+
+_METHODS = (
+    Start("lora", methods.lora, zero_product=True, any_rank=True, random=True),
+    Start("mica", methods.mica, frozen="lora_B", zero_product=True, key="mica"),
+    Start("olora", methods.olora),
+    Start("orthogonal", methods.orthogonal, any_rank=True, random=True),
+)
+_REGISTERED: dict[str, Start] = {start.name: start for start in _METHODS}
+
+
+def find_start(name: str) -> Start:
+    """Return the start that a configuration names.
+
+    Args:
+        name: A method (``"milora"``), directions and singular values (``"gaussian x minor"``), or a registered name.
+
+    Raises:
+        ValueError: If there is no such start.
+
+    >>> find_start("minor").name, find_start("gaussian x minor x 0.50").name, find_start("mica").frozen
+    ('milora', 'gaussian x minor x 0.5', 'lora_B')
+    """
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    if (part := algebra.parse(name)) is not None:
+        return Start(part.name, part.triplets, random=part.random, key=part.name)
+    raise InvalidInputError(
+        f"init={name!r} is no start: take one of {', '.join([*algebra.METHODS, *sorted(_REGISTERED)])}, or directions "
+        f"({', '.join(algebra.DIRECTIONS)} or slice 0.25) x singular values ({', '.join(algebra.VALUES)}), such as "
+        "'minor x principal'. One of your own has to be registered first: import the module that calls register_start."
+    )
+
+
+def register_start(
+    name: str,
+    *,
+    frozen: Factor | None = None,
+    zero_product: bool = False,
+    any_rank: bool = False,
+    version: str | int | None = None,
+) -> Callable[[StartFunction], StartFunction]:
+    """Give a function that computes A₀ and B₀ a name that ``init`` takes, on the command line as well.
+
+    The function is called for one layer at a time as ``function(weight, r, statistics, generator)``, on one rank,
+    without gradients, and possibly in a thread beside other layers. ``weight`` is a copy (out, in) in float32 at least.
+    Random numbers have to come from ``generator``, a CPU generator that depends on the seed and the layer's name.
+    ``statistics`` is what :func:`milora_lightning.initialize` was given for the layer, or None.
+
+    It returns A₀ (r, in) and B₀ (out, r), or a :class:`milora_lightning.linalg.SingularSlice`, which becomes
+    A₀ = √(S/s) Vᵀ and B₀ = U √(S/s) with the layer's scale s. Whatever they are, the layer computes
+    W x + s (B A − B₀A₀) x and starts at the pretrained model.
+
+    Args:
+        name: A word of letters, digits, ``_``, ``-`` and dots.
+        frozen: A factor that is to keep its initial value: ``"lora_A"`` or ``"lora_B"``.
+        zero_product: Whether A₀ or B₀ is zero. Then no copies of them are held, and exports have rank r.
+        any_rank: Whether r may exceed the shorter side of a weight.
+        version: Keeps results in the cache of decompositions under this version. Change it whenever the function
+            gives something else. By default nothing is kept.
+
+    Returns:
+        A decorator, which returns the function unchanged.
+
+    Raises:
+        ValueError: If the name is taken, or no such word.
+
+    >>> @register_start("zeros_in_A", zero_product=True)
+    ... def zeros_in_A(weight, r, statistics, generator):
+    ...     return torch.zeros(r, weight.shape[1]), torch.randn(weight.shape[0], r, generator=generator)
+    >>> find_start("zeros_in_A").zero_product
+    True
+    """
+    if not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
+        raise InvalidInputError(f"A start cannot be named {name!r}: take a word, such as 'my_start'.")
+    present = _REGISTERED.get(name)
+    if name == "full" or algebra.parse(name) is not None or (present is not None and not present.own):
+        raise InvalidInputError(f"There is a start {name!r} already: give yours another name.")
+    if frozen not in (None, "lora_A", "lora_B"):
+        raise InvalidInputError(f"frozen must be 'lora_A', 'lora_B' or None, not {frozen!r}.")
+
+    def register(function: StartFunction) -> StartFunction:
+        other = None if present is None else present.compute
+        if other is not None and _origin(other) != _origin(function):  # the same, when a cell or module runs again
+            raise InvalidInputError(f"{_origin(other)} is registered as {name!r} already: give yours another name.")
+        key = None if version is None else f"{_origin(function)} {name} {version}"
+        _REGISTERED[name] = Start(name, function, frozen, zero_product, any_rank, random=True, key=key, own=True)
+        return function
+
+    return register
+
+
+def _origin(function: StartFunction) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
