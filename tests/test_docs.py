@@ -127,6 +127,18 @@ def test_examples_in_what_makes_the_site() -> None:
     assert doctest.testmod(outside).failed == 0
 
 
+def test_brackets_of_extras_are_quoted_which_some_shells_expand() -> None:
+    installs = re.compile(r"pip install (?:-e |--editable )?[^\s\"'`{]*\[")
+    places = [
+        *PAGES,
+        *public.PACKAGE.rglob("*.py"),
+        *(ROOT / "configs").rglob("*.yaml"),
+        *(ROOT / "examples").iterdir(),
+    ]
+    assert installs.search("pip install milora-lightning[eval]")
+    assert [str(path) for path in places if path.is_file() and installs.search(read(path))] == []
+
+
 def test_the_readme_is_short() -> None:
     assert len(read(ROOT / "README.md").splitlines()) <= 150
 

@@ -15,7 +15,7 @@ from milora_lightning.utils.errors import MissingPackageError
 try:
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 except ModuleNotFoundError as error:
-    raise MissingPackageError("Plots need the package matplotlib: pip install milora-lightning[plots]") from error
+    raise MissingPackageError('Plots need the package matplotlib: pip install "milora-lightning[plots]"') from error
 
 Draw = Callable[[Any, list[MatrixAnalysis]], None]
 

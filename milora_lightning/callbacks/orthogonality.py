@@ -18,6 +18,7 @@ from milora_lightning.adapters.linear_layers import groups_of
 from milora_lightning.linalg.singular import singular_slice
 from milora_lightning.parallel.work import raise_on_all_ranks
 from milora_lightning.strategies.base import check_whole
+from milora_lightning.utils.counting import counted
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import inform
 
@@ -82,7 +83,7 @@ class PrincipalProjection(Callback):
             self._handles += protected.project_gradients()
         self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
         size = sum(x.nbytes for basis in bases for x in basis)
-        inform(f"Protected: up to {self.p} directions of {len(bases)} weights, {size / 1e6:.0f} MB.")
+        inform(f"Protected: up to {self.p} directions of {counted(len(bases), 'weight')}, {size / 1e6:.0f} MB.")
 
     def _after_step(self, *_: Any) -> None:
         for protected in self._protected:

@@ -40,7 +40,7 @@ def checkpoint_errors(path: str | Path) -> Iterator[None]:
     except (Exception, CheckpointException) as error:  # torch raises many types for files it cannot read
         reason = "it is damaged, incomplete, or not a checkpoint"
         if _needs_torchao(error):
-            reason = "it holds the state of an optimizer of torchao: pip install milora-lightning[torchao]"
+            reason = 'it holds the state of an optimizer of torchao: pip install "milora-lightning[torchao]"'
         elif isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in str(error):
             reason = "it holds Python objects, perhaps in the module's hyper_parameters (see save_hyperparameters)"
         raise CheckpointError(

@@ -20,6 +20,7 @@ from milora_lightning.metrics.results import results
 from milora_lightning.module import CausalLMModule
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.folders import check_file, new_folder
+from milora_lightning.utils.messages import each_said_once
 
 
 class Trajectory(Callback):
@@ -67,6 +68,7 @@ class RunCLI(MiLoRACLI):
         """Create the Trainer, with the callback that records the trajectory."""
         callbacks = [c for c in self.config_init.trainer.callbacks or [] if not isinstance(c, Checkpoint)]
         kwargs.update(callbacks=[*callbacks, self.trajectory], logger=False, enable_checkpointing=False)
+        kwargs.update(enable_model_summary=False)  # the same table for every run; MiLoRAInit shows a more specific one
         trainer = super().instantiate_trainer(**kwargs)
         if trainer.world_size > 1:
             raise InvalidInputError(
@@ -202,11 +204,11 @@ def compare(
     sweep = [Run(*point, sweep_seed) for point in grid if len(learning_rates) > 1]
     # The sweep decides which of these will run; all of them are checked now.
     possible = {run.name: run for run in [*(Run(*point, seed) for point in grid for seed in seeds), *sweep]}
-    comparison.check(list(possible.values()))
-
-    comparison.run(sweep, "Learning-rate sweep", save=sweep_seed in seeds)
-    best = {m: best_rate([run for run in sweep if run.method == m]) or learning_rates[0] for m in overlays}
-    runs = [possible[Run(m, best[m], seed).name] for seed in seeds for m in overlays]
-    comparison.run(runs, "Comparison", save=True)
+    with each_said_once():
+        comparison.check(list(possible.values()))
+        comparison.run(sweep, "Learning-rate sweep", save=sweep_seed in seeds)
+        best = {m: best_rate([run for run in sweep if run.method == m]) or learning_rates[0] for m in overlays}
+        runs = [possible[Run(m, best[m], seed).name] for seed in seeds for m in overlays]
+        comparison.run(runs, "Comparison", save=True)
     write_report(comparison.output, runs, sweep, comparison.parse(runs[0]).config)
     print(f"The report is in {comparison.output / 'report.md'}")

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from transformers import PretrainedConfig
 
+from milora_lightning.models.files import takes_images
 from milora_lightning.screen.figures import number
 
 
@@ -75,7 +77,15 @@ def ending(trainer: Trainer) -> list[str]:
             *lines,
             "No checkpoint was saved: add a ModelCheckpoint to trainer.callbacks to keep the trained weights.",
         ]
-    return [*lines, f"Talk to it: {program()} chat --ckpt_path {shlex.quote(path)}"]
+    return [*lines, *what_next(trainer, shlex.quote(path))]
+
+
+def what_next(trainer: Trainer, path: str) -> list[str]:
+    """Return the command that uses a checkpoint; ``chat`` shows no images."""
+    config = getattr(getattr(trainer.lightning_module, "model", None), "config", None)
+    if isinstance(config, PretrainedConfig) and takes_images(config):
+        return [f"Export it: {program()} export --ckpt_path {path} --output exported --format merged"]
+    return [f"Talk to it: {program()} chat --ckpt_path {path}"]
 
 
 def _short(path: str) -> str:

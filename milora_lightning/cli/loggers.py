@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from milora_lightning.utils.compat.lightning import options_of_wandb
-from milora_lightning.utils.errors import InvalidInputError, MissingPackageError
+from milora_lightning.utils.errors import InvalidInputError, MiLoRAError, MissingPackageError
 
 LoggerName = Literal["tensorboard", "wandb", "mlflow", "csv", "none"]
 
@@ -70,6 +73,34 @@ def start(logger: Logger) -> None:
         raise InvalidInputError(
             f"{kind} cannot log the run: {reason}. To continue, {remedy}; or use --logger csv."
         ) from error
+
+
+@contextmanager
+def no_logs_of_refused_runs(trainer: Trainer) -> Iterator[None]:
+    """Remove the folders that loggers have made for a run which is refused before its first step.
+
+    Lightning makes them before the model is built. They hold the configuration at most, and the next run would be
+    ``version_1`` for no reason.
+    """
+    kinds = (CSVLogger, TensorBoardLogger)
+    folders = [Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, kinds)]
+    new = [folder for folder in folders if not folder.exists()] if trainer.is_global_zero else []
+    try:
+        yield
+    except (MiLoRAError, MisconfigurationException):
+        for folder in new if trainer.global_step == 0 else ():
+            _remove(folder)
+        raise
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of logs and the one around it, unless there is something else in them."""
+    for path in folder.glob("*"):
+        if path.name in ("config.yaml", "hparams.yaml") or path.name.startswith("events.out.tfevents"):
+            path.unlink()
+    for empty in (folder, folder.parent):
+        if empty.is_dir() and not any(empty.iterdir()):
+            empty.rmdir()
 
 
 def _wandb(project: str, save_dir: str) -> WandbLogger:

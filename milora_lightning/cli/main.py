@@ -29,7 +29,7 @@ from milora_lightning.cli.config_files import CONFIGS, replaced_checkpoints, res
 from milora_lightning.cli.ending import ending, resumption
 from milora_lightning.cli.given_options import GivenOptimizerOptions
 from milora_lightning.cli.help import ALL, help_text
-from milora_lightning.cli.loggers import LoggerName, make_logger, start
+from milora_lightning.cli.loggers import LoggerName, make_logger, no_logs_of_refused_runs, start
 from milora_lightning.cli.option_errors import Parser, missing_package
 from milora_lightning.cli.run_config import RunConfig
 from milora_lightning.cli.trainer_defaults import LOG_EVERY_N_STEPS, earlier_checkpoints, missing_options, with_screen
@@ -200,7 +200,7 @@ class MiLoRACLI(LightningCLI):
         if isinstance(bar, RunProgress) and self.trainer.is_global_zero:
             bar.begin("Preparing the data")
         try:
-            with base_may_have_moved(f"--{BASE}", own):
+            with base_may_have_moved(f"--{BASE}", own), no_logs_of_refused_runs(self.trainer):
                 if self._trained_with is not None:
                     self.datamodule.ask_as(self._trained_with)
                 super()._run_subcommand(subcommand)

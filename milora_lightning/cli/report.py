@@ -12,6 +12,7 @@ from typing import Any
 from milora_lightning.analysis.plots import new_figure
 from milora_lightning.cli.runs import Row, Run, best_rate, write_rows
 from milora_lightning.data.shared_steps import BATCH
+from milora_lightning.utils.counting import counted
 from milora_lightning.utils.markdown import table
 
 NAMES = {
@@ -164,7 +165,7 @@ def _setting(runs: Sequence[Run], config: Any) -> str:
     examples = config.data.get("global_batch_size") or config.data.batch_size or BATCH
     return (
         f"Model `{config.model.name_or_path}` ({config.model.dtype}), data `{source.class_path.rpartition('.')[2]}`, "
-        f"r = {config.adapter.r}, {runs[0].last['step']:.0f} optimizer steps, batch size {examples}, "
-        f"{seeds} seeds; {minutes:.1f} minutes a run. Each run's whole configuration is in its folder. "
+        f"r = {config.adapter.r}, {counted(int(runs[0].last['step']), 'optimizer step')}, batch size {examples}, "
+        f"{counted(seeds, 'seed')}; {minutes:.1f} minutes a run. Each run's whole configuration is in its folder. "
         f"milora-lightning {version('milora-lightning')}, torch {version('torch')}, {date.today()}."
     )

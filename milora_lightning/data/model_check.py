@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from transformers import PreTrainedModel
 
 from milora_lightning.data.sources import Split
@@ -26,16 +26,34 @@ def check_model(data: TokenizedSplits, module: LightningModule, padded: int = 1)
             instead.
     """
     model, stage = language_model(module), module.trainer.state.fn
-    if model is None or stage is None:
-        return
-    splits = [split for split in data.loaded(stage.value) if _runs(module, split, stage.value)]
+    if model is not None and stage is not None:
+        check_fits(data, model, module.trainer, stage.value, getattr(module, "max_new_tokens", 1), padded)
+
+
+def check_fits(
+    data: TokenizedSplits, model: PreTrainedModel, trainer: Trainer, stage: str, max_new_tokens: int, padded: int = 1
+) -> None:
+    """Check a language model, which may be on the meta device, against the data that a stage reads.
+
+    Args:
+        data: The data.
+        model: The model.
+        trainer: The Trainer, which may leave splits out.
+        stage: The Trainer's stage.
+        max_new_tokens: How many tokens an answer may have.
+        padded: Examples are padded to a multiple of this.
+
+    Raises:
+        ValueError: As for :func:`check_model`.
+    """
+    splits = [split for split in data.loaded(stage) if _runs(trainer, split, stage)]
     examples = {split: data.examples(split) for split in splits}
     check_token_ids(
         model,
         data.tokenizer_object,
         lambda: {name: max(map(max, part["input_ids"][:])) for name, part in examples.items()},
     )
-    predicts = stage.value == "predict"
+    predicts = stage == "predict"
     lengths: dict[str, int] = {} if predicts else {name: data.longest(name) for name in splits}
     prompts: dict[str, int] = {}
     for split, part in examples.items():
@@ -43,7 +61,7 @@ def check_model(data: TokenizedSplits, module: LightningModule, padded: int = 1)
         if answered and data.answer_by == "generation":
             tokens = data.prompts(split)["prompt_length"][:]
             prompts[split] = max(tokens[i] for i in answered)
-    check_positions(model, lengths, prompts, getattr(module, "max_new_tokens", 1), padded)
+    check_positions(model, lengths, prompts, max_new_tokens, padded)
 
 
 def language_model(module: LightningModule) -> PreTrainedModel | None:
@@ -54,6 +72,6 @@ def language_model(module: LightningModule) -> PreTrainedModel | None:
     return outermost[0] if len(outermost) == 1 else None
 
 
-def _runs(module: LightningModule, split: Split, stage: str) -> bool:
+def _runs(trainer: Trainer, split: Split, stage: str) -> bool:
     name = "predict" if stage == "predict" else TRAINER_NAMES[split]
-    return bool(getattr(module.trainer, f"limit_{name}_batches"))
+    return bool(getattr(trainer, f"limit_{name}_batches"))

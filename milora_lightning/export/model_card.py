@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.export.peft_format import TASKS, base_name, task_type
+from milora_lightning.utils.counting import counted
 from milora_lightning.utils.markdown import table
 
 CARD = "README.md"
@@ -74,7 +75,7 @@ def _adapters(model: PreTrainedModel) -> str:
     return (
         f"Start of the factors: {first.init}, r = {_range([a.r for a in layers])}, "
         f"lora_alpha = {_range([a.lora_alpha for a in layers])}, lora_dropout = {first.lora_dropout:g}, "
-        f"{len(layers)} matrices."
+        f"{counted(len(layers), 'matrix', 'matrices')}."
     )
 
 

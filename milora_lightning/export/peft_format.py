@@ -20,6 +20,7 @@ from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.config import Value
 from milora_lightning.export.skeleton import skeleton
+from milora_lightning.utils.counting import counted
 from milora_lightning.utils.names import unwrapped_name
 
 if TYPE_CHECKING:
@@ -196,9 +197,9 @@ def opens_otherwise(
 def _other_layers(opened: nn.Module, names: Iterable[str]) -> str | None:
     wanted, found = set(names), set(_peft_layers(opened))
     if missing := sorted(wanted - found):
-        return f"it leaves out the adapters of {len(missing)} layers, such as {missing[0]!r}"
+        return f"it leaves out the adapters of {counted(len(missing), 'layer')}, such as {missing[0]!r}"
     if extra := sorted(found - wanted):
-        return f"it adapts {len(extra)} more layers, such as {extra[0]!r}"
+        return f"it adapts {counted(len(extra), 'more layer')}, such as {extra[0]!r}"
     return None
 
 

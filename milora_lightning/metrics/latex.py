@@ -95,7 +95,7 @@ def require_math_verify() -> None:
     """
     if importlib.util.find_spec("math_verify") is None:
         raise MissingPackageError(
-            "MATH's answers are compared by math-verify, which is not installed: pip install milora-lightning[math]"
+            'MATH\'s answers are compared by math-verify, which is not installed: pip install "milora-lightning[math]"'
         )
 
 

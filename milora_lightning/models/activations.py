@@ -13,12 +13,25 @@ from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import linear_shape
 from milora_lightning.utils.compat.torch import TELLS_HOW_IT_KEEPS
 
+INTERMEDIATE = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff")
+"""What architectures call the intermediate features of their MLP."""
+
 
 def active_intermediate(size: Any) -> int:
     """Return the intermediate features that a token passes through, in all experts that it is routed to."""
     experts = int(getattr(size, "num_experts_per_tok", None) or 1)
     per_expert = getattr(size, "moe_intermediate_size", None) if experts > 1 else None
-    return experts * int(per_expert or size.intermediate_size)
+    return experts * int(per_expert or _intermediate(size))
+
+
+def _intermediate(size: Any) -> int:
+    """Return the intermediate features of the MLP, under the name that the architecture has for them.
+
+    Where a configuration names none (GPT-2's, BLOOM's), they are four times the hidden ones.
+    """
+    named = [getattr(size, name, None) for name in INTERMEDIATE]
+    found = [max(value) if isinstance(value, (list, tuple)) else value for value in named if value]
+    return int(found[0]) if found else 4 * int(size.hidden_size)
 
 
 def saved_by_layer(

@@ -29,7 +29,7 @@ def apply_liger(model: PreTrainedModel, device: torch.device) -> None:
     if device.type not in ("cuda", "xpu"):
         raise InvalidInputError(f"liger: true needs a GPU, for which its kernels are written, not {device.type}.")
     if importlib.util.find_spec("liger_kernel") is None:
-        raise MissingPackageError("liger: true needs the package liger-kernel: pip install milora-lightning[liger]")
+        raise MissingPackageError('liger: true needs the package liger-kernel: pip install "milora-lightning[liger]"')
     kind = model.config.model_type
     apply = getattr(importlib.import_module("liger_kernel.transformers"), f"apply_liger_kernel_to_{kind}", None)
     if apply is None:

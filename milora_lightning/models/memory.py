@@ -20,6 +20,7 @@ from milora_lightning.models.loss import CPU_LOGITS, CPU_PROBABILITIES, DEVICE_L
 from milora_lightning.models.pretrained import auto_class, decoder_layers
 from milora_lightning.models.recompute import recomputed
 from milora_lightning.parallel.work import cost
+from milora_lightning.utils.counting import counted
 
 OPTIMIZER_STATES = {
     "SGD": 0,
@@ -217,7 +218,7 @@ def _held(
 def _which_layers(again: int, layers: int) -> str:
     if again in (0, layers):
         return "layer inputs" if again else "all layers"
-    return f"inputs of {again} layers, {layers - again} whole"
+    return f"inputs of {counted(again, 'layer')}, {layers - again} whole"
 
 
 def _parameters(model: nn.Module) -> tuple[int, int, int]:

@@ -86,7 +86,7 @@ def load_processor(name_or_path: str) -> ProcessorMixin:
             f"{name_or_path!r} takes no images: choose a model of LLaVA's kind, such as llava-hf/llava-1.5-7b-hf."
         )
     if importlib.util.find_spec("PIL") is None:
-        raise MissingPackageError("Images are read by the package pillow: pip install milora-lightning[visual]")
+        raise MissingPackageError('Images are read by the package pillow: pip install "milora-lightning[visual]"')
     location = locate(name_or_path)
     with clear_errors(name_or_path, location, "processor"):
         processor = AutoProcessor.from_pretrained(location, trust_remote_code=False)
@@ -216,7 +216,7 @@ def _digest(path: Path, size: int, mtime_ns: int) -> str:
 def _convert_gguf(gguf: Path) -> str:
     """Return a cached folder with the dequantized float32 weights and the tokenizer of a GGUF file."""
     if importlib.util.find_spec("gguf") is None:
-        raise MissingPackageError("Reading GGUF files needs the package gguf: pip install milora-lightning[embedded]")
+        raise MissingPackageError('Reading GGUF files needs the package gguf: pip install "milora-lightning[embedded]"')
     state = gguf.stat()
     folder = cache_folder() / "models" / f"{gguf.stem}-{_digest(gguf, state.st_size, state.st_mtime_ns)[:16]}"
     if folder.is_dir():

@@ -61,7 +61,7 @@ def quantized_loading(
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingPackageError(
-            f"quantization: {quantization} needs the package bitsandbytes: pip install milora-lightning[quantization]"
+            f'quantization: {quantization} needs the package bitsandbytes: pip install "milora-lightning[quantization]"'
         )
     if getattr(config, "quantization_config", None) is not None:
         raise UnusableModelError(

@@ -44,7 +44,7 @@ def full_path(name: str) -> str:
 
 def missing(library: str, optimizer: str) -> str:
     """Say that a library is not installed, and how to install it."""
-    return f"The optimizer {optimizer} needs the package {library}: pip install milora-lightning[{EXTRAS[library]}]"
+    return f'The optimizer {optimizer} needs the package {library}: pip install "milora-lightning[{EXTRAS[library]}]"'
 
 
 def _library_of(short: str) -> str | None:

@@ -16,6 +16,7 @@ from transformers import SchedulerType, get_scheduler, optimization
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from milora_lightning.utils.compat.torch import set_last_lr
+from milora_lightning.utils.counting import counted
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn
 
@@ -210,7 +211,7 @@ def _tell_of_warmup(name: str, optimizer: Optimizer, given: float, warmup: int, 
     elif warmup >= length > 0:
         rate = optimizer.param_groups[0]["lr"]
         warn(
-            f"The run has {length} steps and ends within its warm-up of {warmup}: the learning rate will only reach "
-            f"{rate * (length - 1) / warmup:.3g} of {rate:.3g}. Give warmup_steps as a fraction of the run, such as "
-            f"{WARMUP}, or a smaller number."
+            f"The run has {counted(int(length), 'step')} and ends within its warm-up of {warmup}: the learning rate "
+            f"will only reach {rate * (length - 1) / warmup:.3g} of {rate:.3g}. Give warmup_steps as a fraction of "
+            f"the run, such as {WARMUP}, or a smaller number."
         )

@@ -15,7 +15,9 @@ import logging
 import os
 import sys
 import warnings
-from typing import TextIO
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 import torch.distributed as dist
 
@@ -53,6 +55,42 @@ def warn_once(owner: object, text: str) -> None:
         said.add(text)
         if is_first_rank():
             warnings.warn(text, stacklevel=2)
+
+
+@contextmanager
+def each_said_once() -> Iterator[None]:
+    """Say each text once, also warnings of other packages: several runs in a process would all repeat the same.
+
+    >>> with warnings.catch_warnings(record=True) as said, each_said_once():
+    ...     warnings.simplefilter("always")
+    ...     for run in range(3):
+    ...         warnings.warn("The data have no answers.", stacklevel=1)
+    >>> len(said)
+    1
+    """
+    said: set[str] = set()
+
+    def is_new(text: str) -> bool:
+        if text in said:
+            return False
+        said.add(text)
+        return True
+
+    def keep(record: logging.LogRecord) -> bool:
+        return is_new(record.getMessage())
+
+    def show(message: Warning | str, *place: Any, **options: Any) -> None:
+        if is_new(str(message)):
+            before(message, *place, **options)
+
+    before = warnings.showwarning
+    _logger().addFilter(keep)
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+        _logger().removeFilter(keep)
 
 
 def is_first_rank() -> bool:

@@ -5,12 +5,21 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from helpers.models import quiet_trainer, save_tiny_model, write_examples
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from transformers import LlamaConfig, LlavaConfig
 
 from milora_lightning.cli import main as cli
+from milora_lightning.cli.ending import what_next
+from milora_lightning.cli.loggers import no_logs_of_refused_runs
 from milora_lightning.data import Files
+from milora_lightning.utils.errors import MiLoRAError
 from milora_lightning.utils.messages import warn
 from milora_lightning.utils.notices import leave_out
 
@@ -47,6 +56,48 @@ def test_a_misspelt_file_is_suggested(tmp_path: Path) -> None:
         Files(train=str(tmp_path / "messages.json")).load("train")
     with pytest.raises(FileNotFoundError, match="Check the path"):
         Files(train=str(tmp_path / "elsewhere" / "messages.json")).load("train")
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("gpt2", True), ("llama", False)])
+def test_too_few_positions_are_told_by_the_preview_and_a_refused_run_leaves_no_logs(
+    kind: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model(tmp_path / "model", kind)
+    write_examples(tmp_path / "train.jsonl", 4)
+    options = ["--model.name_or_path", "model", "--data.source.train", "train.jsonl", "--data.template", "alpaca"]
+    options += ["--data.num_generation_examples", "0", "--data.source.validation_size", "0"]
+    if not refused:
+        with pytest.warns(match="64 positions and was not trained on any beyond: set max_length to 64"):
+            cli.main(["preview", *options])
+        return
+    for command in ("preview", "fit"):
+        with pytest.raises(SystemExit, match="64 positions and none beyond: set max_length to 64"):
+            cli.main([command, *options])
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+def test_a_folder_of_logs_that_holds_more_is_kept(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path)
+    for name, kept in (("metrics.csv", True), ("config.yaml", False)):
+        logger = trainer.logger = CSVLogger(tmp_path, name)
+        folder = Path(logger.log_dir)
+        with suppress(MiLoRAError), no_logs_of_refused_runs(trainer):
+            folder.mkdir(parents=True)
+            (folder / name).write_text("")
+            raise MiLoRAError
+        assert folder.is_dir() == folder.parent.is_dir() == kept
+
+
+def test_what_to_do_next_with_a_model_that_sees(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path)
+    for config, command in ((LlavaConfig(), " export "), (LlamaConfig(), " chat ")):
+        module = LightningModule()
+        module.model = nn.Identity()
+        module.model.config = config
+        trainer.strategy.connect(module)
+        (line,) = what_next(trainer, "a.ckpt")
+        assert command in line
 
 
 def test_a_command_with_nothing_points_to_its_own_help(

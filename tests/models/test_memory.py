@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.benchmarks import benchmark
-from helpers.models import tiny_tokenizer
+from helpers.models import TINY_CONFIGS, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 
@@ -174,6 +174,16 @@ def test_the_peak_of_a_run_is_estimated_within_15_percent(checkpointing: bool) -
     done = subprocess.run([sys.executable, "-c", RUN, str(checkpointing)], capture_output=True, text=True, check=True)
     estimated, measured = map(int, done.stdout.split()[-2:])
     assert estimated == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_an_mlp_under_another_name_is_counted(kind: str) -> None:
+    def peak(config: PretrainedConfig) -> int:
+        return estimate(planned_model(config, torch.float32, LoRAConfig(r=4)), config, 2, 64).peak
+
+    wider = TINY_CONFIGS[kind]
+    setattr(wider, {"gpt2": "n_inner", "opt": "ffn_dim"}[kind], 512)
+    assert peak(wider) > 1.2 * peak(TINY_CONFIGS[kind])
 
 
 FIT = r"""

@@ -70,7 +70,7 @@ def test_a_missing_package_is_named(name: str, library: bool, capsys: pytest.Cap
     short = name.rpartition(".")[2]
     assert message == (
         f"error: --model.optimizer: The optimizer {short} needs the package bitsandbytes: "
-        "pip install milora-lightning[quantization]"
+        'pip install "milora-lightning[quantization]"'
     )
 
 
@@ -87,7 +87,7 @@ def test_names_of_torchao(name: str, monkeypatch: pytest.MonkeyPatch, capsys: py
     if importlib.util.find_spec("torchao") is None:
         with pytest.raises(SystemExit):
             optimizer(f"--model.optimizer={name}", "--model.optimizer.lr=1")
-        assert f"The optimizer {short} needs the package torchao: pip install milora-lightning[torchao]" in (
+        assert f'The optimizer {short} needs the package torchao: pip install "milora-lightning[torchao]"' in (
             capsys.readouterr().err
         )
         stand_in = ModuleType("torchao.optim")

@@ -112,7 +112,7 @@ def find_tasks(tasks: str, include_path: str | None) -> tuple[Any, list[str]]:
         ValueError: If there is no such task.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise MissingPackageError("evaluate needs the package lm-eval: pip install milora-lightning[eval]")
+        raise MissingPackageError('evaluate needs the package lm-eval: pip install "milora-lightning[eval]"')
     from lm_eval.tasks import TaskManager
 
     wanted = [name for name in (part.strip() for part in tasks.split(",")) if name]

@@ -15,6 +15,7 @@ from milora_lightning.cli.main import MiLoRACLI, command_line
 from milora_lightning.data.batches.batching import learned_spans, round_up
 from milora_lightning.data.batches.budget import Batches
 from milora_lightning.data.datamodule import SFTDataModule
+from milora_lightning.data.model_check import check_fits
 from milora_lightning.data.streaming.encoding import check_trainer
 from milora_lightning.models.choosing_attention import AUTO, choose_attention
 from milora_lightning.models.memory import LOADED, Estimate, Part, estimate, planned_model
@@ -72,8 +73,17 @@ def preview(fit: Sequence[str], examples: int = 3, max_tokens: int = 400) -> Non
     for line in of_the_data(data, lengths, batches):
         console.print(line)
     console.rule("run")
-    for line in of_the_run(cli, len(batches), batches):
+    model = planned(cli)
+    for line in of_the_run(cli, model, len(batches), batches):
         console.print(line)
+    check_fits(data, model, cli.trainer, "fit", cli.model.max_new_tokens, data.pad_to_multiple_of)
+
+
+def planned(cli: MiLoRACLI) -> Any:
+    """Return the model with its adapters, without weights."""
+    module, adapters = cli.model, cli.config_init["fit"]["adapter"].config
+    config = load_config(module.name_or_path)
+    return planned_model(config, held_as(module.dtype_name, config.dtype, _kind(cli)), adapters)
 
 
 def shown(example: dict[str, Any], tokenizer: Any, most: int, colours: bool) -> Text:
@@ -175,7 +185,7 @@ def of_the_data(data: SFTDataModule, lengths: Sequence[int], batches: list[list[
     ]
 
 
-def of_the_run(cli: MiLoRACLI, batches: int, lengths: list[list[int]]) -> list[str]:
+def of_the_run(cli: MiLoRACLI, model: Any, batches: int, lengths: list[list[int]]) -> list[str]:
     """Describe the run: its length, the parameters that train, and the memory it needs."""
     trainer, data = cli.trainer, cli.datamodule
     step, epochs = data.step_batch(), trainer.max_epochs or -1
@@ -188,8 +198,8 @@ def of_the_run(cli: MiLoRACLI, batches: int, lengths: list[list[int]]) -> list[s
     rows += f" x {step.accumulated} batches" if step.accumulated > 1 else ""
     rows += f" x {step.devices} devices" if step.devices > 1 else ""
     length = counted(min(limits), "step") if limits else "steps without end"
-    kind = trainer.strategy.root_device.type
-    expected = of_memory(cli, lengths, kind)
+    kind = _kind(cli)
+    expected = of_memory(cli, model, lengths)
     here = (process_memory.resident() or 0) + LOADED
     held = (
         [Part("program and data", here, "what preview takes, and what torch loads to train")] if kind == "cpu" else []
@@ -208,11 +218,10 @@ def of_the_run(cli: MiLoRACLI, batches: int, lengths: list[list[int]]) -> list[s
     return lines if fits else [*lines, f"What takes less: {REMEDIES}."]
 
 
-def of_memory(cli: MiLoRACLI, lengths: list[list[int]], kind: str) -> Estimate:
+def of_memory(cli: MiLoRACLI, model: Any, lengths: list[list[int]]) -> Estimate:
     """Estimate the memory that the run needs for its largest batch."""
-    module, data, trainer = cli.model, cli.datamodule, cli.trainer
-    config = load_config(module.name_or_path)
-    adapters = cli.config_init["fit"]["adapter"].config
+    module, data, trainer, kind = cli.model, cli.datamodule, cli.trainer, _kind(cli)
+    config, adapters = load_config(module.name_or_path), cli.config_init["fit"]["adapter"].config
     dtype = held_as(module.dtype_name, config.dtype, kind)
     attention = module.attn_implementation
     if attention == AUTO:
@@ -222,7 +231,7 @@ def of_memory(cli: MiLoRACLI, lengths: list[list[int]], kind: str) -> Estimate:
     learned = sum(b - a for e in examples.select_columns(["spans"]) for a, b in learned_spans(e))
     optimizer = cli.config["fit"]["model"]["optimizer"]
     return estimate(
-        planned_model(config, dtype, adapters),
+        model,
         config,
         *largest,
         supervised=learned / sum(examples["length"][:]),
@@ -235,6 +244,10 @@ def of_memory(cli: MiLoRACLI, lengths: list[list[int]], kind: str) -> Estimate:
         shards=trainer.world_size // getattr(trainer.strategy, "replicate_size", 1) if shards(trainer.strategy) else 1,
         mapped=maps_large_tensors(),
     )
+
+
+def _kind(cli: MiLoRACLI) -> str:
+    return str(cli.trainer.strategy.root_device.type)
 
 
 def _bytes(size: float) -> str:
