@@ -197,11 +197,11 @@ class CausalLMModule(LoadedModule):
         """Compute the mean loss over the tokens (or examples, see ``loss_agg_mode``) of a batch on all ranks.
 
         With ``accumulate_grad_batches``, an optimizer step follows the gradient of the mean over those of all its
-        batches, as one large batch would.
+        batches, as one large batch would; that mean is logged as ``train_loss``.
         """
         total, tokens = self.loss(batch)
         loss = self.mean_over_ranks(total, tokens)
-        self.log("train_loss", loss, prog_bar=True)
+        self.log("train_loss", self.step_loss.mean, prog_bar=True)
         rate = self._throughput.add(batch["lengths" if "lengths" in batch else "attention_mask"].sum())
         if rate is not None:
             self.log("tokens_per_second", rate, prog_bar=True)

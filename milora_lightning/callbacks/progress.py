@@ -18,6 +18,7 @@ from milora_lightning.screen.figures import duration, peak_memory
 from milora_lightning.screen.pace import Pace, SmoothedLoss
 from milora_lightning.screen.state import RunState, Work
 from milora_lightning.screen.views import LineView, LiveView, View
+from milora_lightning.training.optimization import OptimizedModule
 from milora_lightning.training.remaining import seconds_left
 from milora_lightning.training.schedules import run_length
 from milora_lightning.utils.counting import counted
@@ -159,9 +160,7 @@ class RunProgress(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Update the figures, if it is time to."""
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor):  # Lightning has divided it by accumulate_grad_batches
-            self._loss.add(loss * trainer.accumulate_grad_batches)
+        self._add_loss(trainer, pl_module, outputs)
         training = self.state.training
         if training is None:
             return
@@ -174,6 +173,14 @@ class RunProgress(ProgressBar):
             self._read = now
             self._take_figures(trainer)
         self._tick()
+
+    def _add_loss(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(pl_module, OptimizedModule) and pl_module.step_loss.begun:  # whose batches do not count alike
+            if pl_module.step_loss.ended:
+                self._loss.add(pl_module.step_loss.mean)
+        elif isinstance(loss, Tensor):  # Lightning has divided it by accumulate_grad_batches
+            self._loss.add(loss * trainer.accumulate_grad_batches)
 
     def _take_figures(self, trainer: Trainer) -> None:
         state = self.state

@@ -1,4 +1,4 @@
-"""Gradient accumulation in which every token (or example) of an optimizer step has the same weight."""
+"""Gradient accumulation in which every token (or example) of an optimizer step has the same weight, and its loss."""
 
 from __future__ import annotations
 
@@ -78,3 +78,51 @@ class TokenWindow:
                 gradients[local.device].append(local)
         for device, tensors in gradients.items():
             multiply_together(tensors, scale.to(device))
+
+
+class StepLoss:
+    """The loss that an optimizer step follows: the mean over the tokens of all its micro-batches and ranks.
+
+    It stays on its device, and is never waited for.
+
+    Attributes:
+        begun: Whether anything has been added.
+        ended: Whether what is added next begins another step.
+
+    >>> loss = StepLoss()
+    >>> loss.add(torch.tensor(2.0), torch.tensor(1)), loss.add(torch.tensor(45.0), torch.tensor(9))
+    (tensor(2.), tensor(4.7000))
+    >>> loss.end()
+    >>> loss.add(torch.tensor(3.0), torch.tensor(1))
+    tensor(3.)
+    """
+
+    def __init__(self) -> None:
+        self.begun, self.ended = False, True
+        self._total: Tensor
+        self._tokens: Tensor
+
+    def add(self, total: Tensor, tokens: Tensor) -> Tensor:
+        """Add a micro-batch.
+
+        Args:
+            total: The sum of the losses of its tokens, over all ranks; without gradient.
+            tokens: The number of these tokens.
+
+        Returns:
+            The mean over the step's tokens so far.
+        """
+        if self.ended:
+            self._total, self._tokens, self.begun, self.ended = total, tokens, True, False
+        else:
+            self._total, self._tokens = self._total + total, self._tokens + tokens
+        return self.mean
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean over the tokens of this step so far or, if it has ended, of the whole step."""
+        return self._total / self._tokens.clamp(min=1)
+
+    def end(self) -> None:
+        """End the step: what is added next begins another."""
+        self.ended = True

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from milora_lightning.strategies.base import clips_itself, gradient_norm
-from milora_lightning.training.accumulation import TokenWindow, accumulates
+from milora_lightning.training.accumulation import StepLoss, TokenWindow, accumulates
 from milora_lightning.training.resuming import KEY, check_same, check_whole, describe, options, tell_differences
 from milora_lightning.training.schedules import (
     check_length,
@@ -30,6 +30,9 @@ from milora_lightning.utils.errors import InvalidInputError
 
 class OptimizedModule(LightningModule):
     """A module whose optimizer steps give every token the same weight, with one optimizer and a schedule.
+
+    Attributes:
+        step_loss: The loss of the step under way, and of the last one when that has ended.
 
     Args:
         optimizer: Makes the optimizer from the trainable parameters.
@@ -59,6 +62,7 @@ class OptimizedModule(LightningModule):
         self.warmup_steps = warmup_steps
         self.lr_scheduler_kwargs = lr_scheduler_kwargs or {}
         self.learning_rate = learning_rate
+        self.step_loss = StepLoss()
         self._window = TokenWindow()
         self._counted: Tensor | None = None  # the number of tokens of the loss whose backward comes next
         self._length = math.inf
@@ -73,11 +77,16 @@ class OptimizedModule(LightningModule):
     def mean_over_ranks(self, total: Tensor, tokens: Tensor) -> Tensor:
         """Return a loss whose gradient, averaged over ranks, is that of the mean over all ranks' tokens.
 
+        The losses of all ranks go into :attr:`step_loss`.
+
         Args:
             total: The sum of the losses of this rank's tokens.
             tokens: The number of these tokens.
         """
-        self._counted = self.trainer.strategy.reduce(tokens, reduce_op="sum")
+        strategy = self.trainer.strategy
+        self._counted = strategy.reduce(tokens, reduce_op="sum")
+        # A copy, because strategies sum in place.
+        self.step_loss.add(strategy.reduce(total.detach().clone(), reduce_op="sum"), self._counted)
         return total * self.trainer.world_size / self._counted.clamp(min=1)
 
     def follow(self, loss: Tensor) -> None:
@@ -110,6 +119,7 @@ class OptimizedModule(LightningModule):
 
         def closure() -> Any:
             result = optimizer_closure() if optimizer_closure is not None else None
+            self.step_loss.end()
             self._window.average(p for group in optimizer.param_groups for p in group["params"])
             return result
 
@@ -173,6 +183,7 @@ class OptimizedModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Report what a checkpoint has changed, and apply a learning rate that was set or found."""
+        self.step_loss.end()  # of a run before that was interrupted
         if not self._given:  # a subclass has its own configure_optimizers
             return
         optimizer, schedule = self._optimization()

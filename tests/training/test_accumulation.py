@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -124,6 +125,45 @@ def test_each_example_has_the_same_weight_where_losses_are_averaged_by_example(
     assert distance(gradient, torch.stack(alone).mean(0)) < 1e-5
     _, (by_token,) = train(llama, batches, **options)
     assert distance(gradient, by_token) > 0.05
+
+
+class Losses(Callback):
+    """Keeps the loss that is logged in each step, and the one that the screen would average."""
+
+    def __init__(self) -> None:
+        self.logged: list[float] = []
+        self.whole: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        if pl_module.step_loss.ended:
+            self.logged.append(trainer.callback_metrics["train_loss"].item())
+            self.whole.append(pl_module.step_loss.mean.item())
+
+
+@pytest.mark.parametrize(
+    ("batches", "mode"), [([[0, 1], [2, 3]], "token-mean"), ([[4], [3], [0, 2], [1]], "seq-mean-token-mean")]
+)
+def test_the_loss_that_is_logged_is_that_of_the_whole_step(batches: list[list[int]], mode: str, llama: Path) -> None:
+    """That of one large batch, in both of two steps; the last of the small ones has another."""
+    one, several, last = Losses(), Losses(), Losses()
+    train(llama, WHOLE, callbacks=[one], loss_agg_mode=mode)
+    train(llama, batches, callbacks=[several], loss_agg_mode=mode, accumulate_grad_batches=len(batches))
+    assert several.logged == several.whole
+    assert several.logged == pytest.approx(one.logged, rel=1e-5)
+    train(llama, batches[-1:], callbacks=[last], loss_agg_mode=mode, max_epochs=1)
+    assert last.logged != pytest.approx(one.logged[:1], rel=1e-3)
+
+
+def test_the_loss_that_is_logged_is_that_of_all_ranks(llama: Path) -> None:
+    """This rank has 2 tokens, the other 8. What trains is this rank's share, whatever strategies sum in place."""
+    others = {torch.float32: 32.0, torch.int64: 8}
+    lm = CausalLMModule(str(llama))
+    strategy = SimpleNamespace(reduce=lambda x, reduce_op: x.add_(others[x.dtype]))
+    lm._trainer = cast(Any, SimpleNamespace(strategy=strategy, world_size=2))
+    total = torch.tensor(6.0, requires_grad=True)
+    loss = lm.mean_over_ranks(total, torch.tensor(2))
+    assert loss.item() == pytest.approx(6.0 * 2 / 10)
+    assert lm.step_loss.mean.item() == pytest.approx((6.0 + 32.0) / 10)
 
 
 def test_evaluation_is_by_token_however_training_averages(llama: Path) -> None:
