@@ -9,7 +9,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 from helpers.data_fixtures import isolate_cache, make_tokenizer
 from hypothesis import HealthCheck, assume, example, given, settings
@@ -40,6 +39,7 @@ TOKENIZER = make_tokenizer()
 
 @few
 @given(ids, ids, st.integers(2, 20), st.sampled_from([None, 1]), st.integers(0, 6))
+@example([5, 6, 7, 8], [9], 3, None, 2)  # a head that would leave no room
 def test_what_is_joined_keeps_the_response_and_the_ends_of_the_prompt(
     prompt: list[int], response: list[int], most: int, bos: int | None, head: int
 ) -> None:
@@ -90,13 +90,20 @@ def test_long_texts_are_cut_without_losing_a_token_or_leaving_one_alone(text: st
 
 
 @few
-@given(st.lists(st.tuples(ids, ids.filter(bool)), min_size=1, max_size=5), st.integers(1, 9), st.booleans())
+@given(
+    st.lists(st.tuples(ids, ids.filter(bool)), min_size=1, max_size=5), st.integers(1, 9), st.booleans(), st.booleans()
+)
 def test_collated_are_the_tokens_once_with_their_masks(
-    rows: list[tuple[list[int], list[int]]], multiple: int, one_row: bool
+    rows: list[tuple[list[int], list[int]]], multiple: int, one_row: bool, whole: bool
 ) -> None:
+    """With ``whole``, all tokens are learned; the first of an example has nothing before it in a packed row."""
     rows = [([1, *prompt], response) for prompt, response in rows]
     examples: list[dict[str, Any]] = [
-        {"input_ids": prompt + response, "prompt_length": len(prompt), "spans": [len(prompt), len(prompt + response)]}
+        {
+            "input_ids": prompt + response,
+            "prompt_length": len(prompt),
+            "spans": [0 if whole else len(prompt), len(prompt + response)],
+        }
         for prompt, response in rows
     ]
     batch = Collator(0, multiple)(examples)
@@ -107,7 +114,8 @@ def test_collated_are_the_tokens_once_with_their_masks(
         mask, padding = batch["attention_mask"][row].bool(), width - len(prompt + response)
         assert batch["input_ids"][row].tolist() == prompt + response + [0] * padding
         assert mask.tolist() == [True] * len(prompt + response) + [False] * padding
-        assert batch["labels"][row].tolist() == [-100] * len(prompt) + response + [-100] * padding
+        unlearned = prompt if whole else [-100] * len(prompt)
+        assert batch["labels"][row].tolist() == unlearned + response + [-100] * padding
     texts = dict.fromkeys(("prompt", "instruction", "reference", "task"), "")
     prompts = PromptCollator(0, multiple)([{**each, **texts} for each in examples])
     for tokens, mask, (prompt, _) in zip(prompts["input_ids"], prompts["attention_mask"], rows, strict=True):
@@ -124,9 +132,13 @@ def test_collated_are_the_tokens_once_with_their_masks(
         tokens, labels = (packed[name][row, start:after].tolist() for name in ("input_ids", "labels"))
         if any(tokens):
             found.append((tokens, labels))
-        else:
+        else:  # the padding of a row, all of it together
             assert set(labels) == {-100}
-    assert found == [(prompt + response, [-100] * len(prompt) + response) for prompt, response in [*rows, *rows[:1]]]
+            assert after == packed["input_ids"].shape[1]
+            assert start == 0 or packed["input_ids"][row, start - 1] != 0
+    learned = [[-100, *prompt[1:]] if whole else [-100] * len(prompt) for prompt, _ in rows]
+    expected = [(prompt + response, first + response) for (prompt, response), first in zip(rows, learned, strict=True)]
+    assert found == [*expected, *expected[:1]]
 
 
 @few
@@ -215,13 +227,15 @@ def test_equal_sources_of_a_mixture_are_not_drawn_alike() -> None:
 @given(st.integers(1, 400), st.integers(-120, 120), st.integers(-120, 120))
 def test_slices_by_percentages_meet_without_gap_or_overlap(rows: int, edge: int, number: int) -> None:
     share = abs(edge) % 101
+    nearest = round(share * rows / 100)
     before, after = f"train[:{share}%]", f"train[{share}%:]"
     parts = []
     for name in (before, after):
         try:
             parts += sliced(name, rows)
+            assert len(parts) in (nearest, rows)
         except MiLoRAError:
-            assert not list(range(rows))[slice(None, round(share * rows / 100))] or round(share * rows / 100) == rows
+            assert nearest in (0, rows)
     assert parts == list(range(rows))
     if wanted := list(range(rows))[number:]:
         assert list(sliced(f"train[{number}:]", rows)) == wanted
@@ -279,7 +293,10 @@ def test_tokenizing_is_not_read_from_the_cache_of_other_settings(
     from milora_lightning.data import tokenize_dataset
 
     isolate_cache(monkeypatch, tmp_path)
-    data = datasets.Dataset.from_list([{"prompt": "Add the numbers 1 and 2.", "response": "The sum is 3."}])
+    row = {"instruction": "Add the numbers 1 and 2.", "output": "The sum is 3."}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    data = Files(str(tmp_path / "train.jsonl")).load("train")
+    assert data.cache_files  # on disk, where what is made of it is kept as well
     plain = make_tokenizer()
     other = make_tokenizer(chat_template="{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}")
     options: list[dict[str, Any]] = [
