@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
+import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileOpener
+from helpers.forked import run_forked
 from helpers.models import quiet_trainer, save_tiny_model, write_examples
 from helpers.modules import data, module
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from milora_lightning import MiLoRAInit, RandomState
 from milora_lightning.checkpoint.adapter import KEY, read_checkpoint
+from milora_lightning.cli.main import main
 
 
 class Losses(Callback):
@@ -87,38 +92,28 @@ def test_without_the_random_state_it_would_not(tmp_path: Path) -> None:
     assert losses[4:] != later
 
 
-CHILD = """
-import os, shutil, signal, sys
-import torch
-torch.set_num_threads(1)
-from fsspec.implementations.local import LocalFileOpener
-from lightning.pytorch import Callback
-from milora_lightning.callbacks import MiLoRAInit
-from milora_lightning.cli.main import main
+def dying(way: str) -> None:
+    """Have this process kill itself with half of its ninth checkpoint written, or be told to end at step 7."""
+    writes = 0
 
-way, arguments = sys.argv[1], sys.argv[2:]
-writes, batches = 0, 0
+    def write_half(self: LocalFileOpener, content: bytes) -> Any:
+        nonlocal writes
+        writes += 1
+        if writes == 9:
+            shutil.copy("saved/last.ckpt", "before.ckpt")
+            self.f.write(content[: len(content) // 2])
+            self.f.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.f.write(content)
 
-def write_half(self, content):
-    global writes
-    writes += 1
-    if writes == 9:
-        shutil.copy("saved/last.ckpt", "before.ckpt")
-        self.f.write(content[: len(content) // 2])
-        self.f.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return self.f.write(content)
+    def terminate(self: MiLoRAInit, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-def terminate(self, trainer, pl_module, outputs, batch, batch_idx):
-    if trainer.global_step == 7:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-if way == "SIGKILL":
-    LocalFileOpener.write = write_half
-elif way == "SIGTERM":
-    MiLoRAInit.on_train_batch_end = terminate
-main(arguments)
-"""
+    if way == "SIGKILL":
+        LocalFileOpener.write = write_half
+    elif way == "SIGTERM":
+        MiLoRAInit.on_train_batch_end = terminate  # type: ignore[method-assign]
 
 
 @pytest.mark.slow
@@ -128,7 +123,6 @@ def test_killed_in_the_middle_it_goes_on_as_if_nothing_had_happened(way: str, tm
     """SIGKILL strikes with half of a checkpoint written: the one before stays whole, and the run goes on from it."""
     save_tiny_model(tmp_path / "model", "llama")
     write_examples(tmp_path / "train.jsonl", 40)
-    (tmp_path / "train.py").write_text(CHILD)
 
     def fit(way: str, folder: str, *more: str) -> int:
         options = {
@@ -150,9 +144,14 @@ def test_killed_in_the_middle_it_goes_on_as_if_nothing_had_happened(way: str, tm
             "trainer.callbacks.save_last": "true",
             "trainer.callbacks.enable_version_counter": "false",
         }
-        arguments = [way, "fit", *(f"--{key}={value}" for key, value in options.items()), *more]
-        command = [sys.executable, "train.py", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=240, check=False).returncode
+        arguments = ["fit", *(f"--{key}={value}" for key, value in options.items()), *more]
+
+        def train() -> None:
+            torch.manual_seed(len(more))  # a run that goes on has another random state than the one that began
+            dying(way)
+            main(arguments)
+
+        return run_forked(train, tmp_path)
 
     assert fit("", "whole") == 0
     assert (fit(way, "saved") == 0) == (way == "SIGTERM")  # at which Lightning stops in good order
