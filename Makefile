@@ -59,6 +59,12 @@ gpu: $(READY)
 	$(VENV)/bin/pytest -m gpu
 	$(VENV)/bin/python benchmarks/gpu.py
 
+# Mistakes put into a room's code one at a time, to see whether its fast tests notice: make mutants ROOM=linalg
+ROOM ?= linalg
+mutants: $(READY)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable .[mutants]
+	$(VENV)/bin/python benchmarks/mutants.py $(ROOM) $(MUTANTS)
+
 test-lowest: $(READY_LOWEST)
 	$(VENV_LOWEST)/bin/python -m pytest $(SIDE_BY_SIDE)
 
@@ -72,4 +78,4 @@ $(READY_LOWEST): pyproject.toml constraints-lowest.txt
 clean:
 	rm -rf $(VENV) $(VENV_LOWEST) site
 
-.PHONY: fit test gpu test-lowest docs check-wheel clean
+.PHONY: fit test gpu mutants test-lowest docs check-wheel clean
