@@ -13,9 +13,10 @@ import lightning.pytorch
 import pytest
 import torch
 import yaml
-from helpers.models import quiet_trainer, save_tiny_model
+from helpers.models import quiet_trainer, save_tiny_model, write_examples
 
 from milora_lightning import lora_layers
+from milora_lightning.checkpoint.adapter import read_checkpoint
 from milora_lightning.cli.main import main
 from milora_lightning.parallel.dtensor import full_tensor
 
@@ -56,6 +57,19 @@ def test_modules_train_their_adapters(name: str, tmp_path: Path, monkeypatch: py
 def test_functions_work_without_lightning(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "without_lightning.py"), run_name="__main__")  # its assertions are the point
     assert "loss" in capsys.readouterr().out
+
+
+def test_a_start_of_ones_own_is_known_to_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--model.name_or_path", str(save_tiny_model(tmp_path / "model", "llama")), "--adapter.r", "4"]
+    options += ["--data.source.train", str(write_examples(tmp_path / "train.jsonl", 4)), "--data.template", "plain"]
+    options += ["--data.source.validation_size", "0", "--trainer.max_steps", "1", "--adapter.init", "columns"]
+    monkeypatch.setattr(sys, "argv", ["own_start.py", "fit", *options, "--logger", "none"])
+    runpy.run_path(str(EXAMPLES / "own_start.py"), run_name="__main__")
+    state = read_checkpoint(tmp_path / "checkpoints/last.ckpt")["state_dict"]
+    initial = [value for name, value in state.items() if name.endswith("initial_A")]
+    assert initial
+    assert all(torch.equal(A.sum(dim=1), torch.ones(4)) and A.count_nonzero() == 4 for A in initial)
 
 
 @pytest.mark.parametrize("name", ["first_steps", "spectra"])

@@ -104,7 +104,8 @@ def scripts() -> str:
     for path in sorted((ROOT / "benchmarks").glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body):
-            rows.append(f"| `{path.name}` | {first_sentence((ast.get_docstring(tree) or '').replace(chr(10), ' '))} |")
+            about = (ast.get_docstring(tree) or "").partition("\n\n")[0]
+            rows.append(f"| `{path.name}` | {first_sentence(about)} |")
     return "\n".join(rows)
 
 

@@ -61,8 +61,8 @@ class Problem(NamedTuple):
 def program_of(answer: str, problem: Problem) -> str:
     r"""Make a program of an answer to a problem, with the problem's tests at its end.
 
-    The answer is a block of code in Markdown that defines the function, or else is the function's body, up to where
-    something else begins.
+    The answer is a block of code in Markdown that defines the function, with those that define something for it, or
+    else is the function's body, up to where something else begins.
 
     >>> problem = Problem('def one():\n    "Return 1."\n', "one", "def check(f):\n    assert f() == 1")
     >>> print(program_of("    return 1\n\nprint(one())", problem))
@@ -82,11 +82,27 @@ def program_of(answer: str, problem: Problem) -> str:
     prompt = problem.prompt.rstrip()
     if defines.search(code):  # behind the prompt, whose imports and helpers it may use
         prompt = prompt if _parses(prompt) else f"{prompt}\n    pass"
-        code = f"{prompt}\n\n{_without_prose(textwrap.dedent(code))}"
+        others = [textwrap.dedent(block) for block in blocks if not defines.search(block) and _only_defines(block)]
+        code = "\n\n".join([prompt, *others, _without_prose(textwrap.dedent(code))])
     else:
         body = ENDS.split(code.strip("\n"))[0].strip("\n")
         code = _with_body(prompt, body)
     return f"{code}\n\n{problem.test.strip()}\ncheck({problem.entry_point})"
+
+
+def _only_defines(block: str) -> bool:
+    r"""Tell whether a block of code is imports and definitions alone: a helper, and no example of its use.
+
+    >>> _only_defines("import math\n\ndef half(x):\n    return x / 2"), _only_defines("print(half(2))")
+    (True, False)
+    """
+    code = textwrap.dedent(block)
+    definitions = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return _parses(code) and all(
+        isinstance(statement, definitions)
+        or (isinstance(statement, ast.Assign) and not any(isinstance(node, ast.Call) for node in ast.walk(statement)))
+        for statement in ast.parse(code).body
+    )
 
 
 def _with_body(prompt: str, body: str) -> str:

@@ -36,6 +36,11 @@ PROBLEM = Problem(
             "```python\nhelper(1)\n```\nand so\n```python\ndef area(r):\n    return (helper(r)-1)**2 * math.pi\n```",
             True,
         ),
+        (  # with a helper in a block of its own, and an example
+            "```python\nTWO = 2\n\ndef square(x):\n    return x**TWO\n```\nThen\n```python\ndef area(r):\n"
+            "    return square(r) * math.pi\n```\nFor example:\n```python\na = area(2)\n```",
+            True,
+        ),
         ("Sure.\n\nfrom math import pi\n\ndef area(r):\n    return pi * r * r\n\nThis is right.", True),
         ("    return 3 * r**2", False),
         ("    return", False),
