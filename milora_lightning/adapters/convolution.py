@@ -30,7 +30,7 @@ from milora_lightning.adapters.linear_layers import is_convolution
 from milora_lightning.utils.compat.torch import convolve
 
 _POINTWISE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_READ_BY_MODELS = (
+READ_BY_MODELS = (
     "in_channels",
     "out_channels",
     "kernel_size",
@@ -69,7 +69,7 @@ class LoRAConv(LoRALinear):
 
     def __init__(self, base_layer: nn.Module, r: int, *options: Any, **named: Any) -> None:
         super().__init__(base_layer, r, *options, **named)
-        for name in _READ_BY_MODELS:
+        for name in READ_BY_MODELS:
             setattr(self, name, getattr(base_layer, name))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from milora_lightning.export.peft_format import (
     registrations,
     task_type,
 )
-from milora_lightning.export.peft_layers import in_peft, objection_to, stacked_rank, update_factors
+from milora_lightning.export.peft_layers import in_peft, objection_to_convolutions, stacked_rank, update_factors
 from milora_lightning.export.serving import save_tokenizer
 from milora_lightning.models.files import takes_images
 from milora_lightning.models.pretrained import load_processor
@@ -80,7 +80,7 @@ def export_peft(
     check_output(output)
     model = find_model(module)
     layers = _adapters(module, model)
-    if said := objection(model) or next(filter(None, map(objection_to, layers.values())), None):
+    if said := objection(model) or objection_to_convolutions(model):
         raise InvalidInputError(f"PEFT cannot represent these adapters: {said}. {MERGED}")
     kept = _kept_whole(model, layers)
     inside = tuple(f"{name}." for name in kept)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 
 import torch
 from torch import Tensor, nn
 
-from milora_lightning.adapters.convolution import LoRAConv, by_group
+from milora_lightning.adapters.convolution import READ_BY_MODELS, LoRAConv, by_group
 from milora_lightning.adapters.factors import stack_factors
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import factor_shapes, groups_of, is_convolution
@@ -93,10 +95,26 @@ def from_peft(layer: LoRALinear, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return own.flatten(1), B.flatten(1)
 
 
-def objection_to(layer: LoRALinear) -> str | None:
-    """Return what PEFT's adapter of a layer computes otherwise; None if it does not."""
-    if not isinstance(layer, LoRAConv):
+def objection_to_convolutions(model: nn.Module) -> str | None:
+    """Return what PEFT's adapters of convolutions in a model cannot do as the ones here; None if there is nothing."""
+    for parent in model.modules():
+        for name, layer in parent.named_children():
+            if isinstance(layer, LoRAConv) and (said := _objection_to(layer) or _unread(parent, name)):
+                return said
+    return None
+
+
+def _unread(parent: nn.Module, name: str) -> str | None:
+    """Say which setting of a convolution its owner's code reads, as Whisper's does: PEFT's layers do not have it."""
+    try:
+        source = inspect.getsource(type(parent))
+    except (OSError, TypeError):  # there is none to be found
         return None
+    read = re.search(rf"self\.{re.escape(name)}\.({'|'.join(READ_BY_MODELS)})\b", source)
+    return f"the model reads {name}.{read[1]}, which its adapters of convolutions do not have" if read else None
+
+
+def _objection_to(layer: LoRAConv) -> str | None:
     if any(step != 1 for step in layer.dilation):
         return f"its adapters of convolutions have no dilation, and one of these has {layer.dilation}"
     if layer.padding_mode != "zeros":
