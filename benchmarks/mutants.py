@@ -1,11 +1,11 @@
 """Mistakes put into the code one at a time by mutmut: how many of them a room's own fast tests notice.
 
-    make mutants ROOM=linalg
-    make mutants ROOM=adapters MUTANTS="--files layer.py injection.py --sample 200"
-
 The tree is copied to build/mutants/ROOM, and results are kept there: a run that was broken off goes on, and what has
 changed since is made again. A sample is drawn at random, the same one each time. Mutants that change nothing but the
 words of a sentence are left out: only a test that repeats the sentence would notice them.
+
+    make mutants ROOM=linalg
+    make mutants ROOM=adapters MUTANTS="--files layer.py injection.py --sample 200"
 """
 
 from __future__ import annotations
