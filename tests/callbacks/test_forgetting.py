@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.callback_modules import LanguageModel, Regression
+from helpers.data_fixtures import make_tokenizer
 from helpers.distributed_runs import FSDP1OnCPU
 from helpers.models import quiet_trainer, save_tiny_model, tiny_tokenizer
 from helpers.modules import data, module
@@ -72,6 +73,21 @@ def test_text_is_packed_into_blocks(tmp_path: Path) -> None:
     (tmp_path / "other.jsonl").write_text(json.dumps({"body": "1"}))
     with pytest.raises(ValueError, match=r"no field 'text'.*body"):
         read_texts(str(tmp_path / "other.jsonl"))
+
+
+def test_blocks_begin_as_the_tokenizer_begins_a_text() -> None:
+    """With BOS, if it adds one; between them no token is lost, and texts are kept apart."""
+    texts = ["Below is an instruction.", "Write a response."]
+    for begins in (True, False):
+        tokenizer = make_tokenizer(adds_specials=begins)
+        blocks = pack(texts, tokenizer, 4, 1000)
+        bare = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        joined = [*bare[0], tokenizer.eos_token_id, *bare[1]]
+        assert set(blocks[:, 0].tolist()) == {tokenizer.bos_token_id} or not begins
+        inside = blocks[:, begins:].flatten().tolist()
+        assert inside == joined[: len(inside)]
+        assert len(joined) - len(inside) < 4 - begins
+        assert pack(texts, tokenizer, 4, 11).shape == (2, 4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
