@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from milora_lightning.adapters.convolution import LoRAConv
+from milora_lightning.adapters.embedding import LoRAEmbedding
 from milora_lightning.adapters.layer import LoRALinear
 
-KINDS: tuple[type[LoRALinear], ...] = (LoRALinear, LoRAConv)
+KINDS: tuple[type[LoRALinear], ...] = (LoRALinear, LoRAConv, LoRAEmbedding)
 
 
 def adapter_class(layer: nn.Module) -> type[LoRALinear]:

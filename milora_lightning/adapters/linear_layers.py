@@ -53,9 +53,20 @@ def is_convolution(module: object) -> TypeGuard[ConvNd]:
     return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and own_convolution(module)
 
 
+def is_embedding(module: object) -> TypeGuard[nn.Embedding]:
+    """Whether a module is an embedding that looks up rows of its weight, and does nothing else to them.
+
+    >>> is_embedding(nn.Embedding(4, 2)), is_embedding(nn.Embedding(4, 2, max_norm=1.0))
+    (True, False)
+    """
+    if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+        return False
+    return type(module).forward is nn.Embedding.forward
+
+
 def is_adaptable(module: object) -> bool:
     """Whether adapters fit a layer of this kind."""
-    return is_linear(module) or is_convolution(module)
+    return is_linear(module) or is_convolution(module) or is_embedding(module)
 
 
 def groups_of(layer: nn.Module) -> int:
@@ -73,6 +84,8 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
     """
     if is_convolution(layer):
         return layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+    if is_embedding(layer):
+        return layer.embedding_dim, layer.num_embeddings
     if is_conv1d(layer):
         return cast(int, layer.nf), cast(int, layer.nx)
     return cast(int, layer.out_features), cast(int, layer.in_features)

@@ -10,6 +10,7 @@ from milora_lightning.adapters.linear_layers import (
     PLAIN_TENSORS,
     groups_of,
     is_convolution,
+    is_embedding,
     is_plain,
     largest_rank,
 )
@@ -24,7 +25,7 @@ def misfit(layer: nn.Module, r: int, owners: Owners) -> str | None:
     weight: Tensor = layer._parameters["weight"]  # type: ignore[assignment]
     if weight.is_complex():
         return "has complex weights"
-    known = type(layer) in PLAIN_LAYERS or is_convolution(layer)
+    known = type(layer) in PLAIN_LAYERS or is_convolution(layer) or is_embedding(layer)
     if known and type(weight) in PLAIN_TENSORS and not is_plain(weight):
         return f"has weights of {weight.dtype}"
     if r % groups_of(layer):

@@ -9,7 +9,7 @@ from torch import nn
 
 from milora_lightning.adapters.freezing import frozen_by_user
 from milora_lightning.adapters.layer import LoRALinear
-from milora_lightning.adapters.linear_layers import is_linear, is_plain
+from milora_lightning.adapters.linear_layers import is_embedding, is_linear, is_plain
 from milora_lightning.adapters.parts import ends_with, find_modules, modules_by_name
 from milora_lightning.adapters.targets import adaptable_layers, output_heads
 from milora_lightning.config import AUTO, LoRAConfig
@@ -55,7 +55,8 @@ def saved_modules(part: nn.Module, config: LoRAConfig) -> list[nn.Module]:
 def _new_modules(part: nn.Module) -> Iterator[str]:
     """Name the layers, or the modules around them, that are new or a classifier's, the first layers first."""
     heads = output_heads(part)
-    layers = [getattr(m, "base_layer", m) for name, m in adaptable_layers(part).items() if not named_as_head(name)]
+    named = ((n, getattr(m, "base_layer", m)) for n, m in adaptable_layers(part).items())
+    layers = [layer for name, layer in named if not (named_as_head(name) or is_embedding(layer))]
     pretrained = not all(looks_new(layer) for layer in layers[:: max(1, len(layers) // 8)])
     owned = (LoRALinear, nn.MultiheadAttention)
     inside = {child for owner in part.modules() if isinstance(owner, owned) for child in owner.modules()}

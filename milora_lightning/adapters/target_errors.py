@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from milora_lightning.adapters.linear_layers import groups_of, is_convolution, largest_rank, linear_shape
+from milora_lightning.adapters.linear_layers import groups_of, is_convolution, is_linear, largest_rank, linear_shape
 from milora_lightning.adapters.parts import ends_with, first_few, modules_by_name
 from milora_lightning.config import LoRAConfig
 
@@ -68,10 +68,10 @@ def no_match(module: nn.Module, what: str, layers: Mapping[str, nn.Module], targ
     if others:
         return (
             f"The {what} matches only modules of type {', '.join(sorted(others))}; adapters fit linear layers "
-            "(nn.Linear, Conv1D) and convolutions (nn.Conv1d, nn.Conv2d, nn.Conv3d). Name such layers instead."
+            "(nn.Linear, Conv1D), convolutions (nn.Conv1d, nn.Conv2d, nn.Conv3d) and nn.Embedding: name such layers."
         )
     every = sorted({name.rsplit(".", 1)[-1] for name in layers})
-    endings = sorted({name.rsplit(".", 1)[-1] for name, layer in layers.items() if not is_convolution(layer)})
+    endings = sorted({name.rsplit(".", 1)[-1] for name, layer in layers.items() if is_linear(layer)})
     close = difflib.get_close_matches(target or "", every, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     exists = f"Its linear layers end in: {', '.join(endings)}." if endings else "It has no linear layers at all."

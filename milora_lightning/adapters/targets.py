@@ -11,7 +11,7 @@ from torch import nn
 
 from milora_lightning.adapters.freezing import anything_trains, frozen_by_user
 from milora_lightning.adapters.layer import LoRALinear
-from milora_lightning.adapters.linear_layers import is_adaptable, is_linear
+from milora_lightning.adapters.linear_layers import is_adaptable, is_embedding, is_linear
 from milora_lightning.adapters.misfits import misfit
 from milora_lightning.adapters.parts import TargetNotFoundError, ends_with, excluded_names, find_part, first_few
 from milora_lightning.adapters.target_errors import FROZEN, TOO_SMALL, no_match, nothing_left, refusal
@@ -144,6 +144,7 @@ def _matches(module: nn.Module, entry: str, is_name: bool) -> dict[str, nn.Modul
         what = f'target_modules="{ALL_LINEAR}"'
     else:
         found = {name: layer for name, layer in layers.items() if re.fullmatch(entry, name)}
+        found = {n: m for n, m in found.items() if not is_embedding(_base(m))} or found  # unless embeddings are meant
         what = f"regular expression target_modules={entry!r}"
     if not found:
         raise TargetNotFoundError(no_match(module, what, layers, entry if is_name else None))

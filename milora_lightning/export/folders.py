@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
-from milora_lightning.adapters.linear_layers import holds_its_weight
+from milora_lightning.adapters.linear_layers import holds_its_weight, is_embedding
 from milora_lightning.checkpoint.fingerprint import fingerprint, unquantized
 from milora_lightning.data.encoding.prompt_format import PromptFormat
 from milora_lightning.export.merging import as_dtype, is_factor, merged_state
@@ -31,7 +31,13 @@ from milora_lightning.export.peft_format import (
     registrations,
     task_type,
 )
-from milora_lightning.export.peft_layers import in_peft, objection_to_convolutions, stacked_rank, update_factors
+from milora_lightning.export.peft_layers import (
+    as_written,
+    in_peft,
+    objection_to_convolutions,
+    stacked_rank,
+    update_factors,
+)
 from milora_lightning.export.serving import save_tokenizer
 from milora_lightning.models.files import takes_images
 from milora_lightning.models.pretrained import load_processor
@@ -105,7 +111,7 @@ def export_peft(
     config = lora_config(model, ranks, alphas, kept)
     with new_folder(output) as folder:
         save_file(
-            tensors,
+            as_written(tensors, {PEFT_PREFIX + n for n, layer in outside.items() if is_embedding(layer.base_layer)}),
             folder / "adapter_model.safetensors",
             metadata={"format": "pt", BASE_KEY: json.dumps(unquantized(fingerprint(model)))},
         )

@@ -18,6 +18,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.linear_layers import is_conv1d
 from milora_lightning.config import Value
 from milora_lightning.export.skeleton import skeleton
 from milora_lightning.utils.counting import counted
@@ -101,7 +102,7 @@ def lora_config(
         target_modules=target_modules(model, list(ranks)),
         modules_to_save=kept or None,
         base_model_name_or_path=base_name(model),
-        fan_in_fan_out=first.transposed,
+        fan_in_fan_out=any(is_conv1d(layer.base_layer) for layer in layers.values()),
         task_type=task,
         auto_mapping=None
         if task
@@ -209,7 +210,9 @@ def _other_tensors(opened: nn.Module, tensors: Mapping[str, Tensor]) -> str | No
     found = {}
     for name, layer in _peft_layers(opened).items():
         for factor in ("lora_A", "lora_B"):
-            found[f"{PEFT_PREFIX}{name}.{factor}.weight"] = getattr(layer, factor)["default"].weight
+            of_embedding = getattr(layer, factor.replace("lora_", "lora_embedding_"), {})
+            key = f"{PEFT_PREFIX}{name}.{factor}.weight"
+            found[key] = of_embedding["default"] if of_embedding else getattr(layer, factor)["default"].weight
     for name, module in opened.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             state = module.modules_to_save["default"].state_dict()

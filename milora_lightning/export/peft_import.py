@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.surgery import inject
-from milora_lightning.adapters.targets import find_targets
+from milora_lightning.adapters.targets import adaptable_layers, find_targets
 from milora_lightning.checkpoint.fingerprint import check_base, fingerprint, unquantized
 from milora_lightning.checkpoint.io import CheckpointError
 from milora_lightning.config import LoRAConfig
 from milora_lightning.export.folders import BASE_KEY, find_model
 from milora_lightning.export.peft_format import PEFT_PREFIX, deviations, most_common, opens_otherwise
-from milora_lightning.export.peft_layers import from_peft, peft_shapes
+from milora_lightning.export.peft_layers import as_read, from_peft, peft_shapes
 from milora_lightning.parallel.dtensor import copy_into, full_tensor
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.names import unwrapped_name
@@ -133,10 +133,10 @@ def _read(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str, 
         raise CheckpointError(f"{str(folder)!r} has neither {FILES[0]} nor {FILES[1]}.")
     try:
         if path.suffix == ".bin":
-            return config, torch.load(path, map_location="cpu", weights_only=True), {}
+            return config, as_read(torch.load(path, map_location="cpu", weights_only=True)), {}
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        return config, load_file(path), metadata
+        return config, as_read(load_file(path)), metadata
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         said = str(error).splitlines()[0]
         raise CheckpointError(f"{str(path)!r} cannot be read: it is damaged or incomplete ({said}).") from error
@@ -170,7 +170,7 @@ def _as_ours(config: LoraConfig, tensors: dict[str, Tensor]) -> LoRAConfig:
 
 def _check_tensors(model: PreTrainedModel, config: LoRAConfig, tensors: dict[str, Tensor], folder: str | Path) -> None:
     """Refuse tensors that do not fit the layers of this model, before anything is changed."""
-    layers = {**find_targets(model, ".*"), **lora_layers(model)}
+    layers = {**adaptable_layers(model), **lora_layers(model)}
     names = _layer_names(tensors)
     wanted: dict[str, tuple[int, ...]] = {}
     for name in names:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,29 @@ def from_peft(layer: LoRALinear, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
             "the convolution's weight, and PEFT cannot merge it either"
         )
     return own.flatten(1), B.flatten(1)
+
+
+def as_written(tensors: Mapping[str, Tensor], embeddings: Collection[str]) -> dict[str, Tensor]:
+    """Return tensors under the names that PEFT writes, in which factors of embeddings are no layers.
+
+    >>> list(as_written({"a.lora_A.weight": torch.ones(1), "b.lora_A.weight": torch.ones(1)}, ["a"]))
+    ['a.lora_embedding_A', 'b.lora_A.weight']
+    """
+
+    def name(key: str) -> str:
+        layer, _, factor = key.removesuffix(".weight").rpartition(".")
+        return f"{layer}.{factor.replace('lora_', 'lora_embedding_')}" if layer in embeddings else key
+
+    return {name(key): tensor for key, tensor in tensors.items()}
+
+
+def as_read(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors under the names that they would have if factors of embeddings were those of linear layers.
+
+    >>> list(as_read({"a.lora_embedding_A": torch.ones(1)}))
+    ['a.lora_A.weight']
+    """
+    return {re.sub(r"\.lora_embedding_([AB])$", r".lora_\1.weight", key): tensor for key, tensor in tensors.items()}
 
 
 def objection_to_convolutions(model: nn.Module) -> str | None:

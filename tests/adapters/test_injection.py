@@ -255,7 +255,7 @@ def test_targets_by_regular_expression() -> None:
             r"'q_prj' matches no linear layer of LlamaForCausalLM.*down_proj.*mean 'q_proj'",
         ),
         ({"target_modules": r"nothing.*"}, r"regular expression target_modules='nothing\.\*' matches no linear layer"),
-        ({"target_modules": ["embed_tokens"]}, r"only modules of type Embedding"),
+        ({"target_modules": ["input_layernorm"]}, r"only modules of type LlamaRMSNorm"),
         (
             {"r": 17, "target_modules": ["k_proj"]},
             r"r=17 is larger than layer 'model.layers.0.self_attn.k_proj'.*16×32",

@@ -1,0 +1,61 @@
+"""The adapter of an embedding: rows of A instead of a product with it, as the base looks up rows of W."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.linear_layers import is_embedding
+
+
+class LoRAEmbedding(LoRALinear):
+    """An embedding with a low-rank update that starts at zero: a :class:`LoRALinear` of one-hot inputs.
+
+    Its weight (tokens, features) is a matrix (out, in) = (features, tokens), transposed. There is no dropout.
+
+    Args:
+        base_layer: ``nn.Embedding`` without ``max_norm``.
+        r: Rank of the factors.
+        **options: The other arguments of :class:`LoRALinear`.
+
+    Attributes:
+        lora_A: Trainable factor (r, tokens).
+        lora_B: Trainable factor (features, r).
+
+    Raises:
+        TypeError: If ``base_layer`` is not such an embedding, or has a ``forward`` of its own.
+    """
+
+    fits = staticmethod(is_embedding)
+    _ADAPTS = "nn.Embedding"
+    padding_idx: int | None
+
+    def __init__(self, base_layer: nn.Module, r: int, *options: Any, **named: Any) -> None:
+        super().__init__(base_layer, r, *options, **named)
+        self.transposed = True
+        for name in ("num_embeddings", "embedding_dim", "padding_idx"):  # which models read
+            setattr(self, name, getattr(base_layer, name))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Compute the embeddings (..., features) of token ids of any shape."""
+        y: Tensor = self.base_layer(ids)
+        if not self.enabled:
+            return y
+        self._check_can_train()
+        return y + self.update(ids, y.dtype).to(y.dtype)
+
+    def update(self, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Compute the update's part of the output, s (B A − B₀A₀) of each token, in a dtype."""
+        A, B, initial_A, initial_B = self.factors
+        rows = F.embedding(ids, A.T, self.padding_idx)
+        if initial_A is not None and initial_B is not None:
+            rows = torch.cat([rows, rows - F.embedding(ids, initial_A.T)], dim=-1)
+            B = torch.cat([B - initial_B, initial_B], dim=1)
+        return F.linear(rows.to(dtype or rows.dtype), (self.scaling * B).to(dtype or B.dtype))
+
+    def merge(self) -> None:
+        """Do nothing: few rows are looked up, and merging would form all of them."""
