@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from helpers.pages import DOCS, PAGES, RESULTS, ROOT, blocks, page, read, site_module
 
-public, outside = site_module("public"), site_module("outside")  # in this order: the second imports the first
+# In this order: the others import the first.
+public, outside, site_messages = site_module("public"), site_module("outside"), site_module("messages")
 ROOMS = public.rooms()
 
 
@@ -29,6 +30,7 @@ def missing_links(path: Path) -> list[str]:
     made = {DOCS / "api" / f"{room.name}.md" for room in ROOMS if room.names} | {
         DOCS / outside.EXAMPLES,
         DOCS / outside.INDEX,
+        DOCS / site_messages.PAGE,
     }
     text = re.sub(r"^```.*?^```", "", read(path), flags=re.M | re.S)
     for target, _, anchor in re.findall(r"\]\(([^)#\s]*)(#([^)\s]*))?\)", text):
@@ -63,7 +65,7 @@ def test_python_blocks_import_what_there_is(page: Path) -> None:
 def test_the_navigation_names_pages_that_are_there() -> None:
     nav = read(ROOT / "mkdocs.yml").partition("\nnav:")[2].partition("\ntheme:")[0]
     named = re.findall(r"([\w./]+\.md)$", nav, re.M)
-    made = {outside.EXAMPLES, outside.INDEX, *outside.PAGES}
+    made = {outside.EXAMPLES, outside.INDEX, site_messages.PAGE, *outside.PAGES}
     assert [name for name in named if name not in made and not (DOCS / name).exists()] == []
     assert len(named) == len(set(named)) > 20
 
@@ -183,6 +185,15 @@ def test_messages_with_a_remedy_are_still_said() -> None:
     assert len(shown) > 100
     gone = [f for f in shown if f not in said and ("…" not in f or not pattern(f).search(said))]
     assert gone == []
+
+
+def test_all_messages_are_listed_on_the_site() -> None:
+    listed = {text for found in site_messages.messages().values() for _, text in found}
+    assert len(listed) > 400
+    assert any(text.startswith("The longest example of the … data has") for text in listed)  # by a function of its own
+    assert site_messages.page().count("\n| ") == sum(map(len, site_messages.messages().values())) + len(
+        site_messages.messages()
+    )
 
 
 def test_every_kind_of_error_is_described() -> None:

@@ -10,6 +10,7 @@ import posixpath
 import re
 from typing import Any
 
+import messages
 import outside
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
@@ -34,6 +35,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made from files outside ``docs/``."""
     made = {page: (ROOT / page).read_bytes() for page in [*outside.PAGES, *outside.results(), *outside.pictures()]}
+    made[messages.PAGE] = messages.page().encode()
     made[outside.EXAMPLES] = outside.examples().encode()
     made[outside.INDEX] = outside.reference_index(rooms()).encode()
     made |= {f"api/{room.name}.md": outside.reference(room).encode() for room in rooms() if room.names}
@@ -63,7 +65,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             there = "benchmarks.md"
         return f"{begin}{posixpath.relpath(there, posixpath.dirname(here) or '.')}{anchor}{end}"
 
-    if here.startswith("api/") or here == outside.EXAMPLES:
+    if here.startswith("api/") or here in (outside.EXAMPLES, messages.PAGE):
         return markdown
     try:
         return "".join(
