@@ -119,10 +119,12 @@ def as_read(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {re.sub(r"\.lora_embedding_([AB])$", r".lora_\1.weight", key): tensor for key, tensor in tensors.items()}
 
 
-def objection_to_convolutions(model: nn.Module) -> str | None:
-    """Return what PEFT's adapters of convolutions in a model cannot do as the ones here; None if there is nothing."""
+def objection_to_layers(model: nn.Module) -> str | None:
+    """Return what PEFT's adapters in a model would compute otherwise than the ones here; None if there is nothing."""
     for parent in model.modules():
         for name, layer in parent.named_children():
+            if isinstance(layer, LoRALinear) and isinstance(parent, nn.MultiheadAttention):
+                return f"{name} of an nn.MultiheadAttention is read, not called, and its adapter there has no effect"
             if isinstance(layer, LoRAConv) and (said := _objection_to(layer) or _unread(parent, name)):
                 return said
     return None
