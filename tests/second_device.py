@@ -21,7 +21,7 @@ from torch import nn
 from milora_lightning import CausalLMModule, LoRAConfig, initialize, inject, lora_layers, singular_slice
 from milora_lightning.analysis.subspace import Update
 from milora_lightning.export.compression import compress
-from milora_lightning.linalg import devices, products, singular
+from milora_lightning.linalg import devices, partial, products, singular
 from milora_lightning.linalg.devices import CPU, Way
 
 BUDGET = json.loads((Path(__file__).parent / "helpers" / "launches.json").read_text())
@@ -120,10 +120,10 @@ def test_a_solver_that_fails_there_is_replaced_by_the_cpus(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("way", [Way(DEVICE), Way(DEVICE, single=True), Way(CPU)], ids=["float64", "float32", "cpu"])
-@pytest.mark.parametrize("large", [0, singular.LARGE], ids=["krylov", "dense"])
+@pytest.mark.parametrize("large", [0, partial.LARGE], ids=["krylov", "dense"])
 def test_every_way_of_decomposing_stays_on_its_device(monkeypatch: pytest.MonkeyPatch, way: Way, large: int) -> None:
     monkeypatch.setattr(devices, "best_way", lambda device, shape, r: way)
-    monkeypatch.setattr(singular, "LARGE", large)
+    monkeypatch.setattr(partial, "LARGE", large)
     for shape in ((160, 160), (96, 200), (200, 96)):
         weight = make_weight(shape, 1e3)
         for which in ("minor", "principal", "middle"):

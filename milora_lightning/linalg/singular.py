@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import suppress
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from milora_lightning.linalg.certificate import Candidate, certified_triplets
 from milora_lightning.linalg.devices import Way, at_home, in_best_way
-from milora_lightning.linalg.eigen import NOT_CONVERGED, dense_eigenpairs, gram, smallest_eigenpairs
-from milora_lightning.linalg.single import refined_candidate, single_eigenpairs
+from milora_lightning.linalg.partial import certified_part
 from milora_lightning.utils.errors import InvalidInputError
 
 Slice = Literal["minor", "principal", "middle", "random"]
 
-LARGE = 3072
-"""From this size on, LAPACK's reduction to a tridiagonal matrix is limited by memory, and the Krylov method faster."""
-
 POSITIONS = {"principal": 0.0, "middle": 0.5, "minor": 1.0}
 """Where slices begin, as parts of the way through the spectrum."""
-
-SQUARE = 1.5
-"""Up to this aspect ratio the smallest singular values are well separated, as the Krylov method needs them."""
-
-
-def suits_krylov(k: int, n: int) -> bool:
-    """Whether the Krylov method finds the smallest triplets of a weight with sides k ≤ n faster than LAPACK.
-
-    >>> suits_krylov(4096, 4096), suits_krylov(4096, 11008)
-    (True, False)
-    """
-    return k >= LARGE and n <= SQUARE * k
 
 
 class SingularSlice(NamedTuple):
@@ -114,8 +95,8 @@ def _triplets(weight: Tensor, index: Tensor, which: Slice | float, way: Way) -> 
     tall = W.shape[0] > W.shape[1]
     if tall:
         W = W.mT  # short side first: the Gram matrix is (k, k)
-    found = None if which == "random" else _partial(W, energy, int(index[0]), len(index), way.single)
-    U, S, Vh = found or _full(W, index)
+    found = None if which == "random" else certified_part(W, energy, int(index[0]), len(index), way.single)
+    U, S, Vh = _full(W, index) if found is None else found
     if tall:
         U, Vh = Vh.mT, U.mT
     # Contiguous, because callers broadcast and save these, and because a view would keep its larger base alive.
@@ -149,41 +130,3 @@ def _full(W: Tensor, index: Tensor) -> SingularSlice:
     """
     U, S, Vh = torch.linalg.svd(W.cpu(), full_matrices=False)
     return SingularSlice(U[:, index], S[index], Vh[index])
-
-
-def _partial(W: Tensor, energy: Tensor, start: int, r: int, single: bool) -> SingularSlice | None:
-    """Compute triplets ``start`` to ``start + r`` of W (k, n), k ≤ n, or None where none can be certified."""
-    if not 1e-200 < energy < 1e200:
-        return None  # its squares underflow or overflow, or it is zero
-    for candidate in _candidates(W, energy, start, r, single):
-        with suppress(*NOT_CONVERGED):
-            triplets = certified_triplets(W, energy, start, r, candidate)
-            if triplets is not None:
-                return SingularSlice(*triplets)
-    return None
-
-
-def _candidates(W: Tensor, energy: Tensor, start: int, r: int, single: bool) -> Iterator[Candidate]:
-    """Compute eigenpairs of W Wᵀ (k, k) around the wanted ones, with growing effort."""
-    k, n = W.shape
-    margins = sorted({8, max(8, k // 8)})
-    bounds = [(max(start - margin, 0), min(start + r + margin, k)) for margin in margins]
-    # Twice this work is still far less than a full SVD, unless the SVD inside the span costs as much as that.
-    bounds = [(low, high) for low, high in bounds if high - low <= k // 2]
-    if single and bounds:
-        with suppress(*NOT_CONVERGED):
-            eigenpairs = single_eigenpairs(W, energy)
-            for low, high in bounds:
-                refined = refined_candidate(W, energy, eigenpairs, low, high, slice(start - low, start - low + r))
-                if refined is not None:
-                    yield refined
-            del eigenpairs
-    extra = max(8, r // 2)  # for the Krylov method, whose convergence depends on it
-    if start + r == k and suits_krylov(k, n) and r + 2 * extra <= k // 4:
-        with suppress(*NOT_CONVERGED):
-            if (smallest := smallest_eigenpairs(W, r, extra)) is not None:
-                yield Candidate(start - extra, k, *smallest)
-        bounds = bounds[-1:]
-    for low, high in bounds:
-        with suppress(*NOT_CONVERGED if W.device.type == "cpu" else ()):  # a device's failure is told to the user
-            yield Candidate(low, high, *dense_eigenpairs(gram(W), low, high))

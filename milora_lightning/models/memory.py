@@ -14,7 +14,7 @@ from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.linear_layers import linear_shape
 from milora_lightning.adapters.surgery import inject
 from milora_lightning.config import LoRAConfig
-from milora_lightning.linalg.singular import suits_krylov
+from milora_lightning.linalg.partial import suits_krylov
 from milora_lightning.models.activations import active_intermediate, saved_by_layer, stacked_factors
 from milora_lightning.models.loss import CPU_LOGITS, CPU_PROBABILITIES, DEVICE_LOGITS
 from milora_lightning.models.pretrained import auto_class, decoder_layers

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from milora_lightning.linalg import singular
+from milora_lightning.linalg import partial
 
 R = 16
 SHAPES = [(160, 160), (96, 256), (256, 96)]
@@ -107,7 +107,7 @@ def nearly_low_rank(weight):
 def record_certificates(monkeypatch, concerned):
     """Return a list to which each decomposition adds whether a candidate was certified, if ``concerned`` by it."""
     found = []
-    certified = singular.certified_triplets
+    certified = partial.certified_triplets
 
     def record(*args):
         triplets = certified(*args)
@@ -115,5 +115,5 @@ def record_certificates(monkeypatch, concerned):
             found.append(triplets is not None)
         return triplets
 
-    monkeypatch.setattr(singular, "certified_triplets", record)
+    monkeypatch.setattr(partial, "certified_triplets", record)
     return found

@@ -17,12 +17,17 @@ from transformers import (
     LlavaNextProcessor,
     LlavaProcessor,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from helpers.models import TINY_CONFIGS, tiny_tokenizer
 from milora_lightning import SFTDataModule
 from milora_lightning.data import VisualInstructions
+
+try:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+except ImportError:  # until transformers 5.3, under other names
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
+    from transformers import LlavaNextImageProcessor as LlavaNextImageProcessorPil
 
 FEATURES = 4  # of an image: 2 × 2 patches
 COLOURS = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250)}

@@ -16,14 +16,14 @@ from helpers.decomposition_weights import (
     zero,
 )
 
-from milora_lightning.linalg import singular as decomposition
+from milora_lightning.linalg import partial
 from milora_lightning.linalg.singular import singular_slice
 
 
 @pytest.fixture
 def krylov(monkeypatch):
     """Send what small weights there are to the Krylov method, and record whether its result was taken."""
-    monkeypatch.setattr(decomposition, "LARGE", 0)
+    monkeypatch.setattr(partial, "LARGE", 0)
     return record_certificates(monkeypatch, lambda candidate: candidate.cholesky is not None)  # Krylov's comes with it
 
 
@@ -75,8 +75,8 @@ def krylov_neighbours(found):
 
 @pytest.mark.parametrize("sabotage", [krylov_neighbours, lambda found: None])
 def test_wrong_krylov_vectors_are_noticed(krylov, monkeypatch, sabotage):
-    solve = decomposition.smallest_eigenpairs
-    monkeypatch.setattr(decomposition, "smallest_eigenpairs", lambda *args: sabotage(solve(*args)))
+    solve = partial.smallest_eigenpairs
+    monkeypatch.setattr(partial, "smallest_eigenpairs", lambda *args: sabotage(solve(*args)))
     weight = make_weight((200, 200), "gaussian")
     triplets = singular_slice(weight, R)
     assert not any(krylov)

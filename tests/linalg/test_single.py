@@ -19,10 +19,9 @@ from helpers.decomposition_weights import (
 )
 
 from milora_lightning.linalg import devices, single
-from milora_lightning.linalg import singular as decomposition
 from milora_lightning.linalg.devices import CPU, Way
 from milora_lightning.linalg.single import SingleEigenpairs, single_eigenpairs
-from milora_lightning.linalg.singular import singular_slice
+from milora_lightning.linalg.singular import SingularSlice, singular_slice
 
 
 @pytest.fixture
@@ -94,7 +93,7 @@ def test_what_float32_alone_finds_is_refused(taken, monkeypatch):
     weight = make_weight((96, 256), 1e3)
     U, S, Vh = (x.double() for x in torch.linalg.svd(weight, full_matrices=False))
     with pytest.raises(AssertionError):
-        assert_is_slice(decomposition.SingularSlice(U[:, -R:], S[-R:], Vh[-R:]), weight, R, "minor")
+        assert_is_slice(SingularSlice(U[:, -R:], S[-R:], Vh[-R:]), weight, R, "minor")
     monkeypatch.setattr(single, "PASSES", 0)
     triplets = singular_slice(weight, R)
     assert taken

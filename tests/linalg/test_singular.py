@@ -25,7 +25,7 @@ from helpers.decomposition_weights import (
     zero,
 )
 
-from milora_lightning.linalg import singular as decomposition
+from milora_lightning.linalg import SingularSlice, partial
 from milora_lightning.linalg.singular import Slice, singular_slice
 
 
@@ -169,8 +169,8 @@ def no_convergence(G, low, high, solve):
 
 @pytest.mark.parametrize("sabotage", [neighbours, noisy, twice_the_same, no_convergence])
 def test_wrong_eigenvectors_are_noticed(monkeypatch, svd_shapes, sabotage):
-    solve = decomposition.dense_eigenpairs
-    monkeypatch.setattr(decomposition, "dense_eigenpairs", lambda G, low, high: sabotage(G, low, high, solve))
+    solve = partial.dense_eigenpairs
+    monkeypatch.setattr(partial, "dense_eigenpairs", lambda G, low, high: sabotage(G, low, high, solve))
     weight = make_weight((96, 256), 1e3)
     triplets = singular_slice(weight, R)
     assert svd_shapes[-1] == (96, 256)
@@ -245,14 +245,14 @@ def test_transpose_swaps_the_sides():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("which", ["minor", "principal", "middle"])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("large", [0, decomposition.LARGE])
+@pytest.mark.parametrize("large", [0, partial.LARGE])
 def test_cuda_agrees(monkeypatch, shape, which, large):
     """Would catch eigenpairs of CUDA in another order, with other digits, or left on another device."""
-    monkeypatch.setattr(decomposition, "LARGE", large)
+    monkeypatch.setattr(partial, "LARGE", large)
     weight = make_weight(shape, 1e3)
     triplets = singular_slice(weight.cuda(), R, which)
     assert all(x.is_cuda for x in triplets)
-    triplets = decomposition.SingularSlice(*(x.cpu() for x in triplets))
+    triplets = SingularSlice(*(x.cpu() for x in triplets))
     assert_are_triplets(triplets, weight, R)
     assert_is_slice(triplets, weight, R, which)
 
