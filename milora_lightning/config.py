@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ class LoRAConfig:
             frozen, and the rest is left alone: a discriminator still trains, a teacher is still frozen.
         dropout_on: Where dropout acts: on the input of the ``"update"``, s (B A − B₀A₀), or of the ``"product"`` s B A
             alone, as PEFT does, with which training does not start at the pretrained model.
+        use_rslora: Whether the scale is ``lora_alpha / sqrt(r)`` (rsLoRA, arXiv 2312.03732).
 
     Raises:
         ValueError: If a value is out of its range.
@@ -74,6 +76,7 @@ class LoRAConfig:
     exclude_modules: str | Sequence[str] = ()
     module: str | None = None
     dropout_on: DropoutOn = "update"
+    use_rslora: bool = False
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -106,15 +109,18 @@ class LoRAConfig:
     @property
     def scaling(self) -> float:
         """The scale s = lora_alpha / r of the product B A, for layers that no pattern matches."""
-        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.r
+        return (self.lora_alpha or self.r) / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def rank(self, name: str) -> int:
         """Return the rank of the layer with this name."""
         return _first_match(self.rank_pattern, name, self.r)
 
     def alpha(self, name: str) -> float:
-        """Return ``lora_alpha`` of the layer with this name."""
-        return float(_first_match(self.alpha_pattern, name, self.lora_alpha or self.rank(name)))
+        """Return ``lora_alpha`` of the layer with this name; rsLoRA's scale is that of √r as much."""
+        r = self.rank(name)
+        return float(_first_match(self.alpha_pattern, name, self.lora_alpha or r)) * (
+            math.sqrt(r) if self.use_rslora else 1
+        )
 
     def scale(self, name: str) -> float:
         """Return the scale s of the layer with this name."""

@@ -79,6 +79,8 @@ class CausalLMModule(LoadedModule):
             ``"seq-mean-token-mean"``, the mean over its examples of each one's mean, in which short answers count as
             much as long ones. Validation and test report the mean over tokens either way.
         num_beams: Width of the beam search that generates answers; 1 for greedy decoding.
+        loraplus_lr_ratio: Learning rate of the adapters' factor B over that of A (LoRA+, arXiv 2402.12354), such as 16.
+            Learning rates are those of A then.
 
     Raises:
         FileNotFoundError: When the model is loaded, if there is no model of that name.
@@ -110,8 +112,10 @@ class CausalLMModule(LoadedModule):
         liger: bool = False,
         loss_agg_mode: Literal["token-mean", "seq-mean-token-mean"] = "token-mean",
         num_beams: int = 1,
+        loraplus_lr_ratio: float | None = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, warmup_steps, lr_scheduler_kwargs, learning_rate, metric)
+        self.loraplus_lr_ratio = loraplus_lr_ratio
         if loss_agg_mode not in ("token-mean", BY_EXAMPLE):
             raise InvalidInputError(f"loss_agg_mode must be token-mean or {BY_EXAMPLE}, not {loss_agg_mode!r}.")
         if num_beams < 1:

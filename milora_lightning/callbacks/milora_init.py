@@ -15,6 +15,7 @@ import rich
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from milora_lightning.adapters.initialization import initialize
 from milora_lightning.adapters.injection import lora_layers
@@ -36,6 +37,9 @@ from milora_lightning.export.peft_import import load_peft, peft_config
 from milora_lightning.strategies.base import calls_parts, finish, needs_early_start, prepare, restores_late, shards
 from milora_lightning.training.averaging import check_averaging, copy_adapted, start_averages
 from milora_lightning.training.loss_scaling import check_loss_scaling, is_float16
+from milora_lightning.training.start_decay import decay_to_start as decay
+from milora_lightning.training.start_decay import warn_of_weight_decay
+from milora_lightning.utils.errors import InvalidInputError
 
 
 class MiLoRAInit(Callback):
@@ -84,6 +88,9 @@ class MiLoRAInit(Callback):
             only this part is frozen, and the rest of the module is left alone.
         dropout_on: ``"update"``, or ``"product"`` for dropout as in PEFT, with which the start is not the pretrained
             model; see :class:`milora_lightning.LoRAConfig`.
+        use_rslora: Whether the scale is ``lora_alpha / sqrt(r)``, as in rsLoRA.
+        decay_to_start: How strongly A and B decay towards A₀ and B₀ after each step, times the learning rate. An
+            optimizer's ``weight_decay`` draws them to zero, which takes what they start at out of the model.
 
     Raises:
         ValueError: In the constructor for values out of range; in ``setup`` if the targets do not fit the model, or
@@ -111,6 +118,8 @@ class MiLoRAInit(Callback):
         exclude_modules: str | list[str] | None = None,
         module: str | None = None,
         dropout_on: DropoutOn = "update",
+        use_rslora: bool = False,
+        decay_to_start: float = 0.0,
     ) -> None:
         self.config: LoRAConfig | None = None
         if start_from is not None:
@@ -122,11 +131,16 @@ class MiLoRAInit(Callback):
                 alphas = {**alphas, **{key: 2.0 * rank for key, rank in ranks.items() if key not in alphas}}
             kept = modules_to_save if isinstance(modules_to_save, str) else tuple(modules_to_save or ())
             excluded = exclude_modules if isinstance(exclude_modules, str) else tuple(exclude_modules or ())
-            options = (target_modules, init, kept, ranks, alphas, excluded, module, dropout_on)
+            options = (target_modules, init, kept, ranks, alphas, excluded, module, dropout_on, use_rslora)
             self.config = LoRAConfig(r, alpha, lora_dropout, *options)
         self.seed = seed
         self.start_from = start_from
         self.cache = cache
+        if not decay_to_start >= 0 or (decay_to_start and self.config is None):
+            reason = "there are no adapters with init: full" if self.config is None else "it cannot be negative"
+            raise InvalidInputError(f"decay_to_start={decay_to_start}, and {reason}: leave it out.")
+        self.decay_to_start = decay_to_start
+        self._decays: list[RemovableHandle] = []
         self._stepped: set[Optimizer] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -136,6 +150,11 @@ class MiLoRAInit(Callback):
         if config is None:
             return
         check_callbacks(trainer)
+        if self.decay_to_start and not calls_parts(trainer.strategy):
+            raise InvalidInputError(
+                f"decay_to_start does not work under {type(trainer.strategy).__name__}, whose shards do not show which "
+                "factor a number belongs to: use strategy: milora_fsdp2, or leave it out."
+            )
         check_quantizing(trainer, pl_module)
         prepare(trainer)
         check_averaging(trainer)
@@ -200,6 +219,23 @@ class MiLoRAInit(Callback):
         self._initialize(trainer, pl_module)  # where there was no sanity check
         for layer in lora_layers(pl_module).values():
             layer.train()
+        if self.config is not None:
+            self._decay(trainer, pl_module)
+
+    def _decay(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_decay()  # a tuner may have begun to train before
+        warn_of_weight_decay(pl_module, trainer.optimizers)
+        if self.decay_to_start:
+            self._decays = decay(pl_module, trainer.optimizers, self.decay_to_start)
+
+    def _stop_decay(self) -> None:
+        for handle in self._decays:
+            handle.remove()
+        self._decays = []
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove what has been added to the optimizers."""
+        self._stop_decay()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Warn of adapters without a gradient in an optimizer's first step; FSDP1's shards do not show them."""

@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from milora_lightning.checkpoint.adapter import read_checkpoint
 from milora_lightning.checkpoint.io import KEY, read_without_weights
 from milora_lightning.models.files import ModelNotFoundError
+from milora_lightning.starts import find_start
 from milora_lightning.utils.compat.lightning import find_by_keyword
 from milora_lightning.utils.errors import MissingFileError
 
@@ -135,6 +136,8 @@ def _meaning(options: Mapping[str, Any]) -> dict[str, Any]:
     r, alpha = plain.get("adapter.r"), plain.get("adapter.lora_alpha")
     if r is not None and (alpha == "2r" or (alpha is None and not plain.get("adapter.rank_pattern"))):
         plain["adapter.lora_alpha"] = 2.0 * r if alpha == "2r" else float(r)
+    if isinstance(init := plain.get("adapter.init"), str) and init != "full":
+        plain["adapter.init"] = find_start(init).name
     return plain
 
 

@@ -41,13 +41,13 @@ GROUPS = (
         "The model",
         "model",
         "milora_lightning.module:CausalLMModule",
-        ("metric", "lr_scheduler_kwargs", "optimizer", "liger", "loss_agg_mode", "num_beams"),
+        ("metric", "lr_scheduler_kwargs", "optimizer", "liger", "loss_agg_mode", "num_beams", "loraplus_lr_ratio"),
     ),
     Group(
         "The adapters",
         "adapter",
         "milora_lightning.callbacks.milora_init:MiLoRAInit",
-        ("seed", "cache", "rank_pattern", "alpha_pattern", "module", "dropout_on"),
+        ("seed", "cache", "rank_pattern", "alpha_pattern", "module", "dropout_on", "use_rslora", "decay_to_start"),
     ),
     Group(
         "Your data, read by Files (--data.source CLASS for another source, --data.source.help CLASS for its options)",

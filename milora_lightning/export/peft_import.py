@@ -45,7 +45,7 @@ UNSUPPORTED = (
     "monteclora_config",
     "velora_config",
 )
-PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 """Initializations that do not change the base weights. Others do, and the folder does not say how."""
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -58,7 +58,8 @@ def peft_config(folder: str | Path) -> LoRAConfig:
         folder: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or the older ``.bin``.
 
     Returns:
-        The configuration, with ``init="lora"``, because the product of the folder's factors is the update itself. It
+        The configuration, with ``init="lora"`` (or ``"mica"``, of which B stays as it is), because the product of the
+        folder's factors is the update itself. It
         has the layers for which the folder has factors, each with its rank and scale; an rsLoRA scale is converted to
         LoRA's.
 
@@ -161,7 +162,7 @@ def _as_ours(config: LoraConfig, tensors: dict[str, Tensor]) -> LoRAConfig:
         lora_alpha=alpha,
         lora_dropout=config.lora_dropout,
         target_modules=names,
-        init="lora",
+        init="mica" if config.init_lora_weights == "mica" else "lora",  # in PEFT, too, MiCA's B stays as it is
         modules_to_save=tuple(sorted(whole)),
         rank_pattern=deviations(ranks, r),
         alpha_pattern=deviations(alphas, alpha),

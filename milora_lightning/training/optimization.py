@@ -16,6 +16,7 @@ from torch import Tensor
 
 from milora_lightning.strategies.base import clips_itself, gradient_norm
 from milora_lightning.training.accumulation import StepLoss, TokenWindow, accumulates
+from milora_lightning.training.lora_plus import make_optimizer, set_rates
 from milora_lightning.training.resuming import KEY, check_same, check_whole, describe, options, tell_differences
 from milora_lightning.training.schedules import (
     check_length,
@@ -46,6 +47,9 @@ class OptimizedModule(LightningModule):
             the length of the run and the run has no end; when training is resumed from a checkpoint that has no
             training state, or that of another optimizer.
     """
+
+    loraplus_lr_ratio: float | None = None
+    """Learning rate of B over that of A, as in LoRA+; None for one rate."""
 
     def __init__(
         self,
@@ -155,15 +159,14 @@ class OptimizedModule(LightningModule):
                 "Weights that train in float16 would lose small updates, and their gradients cannot be scaled: load "
                 "the model in float32 (model.dtype: float32), with trainer.precision: 16-mixed to compute in float16."
             )
-        optimizer = self.optimizer(trained)
+        optimizer = make_optimizer(self.optimizer, self, self.loraplus_lr_ratio)
         if isinstance(optimizer, torch.optim.LBFGS) and accumulates(self.trainer):
             raise InvalidInputError(
                 "LBFGS computes the loss several times in a step, which does not work with accumulate_grad_batches or "
                 "a GradientAccumulationScheduler: use larger batches, or another optimizer."
             )
         if self.learning_rate is not None:
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate
+            set_rates(optimizer, self.learning_rate)
         self._length = run_length(self.trainer)
         arguments = self.warmup_steps, self.lr_scheduler_kwargs, self._length
         scheduler = make_schedule(self.lr_scheduler, optimizer, *arguments)

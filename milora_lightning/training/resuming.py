@@ -69,6 +69,11 @@ def check_same(checkpoint: Mapping[str, Any], optimizer: Optimizer, schedule: ob
             f"is {_name(optimizer)}: resume with the same optimizer, or start a new run from the checkpoint's adapters "
             "with load_adapter(module, path)."
         )
+    if groups and len(groups) != len(optimizer.param_groups):
+        raise InvalidInputError(
+            f"The checkpoint's optimizer has {len(groups)} groups of parameters and this run's "
+            f"{len(optimizer.param_groups)}: resume with the same loraplus_lr_ratio."
+        )
     schedules = checkpoint["lr_schedulers"]
     if schedules and schedule is not None and follows_loss(schedule) != ("lr_lambdas" not in schedules[0]):
         raise InvalidInputError(

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from transformers import SchedulerType, get_scheduler, optimization
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
+from milora_lightning.training.lora_plus import RATIO
 from milora_lightning.utils.compat.torch import set_last_lr
 from milora_lightning.utils.counting import counted
 from milora_lightning.utils.errors import InvalidInputError
@@ -181,13 +182,15 @@ def run_length(trainer: Trainer) -> float:
 
 
 def set_rate(optimizer: Optimizer, schedule: object, rate: float) -> None:
-    """Change the highest learning rate of a schedule, possibly in the middle of a run."""
+    """Change the highest learning rate of a schedule, possibly in the middle of a run; groups keep their ratios."""
+    rates = [rate * group.get(RATIO, 1) for group in optimizer.param_groups]
     if isinstance(schedule, LambdaLR):
-        schedule.base_lrs = [rate for _ in optimizer.param_groups]
-        set_last_lr(schedule, [rate * factor(schedule.last_epoch) for factor in schedule.lr_lambdas])
-    now = schedule.get_last_lr() if isinstance(schedule, LambdaLR) else [rate] * len(optimizer.param_groups)
-    for group, lr in zip(optimizer.param_groups, now, strict=True):
-        group["initial_lr"], group["lr"] = rate, lr
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        schedule.base_lrs = list(rates)
+        set_last_lr(schedule, [highest * factor for highest, factor in zip(rates, factors, strict=True)])
+    now = schedule.get_last_lr() if isinstance(schedule, LambdaLR) else rates
+    for group, highest, lr in zip(optimizer.param_groups, rates, now, strict=True):
+        group["initial_lr"], group["lr"] = highest, lr
 
 
 def _parameters(name: str) -> dict[str, inspect.Parameter]:

@@ -47,6 +47,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "head": {"target_modules": ["q_proj", "lm_head"]},
     "modules_to_save": {"modules_to_save": ["lm_head", "norm"]},
     "gaussian": {"init_lora_weights": "gaussian"},
+    "mica": {"init_lora_weights": "mica"},
 }
 
 

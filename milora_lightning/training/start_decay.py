@@ -1,0 +1,100 @@
+"""Decay of adapters towards their start, where an optimizer's weight decay would draw them towards zero.
+
+MiLoRA's factors are a part of the model: shrinking them takes that part out of it. After each step of an optimizer with
+learning rate η, decay towards the start does A ← A − η λ (A − A₀) and B ← B − η λ (B − B₀), which draws ΔW to zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from milora_lightning.adapters.injection import lora_layers
+from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.messages import warn_once
+
+Starts = dict[nn.Parameter, "Tensor | None"]
+"""What each factor decays to; None for zero."""
+
+
+def decaying_factors(module: nn.Module) -> Starts:
+    """Return what the trained factors of a module decay to.
+
+    Where B₀A₀ is zero, no copies of the start are held: the factor that starts at zero decays to zero, B as in LoRA, or
+    A where B is frozen, and ΔW decays with it.
+    """
+    starts: Starts = {}
+    for layer in lora_layers(module).values():
+        if layer.initial_A is not None and layer.initial_B is not None:
+            starts |= {layer.lora_A: layer.initial_A, layer.lora_B: layer.initial_B}
+        else:
+            starts[layer.lora_A if layer.frozen == "lora_B" else layer.lora_B] = None
+    return {factor: start for factor, start in starts.items() if factor.requires_grad}
+
+
+def decay_to_start(module: nn.Module, optimizers: Sequence[Any], rate: float) -> list[RemovableHandle]:
+    """Have factors decay towards their start after each step of their optimizers.
+
+    It is a part of the step: where gradient scaling skips one because of infinite gradients, nothing decays, and
+    factors without a gradient do not either. Shards decay each on their rank.
+
+    Args:
+        module: The module with its adapters.
+        optimizers: Its optimizers.
+        rate: The decay λ per step and unit of the learning rate, as AdamW's ``weight_decay``.
+
+    Returns:
+        Handles to remove it.
+
+    Raises:
+        ValueError: If no optimizer holds the factors, or one is none of torch's.
+    """
+    starts = decaying_factors(module)
+    held = [o for o in optimizers if any(p in starts for group in o.param_groups for p in group["params"])]
+    other = next((o for o in held if not isinstance(o, Optimizer)), None)
+    if not held or other is not None:
+        what = "the Trainer knows of none that holds them" if other is None else f"{type(other).__name__} is none"
+        raise InvalidInputError(
+            f"decay_to_start changes factors after each step of a torch.optim.Optimizer, and {what}: leave it out."
+        )
+    return [each.register_step_post_hook(lambda optimizer, *_: _decay(optimizer, starts, rate)) for each in held]
+
+
+@torch.no_grad()
+def _decay(optimizer: Any, starts: Mapping[Any, Tensor | None], rate: float) -> None:
+    skipped = getattr(optimizer, "found_inf", None)  # for fused optimizers, which skip a step within it
+    for group in optimizer.param_groups:
+        factors = [p for p in group["params"] if p in starts and p.grad is not None]
+        if not factors:
+            continue
+        amount = group["lr"] * rate
+        if skipped is not None:
+            amount = torch.where(skipped.reshape(()).bool(), 0.0, amount)
+        here = [_local(p.detach()) for p in factors]
+        ends = [None if starts[p] is None else _local(starts[p]) for p in factors]  # type: ignore[arg-type]
+        away = [p.clone() if end is None else p - end for p, end in zip(here, ends, strict=True)]
+        torch._foreach_mul_(away, amount)
+        torch._foreach_sub_(here, away)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def warn_of_weight_decay(module: nn.Module, optimizers: Sequence[Any]) -> None:
+    """Warn where an optimizer's weight decay draws factors towards zero that have not started there."""
+    decomposed = {factor for factor, start in decaying_factors(module).items() if start is not None}
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        decay = group.get("weight_decay") or 0.0
+        if decay > 0 and any(p in decomposed for p in group["params"]):
+            warn_once(
+                module,
+                f"weight_decay={decay:g} draws A and B towards zero, and so takes the part B₀A₀ of each weight out of "
+                "the model that they start at: set weight_decay to 0, or decay_to_start of MiLoRAInit in its place.",
+            )
