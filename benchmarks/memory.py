@@ -1,6 +1,6 @@
 """Compares what ``preview`` estimates with the peak of memory that ``fit`` reaches on this machine's CPU.
 
-python benchmarks/memory.py        # about six minutes; publishes a table in docs/preview.md
+python benchmarks/memory.py        # about six minutes; publishes a table
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, publish, table
+from common import publish, table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
-PAGE = ROOT / "docs" / "preview.md"
 COMMON = [
     *("--config", "milora.yaml", "--config", "{folder}/data.yaml", "--data.num_generation_examples=0"),
     "--data.global_batch_size=null",
@@ -108,7 +107,7 @@ def main() -> None:
             rows.append([name, f"{estimated:.2f} GB", f"{measured:.2f} GB", error])
             print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
     text = table(["model and settings", "estimated", "measured", "error"], rows)
-    publish("memory", f"{text}\n\nTwo steps in float32.", PAGE)
+    publish("memory", f"{text}\n\nTwo steps in float32.")
 
 
 def prepare(folder: Path) -> None:

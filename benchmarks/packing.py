@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, publish, table
+from common import publish, table
 from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from milora_lightning.cli.main import main as milora
 from milora_lightning.models.pretrained import load_tokenizer
 
-PAGE = ROOT / "docs" / "conversations.md"
 STEPS, ROUNDS, LENGTH, ROWS = 4, 2, 512, 8
 LAYOUTS: dict[str, list[str]] = {
     f"padded, `batch_size: {ROWS}`": [f"--data.batch_size={ROWS}"],
@@ -113,7 +112,7 @@ def main() -> None:
         f"{what[0].upper()}{what[1:]} in float32, rows of 15 to 500 tokens. Tokens without padding in a second of the "
         f"processor, on one thread; {STEPS - 1} steps, medians of {ROUNDS} rounds in turn."
     )
-    publish("packing", f"{text}\n\n{note}", PAGE)
+    publish("packing", f"{text}\n\n{note}")
 
 
 if __name__ == "__main__":

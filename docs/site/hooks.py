@@ -77,6 +77,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Mark code that is one word, which is not to be broken after its hyphens (see the stylesheet)."""
+    html = re.sub(r"<code>([^<\s]{1,20})</code>", r'<code class="short word">\1</code>', html)
     return re.sub(r"<code>([^<\s]+)</code>", r'<code class="word">\1</code>', html)
 
 
