@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.data_fixtures import isolate_cache, make_tokenizer
+from helpers.data_fixtures import InMemory, isolate_cache, make_tokenizer, rows
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from milora_lightning.data import Collator, EvaluationSampler, Files, LengthGroupedSampler, PromptCollator
+from milora_lightning.data import (
+    Collator,
+    EvaluationSampler,
+    Files,
+    LengthGroupedSampler,
+    PromptCollator,
+    SFTDataModule,
+)
 from milora_lightning.data.batches.batching import learned_spans
 from milora_lightning.data.batches.budget import TokenBudgetSampler
 from milora_lightning.data.batches.packing import PackingCollator, pack
@@ -76,6 +83,35 @@ def test_any_text_is_encoded_with_its_border_and_decoded_again(
         if not each["truncated"]:
             assert TOKENIZER.decode(tokens[border:]) == response + TOKENIZER.eos_token
             assert TOKENIZER.decode(tokens[:border]) == TOKENIZER.bos_token + each["prompt"]
+
+
+def test_references_and_tasks_are_those_of_their_rows() -> None:
+    """A reference that is given is what answers are compared with, not the response that is learned."""
+    batch = {
+        "prompt": ["a", "b", "c"],
+        "response": ["1", " ", "3"],
+        "reference": ["x", "y", ""],
+        "task": ["s", "t", "u"],
+    }
+    columns = encode(batch, range(3), TOKENIZER, "plain", "", 50)
+    assert [columns[name] for name in ("instruction", "reference", "task")] == [["a", "c"], ["x", "3"], ["s", "u"]]
+
+
+@pytest.mark.parametrize(("number", "answered"), [(None, [0, 1, 2, 3, 4]), (0, []), (2, [0, 1]), (9, [0, 1, 2, 3, 4])])
+def test_none_answers_all_and_zero_none(
+    number: int | None, answered: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    isolate_cache(monkeypatch, tmp_path)
+    module = SFTDataModule(
+        InMemory(validation=rows(5), test=rows(5)),
+        TOKENIZER,
+        template="plain",
+        num_generation_examples=number,
+        num_test_generation_examples=number,
+    )
+    for stage, split in (("validate", "validation"), ("test", "test")):
+        module.setup(stage)
+        assert list(module.answered(split)) == answered
 
 
 @few
