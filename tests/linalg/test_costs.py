@@ -23,6 +23,9 @@ def test_work_grows_with_the_cube_of_the_size(k: int, n: int) -> None:
     assert in_single(2 * k, 2 * n, 4).single == 8 * in_single(k, n, 4).single
     assert in_double(k, n).double - in_double(k, n - 1).double == 2 * k * k  # a column more in the Gram matrix
     assert on_cpu(k, n, 4).double - on_cpu(k, n - 1, 4).double == k * k  # half of which LAPACK computes
+    # The reduction to a tridiagonal matrix, beside the Gram matrix and what is applied to 4 + 16 vectors.
+    assert on_cpu(k, n, 4).double - k * k * n - 2 * k * k * 20 == pytest.approx(4 / 3 * k**3)
+    assert in_double(k, n).double - 2 * k * k * n == 6 * k**3
     assert (in_double(k, n).single, on_cpu(k, n, 4).single) == (0, 0)
 
 
