@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from helpers.distributed_runs import ORIGINS, RUNS, STEPS, command_line, fit
+from helpers.forked import run_forked
 from helpers.models import save_tiny_model, tiny_model, write_examples
 from helpers.several_processes import CONFIG, TESTS, TORCHRUN, Runs, assert_equal_to_rounding, launch, losses
 from helpers.terminal import run_in_terminal
@@ -205,11 +207,11 @@ def test_ctrl_c_saves_once_and_says_so_once(tmp_path: Path, monkeypatch: pytest.
     assert "Traceback" not in seen.raw
     step = int(said[0])
     assert read_checkpoint("checkpoints/last.ckpt")["global_step"] == step
-    done = launch(
-        tmp_path, *command[1:], "--ckpt_path=last", "--trainer.max_epochs=999", f"--trainer.max_steps={step + 2}"
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"Last checkpoint (step {step + 2})" in done.stdout
+    again = ["--ckpt_path=last", "--trainer.max_epochs=999", f"--trainer.max_steps={step + 2}", "--trainer.devices=1"]
+    status = run_forked(lambda: main([*command[2:], *again, "--data.batch_size=8"]), tmp_path)
+    said_then = (tmp_path / "output.txt").read_text()
+    assert status == 0, said_then[-3000:]
+    assert f"Last checkpoint (step {step + 2})" in said_then
 
 
 def test_work_is_shared_out_by_cost() -> None:
@@ -229,11 +231,16 @@ def test_work_is_shared_out_by_cost() -> None:
 @pytest.mark.slow
 def test_two_ranks_score_and_predict_as_one_process_does(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model", "llama")
-    for launcher in (TORCHRUN, ()):
-        devices, batch_size = (2, 2) if launcher else (1, 3)  # three questions and five: uneven shares of each set
-        script = str(TESTS / "helpers" / "ddp_tasks_script.py"), str(tmp_path), "tasks", str(devices), str(batch_size)
-        done = launch(tmp_path, *launcher, *script)
-        assert done.returncode == 0, done.stderr[-3000:]
+    script = str(TESTS / "helpers" / "ddp_tasks_script.py")
+    done = launch(tmp_path, *TORCHRUN, script, str(tmp_path), "tasks", "2", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = [script, str(tmp_path), "tasks", "1", "3"]  # three questions and five: uneven shares of each set
+
+    def run() -> None:
+        sys.argv = alone
+        runpy.run_path(script, run_name="__main__")
+
+    assert run_forked(run, tmp_path) == 0, (tmp_path / "output.txt").read_text()[-3000:]
     first, second, single = (
         torch.load(tmp_path / f"tasks-{which}.pt", weights_only=True) for which in ("2-0", "2-1", "1-0")
     )
