@@ -16,19 +16,19 @@ https://arxiv.org/abs/2406.09044; with ``init="lora"`` B₀A₀ is zero and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from milora_lightning.adapters.adapter_state import AdapterState
 from milora_lightning.adapters.autograd import lora_linear
 from milora_lightning.adapters.dropout import drop, dropped_product, scales
 from milora_lightning.adapters.factors import Factors, stack_factors
 from milora_lightning.adapters.linear_layers import (
     factor_shapes,
-    holds_its_weight,
     in_autocast_dtype,
     is_conv1d,
     is_linear,
@@ -36,20 +36,15 @@ from milora_lightning.adapters.linear_layers import (
     linear_shape,
     output_of,
 )
-from milora_lightning.adapters.merged_product import MergedProduct, can_merge, merged_weight
+from milora_lightning.adapters.merged_product import MergeableLayer
 from milora_lightning.adapters.split import Part
 from milora_lightning.config import DropoutOn
-from milora_lightning.parallel.dtensor import copy_into, full_tensor
+from milora_lightning.parallel.dtensor import copy_into
 from milora_lightning.starts import find_start
 from milora_lightning.utils.compat.torch import transformed
-from milora_lightning.utils.errors import InvalidInputError
-from milora_lightning.utils.precision import without_rounding
-
-INITIALIZED = "initialized"
-"""Key in a state dict's metadata: whether an adapter's factors have their initial values."""
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(MergeableLayer, AdapterState):
     """A linear layer with a low-rank update that starts at zero.
 
     Computes, for the frozen weight W of ``base_layer`` and s = lora_alpha / r,
@@ -85,7 +80,6 @@ class LoRALinear(nn.Module):
         TypeError: If ``base_layer`` is not a linear layer.
     """
 
-    _merged: MergedProduct | None = None
     part: Part | None = None
     fits: Callable[[object], bool] = staticmethod(is_linear)
     _ADAPTS: str = "nn.Linear or Conv1D"
@@ -148,7 +142,7 @@ class LoRALinear(nn.Module):
         x = in_autocast_dtype(x)
         if output is not None and output.dtype != x.dtype:
             return output + self.update(x).to(output.dtype)
-        if output is None and (merged := self._usable_merged(x)) is not None:
+        if output is None and not self._dropout and (merged := self._usable_merged(x)) is not None:
             return merged(x, base.bias)
         weight, bias = (base.weight, base.bias) if output is None else (None, None)
         return lora_linear(x, weight, bias, *self.factors, self.scaling, self._dropout, self.transposed, output)
@@ -171,44 +165,6 @@ class LoRALinear(nn.Module):
         A, B = stack_factors(*self.factors, self.scaling)
         return B @ A
 
-    def merge(self) -> None:
-        """Compute W + ΔW once instead of the update at each call: for generation, with its many small calls.
-
-        Used by calls without gradients only; training, state dicts, exports and :func:`adapters_disabled` are not
-        affected. The weight is not written: the sum takes the memory of a second one. In half precision, where a sum
-        would round the update, the stacked factors are cast once instead, and outputs stay the same bit for bit. When
-        the factors or the weight change, the next call merges again. (Writes through ``tensor.data`` are not noticed:
-        call this again after them.)
-
-        Does nothing for quantized weights, and for shards, which FSDP gathers for the length of a call only.
-        """
-        weight: Tensor = self.base_layer.weight
-        self._merged = None
-        if holds_its_weight(self.base_layer) and can_merge(weight, self.factors):
-            self._merged = MergedProduct(weight, self.factors, self.scaling, self.transposed)
-
-    def unmerge(self) -> None:
-        """Drop what :meth:`merge` has computed."""
-        self._merged = None
-
-    @property
-    def merged(self) -> bool:
-        """Whether calls without gradients use what :meth:`merge` has computed."""
-        return self._merged is not None
-
-    def merged_weight(self) -> Tensor:
-        """Compute W + ΔW in float32 and round it once to W's dtype; in the base layer's own layout.
-
-        Raises:
-            ValueError: If the base layer is quantized: its codes would have to be rounded again.
-        """
-        weight: Tensor = self.base_layer.weight
-        if not holds_its_weight(self.base_layer):
-            raise InvalidInputError(
-                f"The weight of a {type(self.base_layer).__name__} is quantized and cannot be merged."
-            )
-        return merged_weight(weight, self.factors, self.scaling, self.transposed).to(weight.dtype)
-
     def as_matrix(self, weight: Tensor) -> Tensor:
         """Return a weight in the base layer's layout as a matrix (out, in)."""
         return weight.T if self.transposed else weight
@@ -221,17 +177,6 @@ class LoRALinear(nn.Module):
     def factors(self) -> Factors:
         """A, B and their initial values A₀, B₀."""
         return self.lora_A, self.lora_B, self.initial_A, self.initial_B
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight of the function this layer computes, in the base layer's layout and dtype.
-
-        Lets modules that read ``layer.weight`` instead of calling the layer (``nn.MultiheadAttention``, the fast
-        path of ``nn.TransformerEncoderLayer``) compute with the update, and train it. Dropout does not apply to
-        this use, and a half-precision weight rounds the update.
-        """
-        weight: Tensor = self.base_layer.weight
-        return self.merged_weight() if self.enabled and holds_its_weight(self.base_layer) else weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -272,45 +217,3 @@ class LoRALinear(nn.Module):
     @property
     def _dropout(self) -> float:
         return self.lora_dropout if self.training else 0.0
-
-    def _usable_merged(self, x: Tensor) -> MergedProduct | None:
-        """Return what :meth:`merge` has computed if this call can use it, merged again if something has changed."""
-        if torch.compiler.is_compiling() or self._merged is None or torch.is_grad_enabled() or self._dropout:
-            return None
-        if not self._merged.is_of(self.base_layer.weight, self.factors):
-            self.merge()
-        return self._merged if self._merged is not None and self._merged.dtype == x.dtype else None  # not in autocast
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
-        if recurse:
-            self.base_layer._apply(fn)  # type: ignore[no-untyped-call]
-        # The factors and their optimizer state stay in full precision when a plugin casts the model.
-        super()._apply(without_rounding(fn), recurse=False)  # type: ignore[no-untyped-call]
-        return self
-
-    # A state dict holds the parameters only. Whether they have their initial values is in its metadata, next to torch's
-    # version numbers; adapter checkpoints (AdapterCheckpoint) have an entry for it.
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]][INITIALIZED] = self.initialized
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
-    ) -> None:
-        saved = state_dict.pop(prefix + INITIALIZED, local_metadata.get(INITIALIZED))
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        if f"{prefix}lora_A" in state_dict:
-            self.initialized = bool(saved) or factors_tell(state_dict, prefix)
-
-
-def factors_tell(state: Mapping[str, Any], prefix: str) -> bool:
-    """Whether the factors in a state dict show that they were initialized: until then, all of them are zero.
-
-    Factors that are all zero do not show the opposite.
-
-    >>> factors_tell({"0.lora_A": torch.zeros(1, 2), "0.lora_B": torch.ones(2, 1)}, "0.")
-    True
-    """
-    factors = (state.get(prefix + name) for name in ("lora_A", "lora_B", "initial_A", "initial_B"))
-    return any(bool(full_tensor(f).any()) for f in factors if f is not None and not f.is_meta)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from milora_lightning.adapters.autograd import add_update, base_product, cast_stacks
 from milora_lightning.adapters.factors import Factors, stack_factors
+from milora_lightning.adapters.linear_layers import holds_its_weight
+from milora_lightning.utils.errors import InvalidInputError
 
 
 class MergedProduct:
@@ -53,6 +55,85 @@ class MergedProduct:
         if self.update is not None:
             add_update(y, x.reshape(-1, x.shape[-1]), *self.update, self.scaling)
         return y
+
+
+class MergeableLayer(nn.Module):
+    """Base class of adapter layers that can merge their update with the weight of ``base_layer``.
+
+    Attributes:
+        base_layer: The layer that is adapted.
+        scaling: The scale s.
+        transposed: Whether the weight is a ``Conv1D``'s.
+        enabled: Whether the update is applied.
+    """
+
+    base_layer: nn.Linear
+    scaling: float
+    transposed: bool
+    enabled: bool
+    _merged: MergedProduct | None = None
+
+    @property
+    def factors(self) -> Factors:
+        """A, B and their initial values A₀, B₀."""
+        raise NotImplementedError
+
+    def merge(self) -> None:
+        """Compute W + ΔW once instead of the update at each call: for generation, with its many small calls.
+
+        Used by calls without gradients only; training, state dicts, exports and :func:`adapters_disabled` are not
+        affected. The weight is not written: the sum takes the memory of a second one. In half precision, where a sum
+        would round the update, the stacked factors are cast once instead, and outputs stay the same bit for bit. When
+        the factors or the weight change, the next call merges again. (Writes through ``tensor.data`` are not noticed:
+        call this again after them.)
+
+        Does nothing for quantized weights, and for shards, which FSDP gathers for the length of a call only.
+        """
+        weight: Tensor = self.base_layer.weight
+        self._merged = None
+        if holds_its_weight(self.base_layer) and can_merge(weight, self.factors):
+            self._merged = MergedProduct(weight, self.factors, self.scaling, self.transposed)
+
+    def unmerge(self) -> None:
+        """Drop what :meth:`merge` has computed."""
+        self._merged = None
+
+    @property
+    def merged(self) -> bool:
+        """Whether calls without gradients use what :meth:`merge` has computed."""
+        return self._merged is not None
+
+    def merged_weight(self) -> Tensor:
+        """Compute W + ΔW in float32 and round it once to W's dtype; in the base layer's own layout.
+
+        Raises:
+            ValueError: If the base layer is quantized: its codes would have to be rounded again.
+        """
+        weight: Tensor = self.base_layer.weight
+        if not holds_its_weight(self.base_layer):
+            raise InvalidInputError(
+                f"The weight of a {type(self.base_layer).__name__} is quantized and cannot be merged."
+            )
+        return merged_weight(weight, self.factors, self.scaling, self.transposed).to(weight.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the function this layer computes, in the base layer's layout and dtype.
+
+        Lets modules that read ``layer.weight`` instead of calling the layer (``nn.MultiheadAttention``, the fast
+        path of ``nn.TransformerEncoderLayer``) compute with the update, and train it. Dropout does not apply to
+        this use, and a half-precision weight rounds the update.
+        """
+        weight: Tensor = self.base_layer.weight
+        return self.merged_weight() if self.enabled and holds_its_weight(self.base_layer) else weight
+
+    def _usable_merged(self, x: Tensor) -> MergedProduct | None:
+        """Return what :meth:`merge` has computed if this call can use it, merged again if something has changed."""
+        if torch.compiler.is_compiling() or self._merged is None or torch.is_grad_enabled():
+            return None
+        if not self._merged.is_of(self.base_layer.weight, self.factors):
+            self.merge()
+        return self._merged if self._merged is not None and self._merged.dtype == x.dtype else None  # not in autocast
 
 
 def can_merge(weight: Tensor, factors: Factors) -> bool:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from milora_lightning.adapters.adapter_state import INITIALIZED
 from milora_lightning.adapters.freezing import base_keys
 from milora_lightning.adapters.injection import lora_layers
-from milora_lightning.adapters.layer import INITIALIZED, LoRALinear
+from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.new_layers import saved_names
 from milora_lightning.adapters.parts import find_part
 from milora_lightning.adapters.surgery import inject

@@ -16,8 +16,9 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from milora_lightning.adapters.adapter_state import factors_tell
 from milora_lightning.adapters.injection import lora_layers
-from milora_lightning.adapters.layer import LoRALinear, factors_tell
+from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.checkpoint.adapter import AdapterCheckpoint, check_tensors, told_initialized
 from milora_lightning.checkpoint.io import KEY
 from milora_lightning.models.pretrained import decoder_layers

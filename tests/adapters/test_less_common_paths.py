@@ -8,8 +8,8 @@ from helpers.layers import IN, OUT, TOKENS, R, adapted, plain
 from torch import Tensor, nn
 
 from milora_lightning import LoRAConfig, LoRALinear, inject
+from milora_lightning.adapters.adapter_state import factors_tell
 from milora_lightning.adapters.factors import initial_factors, stack_factors
-from milora_lightning.adapters.layer import factors_tell
 from milora_lightning.adapters.parts import TargetNotFoundError
 from milora_lightning.adapters.targets import find_targets, layers_named, select_layers
 
