@@ -28,6 +28,15 @@ def suits_krylov(k: int, n: int) -> bool:
     return k >= LARGE and n <= SQUARE * k
 
 
+def takes_all(k: int, r: int) -> bool:
+    """Whether all of k triplets are computed for the sake of r, which costs no more than the subset would.
+
+    >>> takes_all(576, 32), takes_all(576, 575)
+    (False, True)
+    """
+    return min(r + 8, k) > k // 2
+
+
 def certified_part(W: Tensor, energy: Tensor, start: int, r: int, single: bool) -> Triplets | None:
     """Compute triplets ``start`` to ``start + r`` of W (k, n), k ≤ n, or None where none can be certified."""
     if not 1e-200 < energy < 1e200:

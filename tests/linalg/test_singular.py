@@ -301,3 +301,14 @@ def with_entries(*values):
 def test_errors_name_cause_and_remedy(weight, r, which: Slice, message):
     with pytest.raises(ValueError, match=message):
         singular_slice(weight, r, which)
+
+
+@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (3000, 7), (7, 3000)])
+def test_narrow_weights_at_each_rank(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    weight, k = torch.randn(shape), min(shape)
+    wanted = torch.linalg.svdvals(weight.double())
+    for r in {1, max(1, k - 1), k}:
+        U, S, Vh = singular_slice(weight, r)
+        torch.testing.assert_close(S, wanted[k - r :], rtol=1e-9, atol=0)
+        torch.testing.assert_close(weight.double() @ Vh.mT, U * S, rtol=0, atol=1e-9)
