@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import Checkpoint
 from rich.console import Console
 
+from milora_lightning.cli.config_files import CONFIGS
 from milora_lightning.cli.main import MiLoRACLI
 from milora_lightning.cli.runs import Row, Run, best_rate, read_rows, write_rows
 from milora_lightning.data import SFTDataModule
 from milora_lightning.metrics.results import results
 from milora_lightning.module import CausalLMModule
+from milora_lightning.starts import find_start
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.folders import check_file, new_folder
 from milora_lightning.utils.messages import each_said_once
@@ -91,11 +93,11 @@ class Comparison:
 
     Args:
         fit: Options of ``fit`` that all runs share.
-        methods: Config overlay of each method, by its name.
+        methods: The options that make each method, by its name.
         output: Folder in which each run gets a folder.
     """
 
-    def __init__(self, fit: Sequence[str], methods: dict[str, str], output: Path) -> None:
+    def __init__(self, fit: Sequence[str], methods: Mapping[str, Sequence[str]], output: Path) -> None:
         self.fit = list(fit)
         self.methods = methods
         self.output = output
@@ -103,7 +105,7 @@ class Comparison:
     def parse(self, run: Run) -> RunCLI:
         """Parse the configuration of a run."""
         own = [
-            *("--config", self.methods[run.method]),
+            *self.methods[run.method],
             f"--seed_everything={run.seed}",
             f"--data.seed={run.seed}",
             f"--model.optimizer.lr={run.learning_rate}",
@@ -123,7 +125,10 @@ class Comparison:
             folder = self.output / run.name
             if run.method in parsed and not folder.is_dir():
                 continue  # it differs only by two numbers from one that has been parsed
-            settings = _settings(self.parse(run))
+            cli = self.parse(run)
+            if (init := cli.config.adapter.init) != "full":
+                find_start(init)  # now, and not when this run begins
+            settings = _settings(cli)
             parsed.add(run.method)
             if folder.is_dir():
                 if (folder / "config.yaml").read_text(encoding="utf-8") != settings:
@@ -147,6 +152,26 @@ class Comparison:
                     cli.trainer.save_checkpoint(folder / "last.ckpt", weights_only=True)
             del cli
             gc.collect()  # a module and its Trainer refer to each other: without this, two models would be in memory
+
+
+def method_options(method: str) -> list[str]:
+    """Return the options that make a method: an overlay, or a start.
+
+    >>> method_options("pissa"), method_options("mine.yaml"), method_options("gaussian x minor")
+    (['--config', 'method/pissa.yaml'], ['--config', 'mine.yaml'], ['--adapter.init', 'gaussian x minor'])
+
+    Raises:
+        ValueError: If there is neither an overlay nor a start of that name.
+    """
+    if method.endswith((".yaml", ".yml")):
+        return ["--config", method]
+    overlay = f"method/{method}.yaml"
+    if Path(overlay).is_file() or (CONFIGS / overlay).is_file():
+        return ["--config", overlay]
+    try:
+        return ["--adapter.init", find_start(method).name]
+    except InvalidInputError as error:
+        raise InvalidInputError(f"There is no config {overlay!r}, and {error}") from error
 
 
 def _settings(cli: RunCLI) -> str:
@@ -173,7 +198,8 @@ def compare(
 
     Args:
         fit: Options of ``fit`` that all runs share.
-        methods: Names of shipped overlays (milora, pissa, lora, random, milora-strict ...) or paths of your own.
+        methods: Names of shipped overlays (milora, pissa, lora, mica, milora-strict ...), paths of your own, or starts
+            as adapter.init takes them ("gaussian x minor").
         output: Folder for results.csv, report.md, the plots and a folder for each run.
         learning_rates: Learning rates to choose from, for every method.
         seeds: Seeds of the reported runs.
@@ -189,7 +215,7 @@ def compare(
         write_report,
     )  # imports matplotlib, an optional package: fail before any work
 
-    overlays = {Path(m).stem: m if m.endswith((".yaml", ".yml")) else f"method/{m}.yaml" for m in methods}
+    overlays = {Path(m).stem if m.endswith((".yaml", ".yml")) else m: method_options(m) for m in methods}
     for name, values in (("methods", methods), ("learning_rates", learning_rates), ("seeds", seeds)):
         if not values or len(set(values)) < len(values) or len(overlays) < len(methods):
             raise InvalidInputError(f"{name}={values} must have at least one entry and no duplicates.")

@@ -33,7 +33,7 @@ class Run:
     @property
     def name(self) -> str:
         """Name of the run and its folder."""
-        return f"{self.method}-lr{self.learning_rate:g}-seed{self.seed}"
+        return f"{self.method.replace(' ', '_')}-lr{self.learning_rate:g}-seed{self.seed}"
 
     @property
     def last(self) -> Row:

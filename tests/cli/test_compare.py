@@ -120,8 +120,8 @@ def test_one_learning_rate_needs_no_sweep_and_a_failed_run_leaves_nothing(
     with pytest.raises(ZeroDivisionError):
         compare(*options, "--methods", "[milora]", "--trainer.callbacks+=helpers.failing.Fails")
     assert not list((project / "comparison").iterdir())
-    compare(*options, "--methods", "[milora,random]", "--trainer.max_steps", "4")
-    assert runs[1:] == [["milora", 1e-3, 0], ["random", 1e-3, 0]]
+    compare(*options, "--methods", "[milora,gaussian x minor]", "--trainer.max_steps", "4")
+    assert runs[1:] == [["milora", 1e-3, 0], ["gaussian x minor", 1e-3, 0]]
     (row, _) = csv.DictReader((project / "comparison" / "results.csv").open())
     assert row["step"] == "4"  # not a multiple of the interval: measured all the same
     assert not (project / "comparison" / "learning_forgetting.png").exists()
@@ -130,7 +130,7 @@ def test_one_learning_rate_needs_no_sweep_and_a_failed_run_leaves_nothing(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--methods", "[milora,mica]", "--learning_rates", "[1e-3]"], r"no config 'method/mica.yaml'"),
+        (["--methods", "[milora,micah]", "--learning_rates", "[1e-3]"], r"no config 'method/micah.yaml'"),
         (["--methods", "[milora,milora]", "--learning_rates", "[1e-3]"], r"no duplicates"),
         (["--methods", "[milora]", "--learning_rates", "[]"], r"at least one"),
         (["--methods", "[milora]", "--learning_rates", "[1e-3]", "--adapter.rank", "3"], r"rank"),
@@ -205,7 +205,9 @@ def test_rates_are_chosen_with_their_own_seed(
 
 def test_a_run_is_given_its_own_seed_rate_and_method(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparing, "RunCLI", lambda arguments: arguments)
-    arguments = Comparison(["--config", "mine.yaml"], {"a": "method/a.yaml"}, Path()).parse(Run("a", 3e-4, 6))
+    arguments = Comparison(["--config", "mine.yaml"], {"a": ["--config", "method/a.yaml"]}, Path()).parse(
+        Run("a", 3e-4, 6)
+    )
     assert arguments[:4] == ["--config", "mine.yaml", "--config", "method/a.yaml"]
     assert {"--seed_everything=6", "--data.seed=6", "--model.optimizer.lr=0.0003"} <= set(arguments)
 

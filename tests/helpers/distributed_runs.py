@@ -51,7 +51,11 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {  # the strategy, and what else i
     "ddp-strict": ("ddp", {"callbacks": lambda folder: [PrincipalProjection(8), forgetting(folder)]}),
     "fsdp2": ("fsdp2", {}),
     "fsdp2-folder": ("fsdp2-folder", {}),
-    "fsdp2-random": ("fsdp2", {"adapter": {"init": "random"}}),
+    "fsdp2-random": (
+        "fsdp2",
+        {"adapter": {"init": "random", "decay_to_start": 1.0}, "module": {"loraplus_lr_ratio": 4.0}},
+    ),
+    "fsdp2-mica": ("fsdp2", {"adapter": {"init": "mica", "decay_to_start": 1.0}}),
     "fsdp1": ("fsdp1", {}),
     "fsdp2-rich": ("fsdp2", {"accumulate_grad_batches": 2, "module": {"gradient_checkpointing": True}}),
     "fsdp2-saved": ("fsdp2", {"adapter": {"modules_to_save": ["norm", "lm_head"]}}),
