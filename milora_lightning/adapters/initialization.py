@@ -19,7 +19,7 @@ from milora_lightning.adapters.factors import initial_factors
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import groups_of
-from milora_lightning.parallel.dtensor import is_sharded
+from milora_lightning.parallel.dtensor import home, is_sharded
 from milora_lightning.starts import Statistics
 
 
@@ -84,7 +84,7 @@ def initialize(
     for layer, (lora_A, lora_B) in decompose_all(pending, decompose, track, rank, world_size, device):
         layer.set_initial_factors(lora_A, lora_B)
     if pending:
-        _return_memory(device or pending[0][1].lora_A.device)
+        _return_memory(device or home(pending[0][1].lora_A))
     return len(pending)
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from milora_lightning.data.batches.images import with_their_images
 from milora_lightning.data.columns import as_columns, as_dataset
-from milora_lightning.data.encoding.prompt_format import PromptFormat
+from milora_lightning.data.encoding.prompt_format import PromptFormat, asking_suffix
 from milora_lightning.data.encoding.templates import AUTO, TemplateName, asks_otherwise, name_of, with_template
 from milora_lightning.data.encoding.turn_encoding import choose_turns
 from milora_lightning.data.reading.rows import BEGINNING
@@ -104,8 +104,7 @@ class TokenizedSplits(LightningDataModule):
     def prompt_format(self) -> PromptFormat | None:
         """How prompts are written; None if all data are plain texts."""
         _, only_texts = self._kinds_of_rows()
-        suffixes = self.prompt_suffix, self.generation_prompt_suffix
-        return None if only_texts else PromptFormat.of(self.tokenizer_object, self.template_name, *suffixes)
+        return None if only_texts else PromptFormat.of(self.tokenizer_object, self.template_name, *self._suffixes)
 
     def ask_as(self, trained: PromptFormat) -> None:
         """Use the prompt format of training if ``template`` is ``"auto"``, instead of letting the data decide.
@@ -214,8 +213,11 @@ class TokenizedSplits(LightningDataModule):
     @property
     def _asks_otherwise(self) -> bool:
         """Whether prompts to answer have other tokens than those of training."""
-        other_suffix = self.generation_prompt_suffix not in (None, self.prompt_suffix)
-        return other_suffix or asks_otherwise(self.template_name)
+        return asking_suffix(*self._suffixes) != self.prompt_suffix or asks_otherwise(self.template_name)
+
+    @property
+    def _suffixes(self) -> tuple[str, str | None]:
+        return self.prompt_suffix, self.generation_prompt_suffix
 
     def longest(self, split: Split) -> int:
         """Return the length of the longest example of a split in tokens; for a stream, the length allowed."""
@@ -252,7 +254,7 @@ class TokenizedSplits(LightningDataModule):
             dataset,
             self.tokenizer_object,
             self.template_name,
-            self.prompt_suffix if not asks or self.generation_prompt_suffix is None else self.generation_prompt_suffix,
+            asking_suffix(*self._suffixes) if asks else self.prompt_suffix,
             self.max_length,
             self.num_proc,
             f"beginning of the {split}" if self._is_stream(split) else split,

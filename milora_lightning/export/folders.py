@@ -46,6 +46,7 @@ from milora_lightning.utils.errors import InvalidInputError, MiLoRAError
 from milora_lightning.utils.folders import check_output, new_folder
 from milora_lightning.utils.messages import warn
 from milora_lightning.utils.names import unwrapped_name
+from milora_lightning.utils.precision import name_of_dtype
 
 BASE_KEY = "milora_lightning.base"
 """The metadata entry of an exported file that holds the fingerprint of its base."""
@@ -255,7 +256,7 @@ def _set_dtype(path: Path, dtype: torch.dtype) -> None:
     for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
         for key in ("dtype", "torch_dtype"):
             if key in part or (part is config and key == "dtype"):
-                part[key] = str(dtype).removeprefix("torch.")
+                part[key] = name_of_dtype(dtype)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -31,7 +31,7 @@ def checkpoint_layers(model: PreTrainedModel, how: Recomputation = "full") -> No
         return
     recompute_layers(model, True)
     if isinstance(how, int):
-        for number, layer in enumerate(kept_layers(model, 0.0)):
+        for number, layer in enumerate(kept_layers(model, 0.0, "activation_checkpointing to full")):
             layer.gradient_checkpointing = number % how == 0  # type: ignore[assignment]
 
 

@@ -27,7 +27,7 @@ def compile_layers(model: PreTrainedModel, device: torch.device | None = None) -
             it becomes part of the compiled code, which is faster and draws other masks.
     """
     on_cpu = device is None or device.type == "cpu"
-    for layer in decoder_layers(model):
+    for layer in decoder_layers(model, "cannot be compiled: leave compile out"):
         layer.compile_options = {"fallback_random": True} if on_cpu else {}  # type: ignore[assignment]
         derive(layer, Compiled)
         layer.__dict__[CODE] = _compiled(layer)

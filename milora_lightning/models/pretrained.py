@@ -39,6 +39,7 @@ from milora_lightning.models.quantized import Quantization, quantized_loading, r
 from milora_lightning.utils.compat.transformers import decoder_layer_names
 from milora_lightning.utils.errors import InvalidInputError, MissingFileError, MissingPackageError
 from milora_lightning.utils.folders import cache_folder, new_cache_folder
+from milora_lightning.utils.precision import dtype_of
 
 # Newer releases of transformers keep GGUF weights packed unless told otherwise; older ones always unpack them.
 GgufConfig = getattr(transformers, "GgufConfig", None)
@@ -133,7 +134,7 @@ def load_causal_lm(
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     if quantization is not None:
         if dtype != "auto":
-            config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+            config.dtype = dtype_of(dtype)
         options |= quantized_loading(name_or_path, config, quantization, device)
     with clear_errors(name_or_path, location):
         model, loading = auto_class(config).from_pretrained(
@@ -163,8 +164,12 @@ def load_config(name_or_path: str) -> PretrainedConfig:
     return config
 
 
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the decoder layers of a language model, which are the units of sharding and compilation.
+def decoder_layers(model: PreTrainedModel, remedy: str = "cannot be sharded: use strategy: ddp") -> list[nn.Module]:
+    """Return the decoder layers of a language model, which are the units of sharding, compilation and recomputation.
+
+    Args:
+        model: A model of transformers.
+        remedy: What the error says that the model cannot be, and what to do then.
 
     Raises:
         ValueError: If the model's class does not name them.
@@ -173,8 +178,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
         raise InvalidInputError(
-            f"{type(model).__name__} does not name its decoder layers (_no_split_modules), so it cannot be sharded: "
-            "use strategy: ddp."
+            f"{type(model).__name__} does not name its decoder layers (_no_split_modules), so it {remedy}."
         )
     return layers
 

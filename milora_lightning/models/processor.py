@@ -13,6 +13,7 @@ from milora_lightning.utils.compat.torch import PRODUCTS_ON_X86
 from milora_lightning.utils.counting import counted
 from milora_lightning.utils.machine import cores, has_nvidia_gpu
 from milora_lightning.utils.messages import inform, warn
+from milora_lightning.utils.precision import dtype_of, name_of_dtype
 
 DtypeName = Literal["auto", "fast", "float32", "bfloat16", "float16"]
 """How options name the dtype of a model's weights."""
@@ -57,7 +58,7 @@ def held_as(name: DtypeName, in_files: torch.dtype | str | None, device: str) ->
         device: The type of the device.
     """
     dtype = (in_files or torch.float32) if name == "auto" else loaded_as(name)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = dtype_of(dtype)
     return torch.float32 if name in CHOSEN and device == "cpu" and not has_fast_products(dtype) else dtype
 
 
@@ -76,7 +77,7 @@ def hold_in_float32(model: nn.Module, device: torch.device) -> None:
     if all(p.dtype == dtype for p in model.parameters() if p.is_floating_point()):
         setattr(model, NUMBERS, dtype)
     model.float()
-    name = str(dtype).removeprefix("torch.")
+    name = name_of_dtype(dtype)
     inform(
         f"The {name} weights are held in float32, number by number the same: this processor has no instructions for "
         f"products in {name}, and would take many times as long."
@@ -136,7 +137,7 @@ def warn_of_slow_products(
 ) -> None:
     """Warn if computing on the CPU in a dtype takes many times as long as in float32."""
     if not has_fast_products(dtype):
-        name = str(dtype).removeprefix("torch.")
+        name = name_of_dtype(dtype)
         warn(
             f"This processor has no instructions for products in {name}, so every step takes many times as long as in "
             f"float32: {remedy}."

@@ -29,21 +29,24 @@ def recompute_layers(model: PreTrainedModel, share: bool | float) -> None:
     # Reentrant checkpoints would give adapters no gradient, because no input of a layer requires one.
     model.gradient_checkpointing_enable({"use_reentrant": False})
     if share < 1:
-        for layer in kept_layers(model, share):
+        for layer in kept_layers(model, share, "gradient_checkpointing to true or false"):
             layer.gradient_checkpointing = False  # type: ignore[assignment]
 
 
-def kept_layers(model: PreTrainedModel, share: bool | float) -> list[nn.Module]:
+def kept_layers(model: PreTrainedModel, share: bool | float, remedy: str) -> list[nn.Module]:
     """Return the layers that are not recomputed.
+
+    Args:
+        model: Any causal language model of transformers.
+        share: Share of the layers that are recomputed.
+        remedy: What the error says to set, where the model recomputes all of them or none.
 
     Raises:
         ValueError: If the model's layers do not decide for themselves.
     """
-    layers = decoder_layers(model)
+    layers = decoder_layers(model, f"cannot recompute a part of them: set {remedy}")
     if not all(hasattr(layer, "gradient_checkpointing") for layer in layers):
-        raise InvalidInputError(
-            f"{type(model).__name__} recomputes all of its layers or none: set gradient_checkpointing to true or false."
-        )
+        raise InvalidInputError(f"{type(model).__name__} recomputes all of its layers or none: set {remedy}.")
     return layers[recomputed(len(layers), share) :]
 
 

@@ -20,6 +20,7 @@ from milora_lightning.parallel.work import raise_on_all_ranks
 from milora_lightning.utils.compat.transformers import kept_in_float32
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.names import pristine_name, unwrapped_name
+from milora_lightning.utils.precision import dtype_of
 
 
 def empty_causal_lm(
@@ -43,7 +44,7 @@ def empty_causal_lm(
     config = load_config(name_or_path)
     if dtype == "auto":
         dtype = config.dtype or "float32"
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = dtype_of(dtype)
     if getattr(config, "quantization_config", None) is not None:
         raise InvalidInputError(
             f"{location!r} is quantized, and its codes cannot be read into shards as weights: use an unquantized "

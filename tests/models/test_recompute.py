@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from milora_lightning import CausalLMModule, LoRAConfig, initialize, inject
+from milora_lightning.models.checkpointing import checkpoint_layers
+from milora_lightning.models.compile import compile_layers
 from milora_lightning.models.loss import causal_lm_loss
 from milora_lightning.models.memory import estimate, planned_model
 from milora_lightning.models.recompute import recompute_layers
@@ -66,8 +68,19 @@ def test_models_that_recompute_all_or_none_are_told_so() -> None:
     model = AutoModelForCausalLM.from_config(TINY_CONFIGS["llama"])
     for layer in model.model.layers:
         layer.__class__ = type(type(layer).__name__, (torch.nn.Module,), {})
-    with pytest.raises(ValueError, match="all of its layers or none"):
+    with pytest.raises(ValueError, match="all of its layers or none: set gradient_checkpointing to true"):
         recompute_layers(model, 0.5)
+    with pytest.raises(ValueError, match="all of its layers or none: set activation_checkpointing to full"):
+        checkpoint_layers(model, 2)
+
+
+def test_models_without_named_layers_are_refused_by_what_was_asked_for() -> None:
+    model = AutoModelForCausalLM.from_config(TINY_CONFIGS["llama"])
+    model._no_split_modules = None
+    with pytest.raises(ValueError, match="cannot recompute a part of them: set gradient_checkpointing"):
+        recompute_layers(model, 0.5)
+    with pytest.raises(ValueError, match="cannot be compiled: leave compile out"):
+        compile_layers(model)
 
 
 @pytest.mark.parametrize(("text", "value"), [("true", True), ("false", False), ("0.25", 0.25), ("1", 1.0)])

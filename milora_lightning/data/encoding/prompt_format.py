@@ -22,6 +22,15 @@ ONE_QUESTION = "{% set asked = namespace(instruction='') %}"
 """What chat templates begin with that write the prompts of ``alpaca``, ``plain`` and their kin."""
 
 
+def asking_suffix(prompt_suffix: str, generation_prompt_suffix: str | None) -> str:
+    """Return what prompts to answer end in: as those of training, unless another suffix is given.
+
+    >>> asking_suffix("Think.", None), asking_suffix("Think.", "")
+    ('Think.', '')
+    """
+    return prompt_suffix if generation_prompt_suffix is None else generation_prompt_suffix
+
+
 @dataclass(frozen=True)
 class PromptFormat:
     """What stands around a prompt, and what ends an answer.
@@ -59,7 +68,7 @@ class PromptFormat:
             generation_prompt_suffix: What prompts to answer end in; None for the same.
             asks: Whether the chat template is to write prompts to answer, not those of training.
         """
-        suffix = prompt_suffix if generation_prompt_suffix is None or not asks else generation_prompt_suffix
+        suffix = asking_suffix(prompt_suffix, generation_prompt_suffix) if asks else prompt_suffix
         if template == "chat":
             end = ChatTemplate.of(tokenizer).end_of_turn
             jinja: str | None = cast(str, tokenizer.get_chat_template()) + _suffix_in_jinja(suffix)
@@ -77,7 +86,7 @@ class PromptFormat:
     @property
     def asking_suffix(self) -> str:
         """What prompts to answer end in, after the template."""
-        return self.prompt_suffix if self.generation_prompt_suffix is None else self.generation_prompt_suffix
+        return asking_suffix(self.prompt_suffix, self.generation_prompt_suffix)
 
     @property
     def tokenizers_template(self) -> str | None:
