@@ -8,12 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.exports import logits, tuned
-from helpers.models import tiny_model
+from helpers.models import quiet_trainer, tiny_model
+from lightning.pytorch import LightningModule
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from milora_lightning import LoRAConfig, export_peft, initialize, inject, lora_layers, register_start
+from milora_lightning import (
+    LoRAConfig,
+    MiLoRAInit,
+    export_peft,
+    initialize,
+    inject,
+    load_adapter,
+    lora_layers,
+    register_start,
+)
 from milora_lightning.adapters.factor_cache import cached_factors
 from milora_lightning.adapters.factors import initial_factors
 from milora_lightning.linalg import SingularSlice, singular_slice
@@ -302,3 +313,54 @@ def test_registered_starts_are_kept_by_version_weight_and_statistics(
     cached_factors(W, R, 1.0, "mine", torch.Generator().manual_seed(0), moments)
     cached_factors(W, R, 1.0, "mine", torch.Generator().manual_seed(0), Statistics(inputs=2 * torch.eye(128)))
     assert len(computed) == 3
+
+
+class Small(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(16, 24)
+
+    def training_step(self, x: Tensor) -> Tensor:
+        return (self.layer(x) - 1).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader(weight(8, 16), batch_size=2)  # type: ignore[arg-type]
+
+
+def fitted(folder: Path, init: str, epochs: int, resumed: Path | None = None) -> Small:
+    lm = Small()
+    trainer = quiet_trainer(folder, max_epochs=epochs, callbacks=[MiLoRAInit(r=R, lora_alpha=6, init=init, seed=0)])
+    trainer.fit(lm, ckpt_path=resumed)
+    trainer.save_checkpoint(folder / f"{epochs}.ckpt")
+    return lm
+
+
+@pytest.mark.parametrize("init", ["mica", "gaussian x minor", "columns"])
+def test_a_resumed_run_goes_on_and_what_is_frozen_travels_along(init: str, own: None, tmp_path: Path) -> None:
+    @register_start("columns", frozen="lora_B")
+    def columns(W: Tensor, r: int, statistics: object, generator: object) -> tuple[Tensor, Tensor]:
+        return torch.eye(W.shape[1])[:r], W[:, :r]
+
+    whole = fitted(tmp_path, init, 4)
+    half = fitted(tmp_path, init, 2)
+    start = initial_factors(whole.layer.base_layer.weight, R, 1.5, init, torch.Generator().manual_seed(0))
+    registry._REGISTERED["columns"] = find_start("columns").__class__(  # a second SVD, or call, would show
+        "columns", lambda *_: (torch.zeros(R, 16), torch.zeros(24, R)), frozen="lora_B", own=True
+    )
+    resumed = fitted(tmp_path, init, 4, tmp_path / "2.ckpt")
+    state = whole.layer.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in resumed.layer.state_dict().items())
+    assert (state["lora_A"] - half.layer.state_dict()["lora_A"]).abs().max() > 1e-3
+    if init != "gaussian x minor":
+        assert torch.equal(whole.layer.lora_B, start[1])
+    del registry._REGISTERED["columns"]
+    if init == "columns":
+        with pytest.raises(ValueError, match=r"init='columns' is no start.*import the module that calls"):
+            load_adapter(Small(), tmp_path / "4.ckpt")
+    else:
+        load_adapter(again := Small(), tmp_path / "4.ckpt")
+        assert torch.equal(again.layer.delta_weight(), whole.layer.delta_weight())
