@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, example, given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from milora_lightning.training.accumulation import TokenWindow
+from milora_lightning.training.optimization import OptimizedModule
 
 few = settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 batch = st.tuples(st.integers(-9, 9), st.integers(0, 50))
@@ -48,3 +51,19 @@ def test_without_a_new_beginning_the_last_steps_tokens_would_count(batches: list
     first, _ = accumulated(window, batches)
     again, _ = accumulated(window, batches)
     assert abs(again) < abs(first)
+
+
+@pytest.mark.parametrize("shares", [[(6.0, 3), (2.0, 1)], [(6.0, 5), (0.0, 0)], [(0.0, 0), (0.0, 0)]])
+def test_the_average_over_ranks_is_the_mean_over_all_of_their_tokens(shares: list[tuple[float, int]]) -> None:
+    """As DDP averages the gradients of its ranks: each rank's loss is scaled so that this is right."""
+
+    class Rank(OptimizedModule):
+        trainer = SimpleNamespace(  # type: ignore[assignment]
+            world_size=len(shares),
+            strategy=SimpleNamespace(reduce=lambda _, reduce_op: torch.tensor(sum(n for _, n in shares))),
+        )
+
+    module = Rank(lambda p: torch.optim.SGD(p, lr=1.0), "constant", 0, None, None)
+    losses = [module.mean_over_ranks(torch.tensor(total), torch.tensor(tokens)) for total, tokens in shares]
+    mean = sum(total for total, _ in shares) / max(sum(tokens for _, tokens in shares), 1)
+    assert torch.stack(losses).mean().item() == pytest.approx(mean)
