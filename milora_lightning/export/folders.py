@@ -34,7 +34,6 @@ from milora_lightning.export.peft_format import (
 from milora_lightning.export.peft_layers import (
     as_written,
     in_peft,
-    objection_to_layers,
     stacked_rank,
     update_factors,
 )
@@ -87,7 +86,7 @@ def export_peft(
     check_output(output)
     model = find_model(module)
     layers = _adapters(module, model)
-    if said := objection(model) or objection_to_layers(model):
+    if said := objection(model):
         raise InvalidInputError(f"PEFT cannot represent these adapters: {said}. {MERGED}")
     kept = _kept_whole(model, layers)
     inside = tuple(f"{name}." for name in kept)

@@ -20,6 +20,7 @@ from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import is_conv1d
 from milora_lightning.config import Value
+from milora_lightning.export.peft_layers import objection_to_layers
 from milora_lightning.export.skeleton import skeleton
 from milora_lightning.utils.counting import counted
 from milora_lightning.utils.names import unwrapped_name
@@ -138,6 +139,8 @@ def objection(model: PreTrainedModel) -> str | None:
     layers = lora_layers(model)
     if len({id(m) for m in layers.values()}) < len(registrations(model)):
         return "a layer with an adapter is used in several places of the model, which PEFT does not support"
+    if said := objection_to_layers(model):
+        return said
     from peft import inject_adapter_in_model
 
     ranks = {name: layer.r for name, layer in layers.items()}

@@ -21,6 +21,7 @@ from milora_lightning import (
     load_peft,
     lora_layers,
 )
+from milora_lightning.export.peft_format import objection
 
 NAMES = ["one", "two", "three", "grouped", "point", "head"]
 X = torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(0))
@@ -128,6 +129,7 @@ def test_an_adapter_that_peft_would_never_call_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize("options", [{"dilation": 2}, {"padding_mode": "circular"}])
 def test_what_pefts_convolutions_cannot_do_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
     ours = trained(**options)
+    assert objection(ours) is not None  # as is said before training
     with pytest.raises(ValueError, match=r"PEFT cannot represent these adapters: its adapters of convolutions"):
         export_peft(ours, tmp_path / "peft")
     export_merged(ours, tmp_path / "merged")
