@@ -17,7 +17,7 @@ if __name__ == "__main__":
     initialize(model)  # starts the factors at the smallest singular triplets of the weights
     assert torch.equal(model(x), before)
 
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
     for _ in range(20):
         loss = nn.functional.mse_loss(model(x), x)
         loss.backward()
