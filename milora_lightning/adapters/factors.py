@@ -75,6 +75,10 @@ def evaluate(
     if start.own:  # a copy, as the weight itself must never be written
         W = W.to(torch.promote_types(W.dtype, torch.float32), copy=True)
     found = start.compute(W, r, statistics, generator)
+    if start.own and not (isinstance(found, tuple) and len(found) in (2, 3) and all(map(torch.is_tensor, found))):
+        raise InvalidInputError(
+            f"the start {start.name!r} gives {type(found).__name__}, and not A₀ and B₀, or U, S and Vᵀ, as a tuple"
+        )
     parts = [x.detach().to(weight.device, torch.float32).contiguous() for x in found]
     if start.own:
         _check(start, parts, weight.shape, r)

@@ -86,9 +86,10 @@ def find_start(name: str) -> Start:
     >>> find_start("minor").name, find_start("gaussian x minor x 0.50").name, find_start("mica").frozen
     ('milora', 'gaussian x minor x 0.5', 'lora_B')
     """
-    if name in _REGISTERED:
+    known = isinstance(name, str)
+    if known and name in _REGISTERED:
         return _REGISTERED[name]
-    if (part := algebra.parse(name)) is not None:
+    if known and (part := algebra.parse(name)) is not None:
         return Start(part.name, part.triplets, random=part.random, key=part.name)
     raise InvalidInputError(
         f"init={name!r} is no start: take one of {', '.join([*algebra.METHODS, *sorted(_REGISTERED)])}, or directions "
@@ -107,8 +108,9 @@ def register_start(
 ) -> Callable[[StartFunction], StartFunction]:
     """Give a function that computes A₀ and B₀ a name that ``init`` takes, on the command line as well.
 
-    The function is called for one layer at a time as ``function(weight, r, statistics, generator)``, on one rank,
-    without gradients, and possibly in a thread beside other layers. ``weight`` is a copy (out, in) in float32 at least.
+    The function is called for one layer at a time (of a convolution in groups, for one group) as
+    ``function(weight, r, statistics, generator)``, on one rank, without gradients, and possibly in a thread beside
+    other layers. ``weight`` is a copy (out, in) in float32 at least.
     Random numbers have to come from ``generator``, a CPU generator that depends on the seed and the layer's name.
     ``statistics`` is what :func:`milora_lightning.initialize` was given for the layer, or None.
 
@@ -136,8 +138,8 @@ def register_start(
     >>> find_start("zeros_in_A").zero_product
     True
     """
-    if not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
-        raise InvalidInputError(f"A start cannot be named {name!r}: take a word, such as 'my_start'.")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
+        raise InvalidInputError(f"A start cannot be named {name!r}: take a word, as in @register_start('my_start').")
     present = _REGISTERED.get(name)
     if name == "full" or algebra.parse(name) is not None or (present is not None and not present.own):
         raise InvalidInputError(f"There is a start {name!r} already: give yours another name.")

@@ -249,12 +249,19 @@ def test_one_of_ones_own(own: None) -> None:
 
 def bad(what: str, W: Tensor, r: int) -> tuple[Tensor, Tensor]:
     A, B = torch.ones(r, W.shape[1]), torch.ones(W.shape[0], r)
-    return {"shape": (A.T, B), "nan": (A * torch.nan, B), "product": (A, B)}[what]
+    results = {"shape": (A.T, B), "nan": (A * torch.nan, B), "product": (A, B), "nothing": None, "one": A}
+    return results[what]  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(
     ("what", "message"),
-    [("shape", r"layer '0' .*A₀ has to be \(4, 16\)"), ("nan", "NaN or infinite"), ("product", "zero_product")],
+    [
+        ("shape", r"layer '0' .*A₀ has to be \(4, 16\)"),
+        ("nan", "NaN or infinite"),
+        ("product", "zero_product"),
+        ("nothing", "gives NoneType"),
+        ("one", "gives Tensor"),
+    ],
 )
 def test_what_no_adapter_can_start_from_is_refused(own: None, what: str, message: str) -> None:
     register_start("bad", zero_product=True)(lambda W, r, statistics, generator: bad(what, W, r))
@@ -275,6 +282,10 @@ def test_names_are_taken_once(own: None) -> None:
     register_start("other")(other)  # as when a notebook's cell runs again
     with pytest.raises(ValueError, match="registered as 'other' already"):
         register_start("other")(bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="as in @register_start"):
+        register_start(other)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="init=None is no start"):
+        LoRAConfig(init=None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="frozen must be"):
         register_start("another", frozen="B")  # type: ignore[arg-type]
 
