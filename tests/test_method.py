@@ -39,7 +39,7 @@ def closure(name: str) -> set[str]:
 
 
 def test_the_method_can_be_read_in_half_an_hour() -> None:
-    assert sum(len((PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines()) for name in METHOD) <= 1320
+    assert sum(len((PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines()) for name in METHOD) <= 1350
 
 
 def test_the_method_does_not_import_special_cases() -> None:

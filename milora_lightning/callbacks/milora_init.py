@@ -15,7 +15,6 @@ import rich
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from milora_lightning.adapters.initialization import initialize
 from milora_lightning.adapters.injection import lora_layers
@@ -37,9 +36,7 @@ from milora_lightning.export.peft_import import load_peft, peft_config
 from milora_lightning.strategies.base import calls_parts, finish, needs_early_start, prepare, restores_late, shards
 from milora_lightning.training.averaging import check_averaging, copy_adapted, start_averages
 from milora_lightning.training.loss_scaling import check_loss_scaling, is_float16
-from milora_lightning.training.start_decay import decay_to_start as decay
-from milora_lightning.training.start_decay import warn_of_weight_decay
-from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.training.start_decay import StartDecay
 
 
 class MiLoRAInit(Callback):
@@ -136,11 +133,7 @@ class MiLoRAInit(Callback):
         self.seed = seed
         self.start_from = start_from
         self.cache = cache
-        if not decay_to_start >= 0 or (decay_to_start and self.config is None):
-            reason = "there are no adapters with init: full" if self.config is None else "it cannot be negative"
-            raise InvalidInputError(f"decay_to_start={decay_to_start}, and {reason}: leave it out.")
-        self.decay_to_start = decay_to_start
-        self._decays: list[RemovableHandle] = []
+        self._decay = StartDecay(decay_to_start, self.config is not None)
         self._stepped: set[Optimizer] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -150,11 +143,7 @@ class MiLoRAInit(Callback):
         if config is None:
             return
         check_callbacks(trainer)
-        if self.decay_to_start and not calls_parts(trainer.strategy):
-            raise InvalidInputError(
-                f"decay_to_start does not work under {type(trainer.strategy).__name__}, whose shards do not show which "
-                "factor a number belongs to: use strategy: milora_fsdp2, or leave it out."
-            )
+        self._decay.check(trainer)
         check_quantizing(trainer, pl_module)
         prepare(trainer)
         check_averaging(trainer)
@@ -220,22 +209,11 @@ class MiLoRAInit(Callback):
         for layer in lora_layers(pl_module).values():
             layer.train()
         if self.config is not None:
-            self._decay(trainer, pl_module)
-
-    def _decay(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_decay()  # a tuner may have begun to train before
-        warn_of_weight_decay(pl_module, trainer.optimizers)
-        if self.decay_to_start:
-            self._decays = decay(pl_module, trainer.optimizers, self.decay_to_start)
-
-    def _stop_decay(self) -> None:
-        for handle in self._decays:
-            handle.remove()
-        self._decays = []
+            self._decay.begin(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove what has been added to the optimizers."""
-        self._stop_decay()
+        self._decay.end()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Warn of adapters without a gradient in an optimizer's first step; FSDP1's shards do not show them."""

@@ -10,12 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from milora_lightning.adapters.injection import lora_layers
+from milora_lightning.strategies.base import calls_parts
+from milora_lightning.utils.compat.torch import multiply_together, subtract_together
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn_once
 
@@ -66,6 +69,50 @@ def decay_to_start(module: nn.Module, optimizers: Sequence[Any], rate: float) ->
     return [each.register_step_post_hook(lambda optimizer, *_: _decay(optimizer, starts, rate)) for each in held]
 
 
+class StartDecay:
+    """The decay of a run, from the beginning of its training to the end.
+
+    Args:
+        rate: The decay λ; 0 for none.
+        adapted: Whether there are adapters.
+
+    Raises:
+        ValueError: If the rate is negative, or there is nothing to decay.
+    """
+
+    def __init__(self, rate: float, adapted: bool) -> None:
+        if not rate >= 0 or (rate and not adapted):
+            reason = "it cannot be negative" if adapted else "there are no adapters with init: full"
+            raise InvalidInputError(f"decay_to_start={rate}, and {reason}: leave it out.")
+        self.rate = rate
+        self._handles: list[RemovableHandle] = []
+
+    def check(self, trainer: Trainer) -> None:
+        """Refuse a strategy that does not let factors be told apart.
+
+        Raises:
+            ValueError: If there is a decay, and the Trainer has such a strategy.
+        """
+        if self.rate and not calls_parts(trainer.strategy):
+            raise InvalidInputError(
+                f"decay_to_start does not work under {type(trainer.strategy).__name__}, whose shards do not show which "
+                "factor a number belongs to: use strategy: milora_fsdp2, or leave it out."
+            )
+
+    def begin(self, trainer: Trainer, module: LightningModule) -> None:
+        """Have the Trainer's optimizers decay to the start, or warn if they decay to zero by themselves."""
+        self.end()  # a tuner may have begun to train before
+        warn_of_weight_decay(module, trainer.optimizers)
+        if self.rate:
+            self._handles = decay_to_start(module, trainer.optimizers, self.rate)
+
+    def end(self) -> None:
+        """Remove what has been added to the optimizers."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
 @torch.no_grad()
 def _decay(optimizer: Any, starts: Mapping[Any, Tensor | None], rate: float) -> None:
     skipped = getattr(optimizer, "found_inf", None)  # for fused optimizers, which skip a step within it
@@ -79,8 +126,8 @@ def _decay(optimizer: Any, starts: Mapping[Any, Tensor | None], rate: float) -> 
         here = [_local(p.detach()) for p in factors]
         ends = [None if starts[p] is None else _local(starts[p]) for p in factors]  # type: ignore[arg-type]
         away = [p.clone() if end is None else p - end for p, end in zip(here, ends, strict=True)]
-        torch._foreach_mul_(away, amount)
-        torch._foreach_sub_(here, away)
+        multiply_together(away, amount)
+        subtract_together(here, away)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -43,6 +43,8 @@ TELLS_HOW_IT_KEEPS = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")
 softmax_backward = torch._softmax_backward_data
 # (tensors, factor): multiplies all of them in place, as optimizers do.
 multiply_together = torch._foreach_mul_
+# (tensors, others): likewise subtracts from each tensor the other of its place.
+subtract_together = torch._foreach_sub_
 
 
 def own_convolution(module: Any) -> bool:
