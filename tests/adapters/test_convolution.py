@@ -76,6 +76,13 @@ def test_start_is_the_base_layer_bit_for_bit(kind: str, dtype: torch.dtype) -> N
     assert layer.lora_B.any()
 
 
+@pytest.mark.parametrize("init", ["pissa", "middle", "random", "lora", "mica", "olora", "orthogonal"])
+def test_every_start_begins_at_the_base_layer_in_each_group(init: str) -> None:
+    layer, x = adapted("groups", trained=False, init=init)
+    assert torch.equal(layer.train()(x), layer.base_layer(x))
+    assert layer.lora_A.requires_grad or layer.lora_B.requires_grad
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("init", ["milora", "lora"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
