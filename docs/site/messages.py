@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ SAYS = {"warn": "warning", "warn_once": "warning", "inform": "note"}
 """The package's functions that say something, and what that is; errors are raised."""
 
 
+@functools.cache
 def messages(package: Path = PACKAGE) -> dict[str, list[tuple[str, str]]]:
     """Return the messages of each room: what each is, and its text, with … for what is filled in."""
     sources = {path: path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.py"))}

@@ -146,6 +146,11 @@ class Files(Source):
         assert dataset is not None  # the training split is required
         held_out = held_out_examples(self.validation_size, len(dataset))
         if not held_out or self._beside(train, "validation") is not None:
+            if split == "validation" and self.validation_size == AUTO and not held_out:
+                _say(
+                    f"{_joined(train)}: none of so few rows ({len(dataset)}) is held out, so there is no validation "
+                    "loss. Set validation_size: 2 for two of them."
+                )
             return dataset if split == "train" else None
         if self.validation_size == AUTO:
             _say(

@@ -47,6 +47,8 @@ WARNED = [
     r"The '\w+' does not have many workers",
     # Also where nothing but a logger's files is there; the command says itself when checkpoints are replaced.
     r"Checkpoint directory .* exists and is not empty",
+    # There is no validation data, which the command says itself, or it has an error of its own for no data.
+    r"Total length of `\w+` across ranks is zero",
     # A short run: the screen shows every step.
     r"The number of training batches \(\d+\) is smaller than the logging interval",
     # It is the CLI's own, and in the config that it saves.

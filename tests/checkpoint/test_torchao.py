@@ -53,5 +53,5 @@ def test_it_is_read_with_the_package_imported_for_it(checkpoint: Path) -> None:
 
 def test_a_missing_package_is_named(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(CheckpointError, match=r"an optimizer of torchao: pip install milora-lightning\[torchao\]"):
+    with pytest.raises(CheckpointError, match=r'an optimizer of torchao: pip install "milora-lightning\[torchao\]"'):
         read(checkpoint)

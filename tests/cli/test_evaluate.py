@@ -78,7 +78,7 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(tmp_path: Path, monk
     with pytest.raises(FileExistsError, match="choose another output"):
         evaluate("sums", model="nowhere", output=str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install milora-lightning\[eval\]"):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "milora-lightning\[eval\]"'):
         evaluate("sums", model="nowhere")
 
 

@@ -256,7 +256,8 @@ def test_a_share_is_held_out_where_there_is_no_validation(
     assert sorted(map(int, parts)) == list(range(size))
     assert len(train) == size - held_out  # type: ignore[arg-type]
     line = f"{path}: {held_out} of {size} rows are held out for validation. Set validation_size: 0 to train on all."
-    assert said[1:] == ([line] if held_out else [])
+    few = f"{path}: none of so few rows ({size}) is held out, so there is no validation loss."
+    assert said[1:] == [line if held_out else f"{few} Set validation_size: 2 for two of them."]
     assert len(rows_of(path)) == size
     given = Files(train=path, validation=write(tmp_path / "b.jsonl", PAIRS))
     assert len(given.load("train")) == size  # type: ignore[arg-type]

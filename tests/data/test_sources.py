@@ -276,5 +276,5 @@ def test_too_short_word_problems_do_not_exist():
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install milora-lightning\[embedded\]"):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "milora-lightning\[embedded\]"'):
         WordProblems().load("train")

@@ -130,7 +130,7 @@ def test_expressions_are_compared_off_the_main_thread_too() -> None:
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install milora-lightning\[math\]"):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "milora-lightning\[math\]"'):
         Math().metric()
     with pytest.raises(ModuleNotFoundError, match="math-verify"):
         right_solution("The answer is: 3", "3")

@@ -53,5 +53,5 @@ def test_a_cpu_and_a_missing_package_are_named() -> None:
         apply_liger(tiny_model("llama"), torch.device("cpu"))
     pytest.importorskip("torch")
     if "liger_kernel" not in sys.modules:
-        with pytest.raises(ModuleNotFoundError, match=r"pip install milora-lightning\[liger\]"):
+        with pytest.raises(ModuleNotFoundError, match=r'pip install "milora-lightning\[liger\]"'):
             apply_liger(tiny_model("llama"), GPU)

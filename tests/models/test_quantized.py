@@ -144,7 +144,7 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(tmp_path: Path, monk
         quiet_trainer(tmp_path, max_steps=1, callbacks=[MiLoRAInit(init="full")]).fit(module, [{}])
     with monkeypatch.context() as patched:
         patched.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(ModuleNotFoundError, match="pip install milora-lightning"):
+        with pytest.raises(ModuleNotFoundError, match='pip install "milora-lightning'):
             load_causal_lm(base, quantization="nf4")
 
 
