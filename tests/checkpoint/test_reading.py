@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from helpers.models import quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from milora_lightning import CheckpointError
 from milora_lightning.checkpoint.fingerprint import check_base, only_codes, quantization_of, unquantized
-from milora_lightning.checkpoint.io import ClearCheckpointIO, read, read_without_weights
+from milora_lightning.checkpoint.io import KEY, ClearCheckpointIO, read, read_without_weights
 from milora_lightning.checkpoint.options import differences, find_checkpoint
 from milora_lightning.utils.compat.lightning import metadata_file
 
@@ -75,6 +76,22 @@ def test_of_a_folder_the_part_beside_the_weights_is_read(tmp_path: Path) -> None
     assert read_without_weights(tmp_path) == {"hyper_parameters": {"r": 4}}
 
 
+@pytest.mark.parametrize("name", ["state_dict", "model"])  # of FSDP2's folders, and of FSDP1's
+def test_a_folder_of_shards_is_read_in_the_layout_of_a_file(name: str, tmp_path: Path) -> None:
+    weight, moment = torch.arange(6.0).view(2, 3), torch.ones(3)
+    content = {name: {"w": weight}, "optimizer_0": {"state": {"w": {"exp_avg": moment}}}}
+    torch.distributed.checkpoint.save(content, checkpoint_id=tmp_path, no_dist=True)
+    torch.save({"epoch": 2, KEY: {"format": 1}}, metadata_file(tmp_path))
+    found = read(tmp_path)
+    assert found["epoch"] == 2
+    assert found["state_dict"].keys() == {"w", KEY}
+    assert found["state_dict"][KEY] == {"format": 1}
+    assert torch.equal(found["state_dict"]["w"], weight)
+    ((optimizer),) = found["optimizer_states"]
+    assert torch.equal(optimizer["state"]["w"]["exp_avg"], moment)
+    assert found.keys() == {"epoch", "state_dict", "optimizer_states"}
+
+
 BASE = {"0.weight": "(2, 2) torch.float32 1f", "0.bias": "(2,) torch.float32 2e"}
 NF4 = {**BASE, "0.weight": "(2, 2) torch.float32 1f as nf4"}
 
@@ -93,6 +110,10 @@ def test_bases_differ_by_their_weights_or_their_quantization() -> None:
     for other in ({**BASE, "0.bias": "(2,) torch.float32 00"}, {"0.weight": BASE["0.weight"]}, {**BASE, "1": "x"}):
         with pytest.raises(CheckpointError, match=r"another base model: 1 of \d frozen weights"):
             check_base(BASE, other)
+    with pytest.raises(CheckpointError, match=r"for example '1' \(absent there, x here\)"):
+        check_base(BASE, {**BASE, "1": "x"})
+    with pytest.raises(CheckpointError, match=r"for example '1' \(x there, absent here\)"):
+        check_base({**BASE, "1": "x"}, BASE)
     changed = {**NF4, "0.bias": "(2,) torch.float32 00"}
     with pytest.raises(
         CheckpointError, match=r"another base model: 2 of 2 frozen weights differ, for example '0\.bias'"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.data_fixtures import InMemory, isolate_cache, make_tokenizer, rows
 from hypothesis import HealthCheck, assume, example, given, settings
@@ -25,7 +27,7 @@ from milora_lightning.data import (
 from milora_lightning.data.batches.batching import learned_spans
 from milora_lightning.data.batches.budget import TokenBudgetSampler
 from milora_lightning.data.batches.packing import PackingCollator, pack
-from milora_lightning.data.batches.resuming import Resumption
+from milora_lightning.data.batches.resuming import Resumption, _digest, _warn_of_other_data
 from milora_lightning.data.batches.sampling import Position
 from milora_lightning.data.encoding.examples import encode
 from milora_lightning.data.encoding.truncation import join
@@ -223,6 +225,20 @@ def test_every_example_comes_once_on_any_ranks_from_any_point_on(
     assert rest <= found
     assert (found - rest).total() < ranks
     assert Counter(i for share in examples([order]) for i in share) == Counter(range(len(sizes)))
+
+
+@few
+@given(lengths, lengths)
+def test_a_resumed_run_says_that_its_data_are_others_wherever_their_lengths_are(
+    one: list[int], other: list[int]
+) -> None:
+    """Also where there are as many examples, and as many tokens, in another order."""
+    for now in (other, one, one[::-1]):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _warn_of_other_data(_digest(one), np.asarray(now), epoch=3)
+        assert bool(caught) == (now != one)
+        assert all("epoch 3 continues in another order" in str(each.message) for each in caught)
 
 
 @few

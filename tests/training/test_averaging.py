@@ -207,6 +207,9 @@ def test_averages_share_the_base(tmp_path: Path) -> None:
     quiet_trainer(tmp_path, callbacks=[callback, MiLoRAInit(r=2, cache=False)], max_epochs=1).fit(module)
     shared = set(module.parameters()) & set(callback._average_model.parameters())
     assert shared == {p for p in module.parameters() if not p.requires_grad}
+    averages = lora_layers(callback._average_model.module)
+    assert averages.keys() == lora_layers(module).keys()
+    assert all(layer.initialized for layer in averages.values())  # as checkpoints say of them
     before = module.net[0].base_layer.weight.dtype
     callback._average_model.to(torch.float64)  # the average may be moved, and the module stays where it is
     assert module.net[0].base_layer.weight.dtype == before
