@@ -26,6 +26,8 @@ LOGGED = {
         r"\s*Detected KeyboardInterrupt",
         r"Restor(ing|ed all) states from the checkpoint",
     ],
+    # The package says it of each prompt that is too long, and with how many tokens.
+    "transformers.generation.stopping_criteria": ["This is a friendly reminder"],
     # How its 8-bit kernels work, whatever the model's dtype is.
     "bitsandbytes.autograd._functions": ["MatMul8bitLt: inputs will be cast"],
     # A default of its own, said at every save.
