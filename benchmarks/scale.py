@@ -116,8 +116,9 @@ class Run:
 
     @property
     def adapters(self) -> LoRAConfig:
-        """The adapters."""
-        return LoRAConfig(self.r, target_modules="all-linear")
+        """The adapters: of a mixture of experts, those of all other layers."""
+        experts = ["experts"] if getattr(self.config, "num_experts", None) else []
+        return LoRAConfig(self.r, target_modules="all-linear", exclude_modules=experts)
 
     @cached_property
     def model(self) -> Any:
@@ -127,7 +128,7 @@ class Run:
     @cached_property
     def layer(self) -> Layer:
         """What one of its decoder layers does, attention aside."""
-        return decoder_layer(dense(self.config), self.adapters, self.batch_size, self.length)
+        return decoder_layer(dense(self.config), LoRAConfig(self.r), self.batch_size, self.length)
 
     @property
     def tokens(self) -> int:

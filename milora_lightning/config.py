@@ -52,6 +52,9 @@ class LoRAConfig:
         dropout_on: Where dropout acts: on the input of the ``"update"``, s (B A − B₀A₀), or of the ``"product"`` s B A
             alone, as PEFT does, with which training does not start at the pretrained model.
         use_rslora: Whether the scale is ``lora_alpha / sqrt(r)`` (rsLoRA, arXiv 2312.03732).
+        target_parameters: Which 3-D parameters get adapters, by the ends of their names, as in PEFT
+            (``["experts.gate_up_proj"]``): a pair of factors for each matrix in the stack. ``"all-linear"`` includes
+            those that hold the experts of a mixture.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -77,6 +80,7 @@ class LoRAConfig:
     module: str | None = None
     dropout_on: DropoutOn = "update"
     use_rslora: bool = False
+    target_parameters: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -90,7 +94,9 @@ class LoRAConfig:
         if self.dropout_on not in get_args(DropoutOn):
             raise InvalidInputError(f"dropout_on must be update or product, not {self.dropout_on!r}.")
         object.__setattr__(self, "init", find_start(self.init).name)  # what computes the same has one name
-        if not self.target_modules:
+        if isinstance(self.target_parameters, str):
+            raise InvalidInputError(f"target_parameters takes a list of names: [{self.target_parameters!r}].")
+        if not self.target_modules and not self.target_parameters:
             raise InvalidInputError('target_modules is empty; name layers, or use "all-linear".')
         for name in ("rank_pattern", "alpha_pattern"):
             for key, value in getattr(self, name).items():

@@ -68,7 +68,7 @@ def collected_weight(layer: LoRALinear, rank: int) -> Tensor | None:
         return None
     weight = decoded(base, weight)
     weight = layer.as_matrix(weight)
-    if weight.shape != (layer.out_features, layer.in_features):
+    if weight.shape[-2:] != (layer.out_features, layer.in_features):
         raise InvalidInputError(refusal(base))
     return weight
 

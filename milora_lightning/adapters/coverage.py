@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import cast
 
 from torch import Tensor, nn
 
+from milora_lightning.adapters.experts import LoRAExperts, is_of_experts, routers, stacked_weights
 from milora_lightning.adapters.freezing import TRAINED_BEFORE, frozen_by_user
+from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
-from milora_lightning.adapters.linear_layers import is_linear, linear_shape
+from milora_lightning.adapters.linear_layers import is_linear, linear_shape, matrices_in
 from milora_lightning.adapters.new_layers import looks_new, named_as_head, saved_modules, saved_names
 from milora_lightning.adapters.parts import (
     ends_with,
     find_part,
     first_few,
+    layers_by_name,
     modules_by_name,
     modules_inside,
 )
@@ -84,14 +87,14 @@ def adapters_by_part(module: nn.Module, config: LoRAConfig) -> str:
     """
     root = find_part(module, config.module)
     selection = select_layers(module, config, kept := _kept(root, config))
-    layers = modules_by_name(module)
+    layers = layers_by_name(module)
     reasons = {layers[name]: reason for name, reason in selection.left_out.items()}
     counts = {}
     for name, part in module.named_children():
         if not any(True for _ in part.parameters()):
             continue
         inside = list(part.modules())
-        number = sum(isinstance(child, LoRALinear) for child in inside)
+        number = sum(matrices_in(child) or 1 for child in inside if isinstance(child, LoRALinear))
         counts[name] = f"{number} {'matrix' if number == 1 else 'matrices'}" if number else "none"
         if not number:
             why = {reasons[child] for child in inside if child in reasons}
@@ -123,7 +126,7 @@ def _left_out(module: nn.Module, selection: Selection, config: LoRAConfig) -> It
     reasons.pop(FROZEN, None)  # intended by the user; the summary says it
     small = reasons.pop(TOO_SMALL, [])
     if small:
-        layers = modules_by_name(module)
+        layers = layers_by_name(module)
         shapes = {name: linear_shape(layers[name]) for name in small}
         listed = ", ".join(f"{name!r} ({m}×{n})" for name, (m, n) in list(shapes.items())[:3])
         more = f" and {len(small) - 3} more" if len(small) > 3 else ""
@@ -137,6 +140,22 @@ def _left_out(module: nn.Module, selection: Selection, config: LoRAConfig) -> It
         yield f"Layer{'' if one else 's'} {first_few(names)} {reason} and get{'s' if one else ''} no adapter."
 
 
+def experts_adapted(module: nn.Module) -> str | None:
+    """Say how many matrices of experts have adapters, and how many parameters these train; None if there are none."""
+    stacks = [m for m in module.modules() if isinstance(m, LoRAExperts)]
+    if not stacks:
+        return None
+    number, trained = sum(m.matrices for m in stacks), sum(m.lora_A.numel() + m.lora_B.numel() for m in stacks)
+    shapes = Counter(f"{m.out_features}×{m.in_features}" for m in stacks)
+    listed = " and ".join(shape for shape, _ in shapes.most_common(2))
+    ranks = sorted({m.r for m in stacks})
+    r = f"r={ranks[0]}" if len(ranks) == 1 else f"r from {ranks[0]} to {ranks[-1]}"
+    return (
+        f"Experts with adapters: {number:,} matrices ({listed}) in {len(stacks)} stacks; with {r}, {trained:,} "
+        "trainable parameters."
+    )
+
+
 def _fresh_heads(module: nn.Module, part: nn.Module, selection: Selection, kept: set[nn.Module]) -> Iterator[str]:
     """Name layers that look newly made for the task and neither train nor have an adapter."""
     lm_heads = output_heads(part)
@@ -146,7 +165,11 @@ def _fresh_heads(module: nn.Module, part: nn.Module, selection: Selection, kept:
         child for m in part.modules() if isinstance(m, (LoRALinear, nn.MultiheadAttention)) for child in m.modules()
     }
     heads = []
-    for name, child in modules_by_name(module).items():
+    stacks = [*stacked_weights(module), *(n for n, m in lora_layers(module).items() if isinstance(m, LoRAExperts))]
+    left = routers(by_name := modules_by_name(module), stacks)
+    for name, child in by_name.items():
+        if name in left:
+            continue
         if not (is_linear(child) or isinstance(child, ConvNd)) or child in inside or child in kept or child in lm_heads:
             continue
         if (
@@ -172,25 +195,35 @@ def _unreached(part: nn.Module, config: LoRAConfig, kept: set[nn.Module]) -> Ite
     if sum(without.values()) >= LARGE_SHARE:
         listed = ", ".join(f"{kind} {share:.0%}" for kind, share in without.items())
         yield (
-            f"Adapters reach {sizes['adapted'] / total:.0%} of the weights (without embeddings and output embeddings), "
-            f"because they fit linear layers only: {listed} stay frozen without adapters."
+            f"Adapters reach {sizes['adapted'] / total:.0%} of the weights (without embeddings and output embeddings): "
+            f"{listed} stay frozen without adapters."
             + (" Convolutions get adapters where target_modules names them." if "convolutions" in without else "")
+            + (f" Experts get some where target_parameters names them{_examples(part)}." if EXPERTS in without else "")
         )
+
+
+def _examples(part: nn.Module) -> str:
+    names = [name for name, stack in stacked_weights(part).items() if is_of_experts(name, stack)]
+    endings = sorted({".".join(name.split(".")[-2:]) for name in names})
+    return f": {endings}" if endings else ""
 
 
 def _sizes(part: nn.Module, kept: set[nn.Module]) -> dict[str, int]:
     """Count the weights of each kind."""
     sizes: dict[str, int] = defaultdict(int, adapted=0)
     heads = output_heads(part)
-    bases = {m.base_layer for m in part.modules() if isinstance(m, LoRALinear)}
+    adapters = [m for m in part.modules() if isinstance(m, LoRALinear)]
+    bases = {m.base_layer for m in adapters}
+    stacks = {(m.stack.experts, m.stack.parameter) for m in adapters if isinstance(m, LoRAExperts)}
     for name, child in modules_by_name(part).items():
         if isinstance(child, LoRALinear):
-            sizes["adapted"] += math.prod(linear_shape(child.base_layer))
+            sizes["adapted"] += math.prod(linear_shape(child.base_layer)) * (matrices_in(child) or 1)
         elif is_quantized_linear(child):
             sizes[QUANTIZED] += cast(int, child.in_features) * cast(int, child.out_features)
         elif child not in bases and child not in heads and not ends_with(name, "lm_head"):
             for key, parameter in child._parameters.items():
-                kind = None if parameter is None else _kind(child, f"{name}.{key}", parameter, kept)
+                skip = parameter is None or (child, key) in stacks
+                kind = None if skip else _kind(child, f"{name}.{key}", cast(Tensor, parameter), kept)
                 if kind and parameter is not None:
                     linear = is_linear(child) and key == "weight"
                     sizes[kind] += math.prod(linear_shape(child)) if linear else parameter.numel()
@@ -209,5 +242,5 @@ def _kind(owner: nn.Module, name: str, parameter: Tensor, kept: set[nn.Module]) 
     if isinstance(owner, nn.RNNBase):
         return "recurrent layers"
     if parameter.ndim > 2 and parameter.shape[0] > 1:  # not position embeddings of shape (1, n, d)
-        return EXPERTS if "expert" in name else "other 3-D parameters"
+        return EXPERTS if "expert" in name or "Experts" in type(owner).__name__ else "other 3-D parameters"
     return "other linear layers" if is_linear(owner) else "other weights"

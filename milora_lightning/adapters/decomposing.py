@@ -15,7 +15,7 @@ from torch import Tensor
 
 from milora_lightning.adapters.base_weight import pretrained_weight
 from milora_lightning.adapters.layer import LoRALinear
-from milora_lightning.adapters.linear_layers import linear_shape
+from milora_lightning.adapters.linear_layers import linear_shape, matrices_in
 from milora_lightning.linalg.devices import decomposing
 from milora_lightning.parallel.dtensor import home, is_sharded
 from milora_lightning.parallel.work import cost, partition_by_cost, raise_on_all_ranks, schedule_rounds
@@ -59,8 +59,10 @@ def decompose_all(
         ValueError: If a weight cannot be decomposed; names the layer. On all ranks.
     """
     shapes = [linear_shape(layer.base_layer) for _, layer in layers]
-    owners = partition_by_cost(shapes, world_size)
-    rounds = [[(*layers[i], owners[i]) for i in batch] for batch in schedule_rounds(owners, [cost(s) for s in shapes])]
+    numbers = [matrices_in(layer) or 1 for _, layer in layers]
+    costs = [cost(shape) * number for shape, number in zip(shapes, numbers, strict=True)]
+    owners = partition_by_cost(shapes, world_size, numbers)
+    rounds = [[(*layers[i], owners[i]) for i in batch] for batch in schedule_rounds(owners, costs)]
     on_cpu = all((device or home(layer.base_layer.weight)).type == "cpu" for _, layer in layers)
 
     jobs = _run_jobs(decompose, track(rounds), rank, on_cpu)

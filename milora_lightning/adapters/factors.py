@@ -159,5 +159,5 @@ def stack_factors(
     """
     A, B = lora_A, lora_B
     if initial_A is not None and initial_B is not None:
-        A, B = torch.cat([A, A - initial_A]), torch.cat([B - initial_B, initial_B], dim=1)
+        A, B = torch.cat([A, A - initial_A], dim=-2), torch.cat([B - initial_B, initial_B], dim=-1)
     return A.to(dtype or A.dtype), (B if scaling == 1 else scaling * B).to(dtype or B.dtype)

@@ -18,7 +18,7 @@ from milora_lightning.adapters.factor_cache import cached_factors
 from milora_lightning.adapters.factors import initial_factors
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
-from milora_lightning.adapters.linear_layers import groups_of
+from milora_lightning.adapters.linear_layers import groups_of, matrices_in
 from milora_lightning.parallel.dtensor import home, is_sharded
 from milora_lightning.starts import Statistics
 
@@ -55,7 +55,7 @@ def initialize(
         statistics: What data tells about layers, by their names, for registered starts that use it.
 
     Returns:
-        The number of weights initialized, on all ranks together.
+        The number of matrices initialized, on all ranks together.
 
     Raises:
         ValueError: If a weight has non-finite entries; names the layer. On all ranks, even if only one finds it.
@@ -70,6 +70,12 @@ def initialize(
         rank, world_size = dist.get_rank(), dist.get_world_size()
 
     def decompose(name: str, layer: LoRALinear, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if matrices_in(layer) is not None:
+            pairs = [decompose_one(f"{name}[{index}]", layer, matrix) for index, matrix in enumerate(weight)]
+            return torch.stack([lora_A for lora_A, _ in pairs]), torch.stack([lora_B for _, lora_B in pairs])
+        return decompose_one(name, layer, weight)
+
+    def decompose_one(name: str, layer: LoRALinear, weight: Tensor) -> tuple[Tensor, Tensor]:
         compute = cached_factors if cache else initial_factors
         known = None if statistics is None else statistics.get(name)
         parts = weight.to(device).chunk(groups := groups_of(layer.base_layer))
@@ -85,7 +91,7 @@ def initialize(
         layer.set_initial_factors(lora_A, lora_B)
     if pending:
         _return_memory(device or home(pending[0][1].lora_A))
-    return len(pending)
+    return sum(matrices_in(layer) or 1 for _, layer in pending)
 
 
 def _return_memory(device: torch.device) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from milora_lightning.adapters.experts import is_stack, wrap_stacks
 from milora_lightning.adapters.freezing import freeze
 from milora_lightning.adapters.kinds import adapter_class
 from milora_lightning.adapters.layer import LoRALinear
@@ -48,8 +49,11 @@ def inject_adapters(
 
 def _wrap(module: nn.Module, targets: Mapping[str, nn.Module], config: LoRAConfig) -> None:
     """Replace each target by its adapter wherever it is registered (a layer may be in several places)."""
+    wrap_stacks(module, {name: layer for name, layer in targets.items() if is_stack(layer)}, config)
     adapters = {}
     for name, layer in targets.items():
+        if is_stack(layer):
+            continue
         options = config.lora_dropout, config.init, config.dropout_on
         adapters[layer] = adapter_class(layer)(layer, config.rank(name), config.alpha(name), *options)
         adapters[layer].train(layer.training)

@@ -6,9 +6,10 @@ from torch import nn
 
 from milora_lightning.adapters.convolution import LoRAConv
 from milora_lightning.adapters.embedding import LoRAEmbedding
+from milora_lightning.adapters.experts import LoRAExperts
 from milora_lightning.adapters.layer import LoRALinear
 
-KINDS: tuple[type[LoRALinear], ...] = (LoRALinear, LoRAConv, LoRAEmbedding)
+KINDS: tuple[type[LoRALinear], ...] = (LoRALinear, LoRAConv, LoRAEmbedding, LoRAExperts)
 
 
 def adapter_class(layer: nn.Module) -> type[LoRALinear]:

@@ -91,10 +91,23 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
     return cast(int, layer.out_features), cast(int, layer.in_features)
 
 
-def factor_shapes(layer: nn.Module, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return the shapes of A (r, in) and B (out, r): of groups, each has r / groups rows of A, and sees only these."""
+def factor_shapes(layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of A (r, in) and B (out, r): of groups, each has r / groups rows of A, and sees only these.
+
+    Of a stack of experts' weights, each matrix has its A and B: (experts, r, in) and (experts, out, r).
+    """
     out_features, in_features = linear_shape(layer)
-    return (r, in_features), (out_features, r // groups_of(layer))
+    of_A, of_B = (r, in_features), (out_features, r // groups_of(layer))
+    return (of_A, of_B) if (stacked := matrices_in(layer)) is None else ((stacked, *of_A), (stacked, *of_B))
+
+
+def matrices_in(layer: object) -> int | None:
+    """Return the number of matrices in the stack that an expert's weight is a part of; None if it is no stack.
+
+    >>> matrices_in(nn.Linear(2, 2)) is None
+    True
+    """
+    return getattr(layer, "matrices", None)
 
 
 def largest_rank(layer: nn.Module) -> int:
@@ -168,9 +181,10 @@ def output_of(base: nn.Module, x: Tensor) -> Tensor:
     """
     y: Tensor = base(x)
     expected = (*x.shape[:-1], linear_shape(base)[0])
-    if y.shape != expected:
+    if not isinstance(y, Tensor) or y.shape != expected:
+        got = tuple(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
         raise InvalidInputError(
-            f"A {type(base).__name__} turns inputs of shape {tuple(x.shape)} into {tuple(y.shape)}, not {expected}: it "
+            f"A {type(base).__name__} turns inputs of shape {tuple(x.shape)} into {got}, not {expected}: it "
             "is more than a matrix product, and cannot have an adapter. Leave it out of target_modules."
         )
     return y

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from milora_lightning.adapters.experts import holder, is_stack, objection_to
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import (
     PLAIN_LAYERS,
@@ -23,6 +24,8 @@ def misfit(layer: nn.Module, r: int, owners: Owners) -> str | None:
     if isinstance(layer, LoRALinear):
         return None
     weight: Tensor = layer._parameters["weight"]  # type: ignore[assignment]
+    if is_stack(layer) and (objection := objection_to(layer)):
+        return objection
     if weight.is_complex():
         return "has complex weights"
     known = type(layer) in PLAIN_LAYERS or is_convolution(layer) or is_embedding(layer)
@@ -32,5 +35,5 @@ def misfit(layer: nn.Module, r: int, owners: Owners) -> str | None:
         return UNEVEN
     if r > largest_rank(layer):
         return TOO_SMALL
-    others = tied_to(layer, weight, owners)
+    others = tied_to(holder(layer), weight, owners)
     return f"is tied to {', '.join(others)}" if others else None

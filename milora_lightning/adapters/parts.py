@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import cast
 
 from torch import nn
 
+from milora_lightning.adapters.experts import stacked_weights
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import is_adaptable
 from milora_lightning.utils.errors import InvalidInputError
@@ -22,6 +24,11 @@ def modules_by_name(module: nn.Module) -> dict[str, nn.Module]:
     return {
         unwrapped_name(name): child for name, child in module.named_modules()
     }  # a wrapped module comes after its wrapper
+
+
+def layers_by_name(module: nn.Module) -> dict[str, nn.Module]:
+    """Return all modules by name, and the stacks of weights that have no adapters, by those of the parameters."""
+    return modules_by_name(module) | cast(dict[str, nn.Module], stacked_weights(module))
 
 
 def ends_with(name: str, target: str) -> bool:
@@ -81,7 +88,7 @@ def find_part(module: nn.Module, name: str | None) -> nn.Module:
 
 def excluded_names(module: nn.Module, exclude_modules: str | Sequence[str]) -> set[str]:
     """Return the names of all excluded modules and of the modules inside them."""
-    names = [unwrapped_name(name) for name, _ in module.named_modules() if name]
+    names = [name for name in layers_by_name(module) if name]
     found: set[str] = set()
     for entry in [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules:
         is_name = not isinstance(exclude_modules, str)

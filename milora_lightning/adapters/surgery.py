@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from milora_lightning.adapters.checks import check_injection, check_materialized, check_no_peft
-from milora_lightning.adapters.coverage import remarks
+from milora_lightning.adapters.coverage import experts_adapted, remarks
 from milora_lightning.adapters.frozen_statistics import freeze_statistics
 from milora_lightning.adapters.injection import inject_adapters, lora_layers
 from milora_lightning.adapters.layer import LoRALinear
@@ -17,7 +17,7 @@ from milora_lightning.adapters.parts import find_part, modules_inside
 from milora_lightning.adapters.quantization import keep_codes_in_place
 from milora_lightning.adapters.targets import layers_named, select_layers
 from milora_lightning.config import LoRAConfig
-from milora_lightning.utils.messages import warn_once
+from milora_lightning.utils.messages import inform_once, warn_once
 
 
 def inject(module: nn.Module, config: LoRAConfig, layers: Sequence[str] | None = None) -> dict[str, LoRALinear]:
@@ -53,6 +53,8 @@ def inject(module: nn.Module, config: LoRAConfig, layers: Sequence[str] | None =
     adapters = inject_quietly(module, config, layers)
     for remark in remarks(module, config) if layers is None else ():
         warn_once(module, remark)
+    if layers is None and (experts := experts_adapted(module)) is not None:
+        inform_once(module, experts)
     return adapters
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from milora_lightning.adapters.linear_layers import groups_of, is_convolution, is_linear, largest_rank, linear_shape
-from milora_lightning.adapters.parts import ends_with, first_few, modules_by_name
+from milora_lightning.adapters.parts import ends_with, first_few, layers_by_name, modules_by_name
 from milora_lightning.config import LoRAConfig
 
 TOO_SMALL = "is too small for r"
@@ -47,7 +47,7 @@ def nothing_left(module: nn.Module, config: LoRAConfig, left_out: Mapping[str, s
             return "All of target_modules is inside modules_to_save and exclude_modules: nothing is left to adapt."
         return "All of target_modules is inside modules_to_save: nothing is left to adapt."
     small = [name for name, reason in left_out.items() if reason == TOO_SMALL]
-    layers = modules_by_name(module)
+    layers = layers_by_name(module)
     largest = max((largest_rank(layers[name]) for name in small), default=0)
     parts = [_too_large(small[0], layers[small[0]], config.rank(small[0]))] if small else []
     parts += [
@@ -78,3 +78,11 @@ def no_match(module: nn.Module, what: str, layers: Mapping[str, nn.Module], targ
     if convolutions := sorted({name.rsplit(".", 1)[-1] for name, layer in layers.items() if is_convolution(layer)}):
         exists += f" Convolutions get adapters if named: {', '.join(convolutions)}."
     return f"The {what} matches no linear layer of {type(module).__name__}. {exists}{hint}"
+
+
+def no_parameter(module: nn.Module, target: str, stacks: Sequence[str]) -> str:
+    """Say that an entry of ``target_parameters`` names no stack of matrices, and which there are."""
+    what = f"The target_parameters entry {target!r}"
+    endings = sorted({".".join(name.split(".")[-2:]) for name in stacks})
+    exists = f"There are: {', '.join(endings)}." if endings else "There are none."
+    return f"{what} names none of {type(module).__name__}'s 3-D parameters, which hold a stack of matrices. {exists}"

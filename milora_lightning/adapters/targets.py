@@ -6,15 +6,17 @@ import re
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import nn
 
+from milora_lightning.adapters.experts import holder, is_of_experts, is_stack, routers, stacked_weights
 from milora_lightning.adapters.freezing import anything_trains, frozen_by_user
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import is_adaptable, is_embedding, is_linear
 from milora_lightning.adapters.misfits import misfit
 from milora_lightning.adapters.parts import TargetNotFoundError, ends_with, excluded_names, find_part, first_few
-from milora_lightning.adapters.target_errors import FROZEN, TOO_SMALL, no_match, nothing_left, refusal
+from milora_lightning.adapters.target_errors import FROZEN, TOO_SMALL, no_match, no_parameter, nothing_left, refusal
 from milora_lightning.adapters.tied import parameter_owners
 from milora_lightning.config import ALL_LINEAR, LoRAConfig
 from milora_lightning.starts import find_start
@@ -103,11 +105,12 @@ def select_layers(module: nn.Module, config: LoRAConfig, kept: Collection[nn.Mod
     prefix = f"{config.module}." if config.module else ""
     owners, training = parameter_owners(module), anything_trains(part, kept)
     selection = Selection()
-    for entry in targets if named else [targets]:
-        matches = _matches(part, str(entry), named)
-        matches = {n: m for n, m in matches.items() if n not in excluded and m not in kept}
+    every = [(str(entry), named, _matches(part, str(entry), named)) for entry in (targets if named else [targets])]
+    every += [(entry, True, _parameters_named(part, entry)) for entry in config.target_parameters]
+    for entry, named, matches in every:
+        matches = {n: m for n, m in matches.items() if n not in excluded and holder(m) not in kept}
         frozen = {n for n, m in matches.items() if n != entry and frozen_by_user(m)}
-        skip_frozen = training and (targets == ALL_LINEAR or len(frozen) < len(matches))
+        skip_frozen = training and ((entry == ALL_LINEAR and not named) or len(frozen) < len(matches))
         for name_in_part, layer in matches.items():
             name = prefix + name_in_part
             r = config.rank(name)
@@ -135,15 +138,19 @@ def _matches(module: nn.Module, entry: str, is_name: bool) -> dict[str, nn.Modul
     """Find the layers that one entry of ``target_modules`` describes, those with adapters as their LoRALinear."""
     layers = adaptable_layers(module)
     if is_name:
-        found = {name: layer for name, layer in layers.items() if ends_with(name, unwrapped_name(entry))}
+        name = unwrapped_name(entry)
+        found = {n: layer for n, layer in layers.items() if n == name or (ends_with(n, name) and not _is_stack(layer))}
         what = f"target_modules entry {entry!r}"
     elif entry == ALL_LINEAR:
         heads = output_heads(module)
         linear = {n: m for n, m in layers.items() if is_linear(_base(m))}
         found = {n: m for n, m in linear.items() if _base(m) not in heads and not ends_with(n, "lm_head")}
+        experts = {n: m for n, m in layers.items() if is_stack(stack := _base(m)) and is_of_experts(n, stack)}
+        frozen = routers(found, experts)
+        found = {n: m for n, m in found.items() if n not in frozen} | experts
         what = f'target_modules="{ALL_LINEAR}"'
     else:
-        found = {name: layer for name, layer in layers.items() if re.fullmatch(entry, name)}
+        found = {n: layer for n, layer in layers.items() if re.fullmatch(entry, n) and not _is_stack(layer)}
         found = {n: m for n, m in found.items() if not is_embedding(_base(m))} or found  # unless embeddings are meant
         what = f"regular expression target_modules={entry!r}"
     if not found:
@@ -160,7 +167,7 @@ def adaptable_layers(module: nn.Module) -> dict[str, nn.Module]:
         fitting = name and is_adaptable(child) and child not in bases
         if isinstance(child, LoRALinear) or (fitting and child._parameters.get("weight") is not None):
             layers[name] = child
-    return layers
+    return layers | cast(dict[str, nn.Module], stacked_weights(module))
 
 
 def _without_weight(module: nn.Module, kept: Collection[nn.Module]) -> list[str]:
@@ -176,6 +183,19 @@ def output_heads(module: nn.Module) -> set[nn.Module | None]:
         return set()
     models = (m for m in module.modules() if isinstance(m, transformers.PreTrainedModel))
     return {_base(head) for m in models if isinstance(head := m.get_output_embeddings(), nn.Module)}
+
+
+def _parameters_named(module: nn.Module, entry: str) -> dict[str, nn.Module]:
+    """Find what an entry of ``target_parameters`` names: stacks, or layers by their weights."""
+    layers = adaptable_layers(module)
+    found = {n: layer for n, layer in layers.items() if ends_with(n if _is_stack(layer) else f"{n}.weight", entry)}
+    if not found:
+        raise TargetNotFoundError(no_parameter(module, entry, [n for n, layer in layers.items() if _is_stack(layer)]))
+    return found
+
+
+def _is_stack(layer: nn.Module) -> bool:
+    return is_stack(_base(layer))
 
 
 def _base(layer: nn.Module) -> nn.Module:

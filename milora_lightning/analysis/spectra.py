@@ -6,7 +6,7 @@ import csv
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -22,7 +22,7 @@ from milora_lightning.adapters.base_weight import dense_weight
 from milora_lightning.adapters.factors import stack_factors
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
-from milora_lightning.adapters.linear_layers import groups_of
+from milora_lightning.adapters.linear_layers import groups_of, matrices_in
 from milora_lightning.analysis.subspace import Update, reference_subspaces
 from milora_lightning.linalg.singular import SingularSlice, singular_slice
 from milora_lightning.utils.errors import InvalidInputError
@@ -60,13 +60,22 @@ class MatrixAnalysis:
 
     @property
     def module_type(self) -> str:
-        """The last part of the layer's name."""
-        return self.layer.rsplit(".", 1)[-1]
+        """The last part of the layer's name, without the number of an expert."""
+        return module_type(self.layer)
 
     @property
     def depth(self) -> int:
         """The number of the block the layer is in."""
         return block_number(self.layer)
+
+
+def module_type(layer: str) -> str:
+    """Return the last part of a layer's name, without the number of an expert.
+
+    >>> module_type("layers.0.mlp.experts.down_proj[3]")
+    'down_proj'
+    """
+    return layer.rsplit(".", 1)[-1].partition("[")[0]
 
 
 def block_number(layer: str) -> int:
@@ -87,6 +96,25 @@ def update_of(layer: LoRALinear) -> Update:
         return Update.of(delta, torch.eye(delta.shape[1]).to(delta))
     A, B = stack_factors(*layer.factors)
     return Update.of(layer.scaling * B, A)
+
+
+def weights_of(name: str, layer: LoRALinear) -> Iterator[tuple[str, Tensor]]:
+    """Yield each matrix (out, in) that an adapter changes, with its name: of experts, ``name[number]``."""
+    weight = dense_weight(layer)
+    if matrices_in(layer) is None:
+        yield name, weight
+    else:
+        yield from ((f"{name}[{number}]", matrix) for number, matrix in enumerate(weight))
+
+
+@torch.no_grad()
+def updates_of(layer: LoRALinear) -> Iterator[Update]:
+    """Decompose the updates of the matrices that :func:`weights_of` yields."""
+    if matrices_in(layer) is None:
+        yield update_of(layer)
+    else:
+        stacked_A, stacked_B = stack_factors(*layer.factors)
+        yield from (Update.of(layer.scaling * B, A) for A, B in zip(stacked_A, stacked_B, strict=True))
 
 
 def subspace_generator(name: str) -> torch.Generator:
@@ -151,8 +179,9 @@ def analyze_model(module: nn.Module, description: str = "Analyzing") -> list[Mat
     """
     layers = lora_layers(module).items()
     analyses = [
-        analyze_matrix(name, dense_weight(layer), update_of(layer), layer.r)
+        analyze_matrix(matrix, weight, update, layer.r)
         for name, layer in track(layers, description, transient=True)
+        for (matrix, weight), update in zip(weights_of(name, layer), updates_of(layer), strict=True)
     ]
     updated = [matrix for matrix in analyses if matrix is not None]
     if not updated:

@@ -79,5 +79,5 @@ def _largest_change(module: LightningModule) -> float:
         x = torch.randn(4, layer.in_features, device="cpu", generator=torch.Generator().manual_seed(0)).to(A)
         if groups_of(layer.base_layer) > 1:
             A, B = grouped_product(A, B, groups_of(layer.base_layer), layer.r), torch.eye(layer.out_features).to(A)
-        changes.append((x @ A.T @ B.T).abs().max().float().cpu())
+        changes.append((x @ A.mT @ B.mT).abs().max().float().cpu())
     return max(changes, default=torch.zeros(())).item()

@@ -88,6 +88,8 @@ class MiLoRAInit(Callback):
         use_rslora: Whether the scale is ``lora_alpha / sqrt(r)``, as in rsLoRA.
         decay_to_start: How strongly A and B decay towards A₀ and B₀ after each step, times the learning rate. An
             optimizer's ``weight_decay`` draws them to zero, which takes what they start at out of the model.
+        target_parameters: Ends of the names of 3-D parameters that get a pair of factors for each of their matrices, as
+            in PEFT: ``["experts.gate_up_proj"]``. ``"all-linear"`` includes the experts of a mixture.
 
     Raises:
         ValueError: In the constructor for values out of range; in ``setup`` if the targets do not fit the model, or
@@ -117,6 +119,7 @@ class MiLoRAInit(Callback):
         dropout_on: DropoutOn = "update",
         use_rslora: bool = False,
         decay_to_start: float = 0.0,
+        target_parameters: list[str] | None = None,
     ) -> None:
         self.config: LoRAConfig | None = None
         if start_from is not None:
@@ -129,7 +132,8 @@ class MiLoRAInit(Callback):
             kept = modules_to_save if isinstance(modules_to_save, str) else tuple(modules_to_save or ())
             excluded = exclude_modules if isinstance(exclude_modules, str) else tuple(exclude_modules or ())
             options = (target_modules, init, kept, ranks, alphas, excluded, module, dropout_on, use_rslora)
-            self.config = LoRAConfig(r, alpha, lora_dropout, *options)
+            parameters = tuple(target_parameters or ())
+            self.config = LoRAConfig(r, alpha, lora_dropout, *options, target_parameters=parameters)
         self.seed = seed
         self.start_from = start_from
         self.cache = cache

@@ -101,8 +101,8 @@ class ProtectedSubspace(NamedTuple):
 
     Attributes:
         layer: The adapter.
-        U: Protected left singular vectors, shape (out, p).
-        V: Protected right singular vectors, shape (in, p).
+        U: Protected left singular vectors, shape (out, p), or (experts, out, p) of a stack.
+        V: Protected right singular vectors, shape (in, p), or (experts, in, p).
     """
 
     layer: LoRALinear
@@ -170,11 +170,14 @@ def _bases(name: str, layer: LoRALinear, p: int) -> tuple[Tensor, Tensor]:
             "target_modules, by exclude_modules for example."
         )
     weight = dense_weight(layer)
-    free = min(weight.shape) - layer.r
+    free = min(weight.shape[-2:]) - layer.r
     if free < 1:
         raise InvalidInputError(
             f"Layer {name!r} has no direction besides the r={layer.r} that are trained: use a smaller r."
         )
-    U, _, Vh = singular_slice(weight, min(p, free), "principal")
+    matrices = weight.reshape(-1, *weight.shape[-2:])  # several, of experts
+    slices = [singular_slice(matrix, min(p, free), "principal") for matrix in matrices]
     # On the CPU, because other ranks have other devices.
-    return U.to("cpu", layer.lora_B.dtype), Vh.mT.to("cpu", layer.lora_A.dtype).contiguous()
+    U = torch.stack([each.U.to("cpu", layer.lora_B.dtype) for each in slices])
+    V = torch.stack([each.Vh.mT.to("cpu", layer.lora_A.dtype) for each in slices])
+    return U.view(*weight.shape[:-2], *U.shape[1:]), V.view(*weight.shape[:-2], *V.shape[1:])

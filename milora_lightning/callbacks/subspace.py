@@ -11,9 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import track
 from torch import Tensor
 
-from milora_lightning.adapters.base_weight import dense_weight
 from milora_lightning.adapters.injection import lora_layers
-from milora_lightning.analysis.spectra import reference_vectors, update_of
+from milora_lightning.analysis.spectra import module_type, reference_vectors, updates_of, weights_of
 from milora_lightning.strategies.base import check_whole
 from milora_lightning.utils.errors import InvalidInputError
 
@@ -51,8 +50,9 @@ class SubspaceMonitor(Callback):
         self._last_step = trainer.global_step
         if trainer.is_global_zero:
             for name, layer in track(lora_layers(pl_module).items(), "Decomposing weights", transient=True):
-                vectors = reference_vectors(name, dense_weight(layer), layer.r)
-                self._vectors[name] = {part: x.float().cpu() for part, x in vectors.items()}
+                for matrix, weight in weights_of(name, layer):
+                    vectors = reference_vectors(matrix, weight, layer.r)
+                    self._vectors[matrix] = {part: x.float().cpu() for part, x in vectors.items()}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -68,12 +68,12 @@ class SubspaceMonitor(Callback):
         """Compute the averages over all nonzero updates."""
         values = defaultdict(list)
         for name, layer in lora_layers(pl_module).items():
-            update = update_of(layer)
-            r = min(layer.r, len(update.S))
-            if r == 0:
-                continue
-            subspaces = {part: x.to(update.U.device) for part, x in self._vectors[name].items()}
-            found = {**update.similarities(subspaces, r), "amplification": update.amplification(dense_weight(layer), r)}
-            for key, value in found.items():
-                values[f"subspace/{name.rsplit('.', 1)[-1]}/{key}"].append(value)
+            for (matrix, weight), update in zip(weights_of(name, layer), updates_of(layer), strict=True):
+                r = min(layer.r, len(update.S))
+                if r == 0:
+                    continue
+                subspaces = {part: x.to(update.U.device) for part, x in self._vectors[matrix].items()}
+                found = {**update.similarities(subspaces, r), "amplification": update.amplification(weight, r)}
+                for key, value in found.items():
+                    values[f"subspace/{module_type(name)}/{key}"].append(value)
         return {key: mean(each) for key, each in values.items()}

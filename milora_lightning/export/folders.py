@@ -25,11 +25,12 @@ from milora_lightning.export.peft_format import (
     PEFT_PREFIX,
     base_name,
     lora_config,
-    objection,
     opens_otherwise,
     outermost_models,
+    peft_module_names,
     registrations,
     task_type,
+    tried,
 )
 from milora_lightning.export.peft_layers import (
     as_written,
@@ -86,7 +87,8 @@ def export_peft(
     check_output(output)
     model = find_model(module)
     layers = _adapters(module, model)
-    if said := objection(model):
+    said, by_weight = tried(model)
+    if said:
         raise InvalidInputError(f"PEFT cannot represent these adapters: {said}. {MERGED}")
     kept = _kept_whole(model, layers)
     inside = tuple(f"{name}." for name in kept)
@@ -98,17 +100,18 @@ def export_peft(
     _check_rank(rank, outside)
     tensors: dict[str, Tensor] = {}
     ranks, alphas, lost, energy = {}, {}, 0.0, 0.0
+    places = peft_module_names(model, outside)
     for name, layer in outside.items():
         A, B, layer_lost, layer_energy = update_factors(layer, rank)
         lost, energy = lost + layer_lost, energy + layer_energy
-        ranks[name] = len(A)
-        alphas[name] = len(A) if len(A) < stacked_rank(layer) else layer.lora_alpha * len(A) / layer.r
+        ranks[name] = n = A.shape[-2]
+        alphas[name] = n if n < stacked_rank(layer) else layer.lora_alpha * n / layer.r
         A, B = in_peft(layer, A, B)
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A.contiguous().cpu()
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B.contiguous().cpu()
+        tensors[f"{PEFT_PREFIX}{places[name]}.lora_A.weight"] = A.contiguous().cpu()
+        tensors[f"{PEFT_PREFIX}{places[name]}.lora_B.weight"] = B.contiguous().cpu()
     for key, value in merged_state(model, dtype=torch.float32, only=inside)[0].items():
         tensors[PEFT_PREFIX + key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-    config = lora_config(model, ranks, alphas, kept)
+    config = lora_config(model, ranks, alphas, kept, by_weight)
     with new_folder(output) as folder:
         save_file(
             as_written(tensors, {PEFT_PREFIX + n for n, layer in outside.items() if is_embedding(layer.base_layer)}),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from milora_lightning.adapters.experts import AdaptedExperts
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import holds_its_weight
 from milora_lightning.adapters.master_weights import compute_dtypes
@@ -45,8 +46,9 @@ def merged_state(
         if is_factor(key, places) or not key.startswith(only):
             continue
         name, _, leaf = key.rpartition(".base_layer.")
-        if name and leaf == "weight":
-            state[f"{name}.weight"], error, energy = _merge(name, places[name], dtype)
+        adapter = name if name in places else f"{name}.{leaf}"  # a layer's, or that of a stack of experts' weights
+        if name and adapter in places and (adapter != name or leaf == "weight"):
+            state[f"{name}.{leaf}"], error, energy = _merge(adapter, places[adapter], dtype)
             errors, energies = errors + error, energies + energy
         elif name:  # a layer in several places is saved in each, because transformers does not know that it is shared
             state[f"{name}.{leaf}"] = _cast(key, value, dtype).clone()
@@ -81,7 +83,7 @@ def merge_adapters(model: nn.Module) -> float:
         errors, energies = errors + error, energies + energy
     for parent in list(model.modules()):
         for key, child in list(parent._modules.items()):  # a layer may be in several places
-            if isinstance(child, LoRALinear):
+            if isinstance(child, (LoRALinear, AdaptedExperts)) and not isinstance(parent, AdaptedExperts):
                 setattr(parent, key, child.base_layer)
     return (errors / energies) ** 0.5 if energies else 0.0
 

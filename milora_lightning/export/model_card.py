@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 
 from milora_lightning.adapters.injection import lora_layers
+from milora_lightning.adapters.linear_layers import matrices_in
 from milora_lightning.export.peft_format import TASKS, base_name, task_type
 from milora_lightning.utils.counting import counted
 from milora_lightning.utils.markdown import table
@@ -75,7 +76,7 @@ def _adapters(model: PreTrainedModel) -> str:
     return (
         f"Start of the factors: {first.init}, r = {_range([a.r for a in layers])}, "
         f"lora_alpha = {_range([a.lora_alpha for a in layers])}, lora_dropout = {first.lora_dropout:g}, "
-        f"{counted(len(layers), 'matrix', 'matrices')}."
+        f"{counted(sum(matrices_in(layer) or 1 for layer in layers), 'matrix', 'matrices')}."
     )
 
 

@@ -6,7 +6,7 @@ import inspect
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,17 +16,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
+from milora_lightning.adapters.experts import AdaptedExperts, LoRAExperts, stacked_weights
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
-from milora_lightning.adapters.linear_layers import is_conv1d
+from milora_lightning.adapters.linear_layers import is_adaptable, is_conv1d
+from milora_lightning.adapters.parts import ends_with, modules_by_name
 from milora_lightning.config import Value
 from milora_lightning.export.peft_layers import objection_to_layers
 from milora_lightning.export.skeleton import skeleton
 from milora_lightning.utils.counting import counted
-from milora_lightning.utils.names import unwrapped_name
+from milora_lightning.utils.names import pristine_name, unwrapped_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+BASE = "base_layer"
+"""Name under which a layer of PEFT, as of this package, holds what it wraps."""
+
+EXPERTS_BEFORE = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+"""Names of the layers of experts and routers in transformers 4."""
 
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before a layer's name."""
@@ -75,7 +83,11 @@ def _strings(entry: Any) -> Iterable[str]:
 
 
 def lora_config(
-    model: PreTrainedModel, ranks: Mapping[str, int], alphas: Mapping[str, float], kept: list[str]
+    model: PreTrainedModel,
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    kept: list[str],
+    by_weight: Collection[str] = (),
 ) -> LoraConfig:
     """Return the PEFT configuration of adapters.
 
@@ -84,6 +96,7 @@ def lora_config(
         ranks: Rank of each adapter in the folder.
         alphas: ``lora_alpha`` of each; its scale is ``lora_alpha`` over its rank.
         kept: Names of modules that the folder holds in full.
+        by_weight: Layers that are named by their weight, a parameter, as :func:`tried` says.
 
     Returns:
         The configuration, with patterns for the layers that differ from most others.
@@ -91,19 +104,24 @@ def lora_config(
     from peft import LoraConfig  # here and below when it is used: it takes seconds to import
 
     layers = lora_layers(model)
+    parameters = {
+        n: f"{n}.weight" if n in by_weight else n for n in ranks if _is_parameter(layers[n]) or n in by_weight
+    }
+    linear = [name for name in ranks if name not in parameters]
     first = next(iter(layers.values()))
     r, alpha = most_common(ranks), most_common(alphas)
     task = task_type(model)
     return LoraConfig(
         r=r,
         lora_alpha=_whole(alpha),  # type: ignore[arg-type]
-        rank_pattern=deviations(ranks, r),
-        alpha_pattern={name: _whole(value) for name, value in deviations(alphas, alpha).items()},
-        lora_dropout=first.lora_dropout,
-        target_modules=target_modules(model, list(ranks)),
+        rank_pattern={parameters.get(n, n): value for n, value in deviations(ranks, r).items()},
+        alpha_pattern={parameters.get(n, n): _whole(value) for n, value in deviations(alphas, alpha).items()},
+        lora_dropout=0.0 if parameters else first.lora_dropout,  # which PEFT does not have for parameters
+        target_modules=target_modules(model, linear) if linear else None,
+        target_parameters=target_parameters(model, list(parameters.values())) if parameters else None,
         modules_to_save=kept or None,
         base_model_name_or_path=base_name(model),
-        fan_in_fan_out=any(is_conv1d(layer.base_layer) for layer in layers.values()),
+        fan_in_fan_out=any(is_conv1d(layer.base_layer) for layer in layers.values()) and not parameters,
         task_type=task,
         auto_mapping=None
         if task
@@ -126,16 +144,45 @@ def target_modules(model: nn.Module, names: list[str]) -> list[str]:
     meant = {
         name
         for name, child in ((unwrapped_name(wrapped_name), child) for wrapped_name, child in model.named_modules())
-        if child not in bases and name.rsplit(".", 1)[-1] in endings and not isinstance(child, nn.ModuleList)
+        if child not in bases
+        and name.rsplit(".", 1)[-1] in endings
+        and not (isinstance(child, nn.ModuleList) or _is_parameter(child))
     }
     return endings if meant == set(names) else names
 
 
-def objection(model: PreTrainedModel) -> str | None:
-    """Return the reason why PEFT cannot put adapters on the same layers; None if it can.
+def target_parameters(model: nn.Module, names: list[str]) -> list[str]:
+    """Return the last two parts of the stacks' names if they match only these parameters, otherwise the full names."""
+    endings = sorted({".".join(name.split(".")[-2:]) for name in names})
+    parameters = {pristine_name(name) for name, _ in model.named_parameters()} | stacked_weights(model).keys()
+    meant = {name for name in parameters for ending in endings if ends_with(name, ending)}
+    return endings if meant == set(names) else names
 
-    To find out, PEFT injects adapters into a copy of the model without weights.
+
+def objection(model: PreTrainedModel) -> str | None:
+    """Return the reason why PEFT cannot put adapters on the same layers; None if it can."""
+    return tried(model)[0]
+
+
+def tried(model: PreTrainedModel) -> tuple[str | None, frozenset[str]]:
+    """Inject adapters by PEFT into a copy of the model without weights.
+
+    In models with stacked experts, PEFT may take the names of other layers (``shared_expert.down_proj``) for those that
+    experts had in transformers 4. It still finds these layers as parameters, by the names of their weights.
+
+    Returns:
+        The reason why PEFT cannot put adapters on the same layers, None if it can; and the layers that have to be named
+        by their weights.
     """
+    said = _objection(model, frozenset())
+    if said is None or not _has_stacks(model):
+        return said, frozenset()
+    layers = lora_layers(model).items()
+    named = frozenset(n for n, m in layers if n.rpartition(".")[2] in EXPERTS_BEFORE and not _is_parameter(m))
+    return (_objection(model, named), named) if named else (said, named)
+
+
+def _objection(model: PreTrainedModel, by_weight: frozenset[str]) -> str | None:
     layers = lora_layers(model)
     if len({id(m) for m in layers.values()}) < len(registrations(model)):
         return "a layer with an adapter is used in several places of the model, which PEFT does not support"
@@ -144,7 +191,7 @@ def objection(model: PreTrainedModel) -> str | None:
     from peft import inject_adapter_in_model
 
     ranks = {name: layer.r for name, layer in layers.items()}
-    config = lora_config(model, ranks, ranks, [])
+    config = lora_config(model, ranks, ranks, [], by_weight)
     base = skeleton(model)
     try:
         with _quiet():
@@ -211,7 +258,7 @@ def _other_tensors(opened: nn.Module, tensors: Mapping[str, Tensor]) -> str | No
     from peft.utils import ModulesToSaveWrapper
 
     found = {}
-    for name, layer in _peft_layers(opened).items():
+    for name, layer in _modules_of_peft(opened).items():
         for factor in ("lora_A", "lora_B"):
             of_embedding = getattr(layer, factor.replace("lora_", "lora_embedding_"), {})
             key = f"{PEFT_PREFIX}{name}.{factor}.weight"
@@ -222,6 +269,8 @@ def _other_tensors(opened: nn.Module, tensors: Mapping[str, Tensor]) -> str | No
             found |= {f"{PEFT_PREFIX}{name}.{key}": value for key, value in state.items()}
     if odd := sorted(found.keys() ^ tensors.keys()):
         return f"it {'does not read' if odd[0] in tensors else 'misses'} the tensor {odd[0]!r}"
+    if unread := [key for key, value in found.items() if value.is_meta]:  # under another name, for example
+        return f"it does not read the tensor {unread[0]!r}"
     different = [key for key, value in found.items() if not _alike(value, tensors[key])]
     return f"it reads {different[0]!r} as another tensor" if different else None
 
@@ -234,9 +283,54 @@ def _other_scales(opened: nn.Module, scales: Mapping[str, float]) -> str | None:
 
 
 def _peft_layers(opened: nn.Module) -> dict[str, Any]:
+    """Return PEFT's layers by the names that their adapters have here."""
+    layers = {}
+    for name, module in _modules_of_peft(opened).items():
+        parameter = getattr(module, "parameter_name", None)  # of a ParamWrapper; they are nested
+        by_weight = parameter == "weight" and is_adaptable(module.get_base_layer())
+        layers[name if parameter is None or by_weight else f"{_without_wrappers(name)}.{parameter}"] = module
+    return layers
+
+
+def _modules_of_peft(opened: nn.Module) -> dict[str, Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name: module for name, module in opened.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def _is_parameter(layer: nn.Module) -> bool:
+    return isinstance(layer, LoRAExperts)
+
+
+def _has_stacks(model: nn.Module) -> bool:
+    return bool(stacked_weights(model)) or any(isinstance(child, LoRAExperts) for child in model.modules())
+
+
+def _without_wrappers(name: str) -> str:
+    return name.replace(f".{BASE}", "")
+
+
+def peft_module_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Return the name of the module in which PEFT keeps each adapter's factors.
+
+    For parameters of a module PEFT puts one wrapper around another, the innermost for the first of the parameters.
+
+    Args:
+        model: The model, with or without adapters.
+        names: The adapters' names.
+    """
+    names = list(names)
+    modules, found = modules_by_name(model), {}
+    for name in names:
+        holder, _, parameter = name.rpartition(".")
+        experts = modules.get(holder)
+        experts = experts.base_layer if isinstance(experts, AdaptedExperts) else experts
+        if experts is None or experts._parameters.get(parameter) is None or experts._modules.get(parameter) is not None:
+            found[name] = name
+            continue
+        behind = list(experts._parameters)[list(experts._parameters).index(parameter) + 1 :]
+        found[name] = holder + f".{BASE}" * sum(f"{holder}.{other}" in names for other in behind)
+    return found
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

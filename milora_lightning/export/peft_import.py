@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.parts import ends_with
 from milora_lightning.adapters.surgery import inject
 from milora_lightning.adapters.targets import adaptable_layers, find_targets
 from milora_lightning.checkpoint.fingerprint import check_base, fingerprint, unquantized
 from milora_lightning.checkpoint.io import CheckpointError
 from milora_lightning.config import LoRAConfig
 from milora_lightning.export.folders import BASE_KEY, find_model
-from milora_lightning.export.peft_format import PEFT_PREFIX, deviations, most_common, opens_otherwise
+from milora_lightning.export.peft_format import PEFT_PREFIX, deviations, most_common, opens_otherwise, peft_module_names
 from milora_lightning.export.peft_layers import as_read, from_peft, peft_shapes
 from milora_lightning.parallel.dtensor import copy_into, full_tensor
 from milora_lightning.utils.errors import InvalidInputError
@@ -35,7 +36,6 @@ UNSUPPORTED = (
     "use_dora",
     "layer_replication",
     "lora_bias",
-    "target_parameters",
     "trainable_token_indices",
     "alora_invocation_tokens",
     "use_qalora",
@@ -47,6 +47,9 @@ UNSUPPORTED = (
 )
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 """Initializations that do not change the base weights. Others do, and the folder does not say how."""
+
+FACTORS = (".lora_A.weight", ".lora_B.weight")
+"""Ends of the names of factors; those of nested wrappers contain a ``base_layer`` before."""
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -94,9 +97,10 @@ def load_peft(module: nn.Module, folder: str | Path) -> LoRAConfig:
         saved = json.loads(metadata[BASE_KEY])
         _check_base(saved, unquantized(fingerprint(model, frozen_only=False, like=saved)))
     tensors = _without_base(model, tensors, folder)
+    stored, tensors = tensors, _by_adapter(model, config, tensors)
     _check_tensors(model, config, tensors, folder)
     names = _layer_names(tensors)
-    if said := opens_otherwise(Path(folder), model, tensors, {name: config.scale(name) for name in names}):
+    if said := opens_otherwise(Path(folder), model, stored, {name: config.scale(name) for name in names}):
         raise CheckpointError(f"PEFT itself cannot load {str(folder)!r} into this model: {said}.")
     inject(model, config, names)
     for name, layer in lora_layers(model).items():
@@ -146,6 +150,8 @@ def _read(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str, 
 def _as_ours(config: LoraConfig, tensors: dict[str, Tensor]) -> LoRAConfig:
     from peft.utils.other import get_pattern_key
 
+    if config.target_parameters:
+        return _with_parameters(config, tensors)
     names = _layer_names(tensors)
     ranks = {name: tensors[_key(name, "lora_A")].shape[0] for name in names}
     alphas = {}
@@ -169,6 +175,40 @@ def _as_ours(config: LoraConfig, tensors: dict[str, Tensor]) -> LoRAConfig:
     )
 
 
+def _with_parameters(config: LoraConfig, tensors: dict[str, Tensor]) -> LoRAConfig:
+    """Return the configuration of a folder that adapts parameters, whose names only a model tells."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    linear = [name for name in _layer_names(tensors) if check_target_module_exists(config, name)]
+    return LoRAConfig(
+        r=config.r,
+        lora_alpha=float(config.lora_alpha),
+        target_modules=linear,
+        target_parameters=sorted(config.target_parameters or ()),
+        init="lora",
+        use_rslora=bool(config.use_rslora),
+        modules_to_save=tuple(sorted({name.rpartition(".")[0] for name in _whole(tensors)})),
+        rank_pattern={_of_layer_or_weight(key): rank for key, rank in (config.rank_pattern or {}).items()},
+        alpha_pattern={_of_layer_or_weight(key): float(a) for key, a in (config.alpha_pattern or {}).items()},
+    )
+
+
+def _of_layer_or_weight(pattern: str) -> str:
+    """Let a pattern for a layer's weight match the layer's name as well, by which its adapter is known here."""
+    return f"{pattern.removesuffix('.weight')}(\\.weight)?" if pattern.endswith(".weight") else pattern
+
+
+def _by_adapter(model: nn.Module, config: LoRAConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name the factors of experts by the parameters that they adapt, in place of PEFT's wrappers."""
+    if not config.target_parameters:
+        return tensors
+    stacks = [name for name in adaptable_layers(model) if any(ends_with(name, e) for e in config.target_parameters)]
+    renamed = {}
+    for name, place in peft_module_names(model, stacks).items():
+        renamed.update({_key(place, factor): _key(name, factor) for factor in ("lora_A", "lora_B")})
+    return {renamed.get(key, key): value for key, value in tensors.items()}
+
+
 def _check_tensors(model: PreTrainedModel, config: LoRAConfig, tensors: dict[str, Tensor], folder: str | Path) -> None:
     """Refuse tensors that do not fit the layers of this model, before anything is changed."""
     layers = {**adaptable_layers(model), **lora_layers(model)}
@@ -187,7 +227,7 @@ def _check_tensors(model: PreTrainedModel, config: LoRAConfig, tensors: dict[str
     for key, shape in wanted.items():
         if tuple(tensors[key].shape) != shape:
             raise CheckpointError(f"{key!r} in {str(folder)!r} has shape {tuple(tensors[key].shape)}, not {shape}.")
-    if more := sorted({*find_targets(model, names), *lora_layers(model)} - set(names)):
+    if more := sorted({*(find_targets(model, names) if names else ()), *lora_layers(model)} - set(names)):
         raise CheckpointError(
             f"{str(folder)!r} has no factors for {more[0]!r}, which its target_modules match as well."
         )
@@ -211,7 +251,7 @@ def _without_base(model: PreTrainedModel, tensors: dict[str, Tensor], folder: st
     kept = {}
     for key, value in tensors.items():
         name = key.removeprefix(PEFT_PREFIX)
-        if ".base_layer." not in name:
+        if ".base_layer." not in name or name.endswith(FACTORS):
             kept[key] = value
             continue
         own = _places(model)
@@ -250,9 +290,8 @@ def _layer_names(tensors: dict[str, Tensor]) -> list[str]:
 
 def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of modules that a folder holds in full, by their names in the model."""
-    ends = (".lora_A.weight", ".lora_B.weight")
     inside = ".base_layer."
-    return {k.removeprefix(PEFT_PREFIX): v for k, v in tensors.items() if not k.endswith(ends) and inside not in k}
+    return {k.removeprefix(PEFT_PREFIX): v for k, v in tensors.items() if not k.endswith(FACTORS) and inside not in k}
 
 
 def _key(name: str, factor: str) -> str:

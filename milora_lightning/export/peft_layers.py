@@ -10,11 +10,13 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from milora_lightning.adapters.convolution import READ_BY_MODELS, LoRAConv, by_group
+from milora_lightning.adapters.convolution import READ_BY_MODELS, LoRAConv, by_group, grouped_product
+from milora_lightning.adapters.experts import LoRAExperts, is_stack
 from milora_lightning.adapters.factors import stack_factors
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import factor_shapes, groups_of, is_convolution
 from milora_lightning.export.compression import compress
+from milora_lightning.export.peft_experts import as_peft_sees, input_first, one_by_one, side_by_side
 from milora_lightning.utils.errors import InvalidInputError
 
 
@@ -31,12 +33,23 @@ def update_factors(layer: LoRALinear, rank: int | None = None) -> tuple[Tensor, 
         ΔW. Both energies are 0 without ``rank``.
     """
     A, B = stack_factors(*layer.factors)
+    if A.ndim == 3:  # experts, each by itself
+        each = [_factors(layer, own_A, own_B, 1, rank) for own_A, own_B in zip(A, B, strict=True)]
+        A, B = torch.stack([part[0] for part in each]), torch.stack([part[1] for part in each])
+        return A, B, sum(part[2] for part in each), sum(part[3] for part in each)
     groups = groups_of(layer.base_layer)
     A = by_group(A, groups, layer.r).flatten(0, 1) if groups > 1 else A
+    return _factors(layer, A, B, groups, rank)
+
+
+def _factors(
+    layer: LoRALinear, A: Tensor, B: Tensor, groups: int, rank: int | None
+) -> tuple[Tensor, Tensor, float, float]:
     if rank is None:
         return A.detach(), B.detach(), 0.0, 0.0
     if rank >= len(A):
-        return A.detach(), B.detach(), 0.0, layer.delta_weight().double().square().sum().item()
+        delta = layer.scaling * grouped_product(A, B, groups, len(A))
+        return A.detach(), B.detach(), 0.0, delta.double().square().sum().item()
     if rank % groups:
         raise InvalidInputError(
             f"rank={rank} cannot be shared among the {groups} groups of a convolution: choose a multiple of {groups}."
@@ -60,6 +73,9 @@ def in_peft(layer: LoRALinear, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         A: Factor (n, in), its rows sorted by group.
         B: Factor (out, n / groups).
     """
+    if isinstance(layer, LoRAExperts):
+        A, B = as_peft_sees(layer, A, B)
+        return side_by_side(A, B)
     if not isinstance(layer, LoRAConv):
         return A, B
     filters, groups = layer.as_weight(A), layer.groups
@@ -72,6 +88,10 @@ def in_peft(layer: LoRALinear, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 def peft_shapes(layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes in which PEFT keeps the factors of a layer, given without its adapter."""
     of_A, of_B = factor_shapes(layer, r)
+    if is_stack(layer):
+        matrices, rows, columns = layer.weight.shape
+        seen, made = (rows, columns) if input_first(layer) else (columns, rows)
+        return (matrices * r, seen), (made, r * matrices)
     if not is_convolution(layer):
         return of_A, of_B
     return (r, layer.in_channels, *layer.kernel_size), (*of_B, *[1] * len(layer.kernel_size))
@@ -83,6 +103,8 @@ def from_peft(layer: LoRALinear, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: If a group's filters read more of the input than the group does, as those that PEFT has trained do.
     """
+    if isinstance(layer, LoRAExperts):
+        return as_peft_sees(layer, *one_by_one(A, B, layer.matrices))
     if not isinstance(layer, LoRAConv):
         return A, B
     groups = layer.groups
@@ -125,6 +147,8 @@ def objection_to_layers(model: nn.Module) -> str | None:
         for name, layer in parent.named_children():
             if isinstance(layer, LoRALinear) and isinstance(parent, nn.MultiheadAttention):
                 return f"{name} of an nn.MultiheadAttention is read, not called, and its adapter there has no effect"
+            if isinstance(layer, LoRAExperts) and layer.matrices == 1:
+                return "it takes a 3-D parameter with a single matrix for the weight of a layer"
             if isinstance(layer, LoRAConv) and (said := _objection_to(layer) or _unread(parent, name)):
                 return said
     return None

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from milora_lightning.adapters.experts import AdaptedExperts
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import is_linear, linear_shape
 from milora_lightning.utils.names import WRAPPERS
@@ -32,6 +33,8 @@ def _skeleton(module: nn.Module, copies: dict[int, Any]) -> Any:
         return copies[id(module)]
     for wrapped in WRAPPERS & module._modules.keys():
         return _skeleton(module.get_submodule(wrapped), copies)
+    if isinstance(module, AdaptedExperts):
+        return _skeleton(module.base_layer, copies)
     if isinstance(module, LoRALinear) and not is_linear(module.base_layer):
         return _skeleton(module.base_layer, copies)
     if isinstance(module, LoRALinear):

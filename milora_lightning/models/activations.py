@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
-from milora_lightning.adapters.linear_layers import linear_shape
+from milora_lightning.adapters.linear_layers import linear_shape, matrices_in
 from milora_lightning.utils.compat.torch import TELLS_HOW_IT_KEEPS
 
 INTERMEDIATE = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff")
@@ -62,7 +62,8 @@ def saved_by_layer(
     already_saved = ("down_proj",) if TELLS_HOW_IT_KEEPS else ()
     if attention not in ("eager", "causal_blocks"):
         already_saved = ("o_proj", *already_saved)
-    adapters = sum(_saved_by_adapters(layer, width, masks, already_saved))
+    routed = int(getattr(size, "num_experts_per_tok", None) or 1)
+    adapters = sum(_saved_by_adapters(layer, width, masks, already_saved, routed))
     return int(saved) + adapters + sum(_saved_by_trained(layer, width, already_saved))
 
 
@@ -83,16 +84,22 @@ def _saved_by_trained(layer: nn.Module, width: int, already_saved: tuple[str, ..
             yield width * module.in_features
 
 
-def _saved_by_adapters(layer: nn.Module, width: int, masks: bool, already_saved: tuple[str, ...]) -> Iterable[int]:
-    """Yield the bytes per token that adapters save: the input (once if several share it), projection and mask."""
+def _saved_by_adapters(
+    layer: nn.Module, width: int, masks: bool, already_saved: tuple[str, ...], routed: int
+) -> Iterable[int]:
+    """Yield the bytes per token that adapters save: the input (once if several share it), projection and mask.
+
+    Of a token, as many experts as it is routed to save this.
+    """
     inputs: set[tuple[str, int]] = set()
     for name, module in lora_layers(layer).items():
-        features = linear_shape(module.base_layer)[1]
+        times = 1 if matrices_in(module) is None else routed
+        features = times * linear_shape(module.base_layer)[1]
         parent, _, last = name.rpartition(".")
         if (parent, features) not in inputs and last not in already_saved:
             inputs.add((parent, features))
             yield width * features
-        yield width * _stacked_rank(module)
+        yield width * times * _stacked_rank(module)
         if masks:
             yield features
 
@@ -101,7 +108,7 @@ def stacked_factors(layer: nn.Module, width: int) -> int:
     """Return the bytes of the stacked factors that the adapters of a layer save in its dtype."""
     adapters = lora_layers(layer).values()
     cast = [m for m in adapters if m.initial_A is not None or width != m.lora_A.itemsize]
-    return sum(width * _stacked_rank(m) * sum(linear_shape(m.base_layer)) for m in cast)
+    return sum(width * _stacked_rank(m) * sum(linear_shape(m.base_layer)) * (matrices_in(m) or 1) for m in cast)
 
 
 def _stacked_rank(adapter: LoRALinear) -> int:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
-from milora_lightning.adapters.linear_layers import is_conv1d, is_plain_product, linear_shape
+from milora_lightning.adapters.linear_layers import is_conv1d, is_plain_product, linear_shape, matrices_in
 from milora_lightning.adapters.split import DIMS, Part, Style, split_linear, split_parameters
 from milora_lightning.utils.compat.torch import quiet_gathering
 from milora_lightning.utils.errors import InvalidInputError
@@ -33,6 +33,11 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     styles = planned(model)
     _check_heads(model, mesh.size())
     adapters = lora_layers(model)
+    if experts := [name for name, layer in adapters.items() if matrices_in(layer) is not None]:
+        raise InvalidInputError(
+            f"{experts[0]!r} holds experts with adapters, which tensor parallelism does not support: leave them out "
+            "(exclude_modules), or set tensor_parallel_size: 1."
+        )
     bases = {layer.base_layer for layer in adapters.values()}
     trained = {p for layer in adapters.values() for p in layer.parameters()}
     beside = next((name for name, p in model.named_parameters() if p.requires_grad and p not in trained), None)

@@ -21,7 +21,9 @@ def cost(shape: tuple[int, int]) -> int:
     return min(shape) ** 2 * (max(shape) + min(shape))
 
 
-def partition_by_cost(shapes: Sequence[tuple[int, int]], world_size: int) -> list[int]:
+def partition_by_cost(
+    shapes: Sequence[tuple[int, int]], world_size: int, numbers: Sequence[int] | None = None
+) -> list[int]:
     """Assign each matrix to a rank, so that the ranks have about equally much to do.
 
     The most expensive come first, each to the rank with the least work so far, and among equals to the one that was
@@ -30,6 +32,7 @@ def partition_by_cost(shapes: Sequence[tuple[int, int]], world_size: int) -> lis
     Args:
         shapes: Shapes of the matrices.
         world_size: Number of ranks.
+        numbers: How many matrices of each shape there are, all of which go to one rank; by default one.
 
     Returns:
         The rank of each matrix.
@@ -37,7 +40,7 @@ def partition_by_cost(shapes: Sequence[tuple[int, int]], world_size: int) -> lis
     >>> partition_by_cost([(4, 4), (8, 8), (4, 4)], 2), partition_by_cost([(4, 8), (8, 4), (4, 8), (8, 4)], 2)
     ([1, 0, 1], [0, 1, 1, 0])
     """
-    costs = [cost(shape) for shape in shapes]
+    costs = [cost(shape) * number for shape, number in zip(shapes, numbers or [1] * len(shapes), strict=True)]
     owners, load, turn = [0] * len(costs), [0] * world_size, [0] * world_size
     for number, index in enumerate(sorted(range(len(costs)), key=lambda i: -costs[i]), 1):
         owner = min(range(world_size), key=lambda rank: (load[rank], -turn[rank]))

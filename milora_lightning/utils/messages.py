@@ -93,6 +93,14 @@ def each_said_once() -> Iterator[None]:
         _logger().removeFilter(keep)
 
 
+def inform_once(owner: object, text: str) -> None:
+    """Tell the user something about an object, once for each object and text."""
+    said: set[str] = vars(owner).setdefault("_warned_of", set())
+    if text not in said:
+        said.add(text)
+        inform(text)
+
+
 def is_first_rank() -> bool:
     """Whether this is the first rank; launchers set environment variables before torch knows the rank."""
     if dist.is_available() and dist.is_initialized():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, MixtralConfig, Qwen3MoeConfig
 
 from milora_lightning import LoRAConfig, MiLoRAInit, initialize, inject, lora_layers
+from milora_lightning.adapters.coverage import experts_adapted
 from milora_lightning.adapters.parts import TargetNotFoundError
 
 
@@ -142,11 +143,18 @@ def test_mixtures_of_experts_say_what_share_is_reached(
         n: p.numel() for n, p in model.named_parameters() if p.ndim > 1 and "embed" not in n and "lm_head" not in n
     }
     experts = sum(size for name, size in weights.items() if "experts" in name) / sum(weights.values())
-    adapted = sum(size for name, size in weights.items() if "self_attn" in name) / sum(weights.values())
-    for targets in ("all-linear", ["q_proj", "v_proj"]):
-        (message,) = said(AutoModelForCausalLM.from_config(MIXTURES[kind]), target_modules=targets)
+    attention = sum(size for name, size in weights.items() if "self_attn" in name) / sum(weights.values())
+    for options in ({"exclude_modules": ["experts"]}, {"target_modules": ["q_proj", "v_proj"]}):
+        (message,) = said(AutoModelForCausalLM.from_config(MIXTURES[kind]), **options)
         assert f"experts in 3-D parameters {experts:.0%}" in message
-        assert (f"Adapters reach {adapted:.0%} of the weights" in message) == (targets == "all-linear")
+        assert "target_parameters names them: ['experts.down_proj', 'experts.gate_up_proj']" in message
+        assert (f"Adapters reach {attention:.0%} of the weights" in message) == ("exclude_modules" in options)
+    number = 2 * 2 * (4 if kind == "mixtral" else 8)
+    assert said(AutoModelForCausalLM.from_config(MIXTURES[kind])) == []
+    assert experts_adapted(model) is None
+    inject(model, LoRAConfig(r=4))
+    assert f"Experts with adapters: {number} matrices" in str(experts_adapted(model))
+    model = AutoModelForCausalLM.from_config(MIXTURES[kind])
 
     class Language(Classifier):
         def __init__(self) -> None:
@@ -158,9 +166,9 @@ def test_mixtures_of_experts_say_what_share_is_reached(
             return self.backbone(ids, labels=ids).loss
 
     fit(Language(), tmp_path)
-    assert f"{adapted:.1%} of the weights; without: experts in 3-D parameters {experts:.1%}" in " ".join(
-        capsys.readouterr().out.replace("│", " ").split()
-    )
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"{attention + experts:.1%} of the weights; without: other weights" in shown
+    assert f"backbone: {8 + number} matrices" in shown
 
 
 def test_convolutions_and_attention_that_no_adapter_fits_are_named() -> None:

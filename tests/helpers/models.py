@@ -17,6 +17,8 @@ from transformers import (
     Gemma2Config,
     GemmaConfig,
     GPT2Config,
+    GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     OPTConfig,
     PretrainedConfig,
@@ -24,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from milora_lightning.models.pretrained import load_causal_lm
@@ -68,10 +71,22 @@ TINY_CONFIGS = Configs(
 )
 
 
+MIXTURES = Configs(
+    {
+        "qwen3_moe": Qwen3MoeConfig(**_SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24),
+        "gpt_oss": GptOssConfig(
+            **{**_SIZES, "intermediate_size": 24}, num_local_experts=4, num_experts_per_tok=2, sliding_window=16
+        ),
+        "llama4": Llama4TextConfig(**_SIZES, intermediate_size_mlp=48, num_local_experts=4, moe_layers=[0, 1]),
+    }
+)
+"""Mixtures of experts, which not every test of every kind has to see."""
+
+
 def tiny_model(kind: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A randomly initialised model of a real architecture, the same at every call."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(TINY_CONFIGS[kind], dtype=dtype)
+    return AutoModelForCausalLM.from_config((MIXTURES if kind in MIXTURES else TINY_CONFIGS)[kind], dtype=dtype)
 
 
 def embedded_model(dtype: str) -> PreTrainedModel:

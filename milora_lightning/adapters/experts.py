@@ -1,0 +1,293 @@
+"""Adapters of experts: of weights that hold one matrix for each expert of a mixture, stacked in a 3-D parameter.
+
+transformers 5 keeps all experts of a layer in parameters (experts, out, in), as ``gate_up_proj`` and ``down_proj``.
+Each matrix in such a stack has factors of its own, stacked likewise: A (experts, r, in) and B (experts, out, r). The
+module that holds the parameters is wrapped. While it computes, a :class:`LowRankSum` stands in the place of each of
+them, so that its own code multiplies the rows that are routed to an expert by W + s (B A − B₀A₀), in its own way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeGuard, cast
+
+import torch
+from torch import Tensor, nn
+
+from milora_lightning.adapters.factors import stack_factors
+from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.linear_layers import is_adaptable, is_convolution, is_plain, scale_name
+from milora_lightning.adapters.low_rank_sum import LowRankSum
+from milora_lightning.config import LoRAConfig
+from milora_lightning.utils.compat.torch import bind_compiled
+from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.names import unwrapped_name
+
+INPUT_FIRST = {"Llama4TextExperts"}
+"""Classes whose matrices are (in, out) although they have no attribute ``is_transposed`` that says so."""
+
+ROUTERS = {"router", "gate", "gating", "classifier", "shared_expert_gate"}
+"""Names of the layers that decide which experts see a token, and of the modules around them."""
+
+IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm")
+"""Transformers' ways to compute experts that consist of torch's products."""
+
+
+class StackedWeight:
+    """A 3-D parameter of a module, as what an adapter calls its base layer.
+
+    It is no module: the parameter stays where it is, under its name, and is looked up whenever it is needed.
+
+    Args:
+        experts: The module that holds the parameter.
+        parameter: The parameter's name there.
+    """
+
+    def __init__(self, experts: nn.Module, parameter: str) -> None:
+        self.experts, self.parameter = experts, parameter
+        matrices, *shape = self.weight.shape
+        self.matrices = matrices
+        kind = type(experts)
+        self.transposed = bool(getattr(experts, "is_transposed", any(c.__name__ in INPUT_FIRST for c in kind.__mro__)))
+        self.out_features, self.in_features = reversed(shape) if self.transposed else shape
+
+    @property
+    def weight(self) -> Tensor:
+        """The stack, (experts, out, in), or (experts, in, out) if ``transposed``."""
+        return cast(Tensor, self.experts._parameters[self.parameter])
+
+    @weight.setter
+    def weight(self, value: nn.Parameter) -> None:
+        self.experts._parameters[self.parameter] = value
+
+    @property
+    def bias(self) -> None:
+        """None: an expert's bias is added by the experts' own code."""
+
+    @property
+    def _parameters(self) -> Mapping[str, Tensor]:
+        return {"weight": self.weight}
+
+    @property
+    def _buffers(self) -> Mapping[str, Tensor]:
+        return self.experts._buffers  # type: ignore[return-value]
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Yield the stack."""
+        yield self.weight
+
+    def children(self) -> Iterator[nn.Module]:
+        """Yield nothing."""
+        return iter(())
+
+    @property
+    def training(self) -> bool:
+        """Whether the experts are in training mode."""
+        return self.experts.training
+
+    def _apply(self, fn: Any) -> None:
+        """Do nothing: the experts convert their parameters themselves."""
+
+    def __getattr__(self, name: str) -> Any:  # marks that are set on modules
+        if name.startswith("__") or name == "experts":
+            raise AttributeError(name)
+        return getattr(self.experts, name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StackedWeight) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[int, str]:
+        return id(self.experts), self.parameter
+
+
+def is_stack(layer: object) -> TypeGuard[StackedWeight]:
+    """Whether this is a 3-D parameter, in the role of a layer."""
+    return isinstance(layer, StackedWeight)
+
+
+def holder(layer: nn.Module) -> nn.Module:
+    """Return the module that holds a layer's weight: the layer itself, or that of a stack."""
+    return layer.experts if is_stack(layer) else layer
+
+
+class LoRAExperts(LoRALinear):
+    """A low-rank update of each matrix in a stack, which starts at zero: a :class:`LoRALinear` for each expert.
+
+    Args:
+        base_layer: The stack.
+        r: Rank of each expert's factors.
+        **options: The other arguments of :class:`LoRALinear`.
+
+    Attributes:
+        lora_A: Trainable factors (experts, r, in).
+        lora_B: Trainable factors (experts, out, r).
+
+    Raises:
+        TypeError: If ``base_layer`` is no stack.
+    """
+
+    fits = staticmethod(is_stack)
+    _ADAPTS = "stacked weights"
+
+    def __init__(self, base_layer: nn.Module, r: int, *options: Any, **named: Any) -> None:
+        super().__init__(base_layer, r, *options, **named)
+        self.transposed = self.stack.transposed
+        if self.lora_dropout and self.dropout_on == "product":
+            raise InvalidInputError(
+                "dropout_on='product' is not possible for adapters of experts: use dropout_on='update', or leave the "
+                "experts out (exclude_modules)."
+            )
+
+    @property
+    def stack(self) -> StackedWeight:
+        """The base layer."""
+        return cast(StackedWeight, self.base_layer)
+
+    @property
+    def matrices(self) -> int:
+        """The number of matrices."""
+        return len(self.lora_A)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Refuse: the experts' module computes."""
+        raise NotImplementedError("An adapter of experts has no input of its own: call the module that holds it.")
+
+    def update(self, x: Tensor) -> Tensor:
+        """Compute each expert's s (B A − B₀A₀) x, of shape (experts, tokens, out), for x (tokens, in)."""
+        A, B = stack_factors(*self.factors, self.scaling, x.dtype)
+        return x @ A.mT @ B.mT
+
+    def operand(self) -> LowRankSum:
+        """Return W + s (B A − B₀A₀) of all experts, in the layout of W, to multiply with."""
+        self._check_can_train()
+        weight = self.base_layer.weight
+        A, B = stack_factors(*self.factors, self.scaling, weight.dtype)
+        left, right = (A.mT, B.mT) if self.transposed else (B, A)
+        return LowRankSum(weight, left, right, self._dropout)
+
+    def merged_weight(self) -> Tensor:
+        """Compute W + ΔW in float32 and round it once to W's dtype; in the stack's own layout."""
+        weight = self.base_layer.weight
+        return (weight.to(self.lora_A.dtype) + self.as_weight(self.delta_weight())).to(weight.dtype)
+
+    def merge(self) -> None:
+        """Do nothing: the sums would take the memory of a second model."""
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """Return a stack in its own layout as matrices (experts, out, in)."""
+        return weight.mT if self.transposed else weight
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """Return matrices (experts, out, in) in the stack's own layout."""
+        return matrix.mT if self.transposed else matrix
+
+
+class AdaptedExperts(nn.Module):
+    """A module with stacked weights, and adapters of these under the parameters' names.
+
+    Args:
+        base_layer: The module.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.train(base_layer.training)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module, with its stacked weights replaced by their sums with the updates."""
+        with self._updated():
+            return self.base_layer(*args, **kwargs)
+
+    @contextmanager
+    def _updated(self) -> Iterator[None]:
+        adapters = {n: m for n, m in self._modules.items() if isinstance(m, LoRAExperts) and m.enabled}
+        found = vars(self.base_layer)  # looked into before the registered parameters
+        try:
+            found.update({name: adapter.operand() for name, adapter in adapters.items()})
+            yield
+        finally:
+            for name in adapters:
+                found.pop(name, None)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(super().__getattr__("base_layer"), name)
+
+
+def stacked_weights(module: nn.Module) -> dict[str, StackedWeight]:
+    """Return the stacks in a module that have no adapters yet, by their parameters' names."""
+    wrappers = {child.base_layer: child for child in module.modules() if isinstance(child, AdaptedExperts)}
+    found = {}
+    for wrapped_name, child in module.named_modules():
+        adapted = wrappers[child]._modules if child in wrappers else {}
+        name = unwrapped_name(wrapped_name).removesuffix(".base_layer" if child in wrappers else "")
+        for key, parameter in child._parameters.items() if name else ():
+            matrices = parameter is not None and parameter.ndim == 3 and _holds_matrices(child, key)
+            if matrices and key not in adapted:
+                found[f"{name}.{key}"] = StackedWeight(child, key)
+    return found
+
+
+def _holds_matrices(owner: nn.Module, key: str) -> bool:
+    others = isinstance(owner, LoRALinear) or is_convolution(owner)
+    return not (others or type(owner).__module__.startswith("torch.nn.") or key.endswith("bias"))
+
+
+def objection_to(stack: StackedWeight) -> str | None:
+    """Say why a stack cannot have adapters; None if it can."""
+    experts = stack.experts
+    if not is_plain(stack.weight) or scale_name(experts) is not None:
+        return "holds quantized codes"
+    if getattr(experts, "_is_expert_parallel", False):
+        return "is shared out among ranks (expert parallelism)"
+    how = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    if how not in IMPLEMENTATIONS:
+        return f"is computed by experts_implementation={how!r} and not by torch's products, as 'grouped_mm' would"
+    if any(is_adaptable(child) for child in experts.modules()):
+        return "is a parameter beside other layers in one module"
+    return None
+
+
+def is_of_experts(name: str, stack: StackedWeight) -> bool:
+    """Whether a stack holds the experts of a mixture, by its name or its class."""
+    return len(stack.weight) > 1 and ("expert" in name or "Experts" in type(stack.experts).__name__)
+
+
+def routers(layers: Iterable[str], stacks: Iterable[str]) -> set[str]:
+    """Return which linear layers decide about experts: those that are called so, within a module that holds experts.
+
+    >>> sorted(routers(["mlp.gate", "mlp.shared.gate_proj", "gate"], ["mlp.experts.up_proj"]))
+    ['mlp.gate']
+    """
+    blocks = tuple({f"{stack.rpartition('.')[0].rpartition('.')[0]}." for stack in stacks} - {"."})
+    return {name for name in layers if name.startswith(blocks) and ROUTERS & set(name.split("."))} if blocks else set()
+
+
+def wrap_stacks(module: nn.Module, targets: Mapping[str, StackedWeight], config: LoRAConfig) -> None:
+    """Give stacks their adapters, in a wrapper around each module that holds some."""
+    wrappers: dict[nn.Module, AdaptedExperts] = {
+        child.base_layer: child for child in module.modules() if isinstance(child, AdaptedExperts)
+    }
+    fresh = {}
+    for name, stack in targets.items():
+        if stack.experts not in wrappers:
+            wrappers[stack.experts] = fresh[stack.experts] = AdaptedExperts(stack.experts)
+        options = config.lora_dropout, config.init, config.dropout_on
+        adapter = LoRAExperts(cast(nn.Module, stack), config.rank(name), config.alpha(name), *options)
+        wrappers[stack.experts]._modules[stack.parameter] = adapter.train(stack.training)
+    for parent in list(module.modules()):
+        for key, child in list(parent._modules.items()):
+            if child in fresh and parent is not fresh[child]:
+                setattr(parent, key, fresh[child])
+                bind_compiled(parent)
