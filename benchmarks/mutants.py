@@ -110,7 +110,7 @@ def change(before: ast.FunctionDef, after: ast.FunctionDef) -> str:
         changed = [(old, new) for old, new in pairs if old != new]
         if changed and all(" " in old for old, _ in changed):
             return ""
-    old, new = (ast.unparse(each).splitlines()[1:] for each in (before, after))
+    old, new = (ast.unparse(ast.Module(each.body, [])).splitlines() for each in (before, after))
     lines = (line for line in difflib.unified_diff(old, new, n=0, lineterm="") if line[:2] not in ("--", "++", "@@"))
     return "  ".join(re.sub(r"^([-+])\s*", r"\1 ", line) for line in lines)
 

@@ -227,3 +227,12 @@ def test_cached_starts_differ_wherever_computed_ones_do(tmp_path: Path, monkeypa
             )
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert len(list(tmp_path.rglob("*.safetensors"))) == len(cases) - 2 * 3  # neither scales nor LoRA need one
+
+
+def test_twice_the_rank_is_each_layers_own_unless_it_has_an_alpha() -> None:
+    ranks, alphas = {"a": 4, "b": 2}, {"a": 3.0}
+    config = MiLoRAInit(r=8, lora_alpha="2r", rank_pattern=ranks, alpha_pattern=alphas).config
+    assert [config.scale(name) for name in ("x.a", "x.b", "x.c")] == [3 / 4, 2, 2]
+    assert (ranks, alphas) == ({"a": 4, "b": 2}, {"a": 3.0})  # what was given is not changed
+    plain = MiLoRAInit(r=8, rank_pattern=ranks).config
+    assert [plain.scale(name) for name in ("x.a", "x.b", "x.c")] == [1, 1, 1]

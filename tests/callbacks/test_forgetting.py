@@ -16,7 +16,7 @@ from helpers.modules import data, module
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from milora_lightning import CausalLMModule, ForgettingMonitor, MiLoRAInit
+from milora_lightning import CausalLMModule, ForgettingMonitor, LoRAConfig, MiLoRAInit, initialize, inject, lora_layers
 from milora_lightning.data.held_out import pack, read_texts
 from milora_lightning.metrics import Forgetting, forgetting
 
@@ -88,6 +88,27 @@ def test_blocks_begin_as_the_tokenizer_begins_a_text() -> None:
         assert inside == joined[: len(inside)]
         assert len(joined) - len(inside) < 4 - begins
         assert pack(texts, tokenizer, 4, 11).shape == (2, 4)
+
+
+def test_dropout_is_off_while_it_is_measured_and_on_afterwards(text: Path, tmp_path: Path) -> None:
+    lm = LanguageModel()
+    lm.configure_model()
+    lm.tokenizer = tiny_tokenizer()
+    inject(lm, LoRAConfig(r=2, lora_dropout=0.5))
+    initialize(lm)
+    lm.lm.train()
+    lm.lm.transformer.h[0].eval()
+    modes = [module.training for module in lm.modules()]
+    monitor, trainer = ForgettingMonitor(str(text), block_length=16, max_tokens=64), quiet_trainer(tmp_path)
+    monitor.setup(trainer, lm, "validate")
+    assert monitor.measure(trainer, lm)["forgetting_kl"] == 0  # GPT-2 has dropout of its own as well
+    assert [module.training for module in lm.modules()] == modes
+    with torch.no_grad():
+        for layer in lora_layers(lm).values():
+            layer.lora_B.add_(0.1)
+    changed = monitor.measure(trainer, lm)
+    assert changed["forgetting_kl"] > 1e-5
+    assert monitor.measure(trainer, lm) == changed
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

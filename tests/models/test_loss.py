@@ -270,3 +270,23 @@ def test_autocast_computes_the_head_in_its_dtype() -> None:
     torch.testing.assert_close(total, expected)
     total.backward()
     assert hidden.grad.dtype == torch.float32
+
+
+class Doubled(torch.nn.Linear):
+    """A frozen head whose logits are other than the product with its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("head", [torch.nn.Linear, Doubled])
+@pytest.mark.parametrize("trained", [False, True])
+def test_heads_of_any_kind_give_the_loss_of_their_own_logits(head: type[torch.nn.Linear], trained: bool) -> None:
+    model = tiny_model().requires_grad_(False)
+    torch.manual_seed(1)
+    model.lm_head = head(32, 128, bias=False).requires_grad_(trained)
+    ids = torch.randint(0, 128, (2, 9))
+    expected = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    found = causal_lm_loss(model, ids, ids)
+    torch.testing.assert_close(found, expected)
+    assert found.requires_grad == trained
