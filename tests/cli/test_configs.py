@@ -163,8 +163,13 @@ def test_method_changes_the_start_alone(method: str, workplace: Path) -> None:
     name = Path(method).stem
     layers = lora_layers(cli.model)
     assert cli.trainer.global_step == 2
-    assert {layer.init for layer in layers.values()} == (set() if name == "full" else {name.removesuffix("-strict")})
-    assert {layer.scaling for layer in layers.values()} <= {2.0 if name == "lora" else 1.0}
+    start_of = {"milora-strict": "milora", "lora-plus": "lora", "rslora": "lora"}.get(name, name)
+    assert {layer.init for layer in layers.values()} == (set() if name == "full" else {start_of})
+    scale = {"lora": 2.0, "lora-plus": 2.0, "rslora": cli.trainer.callbacks[0].config.r ** 0.5 if layers else 0.0}
+    assert {layer.scaling for layer in layers.values()} <= {scale.get(name, 1.0)}
+    groups = cli.trainer.optimizers[0].param_groups
+    rates = [group["initial_lr"] / groups[0]["initial_lr"] for group in groups]
+    assert rates == ([1.0, 16.0] if name == "lora-plus" else [1.0])
 
 
 def test_pissas_setting_starts_after_a_method(workplace: Path) -> None:
