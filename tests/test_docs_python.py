@@ -79,6 +79,7 @@ PREPARED: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "docs/chat.md": with_checkpoint("runs/milora/last.ckpt"),
     "docs/checkpoints.md": with_checkpoint("last.ckpt"),
     "docs/devices.md": with_module,
+    "docs/index.md": with_module,
     "docs/lightning.md": with_module,
     "docs/screen.md": with_module,
     "docs/serving.md": with_checkpoint("runs/milora/last.ckpt"),

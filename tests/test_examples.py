@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +61,9 @@ def test_functions_work_without_lightning(capsys: pytest.CaptureFixture[str]) ->
     assert "loss" in capsys.readouterr().out
 
 
-def test_a_start_of_ones_own_is_known_to_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_of_ones_own_is_known_to_the_command_line_and_its_result_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     options = ["--model.name_or_path", str(save_tiny_model(tmp_path / "model", "llama")), "--adapter.r", "4"]
     options += ["--data.source.train", str(write_examples(tmp_path / "train.jsonl", 4)), "--data.template", "plain"]
@@ -70,6 +74,27 @@ def test_a_start_of_ones_own_is_known_to_the_command_line(tmp_path: Path, monkey
     initial = [value for name, value in state.items() if name.endswith("initial_A")]
     assert initial
     assert all(torch.equal(A.sum(dim=1), torch.ones(4)) and A.count_nonzero() == 4 for A in initial)
+    export, serve = called_by(EXAMPLES / "export_and_serve.sh", "checkpoints/last.ckpt", tmp_path / "bin")
+    assert export[:2] == ["python", "main.py"]
+    main(export[2:])
+    assert serve[:3] == ["transformers", "serve", "exported"]
+    assert (tmp_path / "exported" / "config.json").is_file()
+
+
+def called_by(script: Path, argument: str, folder: Path) -> list[list[str]]:
+    """The commands that a script of a shell calls."""
+    folder.mkdir()
+    for name in ("python", "transformers"):
+        (folder / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {folder}/called\n')
+        (folder / name).chmod(0o755)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    subprocess.run(["bash", str(script), argument], env=environment, check=True)
+    return [line.split() for line in (folder / "called").read_text().splitlines()]
+
+
+def test_every_example_is_tested() -> None:
+    tests = Path(__file__).read_text(encoding="utf-8")
+    assert [path.name for path in EXAMPLES.iterdir() if path.is_file() and path.stem not in tests] == []
 
 
 @pytest.mark.parametrize("name", ["first_steps", "spectra"])

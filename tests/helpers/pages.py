@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+import textwrap
 from pathlib import Path
 from types import ModuleType
 
@@ -23,8 +24,9 @@ def read(path: Path) -> str:
 
 
 def blocks(text: str, language: str) -> list[str]:
-    """The blocks of code in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+    """The blocks of code in a language, indented ones too."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```", text, re.M | re.S)
+    return [textwrap.dedent(block) for _, block in found]
 
 
 def site_module(name: str) -> ModuleType:
