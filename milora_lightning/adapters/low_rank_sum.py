@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from milora_lightning.adapters.dropout import drop, scales
 from milora_lightning.utils.errors import InvalidInputError
@@ -126,8 +125,7 @@ class LowRankSum:
                 return product(func, x, operand, *args[2:], **kwargs)
             if isinstance(x, LowRankSum) and not isinstance(operand, LowRankSum) and product is _times and not args[2:]:
                 return x @ operand
-        args, kwargs = tree_map(lambda each: each.dense() if isinstance(each, LowRankSum) else each, (args, kwargs))
-        return func(*args, **kwargs)
+        return func(*_formed(args), **_formed(dict(kwargs)))
 
     def _like(self, weight: Tensor, left: Tensor, right: Tensor) -> LowRankSum:
         return LowRankSum(weight, left, right, self.dropout)
@@ -135,6 +133,15 @@ class LowRankSum:
     def _seen(self, x: Tensor) -> Tensor:
         """Return what L R sees of an input."""
         return drop(x, self.dropout)[0] * scales(x.device, self.dropout)[1] if self.dropout else x
+
+
+def _formed(value: Any) -> Any:
+    """Replace each sum in a function's arguments by a tensor."""
+    if isinstance(value, LowRankSum):
+        return value.dense()
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_formed, value))
+    return {key: _formed(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def _times(func: Callable[..., Tensor], x: Tensor, operand: LowRankSum) -> Tensor:

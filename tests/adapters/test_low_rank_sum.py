@@ -39,6 +39,7 @@ USES: dict[str, Callable[[Any], Tensor]] = {
     "grouped": lambda W: F.grouped_mm(ROWS, W, offs=OFFSETS),
     "grouped, transposed": lambda W: F.grouped_mm(WIDE, W.transpose(-2, -1), offs=OFFSETS),
     "einsum": lambda W: torch.einsum("ti,eoi->teo", WIDE, W),  # not known: from the sum
+    "in a list": lambda W: torch.cat([W[0], W[2]]),
     "a part of it": lambda W: ROWS @ W[1][:, 2:],
     "a method that is not known": lambda W: W.sum(0) * 2,
     "converted": lambda W: (WIDE.double() @ W.to(torch.float64)[1].mT).float(),

@@ -47,6 +47,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "head": {"target_modules": ["q_proj", "lm_head"]},
     "modules_to_save": {"modules_to_save": ["lm_head", "norm"]},
     "gaussian": {"init_lora_weights": "gaussian"},
+    "a layer by its weight": {"target_parameters": ["lm_head.weight"]},
     "mica": {"init_lora_weights": "mica"},
 }
 
@@ -111,7 +112,6 @@ def test_the_older_file_is_read_without_running_what_is_in_it(tmp_path: Path) ->
         ({"bias": "all"}, "bias"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
         ({"trainable_token_indices": [5]}, "trainable_token_indices"),
-        ({"target_parameters": ["lm_head.weight"]}, "target_parameters"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
