@@ -87,10 +87,10 @@ def test_adapters_without_their_start_are_told_from_those_with_it() -> None:
     AdapterCheckpoint.attach(model, config)
     lora_layers(model)["0"].initialized = True
     state = model.state_dict()
-    for given in (state, dict(state)):  # with torch's own notes beside it, and without
+    for found in (state, dict(state)):  # with torch's own notes beside it, and without
         fresh = base()
-        inject_as_in(fresh, given)
-        fresh.load_state_dict(copy.deepcopy(given))
+        inject_as_in(fresh, found)
+        fresh.load_state_dict(copy.deepcopy(found))
         assert {name: layer.initialized for name, layer in lora_layers(fresh).items()} == {"0": True, "1": False}
 
 
