@@ -65,9 +65,9 @@ class MiLoRAInit(Callback):
             ``"all-linear"`` (every linear layer but the language-model head, those smaller than ``r``, and those that
             were frozen before).
         init: Start of the factors: ``"milora"`` (smallest singular triplets), ``"pissa"`` (largest), ``"middle"``,
-            ``"random"``, ``"lora"`` (A Kaiming-uniform, B zero), ``"mica"``, ``"olora"``, ``"orthogonal"``; directions
-            with singular values (``"gaussian x minor"``, ``"slice 0.25"``); or a name that is registered. ``"full"`` is
-            the baseline without adapters: nothing is frozen, and checkpoints are Lightning's own.
+            ``"random"``, ``"lora"``, ``"mica"``, ``"olora"``, ``"orthogonal"``, directions with singular values
+            (``"gaussian x minor"``), or a registered name. ``"full"`` is the baseline without adapters: nothing is
+            frozen, and checkpoints are Lightning's own.
         modules_to_save: Name endings of modules to train in full together with the adapters, in float32, or
             ``"auto"``: layers that look new and those named as a classifier's; it says which.
         seed: What the random starts derive from. Defaults to the run's seed.

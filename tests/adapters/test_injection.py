@@ -312,7 +312,7 @@ def test_vanishing_singular_values_start_as_in_lora() -> None:
         ({"r": 0}, "r must be at least 1"),
         ({"lora_alpha": 0}, "lora_alpha must be positive"),
         ({"lora_dropout": 1.0}, "lora_dropout must be"),
-        ({"init": "mica"}, "init must be one of milora, pissa"),
+        ({"init": "micah"}, "init='micah' is no start: take one of milora, pissa"),
         ({"target_modules": []}, "target_modules is empty"),
     ],
 )

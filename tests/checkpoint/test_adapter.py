@@ -153,7 +153,7 @@ def test_trainer_restores_from_the_checkpoint_without_decomposing(
 ) -> None:
     lm = LanguageModel()
     path = train(tmp_path, lm)
-    monkeypatch.setattr("milora_lightning.adapters.factors.singular_slice", None)  # any decomposition would fail
+    monkeypatch.setattr("milora_lightning.starts.algebra.singular_slice", None)  # any decomposition would fail
     resumed = LanguageModel()
     quiet_trainer(tmp_path, max_steps=3, callbacks=[MiLoRAInit(r=4)]).fit(resumed, ckpt_path=path)
     for key, value in adapters(lm).items():
