@@ -62,6 +62,8 @@ def main() -> None:
     # With a name that no mutant has, mutmut makes them and goes no further.
     run_mutmut(args.mutmut, tree, ["no such mutant"], quiet=True)
     mutants = {name: change for name, change in read_mutants(tree) if change}
+    if not mutants:
+        sys.exit(f"mutmut makes no mutants of {', '.join(folder)}: check the names, and that mutmut is installed.")
     chosen = sorted(mutants)
     if args.sample and args.sample < len(chosen):
         chosen = sorted(random.Random(0).sample(chosen, args.sample))
