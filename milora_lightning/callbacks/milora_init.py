@@ -64,12 +64,10 @@ class MiLoRAInit(Callback):
         target_modules: Name endings of linear layers, one regular expression for full names, or
             ``"all-linear"`` (every linear layer but the language-model head, those smaller than ``r``, and those that
             were frozen before).
-        init: Start of the factors: ``"milora"`` (smallest singular triplets), ``"pissa"`` (largest), ``"middle"``,
-            ``"random"``, ``"lora"``, ``"mica"``, ``"olora"``, ``"orthogonal"``, directions with singular values
-            (``"gaussian x minor"``), or a registered name. ``"full"`` is the baseline without adapters: nothing is
-            frozen, and checkpoints are Lightning's own.
-        modules_to_save: Name endings of modules to train in full together with the adapters, in float32, or
-            ``"auto"``: layers that look new and those named as a classifier's; it says which.
+        init: Start of the factors: ``"milora"`` (smallest singular triplets), ``"pissa"``, ``"lora"``, ``"mica"``, …,
+            directions with values (``"gaussian x minor"``), or one of your own; ``"full"`` for no adapters.
+        modules_to_save: Name endings of modules to train in full, too, in float32, or ``"auto"``: layers that look new
+            and those named as a classifier's.
         seed: What the random starts derive from. Defaults to the run's seed.
         start_from: PEFT LoRA folder (exported here or by others) to continue from; the arguments above then follow
             the folder.

@@ -47,7 +47,17 @@ GROUPS = (
         "The adapters",
         "adapter",
         "milora_lightning.callbacks.milora_init:MiLoRAInit",
-        ("seed", "cache", "rank_pattern", "alpha_pattern", "module", "dropout_on", "use_rslora", "decay_to_start"),
+        (
+            "seed",
+            "cache",
+            "rank_pattern",
+            "alpha_pattern",
+            "module",
+            "dropout_on",
+            "use_rslora",
+            "decay_to_start",
+            "target_parameters",
+        ),
     ),
     Group(
         "Your data, read by Files (--data.source CLASS for another source, --data.source.help CLASS for its options)",
