@@ -91,7 +91,9 @@ def log_samples(logger: Logger, samples: Sequence[Sample], step: int, stage: str
     elif isinstance(logger, CSVLogger):
         files = get_filesystem(logger.log_dir)  # which may be elsewhere, as that of the logger's own files
         files.makedirs(logger.log_dir, exist_ok=True)
-        with files.open(os.path.join(logger.log_dir, "samples.jsonl"), "a", encoding="utf-8") as file:
+        path = os.path.join(logger.log_dir, "samples.jsonl")
+        mode = "a" if files.exists(path) else "w"  # some file systems append to nothing but a file
+        with files.open(path, mode, encoding="utf-8") as file:
             for row in rows:
                 record: Mapping[str, Any] = {"step": step, "stage": stage, **dict(zip(columns, row, strict=True))}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from milora_lightning.models.streaming import empty_causal_lm
 
 OUT, IN, R = 20, 12, 3
 FP8 = torch.float8_e4m3fn
+BIAS = "has_bias" if "has_bias" in inspect.signature(FP8Linear).parameters else "bias"  # as in transformers 5.0
 
 
 def fp8(layer: nn.Linear, block_size: tuple[int, int] | None) -> FP8Linear:
     """A layer of transformers that computes with about the weight of another, as codes and scales."""
     weight = layer.weight.detach()
-    made = FP8Linear(layer.in_features, layer.out_features, block_size, has_bias=layer.bias is not None)
+    made = FP8Linear(layer.in_features, layer.out_features, block_size=block_size, **{BIAS: layer.bias is not None})
     rows, columns = block_size or weight.shape
     scales = torch.stack(
         [torch.stack([block.abs().max() / 448 for block in part.split(columns, 1)]) for part in weight.split(rows, 0)]

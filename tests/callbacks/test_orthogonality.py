@@ -127,7 +127,7 @@ def test_nothing_is_left_behind(llama: Path, tmp_path: Path) -> None:
 
 
 def test_mistakes_are_named(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"initial factors of layer 'model.*init='pissa'.*init milora or lora"):
+    with pytest.raises(ValueError, match=r"initial factors of layer 'model.*init='pissa'.*init milora, mica or lora"):
         fit(tmp_path, llama, PrincipalProjection(P), init="pissa")
     with pytest.raises(ValueError, match=r"no direction besides the r=16"):
         fit(tmp_path, llama, PrincipalProjection(P), r=16, target_modules=["k_proj"])

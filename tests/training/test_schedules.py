@@ -265,4 +265,6 @@ def test_a_resumed_run_says_what_it_takes_over(llama: Path, tmp_path: Path) -> N
 
 def test_only_what_follows_the_loss_does() -> None:
     kinds = {name: follows_loss(make_schedule(name, optimizer(), 0, NEEDED.get(name, {}), 10)) for name in NAMES}
-    assert {name for name, follows in kinds.items() if follows} == {"reduce_lr_on_plateau", "greedy"}
+    known = {"reduce_lr_on_plateau", "greedy"} & set(NAMES)  # transformers 5.0 has no greedy
+    assert {name for name, follows in kinds.items() if follows} == known
+    assert "reduce_lr_on_plateau" in known

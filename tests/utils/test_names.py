@@ -64,6 +64,7 @@ def single_layers(model: nn.Module) -> nn.Module:
 def checkpointed(model: nn.Module) -> nn.Module:
     for index, layer in enumerate(model.model.layers):
         model.model.layers[index] = checkpoint_wrapper(layer)
+    model.config.use_cache = False  # a cache would grow where a layer is computed again
     return model
 
 

@@ -39,6 +39,9 @@ PRODUCTS_ON_X86 = {
 TELLS_HOW_IT_KEEPS = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")
 """Whether autograd tells if it keeps a tensor itself or leaves that to hooks; not so in torch 2.6."""
 
+FSDP2_TAKES_ONE_DTYPE = torch.__version__ < "2.7"
+"""Whether FSDP2 refuses a unit whose parameters have several dtypes (``FSDPParamGroup``, asserted in forward)."""
+
 # (gradient, softmax's result, dimension, dtype of its input): what softmax's own backward calls.
 softmax_backward = torch._softmax_backward_data
 # (tensors, factor): multiplies all of them in place, as optimizers do.
