@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from milora_lightning import CheckpointError, LoRAConfig, initialize, inject, lora_layers
 from milora_lightning.checkpoint.adapter import KEY, AdapterCheckpoint, check_format, inject_as_in
+from milora_lightning.checkpoint.fingerprint import fingerprint
 
 few = settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 NUMBER = 5
@@ -106,3 +107,17 @@ def test_dropout_may_change_between_a_checkpoint_and_its_run_and_nothing_else() 
     for other in ({"r": 3}, {"lora_alpha": 5.0}, {"init": "pissa"}):
         with pytest.raises(CheckpointError, match="The checkpoint's adapters have"):
             trained({"0"}, **{"r": 2, **other}).load_state_dict(saved.state_dict())
+
+
+def test_a_base_without_weights_yet_is_described_when_it_has_them() -> None:
+    config = LoRAConfig(r=2, target_modules=["0"])
+    with torch.device("meta"):
+        model = base()
+    inject(model, config)
+    AdapterCheckpoint.attach(model, config)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.ones_(parameter)
+    described = model.state_dict()[KEY]["base"]
+    assert "0.weight" in described
+    assert described == fingerprint(model)

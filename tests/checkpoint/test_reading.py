@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from milora_lightning import CheckpointError
-from milora_lightning.checkpoint.fingerprint import check_base, only_codes, quantization_of, unquantized
+from milora_lightning.checkpoint.fingerprint import check_base, fingerprint, only_codes, quantization_of, unquantized
 from milora_lightning.checkpoint.io import KEY, ClearCheckpointIO, read, read_without_weights
 from milora_lightning.checkpoint.options import differences, find_checkpoint
 from milora_lightning.utils.compat.lightning import metadata_file
@@ -119,6 +119,24 @@ def test_bases_differ_by_their_weights_or_their_quantization() -> None:
         CheckpointError, match=r"another base model: 2 of 2 frozen weights differ, for example '0\.bias'"
     ):
         check_base(changed, BASE)
+
+
+def test_a_weight_is_the_same_in_every_dtype_that_holds_its_numbers() -> None:
+    """And in no other: codes, rounded numbers and numbers that overflow are described as they are."""
+
+    def described(weight: torch.Tensor, like: dict[str, str] | None = None) -> dict[str, str]:
+        module = torch.nn.Module()
+        module.w = torch.nn.Parameter(weight, requires_grad=False)
+        return fingerprint(module, like=like)
+
+    exact, rounded, codes = torch.tensor([0.5, -2.0]), torch.tensor([0.1, 1e30]), torch.tensor([1, 2])
+    in_half, in_whole = described(exact.bfloat16()), described(exact)
+    assert in_half != in_whole
+    assert described(exact, in_half) == in_half
+    assert described(exact.bfloat16(), in_whole) == in_whole
+    assert described(rounded, described(rounded.bfloat16())) == described(rounded)
+    assert described(codes, in_whole) == described(codes)
+    assert described(exact, described(codes)) == in_whole
 
 
 def test_options_that_mean_the_same_do_not_differ() -> None:
