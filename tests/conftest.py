@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from milora_lightning.starts import registry
+
 # The second device would be the accelerator of every process that looks there for doctests.
 collect_ignore = ["helpers", "second_device.py"]
 
@@ -19,6 +21,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if "gpu" not in config.getoption("markexpr", "").replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first asks for them; programs that tests start, too
         torch.backends.mps.is_available = lambda: False
+
+
+@pytest.fixture(autouse=True)
+def _registered_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the starts that a test, an example or a block of the docs registers."""
+    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def test_memory_is_what_preview_estimates(scale: Any, config: PretrainedConfig, 
     """Preview calls the same function, for the device and the strategy of the run."""
     run = scale.Run(config, r=8, batch_size=2, length=64, checkpointing=checkpointing)
     vars(run)["layer"] = scale.Layer([], [])  # of no interest here
-    model = planned_model(config, torch.bfloat16, LoRAConfig(8, target_modules="all-linear"))
+    model = planned_model(config, torch.bfloat16, run.adapters)
 
     def preview(shards: int) -> float:
         how: dict[str, Any] = {"gradient_checkpointing": checkpointing, "device": "cuda", "shards": shards}

@@ -53,6 +53,7 @@ def factors_tell(state: Mapping[str, Any], prefix: str) -> bool:
 
     Factors that are all zero do not show the opposite.
 
+    >>> import torch
     >>> factors_tell({"0.lora_A": torch.zeros(1, 2), "0.lora_B": torch.ones(2, 1)}, "0.")
     True
     """
