@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.exports import IDS, logits
+from helpers.exports import IDS, logits, move
 from helpers.models import tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -86,15 +86,6 @@ def test_embeddings_are_adapted_if_named_alone() -> None:
         inject(bounded, LoRAConfig(r=2, target_modules=["tokens"]))
 
 
-def moved(model: nn.Module) -> nn.Module:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model.eval()
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_peft_opens_the_export_and_its_own_is_read(tmp_path: Path) -> None:
     def within(ours: PreTrainedModel, theirs: nn.Module) -> Tensor:
@@ -106,7 +97,7 @@ def test_peft_opens_the_export_and_its_own_is_read(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     inject(model, LoRAConfig(r=4, lora_alpha=6, target_modules=names))
     initialize(model)
-    moved(model)
+    move(model)
     export_peft(model, tmp_path / "ours")
     assert within(model, PeftModel.from_pretrained(tiny_model(), tmp_path / "ours")) > 1e-3
     again = tiny_model()
@@ -114,7 +105,8 @@ def test_peft_opens_the_export_and_its_own_is_read(tmp_path: Path) -> None:
     within(model, again)
     export_merged(model, tmp_path / "merged")
     within(model, AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
-    theirs = moved(get_peft_model(tiny_model(), LoraConfig(r=4, lora_alpha=6, target_modules=names)))
+    theirs = get_peft_model(tiny_model(), LoraConfig(r=4, lora_alpha=6, target_modules=names)).eval()
+    move(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
     read = tiny_model()
     load_peft(read, tmp_path / "theirs")

@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
+from helpers.exports import move
 from helpers.models import quiet_trainer, tiny_model
 from huggingface_hub import ModelCard
 from lightning.pytorch import LightningModule
@@ -87,15 +88,6 @@ def build(kind: str) -> PreTrainedModel:
     config, cls, sizes, _ = MODELS[kind]
     torch.manual_seed(0)
     return getattr(transformers, cls)(getattr(transformers, config)(**sizes)).eval()
-
-
-def move(model: nn.Module) -> None:
-    """Move all that trains, as training would."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
 def tuned(kind: str, folder: Path, **options: Any) -> PreTrainedModel:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.exports import logits
+from helpers.exports import logits, move
 from helpers.models import quiet_trainer, save_tiny_model, tiny_model
 from helpers.modules import data, module
 from lightning.pytorch import Trainer
@@ -26,10 +26,7 @@ def foreign(folder: Path, model: PreTrainedModel, **options: Any) -> PeftModel:
     """An adapter that PEFT has moved away from its start and saved."""
     torch.manual_seed(2)
     peft = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj"], **options}))
-    with torch.no_grad():
-        for parameter in peft.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    move(peft)
     peft.save_pretrained(folder)
     return peft.eval()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.exports import move
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, SiglipVisionConfig, SiglipVisionModel
@@ -59,20 +60,11 @@ def model(**options: Any) -> Convolutions:
     return Convolutions(Settings(), **options).eval()
 
 
-def moved(net: nn.Module) -> nn.Module:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return net.eval()
-
-
 def trained(init: str = "milora", names: list[str] = NAMES, **options: Any) -> Convolutions:
     net = model(**options)
     inject(net, LoRAConfig(r=4, lora_alpha=6, target_modules=names, init=init))
     initialize(net)
-    moved(net)
+    move(net)
     return net
 
 
@@ -115,7 +107,7 @@ def test_an_adapter_that_peft_would_never_call_is_refused(tmp_path: Path) -> Non
     net = SiglipVisionModel(SiglipVisionConfig(image_size=8, patch_size=4, **sizes)).eval()
     inject(net, LoRAConfig(r=2))
     initialize(net)
-    moved(net)
+    move(net)
     assert any(name.endswith("attention.out_proj") for name in lora_layers(net))
     with pytest.raises(ValueError, match=r"out_proj of an nn\.MultiheadAttention is read, not called"):
         export_peft(net, tmp_path / "peft")
@@ -141,11 +133,14 @@ def test_what_pefts_convolutions_cannot_do_is_refused(options: dict[str, Any], t
 @pytest.mark.filterwarnings("ignore")
 def test_pefts_own_adapters_are_read_if_they_change_the_kernel_alone(tmp_path: Path) -> None:
     plain = [name for name in NAMES if name != "grouped"]
-    theirs = moved(get_peft_model(model(), LoraConfig(r=4, lora_alpha=6, target_modules=plain)))
+    theirs = get_peft_model(model(), LoraConfig(r=4, lora_alpha=6, target_modules=plain)).eval()
+    move(theirs)
     theirs.save_pretrained(tmp_path / "plain")
     ours = model()
     load_peft(ours, tmp_path / "plain")
     within(ours, theirs)
-    moved(get_peft_model(model(), LoraConfig(r=4, target_modules=["grouped"]))).save_pretrained(tmp_path / "grouped")
+    grouped = get_peft_model(model(), LoraConfig(r=4, target_modules=["grouped"]))
+    move(grouped)
+    grouped.save_pretrained(tmp_path / "grouped")
     with pytest.raises(CheckpointError, match="'grouped', it adapts a convolution of 2 groups by filters that"):
         load_peft(model(), tmp_path / "grouped")

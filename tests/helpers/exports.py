@@ -35,5 +35,14 @@ def tuned(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32,
 
 
 @torch.no_grad()
+def move(model: nn.Module) -> None:
+    """Move all that trains, as training would."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+@torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
     return model.eval()(IDS).logits

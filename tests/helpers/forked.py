@@ -7,7 +7,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -43,8 +44,7 @@ def run_forked(function: Callable[[], object], folder: Path, limit: float = 240)
 
 
 def _child(function: Callable[[], object], folder: Path) -> None:
-    status = 1
-    try:
+    with the_end_of_the_process():
         torch.set_num_threads(1)  # a fork has none of its parent's other threads, and would wait for them
         os.chdir(folder)
         file = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -52,6 +52,14 @@ def _child(function: Callable[[], object], folder: Path) -> None:
         os.dup2(file, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", 1) for number in (1, 2))
         function()
+
+
+@contextmanager
+def the_end_of_the_process() -> Iterator[None]:
+    """End a fork after what is done within, with the status and the words that a process of its own would end with."""
+    status = 1
+    try:
+        yield
         status = 0
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)

@@ -12,11 +12,12 @@ import struct
 import sys
 import termios
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pyte
+
+from helpers.forked import the_end_of_the_process
 
 
 @dataclass
@@ -88,8 +89,7 @@ def run_in_terminal(
 
 
 def _child(function: Callable[[], object], columns: int, rows: int) -> None:
-    status = 1
-    try:
+    with the_end_of_the_process():
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
             os.environ.pop(name, None)
@@ -100,14 +100,3 @@ def _child(function: Callable[[], object], columns: int, rows: int) -> None:
 
         rich.reconfigure()
         function()
-        status = 0
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else 1
-        if isinstance(error.code, str):
-            print(error.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
