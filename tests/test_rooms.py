@@ -28,6 +28,7 @@ ROOMS = [
     "screen",
     "checkpoint",
     "analysis",
+    "comparison",
     "data",
     "export",
     "strategies",
