@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from milora_lightning.adapters.factors import stack_factors
+from milora_lightning.adapters.held_weight import HeldWeight
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import is_adaptable, is_convolution, is_plain, scale_name
 from milora_lightning.adapters.low_rank_sum import LowRankSum
@@ -34,18 +35,16 @@ IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm")
 """Transformers' ways to compute experts that consist of torch's products."""
 
 
-class StackedWeight:
+class StackedWeight(HeldWeight):
     """A 3-D parameter of a module, as what an adapter calls its base layer.
 
-    It is no module: the parameter stays where it is, under its name, and is looked up whenever it is needed.
-
     Args:
-        experts: The module that holds the parameter.
+        experts: The module that holds the parameter: (experts, out, in), or (experts, in, out) if ``transposed``.
         parameter: The parameter's name there.
     """
 
     def __init__(self, experts: nn.Module, parameter: str) -> None:
-        self.experts, self.parameter = experts, parameter
+        super().__init__(experts, parameter)
         matrices, *shape = self.weight.shape
         self.matrices = matrices
         kind = type(experts)
@@ -53,66 +52,14 @@ class StackedWeight:
         self.out_features, self.in_features = reversed(shape) if self.transposed else shape
 
     @property
-    def weight(self) -> Tensor:
-        """The stack, (experts, out, in), or (experts, in, out) if ``transposed``."""
-        return cast(Tensor, self.experts._parameters[self.parameter])
-
-    @weight.setter
-    def weight(self, value: nn.Parameter) -> None:
-        self.experts._parameters[self.parameter] = value
-
-    @property
-    def bias(self) -> None:
-        """None: an expert's bias is added by the experts' own code."""
-
-    @property
-    def _parameters(self) -> Mapping[str, Tensor]:
-        return {"weight": self.weight}
-
-    @property
-    def _buffers(self) -> Mapping[str, Tensor]:
-        return self.experts._buffers  # type: ignore[return-value]
-
-    def parameters(self) -> Iterator[Tensor]:
-        """Yield the stack."""
-        yield self.weight
-
-    def children(self) -> Iterator[nn.Module]:
-        """Yield nothing."""
-        return iter(())
-
-    @property
-    def training(self) -> bool:
-        """Whether the experts are in training mode."""
-        return self.experts.training
-
-    def _apply(self, fn: Any) -> None:
-        """Do nothing: the experts convert their parameters themselves."""
-
-    def __getattr__(self, name: str) -> Any:  # marks that are set on modules
-        if name.startswith("__") or name == "experts":
-            raise AttributeError(name)
-        return getattr(self.experts, name)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, StackedWeight) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    @property
-    def _key(self) -> tuple[int, str]:
-        return id(self.experts), self.parameter
+    def experts(self) -> nn.Module:
+        """The module that holds the parameter."""
+        return self.holder
 
 
 def is_stack(layer: object) -> TypeGuard[StackedWeight]:
     """Whether this is a 3-D parameter, in the role of a layer."""
     return isinstance(layer, StackedWeight)
-
-
-def holder(layer: nn.Module) -> nn.Module:
-    """Return the module that holds a layer's weight: the layer itself, or that of a stack."""
-    return layer.experts if is_stack(layer) else layer
 
 
 class LoRAExperts(LoRALinear):

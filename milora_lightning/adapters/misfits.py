@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from milora_lightning.adapters.experts import holder, is_stack, objection_to
+from milora_lightning.adapters.experts import is_stack, objection_to
+from milora_lightning.adapters.held_weight import holder
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import (
     PLAIN_LAYERS,

@@ -10,8 +10,9 @@ from typing import cast
 
 from torch import nn
 
-from milora_lightning.adapters.experts import holder, is_of_experts, is_stack, routers, stacked_weights
+from milora_lightning.adapters.experts import is_of_experts, is_stack, routers, stacked_weights
 from milora_lightning.adapters.freezing import anything_trains, frozen_by_user
+from milora_lightning.adapters.held_weight import holder
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import is_adaptable, is_embedding, is_linear
 from milora_lightning.adapters.misfits import misfit
