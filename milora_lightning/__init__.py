@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from milora_lightning.callbacks import RandomState as RandomState
     from milora_lightning.callbacks import RunProgress as RunProgress
     from milora_lightning.callbacks import SubspaceMonitor as SubspaceMonitor
+    from milora_lightning.callbacks import UpdateMonitor as UpdateMonitor
     from milora_lightning.checkpoint import CheckpointError as CheckpointError
     from milora_lightning.checkpoint import load_adapter as load_adapter
     from milora_lightning.config import LoRAConfig as LoRAConfig
@@ -55,6 +56,7 @@ _OFFERED = {
         "RandomState",
         "RunProgress",
         "SubspaceMonitor",
+        "UpdateMonitor",
     ],
     "checkpoint": ["CheckpointError", "load_adapter"],
     "config": ["LoRAConfig"],

@@ -10,6 +10,7 @@ from milora_lightning.callbacks.progress import RunProgress
 from milora_lightning.callbacks.random_state import RandomState
 from milora_lightning.callbacks.subspace import SubspaceMonitor
 from milora_lightning.callbacks.summary import EvaluationSummary
+from milora_lightning.callbacks.update import UpdateMonitor
 
 __all__ = [
     "AdapterExport",
@@ -22,4 +23,5 @@ __all__ = [
     "RunProgress",
     "SaveOnInterrupt",
     "SubspaceMonitor",
+    "UpdateMonitor",
 ]

@@ -1,0 +1,100 @@
+"""Logs how large the updates are, and what they do to the outputs of their layers."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from milora_lightning.adapters.injection import lora_layers
+from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.analysis.effect import EffectMeter, mask_of
+from milora_lightning.analysis.magnitude import update_size, weight_norms
+from milora_lightning.strategies.base import calls_parts
+from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.messages import inform
+
+
+class UpdateMonitor(Callback):
+    """Logs at every validation how far the updates have moved the weights, and the outputs of their layers.
+
+    ``update_size`` is ‖ΔW‖_F / ‖W‖_F, averaged over the adapted matrices. ``update_effect`` is ‖ΔW x‖ / ‖W x‖,
+    averaged over the inputs x that a layer sees in the first batches of the first validation set (of all ranks,
+    without padding), and then over layers. Both are 0 at the start and grow as the model moves away; the latter is
+    what later work finds forgetting to follow. Weights are read once, and updates never formed. It works under DDP and
+    FSDP2. Experts and tensor-parallel layers have a size alone.
+
+    Args:
+        batches: Number of validation batches that each rank measures the effect on, at the price of the adapters'
+            part of their forward pass; 0 measures the size alone.
+
+    Raises:
+        ValueError: If ``batches`` is negative; in ``setup`` under FSDP1.
+    """
+
+    def __init__(self, batches: int = 2) -> None:
+        if batches < 0:
+            raise InvalidInputError(f"batches must be at least 0, not {batches}.")
+        self.batches = batches
+        self._layers: dict[str, LoRALinear] = {}
+        self._norms: list[Tensor] = []
+        self._meter: EffectMeter | None = None
+        self._watching = ExitStack()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse FSDP1, which keeps factors in flat shards."""
+        if not calls_parts(trainer.strategy):
+            raise InvalidInputError(
+                "UpdateMonitor cannot read the factors under FSDPStrategy (FSDP1): use FSDP2 (strategy: milora_fsdp2), "
+                "ddp or one device."
+            )
+        self._layers, self._norms = {}, []
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a measurement."""
+        if not self._layers:
+            self._layers = lora_layers(pl_module)
+            self._norms = [weight_norms(layer) for layer in self._layers.values()]
+            if not self._layers:
+                inform("UpdateMonitor measures adapters, and there are none: it logs nothing.")
+        self._meter = EffectMeter(self._layers, pl_module.device)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Watch the first batches."""
+        if self._meter is not None and dataloader_idx == 0 and batch_idx < self.batches and self._meter.layers:
+            if "torch._dynamo" in sys.modules:  # code that has been compiled calls no new hooks
+                self._watching.enter_context(torch.compiler.set_stance("force_eager"))
+            self._watching.enter_context(self._meter.watching(mask_of(batch)))
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Stop watching."""
+        self._watching.close()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what has been measured."""
+        meter, self._meter = self._meter, None
+        if meter is None or not self._layers:
+            return
+        pl_module.log("update_size", update_size(self._layers.values(), self._norms).float())
+        if self.batches and meter.layers:
+            meter.sums = trainer.strategy.reduce(meter.sums, reduce_op="sum")
+            if effects := meter.effects():
+                pl_module.log("update_effect", torch.stack([*effects.values()]).mean())
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop watching."""
+        self._watching.close()

@@ -1,0 +1,153 @@
+"""How large updates are and what they do, against W and ΔW written out in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.layers import IN, OUT, adapted
+from helpers.models import quiet_trainer, save_tiny_model
+from helpers.modules import data, module
+from torch import Tensor, nn
+
+from milora_lightning import LoRAConfig, MiLoRAInit, UpdateMonitor, initialize, inject, lora_layers
+from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.analysis.effect import EffectMeter, relative_effect
+from milora_lightning.analysis.magnitude import product_norm, update_norms, update_size, weight_norms
+
+
+def moved(layer: LoRALinear) -> LoRALinear:
+    with torch.no_grad():
+        for factor in (layer.lora_A, layer.lora_B):
+            factor.add_(torch.randn_like(factor), alpha=0.1)
+    return layer
+
+
+def in_module(base: nn.Module, r: int = 4, **options: Any) -> LoRALinear:
+    torch.manual_seed(0)
+    model = nn.Sequential(base)
+    (layer,) = inject(model, LoRAConfig(r=r, lora_alpha=6, target_modules=["0"], **options)).values()
+    initialize(model)
+    return moved(layer)
+
+
+def expected(layer: LoRALinear, x: Tensor) -> Tensor:
+    """‖ΔW x‖ / ‖W x‖ of a linear layer's inputs, in float64."""
+    x, delta, weight = (t.detach().double() for t in (x, layer.delta_weight(), layer.base_layer.weight))
+    weight = weight.T if layer.transposed else weight
+    return (x @ delta.T).norm(dim=-1) / (x @ weight.T).norm(dim=-1)
+
+
+@pytest.mark.parametrize("init", ["milora", "lora", "mica", "olora", "orthogonal", "gaussian x minor"])
+def test_norms_are_those_of_the_matrices(init: str) -> None:
+    layer = adapted(init)
+    assert update_norms(layer).item() == pytest.approx(layer.delta_weight().double().norm().item(), rel=1e-6)
+    weight = layer.base_layer.weight.detach().double()
+    assert weight_norms(layer).item() == pytest.approx(weight.norm().item(), rel=1e-12)
+    size = update_size([layer], [weight_norms(layer)])
+    assert size.item() == pytest.approx((layer.delta_weight().double().norm() / weight.norm()).item(), rel=1e-6)
+
+
+def test_terms_that_cancel_leave_nothing() -> None:
+    A, B = torch.randn(3, 40), torch.randn(50, 3)
+    assert product_norm(torch.cat([B, B], 1), torch.cat([A, -A])) < 1e-6 * product_norm(B, A)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_norms_of_convolutions_and_of_stacks(groups: int) -> None:
+    conv = in_module(nn.Conv2d(4, 6, 3, groups=groups))
+    assert update_norms(conv).item() == pytest.approx(conv.delta_weight().norm().item(), rel=1e-5)
+    assert weight_norms(conv).item() == pytest.approx(conv.base_layer.weight.norm().item(), rel=1e-5)
+    A, B = torch.randn(5, 2, 7), torch.randn(5, 8, 2)
+    torch.testing.assert_close(product_norm(B, A).float(), torch.linalg.matrix_norm(B @ A))
+
+
+def test_weights_of_zero_are_left_out_of_the_mean() -> None:
+    layers = [adapted("lora"), adapted("lora")]
+    norms = [weight_norms(layers[0]), torch.zeros((), dtype=torch.float64)]
+    assert update_size(layers, norms) == update_size(layers[:1], norms[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("conv", [False, True])
+def test_effect_is_the_mean_over_what_the_mask_leaves(dtype: torch.dtype, conv: bool) -> None:
+    layer = adapted("milora", dtype, conv).eval()
+    x = torch.randn(3, 5, IN).to(dtype)
+    x[0, 0] *= 100  # one of the very large activations that some layers have weighs as much as the others
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
+    ratios = expected(layer, x)
+    for seen, kept in ((None, ratios), (mask, ratios[mask.bool()]), (torch.ones(3, 4), ratios)):
+        total, count = relative_effect(layer, x, layer(x), seen).tolist()
+        assert count == kept.numel()
+        assert total / count == pytest.approx(kept.mean().item(), rel=1e-4 if dtype == torch.float32 else 0.02)
+
+
+def test_effect_of_other_layers() -> None:
+    conv, x = in_module(nn.Conv2d(4, 6, 3, padding=1)), torch.randn(2, 4, 5, 5)
+    update = conv(x) - conv.base_layer(x)
+    base = conv.base_layer(x) - conv.base_layer.bias[:, None, None]
+    ratios = update.norm(dim=1) / base.norm(dim=1)
+    total, count = relative_effect(conv, x, conv(x)).tolist()
+    assert (total / count, count) == (pytest.approx(ratios.mean().item(), rel=1e-4), 50)
+    assert relative_effect(conv, x[0], conv(x[0]))[1] == 25
+    rows, ids = in_module(nn.Embedding(30, 16)), torch.tensor([[1, 2], [2, 29]])
+    ratios = rows.delta_weight().T[ids].norm(dim=-1) / rows.base_layer.weight[ids].norm(dim=-1)
+    total, count = relative_effect(rows, ids, rows(ids)).tolist()
+    assert (total / count, count) == (pytest.approx(ratios.mean().item(), rel=1e-4), 4)
+
+
+def test_meter_adds_up_calls_and_sees_none_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("milora_lightning.analysis.effect.NUMBERS", 2 * OUT)  # several pieces, the last one smaller
+    layer, other = adapted().eval(), adapted()
+    x = torch.randn(7, IN)
+    meter = EffectMeter({"a": layer, "b": other}, torch.device("cpu"))
+    layer(x)
+    with meter.watching(), torch.no_grad():
+        layer(x[:5])
+        layer(x[5:])
+    layer(2 * x)
+    assert {name: value.item() for name, value in meter.effects().items()} == {
+        "a": pytest.approx(expected(layer, x).mean().item(), rel=1e-4)
+    }
+    assert not layer._forward_hooks
+
+
+def test_monitor_logs_size_and_effect_of_the_first_batches(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "llama", "llama")
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[MiLoRAInit(r=4), UpdateMonitor(batches=2)])
+    lm = module(model, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2))
+    examples = data(tmp_path, model)
+    at_start = trainer.validate(lm, examples, verbose=False)[0]
+    assert (at_start["update_size"], at_start["update_effect"]) == (0, 0)
+    trainer.fit(lm, examples)
+    logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    layers = lora_layers(lm)
+    sizes = [layer.delta_weight().norm() / layer.base_layer.weight.norm() for layer in layers.values()]
+    assert logged["update_size"] == pytest.approx(torch.stack(sizes).mean().item(), rel=1e-5)
+
+    inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs[name].append(args[0]))
+        for name, layer in layers.items()
+    ]
+    batches = [batch for batch, _ in zip(examples.val_dataloader()[0], range(2), strict=False)]
+    lm.eval()
+    with torch.no_grad():
+        for batch in batches:
+            lm.model(input_ids=batch["input_ids"])
+    for hook in hooks:
+        hook.remove()
+    masks = torch.cat([batch["attention_mask"].flatten() for batch in batches]).bool()
+    assert not masks.all()
+    effects = [
+        expected(layer, torch.cat([x.flatten(0, 1) for x in inputs[name]]))[masks].mean()
+        for name, layer in layers.items()
+    ]
+    assert logged["update_effect"] == pytest.approx(torch.stack(effects).mean().item(), rel=1e-4)
+
+
+def test_monitor_says_what_it_cannot_do() -> None:
+    with pytest.raises(ValueError, match="batches must be at least 0"):
+        UpdateMonitor(-1)
