@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import pkgutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ForwardRef, Literal, get_args, get_origin
 
 import pytest
 
@@ -40,3 +44,21 @@ def test_what_an_import_brings_along(statement: str, brings: set[str]) -> None:
     assert brings <= found
     assert not (HEAVY & found) or "lightning" in brings
     assert "torch" in brings or "torch" not in found or "lightning" in brings
+
+
+def names_to_be_found(alias: Any) -> Iterator[Any]:
+    """The parts of a type that are given as a text."""
+    if get_origin(alias) is not Literal:
+        for part in get_args(alias):
+            yield from [part] if isinstance(part, (str, ForwardRef)) else names_to_be_found(part)
+
+
+def test_types_with_a_name_hold_no_texts() -> None:
+    """For a text that it cannot look up, jsonargparse searches all modules there are: half of a command's start."""
+    assert list(names_to_be_found(dict[str, list["str | None"]])) == ["str | None"]
+    found = []
+    for each in pkgutil.walk_packages(milora_lightning.__path__, "milora_lightning."):
+        if not each.name.endswith("__main__"):
+            names = vars(importlib.import_module(each.name)).items()
+            found += [(each.name, name) for name, value in names if any(names_to_be_found(value))]
+    assert not found

@@ -13,7 +13,7 @@ from milora_lightning.linalg.singular import SingularSlice
 from milora_lightning.starts import Start, Statistics, find_start
 from milora_lightning.utils.errors import InvalidInputError
 
-Factors = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None"]
+Factors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """A (r, in), B (out, r), and their initial values A₀ and B₀, or None for both where B₀A₀ is zero."""
 
 Pair = tuple[Tensor, Tensor]

@@ -18,7 +18,7 @@ from milora_lightning.data.slices import sliced, without_slice
 from milora_lightning.data.sources import Split, cached_dataset
 from milora_lightning.utils.errors import InvalidInputError
 
-OpenRows = Callable[[int], Iterator["Row | None"]]
+OpenRows = Callable[[int], Iterator[Row | None]]
 """Opens an iterator over rows; yields None for each of the given number of first rows, which are skipped."""
 
 

@@ -34,7 +34,7 @@ class Statistics(NamedTuple):
 
 
 StartFunction = Callable[
-    [Tensor, int, "Statistics | None", "torch.Generator | None"], "SingularSlice | tuple[Tensor, Tensor]"
+    [Tensor, int, Statistics | None, torch.Generator | None], SingularSlice | tuple[Tensor, Tensor]
 ]
 """Computes the start of a layer from its weight (out, in), its rank, statistics of data, and a CPU generator: either
 A₀ (r, in) and B₀ (out, r) as they stand in the layer, or triplets, whose part of the weight s B₀A₀ then is."""

@@ -22,7 +22,7 @@ from milora_lightning.utils.compat.torch import multiply_together, subtract_toge
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn_once
 
-Starts = dict[nn.Parameter, "Tensor | None"]
+Starts = dict[nn.Parameter, Tensor | None]
 """What each factor decays to; None for zero."""
 
 

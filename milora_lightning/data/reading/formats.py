@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 from milora_lightning.data.reading.conversations import is_conversation
 from milora_lightning.utils.errors import InvalidInputError
 
-Fields = dict[str, "str | None"]
+Fields = dict[str, str | None]
 Kind = Literal["prompts", "conversations", "texts"]
 
 AUTO: Final = "auto"  # a field to be recognised
