@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal, get_args
 
 from milora_lightning.starts import find_start
 from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.patterns import check_patterns, first_match
 
 ALL_LINEAR = "all-linear"
 AUTO = "auto"
 IGNORE_INDEX = -100  # label of the tokens that the loss ignores
 DropoutOn = Literal["update", "product"]
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -98,17 +97,8 @@ class LoRAConfig:
             raise InvalidInputError(f"target_parameters takes a list of names: [{self.target_parameters!r}].")
         if not self.target_modules and not self.target_parameters:
             raise InvalidInputError('target_modules is empty; name layers, or use "all-linear".')
-        for name in ("rank_pattern", "alpha_pattern"):
-            for key, value in getattr(self, name).items():
-                try:
-                    re.compile(key)
-                except re.error as error:
-                    raise InvalidInputError(
-                        f"{name} has the key {key!r}, which is no regular expression: {error}."
-                    ) from error
-                if value <= 0 or (name == "rank_pattern" and value != int(value)):
-                    wanted = "a whole number of at least 1" if name == "rank_pattern" else "positive"
-                    raise InvalidInputError(f"{name} must be {wanted} for each key, not {value} as for {key!r}.")
+        check_patterns("rank_pattern", self.rank_pattern, whole=True)
+        check_patterns("alpha_pattern", self.alpha_pattern)
         if isinstance(self.modules_to_save, str) and self.modules_to_save != AUTO:
             raise InvalidInputError(f'modules_to_save takes a list of names: [{self.modules_to_save!r}], or "{AUTO}".')
 
@@ -119,52 +109,15 @@ class LoRAConfig:
 
     def rank(self, name: str) -> int:
         """Return the rank of the layer with this name."""
-        return _first_match(self.rank_pattern, name, self.r)
+        return first_match(self.rank_pattern, name, self.r)
 
     def alpha(self, name: str) -> float:
         """Return ``lora_alpha`` of the layer with this name; rsLoRA's scale is that of √r as much."""
         r = self.rank(name)
-        return float(_first_match(self.alpha_pattern, name, self.lora_alpha or r)) * (
+        return float(first_match(self.alpha_pattern, name, self.lora_alpha or r)) * (
             math.sqrt(r) if self.use_rslora else 1
         )
 
     def scale(self, name: str) -> float:
         """Return the scale s of the layer with this name."""
         return self.alpha(name) / self.rank(name)
-
-    def settings(self, name: str) -> dict[str, Any]:
-        """Return the settings of the adapter on the layer with this name, to compare by :func:`first_difference`."""
-        return {
-            "r": self.rank(name),
-            "lora_alpha / r": self.scale(name),
-            "lora_dropout": self.lora_dropout,
-            "dropout_on": self.dropout_on,
-            "init": self.init,
-        }
-
-
-def first_difference(one: Mapping[str, Any], other: Mapping[str, Any], ignore: Collection[str] = ()) -> str | None:
-    """Return the name of the first setting in which two adapters differ; None if they are equal.
-
-    Args:
-        one: Settings of one adapter.
-        other: Settings of the other.
-        ignore: Names of settings that may differ.
-
-    >>> first_difference(LoRAConfig(r=8).settings("0"), LoRAConfig(r=4).settings("0"))
-    'r'
-    """
-    return next((key for key in one if key not in ignore and one[key] != other[key]), None)
-
-
-def ends_in(name: str, pattern: str) -> bool:
-    r"""Whether a regular expression matches the end of a layer's name, starting after a dot.
-
-    >>> [ends_in("layers.0.q_proj", pattern) for pattern in ("q_proj", "[qk]_proj", "proj", r"layers\.0.*")]
-    [True, True, False, True]
-    """
-    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
-
-
-def _first_match(pattern: Mapping[str, Value], name: str, default: Value) -> Value:
-    return next((value for key, value in pattern.items() if ends_in(name, key)), default)

@@ -11,9 +11,11 @@ from torch.nn.parameter import is_lazy
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import holds_its_weight, is_linear
 from milora_lightning.adapters.parts import TargetNotFoundError, modules_by_name
-from milora_lightning.config import LoRAConfig, ends_in, first_difference
+from milora_lightning.adapters.settings import configured_settings, first_difference, settings_of
+from milora_lightning.config import LoRAConfig
 from milora_lightning.parallel.dtensor import is_sharded
 from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.patterns import ends_in
 
 
 def check_injection(
@@ -84,7 +86,7 @@ def _check_one_part(present: Mapping[str, LoRALinear], part: nn.Module, config: 
 
 def _check_same_config(present: Mapping[str, LoRALinear], config: LoRAConfig) -> None:
     for name, layer in present.items():
-        has, wanted = layer.settings, config.settings(name)
+        has, wanted = settings_of(layer), configured_settings(config, name)
         if key := first_difference(has, wanted):
             raise InvalidInputError(
                 f"Layer {name!r} has an adapter with {key}={has[key]} already, and {key}={wanted[key]} is asked for. "

@@ -19,10 +19,8 @@ from milora_lightning.adapters.linear_layers import linear_shape, matrices_in
 from milora_lightning.linalg.devices import decomposing
 from milora_lightning.parallel.dtensor import home, is_sharded
 from milora_lightning.parallel.work import cost, partition_by_cost, raise_on_all_ranks, schedule_rounds
+from milora_lightning.starts.methods import Pair
 from milora_lightning.utils.errors import InvalidInputError, MiLoRAError
-
-Pair = tuple[Tensor, Tensor]
-"""``lora_A`` (r, in) and ``lora_B`` (out, r), not sharded."""
 
 Decompose = Callable[[str, LoRALinear, Tensor], Pair]
 """Computes the factors of a layer from its name, the layer, and its weight (out, in)."""

@@ -10,10 +10,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from milora_lightning.adapters.factors import Pair, as_factors, evaluate, initial_factors, part_shapes
+from milora_lightning.adapters.factors import as_factors, initial_factors
 from milora_lightning.linalg.singular import SingularSlice
 from milora_lightning.parallel.dtensor import memory_of
 from milora_lightning.starts import Start, Statistics, find_start
+from milora_lightning.starts.evaluation import evaluate, part_shapes
+from milora_lightning.starts.methods import Pair
 from milora_lightning.utils.folders import cache_folder, replaced_file
 from milora_lightning.utils.messages import warn
 

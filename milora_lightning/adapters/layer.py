@@ -17,7 +17,7 @@ https://arxiv.org/abs/2406.09044; with ``init="lora"`` B₀A₀ is zero and the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -120,12 +120,6 @@ class LoRALinear(MergeableLayer, AdapterState):
         if not start.zero_product:
             # Parameters, not buffers: DDP would broadcast buffers at every step.
             self.initial_A, self.initial_B = factor(*of_A, trainable=False), factor(*of_B, trainable=False)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The adapter's settings by name, as in :meth:`milora_lightning.LoRAConfig.settings`."""
-        dropout = {"lora_dropout": self.lora_dropout, "dropout_on": self.dropout_on}
-        return {"r": self.r, "lora_alpha / r": self.scaling, **dropout, "init": self.init}
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer's output of shape (..., out) for an input of shape (..., in)."""

@@ -17,10 +17,11 @@ from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.new_layers import saved_names
 from milora_lightning.adapters.parts import find_part
+from milora_lightning.adapters.settings import configured_settings, first_difference
 from milora_lightning.adapters.surgery import inject
 from milora_lightning.checkpoint.fingerprint import check_base, fingerprint, in_other_dtypes
 from milora_lightning.checkpoint.io import KEY, CheckpointError, read
-from milora_lightning.config import LoRAConfig, first_difference
+from milora_lightning.config import LoRAConfig
 from milora_lightning.parallel.dtensor import is_sharded
 from milora_lightning.utils.names import key_in, rename_keys, unwrapped_name
 
@@ -135,7 +136,7 @@ class AdapterCheckpoint:
         saved = LoRAConfig(**description["config"])
         adapters = {unwrapped_name(name) for name in description["adapters"]}
         for layer in [name for name in layers if name in adapters]:  # in the model's order, the same in every run
-            here, there = self.config.settings(layer), saved.settings(layer)
+            here, there = configured_settings(self.config, layer), configured_settings(saved, layer)
             if key := first_difference(here, there, ignore=DROPOUT):
                 raise CheckpointError(
                     f"The checkpoint's adapters have {key}={there[key]}, this run's have {key}={here[key]}, as on "

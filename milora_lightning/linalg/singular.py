@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from milora_lightning.linalg.arguments import POSITIONS, Slice, check_slice
 from milora_lightning.linalg.devices import Way, at_home, in_best_way
 from milora_lightning.linalg.partial import certified_part
 from milora_lightning.utils.errors import InvalidInputError
-
-Slice = Literal["minor", "principal", "middle", "random"]
-
-POSITIONS = {"principal": 0.0, "middle": 0.5, "minor": 1.0}
-"""Where slices begin, as parts of the way through the spectrum."""
 
 
 class SingularSlice(NamedTuple):
@@ -72,7 +68,7 @@ def singular_slice(
     >>> (U * S @ Vh).diagonal()
     tensor([0., 1., 2., 0.], dtype=torch.float64)
     """
-    _check(weight, r, which)
+    check_slice(weight, r, which)
     k = min(weight.shape)
     if which == "random":
         index = torch.randperm(k, generator=generator, device="cpu")[:r].sort().values
@@ -101,26 +97,6 @@ def _triplets(weight: Tensor, index: Tensor, which: Slice | float, way: Way) -> 
         U, Vh = Vh.mT, U.mT
     # Contiguous, because callers broadcast and save these, and because a view would keep its larger base alive.
     return SingularSlice(*(x.clone(memory_format=torch.contiguous_format) for x in (U, S, Vh)))
-
-
-def _check(weight: Tensor, r: int, which: str | float) -> None:
-    if which not in get_args(Slice) and not (isinstance(which, (int, float)) and 0 <= which <= 1):
-        raise InvalidInputError(
-            f"unknown slice {which!r}: choose one of {', '.join(get_args(Slice))}, or a position from 0.0 to 1.0"
-        )
-    if weight.ndim != 2:
-        raise InvalidInputError(
-            f"a weight of shape {tuple(weight.shape)} has no singular vectors: pass a matrix (out, in)"
-        )
-    if not weight.is_floating_point():
-        raise InvalidInputError(f"a weight of {weight.dtype} cannot be decomposed: pass it in a floating-point dtype")
-    if weight.is_meta:
-        raise InvalidInputError("a weight on the meta device has no values: load it before decomposing it")
-    k = min(weight.shape)
-    if not 1 <= r <= k:
-        raise InvalidInputError(
-            f"a weight of shape {tuple(weight.shape)} has {k} triplets, not {r}: set r from 1 to {k}"
-        )
 
 
 def _full(W: Tensor, index: Tensor) -> SingularSlice:

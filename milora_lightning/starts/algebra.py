@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from milora_lightning.linalg.singular import SingularSlice, Slice, singular_slice
+from milora_lightning.linalg.arguments import Slice
+from milora_lightning.linalg.singular import SingularSlice, singular_slice
 from milora_lightning.utils.errors import InvalidInputError
 
 METHODS = {"milora": "minor", "pissa": "principal", "middle": "middle", "random": "random"}

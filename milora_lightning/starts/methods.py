@@ -13,6 +13,7 @@ from milora_lightning.linalg.singular import singular_slice
 from milora_lightning.utils.errors import InvalidInputError
 
 Pair = tuple[Tensor, Tensor]
+"""``lora_A`` (r, in) and ``lora_B`` (out, r)."""
 
 
 def lora(weight: Tensor, r: int, statistics: Any = None, generator: torch.Generator | None = None) -> Pair:

@@ -26,7 +26,8 @@ from helpers.decomposition_weights import (
 )
 
 from milora_lightning.linalg import SingularSlice, partial
-from milora_lightning.linalg.singular import Slice, singular_slice
+from milora_lightning.linalg.arguments import Slice
+from milora_lightning.linalg.singular import singular_slice
 
 
 @pytest.mark.parametrize("which", ["minor", "principal", "middle"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from milora_lightning import LoRAConfig, LoRALinear, MiLoRAInit, initialize, inject, lora_layers
-from milora_lightning.config import first_difference
+from milora_lightning.adapters.settings import configured_settings, first_difference, settings_of
 from milora_lightning.training.lora_plus import make_optimizer
 from milora_lightning.training.resuming import check_same
 from milora_lightning.training.schedules import make_schedule, set_rate
@@ -198,4 +198,4 @@ def test_the_scale_of_rslora() -> None:
     model = nn.ModuleDict({"a": nn.Linear(32, 32)})
     (layer,) = inject(model, config.__class__(r=16, lora_alpha=8, use_rslora=True)).values()
     assert layer.scaling == 2.0
-    assert first_difference(config.settings("a"), layer.settings) is None
+    assert first_difference(configured_settings(config, "a"), settings_of(layer)) is None

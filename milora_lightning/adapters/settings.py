@@ -1,0 +1,41 @@
+"""What two adapters of the same layer can differ in, and where they do."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.config import LoRAConfig
+
+Settings = Mapping[str, Any]
+"""The settings of an adapter by their names."""
+
+
+def configured_settings(config: LoRAConfig, name: str) -> Settings:
+    """Return the settings that a configuration gives to the adapter of the layer with this name."""
+    return _settings(config.rank(name), config.scale(name), config.lora_dropout, config.dropout_on, config.init)
+
+
+def settings_of(layer: LoRALinear) -> Settings:
+    """Return the settings that an adapter has."""
+    return _settings(layer.r, layer.scaling, layer.lora_dropout, layer.dropout_on, layer.init)
+
+
+def _settings(r: int, scaling: float, lora_dropout: float, dropout_on: str, init: str) -> Settings:
+    dropout = {"lora_dropout": lora_dropout, "dropout_on": dropout_on}
+    return {"r": r, "lora_alpha / r": scaling, **dropout, "init": init}
+
+
+def first_difference(one: Settings, other: Settings, ignore: Collection[str] = ()) -> str | None:
+    """Return the name of the first setting in which two adapters differ; None if they are equal.
+
+    Args:
+        one: Settings of one adapter.
+        other: Settings of the other.
+        ignore: Names of settings that may differ.
+
+    >>> first_difference(configured_settings(LoRAConfig(r=8), "0"), configured_settings(LoRAConfig(r=4), "0"))
+    'r'
+    """
+    return next((key for key in one if key not in ignore and one[key] != other[key]), None)
