@@ -10,7 +10,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torchmetrics import Metric
 
-from milora_lightning.adapters.injection import adapters_merged, lora_layers
+from milora_lightning.adapters.contexts import adapters_merged
+from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.checkpoint.adapter import inject_as_in
 from milora_lightning.checkpoint.io import KEY
 from milora_lightning.data.batches.images import IMAGES

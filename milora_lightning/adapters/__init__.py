@@ -1,7 +1,8 @@
 """The method: which layers get adapters, what an adapter computes, and where its factors start."""
 
+from milora_lightning.adapters.contexts import adapters_disabled, adapters_merged
 from milora_lightning.adapters.initialization import initialize
-from milora_lightning.adapters.injection import adapters_disabled, adapters_merged, lora_layers
+from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.parts import TargetNotFoundError
 from milora_lightning.adapters.surgery import inject

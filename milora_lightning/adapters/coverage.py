@@ -9,6 +9,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from milora_lightning.adapters.candidates import output_heads
 from milora_lightning.adapters.experts import LoRAExperts, is_of_experts, routers, stacked_weights
 from milora_lightning.adapters.freezing import TRAINED_BEFORE, frozen_by_user
 from milora_lightning.adapters.injection import lora_layers
@@ -25,7 +26,7 @@ from milora_lightning.adapters.parts import (
 )
 from milora_lightning.adapters.quantization import is_quantized_linear
 from milora_lightning.adapters.target_errors import FROZEN, TOO_SMALL
-from milora_lightning.adapters.targets import Selection, output_heads, select_layers
+from milora_lightning.adapters.targets import Selection, select_layers
 from milora_lightning.config import ALL_LINEAR, AUTO, LoRAConfig
 from milora_lightning.utils.compat.torch import ConvNd
 

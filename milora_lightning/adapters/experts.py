@@ -20,8 +20,6 @@ from milora_lightning.adapters.held_weight import HeldWeight
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import is_adaptable, is_convolution, is_plain, scale_name
 from milora_lightning.adapters.low_rank_sum import LowRankSum
-from milora_lightning.config import LoRAConfig
-from milora_lightning.utils.compat.torch import bind_compiled
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.names import unwrapped_name
 
@@ -221,20 +219,22 @@ def routers(layers: Iterable[str], stacks: Iterable[str]) -> set[str]:
     return {name for name in layers if name.startswith(blocks) and ROUTERS & set(name.split("."))} if blocks else set()
 
 
-def wrap_stacks(module: nn.Module, targets: Mapping[str, StackedWeight], config: LoRAConfig) -> None:
-    """Give stacks their adapters, in a wrapper around each module that holds some."""
+def wrappers_of(module: nn.Module, adapters: Mapping[StackedWeight, LoRALinear]) -> dict[nn.Module, nn.Module]:
+    """Put adapters of stacks into wrappers around the modules that hold the stacks.
+
+    Args:
+        module: The model, which may have such wrappers already.
+        adapters: The adapters by their stacks.
+
+    Returns:
+        The new wrappers, by the modules that they wrap.
+    """
     wrappers: dict[nn.Module, AdaptedExperts] = {
         child.base_layer: child for child in module.modules() if isinstance(child, AdaptedExperts)
     }
-    fresh = {}
-    for name, stack in targets.items():
+    fresh: dict[nn.Module, nn.Module] = {}
+    for stack, adapter in adapters.items():
         if stack.experts not in wrappers:
             wrappers[stack.experts] = fresh[stack.experts] = AdaptedExperts(stack.experts)
-        options = config.lora_dropout, config.init, config.dropout_on
-        adapter = LoRAExperts(cast(nn.Module, stack), config.rank(name), config.alpha(name), *options)
-        wrappers[stack.experts]._modules[stack.parameter] = adapter.train(stack.training)
-    for parent in list(module.modules()):
-        for key, child in list(parent._modules.items()):
-            if child in fresh and parent is not fresh[child]:
-                setattr(parent, key, fresh[child])
-                bind_compiled(parent)
+        wrappers[stack.experts]._modules[stack.parameter] = adapter
+    return fresh

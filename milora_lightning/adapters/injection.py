@@ -6,14 +6,12 @@ quantized weights and modules that train in full (``adapters/surgery.py``).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
-from milora_lightning.adapters.experts import is_stack, wrap_stacks
 from milora_lightning.adapters.freezing import freeze
-from milora_lightning.adapters.kinds import adapter_class
+from milora_lightning.adapters.kinds import adapter_for, replacements
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.config import LoRAConfig
 from milora_lightning.utils.compat.torch import bind_compiled
@@ -41,28 +39,19 @@ def inject_adapters(
     """
     part = module if part is None else part
     freeze(part, kept)
-    _wrap(module, targets, config)
+    adapters = {layer: adapter_for(layer, name, config) for name, layer in targets.items()}
+    _replace(module, replacements(module, adapters))
     for adapter in lora_layers(part).values():
         adapter.train_factors()
     return lora_layers(module)
 
 
-def _wrap(module: nn.Module, targets: Mapping[str, nn.Module], config: LoRAConfig) -> None:
-    """Replace each target by its adapter wherever it is registered (a layer may be in several places)."""
-    wrap_stacks(module, {name: layer for name, layer in targets.items() if is_stack(layer)}, config)
-    adapters = {}
-    for name, layer in targets.items():
-        if is_stack(layer):
-            continue
-        options = config.lora_dropout, config.init, config.dropout_on
-        adapters[layer] = adapter_class(layer)(layer, config.rank(name), config.alpha(name), *options)
-        adapters[layer].train(layer.training)
+def _replace(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Replace modules wherever they are registered: one may be in several places, also under wrappers."""
     for parent in list(module.modules()):
-        if isinstance(parent, LoRALinear):
-            continue
         for key, child in list(parent._modules.items()):  # named_children would skip a second registration
-            if child in adapters:
-                setattr(parent, key, adapters[child])
+            if child in replacements and parent is not replacements[child]:
+                setattr(parent, key, replacements[child])
                 bind_compiled(parent)
 
 
@@ -73,45 +62,3 @@ def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
     {}
     """
     return {unwrapped_name(name): layer for name, layer in module.named_modules() if isinstance(layer, LoRALinear)}
-
-
-@contextmanager
-def adapters_disabled(module: nn.Module) -> Iterator[None]:
-    """Within this context, the module computes what it did before surgery, bit for bit.
-
-    What ``modules_to_save`` has trained in full, or other parts that train, stay as they are now.
-
-    >>> model = nn.Sequential(nn.Linear(8, 8))
-    >>> with adapters_disabled(model):
-    ...     pass
-    """
-    layers = list(lora_layers(module).values())
-    before = [layer.enabled for layer in layers]
-    try:
-        for layer in layers:
-            layer.enabled = False
-        yield
-    finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled
-
-
-@contextmanager
-def adapters_merged(module: nn.Module) -> Iterator[None]:
-    """Within this context, each adapter's update is merged with its weight: see :meth:`LoRALinear.merge`.
-
-    For generation. The base weights are not written, outputs stay the same to float32's rounding (bit for bit on a
-    half-precision base), and training, checkpoints and :func:`adapters_disabled` work as before.
-
-    >>> model = nn.Sequential(nn.Linear(8, 8))
-    >>> with adapters_merged(model):
-    ...     pass
-    """
-    layers = [layer for layer in lora_layers(module).values() if not layer.merged]
-    try:
-        for layer in layers:
-            layer.merge()
-        yield
-    finally:
-        for layer in layers:
-            layer.unmerge()

@@ -1,13 +1,17 @@
-"""Which class of adapter a layer gets."""
+"""The kinds of adapters: which one a layer gets, and what takes its place in a model."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
 
 from torch import nn
 
 from milora_lightning.adapters.convolution import LoRAConv
 from milora_lightning.adapters.embedding import LoRAEmbedding
-from milora_lightning.adapters.experts import LoRAExperts
+from milora_lightning.adapters.experts import LoRAExperts, StackedWeight, is_stack, wrappers_of
 from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.config import LoRAConfig
 
 KINDS: tuple[type[LoRALinear], ...] = (LoRALinear, LoRAConv, LoRAEmbedding, LoRAExperts)
 
@@ -19,3 +23,28 @@ def adapter_class(layer: nn.Module) -> type[LoRALinear]:
     ('LoRALinear', 'LoRAConv')
     """
     return next((kind for kind in KINDS if kind.fits(layer)), LoRALinear)
+
+
+def adapter_for(layer: nn.Module, name: str, config: LoRAConfig) -> LoRALinear:
+    """Make the adapter that a configuration gives to a layer.
+
+    Args:
+        layer: The layer.
+        name: Its name in the model, for ranks and scales by name.
+        config: The configuration.
+    """
+    options = config.lora_dropout, config.init, config.dropout_on
+    adapter = adapter_class(layer)(layer, config.rank(name), config.alpha(name), *options)
+    return adapter.train(layer.training)
+
+
+def replacements(module: nn.Module, adapters: Mapping[nn.Module, LoRALinear]) -> dict[nn.Module, nn.Module]:
+    """Return which module takes the place of which: of a layer its adapter, of experts a module with their adapters.
+
+    Args:
+        module: The model, in which some experts may have adapters already: these get the others, too.
+        adapters: The new adapters by their base layers.
+    """
+    stacks = {cast(StackedWeight, layer): adapter for layer, adapter in adapters.items() if is_stack(layer)}
+    layers = {layer: adapter for layer, adapter in adapters.items() if not is_stack(layer)}
+    return {**layers, **wrappers_of(module, stacks)}

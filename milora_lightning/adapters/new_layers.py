@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from milora_lightning.adapters.candidates import adaptable_layers, output_heads
 from milora_lightning.adapters.freezing import frozen_by_user
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import is_embedding, is_linear, is_plain
 from milora_lightning.adapters.parts import ends_with, find_modules, modules_by_name
-from milora_lightning.adapters.targets import adaptable_layers, output_heads
 from milora_lightning.config import AUTO, LoRAConfig
 from milora_lightning.parallel.dtensor import is_sharded
 from milora_lightning.utils.compat.torch import ConvNd

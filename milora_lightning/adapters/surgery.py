@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from milora_lightning.adapters.candidates import layers_named
 from milora_lightning.adapters.checks import check_injection, check_materialized, check_no_peft
 from milora_lightning.adapters.coverage import experts_adapted, remarks
 from milora_lightning.adapters.frozen_statistics import freeze_statistics
@@ -15,7 +16,7 @@ from milora_lightning.adapters.master_weights import keep_master_weights
 from milora_lightning.adapters.new_layers import saved_modules
 from milora_lightning.adapters.parts import find_part, modules_inside
 from milora_lightning.adapters.quantization import keep_codes_in_place
-from milora_lightning.adapters.targets import layers_named, select_layers
+from milora_lightning.adapters.targets import select_layers
 from milora_lightning.config import LoRAConfig
 from milora_lightning.utils.messages import inform_once, warn_once
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from milora_lightning.adapters.injection import adapters_disabled, lora_layers
+from milora_lightning.adapters.contexts import adapters_disabled
+from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.data.held_out import pack, read_texts
 from milora_lightning.export.folders import find_model
 from milora_lightning.metrics.forgetting import Forgetting

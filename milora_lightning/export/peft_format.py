@@ -21,11 +21,11 @@ from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import is_adaptable, is_conv1d
 from milora_lightning.adapters.parts import ends_with, modules_by_name
-from milora_lightning.utils.patterns import Value
 from milora_lightning.export.peft_layers import objection_to_layers
 from milora_lightning.export.skeleton import skeleton
 from milora_lightning.utils.counting import counted
 from milora_lightning.utils.names import pristine_name, unwrapped_name
+from milora_lightning.utils.patterns import Value
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from milora_lightning.adapters.candidates import adaptable_layers
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.parts import ends_with
 from milora_lightning.adapters.surgery import inject
-from milora_lightning.adapters.targets import adaptable_layers, find_targets
+from milora_lightning.adapters.targets import find_targets
 from milora_lightning.checkpoint.fingerprint import check_base, fingerprint, unquantized
 from milora_lightning.checkpoint.io import CheckpointError
 from milora_lightning.config import LoRAConfig

@@ -10,6 +10,7 @@ from milora_lightning.starts.methods import Pair
 from milora_lightning.starts.registry import Start, Statistics
 from milora_lightning.utils.errors import InvalidInputError
 
+
 @torch.no_grad()
 def evaluate(
     start: Start,

@@ -17,7 +17,7 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from milora_lightning import LoRAConfig, MiLoRAInit, adapters_disabled, export_merged, initialize, inject, lora_layers
 from milora_lightning.adapters.base_weight import dense_weight
-from milora_lightning.adapters.injection import adapters_merged
+from milora_lightning.adapters.contexts import adapters_merged
 from milora_lightning.adapters.linear_layers import holds_its_weight
 from milora_lightning.adapters.quantization import decoded
 from milora_lightning.checkpoint.fingerprint import fingerprint

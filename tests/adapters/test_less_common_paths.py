@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from milora_lightning import LoRAConfig, LoRALinear, inject
 from milora_lightning.adapters.adapter_state import factors_tell
+from milora_lightning.adapters.candidates import layers_named
 from milora_lightning.adapters.factors import initial_factors, stack_factors
 from milora_lightning.adapters.parts import TargetNotFoundError
-from milora_lightning.adapters.targets import find_targets, layers_named, select_layers
+from milora_lightning.adapters.targets import find_targets, select_layers
 
 
 class Doubled(nn.Linear):

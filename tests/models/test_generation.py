@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from milora_lightning import LoRAConfig, initialize, inject
-from milora_lightning.adapters.injection import adapters_merged
+from milora_lightning.adapters.contexts import adapters_merged
 from milora_lightning.models.attention import NAME
 from milora_lightning.models.generation import generate_greedily, greedy_config
 

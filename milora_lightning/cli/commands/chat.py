@@ -14,7 +14,8 @@ import torch
 from lightning.pytorch import seed_everything
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from milora_lightning.adapters.injection import adapters_disabled, adapters_merged, lora_layers
+from milora_lightning.adapters.contexts import adapters_disabled, adapters_merged
+from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.cli.commands.loading import load_to_ask
 from milora_lightning.data.encoding.asking import NotAskableError, TextStream, check_askable, prompt_ids, room
 from milora_lightning.data.encoding.chat import Message

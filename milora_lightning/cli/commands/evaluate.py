@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from milora_lightning.adapters.injection import adapters_disabled, lora_layers
+from milora_lightning.adapters.contexts import adapters_disabled
+from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.cli.commands.loading import loading
 from milora_lightning.inference import load_for_inference
 from milora_lightning.models.processor import DtypeName

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import seed_everything
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from milora_lightning.adapters.injection import adapters_merged
+from milora_lightning.adapters.contexts import adapters_merged
 from milora_lightning.cli.commands.loading import load_to_ask
 from milora_lightning.cli.commands.prompts import conversation, read_prompts, tools_of
 from milora_lightning.data.encoding.asking import padded, prompt_ids, room

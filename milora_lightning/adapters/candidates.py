@@ -1,0 +1,101 @@
+"""The layers of a model that adapters fit, and what names, expressions and ``"all-linear"`` mean among them."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from typing import cast
+
+from torch import nn
+
+from milora_lightning.adapters.experts import is_of_experts, is_stack, routers, stacked_weights
+from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.linear_layers import is_adaptable, is_embedding, is_linear
+from milora_lightning.adapters.parts import TargetNotFoundError, ends_with, first_few
+from milora_lightning.adapters.target_errors import no_match, no_parameter
+from milora_lightning.utils.names import unwrapped_name
+
+Layers = dict[str, nn.Module]
+"""Layers by name, those with adapters as their LoRALinear."""
+
+
+def adaptable_layers(module: nn.Module) -> Layers:
+    """Return all layers with a weight that adapters fit."""
+    bases = {child.base_layer for child in module.modules() if isinstance(child, LoRALinear)}
+    layers: Layers = {}
+    for wrapped_name, child in module.named_modules():
+        name = unwrapped_name(wrapped_name)
+        fitting = name and is_adaptable(child) and child not in bases
+        if isinstance(child, LoRALinear) or (fitting and child._parameters.get("weight") is not None):
+            layers[name] = child
+    return layers | cast(Layers, stacked_weights(module))
+
+
+def called(layers: Mapping[str, nn.Module], name: str) -> Layers:
+    """Return the layers of this name, or whose names end in it. Stacks of experts have to be named in full."""
+    return {n: layer for n, layer in layers.items() if n == name or (ends_with(n, name) and not _is_stack(layer))}
+
+
+def matching(layers: Mapping[str, nn.Module], expression: str) -> Layers:
+    """Return the layers whose full names a regular expression matches; embeddings only if it matches nothing else."""
+    found = {n: layer for n, layer in layers.items() if re.fullmatch(expression, n) and not _is_stack(layer)}
+    return {n: layer for n, layer in found.items() if not is_embedding(_base(layer))} or found
+
+
+def all_linear(module: nn.Module, layers: Mapping[str, nn.Module]) -> Layers:
+    """Return the linear layers and experts of a module, without language-model heads and routers."""
+    heads = output_heads(module)
+    linear = {n: m for n, m in layers.items() if is_linear(_base(m))}
+    linear = {n: m for n, m in linear.items() if _base(m) not in heads and not ends_with(n, "lm_head")}
+    experts = {n: m for n, m in layers.items() if is_stack(stack := _base(m)) and is_of_experts(n, stack)}
+    deciding = routers(linear, experts)
+    return {n: m for n, m in linear.items() if n not in deciding} | experts
+
+
+def layers_named(module: nn.Module, names: Sequence[str]) -> Layers:
+    """Return the layers of these full names, those with adapters as their LoRALinear.
+
+    Raises:
+        TargetNotFoundError: If there is no linear layer of one of the names.
+    """
+    layers, names = adaptable_layers(module), [unwrapped_name(name) for name in names]
+    missing = [name for name in names if name not in layers]
+    if missing:
+        absent = [name for name in missing if not called(layers, name)]
+        if absent:
+            raise TargetNotFoundError(no_match(module, f"target_modules entry {absent[0]!r}", layers, absent[0]))
+        raise TargetNotFoundError(f"{type(module).__name__} has no linear layer {first_few(missing)}.")
+    return {name: layers[name] for name in names}
+
+
+def holding_parameters(module: nn.Module, entry: str) -> Layers:
+    """Find what an entry of ``target_parameters`` names: stacks, or layers by their weights."""
+    layers = adaptable_layers(module)
+    found = {n: layer for n, layer in layers.items() if ends_with(n if _is_stack(layer) else f"{n}.weight", entry)}
+    if not found:
+        raise TargetNotFoundError(no_parameter(module, entry, [n for n, layer in layers.items() if _is_stack(layer)]))
+    return found
+
+
+def without_weight(module: nn.Module, kept: Collection[nn.Module]) -> list[str]:
+    """Name the linear layers whose weight is no parameter but computed from others."""
+    layers = ((n, m) for n, m in module.named_modules() if is_linear(m) and m not in kept)
+    return [unwrapped_name(name) for name, layer in layers if name and layer._parameters.get("weight") is None]
+
+
+def output_heads(module: nn.Module) -> set[nn.Module | None]:
+    """Return the output embeddings of all language models within a module."""
+    transformers = sys.modules.get("transformers.modeling_utils")  # not imported: then there is no such model
+    if transformers is None:
+        return set()
+    models = (m for m in module.modules() if isinstance(m, transformers.PreTrainedModel))
+    return {_base(head) for m in models if isinstance(head := m.get_output_embeddings(), nn.Module)}
+
+
+def _is_stack(layer: nn.Module) -> bool:
+    return is_stack(_base(layer))
+
+
+def _base(layer: nn.Module) -> nn.Module:
+    return layer.base_layer if isinstance(layer, LoRALinear) else layer
