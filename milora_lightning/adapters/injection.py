@@ -50,8 +50,9 @@ def _replace(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> 
     """Replace modules wherever they are registered: one may be in several places, also under wrappers."""
     for parent in list(module.modules()):
         for key, child in list(parent._modules.items()):  # named_children would skip a second registration
-            if child in replacements and parent is not replacements[child]:
-                setattr(parent, key, replacements[child])
+            new = None if child is None else replacements.get(child)
+            if new is not None and new is not parent:
+                setattr(parent, key, new)
                 bind_compiled(parent)
 
 

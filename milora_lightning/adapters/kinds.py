@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
 
 from torch import nn
 
 from milora_lightning.adapters.convolution import LoRAConv
 from milora_lightning.adapters.embedding import LoRAEmbedding
-from milora_lightning.adapters.experts import LoRAExperts, StackedWeight, is_stack, wrappers_of
+from milora_lightning.adapters.experts import LoRAExperts, is_stack, wrappers_of
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.config import LoRAConfig
 
@@ -45,6 +44,6 @@ def replacements(module: nn.Module, adapters: Mapping[nn.Module, LoRALinear]) ->
         module: The model, in which some experts may have adapters already: these get the others, too.
         adapters: The new adapters by their base layers.
     """
-    stacks = {cast(StackedWeight, layer): adapter for layer, adapter in adapters.items() if is_stack(layer)}
+    stacks = {layer: adapter for layer, adapter in adapters.items() if is_stack(layer)}
     layers = {layer: adapter for layer, adapter in adapters.items() if not is_stack(layer)}
     return {**layers, **wrappers_of(module, stacks)}

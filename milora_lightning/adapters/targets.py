@@ -124,7 +124,7 @@ def _entries(part: nn.Module, config: LoRAConfig) -> Iterator[tuple[str, bool, d
     """Yield each entry of the targets, whether it is a name, so that the user means it, and the layers it matches."""
     targets = config.target_modules
     named = not isinstance(targets, str)
-    for entry in targets if named else [targets]:
+    for entry in [targets] if isinstance(targets, str) else targets:
         yield entry, named, _matches(part, entry, named)
     for entry in config.target_parameters:
         yield entry, True, holding_parameters(part, entry)
