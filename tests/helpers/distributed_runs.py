@@ -26,6 +26,7 @@ from milora_lightning import (
     MiLoRAInit,
     MiLoRAModelParallelStrategy,
     PrincipalProjection,
+    UpdateMonitor,
     inject,
     lora_layers,
 )
@@ -43,12 +44,17 @@ def forgetting(folder: Path) -> ForgettingMonitor:
     return ForgettingMonitor(text, "instruction", block_length=16, max_tokens=16 * 5, batch_size=2)
 
 
+def updates() -> UpdateMonitor:
+    """Measure on the first two batches of one process, or the first of each of two."""
+    return UpdateMonitor(2 // int(os.environ.get("WORLD_SIZE", "1")))
+
+
 STEPS = 10
 ORIGINS = ("single", "fsdp2", "fsdp2-folder")
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {  # the strategy, and what else is set, also on one process
     "ddp": ("ddp", {}),
     "ddp-lora": ("ddp", {"adapter": {"init": "lora"}, "accumulate_grad_batches": 2}),  # of 3 an epoch: 2, then 1
-    "ddp-strict": ("ddp", {"callbacks": lambda folder: [PrincipalProjection(8), forgetting(folder)]}),
+    "ddp-strict": ("ddp", {"callbacks": lambda folder: [PrincipalProjection(8), forgetting(folder), updates()]}),
     "fsdp2": ("fsdp2", {}),
     "fsdp2-folder": ("fsdp2-folder", {}),
     "fsdp2-random": (
@@ -59,7 +65,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {  # the strategy, and what else i
     "fsdp1": ("fsdp1", {}),
     "fsdp2-rich": ("fsdp2", {"accumulate_grad_batches": 2, "module": {"gradient_checkpointing": True}}),
     "fsdp2-saved": ("fsdp2", {"adapter": {"modules_to_save": ["norm", "lm_head"]}}),
-    "fsdp2-forgetting": ("fsdp2", {"callbacks": lambda folder: [forgetting(folder)]}),
+    "fsdp2-forgetting": ("fsdp2", {"callbacks": lambda folder: [forgetting(folder), updates()]}),
     "fsdp2-whole": ("fsdp2", {"model": "gpt2"}),
     "ddp-packed": ("ddp", {"data": {"packing": True}}),
     "ddp-shared": ("ddp", {"data": {"global_batch_size": 8}}),  # in two batches of each device, as on one
