@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from milora_lightning.analysis.spectra import MatrixAnalysis, averages, by_type
+from milora_lightning.analysis.spectra import MatrixAnalysis
+from milora_lightning.analysis.tables import averages, by_type
 from milora_lightning.utils.errors import MissingPackageError
 
 try:
@@ -21,11 +22,12 @@ Draw = Callable[[Any, list[MatrixAnalysis]], None]
 
 
 def plot_analysis(folder: Path, matrices: Sequence[MatrixAnalysis]) -> None:
-    """Draw spectra.png, similarity.png and energy.png, each with one panel for every module type."""
+    """Draw spectra.png, similarity.png, sizes.png and energy.png, each with one panel for every module type."""
     groups = by_type(matrices)
     _panels(folder / "spectra.png", groups, "singular values of W and ΔW, a line for each layer", _draw_spectra)
     _panels(folder / "similarity.png", groups, "similarity φ of ΔW with parts of W's spectrum", _draw_similarity)
     energy = "energy of ΔW along W's spectrum, mean over layers; the rest is in W's null spaces"
+    _panels(folder / "sizes.png", groups, "size, effect and place of ΔW, and its intruders", _draw_sizes)
     _panels(folder / "energy.png", groups, energy, _draw_energy)
 
 
@@ -44,6 +46,19 @@ def _draw_similarity(axes: Any, group: list[MatrixAnalysis]) -> None:
         axes.plot([m.depth for m in group], [m.similarity[name] for m in group], color=color, marker=".", label=name)
     axes.axhline(averages(group)["expected"], color="black", ls=":", lw=1, label="r / out")
     axes.set(xlabel="block", ylabel="φ", ylim=(0, None))
+
+
+def _draw_sizes(axes: Any, group: list[MatrixAnalysis]) -> None:
+    depths = [m.depth for m in group]
+    axes.plot(depths, [m.relative_norm for m in group], color="tab:blue", marker=".", label="‖ΔW‖ / ‖W‖")
+    if any(m.effect is not None for m in group):
+        effects = [float("nan") if m.effect is None else m.effect for m in group]
+        axes.plot(depths, effects, color="tab:orange", marker=".", label="‖ΔWx‖ / ‖Wx‖")
+    axes.plot(depths, [m.interference for m in group], color="tab:red", marker=".", label="ρ_k")
+    axes.set(xlabel="block", ylim=(0, None))
+    counts = axes.twinx()
+    counts.bar(depths, [m.intruders for m in group], color="tab:gray", alpha=0.3)
+    counts.set(ylabel="intruders", ylim=(0, max(4, *(m.intruders for m in group))))
 
 
 def _draw_energy(axes: Any, group: list[MatrixAnalysis]) -> None:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import re
 import zlib
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from statistics import mean
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-from rich.box import SIMPLE
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 
 from milora_lightning.adapters.base_weight import dense_weight
@@ -23,12 +17,17 @@ from milora_lightning.adapters.factors import stack_factors
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import groups_of, matrices_in
+from milora_lightning.analysis.intruders import Intruders, find_intruders
 from milora_lightning.analysis.subspace import Update, reference_subspaces
+from milora_lightning.linalg.products import in_double
 from milora_lightning.linalg.singular import SingularSlice, singular_slice
 from milora_lightning.utils.errors import InvalidInputError
 
 BINS = 24
 """Number of bins for an update's energy along a spectrum."""
+
+PRINCIPAL = 128
+"""Number of singular directions that ρ_k is about: as many as PrincipalProjection protects."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,10 @@ class MatrixAnalysis:
         relative_norm: ‖ΔW‖_F / ‖W‖_F.
         left_energy: Share of ‖ΔW‖² along bins of W's left singular vectors, starting with the largest singular value.
         right_energy: The same for the right singular vectors.
+        k: Number of principal directions that ``interference`` is about.
+        interference: ρ_k, the share of ‖ΔW‖² between the first k left and right singular vectors of W.
+        intruders: Number of intruder dimensions; see :func:`milora_lightning.analysis.intruders.find_intruders`.
+        effect: ‖ΔW x‖ / ‖W x‖ on data, or None if it has not been measured.
     """
 
     layer: str
@@ -57,6 +60,10 @@ class MatrixAnalysis:
     relative_norm: float
     left_energy: Tensor
     right_energy: Tensor
+    k: int
+    interference: float
+    intruders: int
+    effect: float | None = None
 
     @property
     def module_type(self) -> str:
@@ -122,9 +129,35 @@ def subspace_generator(name: str) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(name.encode()))
 
 
-def reference_vectors(name: str, weight: Tensor, r: int) -> dict[str, Tensor]:
-    """Return the left singular vectors (out, r) of a layer's weight that its update is compared with."""
-    return reference_subspaces(_triplets(weight).U, r, subspace_generator(name))
+class Reference(NamedTuple):
+    """Singular vectors of a weight (out, in) that its update is compared with.
+
+    Attributes:
+        subspaces: Left singular vectors, each (out, r), as :func:`reference_subspaces` chooses them.
+        left: The first k left singular vectors, (out, k).
+        right: The first k right singular vectors, (in, k).
+    """
+
+    subspaces: dict[str, Tensor]
+    left: Tensor
+    right: Tensor
+
+    def to(self, device: torch.device) -> Reference:
+        """Move them to a device, in float32."""
+        moved = {name: vectors.to(device, torch.float32) for name, vectors in self.subspaces.items()}
+        return Reference(moved, self.left.to(device, torch.float32), self.right.to(device, torch.float32))
+
+
+def reference_vectors(name: str, weight: Tensor, r: int, k: int) -> Reference:
+    """Return what the update of rank r of a layer's weight is compared with; k as for :func:`analyze_matrix`."""
+    triplets = _triplets(weight)
+    k = _principal(k, weight, r)
+    subspaces = reference_subspaces(triplets.U, r, subspace_generator(name))
+    return Reference(subspaces, triplets.U[:, :k].clone(), triplets.Vh[:k].mT.contiguous())
+
+
+def _principal(k: int, weight: Tensor, r: int) -> int:
+    return max(1, min(k, min(weight.shape) - r))
 
 
 def _triplets(weight: Tensor) -> SingularSlice:
@@ -132,7 +165,15 @@ def _triplets(weight: Tensor) -> SingularSlice:
 
 
 @torch.no_grad()
-def analyze_matrix(name: str, weight: Tensor, update: Update, r: int, bins: int = BINS) -> MatrixAnalysis | None:
+def analyze_matrix(
+    name: str,
+    weight: Tensor,
+    update: Update,
+    r: int,
+    bins: int = BINS,
+    k: int = PRINCIPAL,
+    rule: Intruders = Intruders(),  # noqa: B008 (frozen)
+) -> MatrixAnalysis | None:
     """Compare an update with the spectrum of its weight (MiLoRA, arXiv 2406.09044, sections 5.3, A.1).
 
     Args:
@@ -141,6 +182,8 @@ def analyze_matrix(name: str, weight: Tensor, update: Update, r: int, bins: int 
         update: The update of the weight.
         r: Number of singular vectors to compare.
         bins: Number of bins along the spectrum.
+        k: Number of principal directions for ρ_k; all but r are taken if there are no more.
+        rule: What counts as an intruder dimension.
 
     Returns:
         The analysis, or None if the update is zero.
@@ -151,6 +194,8 @@ def analyze_matrix(name: str, weight: Tensor, update: Update, r: int, bins: int 
     triplets = _triplets(weight)
     similarity = update.similarities(reference_subspaces(triplets.U, r, subspace_generator(name)), r)
     left, right = update.energy(triplets, min(bins, len(triplets.S)))
+    k = _principal(k, weight, r)
+    tuned = in_double(weight) + in_double(update.U) * update.S @ update.Vh
     return MatrixAnalysis(
         name,
         r,
@@ -161,15 +206,27 @@ def analyze_matrix(name: str, weight: Tensor, update: Update, r: int, bins: int 
         float(torch.linalg.vector_norm(update.S) / torch.linalg.vector_norm(triplets.S)),
         left,
         right,
+        k,
+        update.interference(triplets.U[:, :k], triplets.Vh[:k].mT),
+        len(find_intruders(weight, tuned, triplets.U, rule).S),
     )
 
 
-def analyze_model(module: nn.Module, description: str = "Analyzing") -> list[MatrixAnalysis]:
+def analyze_model(
+    module: nn.Module,
+    description: str = "Analyzing",
+    k: int = PRINCIPAL,
+    rule: Intruders = Intruders(),  # noqa: B008 (frozen)
+    effects: Mapping[str, float] | None = None,
+) -> list[MatrixAnalysis]:
     """Analyze every adapter of a model whose update is not zero, with a progress bar.
 
     Args:
         module: Any module with adapters.
         description: Label of the progress bar.
+        k: Number of principal directions for ρ_k.
+        rule: What counts as an intruder dimension.
+        effects: ‖ΔW x‖ / ‖W x‖ of layers by name, where they have been measured.
 
     Returns:
         One analysis for each adapter whose update is not zero.
@@ -179,7 +236,7 @@ def analyze_model(module: nn.Module, description: str = "Analyzing") -> list[Mat
     """
     layers = lora_layers(module).items()
     analyses = [
-        analyze_matrix(matrix, weight, update, layer.r)
+        analyze_matrix(matrix, weight, update, layer.r, k=k, rule=rule)
         for name, layer in track(layers, description, transient=True)
         for (matrix, weight), update in zip(weights_of(name, layer), updates_of(layer), strict=True)
     ]
@@ -188,70 +245,5 @@ def analyze_model(module: nn.Module, description: str = "Analyzing") -> list[Mat
         raise InvalidInputError(
             "There is no update to analyze: the module has no adapters, or they have not been trained."
         )
-    return updated
-
-
-def by_type(matrices: Iterable[MatrixAnalysis]) -> dict[str, list[MatrixAnalysis]]:
-    """Group matrices by module type; each group is in the order of its layers."""
-    groups = defaultdict(list)
-    for matrix in matrices:
-        groups[matrix.module_type].append(matrix)
-    return {name: sorted(group, key=lambda matrix: matrix.depth) for name, group in groups.items()}
-
-
-def averages(matrices: Sequence[MatrixAnalysis]) -> dict[str, float]:
-    """Average similarities, amplification and relative norm over matrices."""
-    return {
-        **{key: mean(m.similarity[key] for m in matrices) for key in matrices[0].similarity},
-        "amplification": mean(m.amplification for m in matrices),
-        "relative_norm": mean(m.relative_norm for m in matrices),
-    }
-
-
-def summary(matrices: Sequence[MatrixAnalysis]) -> Table:
-    """Return a table of averages over layers, with one row for each module type."""
-    columns = "layers", "φ top", "bottom", "random", "r/out", "amplification", "‖ΔW‖/‖W‖"
-    title = "Similarity φ of ΔW with parts of W's spectrum, means over layers"
-    table = Table("module", *columns, title=title, title_justify="left", box=SIMPLE, collapse_padding=True)
-    for name, group in by_type(matrices).items():
-        table.add_row(name, str(len(group)), *(f"{value:.3g}" for value in averages(group).values()))
-    return table
-
-
-def write_tables(folder: Path, matrices: Sequence[MatrixAnalysis]) -> None:
-    """Write analyses to similarity.csv, spectra.csv and energy.csv in a folder."""
-    names = list(matrices[0].similarity)
-    _write_csv(
-        folder / "similarity.csv",
-        ("layer", "module", "block", "r", *names, "amplification", "relative_norm"),
-        (
-            (m.layer, m.module_type, m.depth, m.r, *m.similarity.values(), m.amplification, m.relative_norm)
-            for m in matrices
-        ),
-    )
-    _write_csv(
-        folder / "spectra.csv",
-        ("layer", "module", "block", "matrix", "index", "singular_value"),
-        (
-            (m.layer, m.module_type, m.depth, matrix, index, value)
-            for m in matrices
-            for matrix, values in (("W", m.singular_values), ("delta", m.delta_singular_values))
-            for index, value in enumerate(values.tolist())
-        ),
-    )
-    _write_csv(
-        folder / "energy.csv",
-        ("layer", "module", "block", "from", "to", "left", "right"),
-        (
-            (m.layer, m.module_type, m.depth, i / len(m.left_energy), (i + 1) / len(m.left_energy), left, right)
-            for m in matrices
-            for i, (left, right) in enumerate(zip(m.left_energy.tolist(), m.right_energy.tolist(), strict=True))
-        ),
-    )
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows([f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows)
+    found = effects or {}
+    return [replace(matrix, effect=found.get(matrix.layer)) for matrix in updated]

@@ -79,6 +79,19 @@ class Update:
         inside = self.U[:, :r].mT @ in_double(weight) @ self.Vh[:r].mT
         return float(torch.linalg.vector_norm(self.S[:r]) / torch.linalg.matrix_norm(inside))
 
+    def interference(self, left: Tensor, right: Tensor) -> float:
+        """Compute ρ_k = ‖UᵀΔWV‖²_F / ‖ΔW‖²_F, the share of the update between principal singular vectors.
+
+        It is 0 for an update that leaves them alone, as those of OPLoRA (arXiv 2510.13003) do on either side, and 1
+        for one that changes nothing else; a random one has k² / (out · in) on average.
+
+        Args:
+            left: The first k left singular vectors U of the weight, shape (out, k).
+            right: The first k right singular vectors V, shape (in, k).
+        """
+        inside = (in_double(left).mT @ self.U) * self.S @ (self.Vh @ in_double(right))
+        return float(inside.square().sum() / self.S.square().sum())
+
     def energy(self, weight: SingularSlice, bins: int) -> tuple[Tensor, Tensor]:
         """Compute the distribution of ‖ΔW‖²_F along a weight's spectrum.
 

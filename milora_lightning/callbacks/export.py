@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from milora_lightning.analysis.intruders import Intruders
 from milora_lightning.export.folders import export_merged, export_peft
 from milora_lightning.export.merging import rounding_note
 from milora_lightning.metrics.results import results
@@ -23,6 +24,7 @@ class AdapterExport(Callback):
         format: ``"peft"`` for an adapter folder, ``"merged"`` for a whole Hugging Face model.
         rank: For ``"peft"``: compress each update to this rank.
         dtype: For ``"merged"``: dtype of the whole model; by default each weight keeps its own.
+        shrink_intruders: Shrink intruder dimensions to this part of their singular values.
 
     Raises:
         ValueError: If an option does not apply to the format.
@@ -34,6 +36,7 @@ class AdapterExport(Callback):
         format: Literal["peft", "merged"] = "peft",
         rank: int | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        shrink_intruders: float | None = None,
     ) -> None:
         for name, value, other in (("rank", rank, "merged"), ("dtype", dtype, "peft")):
             if value is not None and format == other:
@@ -42,6 +45,7 @@ class AdapterExport(Callback):
         self.format = format
         self.rank = rank
         self.dtype = dtype
+        self.shrink_intruders = None if shrink_intruders is None else Intruders(shrink_intruders)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse an output folder that is in use, and sharded weights, before training rather than after it."""
@@ -61,6 +65,7 @@ class AdapterExport(Callback):
         options: dict[str, Any] = {
             "tokenizer": getattr(pl_module, "tokenizer", None),
             "metrics": results(trainer.callback_metrics, "val", "test"),
+            "shrink_intruders": self.shrink_intruders,
             "data": getattr(data, "description", None),
             "prompt_format": getattr(data, "prompt_format", None) or getattr(pl_module, "prompt_format", None),
         }

@@ -9,10 +9,16 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import track
-from torch import Tensor
 
 from milora_lightning.adapters.injection import lora_layers
-from milora_lightning.analysis.spectra import module_type, reference_vectors, updates_of, weights_of
+from milora_lightning.analysis.spectra import (
+    PRINCIPAL,
+    Reference,
+    module_type,
+    reference_vectors,
+    updates_of,
+    weights_of,
+)
 from milora_lightning.strategies.base import check_whole
 from milora_lightning.utils.errors import InvalidInputError
 
@@ -22,22 +28,25 @@ class SubspaceMonitor(Callback):
 
     For each module type, such as ``q_proj``: ``subspace/q_proj/top``, ``/bottom`` and ``/random`` are the similarities
     φ between the update's top r left singular vectors and those of the weight (r / out for random subspaces), and
-    ``subspace/q_proj/amplification`` is ‖UᵀΔWV‖_F / ‖UᵀWV‖_F (MiLoRA, arXiv 2406.09044, 5.3 and A.1). Each weight is
-    decomposed once, when training starts, and 3 r of its singular vectors are kept on the CPU. Only the first rank does
-    this work.
+    ``subspace/q_proj/amplification`` is ‖UᵀΔWV‖_F / ‖UᵀWV‖_F (MiLoRA, arXiv 2406.09044, 5.3 and A.1), and
+    ``subspace/q_proj/interference`` the share ρ_k of the update within the first k singular directions (OPLoRA, arXiv
+    2510.13003). Each weight is decomposed once, when training starts, and 3 r + 2 k of its singular vectors are kept on
+    the CPU. Only the first rank does this work.
 
     Args:
         every_n_steps: Number of optimizer steps between two measurements.
+        k: Number of principal directions for ρ_k; all but r are taken if there are no more.
 
     Raises:
-        ValueError: If ``every_n_steps`` is not positive; in ``setup`` under a strategy that shards weights.
+        ValueError: If a number is not positive; in ``setup`` under a strategy that shards weights.
     """
 
-    def __init__(self, every_n_steps: int = 100) -> None:
-        if every_n_steps < 1:
-            raise InvalidInputError(f"every_n_steps must be at least 1, not {every_n_steps}.")
-        self.every_n_steps = every_n_steps
-        self._vectors: dict[str, dict[str, Tensor]] = {}
+    def __init__(self, every_n_steps: int = 100, k: int = PRINCIPAL) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("k", k)):
+            if value < 1:
+                raise InvalidInputError(f"{name} must be at least 1, not {value}.")
+        self.every_n_steps, self.k = every_n_steps, k
+        self._vectors: dict[str, Reference] = {}
         self._last_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -51,8 +60,8 @@ class SubspaceMonitor(Callback):
         if trainer.is_global_zero:
             for name, layer in track(lora_layers(pl_module).items(), "Decomposing weights", transient=True):
                 for matrix, weight in weights_of(name, layer):
-                    vectors = reference_vectors(matrix, weight, layer.r)
-                    self._vectors[matrix] = {part: x.float().cpu() for part, x in vectors.items()}
+                    vectors = reference_vectors(matrix, weight, layer.r, self.k)
+                    self._vectors[matrix] = vectors.to(torch.device("cpu"))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -72,8 +81,12 @@ class SubspaceMonitor(Callback):
                 r = min(layer.r, len(update.S))
                 if r == 0:
                     continue
-                subspaces = {part: x.to(update.U.device) for part, x in self._vectors[matrix].items()}
-                found = {**update.similarities(subspaces, r), "amplification": update.amplification(weight, r)}
+                subspaces, left, right = self._vectors[matrix].to(update.U.device)
+                found = {
+                    **update.similarities(subspaces, r),
+                    "amplification": update.amplification(weight, r),
+                    "interference": update.interference(left, right),
+                }
                 for key, value in found.items():
                     values[f"subspace/{module_type(name)}/{key}"].append(value)
         return {key: mean(each) for key, each in values.items()}

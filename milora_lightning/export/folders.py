@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import holds_its_weight, is_embedding
+from milora_lightning.analysis.intruders import Intruders
 from milora_lightning.checkpoint.fingerprint import fingerprint, unquantized
 from milora_lightning.data.encoding.prompt_format import PromptFormat
 from milora_lightning.export.merging import as_dtype, is_factor, merged_state
@@ -39,6 +40,7 @@ from milora_lightning.export.peft_layers import (
     update_factors,
 )
 from milora_lightning.export.serving import save_tokenizer
+from milora_lightning.export.shrinking import shrunk
 from milora_lightning.models.files import takes_images
 from milora_lightning.models.pretrained import load_processor
 from milora_lightning.models.processor import NUMBERS
@@ -60,6 +62,7 @@ def export_peft(
     metrics: Mapping[str, float] | None = None,
     data: str | None = None,
     prompt_format: PromptFormat | None = None,
+    shrink_intruders: Intruders | float | None = None,
 ) -> float:
     """Export the adapters to a PEFT folder for the unchanged base model.
 
@@ -76,6 +79,8 @@ def export_peft(
         metrics: Results for the model card.
         data: A description of the training data, for the model card.
         prompt_format: The prompt format of training; the exported chat template and the model card use it.
+        shrink_intruders: Shrink the intruder dimensions of W + ΔW to this part of their singular values, as PEFT's
+            ``reduce_intruder_dimension``, but without cutting what results to rank r: each adds one to the rank.
 
     Returns:
         The fraction of ‖ΔW‖²_F, over all matrices, that compression to ``rank`` has lost; 0 without ``rank``.
@@ -97,15 +102,17 @@ def export_peft(
         raise InvalidInputError(
             f"All adapters are in {', '.join(kept)}, which PEFT saves in full for this task. {MERGED}"
         )
-    _check_rank(rank, outside)
+    _check_rank(rank, outside, may_grow=shrink_intruders is not None)
+    added = shrunk(outside, shrink_intruders)
     tensors: dict[str, Tensor] = {}
     ranks, alphas, lost, energy = {}, {}, 0.0, 0.0
     places = peft_module_names(model, outside)
     for name, layer in outside.items():
-        A, B, layer_lost, layer_energy = update_factors(layer, rank)
+        A, B, layer_lost, layer_energy = update_factors(layer, rank, added.get(layer))
         lost, energy = lost + layer_lost, energy + layer_energy
         ranks[name] = n = A.shape[-2]
-        alphas[name] = n if n < stacked_rank(layer) else layer.lora_alpha * n / layer.r
+        whole = stacked_rank(layer) + (added[layer][1].shape[-2] if layer in added else 0)
+        alphas[name] = n if n < whole else layer.lora_alpha * n / layer.r
         A, B = in_peft(layer, A, B)
         tensors[f"{PEFT_PREFIX}{places[name]}.lora_A.weight"] = A.contiguous().cpu()
         tensors[f"{PEFT_PREFIX}{places[name]}.lora_B.weight"] = B.contiguous().cpu()
@@ -137,6 +144,7 @@ def export_merged(
     data: str | None = None,
     dtype: torch.dtype | str | None = None,
     prompt_format: PromptFormat | None = None,
+    shrink_intruders: Intruders | float | None = None,
 ) -> float:
     """Export a Hugging Face model with the adapters added to its weights.
 
@@ -152,6 +160,8 @@ def export_merged(
             half-precision model that a CPU has held in float32, that of its files), and half-precision weights lose
             the parts of ΔW that are smaller than their last digit.
         prompt_format: The prompt format of training; the exported chat template and the model card use it.
+        shrink_intruders: Shrink the intruder dimensions of W + ΔW to this part of their singular values, as PEFT's
+            ``reduce_intruder_dimension``.
 
     Returns:
         The relative rounding error of ΔW: ‖round(W + ΔW) − W − ΔW‖_F / ‖ΔW‖_F over all matrices.
@@ -169,7 +179,7 @@ def export_merged(
             "A quantized model cannot be merged without rounding it again: export for PEFT, load that folder into the "
             "unquantized model with load_peft, and merge there."
         )
-    state, lost = merged_state(model, wanted)
+    state, lost = merged_state(model, wanted, corrections=shrunk(layers, shrink_intruders))
     base_dtype = next(iter(layers.values())).base_layer.weight.dtype
     with new_folder(output) as folder:
         before = model.config.dtype
@@ -224,13 +234,13 @@ def _adapters(module: nn.Module, model: nn.Module) -> dict[str, LoRALinear]:
     return layers
 
 
-def _check_rank(rank: int | None, layers: Mapping[str, LoRALinear]) -> None:
+def _check_rank(rank: int | None, layers: Mapping[str, LoRALinear], may_grow: bool) -> None:
     if rank is None:
         return
     if rank < 1:
         raise InvalidInputError(f"rank must be at least 1, not {rank}; leave it out to keep everything.")
     largest = max(stacked_rank(layer) for layer in layers.values())
-    if rank > largest:
+    if rank > largest and not may_grow:
         raise InvalidInputError(f"rank={rank} is more than the adapters' {largest}; leave it out to keep everything.")
 
 

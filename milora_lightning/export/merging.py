@@ -22,7 +22,10 @@ FACTORS = ("lora_A", "lora_B", "initial_A", "initial_B")
 
 @torch.no_grad()
 def merged_state(
-    model: PreTrainedModel, dtype: torch.dtype | None, only: tuple[str, ...] = ("",)
+    model: PreTrainedModel,
+    dtype: torch.dtype | None,
+    only: tuple[str, ...] = ("",),
+    corrections: Mapping[LoRALinear, tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[dict[str, Tensor], float]:
     """Return the state dict of a model with its adapters merged.
 
@@ -30,6 +33,7 @@ def merged_state(
         model: The model; it is not changed.
         dtype: Dtype of all floating-point tensors; by default each keeps its own.
         only: Prefixes of the names of the tensors to return.
+        corrections: Factors (out, n) and (n, in) of what is added to the ΔW of some adapters.
 
     Returns:
         The state dict, and the relative rounding error of ΔW: ‖round(W + ΔW) − W − ΔW‖_F / ‖ΔW‖_F.
@@ -48,7 +52,7 @@ def merged_state(
         name, _, leaf = key.rpartition(".base_layer.")
         adapter = name if name in places else f"{name}.{leaf}"  # a layer's, or that of a stack of experts' weights
         if name and adapter in places and (adapter != name or leaf == "weight"):
-            state[f"{name}.{leaf}"], error, energy = _merge(adapter, places[adapter], dtype)
+            state[f"{name}.{leaf}"], error, energy = _merge(adapter, places[adapter], dtype, corrections)
             errors, energies = errors + error, energies + energy
         elif name:  # a layer in several places is saved in each, because transformers does not know that it is shared
             state[f"{name}.{leaf}"] = _cast(key, value, dtype).clone()
@@ -88,10 +92,19 @@ def merge_adapters(model: nn.Module) -> float:
     return (errors / energies) ** 0.5 if energies else 0.0
 
 
-def _merge(name: str, layer: LoRALinear, dtype: torch.dtype | None) -> tuple[Tensor, float, float]:
+def _merge(
+    name: str,
+    layer: LoRALinear,
+    dtype: torch.dtype | None,
+    corrections: Mapping[LoRALinear, tuple[Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, float, float]:
     """W + ΔW, added in the factors' precision and rounded once; and ‖·‖²_F of the rounding error and of ΔW."""
     weight = layer.base_layer.weight.detach()
-    delta = layer.as_weight(layer.delta_weight())
+    delta = layer.delta_weight()
+    if corrections and layer in corrections:
+        left, right = corrections[layer]
+        delta = delta + left @ right
+    delta = layer.as_weight(delta)
     exact = weight.to(delta.dtype) + delta
     rounded = _cast(name, exact, dtype or weight.dtype)
     error = (rounded.to(delta.dtype) - weight.to(delta.dtype)) - delta

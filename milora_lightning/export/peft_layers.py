@@ -21,18 +21,24 @@ from milora_lightning.utils.errors import InvalidInputError
 
 
 @torch.no_grad()
-def update_factors(layer: LoRALinear, rank: int | None = None) -> tuple[Tensor, Tensor, float, float]:
+def update_factors(
+    layer: LoRALinear, rank: int | None = None, correction: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, float, float]:
     """Write an adapter's update as two factors, of all of its rank or of a lower one.
 
     Args:
         layer: The adapter.
         rank: The rank to compress to; the factors include the scale only if this makes them smaller.
+        correction: Factors (out, m) and (m, in) of what is added to ΔW.
 
     Returns:
         A (n, in) and B (out, n / groups), the rows of A sorted by group; the energy ‖·‖²_F that is lost, and that of
         ΔW. Both energies are 0 without ``rank``.
     """
     A, B = stack_factors(*layer.factors)
+    if correction is not None:
+        left, right = correction
+        A, B = torch.cat([A, right], dim=-2), torch.cat([B, left / layer.scaling], dim=-1)
     if A.ndim == 3:  # experts, each by itself
         each = [_factors(layer, own_A, own_B, 1, rank) for own_A, own_B in zip(A, B, strict=True)]
         A, B = torch.stack([part[0] for part in each]), torch.stack([part[1] for part in each])

@@ -20,7 +20,8 @@ from milora_lightning.adapters.base_weight import dense_weight
 from milora_lightning.adapters.coverage import coverage
 from milora_lightning.adapters.experts import LoRAExperts
 from milora_lightning.adapters.parts import TargetNotFoundError
-from milora_lightning.analysis.spectra import analyze_model, by_type
+from milora_lightning.analysis.spectra import analyze_model
+from milora_lightning.analysis.tables import by_type
 from milora_lightning.callbacks import PrincipalProjection, SubspaceMonitor
 from milora_lightning.utils.errors import InvalidInputError
 

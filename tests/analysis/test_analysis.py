@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,11 @@ from milora_lightning.analysis.spectra import (
     MatrixAnalysis,
     analyze_matrix,
     analyze_model,
-    averages,
     block_number,
-    by_type,
     update_of,
 )
 from milora_lightning.analysis.subspace import Update, similarity
+from milora_lightning.analysis.tables import averages, by_type
 from milora_lightning.cli.main import main
 from milora_lightning.linalg.singular import SingularSlice
 
@@ -146,14 +146,18 @@ def test_analyze_command_writes_tables_and_plots(tmp_path: Path, capsys: pytest.
     lm = module(model, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2))
     trainer.fit(lm, data(tmp_path, model, num_generation_examples=0))
     path, output = str(tmp_path / "saved" / "last.ckpt"), tmp_path / "analysis"
-    main(["analyze", "--ckpt_path", path, "--output", str(output)])
+    (tmp_path / "text.txt").write_text(" ".join(f"What is {i} plus {2 * i}?" for i in range(60)))
+    more = ["--k", "6", "--intruder_top_k", "5", "--intruder_threshold", "0.9", "--text", str(tmp_path / "text.txt")]
+    main(["analyze", "--ckpt_path", path, "--output", str(output), *more, "--text_tokens", "512"])
 
     printed = capsys.readouterr().out
     assert "q_proj" in printed
     assert {p.name for p in output.iterdir()} == {
-        *("similarity.csv", "spectra.csv", "energy.csv", "similarity.png", "spectra.png", "energy.png")
+        "analysis.json",
+        *("similarity.csv", "spectra.csv", "energy.csv", "similarity.png", "spectra.png", "sizes.png", "energy.png"),
     }
     rows = list(csv.DictReader((output / "similarity.csv").open()))
+    written = json.loads((output / "analysis.json").read_text())
     assert len(rows) == 14
     assert {row["block"] for row in rows} == {"0", "1"}
     for row in rows:
@@ -167,7 +171,19 @@ def test_analyze_command_writes_tables_and_plots(tmp_path: Path, capsys: pytest.
         inside = U[:, :4].T @ W @ Vh[:4].T
         assert float(row["amplification"]) == pytest.approx((S[:4].norm() / inside.norm()).item(), rel=1e-3)
         assert float(row["relative_norm"]) == pytest.approx((S.norm() / W.norm()).item(), rel=1e-3)
-    for name in ("similarity", "spectra", "energy"):
+        assert 0 < float(row["update_effect"]) < 10
+        assert float(written["matrices"][row["layer"]]["interference"]) == pytest.approx(
+            float(row["interference"]), rel=1e-5
+        )
+        k, right = int(row["k"]), torch.linalg.svd(W, full_matrices=False).Vh
+        inside = left[:, :k].T @ layer.delta_weight().double() @ right[:k].T
+        assert float(row["interference"]) == pytest.approx((inside.norm() / S.norm()).square().item(), rel=1e-3)
+        cosines = (left.T @ torch.linalg.svd(W + layer.delta_weight().double()).U[:, :5]).abs().amax(0)
+        assert int(row["intruders"]) == (cosines < 0.9).sum()
+    assert {row["k"] for row in rows} == {"6"}
+    assert sum(int(row["intruders"]) for row in rows) > 0
+    assert written["mean"]["intruders"] == pytest.approx(sum(int(row["intruders"]) for row in rows) / 14)
+    for name in ("similarity", "spectra", "sizes", "energy"):
         assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match="something at"):
         main(["analyze", "--ckpt_path", path, "--output", str(output)])
@@ -195,7 +211,7 @@ def test_monitor_logs_what_the_analysis_finds(tmp_path: Path) -> None:
     trainer.fit(lm, data(tmp_path, model, num_generation_examples=0))
     logged = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("subspace/")}
     for name, group in by_type(analyze_model(lm)).items():
-        for part in ("top", "bottom", "random", "amplification"):
+        for part in ("top", "bottom", "random", "amplification", "interference"):
             assert logged.pop(f"subspace/{name}/{part}") == pytest.approx(averages(group)[part], rel=1e-3)
     assert not logged
     with pytest.raises(ValueError, match="every_n_steps"):

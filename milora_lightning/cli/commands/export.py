@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from milora_lightning.analysis.intruders import Intruders
 from milora_lightning.cli.commands.loading import loading
 from milora_lightning.export.folders import export_merged, export_peft
 from milora_lightning.export.hub import check_upload, local_base, upload
@@ -23,6 +24,9 @@ def export(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
+    shrink_intruders: float | None = None,
+    intruder_top_k: int = Intruders.top_k,
+    intruder_threshold: float = Intruders.threshold,
 ) -> None:
     """Export the adapters of a checkpoint.
 
@@ -36,6 +40,10 @@ def export(
             updates is lost by rounding.
         push_to_hub: Repository on the Hugging Face Hub to upload the folder to, ``user/name``; created if necessary.
         private: Make that repository private.
+        shrink_intruders: Shrink intruder dimensions to this part of their singular values, such as 0.75: it takes
+            back some forgetting. Each adds one to the rank of an adapter; rank cuts it again.
+        intruder_top_k: How many of the largest singular vectors of W + ΔW may be intruder dimensions.
+        intruder_threshold: They are if their cosine with each of W's is below this.
     """
     if private and push_to_hub is None:
         raise InvalidInputError(
@@ -49,6 +57,13 @@ def export(
         raise InvalidInputError(
             "Adapters are always float32; dtype applies to merged models. Leave it out, or use --format merged."
         )
+    given = (intruder_top_k, intruder_threshold) != (Intruders.top_k, Intruders.threshold)
+    if given and shrink_intruders is None:
+        raise InvalidInputError(
+            "intruder_top_k and intruder_threshold say what shrink_intruders shrinks: add --shrink_intruders 0.75, or "
+            "leave them out."
+        )
+    rule = None if shrink_intruders is None else Intruders(shrink_intruders, intruder_top_k, intruder_threshold)
     check_output(output)
     if push_to_hub is not None:
         check_upload(push_to_hub, private)
@@ -58,12 +73,11 @@ def export(
     scores = checkpoint.get("callbacks", {}).get("EvaluationSummary", {}).get("after")
     data = checkpoint.get("SFTDataModule", {}).get("description")
     if format == "merged":
-        if note := rounding_note(
-            export_merged(module, output, module.tokenizer, scores, data, dtype, module.prompt_format)
-        ):
+        lost = export_merged(module, output, module.tokenizer, scores, data, dtype, module.prompt_format, rule)
+        if note := rounding_note(lost):
             print(note)
     else:
-        lost = export_peft(module, output, rank, module.tokenizer, scores, data, module.prompt_format)
+        lost = export_peft(module, output, rank, module.tokenizer, scores, data, module.prompt_format, rule)
         if rank is not None:
             print(f"Rank {rank} keeps {1 - lost:.2%} of the updates' energy and loses {lost:.2%}.")
     print(f"Exported to {output}")
