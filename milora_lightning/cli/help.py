@@ -122,9 +122,11 @@ EXAMPLES = {
     "export": (
         "--ckpt_path runs/milora/last.ckpt --output adapters",
         "--ckpt_path runs/milora/last.ckpt --output merged --format merged --dtype bfloat16",
+        "--ckpt_path runs/milora/last.ckpt --output shrunk --shrink_intruders 0.75",
         "--ckpt_path runs/milora/last.ckpt --output adapters --push_to_hub USER/NAME --private true",
     ),
     "evaluate": ("--ckpt_path runs/milora/last.ckpt --tasks gsm8k,arc_easy --limit 100 --base true",),
+    "ranks": ("--config milora.yaml --output ranks.yaml", "--config milora.yaml --adapter.r 16 --output ranks16.yaml"),
     "analyze": ("--ckpt_path runs/milora/last.ckpt --output analysis",),
 }
 

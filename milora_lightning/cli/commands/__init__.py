@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "milora_lightning.cli.commands.generate:generate",
     "export": "milora_lightning.cli.commands.export:export",
     "evaluate": "milora_lightning.cli.commands.evaluate:evaluate",
+    "ranks": "milora_lightning.cli.commands.ranks:ranks",
     "analyze": "milora_lightning.cli.commands.analyze:analyze",
     "env": "milora_lightning.cli.commands.env:env",
 }
