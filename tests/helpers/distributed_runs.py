@@ -1,4 +1,4 @@
-"""Runs that test_distributed.py makes on one process and, with this file as a script, on two."""
+"""Runs that test_distributed.py makes on one process and on two; on two GPUs as a script."""
 
 from __future__ import annotations
 
@@ -290,7 +290,10 @@ def on_two_gpus(folder: Path) -> dict[str, Any]:
     }
 
 
+def save(runs: dict[str, Any], folder: Path, prefix: str = "") -> None:
+    torch.save(runs, folder / f"{prefix}rank{dist.get_rank()}.pt")
+
+
 if __name__ == "__main__":
-    target, gpu = Path(sys.argv[1]), "gpu" in sys.argv
-    runs, prefix = (on_two_gpus(target), "gpu-") if gpu else (on_two_ranks(target), "")
-    torch.save(runs, target / f"{prefix}rank{dist.get_rank()}.pt")
+    target = Path(sys.argv[1])
+    save(on_two_gpus(target), target, "gpu-")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,13 @@ def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         timeout=900,  # two processes import torch on a busy machine
         check=False,
     )
+
+
+def run_program(script: Path, *arguments: str) -> None:
+    """Run a script in this process, a fork, as if it were all that it runs: Lightning starts others by its path."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), *sys.path])
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def losses(ranks: tuple[Runs, Runs], name: str) -> torch.Tensor:

@@ -11,9 +11,10 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
-from helpers.distributed_runs import fit
+from helpers.distributed_runs import fit, on_two_ranks, save
+from helpers.forked import run_ranks
 from helpers.models import save_tiny_model, write_examples
-from helpers.several_processes import CONFIG, TESTS, TORCHRUN, Runs, launch
+from helpers.several_processes import CONFIG, Runs
 from transformers import AutoModelForCausalLM
 
 
@@ -53,8 +54,8 @@ def single(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def ranks(folder: Path, single: dict[str, Any]) -> tuple[Runs, Runs]:
     def make() -> None:
-        done = launch(folder, *TORCHRUN, str(TESTS / "helpers" / "distributed_runs.py"), str(folder))
-        assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if line.startswith("[rank"))
+        statuses = run_ranks(lambda: save(on_two_ranks(folder), folder), folder)
+        assert statuses == [0, 0], [(folder / f"output{rank}.txt").read_text()[-3000:] for rank in range(2)]
 
     once(folder, "ranks", make)
     first, second = (torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import runpy
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.ddp_tasks import tasks
 from helpers.distributed_runs import ORIGINS, RUNS, STEPS, command_line, fit
-from helpers.forked import run_forked
+from helpers.forked import run_forked, run_ranks
 from helpers.models import save_tiny_model, tiny_model, write_examples
-from helpers.several_processes import CONFIG, TESTS, TORCHRUN, Runs, assert_equal_to_rounding, launch, losses
+from helpers.several_processes import (
+    CONFIG,
+    TESTS,
+    TORCHRUN,
+    Runs,
+    assert_equal_to_rounding,
+    launch,
+    losses,
+    run_program,
+)
 from helpers.terminal import run_in_terminal
 from safetensors.torch import load_file
 
@@ -79,7 +88,7 @@ def test_resumed_on_another_number_of_ranks_it_goes_on_the_same(
 
 @pytest.fixture(scope="module")
 def gpus(folder: Path) -> tuple[Runs, Runs]:
-    done = launch(folder, *TORCHRUN, str(TESTS / "helpers" / "distributed_runs.py"), str(folder), "gpu")
+    done = launch(folder, *TORCHRUN, str(TESTS / "helpers" / "distributed_runs.py"), str(folder))
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(folder / f"gpu-rank{rank}.pt", weights_only=True) for rank in range(2))
     return first, second
@@ -159,16 +168,23 @@ def test_a_rank_that_dies_ends_the_job_with_a_message_and_a_whole_checkpoint(
     when: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed while it decomposes, or while it writes its shards of the second checkpoint."""
-    launcher = TORCHRUN if when == "surgery" else ()  # else Lightning starts the second process
     saving = {"dirpath": "dying", "every_n_train_steps": 1, "save_last": True}
     callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saving}
     sharded = {"init_args": {"save_distributed_checkpoint": True}}
     (folder / "dying.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback], "strategy": sharded}}))
     configs = [f"--config={name}" for name in ("mine.yaml", "strategy/fsdp2.yaml", "dying.yaml")]
-    done = launch(folder, *launcher, str(TESTS / "helpers" / "dying_rank.py"), when, "fit", *configs)
-    assert done.returncode != 0
-    said = ("closed by peer", "reset by peer", "Child process with PID", "Signal 9 (SIGKILL) received by PID")
-    assert any(words in done.stderr for words in said)
+
+    def run() -> None:
+        run_program(TESTS / "helpers" / "dying_rank.py", when, "fit", *configs)
+
+    if when == "surgery":
+        status, died = run_ranks(run, folder)
+        assert died == -signal.SIGKILL
+    else:  # Lightning starts the second process
+        status = run_forked(run, folder)
+    assert status not in (0, -signal.SIGKILL)
+    output = (folder / ("output0.txt" if when == "surgery" else "output.txt")).read_text()
+    assert any(words in output for words in ("closed by peer", "reset by peer", "Child process with PID"))
     if when == "training":
         monkeypatch.chdir(folder)
         assert read_checkpoint("dying/last.ckpt")["global_step"] == 1
@@ -186,11 +202,12 @@ def test_ctrl_c_saves_once_and_says_so_once(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(CONFIG))
     options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.log_every_n_steps=2"]
     options += ["--trainer.enable_progress_bar=true", "--data.template=plain", "--trainer.limit_val_batches=0"]
+    program = tmp_path / "slow_end.py"
     # Slow to end, as a machine with much to do is: Lightning then kills the first process because the second is gone.
-    (tmp_path / "slow_end.py").write_text(
-        "import atexit, time\nfrom milora_lightning.cli.main import main\natexit.register(time.sleep, 7)\nmain()\n"
+    program.write_text(
+        "import time\nfrom milora_lightning.cli.main import main\ntry:\n    main()\nfinally:\n    time.sleep(7)\n"
     )
-    command = [sys.executable, str(tmp_path / "slow_end.py"), "fit", "--config=mine.yaml", *options]
+    command = ["fit", "--config=mine.yaml", *options]
 
     pressed: list[str] = []
 
@@ -200,7 +217,7 @@ def test_ctrl_c_saves_once_and_says_so_once(tmp_path: Path, monkeypatch: pytest.
         pressed.append(screen)
         return b"\x03"
 
-    seen = run_in_terminal(lambda: os.execv(command[0], [*command, "--trainer.max_epochs=999"]), 200, 50, press, 300)
+    seen = run_in_terminal(lambda: run_program(program, *command, "--trainer.max_epochs=999"), 200, 50, press, 300)
     assert seen.status == 130, seen.last
     said = re.findall(r"Interrupted at step (\d+). Saved in checkpoints/last.ckpt; resume with: ", seen.last)
     assert len(said) == 1, seen.last
@@ -208,7 +225,7 @@ def test_ctrl_c_saves_once_and_says_so_once(tmp_path: Path, monkeypatch: pytest.
     step = int(said[0])
     assert read_checkpoint("checkpoints/last.ckpt")["global_step"] == step
     again = ["--ckpt_path=last", "--trainer.max_epochs=999", f"--trainer.max_steps={step + 2}", "--trainer.devices=1"]
-    status = run_forked(lambda: main([*command[2:], *again, "--data.batch_size=8"]), tmp_path)
+    status = run_forked(lambda: main([*command, *again, "--data.batch_size=8"]), tmp_path)
     said_then = (tmp_path / "output.txt").read_text()
     assert status == 0, said_then[-3000:]
     assert f"Last checkpoint (step {step + 2})" in said_then
@@ -231,16 +248,8 @@ def test_work_is_shared_out_by_cost() -> None:
 @pytest.mark.slow
 def test_two_ranks_score_and_predict_as_one_process_does(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model", "llama")
-    script = str(TESTS / "helpers" / "ddp_tasks_script.py")
-    done = launch(tmp_path, *TORCHRUN, script, str(tmp_path), "tasks", "2", "2")
-    assert done.returncode == 0, done.stderr[-3000:]
-    alone = [script, str(tmp_path), "tasks", "1", "3"]  # three questions and five: uneven shares of each set
-
-    def run() -> None:
-        sys.argv = alone
-        runpy.run_path(script, run_name="__main__")
-
-    assert run_forked(run, tmp_path) == 0, (tmp_path / "output.txt").read_text()[-3000:]
+    assert run_ranks(lambda: tasks(tmp_path, 2, 2), tmp_path) == [0, 0], (tmp_path / "output0.txt").read_text()[-3000:]
+    tasks(tmp_path, 1, 3)  # three questions and five: uneven shares of each set
     first, second, single = (
         torch.load(tmp_path / f"tasks-{which}.pt", weights_only=True) for which in ("2-0", "2-1", "1-0")
     )
