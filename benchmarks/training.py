@@ -2,15 +2,16 @@
 
 The embedded model, GSM8K's training problems (a JSON lines file, the first argument) with Alpaca prompts, batch 16,
 r = 32 on the paper's five target modules, AdamW, loss on the answers. Each run is a process of its own, whose first
-steps, a warm-up, are not counted. The examples are the same, in each trainer's own order and batches. TRL runs at its
-defaults (which recompute activations and cast to bfloat16), and without those, with the same number of tokens packed
-into rows of 1,024. Ours are padded to the longest row, PEFT's to a multiple of 8. More arguments choose from the
-settings below.
+steps, a warm-up, are not counted. All of them take one epoch of the same examples, each in its own order and batches,
+so that each meets the longest row, which decides on memory. TRL runs at its defaults (which recompute activations and
+cast to bfloat16), and without those, with the same number of tokens packed into rows of 1,024. Ours are padded to the
+longest row, PEFT's to a multiple of 8. More arguments choose from the settings below.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from milora_lightning.models.pretrained import load_causal_lm, load_tokenizer
 from milora_lightning.utils.process_memory import peak_resident
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-BATCH, STEPS, ROUNDS = 16, 3, 3
+BATCH, WARM_UP, STEPS, ROUNDS = 16, 3, 3, 3
 SETTINGS = {"bfloat16": ("bfloat16", 0.0), "bfloat16-dropout": ("bfloat16", 0.05), "float32": ("float32", 0.0)}
 
 
@@ -138,25 +139,31 @@ def trl(clock: Clock, steps: int, source: Files, dtype: str, dropout: float, **o
 
 
 BEST = {"gradient_checkpointing": False, "bf16": False, "packing": True, "per_device_train_batch_size": BATCH // 4}
-# What is run, and how many steps come before those that are counted.
-CONTENDERS: dict[str, tuple[Callable[..., None], int]] = {
-    "milora-lightning": (ours, 1),
-    "milora-lightning, `compile: true`": (partial(ours, compile=True), 3),
-    "PEFT, Hugging Face Trainer": (peft, 1),
-    "TRL, defaults": (trl, 1),
-    "TRL, packed": (partial(trl, **BEST), 1),
+CONTENDERS: dict[str, Callable[..., None]] = {
+    "milora-lightning": ours,
+    "milora-lightning, `compile: true`": partial(ours, compile=True),
+    "PEFT, Hugging Face Trainer": peft,
+    "TRL, defaults": trl,
+    "TRL, packed": partial(trl, **BEST),
 }
 
 
 def measure(file: str, setting: str, contender: str) -> None:
     """Train as one process, and print what was found."""
     torch.manual_seed(0)
-    run, warm_up = CONTENDERS[contender]
-    clock, source = Clock(), Files(train=file, prompt_field="question", response_field="answer")
-    run(clock, warm_up + STEPS, source, *SETTINGS[setting])
-    counted = slice(warm_up, warm_up + STEPS)
-    rate = sum(clock.tokens[counted]) / (clock.ends[warm_up + STEPS - 1] - clock.ends[warm_up - 1])
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        (examples := Path(folder, "examples.jsonl")).write_text("\n".join(drawn(file)), encoding="utf-8")
+        source = Files(train=str(examples), prompt_field="question", response_field="answer", validation_size=0)
+        CONTENDERS[contender](clock, WARM_UP + STEPS, source, *SETTINGS[setting])
+    seconds = clock.ends[WARM_UP + STEPS - 1] - clock.ends[WARM_UP - 1]
+    rate = sum(clock.tokens[WARM_UP : WARM_UP + STEPS]) / seconds
     print(json.dumps({"rate": rate, "memory": (peak_resident() or 0) / 2**30}))
+
+
+def drawn(file: str) -> list[str]:
+    """Draw the examples of one epoch."""
+    return random.Random(0).sample(Path(file).read_text(encoding="utf-8").splitlines(), BATCH * (WARM_UP + STEPS))
 
 
 def rows_of(file: str, setting: str) -> list[list[str]]:
@@ -180,8 +187,8 @@ def rows_of(file: str, setting: str) -> list[list[str]]:
 def main(file: str, settings: list[str]) -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("peft", "transformers", "trl"))
     note = (
-        f"Tokens without padding in a second; {STEPS} steps of {BATCH} problems, medians of {ROUNDS} alternating "
-        f"rounds; {versions}."
+        f"Tokens without padding in a second; {STEPS} of {WARM_UP + STEPS} steps of {BATCH} problems, medians of "
+        f"{ROUNDS} alternating rounds; {versions}."
     )
     for setting in settings:
         columns = ["{}, dropout {:g}".format(*SETTINGS[setting]), "tokens/s", "of PEFT's", "peak memory"]
