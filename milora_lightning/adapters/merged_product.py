@@ -156,7 +156,4 @@ def _versions(tensors: tuple[Tensor | None, ...]) -> list[Any]:
 def _products_are_exact(device: torch.device) -> bool:
     """Whether float32 products are computed in float32; TF32 and oneDNN's fast modes round their inputs."""
     backend = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
-    precision = getattr(getattr(backend, "matmul", None), "fp32_precision", None)  # torch 2.9
-    if precision is None:
-        return torch.get_float32_matmul_precision() == "highest"
-    return precision in ("none", "ieee")
+    return backend.matmul.fp32_precision in ("none", "ieee")

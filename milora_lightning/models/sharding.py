@@ -15,9 +15,7 @@ from transformers import PreTrainedModel
 
 from milora_lightning.models.checkpointing import Recomputation
 from milora_lightning.models.pretrained import decoder_layers
-from milora_lightning.utils.compat.torch import FSDP2_TAKES_ONE_DTYPE
 from milora_lightning.utils.errors import InvalidInputError
-from milora_lightning.utils.precision import name_of_dtype
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -74,14 +72,8 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, sharding: Sharding | None = 
         sharding: How.
 
     Raises:
-        ValueError: If the model does not name its decoder layers, or torch cannot shard dtypes like its together.
+        ValueError: If the model does not name its decoder layers.
     """
-    dtypes = sorted({name_of_dtype(parameter.dtype) for parameter in model.parameters()})
-    if FSDP2_TAKES_ONE_DTYPE and len(dtypes) > 1:
-        raise InvalidInputError(
-            f"FSDP2 of torch {torch.__version__} shards parameters of one dtype only, and these have "
-            f"{' and '.join(dtypes)}: install a newer torch, or set model.dtype: float32 with precision: bf16-mixed."
-        )
     sharding = sharding or Sharding()
     policies, keep = sharding.policies(mesh), sharding.reshard_after_forward
     layers = outermost(decoder_layers(model))

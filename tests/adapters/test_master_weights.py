@@ -11,7 +11,6 @@ import pytest
 import torch
 from helpers.callback_modules import LanguageModel
 from helpers.models import quiet_trainer, tiny_model
-from helpers.versions import beyond_torch_2_6
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -19,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 from milora_lightning import LoRAConfig, MiLoRAInit, export_merged, initialize, inject, load_adapter
 from milora_lightning.checkpoint.adapter import read_checkpoint
-from milora_lightning.models import sharding
 
 IDS = torch.randint(0, 128, (2, 8), generator=torch.Generator().manual_seed(0))
 
@@ -150,15 +148,6 @@ def test_whole_networks_compute_as_in_half_precision_and_learn_in_full() -> None
         assert model.head.classes.weight is model.head.classes._parameters["weight"]  # nothing to cast any more
 
 
-def test_a_torch_that_shards_one_dtype_only_is_told_before_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharding, "FSDP2_TAKES_ONE_DTYPE", True)
-    model = tiny_model("llama", torch.bfloat16)
-    inject(model, LoRAConfig(r=2))
-    with pytest.raises(ValueError, match="one dtype only, and these have bfloat16 and float32: install a newer torch"):
-        sharding.shard(model, None)
-
-
-@beyond_torch_2_6("shards parameters of one dtype only")
 def test_fsdp2_shards_the_float32_weights(tmp_path: Path) -> None:
     """One rank will do: FSDP2 exchanges the parameters in the same way, and its updates are those without it."""
     config = LoRAConfig(r=4, modules_to_save=["norm", "lm_head", "embed_tokens"])

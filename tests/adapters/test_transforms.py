@@ -8,7 +8,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers.layers import IN, OUT, adapted, plain
-from helpers.versions import beyond_torch_2_6
 from torch import Tensor, nn
 from torch.autograd import forward_ad, functional
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -146,7 +145,6 @@ def test_transforms(name: str, x: Tensor) -> None:
     alike(*(TRANSFORMS[name](loss, parameters, x) for loss, parameters in losses()))
 
 
-@beyond_torch_2_6("cannot view bits as another dtype within vmap")
 def test_per_sample_gradients_with_dropout_draw_for_each_sample() -> None:
     layer = adapted(lora_dropout=0.5).double().train()
     x = torch.ones(64, IN, dtype=torch.float64)

@@ -39,9 +39,6 @@ PRODUCTS_ON_X86 = {
 TELLS_HOW_IT_KEEPS = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")
 """Whether autograd tells if it keeps a tensor itself or leaves that to hooks; not so in torch 2.6."""
 
-FSDP2_TAKES_ONE_DTYPE = torch.__version__ < "2.7"
-"""Whether FSDP2 refuses a unit whose parameters have several dtypes (``FSDPParamGroup``, asserted in forward)."""
-
 # (gradient, softmax's result, dimension, dtype of its input): what softmax's own backward calls.
 softmax_backward = torch._softmax_backward_data
 # (tensors, factor): multiplies all of them in place, as optimizers do.
@@ -139,15 +136,13 @@ def quiet_gathering() -> None:
 def reshard_settings(unit: Any) -> Callable[[], None]:
     """Return what gives a unit of FSDP2 its present settings of resharding after forward again."""
     state = unit._get_fsdp_state()
-    groups = [
-        group for group in vars(state).get("_fsdp_param_groups") or [state._fsdp_param_group] if group is not None
-    ]
+    groups = vars(state).get("_fsdp_param_groups") or [state._fsdp_param_group]  # older: one, or none
+    groups = [group for group in groups if group is not None]
     meshes = [group.post_forward_mesh_info for group in groups]
-    automatic = vars(state).get("_auto_reshard_after_forward", True)  # always so before torch 2.8
+    automatic = state._auto_reshard_after_forward
 
     def restore() -> None:
-        if "_auto_reshard_after_forward" in vars(state):
-            state._auto_reshard_after_forward = automatic
+        state._auto_reshard_after_forward = automatic
         for group, mesh in zip(groups, meshes, strict=True):
             # Which unit is the root, and stays gathered, is found out in the first forward.
             group.post_forward_mesh_info = None if state._is_root and automatic else mesh
