@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from milora_lightning.models import causal_attention as causal_attention
     from milora_lightning.module import CausalLMModule as CausalLMModule
     from milora_lightning.starts import register_start as register_start
+    from milora_lightning.statistics import collect_statistics as collect_statistics
     from milora_lightning.strategies import MiLoRAFSDPStrategy as MiLoRAFSDPStrategy
     from milora_lightning.strategies import MiLoRAModelParallelStrategy as MiLoRAModelParallelStrategy
     from milora_lightning.utils import MiLoRAError as MiLoRAError
@@ -67,6 +68,7 @@ _OFFERED = {
     "models": ["causal_attention"],
     "module": ["CausalLMModule"],
     "starts": ["register_start"],
+    "statistics": ["collect_statistics"],
     "strategies": ["MiLoRAFSDPStrategy", "MiLoRAModelParallelStrategy"],
     "utils": ["MiLoRAError"],
 }

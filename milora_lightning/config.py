@@ -36,7 +36,8 @@ class LoRAConfig:
             ``"pissa"`` at the largest, ``"random"`` at random ones as in the paper's ablation, ``"middle"`` at those
             in the middle, ``"lora"`` at LoRA's own start (A Kaiming-uniform, B zero), ``"mica"``, ``"olora"`` and
             ``"orthogonal"`` at those of PEFT; directions with singular values, such as ``"gaussian x minor"`` or
-            ``"slice 0.25"``; or the name of :func:`milora_lightning.register_start`.
+            ``"slice 0.25"``; ``"corda"``, ``"lora_null"``, ``"eva"``, ``"astra"``, ``"sc_lora"``, ``"lora_ga"`` and
+            ``"lora_one"``, which depend on data; or the name of :func:`milora_lightning.register_start`.
         modules_to_save: Name endings of modules that are trained in full together with the adapters, such as a new
             classification head, or ``"auto"`` for what looks new or is named as a classifier's. They are kept in
             float32 and compute in the model's dtype.

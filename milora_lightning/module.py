@@ -186,6 +186,11 @@ class CausalLMModule(LoadedModule):
         total = causal_lm_loss(self._built(), batch["input_ids"], labels, positions_of(batch), weights, **images)
         return total, number
 
+    def start_loss(self, batch: Batch) -> Tensor:
+        """Compute a batch's mean loss over its learned tokens, for starts that depend on data."""
+        total, number = self.loss(batch)
+        return total / number.clamp(min=1)
+
     def on_train_start(self) -> None:
         """Check that packed examples do not see each other in this model."""
         super().on_train_start()

@@ -27,6 +27,7 @@ ROOMS = [
     "metrics",
     "screen",
     "checkpoint",
+    "statistics",
     "analysis",
     "comparison",
     "data",

@@ -70,7 +70,8 @@ def _key(weight: Tensor, r: int, start: Start, generator: torch.Generator | None
     digest.update(memory_of(weight))
     if start.random:
         digest.update(memory_of(torch.get_rng_state() if generator is None else generator.get_state()))
-    for name, tensor in statistics._asdict().items() if start.own and statistics is not None else ():
+    uses = start.own or start.needs
+    for name, tensor in statistics._asdict().items() if uses and statistics is not None else ():
         digest.update(name.encode())
         digest.update(b"" if tensor is None else memory_of(tensor))
     return digest.hexdigest()

@@ -7,7 +7,7 @@ B = B₀. How the weights are shared out among ranks and threads is in ``decompo
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,7 @@ def initialize(
     device: torch.device | None = None,
     cache: bool = True,
     statistics: Mapping[str, Statistics] | None = None,
+    only: Collection[str] | None = None,
 ) -> int:
     """Fill the adapters' factors from the weights they adapt.
 
@@ -52,13 +53,16 @@ def initialize(
         world_size: Number of ranks, which must all call this.
         device: Where to decompose; by default on the weight's device.
         cache: Whether to read decompositions from the user's cache folder, and to write new ones to it.
-        statistics: What data tells about layers, by their names, for registered starts that use it.
+        statistics: What data tell about layers, by their names, for starts that take it (``"corda"``, ``"eva"``, …),
+            from :func:`milora_lightning.collect_statistics`.
+        only: Names of the layers to fill; by default all.
 
     Returns:
         The number of matrices initialized, on all ranks together.
 
     Raises:
-        ValueError: If a weight has non-finite entries; names the layer. On all ranks, even if only one finds it.
+        ValueError: If a weight has non-finite entries, or a start's statistics are missing; names the layer. On all
+            ranks, even if only one finds it.
 
     >>> from milora_lightning import LoRAConfig, inject
     >>> model = nn.Sequential(nn.Linear(8, 8))
@@ -86,7 +90,11 @@ def initialize(
             pairs.append(compute(part, layer.r // groups, layer.scaling, layer.init, generator, known))
         return torch.cat([lora_A for lora_A, _ in pairs]), torch.cat([lora_B for _, lora_B in pairs])
 
-    pending = [(name, layer) for name, layer in lora_layers(module).items() if not layer.initialized]
+    pending = [
+        (name, layer)
+        for name, layer in lora_layers(module).items()
+        if not layer.initialized and (only is None or name in only)
+    ]
     for layer, (lora_A, lora_B) in decompose_all(pending, decompose, track, rank, world_size, device):
         layer.set_initial_factors(lora_A, lora_B)
     if pending:

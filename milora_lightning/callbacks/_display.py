@@ -31,6 +31,13 @@ def progress(batches: Sequence[Batch]) -> Iterator[Batch]:
         bar.update(task, layer="")
 
 
+def passes(numbers: Sequence[int]) -> Iterator[int]:
+    """Show the progress of a pass over data."""
+    columns = TextColumn("Statistics of data"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns) as bar:
+        yield from bar.track(numbers)
+
+
 def summary(module: LightningModule, config: LoRAConfig, number: int, seconds: float) -> Table:
     """Summarize what was done to a module.
 

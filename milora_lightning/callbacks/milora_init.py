@@ -28,11 +28,13 @@ from milora_lightning.callbacks._checks import (
     warn_of_export,
 )
 from milora_lightning.callbacks._configure_model import after_configure_model
-from milora_lightning.callbacks._display import progress, summary
+from milora_lightning.callbacks._display import passes, progress, summary
+from milora_lightning.callbacks._starting_data import StartingData
 from milora_lightning.callbacks.progress import RunProgress
 from milora_lightning.checkpoint.adapter import AdapterCheckpoint
 from milora_lightning.config import DropoutOn, LoRAConfig
 from milora_lightning.export.peft_import import load_peft, peft_config
+from milora_lightning.statistics.collecting import layers_with_needs
 from milora_lightning.strategies.base import calls_parts, finish, needs_early_start, prepare, restores_late, shards
 from milora_lightning.training.averaging import check_averaging, copy_adapted, start_averages
 from milora_lightning.training.loss_scaling import check_loss_scaling, is_float16
@@ -65,7 +67,8 @@ class MiLoRAInit(Callback):
             ``"all-linear"`` (every linear layer but the language-model head, those smaller than ``r``, and those that
             were frozen before).
         init: Start of the factors: ``"milora"`` (smallest singular triplets), ``"pissa"``, ``"lora"``, ``"mica"``, …,
-            directions with values (``"gaussian x minor"``), or one of your own; ``"full"`` for no adapters.
+            ``"corda"``, ``"eva"``, ``"lora_ga"``, … from training data, directions with values
+            (``"gaussian x minor"``), or one of your own; ``"full"`` for no adapters.
         modules_to_save: Name endings of modules to train in full, too, in float32, or ``"auto"``: layers that look new
             and those named as a classifier's.
         seed: What the random starts derive from. Defaults to the run's seed.
@@ -86,6 +89,11 @@ class MiLoRAInit(Callback):
         use_rslora: Whether the scale is ``lora_alpha / sqrt(r)``, as in rsLoRA.
         decay_to_start: How strongly A and B decay towards A₀ and B₀ after each step, times the learning rate. An
             optimizer's ``weight_decay`` draws them to zero, which takes what they start at out of the model.
+        statistics_batches: Training batches that a start from data is computed from; by default 64 for those from
+            activations (``"corda"``, ``"eva"``, …), and 8 for those from gradients (``"lora_ga"``, ``"lora_one"``).
+        preserve: Text of what is to be preserved, which ``"corda"`` and ``"lora_null"`` take in place of training data,
+            and ``"sc_lora"`` beside them: a ``.txt`` file, a JSON, JSON lines or Parquet file with a field ``text``, or
+            a Hub name.
         target_parameters: Ends of the names of 3-D parameters that get a pair of factors for each of their matrices, as
             in PEFT: ``["experts.gate_up_proj"]``. ``"all-linear"`` includes the experts of a mixture.
 
@@ -118,6 +126,8 @@ class MiLoRAInit(Callback):
         use_rslora: bool = False,
         decay_to_start: float = 0.0,
         target_parameters: list[str] | None = None,
+        statistics_batches: int | None = None,
+        preserve: str | None = None,
     ) -> None:
         self.config: LoRAConfig | None = None
         if start_from is not None:
@@ -137,10 +147,13 @@ class MiLoRAInit(Callback):
         self.cache = cache
         self._decay = StartDecay(decay_to_start, self.config is not None)
         self._stepped: set[Optimizer] = set()
+        self._data = StartingData(statistics_batches, preserve, cache)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject into the layers that exist now, and into those that ``setup`` and ``configure_model`` will build."""
         config = self.config
+        if stage == "fit" and self.start_from is None:
+            self._data.check(trainer, pl_module, config)
         pl_module.milora_config = config  # type: ignore[assignment]  # for a configure_model that shards the model
         if config is None:
             return
@@ -172,6 +185,8 @@ class MiLoRAInit(Callback):
         if self.start_from is not None and not all(layer.initialized for layer in lora_layers(pl_module).values()):
             load_peft(find_part(pl_module, config.module), self.start_from)
         finish(trainer, pl_module)
+        if stage == "fit":
+            layers_with_needs(pl_module)  # which refuses what has no statistics, before any work
         if stage == "fit" and trainer.is_global_zero:
             warn_of_export(pl_module)
         if stage == "fit" and needs_early_start(trainer):
@@ -192,10 +207,14 @@ class MiLoRAInit(Callback):
         started = time.monotonic()
         seed = torch.initial_seed() if self.seed is None else self.seed
         bar = trainer.progress_bar_callback
-        shown = bar.initializing if isinstance(bar, RunProgress) else progress
+        shown, measured = (bar.initializing, bar.measuring) if isinstance(bar, RunProgress) else (progress, passes)
         track = shown if trainer.is_global_zero else iter
         ranks = trainer.global_rank, trainer.world_size
-        number = initialize(pl_module, seed, track, *ranks, trainer.strategy.root_device, self.cache)
+        options = seed, track, *ranks, trainer.strategy.root_device, self.cache
+        number = 0
+        for statistics in self._data.groups(trainer, pl_module, measured if trainer.is_global_zero else iter):
+            number += initialize(pl_module, *options, statistics, statistics)
+        number += initialize(pl_module, *options)
         start_averages(trainer, pl_module)
         if number and self.config is not None:
             table = summary(pl_module, self.config, number, time.monotonic() - started)

@@ -128,6 +128,16 @@ class RunProgress(ProgressBar):
         if batches:  # the last ones are still being decomposed; after them the layers are checked
             self.begin("Checking the adapters")
 
+    def measuring(self, numbers: Sequence[int]) -> Iterator[int]:
+        """Show the progress of a pass over data, before training."""
+        self.begin("Collecting statistics of data")
+        work = self.state.work
+        for done, number in enumerate(numbers):
+            if work is not None:
+                work.total, work.unit, work.done = len(numbers), "batches", done
+            self._tick()
+            yield number
+
     # Training
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

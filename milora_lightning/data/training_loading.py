@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch.utils.data import DataLoader
 
 from milora_lightning.data.batches.batching import Collator
@@ -70,6 +71,23 @@ class TrainingLoaders(SharedSteps):
         grouping: dict[str, Any] = {"group_by_length": self.group_by_length, "group": self.global_batch_size}
         sampler = kind(self._resumption, lengths, step.examples, **order, **grouping)
         return self._loader(rows, sampler, step.examples, collator, ResumableDataLoader)
+
+    def sample_batches(self, number: int) -> list[Any]:
+        """Return padded batches of randomly chosen training examples, apart from the order of training.
+
+        They are the same on every rank and in every run, whatever its seed. Of a stream, they are from its beginning.
+
+        Args:
+            number: How many batches, of ``batch_size`` examples each; fewer if there are not so many examples.
+        """
+        examples = self.examples("train")
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))
+        lengths = examples["length"][:]
+        chosen = sorted(order[: number * self.batch_size].tolist(), key=lambda index: lengths[index])  # little padding
+        rows: Any = examples.select_columns(["input_ids", "spans", *(["image"] if self.shows_images else [])])
+        collate = self._collator(Collator)
+        starts = range(0, len(chosen), self.batch_size)
+        return [collate([rows[index] for index in chosen[i : i + self.batch_size]]) for i in starts]
 
     def _stream_loader(self) -> StreamLoader:
         """Return a loader with as many batches of the stream as the run takes."""

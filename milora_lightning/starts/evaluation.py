@@ -7,7 +7,8 @@ from torch import Tensor
 
 from milora_lightning.linalg.singular import SingularSlice
 from milora_lightning.starts.methods import Pair
-from milora_lightning.starts.registry import Start, Statistics
+from milora_lightning.starts.registry import Start
+from milora_lightning.starts.statistics import Statistics
 from milora_lightning.utils.errors import InvalidInputError
 
 

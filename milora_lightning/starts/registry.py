@@ -6,31 +6,22 @@ there are weights, on the meta device and when a checkpoint is read, so that it 
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from milora_lightning.linalg.singular import SingularSlice
-from milora_lightning.starts import algebra, methods
+from milora_lightning.starts import activations, algebra, gradients, methods
+from milora_lightning.starts.statistics import Need, Statistics
 from milora_lightning.utils.errors import InvalidInputError
 
 Factor = Literal["lora_A", "lora_B"]
-
-
-class Statistics(NamedTuple):
-    """What data tells about a layer, for starts that depend on it.
-
-    Attributes:
-        inputs: Second moments of the layer's inputs, E[x xᵀ], of shape (in, in); or None.
-        gradient: Gradient of the loss with respect to the weight, of shape (out, in); or None.
-    """
-
-    inputs: Tensor | None = None
-    gradient: Tensor | None = None
 
 
 StartFunction = Callable[
@@ -51,6 +42,9 @@ class Start:
         zero_product: Whether B₀A₀ is zero because one of them is, as in LoRA. Then no copies of them are needed.
         any_rank: Whether ranks above the shorter side of the weight are possible.
         random: Whether it draws on the generator.
+        needs: What it takes of :class:`Statistics`.
+        keeps: Whether its ``inputs`` may be those on data of what is to be preserved, in place of what is learned.
+        vectors: How many singular vectors it takes for each rank.
         key: What the cache tells starts apart by; None if results are not kept.
         own: Whether a user has registered it.
     """
@@ -61,6 +55,9 @@ class Start:
     zero_product: bool = False
     any_rank: bool = False
     random: bool = False
+    needs: tuple[Need, ...] = ()
+    keeps: bool = False
+    vectors: int = 1
     key: str | None = None
     own: bool = False
 
@@ -70,6 +67,15 @@ _METHODS = (
     Start("mica", methods.mica, frozen="lora_B", zero_product=True, key="mica"),
     Start("olora", methods.olora),
     Start("orthogonal", methods.orthogonal, any_rank=True, random=True),
+    Start("corda", activations.corda, needs=("inputs",), keeps=True, key="corda"),
+    Start("corda_ipm", activations.corda_ipm, needs=("inputs",), key="corda_ipm"),
+    Start("lora_null", activations.lora_null, needs=("inputs",), keeps=True, key="lora_null"),
+    Start("eva", activations.eva, zero_product=True, needs=("inputs",), key="eva"),
+    Start("astra", activations.astra, needs=("inputs",), key="astra"),
+    Start("astra_ipm", activations.astra_ipm, needs=("inputs",), key="astra_ipm"),
+    Start("sc_lora", activations.sc_lora, needs=("inputs", "preserved"), key="sc_lora"),
+    Start("lora_ga", gradients.lora_ga, needs=("gradient",), vectors=2, key="lora_ga"),
+    Start("lora_one", gradients.lora_one, needs=("gradient",), key="lora_one"),
 )
 _REGISTERED: dict[str, Start] = {start.name: start for start in _METHODS}
 
@@ -85,10 +91,14 @@ def find_start(name: str) -> Start:
 
     >>> find_start("minor").name, find_start("gaussian x minor x 0.50").name, find_start("mica").frozen
     ('milora', 'gaussian x minor x 0.5', 'lora_B')
+    >>> find_start("sc_lora 0.80").name
+    'sc_lora 0.8'
     """
     known = isinstance(name, str)
     if known and name in _REGISTERED:
         return _REGISTERED[name]
+    if known and name.startswith("sc_lora "):
+        return _sc_lora(name)
     if known and (part := algebra.parse(name)) is not None:
         return Start(part.name, part.triplets, random=part.random, key=part.name)
     raise InvalidInputError(
@@ -98,6 +108,23 @@ def find_start(name: str) -> Start:
     )
 
 
+def _sc_lora(name: str) -> Start:
+    """Read the balance behind SC-LoRA's name."""
+    try:
+        balance = float(name.removeprefix("sc_lora "))
+    except ValueError:
+        balance = math.nan
+    if not 0 <= balance <= 1:
+        raise InvalidInputError(
+            f"init={name!r} needs the weight of what is to be preserved, from 0 (none) to 1: 'sc_lora 0.8'."
+        )
+    start = _REGISTERED["sc_lora"]
+    if balance == activations.BALANCE:
+        return start
+    named = f"sc_lora {balance:g}"
+    return replace(start, name=named, compute=partial(activations.sc_lora, balance=balance), key=named)
+
+
 def register_start(
     name: str,
     *,
@@ -105,6 +132,7 @@ def register_start(
     zero_product: bool = False,
     any_rank: bool = False,
     version: str | int | None = None,
+    needs: Sequence[Need] = (),
 ) -> Callable[[StartFunction], StartFunction]:
     """Give a function that computes A₀ and B₀ a name that ``init`` takes, on the command line as well.
 
@@ -125,6 +153,8 @@ def register_start(
         any_rank: Whether r may exceed the shorter side of a weight.
         version: Keeps results in the cache of decompositions under this version. Change it whenever the function
             gives something else. By default nothing is kept.
+        needs: What it takes of ``statistics``: ``["inputs"]``, ``["gradient"]`` or ``["inputs", "preserved"]``. In fit,
+            :class:`milora_lightning.MiLoRAInit` collects it first.
 
     Returns:
         A decorator, which returns the function unchanged.
@@ -145,13 +175,16 @@ def register_start(
         raise InvalidInputError(f"There is a start {name!r} already: give yours another name.")
     if frozen not in (None, "lora_A", "lora_B"):
         raise InvalidInputError(f"frozen must be 'lora_A', 'lora_B' or None, not {frozen!r}.")
+    if isinstance(needs, str) or not set(needs) <= set(get_args(Need)):
+        raise InvalidInputError(f"needs must be a list of some of {', '.join(get_args(Need))}, not {needs!r}.")
 
     def register(function: StartFunction) -> StartFunction:
         other = None if present is None else present.compute
         if other is not None and _origin(other) != _origin(function):  # the same, when a cell or module runs again
             raise InvalidInputError(f"{_origin(other)} is registered as {name!r} already: give yours another name.")
         key = None if version is None else f"{_origin(function)} {name} {version}"
-        _REGISTERED[name] = Start(name, function, frozen, zero_product, any_rank, random=True, key=key, own=True)
+        options = frozen, zero_product, any_rank, True, tuple(needs)
+        _REGISTERED[name] = Start(name, function, *options, key=key, own=True)
         return function
 
     return register

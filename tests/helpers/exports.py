@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from helpers.models import tiny_model
+from helpers.starting import told
 from milora_lightning import (
     LoRAConfig,
     initialize,
@@ -25,7 +26,7 @@ def tuned(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32,
     tiny_model(kind, dtype).save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     inject(model, LoRAConfig(**{"r": 4, "lora_alpha": 6, **options}))
-    initialize(model)
+    initialize(model, statistics=told(kind, dtype, options.get("init", "milora")))
     torch.manual_seed(1)
     with torch.no_grad():
         for layer in lora_layers(model).values():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.exports import logits, tuned
 from helpers.models import quiet_trainer, tiny_model
+from helpers.starting import FROM_DATA, told
 from lightning.pytorch import LightningModule
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ STARTS = [
     "random x unit",
     "gaussian x minor",
     "gaussian x unit x 0.5",
+    *FROM_DATA,
 ]
 
 
@@ -73,7 +75,7 @@ def test_the_model_starts_as_the_pretrained_one_bit_for_bit(init: str, dtype: to
     model = tiny_model(dtype=dtype)
     before = logits(model)
     layers = inject(model, LoRAConfig(r=R, lora_alpha=6, init=init))
-    initialize(model)
+    initialize(model, statistics=told("llama", dtype, init))
     assert torch.equal(logits(model), before)
     assert any(layer.lora_A.any() or layer.lora_B.any() for layer in layers.values())
 
@@ -84,7 +86,7 @@ def test_peft_opens_the_export_with_equal_outputs(init: str, tmp_path: Path) -> 
     export_peft(model, tmp_path / "peft")
     opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "peft")
     torch.testing.assert_close(logits(opened), logits(model), rtol=0, atol=1e-5)
-    rank = R if init in ("lora", "mica") else 2 * R
+    rank = R if init in ("lora", "mica", "eva") else 2 * R
     assert opened.peft_config["default"].r == rank
 
 

@@ -72,6 +72,18 @@ def find_by_keyword(trainer: Trainer, keyword: str, function: TrainerFn) -> Any:
     return find(function, keyword, model_provided=True, model_connected=False)
 
 
+def training_data(trainer: Trainer) -> Any:
+    """Return what a Trainer takes its training batches from, made anew by whoever has a ``train_dataloader``."""
+    return trainer.fit_loop._data_source.dataloader()
+
+
+def placed_for_training(trainer: Trainer, batch: Any) -> Any:
+    """Convert and move a batch as before a training step."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
 def checkpoint_being_loaded(trainer: Trainer) -> dict[str, Any]:
     """Return the content of the checkpoint that a Trainer is restoring."""
     return trainer._checkpoint_connector._loaded_checkpoint

@@ -1,0 +1,219 @@
+"""Starts from data: which batches of a run they are taken from, without the run noticing."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torchmetrics import Metric
+
+from milora_lightning.checkpoint.fingerprint import fingerprint
+from milora_lightning.config import LoRAConfig
+from milora_lightning.data.code_key import PACKAGE, code_key
+from milora_lightning.data.held_out import pack, read_texts
+from milora_lightning.starts import Start, Statistics, find_start
+from milora_lightning.statistics.collecting import in_groups, layers_with_needs, size_of
+from milora_lightning.statistics.kept import key_of, with_cache
+from milora_lightning.statistics.passes import Pass, Track
+from milora_lightning.strategies.base import data_rank, needs_early_start
+from milora_lightning.utils.compat.lightning import placed_for_training, training_data
+from milora_lightning.utils.errors import InvalidInputError
+
+MOMENT_BATCHES, GRADIENT_BATCHES = 64, 8
+"""How many batches are taken by default: moments of many features need many tokens, gradients are of the first step."""
+
+BLOCK, ROWS = 256, 8
+"""Tokens in a block of text, and blocks in a batch."""
+
+
+class StartingData:
+    """What a run's start takes from data.
+
+    Args:
+        batches: Number of batches; None for the default.
+        preserve: Text of what is to be preserved, as :class:`milora_lightning.ForgettingMonitor` takes it.
+        cache: Whether to keep statistics in the user's cache folder.
+
+    Raises:
+        ValueError: If the number is below 1.
+    """
+
+    def __init__(self, batches: int | None, preserve: str | None, cache: bool) -> None:
+        if batches is not None and batches < 1:
+            raise InvalidInputError(
+                f"statistics_batches must be at least 1, not {batches}; leave it out for a default."
+            )
+        self.batches, self.preserve, self.cache = batches, preserve, cache
+        self._texts: list[str] | None = None
+
+    def check(self, trainer: Trainer, module: LightningModule, config: LoRAConfig | None) -> None:
+        """Refuse what cannot work, and read the text, before the model is loaded.
+
+        Raises:
+            ValueError: If the start does not take what is given, or lacks what it takes; if there is a strategy or a
+                module with which data cannot be run through the model before training.
+            FileNotFoundError: If there is no such text.
+        """
+        start = None if config is None else find_start(config.init)
+        name = "full" if start is None else start.name
+        needs = () if start is None else start.needs
+        if self.preserve is not None and not (start is not None and (start.keeps or "preserved" in needs)):
+            raise InvalidInputError(
+                f"preserve={self.preserve!r} names text of what is to be preserved, of which init={name!r} takes no "
+                "notice: leave it out, or take corda, lora_null or sc_lora."
+            )
+        if not needs:
+            if self.batches is not None:
+                raise InvalidInputError(
+                    f"statistics_batches={self.batches} is for starts that depend on data, and init={name!r} does not: "
+                    "leave it out."
+                )
+            return
+        if "preserved" in needs and self.preserve is None:
+            raise InvalidInputError(
+                f"init={name!r} weighs training data against text of what is to be preserved: name such text, a .txt, "
+                "JSON, JSON lines or Parquet file or a Hub name (preserve)."
+            )
+        if needs_early_start(trainer):
+            raise InvalidInputError(
+                f"init={name!r} runs training data through the model before training, which "
+                f"{type(trainer.strategy).__name__} with {type(trainer.precision_plugin).__name__} does not allow: its "
+                "weights are sharded or quantized by then. Use one device, strategy: ddp or milora_fsdp2, or another "
+                "init."
+            )
+        if not module.automatic_optimization and not hasattr(module, "start_loss"):
+            raise InvalidInputError(
+                f"init={name!r} runs training data through {type(module).__name__} before training, and its "
+                "training_step steps optimizers itself: give the module a method start_loss(batch) that returns the "
+                "loss of a batch."
+            )
+        if self.preserve is not None and self._texts is None:
+            self._texts = read_texts(self.preserve)
+
+    def groups(self, trainer: Trainer, module: LightningModule, track: Track) -> Iterator[dict[str, Statistics]]:
+        """Yield statistics of the layers that need them, some at a time; nothing if none does.
+
+        Training's order, its random states and its metrics stay as they are.
+        """
+        layers, needs = layers_with_needs(module)
+        if not needs:
+            return
+        start = find_start(next(iter(layers.values())).init)  # type: ignore[arg-type]
+        with isolate_rng(), _undisturbed(module):
+            torch.manual_seed(0)  # so that shuffled data are the same on all ranks and in all runs
+            learned, kept = self._data(trainer, module, start)
+            share = data_rank(trainer)
+            learned = _as_many_on_all_ranks(learned, share.size)
+            over = Pass(
+                module,
+                learned,
+                _call(module),
+                partial(placed_for_training, trainer),
+                trainer.strategy.root_device,
+                share.number,
+                share.size,
+                trainer.precision_plugin.train_step_context,
+                track,
+            )
+            collect = partial(in_groups, layers, needs, over, kept)
+            if not self.cache:
+                yield from collect()
+                return
+            own = type(module)
+            code = "" if own.__module__.partition(".")[0] == PACKAGE else code_key(own)
+            weights = fingerprint(module, frozen_only=False)
+            described = needs, list(layers), weights, trainer.precision, code, len(kept or ())
+            yield from with_cache(
+                key_of([*learned, *(kept or ())], *described), collect, size_of(layers, needs), share.size
+            )
+
+    def _data(self, trainer: Trainer, module: LightningModule, start: Start) -> tuple[list[Any], list[Any] | None]:
+        """Return the batches of what is learned and of what is to be preserved, on the CPU."""
+        number = self.batches or (GRADIENT_BATCHES if "gradient" in start.needs else MOMENT_BATCHES)
+        text = None if self._texts is None else _text_batches(self._texts, module, number)
+        if start.keeps and text is not None:
+            return text, None
+        return _training_batches(trainer, number), text
+
+
+def _training_batches(trainer: Trainer, number: int) -> list[Any]:
+    sample: Callable[[int], list[Any]] | None = getattr(getattr(trainer, "datamodule", None), "sample_batches", None)
+    if sample is not None:
+        return sample(number)
+    source = training_data(trainer)
+    if iter(source) is source:
+        raise InvalidInputError(
+            "A start from data takes batches before training, and the training data are an iterator that can be read "
+            "only once: pass a DataLoader or another iterable that begins anew."
+        )
+    if isinstance(source, (list, tuple, dict)):
+        source = CombinedLoader(source, "max_size_cycle")
+    with _generators_restored(source):
+        batches = list(islice(source, number))
+    return [batch[0] for batch in batches] if isinstance(source, CombinedLoader) else batches
+
+
+def _as_many_on_all_ranks(batches: list[Any], ranks: int) -> list[Any]:
+    """Leave out the last batches of a rank that has more than another, as with a distributed sampler of one's own."""
+    if ranks == 1:
+        return batches
+    numbers: list[Any] = [None] * ranks
+    dist.all_gather_object(numbers, len(batches))
+    return batches[: min(numbers)]
+
+
+def _text_batches(texts: list[str], module: LightningModule, number: int) -> list[Any]:
+    tokenizer = getattr(module, "tokenizer", None)
+    if tokenizer is None:
+        raise InvalidInputError(
+            f"{type(module).__name__} has no attribute tokenizer, which is to read the text of preserve: set it."
+        )
+    rows = torch.split(pack(texts, tokenizer, BLOCK, number * BLOCK * ROWS), ROWS)
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} for ids in rows]
+
+
+def _call(module: LightningModule) -> Callable[[Any], Any]:
+    if (own := getattr(module, "start_loss", None)) is not None:
+        return own  # type: ignore[no-any-return]
+    takes_index = "batch_idx" in inspect.signature(module.training_step).parameters
+    return lambda batch: module.training_step(batch, 0) if takes_index else module.training_step(batch)
+
+
+@contextmanager
+def _undisturbed(module: LightningModule) -> Iterator[None]:
+    """Within this context, a module's ``training_step`` logs nothing; metrics that were fresh are so again after it."""
+    fresh = [m for m in module.modules() if isinstance(m, Metric) and not m.update_called]
+    for name in ("log", "log_dict"):
+        object.__setattr__(module, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name in ("log", "log_dict"):
+            object.__delattr__(module, name)
+        for metric in fresh:
+            metric.reset()
+
+
+@contextmanager
+def _generators_restored(source: Any) -> Iterator[None]:
+    """Within this context, loaders may be read; their own generators are as before afterwards."""
+    loaders = source.flattened if isinstance(source, CombinedLoader) else [source]
+    holders = [getattr(loader, name, None) for loader in loaders for name in ("sampler", "batch_sampler")] + loaders
+    holders += [getattr(holder, "sampler", None) for holder in holders]
+    generators = [g for h in holders if isinstance(g := getattr(h, "generator", None), torch.Generator)]
+    states: list[tuple[torch.Generator, Tensor]] = [(g, g.get_state()) for g in generators]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)

@@ -1,0 +1,7 @@
+"""What data tell about layers, for starts from data: second moments of inputs, and gradients of frozen weights."""
+
+from milora_lightning.starts import Statistics
+from milora_lightning.statistics.collecting import collect_statistics
+from milora_lightning.statistics.ranks import ranks_by_variance
+
+__all__ = ["Statistics", "collect_statistics", "ranks_by_variance"]

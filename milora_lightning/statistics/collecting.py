@@ -1,0 +1,239 @@
+"""Collecting statistics of data for the layers of a module, in as many passes as memory asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from milora_lightning.adapters.injection import lora_layers
+from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.linear_layers import is_linear, linear_shape
+from milora_lightning.adapters.new_layers import saved_modules
+from milora_lightning.adapters.parts import find_part, modules_inside
+from milora_lightning.adapters.targets import select_layers
+from milora_lightning.config import LoRAConfig
+from milora_lightning.parallel.dtensor import home
+from milora_lightning.starts import Start, Statistics, find_start
+from milora_lightning.starts.statistics import Need
+from milora_lightning.statistics.gradients import weight_gradients
+from milora_lightning.statistics.moments import Moments, input_moments, shared_inputs
+from milora_lightning.statistics.passes import Pass, Track, default_call, moved
+from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.memory import available
+
+SHARE = 0.4
+"""The largest share of a device's free memory that sums may take: what they are for takes some, too."""
+
+
+def collect_statistics(
+    module: nn.Module,
+    batches: Iterable[Any],
+    call: Callable[[Any], Any] | None = None,
+    preserve: Iterable[Any] | None = None,
+    config: LoRAConfig | None = None,
+    track: Track = iter,
+    device: torch.device | None = None,
+    number: int = 0,
+    size: int = 1,
+) -> dict[str, Statistics]:
+    """Collect what the start of a module's adapters takes from data, for :func:`milora_lightning.initialize`.
+
+    Adapters are off and the module is in eval mode meanwhile. Moments of inputs take a forward pass over each batch,
+    gradients a backward pass, too. Sums are float32. Tokens that a batch's ``attention_mask`` leaves out do not count;
+    prompts do. Layers that read the same tensor are measured once, and if sums of all layers do not fit into the
+    device's free memory, the batches are run through several times, for some layers each time.
+
+    Args:
+        module: A module with injected adapters, or, with ``config``, one that could have them.
+        batches: Batches: mappings, sequences or tensors, which are moved to the module's device.
+        call: Calls the module with a batch, and returns the loss as a scalar, or something with an attribute or entry
+            ``loss``, if the start takes gradients. By default the module's ``start_loss(batch)`` if it has that, else
+            the module itself: ``module(**batch)`` for mappings, ``module(*batch)`` for sequences.
+        preserve: Batches of what is to be preserved, which ``"sc_lora"`` weighs against ``batches``.
+        config: Whose targets and start to take, where no adapters are injected yet.
+        track: Wraps the numbers of the batches of each pass, to show progress.
+        device: Where sums are kept; by default the module's device.
+        number: Which share of the batches this process takes, where several share them.
+        size: Number of shares, of all processes of torch's default group. All have to call this with equal batches.
+
+    Returns:
+        Statistics of each layer by name, on the CPU; of layers that share their inputs, the same tensors.
+
+    Raises:
+        ValueError: If there are no batches, the start takes nothing from data, a layer is no linear one or is split by
+            tensor parallelism, or batches do not reach a layer.
+
+    >>> from milora_lightning import LoRAConfig, initialize, inject
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> _ = inject(model, LoRAConfig(r=2, init="lora_null"))
+    >>> statistics = collect_statistics(model, [torch.randn(16, 8) for _ in range(4)])
+    >>> statistics["0"].inputs.shape
+    torch.Size([8, 8])
+    >>> initialize(model, statistics=statistics)
+    2
+    """
+    layers, needs = layers_with_needs(module) if config is None else targets_with_needs(module, config)
+    if not needs:
+        raise InvalidInputError("The start of these adapters takes nothing from data: initialize needs no statistics.")
+    place = home(next(iter(module.parameters()))) if device is None else device
+    ran = Pass(
+        module, list(batches), call or default_call(module), lambda x: moved(x, place), place, number, size, track=track
+    )
+    found: dict[str, Statistics] = {}
+    for group in in_groups(layers, needs, ran, None if preserve is None else list(preserve)):
+        on_cpu = {id(t): t.cpu() for t in {id(t): t for each in group.values() for t in each if t is not None}.values()}
+        found |= {name: Statistics(*(t if t is None else on_cpu[id(t)] for t in each)) for name, each in group.items()}
+    return found
+
+
+def layers_with_needs(module: nn.Module) -> tuple[dict[str, nn.Module], tuple[Need, ...]]:
+    """Return the adapters that have no factors yet and start from data, and what their start takes.
+
+    Raises:
+        ValueError: If one of them is of a kind whose statistics are not collected.
+    """
+    pending = {name: layer for name, layer in lora_layers(module).items() if not layer.initialized}
+    start = next((find_start(layer.init) for layer in pending.values()), None)
+    needs = () if start is None else start.needs
+    if start is not None and needs:
+        for name, layer in pending.items():
+            _check(name, layer)
+            _check_rank(name, layer, start)
+    return (dict(pending) if needs else {}), needs
+
+
+def targets_with_needs(module: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], tuple[Need, ...]]:
+    """Return the layers that a configuration would adapt, and what its start takes."""
+    part = find_part(module, config.module)
+    layers = select_layers(module, config, modules_inside(saved_modules(part, config))).layers
+    for name, layer in layers.items():
+        _check(name, layer)
+    return layers, find_start(config.init).needs
+
+
+def _check(name: str, layer: nn.Module) -> None:
+    base = layer.base_layer if isinstance(layer, LoRALinear) else layer
+    if not is_linear(base):
+        raise InvalidInputError(
+            f"Layer {name!r} ({type(base).__name__}) is no linear layer, and only those start from data: leave it "
+            "out (exclude_modules), or take another init."
+        )
+    if isinstance(layer, LoRALinear) and layer.part is not None:
+        raise InvalidInputError(
+            f"Layer {name!r} is split by tensor parallelism, where no rank sees all of its inputs: take another init, "
+            "or shard by FSDP2 alone (tensor_parallel_size: 1)."
+        )
+
+
+def size_of(layers: Mapping[str, nn.Module], needs: Sequence[Need]) -> int:
+    """Return an upper bound on the bytes that statistics of layers take."""
+    return sum(_sizes(layers, needs).values())
+
+
+def _sizes(layers: Mapping[str, nn.Module], needs: Sequence[Need]) -> dict[str, int]:
+    copies = len({"inputs", "preserved"} & set(needs))
+    shapes = {name: linear_shape(_base(layer)) for name, layer in layers.items()}
+    return {name: 4 * (n**2 * copies + m * n * ("gradient" in needs)) for name, (m, n) in shapes.items()}
+
+
+def _check_rank(name: str, layer: LoRALinear, start: Start) -> None:
+    most = min(layer.in_features, layer.out_features) // start.vectors
+    if layer.r > most:
+        raise InvalidInputError(
+            f"{start.name} takes {start.vectors * layer.r} singular vectors for r={layer.r}, and layer {name!r} has "
+            f"{min(layer.in_features, layer.out_features)}: set its rank to {most} at most (rank_pattern)."
+        )
+
+
+def in_groups(
+    layers: Mapping[str, nn.Module],
+    needs: Sequence[Need],
+    over: Pass,
+    preserve: Sequence[Any] | None = None,
+    room: int | None = None,
+) -> Iterator[dict[str, Statistics]]:
+    """Collect statistics for some layers after the others, and yield them: those of one group have to fit.
+
+    Args:
+        layers: The layers.
+        needs: What is asked for.
+        over: The pass.
+        preserve: Batches of what is to be preserved.
+        room: Bytes for the sums of a group; by default a share of what is free.
+
+    Raises:
+        ValueError: If there are no batches, or they do not reach a layer.
+    """
+    if not over.batches or (preserve is not None and not preserve):
+        raise InvalidInputError("There is no batch to take statistics from: give at least one.")
+    if "preserved" in needs and preserve is None:
+        raise InvalidInputError(
+            "This start weighs what is to be learned against what is to be preserved: say which text that is "
+            "(preserve, of MiLoRAInit or adapter), or give batches of it (preserve, of collect_statistics)."
+        )
+    room = _room(over) if room is None else room
+    owners = shared_inputs(layers, over)
+    for names in grouped(_sizes(layers, needs), owners, room, together="gradient" not in needs):
+        some = {name: layers[name] for name in names}
+        gradients = weight_gradients(some, over) if "gradient" in needs else {}
+        learned = _means(input_moments(some, owners, over)) if "inputs" in needs else {}
+        kept: dict[str, tuple[Tensor, Tensor]] = {}
+        if "preserved" in needs and preserve is not None:
+            kept = _means(input_moments(some, owners, replace(over, batches=preserve)))
+        yield {
+            name: Statistics(
+                learned.get(name, (None,))[0],
+                gradients.get(name),
+                learned.get(name, (None, None))[1],
+                kept.get(name, (None,))[0],
+            )
+            for name in names
+        }
+
+
+def _means(moments: Mapping[str, Moments]) -> dict[str, tuple[Tensor, Tensor]]:
+    once = {id(each): each.means() for each in {id(m): m for m in moments.values()}.values()}
+    return {name: once[id(each)] for name, each in moments.items()}
+
+
+def grouped(sizes: Mapping[str, int], owners: Mapping[str, str], room: int, together: bool = True) -> list[list[str]]:
+    """Share layers out among groups whose sums fit into a number of bytes; layers of equal inputs stay together.
+
+    Args:
+        sizes: Bytes of each layer's sums.
+        owners: For each layer the first one that reads the same inputs.
+        room: The number of bytes.
+        together: Whether layers of equal inputs have one sum between them.
+
+    >>> grouped({"q": 4, "k": 4, "o": 4, "up": 9}, {"q": "q", "k": "q", "o": "o", "up": "up"}, 8)
+    [['q', 'k', 'o'], ['up']]
+    """
+    groups: list[list[str]] = []
+    left = 0
+    for owner in dict.fromkeys(owners.values()):
+        names = [name for name in sizes if owners[name] == owner]
+        size = sizes[owner] if together else sum(sizes[name] for name in names)
+        if not groups or size > left:
+            groups.append([])
+            left = room
+        groups[-1] += names
+        left -= size
+    return groups
+
+
+def _room(over: Pass) -> int:
+    """Return how many bytes sums may take, the same on all ranks."""
+    free = available(over.device.type)
+    room = torch.tensor(2**62 if free is None else int(SHARE * free), device=over.device)
+    if over.size > 1:
+        dist.all_reduce(room, dist.ReduceOp.MIN)
+    return int(room)
+
+
+def _base(layer: nn.Module) -> nn.Module:
+    return layer.base_layer if isinstance(layer, LoRALinear) else layer

@@ -1,0 +1,101 @@
+"""Gradients of the loss with respect to frozen weights, layer by layer, without autograd holding any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from milora_lightning.linalg.single import full_precision
+from milora_lightning.statistics.passes import Pass, input_of, loss_of
+from milora_lightning.utils.errors import InvalidInputError
+
+Receive = Callable[[Tensor, Tensor], None]
+"""Takes the gradient of a layer's output (..., out), and its input (..., in)."""
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on a layer's output, whose backward hands on the output's gradient with the layer's input."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, x: Tensor, receive: Receive) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.receive = receive
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.receive(grad, ctx.saved_tensors[0])
+        return grad, None, None, None
+
+
+def weight_gradients(layers: Mapping[str, nn.Module], over: Pass) -> dict[str, Tensor]:
+    """Compute the mean over batches, of all ranks, of the loss's gradients with respect to layers' weights.
+
+    The frozen weights need no gradient for autograd: each layer's is formed as g xᵀ from what reaches its output, added
+    to a sum in float32, and freed. Parameters that train get no ``grad``.
+
+    Args:
+        layers: The layers.
+        over: The pass; its calls return the loss.
+
+    Returns:
+        Gradients (out, in) by name, on the device of the pass.
+
+    Raises:
+        ValueError: If calls return no loss, or the loss does not depend on any of the layers.
+    """
+    sums: dict[str, Tensor] = {}
+    counts = True
+
+    def receive(name: str, grad: Tensor, x: Tensor) -> None:
+        if name not in sums:
+            sums[name] = torch.zeros(grad.shape[-1], x.shape[-1], device=over.device)
+        if not counts:
+            return
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False), full_precision():
+            g, rows = grad.reshape(-1, grad.shape[-1]).float(), x.reshape(-1, x.shape[-1]).float()
+            sums[name].addmm_(g.mT, rows)
+
+    anchor = torch.zeros((), device=over.device, requires_grad=True)
+    with _tapping(layers, anchor, receive):
+        for batch, own in over.run(gradients=True):
+            counts = own
+            loss = loss_of(over.call_with(batch))
+            if loss is None or not loss.requires_grad:
+                raise InvalidInputError(
+                    "This start takes gradients of a loss that depends on the adapted layers, and the module returns "
+                    "none: give it a method start_loss(batch) that returns the loss of a batch as a scalar."
+                )
+            # Towards the anchor alone: what trains gets no gradient, and DDP hears of nothing.
+            torch.autograd.grad(loss, anchor, allow_unused=True)
+    if missing := [name for name in layers if name not in sums]:
+        raise InvalidInputError(
+            f"The loss does not depend on layer {missing[0]!r} in these batches, which has no gradient to start from: "
+            "leave it out (exclude_modules)."
+        )
+    over.sum_over_ranks(sums[name] for name in layers)
+    return {name: sums[name].div_(len(over.batches)) for name in layers}
+
+
+@contextmanager
+def _tapping(
+    layers: Mapping[str, nn.Module], anchor: Tensor, receive: Callable[[str, Tensor, Tensor], None]
+) -> Iterator[None]:
+    def hook_of(name: str) -> Callable[..., Tensor]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
+            x = input_of(layer, args, kwargs)
+            tapped: Tensor = _Tap.apply(output, anchor, x, lambda g, x: receive(name, g, x))  # type: ignore[no-untyped-call]
+            return tapped
+
+        return hook
+
+    hooks = [layer.register_forward_hook(hook_of(name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,140 @@
+"""A disk cache of statistics, by a hash of the data, the model's weights and all else that they depend on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from milora_lightning.parallel.dtensor import memory_of
+from milora_lightning.starts import Statistics
+from milora_lightning.utils.folders import cache_folder, new_cache_folder
+from milora_lightning.utils.messages import inform, warn
+
+_VERSION = 1  # part of the key: increase it when the same data and weights should give other statistics
+LARGEST = 8 * 2**30
+"""Bytes of a model's statistics above which they are not kept: passes over the data cost less than such files."""
+
+_CONTENT, _CHECKSUM = "statistics", "xxh3_128"
+Group = dict[str, Statistics]
+
+
+def key_of(batches: Iterable[Any], *others: object) -> str:
+    """Hash batches, by their numbers and texts, and a description of all else that statistics depend on.
+
+    >>> import torch
+    >>> key_of([{"x": torch.zeros(2)}], "a") == key_of([{"x": torch.ones(2)}], "a")
+    False
+    """
+    digest = xxhash.xxh3_128(repr((_VERSION, *others)).encode())
+    for batch in batches:
+        for part in _parts(batch):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(value: Any) -> Iterator[bytes | memoryview]:
+    if isinstance(value, Tensor):
+        yield f"{tuple(value.shape)} {value.dtype} ".encode()
+        yield memory_of(value)
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield f"{key}: ".encode()
+            yield from _parts(each)
+    elif isinstance(value, (list, tuple)):
+        yield f"{len(value)} of ".encode()
+        for each in value:
+            yield from _parts(each)
+    else:
+        yield repr(value).encode()
+
+
+def with_cache(key: str, collect: Callable[[], Iterator[Group]], expected: int, ranks: int = 1) -> Iterator[Group]:
+    """Yield what is kept under a key, or else what is collected, and keep that.
+
+    Args:
+        key: The key, the same on all ranks.
+        collect: Collects statistics, group by group.
+        expected: How many bytes they take. Where that is more than :data:`LARGEST`, they are not kept.
+        ranks: Number of ranks that all call this; they read only if all of them can.
+    """
+    folder = cache_folder() / "statistics" / key
+    found = _read(folder) if folder.is_dir() else None
+    if _all(found is not None, ranks):
+        yield from found or ()
+        return
+    writes = expected <= LARGEST and os.environ.get("LOCAL_RANK", "0") == "0"
+    if expected > LARGEST:
+        inform(
+            f"Statistics of these layers take {expected / 2**30:.0f} GB, which is too much to keep: the next run goes "
+            "over the data again."
+        )
+    if not writes or folder.is_dir():  # a damaged one is there to be deleted by the user, as the warning says
+        yield from collect()
+        return
+    groups = collect()
+    try:
+        with new_cache_folder(folder) as unfinished:
+            for number, group in enumerate(groups):
+                _write(unfinished / f"{number}.safetensors", group)
+                yield group
+    except (OSError, SafetensorError) as error:
+        warn(
+            f"Statistics cannot be kept in {str(folder.parent)!r} ({error}): later runs collect them again. Set "
+            "MILORA_CACHE to a folder that can be written.",
+            from_any_rank=True,
+        )
+        yield from groups  # what has not been collected yet
+
+
+def _all(flag: bool, ranks: int) -> bool:
+    if ranks == 1:
+        return flag
+    flags: list[Any] = [None] * ranks
+    dist.all_gather_object(flags, flag)
+    return all(flags)
+
+
+def _write(path: Path, group: Group) -> None:
+    once = {id(each): each for entry in group.values() for each in entry if each is not None}
+    numbers = {identity: str(number) for number, identity in enumerate(once)}
+    tensors = {numbers[identity]: each.cpu().contiguous() for identity, each in once.items()}
+    named = {name: [None if e is None else numbers[id(e)] for e in entry] for name, entry in group.items()}
+    save_file(tensors, path, metadata={_CONTENT: json.dumps(named), _CHECKSUM: _checksum(tensors)})
+
+
+def _read(folder: Path) -> list[Group] | None:
+    """Read an entry; None if it is damaged."""
+    try:
+        return [_read_group(path) for path in sorted(folder.glob("*.safetensors"), key=lambda p: int(p.stem))]
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        warn(
+            f"The cached statistics in {str(folder)!r} are unusable, and collected anew ({error}): delete this folder.",
+            from_any_rank=True,
+        )
+        return None
+
+
+def _read_group(path: Path) -> Group:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no container)
+    if metadata.get(_CHECKSUM) != _checksum(tensors):
+        raise ValueError(f"the content of {path.name} is not what was written")
+    named = json.loads(metadata[_CONTENT])
+    return {name: Statistics(*(e if e is None else tensors[e] for e in entry)) for name, entry in named.items()}
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = xxhash.xxh3_128()
+    for name in sorted(tensors, key=int):
+        digest.update(memory_of(tensors[name]))
+    return digest.hexdigest()

@@ -1,0 +1,160 @@
+"""Second moments of layers' inputs, summed in float32 where the layers are, without waiting for the device."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from milora_lightning.linalg.single import full_precision
+from milora_lightning.statistics.passes import Pass, counted_rows, input_of
+from milora_lightning.utils.errors import InvalidInputError
+
+Calls = dict[str, tuple[int, ...]]
+"""For each layer, which of the tensors of a forward pass have been its input, by numbers."""
+
+
+class Moments:
+    """Sums over tokens x of x xᵀ and x.
+
+    Args:
+        features: Number of features of x.
+        device: Where the sums are kept.
+    """
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.products = torch.zeros(features, features, device=device)
+        self.sums = torch.zeros(features, device=device)
+        self.count = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(self, x: Tensor, counted: Tensor | None = None) -> None:
+        """Add tokens.
+
+        Args:
+            x: Inputs (..., features).
+            counted: Which of them count (tokens,); None for all.
+        """
+        with torch.autocast(x.device.type, enabled=False), full_precision():
+            rows = x.detach().reshape(-1, x.shape[-1]).float()
+            if counted is None:
+                self.count += len(rows)
+            else:
+                rows = torch.where(counted[:, None], rows, 0.0)  # padding may be anything, NaN included
+                self.count += counted.sum()
+            self.products.addmm_(rows.mT, rows)
+            self.sums += rows.sum(0)
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The sums, to be summed over ranks in place."""
+        return self.products, self.sums, self.count
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Compute E[x xᵀ] (features, features) and E[x] (features,), in place of the sums."""
+        return self.products.div_(self.count), self.sums.div_(self.count)
+
+
+@contextmanager
+def watching(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[Calls]:
+    """Within this context, call ``see`` with the name and the input of each layer before it computes.
+
+    Yields:
+        Which inputs each layer has had, to be emptied between forward passes: consecutive layers that read the same
+        tensor, as those of an attention block do, have the same number.
+    """
+    calls: Calls = {}
+    last: list[Any] = [None, 0]
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            x = input_of(layer, args, kwargs)
+            if x is not last[0]:  # which is kept alive, so that no other tensor can be it
+                last[:] = x, last[1] + 1
+            calls[name] = (*calls.get(name, ()), last[1])
+            see(name, x)
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(hook_of(name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def shared_inputs(layers: Mapping[str, nn.Module], over: Pass) -> dict[str, str]:
+    """Run a batch, and return for each layer the first of those that read the same tensors.
+
+    Raises:
+        ValueError: If the module does not call a layer.
+    """
+    with watching(layers, lambda name, x: None) as calls:
+        over.first()
+    if missing := [name for name in layers if name not in calls]:
+        raise InvalidInputError(
+            f"Nothing reaches layer {missing[0]!r} when the module runs, so that data tell nothing about it: leave it "
+            "out (exclude_modules), or give batches that use it."
+        )
+    firsts: dict[tuple[int, ...], str] = {}
+    return {name: firsts.setdefault(calls[name], name) for name in layers}
+
+
+def input_moments(layers: Mapping[str, nn.Module], owners: Mapping[str, str], over: Pass) -> dict[str, Moments]:
+    """Sum up the second moments of layers' inputs in one pass, over all ranks.
+
+    Args:
+        layers: The layers.
+        owners: For each layer the one whose inputs it reads, too; see :func:`shared_inputs`.
+        over: The pass.
+
+    Returns:
+        For each layer its moments, the same object for those that share their inputs.
+
+    Raises:
+        ValueError: If layers share inputs in some batches only, or no token counts.
+    """
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for name in layers:
+        groups[owners[name]].append(name)
+    moments: dict[str, Moments] = {}
+    counted: Tensor | None = None
+    counts = True
+
+    def see(name: str, x: Tensor) -> None:
+        if name not in groups:
+            return
+        rows = x.numel() // x.shape[-1]
+        mask = counted if counted is not None and len(counted) == rows else None
+        if not counts:
+            mask = torch.zeros(rows, dtype=torch.bool, device=x.device)
+        moments.setdefault(name, Moments(x.shape[-1], over.device)).add(x, mask)
+
+    with watching(layers, see) as calls:
+        for batch, own in over.run():
+            counts = own
+            counted = counted_rows(batch)
+            calls.clear()
+            over.call_with(batch)
+            _check_shared(groups, calls)
+    for owner, each in groups.items():
+        if owner not in moments:
+            raise InvalidInputError(f"Nothing has reached layer {each[0]!r}, so that data tell nothing about it.")
+        over.sum_over_ranks(moments[owner].parts)
+    if any(not each.count for each in moments.values()):
+        raise InvalidInputError("No token of the batches counts: their attention_mask is zero everywhere.")
+    return {name: moments[owners[name]] for name in layers}
+
+
+def _check_shared(groups: Mapping[str, Sequence[str]], calls: Calls) -> None:
+    for owner, names in groups.items():
+        for name in names:
+            if calls.get(name) != calls.get(owner):
+                raise InvalidInputError(
+                    f"Layers {owner!r} and {name!r} have the same inputs for some batches only, which statistics of "
+                    "both at once do not allow for: give one of them to exclude_modules."
+                )
