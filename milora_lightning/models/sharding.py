@@ -91,6 +91,17 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, sharding: Sharding | None = 
         _prefetch([model, *stack] if len(stacks) == 1 else stack)
 
 
+def reduce_unused(module: nn.Module) -> None:
+    """Have ranks sum gradients of what one of them has not used, such as an expert or the part that sees images.
+
+    FSDP2 would sum what each rank has, one after the other, also where these are gradients of different parameters. A
+    parameter that no rank has used then has a gradient of zeros in place of none. Versions of torch before 2.13 cannot.
+    """
+    for child in module.modules():
+        if isinstance(child, FSDPModule) and hasattr(child, "set_reduce_scatter_unused_params"):
+            child.set_reduce_scatter_unused_params(True, recurse=False)
+
+
 def _prefetch(units: Sequence[nn.Module]) -> None:
     """Have each unit ask for the weights of the next one before it computes, in both directions."""
     for unit, following in pairwise(units):

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
+from milora_lightning.adapters.experts import is_of_experts, stacked_weights
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import is_conv1d, is_plain_product, linear_shape, matrices_in
@@ -30,14 +31,15 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> None:
         ValueError: If the model has no plan, one with layers that are no plain products, or sizes that the ranks do not
             divide; or if something besides the adapters trains.
     """
+    adapters = lora_layers(model)
+    stacks = [name for name, layer in adapters.items() if matrices_in(layer) is not None]
+    if experts := stacks or [n for n, stack in stacked_weights(model).items() if is_of_experts(n, stack)]:
+        raise InvalidInputError(
+            f"{experts[0]!r} holds experts, which tensor parallelism does not split here: set tensor_parallel_size: 1 "
+            "and share the weights out by FSDP2 alone."
+        )
     styles = planned(model)
     _check_heads(model, mesh.size())
-    adapters = lora_layers(model)
-    if experts := [name for name, layer in adapters.items() if matrices_in(layer) is not None]:
-        raise InvalidInputError(
-            f"{experts[0]!r} holds experts with adapters, which tensor parallelism does not support: leave them out "
-            "(exclude_modules), or set tensor_parallel_size: 1."
-        )
     bases = {layer.base_layer for layer in adapters.values()}
     trained = {p for layer in adapters.values() for p in layer.parameters()}
     beside = next((name for name, p in model.named_parameters() if p.requires_grad and p not in trained), None)

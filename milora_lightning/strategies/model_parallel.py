@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from milora_lightning.checkpoint.adapter import AdapterCheckpoint
 from milora_lightning.checkpoint.io import KEY
 from milora_lightning.models.checkpointing import Recomputation, checkpoint_layers
-from milora_lightning.models.sharding import DType, Sharding, shard
+from milora_lightning.models.sharding import DType, Sharding, reduce_unused, shard
 from milora_lightning.models.tensor_parallel import parallelize
 from milora_lightning.parallel.agreement import check_same_batch, same_random_state
 from milora_lightning.parallel.dtensor import shard_like
@@ -188,6 +188,8 @@ class MiLoRAModelParallelStrategy(ModelParallelStrategy):
                 f"tensor_parallel_size: 1 and data_parallel_size: {self.world_size}."
             )
         super().setup(trainer)
+        assert self.model is not None
+        reduce_unused(self.model)
 
     def on_train_start(self) -> None:
         """Have the ranks that compute a layer together draw the same dropout masks."""

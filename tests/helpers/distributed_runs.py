@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 import helpers.environment  # noqa: F401 (first)
+from helpers.expert_runs import expert_runs
 from helpers.models import quiet_trainer, tiny_model
 from helpers.modules import data, module
 from helpers.sharding_runs import sharding_runs
@@ -50,6 +51,7 @@ def updates() -> UpdateMonitor:
 
 
 STEPS = 10
+EXPERT_KINDS = ("ddp", "fsdp2-folder", "fsdp1")
 ORIGINS = ("single", "fsdp2", "fsdp2-folder")
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {  # the strategy, and what else is set, also on one process
     "ddp": ("ddp", {}),
@@ -262,6 +264,10 @@ def on_two_ranks(folder: Path) -> dict[str, Any]:
         resume = {"ckpt_path": folder / origin / f"step={STEPS // 2}.ckpt"}
         runs[f"{origin} to fsdp2"] = fit(folder, f"{origin}-resumed", "fsdp2-folder", resume=resume)
         runs[f"{origin} to fsdp1"] = fit(folder, f"{origin}-resumed-1", "fsdp1", resume=resume)
+    for kind in EXPERT_KINDS:
+        runs[f"{kind}-experts"] = fit(folder, f"{kind}-experts", kind, model="experts")
+    resume = {"ckpt_path": folder / "fsdp2-folder-experts" / f"step={STEPS // 2}.ckpt"}
+    runs["experts resumed"] = fit(folder, "experts-resumed", "fsdp2", model="experts", resume=resume)
     for origin, kind in (("single", "tensor"), ("tensor", "fsdp2")):
         resume = {"ckpt_path": folder / origin / f"step={STEPS // 2}.ckpt"}
         runs[f"{origin} to {kind}"] = fit(folder, f"{origin}-resumed-2", kind, resume=resume)
@@ -271,6 +277,7 @@ def on_two_ranks(folder: Path) -> dict[str, Any]:
     }
     runs["own"] = own_project(folder)
     runs["sharding"] = sharding_runs()
+    runs["experts"] = expert_runs(folder)
     runs["cli"] = {name: command_line(folder, f"strategy/{name}.yaml") for name in ("ddp", "fsdp2")}
     return runs
 

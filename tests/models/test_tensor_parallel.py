@@ -50,6 +50,15 @@ def test_plans_that_split_fused_weights_are_refused() -> None:
     assert "splits layers.*.self_attn.qkv_proj by 'packed_colwise'" in refusal(model, 2)
 
 
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_experts_are_refused_with_and_without_adapters(kind: str) -> None:
+    """What is refused first has to lead to what works: leaving the experts out would not."""
+    said = refusal(adapted(kind), 2)
+    assert "'model.layers.0.mlp.experts.gate_up_proj' holds experts, which tensor parallelism does not split" in said
+    assert "leave" not in said
+    assert "experts" in refusal(adapted(kind, exclude_modules=["experts"]), 2)
+
+
 def test_ranks_have_to_divide_heads_and_sizes() -> None:
     assert "does not divide the 2 num_key_value_heads of LlamaForCausalLM" in refusal(adapted(), 4)
     model = adapted()

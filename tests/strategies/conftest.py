@@ -12,8 +12,9 @@ import torch
 import yaml
 from filelock import FileLock
 from helpers.distributed_runs import fit, on_two_ranks, save
+from helpers.expert_runs import mixture
 from helpers.forked import run_ranks
-from helpers.models import save_tiny_model, write_examples
+from helpers.models import save_tiny_model, tiny_tokenizer, write_examples
 from helpers.several_processes import CONFIG, Runs
 from transformers import AutoModelForCausalLM
 
@@ -34,6 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def make() -> None:
         save_tiny_model(folder / "llama", "llama")
+        mixture().save_pretrained(folder / "experts")
+        tiny_tokenizer().save_pretrained(folder / "experts")
         save_tiny_model(folder / "gpt2", "gpt2")
         undropped = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)  # ranks would drop other entries
         inner = AutoModelForCausalLM.from_pretrained(folder / "gpt2", **undropped).transformer
@@ -49,6 +52,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def single(folder: Path) -> dict[str, Any]:
     once(folder, "single", lambda: torch.save(fit(folder, "single"), folder / "single.pt"))
     return torch.load(folder / "single.pt", weights_only=True)
+
+
+@pytest.fixture(scope="session")
+def mixture_alone(folder: Path) -> dict[str, Any]:
+    """What one process has at the end of training experts."""
+    path = folder / "experts-alone.pt"
+    once(folder, "mixture-alone", lambda: torch.save(fit(folder, "experts-alone", model="experts"), path))
+    return torch.load(path, weights_only=True)
 
 
 @pytest.fixture(scope="session")
