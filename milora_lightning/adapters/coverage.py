@@ -27,6 +27,7 @@ from milora_lightning.adapters.parts import (
 from milora_lightning.adapters.quantization import is_quantized_linear
 from milora_lightning.adapters.target_errors import FROZEN, TOO_SMALL
 from milora_lightning.adapters.targets import Selection, select_layers
+from milora_lightning.adapters.weight_reads import read_weights
 from milora_lightning.config import ALL_LINEAR, AUTO, LoRAConfig
 from milora_lightning.utils.compat.torch import ConvNd
 
@@ -63,6 +64,7 @@ def remarks(module: nn.Module, config: LoRAConfig) -> Iterator[str]:
             else "nothing looks new or like a classifier, so only adapters train."
         )
     yield from _left_out(module, selection, config)
+    yield from _read_weights(part, config)
     yield from _fresh_heads(module, part, selection, kept)
     yield from _unreached(part, config, kept)
 
@@ -139,6 +141,18 @@ def _left_out(module: nn.Module, selection: Selection, config: LoRAConfig) -> It
     for reason, names in reasons.items():
         one = len(names) == 1
         yield f"Layer{'' if one else 's'} {first_few(names)} {reason} and get{'s' if one else ''} no adapter."
+
+
+def _read_weights(part: nn.Module, config: LoRAConfig) -> Iterator[str]:
+    """Say what adapters lack where the model computes with their weight by itself."""
+    read = read_weights(part)
+    rounded = [name for name, layer in read.items() if layer.base_layer.weight.element_size() < 4]
+    lacks = ["lora_dropout has no effect there"] if read and config.lora_dropout else []
+    if rounded:
+        lacks.append("each update is rounded together with the weight, so that small ones are lost: exclude_modules")
+    if lacks:
+        names = first_few(rounded or list(read))
+        yield f"The model reads the weight of {names} in place of calling the layer: {', and '.join(lacks)}."
 
 
 def experts_adapted(module: nn.Module) -> str | None:

@@ -44,6 +44,7 @@ from milora_lightning.export.shrinking import shrunk
 from milora_lightning.models.files import takes_images
 from milora_lightning.models.pretrained import load_processor
 from milora_lightning.models.processor import NUMBERS
+from milora_lightning.utils.compat.transformers import written_as_it_is
 from milora_lightning.utils.errors import InvalidInputError, MiLoRAError
 from milora_lightning.utils.folders import check_output, new_folder
 from milora_lightning.utils.messages import warn
@@ -183,7 +184,8 @@ def export_merged(
     base_dtype = next(iter(layers.values())).base_layer.weight.dtype
     with new_folder(output) as folder:
         before = model.config.dtype
-        model.save_pretrained(folder, state_dict=state)
+        with written_as_it_is(model):
+            model.save_pretrained(folder, state_dict=state)
         model.config.dtype = before
         _set_dtype(folder / "config.json", wanted or base_dtype)
         card = model_card(model, "adapters merged into the weights", "transformers", metrics, data)

@@ -15,6 +15,8 @@ from milora_lightning.adapters.experts import LoRAExperts, is_stack
 from milora_lightning.adapters.factors import stack_factors
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import factor_shapes, groups_of, is_convolution
+from milora_lightning.adapters.parts import first_few
+from milora_lightning.adapters.weight_reads import read_weights
 from milora_lightning.export.compression import compress
 from milora_lightning.export.peft_experts import as_peft_sees, input_first, one_by_one, side_by_side
 from milora_lightning.utils.errors import InvalidInputError
@@ -157,6 +159,10 @@ def objection_to_layers(model: nn.Module) -> str | None:
                 return "it takes a 3-D parameter with a single matrix for the weight of a layer"
             if isinstance(layer, LoRAConv) and (said := _objection_to(layer) or _unread(parent, name)):
                 return said
+    if read := list(read_weights(model)):
+        return (
+            f"the model reads the weight of {first_few(read)} in place of a call, and PEFT's adapter has no part in it"
+        )
     return None
 
 

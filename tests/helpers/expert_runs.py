@@ -35,7 +35,7 @@ def mixture(kind: str = "qwen3_moe") -> PreTrainedModel:
 
 
 def routed_by_token(way: str) -> PreTrainedModel:
-    """A mixture with adapters: tokens below 64 go to two of its experts, all others to two others, none to the fifth."""
+    """A mixture with adapters: tokens below 64 go to two of its experts, others to two others, none to the fifth."""
     model = mixture()
     model.set_experts_implementation(way)
     with torch.no_grad():

@@ -83,10 +83,13 @@ MIXTURES = Configs(
 """Mixtures of experts, which not every test of every kind has to see."""
 
 
-def tiny_model(kind: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def tiny_model(kind: str = "llama", dtype: torch.dtype = torch.float32, **sizes: Any) -> PreTrainedModel:
     """A randomly initialised model of a real architecture, the same at every call."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config((MIXTURES if kind in MIXTURES else TINY_CONFIGS)[kind], dtype=dtype)
+    config = (MIXTURES if kind in MIXTURES else TINY_CONFIGS)[kind]
+    for name, size in sizes.items():
+        setattr(config, name, size)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def embedded_model(dtype: str) -> PreTrainedModel:

@@ -44,9 +44,9 @@ LEFT_OUT = {
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "DeepseekV4": {"exclude_modules": ["o_a_proj"]},  # which multiplies groups of features
-    "Jamba": {"exclude_modules": ["dt_proj"]},  # whose weight the model reads, where PEFT has no update
 }
 NOT_IN_PEFT = {
+    "Jamba": "the model reads the weight of 'model.layers.0.mamba.dt_proj', ",
     "Inkling2Text": "does not read the tensor",  # PEFT renames tensors of its shared experts
     "Laguna": "does not read the tensor",
     "NemotronH": "incompatible with Mamba-based models",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,3 +40,22 @@ def decoder_layer_names(model: PreTrainedModel) -> set[str]:
 def takes_dynamic_cache(model: PreTrainedModel) -> bool:
     """Whether a model generates with transformers' own growing cache."""
     return bool(model._supports_default_dynamic_cache())
+
+
+@contextmanager
+def written_as_it_is(model: Any) -> Iterator[None]:
+    """Within this context, ``save_pretrained`` writes a model that was dequantized while loading as if it never was.
+
+    A model remembers how its files' tensors became its own, and would take them back: to FP8 codes again, which lose
+    an update, or, as MXFP4 has no way back, to the names of codes without their format.
+    """
+    conversions = getattr(model, "_weight_conversions", None) or ()
+    operations = [operation for each in conversions for operation in getattr(each, "operations", None) or ()]
+    if not any(hasattr(operation, "hf_quantizer") for operation in operations):
+        yield
+        return
+    model._weight_conversions = None  # that of a model which was not loaded: experts become files' tensors as usual
+    try:
+        yield
+    finally:
+        model._weight_conversions = conversions

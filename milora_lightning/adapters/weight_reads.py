@@ -1,0 +1,214 @@
+"""Which layers a model does not call but reads the weights of, found in its source.
+
+An adapter's ``weight`` is W + ΔW, so that here such a model computes with the update and trains it; but without
+dropout, and rounded to the weight's dtype. Other tools' adapters have no part in what is read.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+from milora_lightning.adapters.injection import lora_layers
+from milora_lightning.adapters.layer import LoRALinear
+
+ABOUT = {"dtype", "device", "shape", "ndim", "is_cuda", "is_meta", "requires_grad", "size", "dim", "numel", "data_ptr"}
+ABOUT |= {"element_size", "is_floating_point", "layout", "__class__"}
+"""What code may ask about a weight without computing with it."""
+
+ENTRIES = ("forward", "__call__")
+Path = tuple[str, ...]
+
+
+class _UnknownError(Exception):
+    """An expression depends on what is known in a call only."""
+
+
+def read_weights(model: nn.Module) -> dict[str, LoRALinear]:
+    """Return the adapters whose layers' weights a model reads in its forward, by their names.
+
+    Branches are followed as far as attributes of modules and defaults of arguments tell which one is taken in
+    evaluation; others are taken both. Of code whose source is not there nothing is known.
+
+    >>> class Reads(nn.Module):
+    ...     pass
+    >>> read_weights(Reads())
+    {}
+    """
+    names = {layer: name for name, layer in lora_layers(model).items()}
+    found = set()
+    for owner in model.modules():
+        if isinstance(owner, LoRALinear) or type(owner).__module__.startswith("torch."):
+            continue
+        for path in _paths(owner):
+            layer: Any = owner
+            for part in path:
+                layer = getattr(layer, "_modules", {}).get(part)
+            found.add(layer)
+    return {name: layer for layer, name in names.items() if layer in found}
+
+
+def _paths(owner: nn.Module) -> Iterator[Path]:
+    """Yield the places, relative to a module, of the layers whose weights it may read."""
+    kind, seen, following = type(owner), set(), [*ENTRIES]
+    while following:
+        name = following.pop()
+        if name in seen or not inspect.isroutine(method := getattr(kind, name, None)):
+            continue
+        seen.add(name)
+        names = _names_in(method := inspect.unwrap(method))
+        if "weight" not in names:  # most do not: their source need not be looked up
+            following += names
+            continue
+        tree = _parsed(method)
+        if tree is not None:
+            reader = _Reader(owner, _defaults(method))
+            reader.visit(tree)
+            following += reader.called
+            yield from reader.found
+
+
+def _names_in(method: Any) -> set[str]:
+    """Return the names of all attributes and globals in a function's code, and in that of functions within it."""
+    codes, names = [getattr(method, "__code__", None)], set()
+    while codes:
+        code = codes.pop()
+        if code is not None:
+            names |= {*code.co_names}
+            codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
+    return names
+
+
+@lru_cache(maxsize=256)
+def _parsed(method: Any) -> ast.FunctionDef | None:
+    """Parse a method; None if there is no source."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    return next((node for node in tree.body if isinstance(node, ast.FunctionDef)), None)
+
+
+def _defaults(method: Any) -> dict[str, Any]:
+    parameters = inspect.signature(method).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+class _Reader(ast.NodeVisitor):
+    """Collects the paths of read weights, and the module's methods that are called."""
+
+    def __init__(self, owner: nn.Module, defaults: Mapping[str, Any]) -> None:
+        self.owner, self.known = owner, dict(defaults)
+        self.found: list[Path] = []
+        self.called: list[str] = []
+        self.layers: dict[str, Path] = {}  # local names of parts of the module
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        path = _path(node.value, self.layers)
+        for target in node.targets:
+            if isinstance(target, ast.Name):
+                self.known.pop(target.id, None)
+                self.layers.pop(target.id, None)
+                if path is not None:
+                    self.layers[target.id] = path
+        self.generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> None:
+        self._visit_branches(node)
+
+    def visit_IfExp(self, node: ast.IfExp) -> None:
+        self._visit_branches(node)
+
+    def _visit_branches(self, node: ast.If | ast.IfExp) -> None:
+        self.visit(node.test)
+        try:
+            taken = bool(self._value(node.test))
+        except _UnknownError:
+            branches: list[Any] = [node.body, node.orelse]
+        else:
+            branches = [node.body if taken else node.orelse]
+        for branch in branches:
+            for statement in branch if isinstance(branch, list) else [branch]:
+                self.visit(statement)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        function = node.func
+        if isinstance(function, ast.Name) and function.id in ("isinstance", "hasattr", "type", "id"):
+            return
+        if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == "self":
+            self.called.append(function.attr)
+        self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        inner = node.value
+        if isinstance(inner, ast.Attribute) and inner.attr == "weight" and node.attr in ABOUT:
+            return
+        path = _path(inner, self.layers)
+        if node.attr == "weight" and path:
+            self.found.append(path)
+        self.generic_visit(node)
+
+    def _value(self, node: ast.expr) -> Any:
+        """Evaluate an expression of constants, defaults of arguments and the module's attributes."""
+        if isinstance(node, ast.Constant):
+            return node.value
+        if isinstance(node, ast.Name) and node.id in self.known:
+            return self.known[node.id]
+        if isinstance(node, ast.Name) and node.id == "self":
+            return self.owner
+        if isinstance(node, ast.Attribute):
+            owner = self._value(node.value)
+            if owner is self.owner and node.attr == "training":
+                return False
+            if isinstance(owner, (nn.Module, type(None))) or hasattr(owner, "to_dict"):
+                return getattr(owner, node.attr, None)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            return not self._value(node.operand)
+        if isinstance(node, ast.BoolOp):
+            return self._any_or_all(node)
+        if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARISONS:
+            return _COMPARISONS[type(node.ops[0])](self._value(node.left), self._value(node.comparators[0]))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr":
+            return hasattr(*map(self._value, node.args))
+        raise _UnknownError
+
+    def _any_or_all(self, node: ast.BoolOp) -> bool:
+        decisive, unknown = isinstance(node.op, ast.Or), False
+        for part in node.values:
+            try:
+                if bool(self._value(part)) is decisive:
+                    return decisive
+            except _UnknownError:
+                unknown = True
+        if unknown:
+            raise _UnknownError
+        return not decisive
+
+
+_COMPARISONS: dict[type[ast.cmpop], Any] = {
+    ast.Is: lambda a, b: a is b,
+    ast.IsNot: lambda a, b: a is not b,
+    ast.Eq: lambda a, b: a == b,
+    ast.NotEq: lambda a, b: a != b,
+    ast.Gt: lambda a, b: a > b,
+    ast.Lt: lambda a, b: a < b,
+}
+
+
+def _path(node: ast.expr, layers: Mapping[str, Path]) -> Path | None:
+    """Return the names from a module to a part of it: of ``self.a[0].b`` a, 0 and b; None if it is something else."""
+    if isinstance(node, ast.Name):
+        return () if node.id == "self" else layers.get(node.id)
+    if isinstance(node, ast.Attribute):
+        owner = _path(node.value, layers)
+        return None if owner is None else (*owner, node.attr)
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+        owner = _path(node.value, layers)
+        return None if owner is None else (*owner, str(node.slice.value))
+    return None
