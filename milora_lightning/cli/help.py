@@ -119,6 +119,7 @@ EXAMPLES = {
     "test": ("--config mine.yaml --ckpt_path runs/milora/last.ckpt",),
     "predict": ("--config mine.yaml --ckpt_path runs/milora/last.ckpt --predictions.output answers.jsonl",),
     "compare": ("--config milora.yaml --methods [milora,lora] --learning_rates [3e-4,1e-3] --output compared",),
+    "continual": ("--config milora.yaml --tasks [first.yaml,second.yaml,third.yaml] --output learned",),
     "export": (
         "--ckpt_path runs/milora/last.ckpt --output adapters",
         "--ckpt_path runs/milora/last.ckpt --output merged --format merged --dtype bfloat16",

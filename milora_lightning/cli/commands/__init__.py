@@ -15,6 +15,7 @@ LIGHTNING = {
 COMMANDS = {
     "preview": "milora_lightning.cli.commands.preview:preview",
     "compare": "milora_lightning.cli.compare:compare",
+    "continual": "milora_lightning.cli.continual:continual",
     "chat": "milora_lightning.cli.commands.chat:chat",
     "generate": "milora_lightning.cli.commands.generate:generate",
     "export": "milora_lightning.cli.commands.export:export",
