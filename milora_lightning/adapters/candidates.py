@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from typing import cast
 
 from torch import nn
 
-from milora_lightning.adapters.experts import is_of_experts, is_stack, routers, stacked_weights
+from milora_lightning.adapters.experts import is_of_experts, is_stack, routers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import is_adaptable, is_embedding, is_linear
-from milora_lightning.adapters.parts import TargetNotFoundError, ends_with, first_few
+from milora_lightning.adapters.packed import is_packed
+from milora_lightning.adapters.parts import TargetNotFoundError, ends_with, first_few, held_weights
 from milora_lightning.adapters.target_errors import no_match, no_parameter
 from milora_lightning.utils.names import unwrapped_name
 
@@ -29,7 +29,7 @@ def adaptable_layers(module: nn.Module) -> Layers:
         fitting = name and is_adaptable(child) and child not in bases
         if isinstance(child, LoRALinear) or (fitting and child._parameters.get("weight") is not None):
             layers[name] = child
-    return layers | cast(Layers, stacked_weights(module))
+    return layers | held_weights(module)
 
 
 def called(layers: Mapping[str, nn.Module], name: str) -> Layers:
@@ -46,7 +46,7 @@ def matching(layers: Mapping[str, nn.Module], expression: str) -> Layers:
 def all_linear(module: nn.Module, layers: Mapping[str, nn.Module]) -> Layers:
     """Return the linear layers and experts of a module, without language-model heads and routers."""
     heads = output_heads(module)
-    linear = {n: m for n, m in layers.items() if is_linear(_base(m))}
+    linear = {n: m for n, m in layers.items() if is_linear(_base(m)) or is_packed(_base(m))}
     linear = {n: m for n, m in linear.items() if _base(m) not in heads and not ends_with(n, "lm_head")}
     experts = {n: m for n, m in layers.items() if is_stack(stack := _base(m)) and is_of_experts(n, stack)}
     deciding = routers(linear, experts)
@@ -72,7 +72,7 @@ def layers_named(module: nn.Module, names: Sequence[str]) -> Layers:
 def holding_parameters(module: nn.Module, entry: str) -> Layers:
     """Find what an entry of ``target_parameters`` names: stacks, or layers by their weights."""
     layers = adaptable_layers(module)
-    found = {n: layer for n, layer in layers.items() if ends_with(n if _is_stack(layer) else f"{n}.weight", entry)}
+    found = {n: layer for n, layer in layers.items() if ends_with(_parameter_name(n, layer), entry)}
     if not found:
         raise TargetNotFoundError(no_parameter(module, entry, [n for n, layer in layers.items() if _is_stack(layer)]))
     return found
@@ -91,6 +91,12 @@ def output_heads(module: nn.Module) -> set[nn.Module | None]:
         return set()
     models = (m for m in module.modules() if isinstance(m, transformers.PreTrainedModel))
     return {_base(head) for m in models if isinstance(head := m.get_output_embeddings(), nn.Module)}
+
+
+def _parameter_name(name: str, layer: nn.Module) -> str:
+    if _is_stack(layer):
+        return name
+    return f"{name}_weight" if is_packed(_base(layer)) else f"{name}.weight"
 
 
 def _is_stack(layer: nn.Module) -> bool:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from milora_lightning.adapters.candidates import output_heads
 from milora_lightning.adapters.experts import LoRAExperts, is_of_experts, routers, stacked_weights
 from milora_lightning.adapters.freezing import TRAINED_BEFORE, frozen_by_user
+from milora_lightning.adapters.held_weight import HeldWeight
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import is_linear, linear_shape, matrices_in
@@ -228,8 +229,8 @@ def _sizes(part: nn.Module, kept: set[nn.Module]) -> dict[str, int]:
     sizes: dict[str, int] = defaultdict(int, adapted=0)
     heads = output_heads(part)
     adapters = [m for m in part.modules() if isinstance(m, LoRALinear)]
-    bases = {m.base_layer for m in adapters}
-    stacks = {(m.stack.experts, m.stack.parameter) for m in adapters if isinstance(m, LoRAExperts)}
+    bases: set[Any] = {m.base_layer for m in adapters}
+    held = {(base.holder, base.parameter) for base in bases if isinstance(base, HeldWeight)}
     for name, child in modules_by_name(part).items():
         if isinstance(child, LoRALinear):
             sizes["adapted"] += math.prod(linear_shape(child.base_layer)) * (matrices_in(child) or 1)
@@ -237,7 +238,7 @@ def _sizes(part: nn.Module, kept: set[nn.Module]) -> dict[str, int]:
             sizes[QUANTIZED] += cast(int, child.in_features) * cast(int, child.out_features)
         elif child not in bases and child not in heads and not ends_with(name, "lm_head"):
             for key, parameter in child._parameters.items():
-                skip = parameter is None or (child, key) in stacks
+                skip = parameter is None or (child, key) in held
                 kind = None if skip else _kind(child, f"{name}.{key}", cast(Tensor, parameter), kept)
                 if kind and parameter is not None:
                     linear = is_linear(child) and key == "weight"

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from milora_lightning.adapters.attention import adapt_attention
 from milora_lightning.adapters.convolution import LoRAConv
 from milora_lightning.adapters.embedding import LoRAEmbedding
 from milora_lightning.adapters.experts import LoRAExperts, is_stack, wrappers_of
+from milora_lightning.adapters.held_weight import HeldWeight
 from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.packed import LoRAPacked, is_packed
 from milora_lightning.config import LoRAConfig
 
-KINDS: tuple[type[LoRALinear], ...] = (LoRALinear, LoRAConv, LoRAEmbedding, LoRAExperts)
+KINDS: tuple[type[LoRALinear], ...] = (LoRALinear, LoRAConv, LoRAEmbedding, LoRAExperts, LoRAPacked)
 
 
 def adapter_class(layer: nn.Module) -> type[LoRALinear]:
@@ -40,10 +43,13 @@ def adapter_for(layer: nn.Module, name: str, config: LoRAConfig) -> LoRALinear:
 def replacements(module: nn.Module, adapters: Mapping[nn.Module, LoRALinear]) -> dict[nn.Module, nn.Module]:
     """Return which module takes the place of which: of a layer its adapter, of experts a module with their adapters.
 
+    Attention modules stay in their place, and get theirs here.
+
     Args:
         module: The model, in which some experts may have adapters already: these get the others, too.
         adapters: The new adapters by their base layers.
     """
     stacks = {layer: adapter for layer, adapter in adapters.items() if is_stack(layer)}
-    layers = {layer: adapter for layer, adapter in adapters.items() if not is_stack(layer)}
+    adapt_attention({layer: adapter for layer, adapter in adapters.items() if is_packed(layer)})
+    layers = {layer: adapter for layer, adapter in adapters.items() if not isinstance(layer, HeldWeight)}
     return {**layers, **wrappers_of(module, stacks)}

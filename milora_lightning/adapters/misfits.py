@@ -16,6 +16,7 @@ from milora_lightning.adapters.linear_layers import (
     is_plain,
     largest_rank,
 )
+from milora_lightning.adapters.packed import is_packed
 from milora_lightning.adapters.target_errors import TOO_SMALL, UNEVEN
 from milora_lightning.adapters.tied import Owners, tied_to
 
@@ -27,6 +28,8 @@ def misfit(layer: nn.Module, r: int, owners: Owners) -> str | None:
     weight: Tensor = layer._parameters["weight"]  # type: ignore[assignment]
     if is_stack(layer) and (objection := objection_to(layer)):
         return objection
+    if is_packed(layer) and not is_plain(weight):
+        return "holds quantized codes"
     if weight.is_complex():
         return "has complex weights"
     known = type(layer) in PLAIN_LAYERS or is_convolution(layer) or is_embedding(layer)

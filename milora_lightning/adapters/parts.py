@@ -8,6 +8,7 @@ from typing import cast
 
 from torch import nn
 
+from milora_lightning.adapters.attention import packed_weights
 from milora_lightning.adapters.experts import stacked_weights
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import is_adaptable
@@ -27,8 +28,17 @@ def modules_by_name(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def layers_by_name(module: nn.Module) -> dict[str, nn.Module]:
-    """Return all modules by name, and the stacks of weights that have no adapters, by those of the parameters."""
-    return modules_by_name(module) | cast(dict[str, nn.Module], stacked_weights(module))
+    """Return all modules by name, and parameters in the role of layers that have no adapters."""
+    return modules_by_name(module) | held_weights(module)
+
+
+def held_weights(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the parameters in the role of layers that have no adapters, by the names that their adapters would have.
+
+    >>> list(held_weights(nn.Sequential(nn.MultiheadAttention(4, 2))))
+    ['0.in_proj']
+    """
+    return cast(dict[str, nn.Module], {**stacked_weights(module), **packed_weights(module)})
 
 
 def ends_with(name: str, target: str) -> bool:

@@ -20,6 +20,7 @@ from milora_lightning.checkpoint.fingerprint import fingerprint, unquantized
 from milora_lightning.data.encoding.prompt_format import PromptFormat
 from milora_lightning.export.merging import as_dtype, is_factor, merged_state
 from milora_lightning.export.model_card import CARD, model_card
+from milora_lightning.export.peft_attention import complete
 from milora_lightning.export.peft_format import (
     HEADS,
     MERGED,
@@ -107,16 +108,18 @@ def export_peft(
     added = shrunk(outside, shrink_intruders)
     tensors: dict[str, Tensor] = {}
     ranks, alphas, lost, energy = {}, {}, 0.0, 0.0
-    places = peft_module_names(model, outside)
+    pairs = {}
     for name, layer in outside.items():
         A, B, layer_lost, layer_energy = update_factors(layer, rank, added.get(layer))
         lost, energy = lost + layer_lost, energy + layer_energy
         ranks[name] = n = A.shape[-2]
         whole = stacked_rank(layer) + (added[layer][1].shape[-2] if layer in added else 0)
         alphas[name] = n if n < whole else layer.lora_alpha * n / layer.r
-        A, B = in_peft(layer, A, B)
-        tensors[f"{PEFT_PREFIX}{places[name]}.lora_A.weight"] = A.contiguous().cpu()
-        tensors[f"{PEFT_PREFIX}{places[name]}.lora_B.weight"] = B.contiguous().cpu()
+        pairs[name] = in_peft(layer, A, B)
+    complete(model, pairs, ranks, alphas)
+    for name, place in peft_module_names(model, pairs).items():
+        for factor, value in zip(("lora_A", "lora_B"), pairs[name], strict=True):
+            tensors[f"{PEFT_PREFIX}{place}.{factor}.weight"] = value.contiguous().cpu()
     for key, value in merged_state(model, dtype=torch.float32, only=inside)[0].items():
         tensors[PEFT_PREFIX + key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     config = lora_config(model, ranks, alphas, kept, by_weight)

@@ -13,6 +13,7 @@ from milora_lightning.adapters.experts import AdaptedExperts
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import holds_its_weight
 from milora_lightning.adapters.master_weights import compute_dtypes
+from milora_lightning.adapters.packed import LoRAPacked
 from milora_lightning.export.peft_format import registrations
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.names import unwrapped_name
@@ -50,6 +51,10 @@ def merged_state(
         if is_factor(key, places) or not key.startswith(only):
             continue
         name, _, leaf = key.rpartition(".base_layer.")
+        if (packed := key.removesuffix("_weight")) in places and isinstance(places[packed], LoRAPacked):
+            state[key], error, energy = _merge(packed, places[packed], dtype)
+            errors, energies = errors + error, energies + energy
+            continue
         adapter = name if name in places else f"{name}.{leaf}"  # a layer's, or that of a stack of experts' weights
         if name and adapter in places and (adapter != name or leaf == "weight"):
             state[f"{name}.{leaf}"], error, energy = _merge(adapter, places[adapter], dtype, corrections)
@@ -87,7 +92,9 @@ def merge_adapters(model: nn.Module) -> float:
         errors, energies = errors + error, energies + energy
     for parent in list(model.modules()):
         for key, child in list(parent._modules.items()):  # a layer may be in several places
-            if isinstance(child, (LoRALinear, AdaptedExperts)) and not isinstance(parent, AdaptedExperts):
+            if isinstance(child, LoRAPacked):
+                del parent._modules[key]
+            elif isinstance(child, (LoRALinear, AdaptedExperts)) and not isinstance(parent, AdaptedExperts):
                 setattr(parent, key, child.base_layer)
     return (errors / energies) ** 0.5 if energies else 0.0
 

@@ -21,6 +21,7 @@ from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import is_adaptable, is_conv1d
 from milora_lightning.adapters.parts import ends_with, modules_by_name
+from milora_lightning.export.peft_attention import attentions, own_names, place_in_peft, target_of, with_partners
 from milora_lightning.export.peft_layers import objection_to_layers
 from milora_lightning.export.skeleton import skeleton
 from milora_lightning.utils.counting import counted
@@ -104,18 +105,21 @@ def lora_config(
     from peft import LoraConfig  # here and below when it is used: it takes seconds to import
 
     layers = lora_layers(model)
+    ranks, alphas = {n: ranks[n] for n in layers if n in ranks}, {n: alphas[n] for n in layers if n in alphas}
     parameters = {
         n: f"{n}.weight" if n in by_weight else n for n in ranks if _is_parameter(layers[n]) or n in by_weight
     }
-    linear = [name for name in ranks if name not in parameters]
+    named = target_of(model, ranks)
+    linear = list(dict.fromkeys(named[name] for name in ranks if name not in parameters))
     first = next(iter(layers.values()))
+    patterns = {**named, **parameters}
     r, alpha = most_common(ranks), most_common(alphas)
     task = task_type(model)
     return LoraConfig(
         r=r,
         lora_alpha=_whole(alpha),  # type: ignore[arg-type]
-        rank_pattern={parameters.get(n, n): value for n, value in deviations(ranks, r).items()},
-        alpha_pattern={parameters.get(n, n): _whole(value) for n, value in deviations(alphas, alpha).items()},
+        rank_pattern={patterns[n]: value for n, value in deviations(ranks, r).items()},
+        alpha_pattern={patterns[n]: _whole(value) for n, value in deviations(alphas, alpha).items()},
         lora_dropout=0.0 if parameters else first.lora_dropout,  # which PEFT does not have for parameters
         target_modules=target_modules(model, linear) if linear else None,
         target_parameters=target_parameters(model, list(parameters.values())) if parameters else None,
@@ -198,7 +202,7 @@ def _objection(model: PreTrainedModel, by_weight: frozenset[str]) -> str | None:
             opened = inject_adapter_in_model(config, base, low_cpu_mem_usage=True)
     except Exception as error:  # whatever PEFT raises is its objection
         return _said(error)
-    return _other_layers(opened, layers.keys())
+    return _other_layers(opened, with_partners(model, layers))
 
 
 def outermost_models(module: nn.Module) -> dict[str, PreTrainedModel]:
@@ -289,7 +293,7 @@ def _peft_layers(opened: nn.Module) -> dict[str, Any]:
         parameter = getattr(module, "parameter_name", None)  # of a ParamWrapper; they are nested
         by_weight = parameter == "weight" and is_adaptable(module.get_base_layer())
         layers[name if parameter is None or by_weight else f"{_without_wrappers(name)}.{parameter}"] = module
-    return layers
+    return {own: layers[place] for place, own in own_names(layers).items()}
 
 
 def _modules_of_peft(opened: nn.Module) -> dict[str, Any]:
@@ -321,12 +325,13 @@ def peft_module_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """
     names = list(names)
     modules, found = modules_by_name(model), {}
+    owners = attentions(model, names)
     for name in names:
         holder, _, parameter = name.rpartition(".")
         experts = modules.get(holder)
         experts = experts.base_layer if isinstance(experts, AdaptedExperts) else experts
         if experts is None or experts._parameters.get(parameter) is None or experts._modules.get(parameter) is not None:
-            found[name] = name
+            found[name] = place_in_peft(name, owners)
             continue
         behind = list(experts._parameters)[list(experts._parameters).index(parameter) + 1 :]
         found[name] = holder + f".{BASE}" * sum(f"{holder}.{other}" in names for other in behind)

@@ -24,6 +24,7 @@ from milora_lightning.checkpoint.fingerprint import check_base, fingerprint, unq
 from milora_lightning.checkpoint.io import CheckpointError
 from milora_lightning.config import LoRAConfig
 from milora_lightning.export.folders import BASE_KEY, find_model
+from milora_lightning.export.peft_attention import INSIDE, TWICE, counts_twice, own_names
 from milora_lightning.export.peft_format import PEFT_PREFIX, deviations, most_common, opens_otherwise, peft_module_names
 from milora_lightning.export.peft_layers import as_read, from_peft, peft_shapes
 from milora_lightning.parallel.dtensor import copy_into, full_tensor
@@ -98,6 +99,9 @@ def load_peft(module: nn.Module, folder: str | Path) -> LoRAConfig:
         saved = json.loads(metadata[BASE_KEY])
         _check_base(saved, unquantized(fingerprint(model, frozen_only=False, like=saved)))
     tensors = _without_base(model, tensors, folder)
+    inside = [key for key in tensors if key.endswith(f"{INSIDE}.lora_B.weight") and bool(tensors[key].any())]
+    if inside and counts_twice():
+        raise CheckpointError(f"{str(folder)!r} cannot be loaded: {TWICE}, so that what it has trained is not clear.")
     stored, tensors = tensors, _by_adapter(model, config, tensors)
     _check_tensors(model, config, tensors, folder)
     names = _layer_names(tensors)
@@ -153,12 +157,13 @@ def _as_ours(config: LoraConfig, tensors: dict[str, Tensor]) -> LoRAConfig:
 
     if config.target_parameters:
         return _with_parameters(config, tensors)
-    names = _layer_names(tensors)
-    ranks = {name: tensors[_key(name, "lora_A")].shape[0] for name in names}
+    places = {own: place for place, own in own_names(_layer_names(tensors)).items()}
+    names = sorted(places)
+    ranks = {name: tensors[_key(places[name], "lora_A")].shape[0] for name in names}
     alphas = {}
     for name in names:
         pattern = config.alpha_pattern or {}
-        alpha = float(pattern.get(get_pattern_key(list(pattern), name), config.lora_alpha))
+        alpha = float(pattern.get(get_pattern_key(list(pattern), _target(places[name])), config.lora_alpha))
         alphas[name] = alpha * math.sqrt(ranks[name]) if config.use_rslora else alpha
     if not names:
         raise CheckpointError("The folder has no factors (lora_A, lora_B) of linear layers.")
@@ -201,6 +206,10 @@ def _of_layer_or_weight(pattern: str) -> str:
 
 def _by_adapter(model: nn.Module, config: LoRAConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Name the factors of experts by the parameters that they adapt, in place of PEFT's wrappers."""
+    renamed = {}
+    for place, own in own_names(_layer_names(tensors)).items():
+        renamed.update({_key(place, factor): _key(own, factor) for factor in ("lora_A", "lora_B")})
+    tensors = {renamed.get(key, key): value for key, value in tensors.items()}
     if not config.target_parameters:
         return tensors
     stacks = [name for name in adaptable_layers(model) if any(ends_with(name, e) for e in config.target_parameters)]
@@ -282,6 +291,11 @@ def _ours(layer: LoRALinear, name: str, tensors: dict[str, Tensor], folder: str 
         return from_peft(layer, *(tensors[_key(name, factor)] for factor in ("lora_A", "lora_B")))
     except InvalidInputError as error:
         raise CheckpointError(f"{str(folder)!r} cannot be loaded: of {name!r}, {error}.") from error
+
+
+def _target(place: str) -> str:
+    """Return the name of the layer that a pattern of PEFT's has to match, for what is inside it, too."""
+    return place.removesuffix(INSIDE)
 
 
 def _layer_names(tensors: dict[str, Tensor]) -> list[str]:

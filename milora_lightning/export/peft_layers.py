@@ -18,6 +18,7 @@ from milora_lightning.adapters.linear_layers import factor_shapes, groups_of, is
 from milora_lightning.adapters.parts import first_few
 from milora_lightning.adapters.weight_reads import read_weights
 from milora_lightning.export.compression import compress
+from milora_lightning.export.peft_attention import objection_to_attention
 from milora_lightning.export.peft_experts import as_peft_sees, input_first, one_by_one, side_by_side
 from milora_lightning.utils.errors import InvalidInputError
 
@@ -153,8 +154,8 @@ def objection_to_layers(model: nn.Module) -> str | None:
     """Return what PEFT's adapters in a model would compute otherwise than the ones here; None if there is nothing."""
     for parent in model.modules():
         for name, layer in parent.named_children():
-            if isinstance(layer, LoRALinear) and isinstance(parent, nn.MultiheadAttention):
-                return f"{name} of an nn.MultiheadAttention is read, not called, and its adapter there has no effect"
+            if isinstance(layer, LoRALinear) and (said := objection_to_attention(parent, name)):
+                return said
             if isinstance(layer, LoRAExperts) and layer.matrices == 1:
                 return "it takes a 3-D parameter with a single matrix for the weight of a layer"
             if isinstance(layer, LoRAConv) and (said := _objection_to(layer) or _unread(parent, name)):

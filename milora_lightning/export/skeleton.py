@@ -14,6 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from milora_lightning.adapters.experts import AdaptedExperts
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import is_linear, linear_shape
+from milora_lightning.adapters.packed import LoRAPacked
+from milora_lightning.utils.derived_class import Derived
 from milora_lightning.utils.names import WRAPPERS
 
 
@@ -45,8 +47,8 @@ def _skeleton(module: nn.Module, copies: dict[int, Any]) -> Any:
         plain.bias = None if module.bias is None else nn.Parameter(_weightless(plain.bias), requires_grad=False)
         copies[id(module)] = plain
         return plain
-    # fully_shard gives each sharded module a subclass of its own; take the original class
-    cls = next(each for each in type(module).__mro__ if not issubclass(each, FSDPModule))
+    # fully_shard and adapters give a module a subclass of its own; take the original class
+    cls = next(each for each in type(module).__mro__ if not issubclass(each, (FSDPModule, Derived)))
     shell = cast(nn.Module, object.__new__(cls))
     copies[id(module)] = shell
     vars(shell).update({**vars(module), **vars(nn.Module())})  # the latter resets hooks and registered members
@@ -58,6 +60,8 @@ def _skeleton(module: nn.Module, copies: dict[int, Any]) -> Any:
     shell._buffers = {key: None if b is None else _weightless(b) for key, b in module._buffers.items()}
     shell._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
     for key, child in module._modules.items():
+        if isinstance(child, LoRAPacked):
+            continue
         shell._modules[key] = None if child is None else _skeleton(child, copies)
     return shell
 

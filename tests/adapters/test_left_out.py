@@ -174,7 +174,15 @@ def test_mixtures_of_experts_say_what_share_is_reached(
 def test_convolutions_and_attention_that_no_adapter_fits_are_named() -> None:
     (message,) = said(nn.Sequential(nn.Conv2d(3, 64, 7), nn.Flatten(), nn.Linear(16, 8)))
     assert "convolutions 99%" in message
-    (message,) = said(nn.TransformerEncoderLayer(16, 2, 32))
+
+    class Own(nn.MultiheadAttention):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    assert said(nn.TransformerEncoderLayer(16, 2, 32)) == []
+    encoder = nn.TransformerEncoderLayer(16, 2, 32)
+    encoder.self_attn = Own(16, 2)
+    (message,) = said(encoder)
     assert "in_proj_weight 38%" in message
 
 
