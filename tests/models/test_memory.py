@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import benchmarks
 from helpers.benchmarks import benchmark
 from helpers.models import TINY_CONFIGS, tiny_tokenizer
 from torch import nn
@@ -132,47 +133,28 @@ def test_many_threads_decompose_small_weights_side_by_side_and_large_ones_alone(
     assert surgery(4096) == 3.5 * 8 * 4096**2  # as measured: benchmarks/results/two_cores.md
 
 
-RUN = """
-import sys, torch
-from transformers import AutoModelForCausalLM, LlamaConfig
-from milora_lightning import LoRAConfig, initialize, inject
-from milora_lightning.utils.allocator import map_large_tensors
-from milora_lightning.utils.process_memory import peak_resident, resident
-from milora_lightning.models.loss import causal_lm_loss
-from milora_lightning.models.memory import LOADED, estimate, planned_model
-
-sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4}
-config = LlamaConfig(**sizes, num_hidden_layers=6, vocab_size=8000, pad_token_id=0)
-adapters = LoRAConfig(16, lora_dropout=0.1)
-checkpointing = sys.argv[1] == "True"
-expected = estimate(
-    planned_model(config, torch.float32, adapters), config, 8, 256, dropout=0.1,
-    gradient_checkpointing=checkpointing, mapped=True
-)
-before = resident() + LOADED
-model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-inject(model, adapters)
-initialize(model)
-model.train()
-if checkpointing:
-    assert map_large_tensors()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
-for _ in range(2):
-    ids = torch.randint(1, 8000, (8, 256))
-    optimizer.zero_grad()
-    causal_lm_loss(model, ids, ids).backward()
-    optimizer.step()
-print(before + expected.peak, peak_resident())
-"""
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The peaks of four runs, in a folder; see ``helpers/peak_memory.py``."""
+    if sys.platform != "linux":
+        pytest.skip("what a process has is read from Linux's /proc")
+    folder = tmp_path_factory.mktemp("peaks")
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 4}
+    config = LlamaConfig(**sizes, num_hidden_layers=4, vocab_size=128, max_position_embeddings=1024)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    row = json.dumps({"prompt": "Count.", "response": " ".join(map(str, range(900)))})
+    (folder / "examples.jsonl").write_text(f"{row}\n" * 4)
+    command = [sys.executable, str(Path(benchmarks.__file__).with_name("peak_memory.py")), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="what a process has is read from Linux's /proc")
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_peak_of_a_run_is_estimated_within_15_percent(checkpointing: bool) -> None:
-    done = subprocess.run([sys.executable, "-c", RUN, str(checkpointing)], capture_output=True, text=True, check=True)
-    estimated, measured = map(int, done.stdout.split()[-2:])
+def test_the_peak_of_a_run_is_estimated_within_15_percent(peaks: Path, checkpointing: bool) -> None:
+    estimated, measured = json.loads((peaks / f"loop-{checkpointing}.json").read_text())
     assert estimated == pytest.approx(measured, rel=0.15)
 
 
@@ -186,43 +168,15 @@ def test_an_mlp_under_another_name_is_counted(kind: str) -> None:
     assert peak(wider) > 1.2 * peak(TINY_CONFIGS[kind])
 
 
-FIT = r"""
-import contextlib, io, sys
-from milora_lightning.cli.main import main
-from milora_lightning.cli.commands.preview import preview
-from milora_lightning.utils.process_memory import peak_resident
-folder = sys.argv[1]
-options = ["--config=milora.yaml", f"--model.name_or_path={folder}", "--model.dtype=float32",
-    "--model.attn_implementation=sdpa", f"--data.source=Files", f"--data.source.train={folder}/examples.jsonl",
-    "--data.source.validation_size=0", "--data.template=plain", "--data.max_length=1024", "--data.global_batch_size=2",
-    "--data.num_generation_examples=0", "--trainer.max_steps=2", "--trainer.limit_val_batches=0",
-    "--trainer.num_sanity_val_steps=0", "--trainer.callbacks=[]", "--trainer.enable_checkpointing=false",
-    "--trainer.logger=false", f"--trainer.default_root_dir={folder}", f"--model.gradient_checkpointing={sys.argv[2]}"]
-with contextlib.redirect_stdout(io.StringIO()) as text:
-    preview(options, examples=0)
-main(["fit", *options])
-print(text.getvalue())
-print("measured:", peak_resident() / 1e9)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="what a process has is read from Linux's /proc")
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_what_preview_says_is_what_fit_takes(tmp_path: Path, checkpointing: bool) -> None:
-    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 4}
-    config = LlamaConfig(**sizes, num_hidden_layers=4, vocab_size=128, max_position_embeddings=1024)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    row = json.dumps({"prompt": "Count.", "response": " ".join(map(str, range(900)))})
-    (tmp_path / "examples.jsonl").write_text(f"{row}\n" * 4)
-    command = [sys.executable, "-c", FIT, str(tmp_path), str(checkpointing).lower()]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (estimated,) = (float(x) for x in re.findall(r"estimated: ([\d.]+) GB", done.stdout))
-    (measured,) = (float(x) for x in re.findall(r"^measured: ([\d.]+)$", done.stdout, re.MULTILINE))
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_preview_says_is_what_fit_takes(peaks: Path, checkpointing: bool) -> None:
+    said, peak = json.loads((peaks / f"command-{checkpointing}.json").read_text())
+    measured = peak / 1e9
+    (estimated,) = (float(x) for x in re.findall(r"estimated: ([\d.]+) GB", said))
     assert estimated == pytest.approx(measured, rel=0.15)
     if checkpointing:
         return
     # negative control: without the activations it would be another number
-    ((size, unit),) = re.findall(r"([\d.]+) (GB|MB)  activations kept", done.stdout)
+    ((size, unit),) = re.findall(r"([\d.]+) (GB|MB)  activations kept", said)
     assert estimated - float(size) * {"GB": 1, "MB": 1e-3}[unit] < 0.85 * measured
