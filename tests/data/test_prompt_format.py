@@ -13,7 +13,7 @@ import torch
 from helpers.chat_templates import TEMPLATES, chat_tokenizer
 from helpers.chats import folder_of, ids_of
 from helpers.data_fixtures import make_tokenizer, with_a_space_before_texts
-from helpers.models import quiet_trainer, save_tiny_model, write_examples
+from helpers.models import quiet_trainer, save_tiny_model, tiny_tokenizer, write_examples
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from milora_lightning import AdapterExport, CausalLMModule, MiLoRAInit, SFTDataModule
@@ -181,3 +181,29 @@ def test_the_template_that_auto_stands_for_is_said_once(tmp_path: Path, capsys: 
         data.setup("fit")
         data.setup("fit")
         assert "".join(line for line in capsys.readouterr().err.splitlines(True) if "Template" in line) == said
+
+
+def test_a_module_keeps_the_format_that_its_data_have_given_it(tmp_path: Path) -> None:
+    """A run that goes on from a checkpoint with another template asks, and exports, as it trains."""
+    tokenizer = tiny_tokenizer()
+    mine, theirs = (PromptFormat.of(tokenizer, template) for template in ("plain", "alpaca"))
+    lm = CausalLMModule(str(tmp_path))
+    checkpoint = {"state_dict": {}, "SFTDataModule": {"prompt_format": theirs.record()}}
+    lm.prompt_format = mine
+    lm.on_load_checkpoint(checkpoint)
+    assert lm.prompt_format == mine
+    lm.prompt_format = None
+    lm.on_load_checkpoint(checkpoint)
+    assert lm.prompt_format == theirs
+
+
+@pytest.mark.parametrize(("end", "answer"), [("<extra1>", "ab"), ("</s>", "ab<extra1>c")])
+def test_an_answer_ends_where_answers_ended_in_training(
+    end: str, answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = CausalLMModule(str(save_tiny_model(tmp_path / "llama", "llama")))
+    lm.configure_model()
+    lm.prompt_format = PromptFormat("plain", "", None, end)
+    written = lm.tokenizer("ab<extra1>c</s>d", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    monkeypatch.setattr("milora_lightning.module.generate_greedily", lambda *_, **__: written)
+    assert lm.generate({"input_ids": written, "attention_mask": torch.ones_like(written)}) == [answer]
