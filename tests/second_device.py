@@ -19,6 +19,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from milora_lightning import CausalLMModule, LoRAConfig, initialize, inject, lora_layers, singular_slice
+from milora_lightning.analysis.effect import relative_effect
+from milora_lightning.analysis.intruders import Intruders, corrections
+from milora_lightning.analysis.magnitude import update_size, weight_norms
 from milora_lightning.analysis.subspace import Update
 from milora_lightning.export.compression import compress
 from milora_lightning.linalg import devices, partial, products, singular
@@ -159,6 +162,30 @@ def test_a_device_without_float64_has_its_updates_measured_on_the_cpu(monkeypatc
     torch.testing.assert_close(there.S, here.S)
     assert there.amplification(weight.to(DEVICE), 2) == pytest.approx(here.amplification(weight, 2))
     assert all(isinstance(x, OnDevice) for x in compress(B.to(DEVICE), A.to(DEVICE), 2)[:2])
+
+
+def test_updates_are_measured_there_as_on_the_cpu() -> None:
+    """Their size, their intruders, and their effect, which waits for nothing."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(30, 20))
+    inject(net, LoRAConfig(r=3))
+    initialize(net, cache=False)
+    with torch.no_grad():
+        lora_layers(net)["0"].lora_B.add_(torch.randn(20, 3))
+    x, found = torch.randn(5, 30), []
+    for device in ("cpu", DEVICE):
+        (layer,) = lora_layers(net.to(device)).values()
+        here = x.to(device)
+        with torch.no_grad():
+            y = layer(here)
+            with counting() as count:
+                effect = relative_effect(layer, here, y)
+        assert not count.waits
+        (left, right), *_ = corrections({"0": layer}, Intruders(keep=0.5, threshold=0.9)).values()
+        assert left.device.type == right.device.type == layer.lora_A.device.type
+        found.append([update_size([layer], [weight_norms(layer)]).cpu(), effect.cpu(), (left @ right).cpu()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 
 def test_what_a_gpu_refuses_is_refused_and_what_waits_is_counted() -> None:
