@@ -1,9 +1,10 @@
-"""Time and memory of each start: on the embedded model, and on one weight of 4096 by 11008.
+"""Time and memory of each start: on the embedded model, and on one weight of 11008 by 4096.
 
-Every start that the registry has and that needs no data, each in a process of its own, without cached decompositions.
-Starts that need data, and those that differ by singular values alone, take what the directions of one of these take.
+Every start that the registry has, each in a process of its own, without cached decompositions. Those that differ from
+another by singular values or by the end of a spectrum alone are left out. Starts from data collect statistics of 2048
+tokens of the embedded model, which is part of their time there, and are given random ones of the single weight.
 
-python benchmarks/starts.py          # about four minutes; publishes a table
+python benchmarks/starts.py          # about five minutes; publishes a table
 python benchmarks/starts.py small    # one block and a small weight, in seconds; prints a table
 """
 
@@ -14,6 +15,8 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from common import publish, table
@@ -21,33 +24,50 @@ from common import publish, table
 from milora_lightning import LoRAConfig, initialize, inject
 from milora_lightning.adapters.factors import initial_factors
 from milora_lightning.models.pretrained import load_causal_lm
-from milora_lightning.starts import algebra, registry
+from milora_lightning.starts import Statistics, algebra, find_start, registry
+from milora_lightning.statistics.collecting import collect_statistics
 from milora_lightning.utils import process_memory
 
 R_MODEL, R_WEIGHT = 32, 64
-WEIGHT, SMALL_WEIGHT = (4096, 11008), (192, 256)
-ALGEBRA = [*algebra.METHODS, "slice 0.25", "gaussian x minor"]
+WEIGHT, SMALL_WEIGHT = (11008, 4096), (256, 192)
+BATCHES, ROWS, LENGTH = 4, 4, 128
+ALGEBRA = [*algebra.METHODS, "gaussian x minor"]
+
+NOTE = "float32, one run each. Memory is above that of the model, or of the weight and what is known of its data."
 
 Measured = tuple[float, int]
 
 
 def names() -> list[str]:
-    """Return the starts that need no data."""
-    registered = [name for name, start in registry._REGISTERED.items() if not getattr(start, "needs", None)]
-    return [*ALGEBRA, *sorted(registered)]
+    """Return the starts to measure, those that need data last."""
+    registered = [start for name, start in sorted(registry._REGISTERED.items()) if not name.endswith("_ipm")]
+    return [*ALGEBRA, *(start.name for start in sorted(registered, key=lambda start: bool(start.needs)))]
 
 
 def measured(work: Callable[[], object]) -> Measured:
     """Return the seconds that something takes, and the peak above the memory before, in bytes."""
     gc.collect()
+    with suppress(OSError):  # only Linux has this
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading the model
     before, started = process_memory.resident() or 0, time.perf_counter()
     work()
     return time.perf_counter() - started, (process_memory.peak_resident() or 0) - before
 
 
+def random_statistics(init: str, shape: tuple[int, int]) -> Statistics | None:
+    """Return what a start takes of data, of random inputs and gradients."""
+    needs = find_start(init).needs
+    if not needs:
+        return None
+    inputs = torch.randn(2 * shape[1], shape[1])
+    moments, gradient = inputs.T @ inputs / len(inputs), torch.randn(shape)
+    return Statistics(inputs=moments, gradient=gradient, mean=inputs.mean(0), preserved=moments)
+
+
 def warm_up(init: str) -> None:
     """Have libraries loaded, which take seconds and memory of their own."""
-    initial_factors(torch.randn(80, 96), R_WEIGHT, init=init)
+    shape = (96, 160)
+    initial_factors(torch.randn(shape), 32, init=init, statistics=random_statistics(init, shape))
 
 
 def on_model(init: str, small: bool) -> Measured:
@@ -55,12 +75,16 @@ def on_model(init: str, small: bool) -> Measured:
     model = load_causal_lm("embedded", "float32")
     if small:
         del model.model.layers[1:]
-    config = LoRAConfig(r=R_MODEL, init=init)
+    config, needs = LoRAConfig(r=R_MODEL, init=init), find_start(init).needs
+    ids = torch.randint(1000, 40000, (BATCHES, ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": rows, "labels": rows} for rows in ids[: 1 if small else None]]
     warm_up(init)
 
     def work() -> None:
         inject(model, config)
-        initialize(model, cache=False)
+        preserve = batches if "preserved" in needs else None
+        statistics = collect_statistics(model, batches, preserve=preserve) if needs else None
+        initialize(model, cache=False, statistics=statistics)
 
     return measured(work)
 
@@ -68,9 +92,10 @@ def on_model(init: str, small: bool) -> Measured:
 def on_weight(init: str, small: bool) -> Measured:
     """Compute where the factors of one weight start."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(SMALL_WEIGHT if small else WEIGHT, generator=generator)
+    shape = SMALL_WEIGHT if small else WEIGHT
+    weight, statistics = torch.randn(shape, generator=generator), random_statistics(init, shape)
     warm_up(init)
-    return measured(lambda: initial_factors(weight, R_WEIGHT, init=init, generator=generator))
+    return measured(lambda: initial_factors(weight, R_WEIGHT, init=init, generator=generator, statistics=statistics))
 
 
 def alone(work: Callable[[str, bool], Measured], init: str, small: bool) -> Measured:
@@ -95,7 +120,7 @@ def main(small: bool) -> None:
     if small:
         print(text)
     else:
-        publish("starts", f"{text}\n\nfloat32, one run each. Memory is above that of the model, or the weight.")
+        publish("starts", f"{text}\n\n{NOTE}")
 
 
 if __name__ == "__main__":

@@ -164,6 +164,12 @@ def _triplets(weight: Tensor) -> SingularSlice:
     return singular_slice(weight, min(weight.shape), "principal")
 
 
+def number_of_intruders(weight: Tensor, update: Update, left: Tensor, rule: Intruders) -> int:
+    """Count the intruder dimensions of W + ΔW, given all left singular vectors (out, k) of W."""
+    tuned = in_double(weight) + in_double(update.U) * update.S @ update.Vh
+    return len(find_intruders(weight, tuned, left, rule).S)
+
+
 @torch.no_grad()
 def analyze_matrix(
     name: str,
@@ -195,7 +201,6 @@ def analyze_matrix(
     similarity = update.similarities(reference_subspaces(triplets.U, r, subspace_generator(name)), r)
     left, right = update.energy(triplets, min(bins, len(triplets.S)))
     k = _principal(k, weight, r)
-    tuned = in_double(weight) + in_double(update.U) * update.S @ update.Vh
     return MatrixAnalysis(
         name,
         r,
@@ -208,7 +213,7 @@ def analyze_matrix(
         right,
         k,
         update.interference(triplets.U[:, :k], triplets.Vh[:k].mT),
-        len(find_intruders(weight, tuned, triplets.U, rule).S),
+        number_of_intruders(weight, update, triplets.U, rule),
     )
 
 

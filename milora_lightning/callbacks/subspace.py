@@ -11,14 +11,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import track
 
 from milora_lightning.adapters.injection import lora_layers
+from milora_lightning.analysis.intruders import Intruders
 from milora_lightning.analysis.spectra import (
     PRINCIPAL,
     Reference,
     module_type,
+    number_of_intruders,
     reference_vectors,
     updates_of,
     weights_of,
 )
+from milora_lightning.linalg.singular import singular_slice
 from milora_lightning.strategies.base import check_whole
 from milora_lightning.utils.errors import InvalidInputError
 
@@ -36,16 +39,18 @@ class SubspaceMonitor(Callback):
     Args:
         every_n_steps: Number of optimizer steps between two measurements.
         k: Number of principal directions for ρ_k; all but r are taken if there are no more.
+        intruders: Whether to count the intruder dimensions of W + ΔW, too, ``subspace/q_proj/intruders`` (arXiv
+            2410.21228): every measurement then decomposes each weight again.
 
     Raises:
         ValueError: If a number is not positive; in ``setup`` under a strategy that shards weights.
     """
 
-    def __init__(self, every_n_steps: int = 100, k: int = PRINCIPAL) -> None:
+    def __init__(self, every_n_steps: int = 100, k: int = PRINCIPAL, intruders: bool = False) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("k", k)):
             if value < 1:
                 raise InvalidInputError(f"{name} must be at least 1, not {value}.")
-        self.every_n_steps, self.k = every_n_steps, k
+        self.every_n_steps, self.k, self.intruders = every_n_steps, k, intruders
         self._vectors: dict[str, Reference] = {}
         self._last_step = 0
 
@@ -87,6 +92,9 @@ class SubspaceMonitor(Callback):
                     "amplification": update.amplification(weight, r),
                     "interference": update.interference(left, right),
                 }
+                if self.intruders:
+                    vectors = singular_slice(weight, min(weight.shape), "principal").U
+                    found["intruders"] = number_of_intruders(weight, update, vectors, Intruders())
                 for key, value in found.items():
                     values[f"subspace/{module_type(name)}/{key}"].append(value)
         return {key: mean(each) for key, each in values.items()}

@@ -204,14 +204,14 @@ def test_what_was_not_trained_is_not_analyzed(tmp_path: Path) -> None:
 
 def test_monitor_logs_what_the_analysis_finds(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "llama", "llama")
-    monitor = SubspaceMonitor(every_n_steps=5)
+    monitor = SubspaceMonitor(every_n_steps=5, intruders=True)
     callbacks = [MiLoRAInit(r=4), monitor]
     trainer = quiet_trainer(tmp_path, max_epochs=1, num_sanity_val_steps=0, callbacks=callbacks)
     lm = module(model, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2))
     trainer.fit(lm, data(tmp_path, model, num_generation_examples=0))
     logged = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("subspace/")}
     for name, group in by_type(analyze_model(lm)).items():
-        for part in ("top", "bottom", "random", "amplification", "interference"):
+        for part in ("top", "bottom", "random", "amplification", "interference", "intruders"):
             assert logged.pop(f"subspace/{name}/{part}") == pytest.approx(averages(group)[part], rel=1e-3)
     assert not logged
     with pytest.raises(ValueError, match="every_n_steps"):
