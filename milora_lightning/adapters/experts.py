@@ -20,6 +20,7 @@ from milora_lightning.adapters.held_weight import HeldWeight
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import is_adaptable, is_convolution, is_plain, scale_name
 from milora_lightning.adapters.low_rank_sum import LowRankSum
+from milora_lightning.adapters.merged_product import MergedFactors, can_merge
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.names import unwrapped_name
 
@@ -78,6 +79,7 @@ class LoRAExperts(LoRALinear):
 
     fits = staticmethod(is_stack)
     _ADAPTS = "stacked weights"
+    _kept: MergedFactors | None = None
 
     def __init__(self, base_layer: nn.Module, r: int, *options: Any, **named: Any) -> None:
         super().__init__(base_layer, r, *options, **named)
@@ -110,8 +112,11 @@ class LoRAExperts(LoRALinear):
     def operand(self) -> LowRankSum:
         """Return W + s (B A − B₀A₀) of all experts, in the layout of W, to multiply with."""
         self._check_can_train()
-        weight = self.base_layer.weight
-        A, B = stack_factors(*self.factors, self.scaling, weight.dtype)
+        weight, kept = self.base_layer.weight, None if torch.is_grad_enabled() else self._kept
+        if kept is not None and not kept.is_of(weight, self.factors):
+            self.merge()
+            kept = self._kept
+        A, B = stack_factors(*self.factors, self.scaling, weight.dtype) if kept is None else kept.stacks
         left, right = (A.mT, B.mT) if self.transposed else (B, A)
         return LowRankSum(weight, left, right, self._dropout)
 
@@ -121,7 +126,21 @@ class LoRAExperts(LoRALinear):
         return (weight.to(self.lora_A.dtype) + self.as_weight(self.delta_weight())).to(weight.dtype)
 
     def merge(self) -> None:
-        """Do nothing: the sums would take the memory of a second model."""
+        """Stack and cast the factors once: for generation, where each token would have this done for all experts.
+
+        Outputs stay the same bit for bit. Sums with the weights would take the memory of a second model.
+        """
+        weight = self.base_layer.weight
+        self._kept = MergedFactors(weight, self.factors, self.scaling) if can_merge(weight, self.factors) else None
+
+    def unmerge(self) -> None:
+        """Drop what :meth:`merge` has computed."""
+        self._kept = None
+
+    @property
+    def merged(self) -> bool:
+        """Whether calls without gradients use what :meth:`merge` has computed."""
+        return self._kept is not None
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         """Return a stack in its own layout as matrices (experts, out, in)."""
@@ -193,7 +212,7 @@ def objection_to(stack: StackedWeight) -> str | None:
     """Say why a stack cannot have adapters; None if it can."""
     experts = stack.experts
     if not is_plain(stack.weight) or scale_name(experts) is not None:
-        return "holds quantized codes"
+        return "holds quantized codes (load it with dequantize=True in the model's quantization_config)"
     if getattr(experts, "_is_expert_parallel", False):
         return "is shared out among ranks (expert parallelism)"
     how = getattr(getattr(experts, "config", None), "_experts_implementation", None)

@@ -14,7 +14,43 @@ from milora_lightning.adapters.linear_layers import holds_its_weight
 from milora_lightning.utils.errors import InvalidInputError
 
 
-class MergedProduct:
+class Merged:
+    """What has been computed once from a weight and factors, for as long as these stay the same.
+
+    Args:
+        weight: The weight.
+        factors: ``lora_A``, ``lora_B`` and their initial values, as :func:`stack_factors` takes them.
+    """
+
+    def __init__(self, weight: Tensor, factors: Factors) -> None:
+        self._sources = weight, *factors  # kept alive, so that no other tensor can be given their memory
+        self._versions = _versions(self._sources)
+
+    def is_of(self, weight: Tensor, factors: Factors) -> bool:
+        """Whether this was formed from these tensors and none has changed since.
+
+        Changes through ``tensor.data``, of which torch keeps no record, are not noticed.
+        """
+        same = all(a is b for a, b in zip((weight, *factors), self._sources, strict=True))
+        return same and _versions(self._sources) == self._versions
+
+
+class MergedFactors(Merged):
+    """The stacked factors of experts, scaled and in the weight's dtype, without gradients.
+
+    Args:
+        weight: The experts' weights.
+        factors: As :class:`Merged` takes them.
+        scaling: The scale s.
+    """
+
+    @torch.no_grad()
+    def __init__(self, weight: Tensor, factors: Factors, scaling: float) -> None:
+        super().__init__(weight, factors)
+        self.stacks = stack_factors(*factors, scaling, weight.dtype)
+
+
+class MergedProduct(Merged):
     """The product with W + ΔW, without gradients. W itself is not written.
 
     In float32 the sum W + ΔW is stored as a new tensor. Where W or the product is less precise than the factors, the
@@ -30,6 +66,7 @@ class MergedProduct:
 
     @torch.no_grad()
     def __init__(self, weight: Tensor, factors: Factors, scaling: float, transposed: bool) -> None:
+        super().__init__(weight, factors)
         self.scaling, self.transposed = scaling, transposed
         self.dtype = weight.dtype
         self.weight = weight.detach()
@@ -38,16 +75,6 @@ class MergedProduct:
             self.weight = merged_weight(weight, factors, scaling, transposed)
         else:
             self.update = cast_stacks(factors, weight.dtype)
-        self._sources = weight, *factors  # kept alive, so that no other tensor can be given their memory
-        self._versions = _versions(self._sources)
-
-    def is_of(self, weight: Tensor, factors: Factors) -> bool:
-        """Whether this was formed from these tensors and none has changed since.
-
-        Changes through ``tensor.data``, of which torch keeps no record, are not noticed.
-        """
-        same = all(a is b for a, b in zip((weight, *factors), self._sources, strict=True))
-        return same and _versions(self._sources) == self._versions
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute (W + ΔW) x + bias (..., out) for x (..., in) of W's dtype."""
@@ -139,7 +166,7 @@ class MergeableLayer(nn.Module):
 def can_merge(weight: Tensor, factors: Factors) -> bool:
     """Whether tensors are neither shards, of FSDP2 or (flat) FSDP1, nor inference tensors, which have no versions."""
     tensors = [t for t in (weight, *factors) if t is not None]
-    return factors[0].ndim == 2 and not any(isinstance(t, DTensor) or t.is_inference() for t in tensors)
+    return factors[0].ndim > 1 and not any(isinstance(t, DTensor) or t.is_inference() for t in tensors)
 
 
 def merged_weight(weight: Tensor, factors: Factors, scaling: float, transposed: bool) -> Tensor:

@@ -12,10 +12,12 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from milora_lightning.adapters.base_weight import STORED
+from milora_lightning.adapters.experts import is_of_experts, stacked_weights
 from milora_lightning.adapters.quantization import BITSANDBYTES
 from milora_lightning.models.files import UnusableModelError, weight_files
 from milora_lightning.utils.errors import MissingPackageError
 from milora_lightning.utils.messages import warn
+from milora_lightning.utils.precision import name_of_dtype
 
 Quantization = Literal["nf4", "fp4", "int8"]
 
@@ -100,8 +102,19 @@ def remember_stored_weights(model: PreTrainedModel, location: str, quantization:
             missing.append(key)
         else:
             setattr(layer, STORED, StoredWeight(files[stored], stored, model.dtype, quantization))
+    _say_what_stays(model)
     if missing:
         warn(
             f"The files of {location!r} do not have {len(missing)} of the {number} quantized weights under the names "
             f"that the model uses ({missing[0]!r}): their adapters start from the dequantized weights.",
+        )
+
+
+def _say_what_stays(model: PreTrainedModel) -> None:
+    stacks = [stack.weight for name, stack in stacked_weights(model).items() if is_of_experts(name, stack)]
+    if stacks:
+        size, dtype = sum(weight.nbytes for weight in stacks), name_of_dtype(stacks[0].dtype)
+        warn(
+            f"bitsandbytes quantizes linear layers alone: the experts of this mixture, which are 3-D parameters, stay "
+            f"in {dtype} and take {size / 1e9:.3g} GB."
         )

@@ -15,7 +15,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.func import functional_call
 
-from milora_lightning import LoRAConfig, MiLoRAInit, adapters_disabled, initialize, inject, load_adapter, lora_layers
+from milora_lightning import (
+    LoRAConfig,
+    MiLoRAInit,
+    adapters_disabled,
+    adapters_merged,
+    initialize,
+    inject,
+    load_adapter,
+    lora_layers,
+)
 from milora_lightning.adapters.base_weight import dense_weight
 from milora_lightning.adapters.coverage import coverage
 from milora_lightning.adapters.experts import LoRAExperts
@@ -166,7 +175,12 @@ def test_what_cannot_have_adapters_is_refused_if_named_and_left_out_otherwise() 
     def compute_otherwise(model: nn.Module) -> None:
         model.config._experts_implementation = "sonicmoe"
 
+    def share_out(model: nn.Module) -> None:
+        for layer in model.model.layers:
+            layer.mlp.experts._is_expert_parallel = True
+
     for change, reason in (
+        (share_out, "is shared out among ranks"),
         (quantize, "holds quantized codes"),
         (compute_otherwise, "experts_implementation='sonicmoe'"),
     ):
@@ -199,6 +213,55 @@ def test_compiled_models_compute_the_same() -> None:
     x = torch.randn(2, 6, 32)
     got, want = torch.compile(block, backend="eager")(x), block(x)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_are_stacked_once_for_generation_and_again_when_they_change(dtype: torch.dtype) -> None:
+    model = moved(adapted("qwen3_moe", "grouped_mm", dtype)).eval()
+    factor = next(iter(stacks(model).values())).lora_B
+    with torch.no_grad():
+        before = model(IDS).logits
+        with adapters_merged(model):
+            assert all(layer.merged for layer in stacks(model).values())
+            for layer in lora_layers(model).values():
+                if not isinstance(layer, LoRAExperts):
+                    layer.unmerge()  # whose float32 sums round otherwise
+            assert torch.equal(model(IDS).logits, before)
+            factor.add_(1)
+            changed = model(IDS).logits
+        assert not any(layer.merged for layer in stacks(model).values())
+        assert torch.equal(model(IDS).logits, changed)
+        assert not torch.equal(changed, before)
+    with adapters_merged(model):
+        model(IDS).logits.sum().backward()
+    assert factor.grad is not None
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down_proj = nn.Parameter(torch.randn(3, 128, 130))
+
+
+def test_each_expert_is_cached_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second model of which one expert is another finds the others, and starts as if it had found none."""
+    monkeypatch.setenv("MILORA_CACHE", str(tmp_path))
+
+    def started(changed: bool, cache: bool = True) -> LoRAExperts:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"experts": Experts()})
+        if changed:
+            model["experts"].down_proj.data[1].mul_(2)
+        inject(model, LoRAConfig(r=2))
+        initialize(model, cache=cache)
+        return next(iter(stacks(model).values()))
+
+    started(False)
+    files = set((tmp_path / "factors").iterdir())
+    assert len(files) == 3
+    found = started(True)
+    assert len(set((tmp_path / "factors").iterdir()) - files) == 1
+    assert torch.equal(found.lora_A, started(True, cache=False).lora_A)
 
 
 def test_each_expert_is_analyzed() -> None:

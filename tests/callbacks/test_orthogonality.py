@@ -12,15 +12,19 @@ from helpers.modules import data, module
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 
 from milora_lightning import (
     CausalLMModule,
+    LoRAConfig,
     MiLoRAInit,
     PrincipalProjection,
     SFTDataModule,
     SubspaceMonitor,
+    inject,
     lora_layers,
 )
+from milora_lightning.callbacks.orthogonality import _bases
 from milora_lightning.cli.main import CONFIGS, MiLoRACLI
 
 P = 8
@@ -137,6 +141,16 @@ def test_mistakes_are_named(llama: Path, tmp_path: Path) -> None:
             callback.setup(trainer, module(llama), "fit")
     with pytest.raises(ValueError, match="p must be at least 1"):
         PrincipalProjection(0)
+
+
+def test_convolutions_of_several_groups_are_refused_by_name() -> None:
+    model = nn.ModuleDict({"plain": nn.Conv2d(4, 6, 3), "grouped": nn.Conv2d(4, 6, 3, groups=2)})
+    inject(model, LoRAConfig(r=2, target_modules=["plain", "grouped"]))
+    layers = lora_layers(model)
+    U, V = _bases("plain", layers["plain"], 3)
+    assert (U.shape, V.shape) == ((6, 3), (36, 3))
+    with pytest.raises(ValueError, match="cannot protect 'grouped', a convolution of several groups"):
+        _bases("grouped", layers["grouped"], 3)
 
 
 def test_overlay_adds_it_to_the_callbacks_there_are() -> None:

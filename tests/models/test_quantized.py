@@ -49,6 +49,19 @@ def test_start_is_the_quantized_model_and_factors_are_the_unquantized_weights(
         assert (here[name] - product).norm() <= 1e-5 * product.norm(), name
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_experts_stay_as_they_are_beside_quantized_layers_and_have_adapters(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "base", "qwen3_moe")
+    with pytest.warns(UserWarning, match=r"the experts of this mixture.* stay in float32 and take 7\.37e-05 GB"):
+        model = load_causal_lm(str(tmp_path / "base"), "float32", quantization="nf4")
+    assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+    with torch.no_grad():
+        before = model(IDS).logits
+        started = factors(model)
+        assert torch.equal(model(IDS).logits, before)
+    assert sum("experts" in name for name in started) == 4
+
+
 def test_names_that_the_model_has_not_lead_to_the_dequantized_weight(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "base", "llama")
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, safe_serialization=True)
