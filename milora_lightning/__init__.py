@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from milora_lightning.adapters import inject as inject
     from milora_lightning.adapters import lora_layers as lora_layers
     from milora_lightning.callbacks import AdapterExport as AdapterExport
+    from milora_lightning.callbacks import ChoiceMonitor as ChoiceMonitor
     from milora_lightning.callbacks import EvaluationSummary as EvaluationSummary
     from milora_lightning.callbacks import ForgettingMonitor as ForgettingMonitor
     from milora_lightning.callbacks import MiLoRAInit as MiLoRAInit
@@ -49,6 +50,7 @@ _OFFERED = {
     "adapters": ["LoRALinear", "adapters_disabled", "adapters_merged", "initialize", "inject", "lora_layers"],
     "callbacks": [
         "AdapterExport",
+        "ChoiceMonitor",
         "EvaluationSummary",
         "ForgettingMonitor",
         "MiLoRAInit",

@@ -1,5 +1,6 @@
 """Lightning callbacks."""
 
+from milora_lightning.callbacks.choices import ChoiceMonitor
 from milora_lightning.callbacks.export import AdapterExport
 from milora_lightning.callbacks.forgetting import ForgettingMonitor
 from milora_lightning.callbacks.interruption import SaveOnInterrupt
@@ -14,6 +15,7 @@ from milora_lightning.callbacks.update import UpdateMonitor
 
 __all__ = [
     "AdapterExport",
+    "ChoiceMonitor",
     "EvaluationSummary",
     "ForgettingMonitor",
     "MiLoRAInit",

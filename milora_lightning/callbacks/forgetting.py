@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import mean
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -29,11 +31,19 @@ class ForgettingMonitor(Callback):
     ``forgetting_cross_entropy``, the MiLoRA paper's measure (arXiv 2406.09044, section 5.4), in nats per token over all
     ranks. The values before training, where the KL divergence is 0, are logged as step 0.
 
+    Of several texts, both are also logged for each (``forgetting_kl/NAME``), and without a name their means, in which
+    all texts have the same weight.
+
+    Attributes:
+        examples: By the name of the measure, its value on each sequence in the latest measurement of this rank.
+
     Args:
-        text: Held-out text: a ``.txt`` file, a JSON, JSON lines or Parquet file, or a Hub name.
+        text: Held-out text: a ``.txt`` file, a JSON, JSON lines or Parquet file, or a Hub name; or several of them by
+            their names.
         field: Field that holds the text; not used for ``.txt`` files.
         split: Which split of a Hub data set.
-        max_tokens: Maximum number of tokens to measure on; each measurement takes two forward passes over them.
+        max_tokens: Maximum number of tokens of each text to measure on; each measurement takes two forward passes over
+            them.
         block_length: Number of tokens in a sequence.
         batch_size: Number of sequences in a batch, on each rank.
         tokenizer: Name of the model whose tokenizer reads the text; by default the module's ``tokenizer``.
@@ -47,7 +57,7 @@ class ForgettingMonitor(Callback):
 
     def __init__(
         self,
-        text: str,
+        text: str | dict[str, str],
         field: str = "text",
         split: str = "test",
         max_tokens: int = 16384,
@@ -65,8 +75,9 @@ class ForgettingMonitor(Callback):
         self.block_length = block_length
         self.batch_size = batch_size
         self.tokenizer = tokenizer
-        self._texts: list[str] = []
-        self._blocks: Tensor | None = None
+        self.examples: dict[str, Tensor] = {}
+        self._texts: dict[str, list[str]] = {}
+        self._blocks: dict[str, Tensor] = {}
         self._before: dict[str, float] | None = None
         self._base: dict[str, Tensor] | None = None
 
@@ -78,7 +89,8 @@ class ForgettingMonitor(Callback):
                 "(strategy: milora_fsdp2), ddp or one device."
             )
         if not self._texts:
-            self._texts = read_texts(self.text, self.field, self.split)
+            places = self.text if isinstance(self.text, dict) else {"": self.text}
+            self._texts = {name: read_texts(place, self.field, self.split) for name, place in places.items()}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there is a language model."""
@@ -103,20 +115,45 @@ class ForgettingMonitor(Callback):
         """Compute ``forgetting_kl`` and ``forgetting_cross_entropy``, in nats per token over all ranks."""
         model = _language_model(pl_module)
         base = self._base_weights(trainer, model)
-        batches = torch.split(self._tokens(pl_module), self.batch_size)
-        metric = Forgetting().to(pl_module.device)
+        results: dict[str, dict[str, float]] = {}
+        each: dict[str, Tensor] = {}
+        for name, blocks in self._tokens(pl_module).items():
+            metric = Forgetting().to(pl_module.device)
+            each[name] = self._add(metric, blocks, trainer, model, base)
+            results[name] = {key: value.item() for key, value in metric.compute().items()}
+        self.examples = {"forgetting_kl": torch.cat([*each.values()]).cpu()}
+        if len(results) > 1:
+            results[""] = {key: mean(of[key] for of in results.values()) for key in ("kl", "cross_entropy")}
+        return {
+            f"forgetting_{key}" + (f"/{name}" if name else ""): value
+            for name, of in results.items()
+            for key, value in of.items()
+        }
+
+    def _add(
+        self,
+        metric: Forgetting,
+        blocks: Tensor,
+        trainer: Trainer,
+        model: PreTrainedModel,
+        base: dict[str, Tensor],
+    ) -> Tensor:
+        """Add blocks of tokens to the metric, and return the mean KL divergence of each block of this rank."""
+        batches = torch.split(blocks, self.batch_size)
+        each = [torch.empty(0, device=metric.device)]
         with torch.no_grad(), eval_mode(model), trainer.precision_plugin.forward_context():
             share = data_rank(trainer)
             for first in range(0, len(batches), share.size):
                 mine = first + share.number
                 # A rank without a batch runs the model all the same: with a sharded model the other ranks wait for it.
-                ids = batches[min(mine, len(batches) - 1)].to(pl_module.device)
+                ids = batches[min(mine, len(batches) - 1)].to(metric.device)
                 logits = model(input_ids=ids, use_cache=False).logits
                 with adapters_disabled(model):
                     base_logits = functional_call(model, base, kwargs={"input_ids": ids, "use_cache": False}).logits
                 if mine < len(batches):
                     metric.update(logits, base_logits)
-        return {f"forgetting_{name}": value.item() for name, value in metric.compute().items()}
+                    each.append(metric.latest.mean(-1))
+        return torch.cat(each)
 
     def _base_weights(self, trainer: Trainer, model: PreTrainedModel) -> dict[str, Tensor]:
         """Return copies, made before training, of the weights that train besides the adapters."""
@@ -137,15 +174,17 @@ class ForgettingMonitor(Callback):
             self._base = {name: p.detach().clone() for name, p in others.items()}
         return self._base
 
-    def _tokens(self, pl_module: LightningModule) -> Tensor:
-        if self._blocks is None:
+    def _tokens(self, pl_module: LightningModule) -> dict[str, Tensor]:
+        if not self._blocks:
             tokenizer = load_tokenizer(self.tokenizer) if self.tokenizer else getattr(pl_module, "tokenizer", None)
             if tokenizer is None:
                 raise InvalidInputError(
                     f"{type(pl_module).__name__} has no attribute tokenizer: pass the name of the model whose "
                     "tokenizer to use, ForgettingMonitor(tokenizer=...)."
                 )
-            self._blocks = pack(self._texts, tokenizer, self.block_length, self.max_tokens)
+            self._blocks = {
+                name: pack(texts, tokenizer, self.block_length, self.max_tokens) for name, texts in self._texts.items()
+            }
         return self._blocks
 
 

@@ -2,180 +2,20 @@
 
 from __future__ import annotations
 
-import gc
-import time
-import warnings
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import Checkpoint
-from rich.console import Console
-
-from milora_lightning.cli.config_files import CONFIGS
-from milora_lightning.cli.main import MiLoRACLI
-from milora_lightning.cli.runs import Row, Run, best_rate, read_rows, write_rows
-from milora_lightning.data import SFTDataModule
-from milora_lightning.metrics.results import results
-from milora_lightning.module import CausalLMModule
-from milora_lightning.starts import find_start
+from milora_lightning.callbacks.choices import named_files
+from milora_lightning.cli.comparing.single import Comparison, method_options
+from milora_lightning.cli.comparing.stages import train_all
+from milora_lightning.comparison.findings import Margins
+from milora_lightning.comparison.runs import Run
+from milora_lightning.comparison.selection import best_rate, next_rate, set_apart
 from milora_lightning.utils.errors import InvalidInputError
-from milora_lightning.utils.folders import check_file, new_folder
+from milora_lightning.utils.folders import check_file
 from milora_lightning.utils.messages import each_said_once
-
-
-class Trajectory(Callback):
-    """Records the results of every validation, from before training to its end."""
-
-    def __init__(self) -> None:
-        self.rows: list[Row] = []
-        self._started = time.monotonic()
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that there is validation data, before time is spent on training."""
-        if not self.rows:
-            raise InvalidInputError(
-                "Methods are compared by their validation loss, and there is no validation data: set "
-                "data.source.validation."
-            )
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record the step, the seconds since the start, and all results of the validation."""
-        if self.rows and self.rows[-1]["step"] == trainer.global_step:
-            return
-        measured = results(trainer.callback_metrics, "val")
-        self.rows.append({"step": trainer.global_step, "seconds": time.monotonic() - self._started, **measured})
-
-
-class RunCLI(MiLoRACLI):
-    """The command line of one run, which is parsed immediately and instantiated when the run starts.
-
-    Loggers and checkpoint callbacks of the configs are left out, so the run itself logs and saves nothing.
-    """
-
-    command = "compare"
-
-    def __init__(self, args: list[str]) -> None:
-        self.trajectory = Trajectory()
-        options: dict[str, Any] = {"save_config_callback": None, "auto_configure_optimizers": False}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
-            super().__init__(CausalLMModule, SFTDataModule, args=args, run=False, **options)
-
-    def instantiate_classes(self) -> None:
-        """Do nothing; :meth:`fit` instantiates the classes."""
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Create the Trainer, with the callback that records the trajectory."""
-        callbacks = [c for c in self.config_init.trainer.callbacks or [] if not isinstance(c, Checkpoint)]
-        kwargs.update(callbacks=[*callbacks, self.trajectory], logger=False, enable_checkpointing=False)
-        kwargs.update(enable_model_summary=False)  # the same table for every run; MiLoRAInit shows a more specific one
-        trainer = super().instantiate_trainer(**kwargs)
-        if trainer.world_size > 1:
-            raise InvalidInputError(
-                "compare trains on one device, and this run would use several: add --trainer.devices 1."
-            )
-        return trainer
-
-    def fit(self) -> list[Row]:
-        """Train, and return the results of every validation; the last row is from the end of training."""
-        seed_everything(self.config.seed_everything, workers=True, verbose=False)
-        super().instantiate_classes()
-        self.trainer.fit(self.model, self.datamodule)
-        if self.trajectory.rows[-1]["step"] != self.trainer.global_step:
-            self.trainer.validate(self.model, self.datamodule, verbose=False)
-        return self.trajectory.rows
-
-
-class Comparison:
-    """Runs that differ only in method, learning rate and seed, each in a folder that appears when it is finished.
-
-    Args:
-        fit: Options of ``fit`` that all runs share.
-        methods: The options that make each method, by its name.
-        output: Folder in which each run gets a folder.
-    """
-
-    def __init__(self, fit: Sequence[str], methods: Mapping[str, Sequence[str]], output: Path) -> None:
-        self.fit = list(fit)
-        self.methods = methods
-        self.output = output
-
-    def parse(self, run: Run) -> RunCLI:
-        """Parse the configuration of a run."""
-        own = [
-            *self.methods[run.method],
-            f"--seed_everything={run.seed}",
-            f"--data.seed={run.seed}",
-            f"--model.optimizer.lr={run.learning_rate}",
-            "--model.learning_rate=null",  # it would override the optimizer's
-            "--trainer.num_sanity_val_steps=-1",
-        ]
-        return RunCLI([*self.fit, *own])
-
-    def check(self, runs: Sequence[Run]) -> None:
-        """Parse the configuration of each method, and read the results of finished runs.
-
-        Raises:
-            ValueError: If a finished run had other settings.
-        """
-        parsed: set[str] = set()
-        for run in runs:
-            folder = self.output / run.name
-            if run.method in parsed and not folder.is_dir():
-                continue  # it differs only by two numbers from one that has been parsed
-            cli = self.parse(run)
-            if (init := cli.config.adapter.init) != "full":
-                find_start(init)  # now, and not when this run begins
-            settings = _settings(cli)
-            parsed.add(run.method)
-            if folder.is_dir():
-                if (folder / "config.yaml").read_text(encoding="utf-8") != settings:
-                    raise InvalidInputError(
-                        f"{folder} holds a run with other settings (its config.yaml differs from the current one). "
-                        "Choose another output, or remove the folder to run it again."
-                    )
-                run.rows = read_rows(folder / "trajectory.csv")
-
-    def run(self, runs: Sequence[Run], what: str, save: bool) -> None:
-        """Train the runs that are not finished; with ``save``, keep their adapters."""
-        pending = [run for run in runs if not run.rows]
-        for number, run in enumerate(pending, 1):
-            Console().rule(f"{what}, run {number} of {len(pending)}: {run.name}")
-            cli = self.parse(run)
-            with new_folder(self.output / run.name) as folder:
-                run.rows = cli.fit()
-                write_rows(folder / "trajectory.csv", run.rows)
-                (folder / "config.yaml").write_text(_settings(cli), encoding="utf-8")
-                if save:
-                    cli.trainer.save_checkpoint(folder / "last.ckpt", weights_only=True)
-            del cli
-            gc.collect()  # a module and its Trainer refer to each other: without this, two models would be in memory
-
-
-def method_options(method: str) -> list[str]:
-    """Return the options that make a method: an overlay, or a start.
-
-    >>> method_options("pissa"), method_options("mine.yaml"), method_options("gaussian x minor")
-    (['--config', 'method/pissa.yaml'], ['--config', 'mine.yaml'], ['--adapter.init', 'gaussian x minor'])
-
-    Raises:
-        ValueError: If there is neither an overlay nor a start of that name.
-    """
-    if method.endswith((".yaml", ".yml")):
-        return ["--config", method]
-    overlay = f"method/{method}.yaml"
-    if Path(overlay).is_file() or (CONFIGS / overlay).is_file():
-        return ["--config", overlay]
-    try:
-        return ["--adapter.init", find_start(method).name]
-    except InvalidInputError as error:
-        raise InvalidInputError(f"There is no config {overlay!r}, and {error}") from error
-
-
-def _settings(cli: RunCLI) -> str:
-    return str(cli.parser.dump(cli.config))
 
 
 def compare(
@@ -184,57 +24,175 @@ def compare(
     output: str,
     learning_rates: list[float],
     seeds: list[int] = [0, 1, 2],  # noqa: B006 (never modified, and shown in the help)
+    sweep_seeds: list[int] | None = None,
     sweep_seed: int | None = None,
-    text: str | None = None,
+    selection: str | None = None,
+    selection_size: float = 0.3,
+    extend: int = 3,
+    reference: str | None = None,
+    margin: float = 0.01,
+    margin_ratio: float = 0.05,
+    text: str | list[str] | dict[str, str] | None = None,
     text_field: str = "text",
     text_tokens: int = 16384,
+    questions: str | list[str] | dict[str, str] | None = None,
+    questions_number: int = 200,
+    questions_every: Literal["validation", "end"] = "end",
+    parallel: int | None = None,
 ) -> None:
     """Train several methods with several seeds, and write a report of how they compare.
 
-    Every method has the same learning rates to choose from. Each rate is tried with a separate seed, and the one with
-    the lowest final validation loss is used for the reported runs. All other options are those of fit (--config,
-    --trainer.max_steps ...) and apply to all runs; --trainer.val_check_interval sets how often results are recorded. An
-    interrupted comparison continues with the first unfinished run.
+    Every method has the same learning rates to choose from. Each rate is tried with separate seeds, and the one with
+    the lowest final loss on separate examples is used for the reported runs. All other options are those of fit
+    (--config, --trainer.max_steps ...) and apply to all runs; --trainer.val_check_interval sets how often results are
+    recorded. An interrupted comparison continues with the unfinished runs.
 
     Args:
         fit: Options of ``fit`` that all runs share.
         methods: Names of shipped overlays (milora, pissa, lora, mica, milora-strict ...), paths of your own, or starts
             as adapter.init takes them ("gaussian x minor").
-        output: Folder for results.csv, report.md, the plots and a folder for each run.
+        output: Folder for results.csv, report.md, report.html, the plots and a folder for each run.
         learning_rates: Learning rates to choose from, for every method.
         seeds: Seeds of the reported runs.
-        sweep_seed: Seed of the learning-rate sweep; by default none of the reported seeds.
-        text: Held-out text on which forgetting is measured: a .txt, JSON, JSON lines or Parquet file, or a Hub name.
+        sweep_seeds: Seeds of the learning-rate sweep, none of which is reported; by default the two that follow the
+            largest reported one.
+        sweep_seed: A single one of them.
+        selection: Data on which rates are chosen, as data.source.validation takes them; by default a part of the
+            validation data, which is then not reported.
+        selection_size: The share of the validation data that makes this part; a fixed seed chooses it.
+        extend: How many rates at most a method's grid grows by, while its best rate lies at the edge of it.
+        reference: The method that the others are compared with; by default lora if it is among them, else the first.
+        margin: The largest difference in loss (nats per token) or accuracy (1 is 100 %) that counts as none.
+        margin_ratio: The largest relative difference in forgetting (KL) or size of updates that counts as none.
+        text: Held-out text on which forgetting is measured: a .txt, JSON, JSON lines or Parquet file, or a Hub name; or
+            several, as a list or by names.
         text_field: Field that holds the text; not used for .txt files.
-        text_tokens: Maximum number of tokens to measure on.
+        text_tokens: Maximum number of tokens of each text to measure on.
+        questions: Files of multiple-choice questions of other tasks, on which the reported runs are measured as well:
+            as LLM-Adapters has them, or with the fields question, choices and answer.
+        questions_number: How many questions of each file are asked at most.
+        questions_every: Ask them at each validation, or at the end alone (and once before training), which takes less
+            time.
+        parallel: How many runs go side by side, each in a process of its own, shared out among the GPUs; by default one
+            on each GPU. On CPUs they share the cores.
 
     Raises:
         ValueError: If a list is empty or has duplicates, or finished runs had other settings.
     """
-    from milora_lightning.cli.report import (
+    from milora_lightning.comparison.report import (
         write_report,
     )  # imports matplotlib, an optional package: fail before any work
 
     overlays = {Path(m).stem if m.endswith((".yaml", ".yml")) else m: method_options(m) for m in methods}
-    for name, values in (("methods", methods), ("learning_rates", learning_rates), ("seeds", seeds)):
+    sweep_seeds = _sweep_seeds(seeds, sweep_seeds, sweep_seed)
+    lists: dict[str, list[Any]] = {
+        "methods": methods,
+        "learning_rates": learning_rates,
+        "seeds": seeds,
+        "sweep_seeds": sweep_seeds,
+    }
+    for name, values in lists.items():
         if not values or len(set(values)) < len(values) or len(overlays) < len(methods):
             raise InvalidInputError(f"{name}={values} must have at least one entry and no duplicates.")
-    if text is not None:
-        options = {"text": text, "field": text_field, "max_tokens": text_tokens}
-        fit = [*fit, "--trainer.callbacks+=milora_lightning.ForgettingMonitor"]
-        fit += [f"--trainer.callbacks.{name}={value}" for name, value in options.items()]
+    _check_numbers(selection_size, margin, margin_ratio, extend, parallel)
+    reference = _reference(reference, list(overlays))
     check_file(Path(output) / "report.md", "The comparison")
-    comparison = Comparison(fit, overlays, Path(output).expanduser())
-    sweep_seed = max(seeds) + 1 if sweep_seed is None else sweep_seed
+    folder = Path(output).expanduser()
+    fit = [*fit, *_update_and_text(text, text_field, text_tokens)]
+    asks = (
+        [] if questions is None else _monitor("ChoiceMonitor", _questions(questions, questions_number, questions_every))
+    )
+    comparison = Comparison([*fit, *asks], overlays, folder)
+    # Rates are chosen by the loss alone, so that the sweep answers nothing.
+    sweeping = Comparison([*fit, *_validation(selection), "--data.num_generation_examples=0"], overlays, folder)
+    sweeps = len(learning_rates) > 1
+    share = selection_size if sweeps and selection is None else None
     grid = [(method, rate) for method in overlays for rate in learning_rates]
-    sweep = [Run(*point, sweep_seed) for point in grid if len(learning_rates) > 1]
+    sweep = [Run(*point, seed) for point in grid for seed in sweep_seeds if sweeps]
     # The sweep decides which of these will run; all of them are checked now.
-    possible = {run.name: run for run in [*(Run(*point, seed) for point in grid for seed in seeds), *sweep]}
+    possible = {run.name: run for run in (Run(*point, seed) for point in grid for seed in seeds)}
     with each_said_once():
         comparison.check(list(possible.values()))
-        comparison.run(sweep, "Learning-rate sweep", save=sweep_seed in seeds)
+        sweeping.check(sweep)
+        pending = sweep
+        while pending:
+            train_all(sweeping, pending, "Learning-rate sweep", False, parallel)
+            for run in pending:
+                set_apart(run, share if selection is None else 1.0)
+            pending = [
+                Run(method, rate, seed)
+                for method in overlays
+                if (rate := next_rate([run for run in sweep if run.method == method], learning_rates, extend))
+                for seed in sweep_seeds
+            ]
+            sweeping.check(pending)
+            sweep += pending
         best = {m: best_rate([run for run in sweep if run.method == m]) or learning_rates[0] for m in overlays}
-        runs = [possible[Run(m, best[m], seed).name] for seed in seeds for m in overlays]
-        comparison.run(runs, "Comparison", save=True)
-    write_report(comparison.output, runs, sweep, comparison.parse(runs[0]).config)
-    print(f"The report is in {comparison.output / 'report.md'}")
+        chosen = [Run(m, best[m], seed) for seed in seeds for m in overlays]
+        comparison.check([run for run in chosen if run.name not in possible])
+        runs = [possible.get(run.name, run) for run in chosen]
+        train_all(comparison, runs, "Comparison", True, parallel)
+        for run in runs:
+            set_apart(run, share)
+    margins = Margins(margin, margin_ratio)
+    write_report(folder, runs, sweep, comparison.parse(runs[0]).config, reference, margins, learning_rates)
+    print(f"The report is in {folder / 'report.html'} and {folder / 'report.md'}")
+
+
+def _sweep_seeds(seeds: Sequence[int], given: list[int] | None, single: int | None) -> list[int]:
+    if given is not None and single is not None:
+        raise InvalidInputError("sweep_seed and sweep_seeds were both given: leave sweep_seed out.")
+    if single is not None:
+        given = [single]
+    if given is None:
+        return [max(seeds, default=0) + 1, max(seeds, default=0) + 2]
+    if both := sorted(set(given) & set(seeds)):
+        raise InvalidInputError(
+            f"Seed {both[0]} is among seeds and among sweep_seeds: rates would be chosen on runs that are reported. "
+            "Choose other sweep_seeds."
+        )
+    return given
+
+
+def _check_numbers(
+    selection_size: float, margin: float, margin_ratio: float, extend: int, parallel: int | None
+) -> None:
+    for name, value, right, expected in (
+        ("selection_size", selection_size, 0 < selection_size < 1, "between 0 and 1"),
+        ("margin", margin, 0 < margin < math.inf, "above 0"),
+        ("margin_ratio", margin_ratio, 0 < margin_ratio < math.inf, "above 0"),
+        ("extend", extend, extend >= 0, "0 or more"),
+        ("parallel", parallel, parallel is None or parallel >= 1, "1 or more"),
+    ):
+        if not right:
+            raise InvalidInputError(f"{name} must be {expected}, not {value}.")
+
+
+def _reference(given: str | None, methods: list[str]) -> str:
+    if given is None:
+        return "lora" if "lora" in methods else methods[0]
+    if given not in methods:
+        raise InvalidInputError(f"reference={given!r} is not among the methods {methods}: choose one of them.")
+    return given
+
+
+def _validation(selection: str | None) -> list[str]:
+    return [] if selection is None else [f"--data.source.init_args.validation={selection}"]
+
+
+def _update_and_text(text: str | list[str] | dict[str, str] | None, field: str, tokens: int) -> list[str]:
+    """Return the options of ``fit`` that measure the size of updates, and forgetting on text."""
+    options = _monitor("UpdateMonitor", {})
+    if text is not None:
+        texts = text if isinstance(text, str) else named_files(text)
+        options += _monitor("ForgettingMonitor", {"text": texts, "field": field, "max_tokens": tokens})
+    return options
+
+
+def _questions(files: str | list[str] | dict[str, str], number: int, every: str) -> dict[str, Any]:
+    return {"questions": named_files(files), "number": number, "every": every}
+
+
+def _monitor(name: str, options: dict[str, Any]) -> list[str]:
+    given = [f"--trainer.callbacks.{option}={value}" for option, value in options.items()]
+    return [f"--trainer.callbacks+=milora_lightning.{name}", *given]

@@ -12,34 +12,34 @@ SHARES = (0.5, 0.75, 0.95)
 """At which shares of the way that all runs go trajectories are compared."""
 
 
-def common_levels(courses: Sequence[Array], shares: Sequence[float] = SHARES) -> list[float]:
+def common_levels(courses: Sequence[Array], shares: Sequence[float] = SHARES) -> Array:
     """Choose values that all courses pass on their way down: shares of the way that the shortest one goes.
 
     Args:
-        courses: What falls in the course of each run, such as its loss: shape (validations,), the first from before
+        courses: What falls in the course of each run, such as its loss: shape (..., validations), the first from before
             training.
         shares: Which shares.
 
     Returns:
-        The values, in the order of the shares; none if a course never falls below the highest start.
+        The values, shape (shares, ...); NaN if a course never falls below the lowest start.
 
     >>> common_levels([np.array([2.0, 1.0, 1.2]), np.array([2.0, 0.5])], [0.5, 1.0])
-    [1.5, 1.0]
+    array([1.5, 1. ])
     """
-    start = min(float(course[0]) for course in courses)
-    reached = max(float(np.nanmin(course)) for course in courses)
-    if not reached < start:
-        return []
-    return [start - share * (start - reached) for share in shares]
+    start = np.stack([course[..., 0] for course in courses]).min(0)
+    reached = np.stack([np.nanmin(course, -1) for course in courses]).max(0)
+    levels = np.multiply.outer(np.asarray(shares), reached - start) + start
+    return np.asarray(np.where(reached < start, levels, np.nan))
 
 
-def at_level(course: Array, values: Array, level: float, logarithmic: bool) -> Array:
+def at_level(course: Array, values: Array, level: float | Array, logarithmic: bool) -> Array:
     """Interpolate values where a course first falls to a level.
 
     Args:
         course: What falls, shape (..., validations).
         values: What is interpolated, linearly in the course; same shape.
-        level: The level. Where a course does not reach it, the value at its lowest point is taken.
+        level: The level, for all of them or of shape (...). Where a course does not reach it, the value at its lowest
+            point is taken.
         logarithmic: Whether the logarithm of the values is interpolated, where both of them are positive.
 
     Returns:
@@ -49,7 +49,8 @@ def at_level(course: Array, values: Array, level: float, logarithmic: bool) -> A
     >>> float(at_level(losses, kl, 0.75, logarithmic=True).round(6)), float(at_level(losses, kl, 1.5, True))
     (0.2, 0.05)
     """
-    there = course <= level
+    level = np.asarray(level)
+    there = course <= level[..., None]
     index = np.where(there.any(-1), there.argmax(-1), np.nanargmin(course, -1))
     before = np.maximum(index - 1, 0)
 

@@ -5,13 +5,15 @@ These functions take arrays and return numbers; they know nothing of runs and fi
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy import optimize, stats
 
 Array = npt.NDArray[np.float64]
 Verdict = Literal["better", "worse", "equal", "undecided"]
@@ -19,20 +21,34 @@ Verdict = Literal["better", "worse", "equal", "undecided"]
 LEVEL = 0.05
 """The chance of a claim that is wrong: of tests after Holm's correction, and of what intervals leave out."""
 
+LEAST = 1e-12
+"""The smallest p-value that is told apart from zero."""
+
+DRAWS = 1000
+"""Draws of examples for each standard error."""
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A difference, with its standard error over seeds and examples.
+    """A difference, with its standard errors over seeds and over examples.
+
+    Each has a Student's t distribution of its own. An interval reaches as far as the root of the sum of both squared
+    reaches, which holds the truth at least as often as it says also where two or three seeds tell little of their
+    spread; adding up degrees of freedom (Satterthwaite) would promise too much there.
 
     Attributes:
         value: The difference; of several seeds their mean.
-        error: Its standard error; NaN if a single seed leaves it unknown.
-        freedom: Degrees of freedom of Student's t distribution, which its error has; NaN likewise.
+        error: Its standard error over seeds; NaN if a single seed leaves it unknown.
+        freedom: Degrees of freedom of that: the number of seeds less one.
+        drawn: Its standard error over examples; 0 if they are not kept.
+        drawn_freedom: Degrees of freedom of that.
     """
 
     value: float
     error: float
     freedom: float
+    drawn: float = 0.0
+    drawn_freedom: float = 1.0
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         """Return the interval that holds the true difference but for a chance of ``level``; NaN if that is unknown.
@@ -41,7 +57,7 @@ class Estimate:
         >>> round(low, 3), round(high, 3)
         (-0.114, 2.114)
         """
-        reach = self.error * float(stats.t.ppf(1 - level / 2, self.freedom))
+        reach = self._reach(level / 2)
         return self.value - reach, self.value + reach
 
     def p_different(self) -> float:
@@ -52,21 +68,30 @@ class Estimate:
         """Return the larger p-value of the two one-sided tests (TOST) that the difference lies within ±``margin``."""
         return max(self._beyond(margin - self.value), self._beyond(margin + self.value))
 
+    def _reach(self, p: float) -> float:
+        """Return the distance that a true value lies beyond, on one side, with a chance of ``p``."""
+        of_seeds = self.error * float(stats.t.isf(p, self.freedom))
+        return math.hypot(of_seeds, self.drawn * float(stats.t.isf(p, self.drawn_freedom)))
+
     def _beyond(self, distance: float) -> float:
-        if not np.isfinite([self.error, distance]).all():
+        if not np.isfinite([self.error, self.drawn, distance]).all():
             return 1.0
-        if self.error == 0:  # all runs are identical
+        if distance < 0:
+            return 1 - self._beyond(-distance)
+        if self.error == self.drawn == 0:  # all runs are identical
             return 0.0 if distance > 0 else 1.0
-        return float(stats.t.sf(distance / self.error, self.freedom))
+        if distance >= self._reach(LEAST):
+            return LEAST
+        return float(optimize.brentq(lambda p: self._reach(p) - distance, LEAST, 0.5))
 
 
 def estimate(differences: Array, resampled: Array | None = None, examples: int = 0) -> Estimate:
     """Estimate the mean of differences between two methods that are paired by seed.
 
-    Its variance has two parts. That over seeds is s²/n of the differences: drawing seeds again and again would come to
-    the same, but for a factor of (n − 1)/n by which it is too small, which matters for three seeds. That over examples
-    is of the differences on examples drawn anew with replacement: the same draw for all methods and seeds, as all runs
-    are measured on the same examples. The degrees of freedom of the sum are Satterthwaite's.
+    Its variance over seeds is s²/n of the differences: drawing seeds again and again would come to the same, but for a
+    factor of (n − 1)/n by which it is too small, which matters for three seeds. Its variance over examples is that on
+    examples drawn anew with replacement: the same draw for all methods and seeds, as all runs are measured on the same
+    examples.
 
     Args:
         differences: The difference for each seed, shape (seeds,).
@@ -78,15 +103,13 @@ def estimate(differences: Array, resampled: Array | None = None, examples: int =
     value = float(values.mean())
     if n < 2 or not np.isfinite(values).all():
         return Estimate(value, float("nan"), float("nan"))
-    seeds = float(values.var(ddof=1)) / n
-    drawn = 0.0 if resampled is None else float(np.asarray(resampled).mean(1).var(ddof=1))
-    total = seeds + drawn
-    if total == 0:
-        return Estimate(value, 0.0, n - 1.0)
-    freedom = total**2 / (seeds**2 / (n - 1) + (drawn**2 / (examples - 1) if drawn else 0.0))
-    return Estimate(value, float(np.sqrt(total)), freedom)
+    error = float(values.std(ddof=1)) / math.sqrt(n)
+    if resampled is None:
+        return Estimate(value, error, n - 1.0)
+    return Estimate(value, error, n - 1.0, float(resampled.mean(1).std(ddof=1)), max(1.0, examples - 1.0))
 
 
+@functools.lru_cache(maxsize=16)
 def draw_counts(examples: int, draws: int, seed: int = 0) -> Array:
     """Draw examples with replacement: how often each is in a draw, shape (draws, examples).
 

@@ -60,6 +60,8 @@ class Forgetting(Metric):
     kl: Tensor
     entropy: Tensor
     positions: Tensor
+    latest: Tensor
+    """KL at each of the positions that were added last, of the shape (...)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,11 +87,14 @@ class Forgetting(Metric):
         vocabulary = logits.shape[-1]
         size = max((CPU_LOGITS if logits.device.type == "cpu" else DEVICE_LOGITS) // vocabulary, 1)
         rows, base_rows = (torch.split(x.reshape(-1, vocabulary), size) for x in (logits, base_logits))
+        each = []
         for chunk, base_chunk in zip(rows, base_rows, strict=True):
             kl, entropy = divergence(chunk, base_chunk)
+            each.append(kl)
             self.kl += kl.sum()
             self.entropy += entropy.sum()
             self.positions += len(kl)
+        self.latest = torch.cat(each).view(logits.shape[:-1])
 
     def compute(self) -> dict[str, Tensor]:
         """Return ``kl`` and ``cross_entropy`` in nats per token, NaN if there were no tokens."""

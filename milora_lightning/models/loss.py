@@ -20,7 +20,7 @@ from milora_lightning.models.supervision import (
     supervised_logits,
 )
 
-__all__ = ["causal_lm_loss", "linear_cross_entropy", "supervised_logits"]
+__all__ = ["causal_lm_loss", "linear_cross_entropy", "row_losses", "supervised_logits"]
 
 # Logits in memory at once: enough of them for fast matrix products. On CPUs, fewer are converted to float32 at a time,
 # so that these stay in the cache. On other devices both numbers are the same, and large enough to keep the device busy.
@@ -51,18 +51,20 @@ def causal_lm_loss(
         labels: Labels (batch, length), ``IGNORE_INDEX`` where they do not count.
         position_ids: Positions (batch, length) of packed rows, starting from 0 in each example, or the segments of a
             single row; None if each row is one example.
-        weights: What each label's cross-entropy is multiplied by (batch, length), float32; None for 1.
+        weights: What each label's cross-entropy is multiplied by (batch, length), float32; None for 1. Without
+            gradients there may be several, (batch, length, sums), of which each makes a sum.
         inputs: What else the model takes, such as ``pixel_values``.
 
     Returns:
-        The sum in nats, a float32 scalar; without any label it is zero, but still connected to the model's graph.
+        The sum in nats, a float32 scalar, or (sums,); without any label it is zero, but still connected to the model's
+        graph.
 
     Raises:
         ValueError: If the model attends to the tokens that it should predict.
     """
     positions = supervised_positions(labels)
     targets = next_labels(labels, positions)
-    factors = None if weights is None else next_labels(weights, positions)
+    factors = None if weights is None else weights.flatten(0, 1).index_select(0, positions + 1)
     if not _is_frozen_linear(model.get_output_embeddings()) or may_change_logits(model.config):
         logits = supervised_logits(model, input_ids, labels, position_ids, **inputs)
         return _cross_entropy(logits, targets, factors)
@@ -79,6 +81,24 @@ def causal_lm_loss(
         return losses[0]
     logits = at_positions(all_logits(model, input_ids, position_ids, **inputs), positions)
     return _cross_entropy(logits, targets, factors)
+
+
+@torch.no_grad()
+def row_losses(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute what :func:`causal_lm_loss` sums over a batch for each of its rows, without gradients.
+
+    Args:
+        model: As for :func:`causal_lm_loss`.
+        input_ids: Likewise; each row is one example.
+        labels: Likewise.
+        inputs: Likewise.
+
+    Returns:
+        The sum of each row in nats, float32 of shape (batch,), and its number of labels, int64 of the same shape.
+    """
+    rows = torch.eye(len(labels), device=labels.device)[:, None].expand(-1, labels.shape[1], -1)
+    sums = causal_lm_loss(model, input_ids, labels, weights=rows, **inputs)
+    return sums, (labels[:, 1:] != IGNORE_INDEX).sum(1)
 
 
 def example_weights(labels: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -110,10 +130,12 @@ def example_weights(labels: Tensor, position_ids: Tensor | None = None) -> tuple
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, factors: Tensor | None) -> Tensor:
-    """Compute the sum of cross-entropies, each multiplied by its factor."""
+    """Compute the sum of cross-entropies, each multiplied by its factor or by several."""
     if factors is None:
         return F.cross_entropy(logits.float(), targets, reduction="sum")
-    return (F.cross_entropy(logits.float(), targets, reduction="none") * factors).sum()
+    each = F.cross_entropy(logits.float(), targets, reduction="none")
+    # Not by a matrix product, which autocast would compute in half precision.
+    return (each.view(-1, *[1] * (factors.ndim - 1)) * factors).sum(0)
 
 
 def linear_cross_entropy(
@@ -130,10 +152,11 @@ def linear_cross_entropy(
         weight: Weight (vocabulary, width) of the output embeddings.
         bias: Bias (vocabulary), or None.
         targets: Target token ids (tokens,), int64.
-        factors: What each token's cross-entropy is multiplied by (tokens,), float32; None for 1.
+        factors: What each token's cross-entropy is multiplied by (tokens,), float32; None for 1. Without gradients
+            there may be several, (tokens, sums).
 
     Returns:
-        The sum in nats, a float32 scalar.
+        The sum in nats, a float32 scalar, or (sums,).
 
     >>> hidden, weight = torch.randn(5, 8), torch.randn(11, 8)
     >>> targets = torch.tensor([0, 3, 10, 3, 7])
@@ -162,7 +185,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         inputs = hidden, weight, bias, targets, factors
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-        total = hidden.new_zeros((), dtype=torch.float32)
+        total = hidden.new_zeros(() if factors is None else factors.shape[1:], dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         on_cpu = hidden.device.type == "cpu"
         limits = (CPU_LOGITS, CPU_PROBABILITIES) if on_cpu else (DEVICE_LOGITS, DEVICE_LOGITS)

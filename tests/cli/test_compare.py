@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +16,15 @@ import yaml
 
 from milora_lightning.checkpoint.adapter import read_checkpoint
 from milora_lightning.cli import compare as comparing
-from milora_lightning.cli import report
-from milora_lightning.cli.compare import Comparison, RunCLI, Trajectory
+from milora_lightning.cli.comparing.measuring import Trajectory
+from milora_lightning.cli.comparing.single import Comparison, RunCLI
 from milora_lightning.cli.main import main
-from milora_lightning.cli.report import by_method, paired_table, results_table, spread, sweep_table
-from milora_lightning.cli.runs import Run, best_rate
+from milora_lightning.comparison import report
+from milora_lightning.comparison.findings import Margins
+from milora_lightning.comparison.report import make_report, markdown
+from milora_lightning.comparison.runs import Run, read_examples
+from milora_lightning.comparison.sections import spread
+from milora_lightning.comparison.selection import best_rate
 
 LORA = {"adapter": {"init": "lora", "lora_alpha": 8}}
 
@@ -30,8 +35,9 @@ def compare(*args: str) -> None:
 
 
 def fake(method: str, rate: float, seed: int, loss: float, kl: float) -> Run:
-    before = {"step": 0.0, "seconds": 0.0, "val_loss": 2.0, "forgetting_kl": 0.0}
-    return Run(method, rate, seed, [before, {"step": 9.0, "seconds": 60.0, "val_loss": loss, "forgetting_kl": kl}])
+    before = {"step": 0.0, "seconds": 0.0, "selection_loss": 2.0, "reported_loss": 2.0, "forgetting_kl": 0.0}
+    after = {"step": 9.0, "seconds": 60.0, "selection_loss": loss, "reported_loss": loss, "forgetting_kl": kl}
+    return Run(method, rate, seed, [before, after])
 
 
 @pytest.fixture
@@ -56,16 +62,19 @@ def test_a_comparison_sweeps_trains_reports_and_resumes(
     (project / "lora.yaml").write_text(yaml.safe_dump(LORA))
     (project / "text.txt").write_text("What is 1 plus 2? " * 100)
     options = ["--methods", "[milora,lora.yaml]", "--learning_rates", "[1e-3,1e-2]", "--text", "text.txt"]
-    options += ["--text_tokens", "256", "--seeds", "[4]"]
+    options += ["--text_tokens", "256", "--seeds", "[4]", "--sweep_seeds", "[5]", "--extend", "0"]
+    options += ["--questions", "questions.jsonl"]
+    questions = [{"question": f"What is {i} plus 1?", "choices": ["1", str(i + 1)], "answer": 1} for i in range(3)]
+    (project / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     compare(*options)
 
     assert runs[:4] == [["milora", 1e-3, 5], ["milora", 1e-2, 5], ["lora", 1e-3, 5], ["lora", 1e-2, 5]]
     output = project / "comparison"
     rows = list(csv.DictReader((output / "results.csv").open()))
     sweep, final = ([r for r in rows if r["stage"] == stage] for stage in ("sweep", "comparison"))
-    assert len(sweep) == 4
     for method in ("milora", "lora"):
-        losses = {float(r["learning_rate"]): float(r["val_loss"]) for r in sweep if r["method"] == method}
+        losses = {float(r["learning_rate"]): float(r["selection_loss"]) for r in sweep if r["method"] == method}
+        assert len(losses) == 2
         chosen = {float(r["learning_rate"]) for r in final if r["method"] == method}
         assert chosen == {min(losses, key=losses.__getitem__)}
         assert [r["seed"] for r in final if r["method"] == method] == ["4"]
@@ -75,10 +84,26 @@ def test_a_comparison_sweeps_trains_reports_and_resumes(
         assert [int(r["step"]) for r in trajectory] == [0, 3, 6]
         assert float(trajectory[0]["forgetting_kl"]) == 0 < float(trajectory[-1]["forgetting_kl"])
         assert trajectory[-1]["val_loss"] == row["val_loss"] != trajectory[0]["val_loss"]
+        assert float(trajectory[0]["update_size"]) == 0 < float(trajectory[-1]["update_size"])
+        assert {t["forgetting_choice_loss"] == "" for t in trajectory} == {True, False}  # at the start and the end
+        whole = read_examples(folder / "examples.npz")
+        for measure in ("val_loss", "forgetting_kl", "forgetting_choice_loss"):
+            last = float(trajectory[-1][measure])
+            assert whole[measure].means()[-1] == pytest.approx(last, rel=1e-5)  # examples make up the result
+        parts = whole["val_loss"].weights * whole["val_loss"].values[-1]
+        assert len(parts) == 6
+        chosen, shown = (float(row[name]) for name in ("selection_loss", "reported_loss"))
+        assert chosen != shown
+        assert min(chosen, shown) < float(row["val_loss"]) < max(chosen, shown)
         assert read_checkpoint(folder / "last.ckpt")["global_step"] == 6
     text = (output / "report.md").read_text()
-    losses = [float(r["val_loss"]) for r in final if r["method"] == "lora"]
+    losses = [float(r["reported_loss"]) for r in final if r["method"] == "lora"]
     assert f"| {spread(losses)} |" in text
+    assert "undecided" in text  # one seed
+    assert "the best is at the edge of the grid" in text
+    page = (output / "report.html").read_text()
+    assert "lora-lr" in page
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")  # nothing is loaded
     for name in ("learning_curves.png", "learning_forgetting.png"):
         assert name in text
         assert (output / name).read_bytes().startswith(b"\x89PNG")
@@ -98,6 +123,9 @@ def test_a_comparison_sweeps_trains_reports_and_resumes(
     assert all(torch.equal(v, state[k]) for k, v in weights.items() if isinstance(v, torch.Tensor))
     assert results_section((output / "report.md").read_text()) == results_section(before)
 
+    (next(output.glob("lora-*-seed5")) / "examples.npz").unlink()
+    with pytest.raises(SystemExit, match="a run of an earlier version"):
+        compare(*options)
     with pytest.raises(SystemExit, match="run with other settings"):
         compare(*options, "--adapter.r", "2")
     assert len(runs) == done + 1
@@ -166,41 +194,81 @@ def test_mistakes_are_named_before_anything_runs(
 class Recorded(Comparison):
     """A comparison whose runs take no time: each has the loss that belongs to its learning rate."""
 
-    made: ClassVar[list[tuple[str, str, float, int, bool]]] = []
+    made: ClassVar[list[tuple[str, float, int, bool]]] = []
     losses: ClassVar[dict[float, float]] = {1e-3: 0.3, 1e-2: 0.2, 1e-1: 0.4}
 
     def parse(self, run: Run) -> Any:
         return SimpleNamespace(config=None)
 
     def check(self, runs: Sequence[Run]) -> None:
-        self.checked = [run.name for run in runs]
+        self.checked = [*getattr(self, "checked", []), *(run.name for run in runs)]
 
-    def run(self, runs: Sequence[Run], what: str, save: bool) -> None:
-        for run in runs:
-            assert run.name in self.checked
-            run.rows = run.rows or fake("", 0, 0, self.losses[run.learning_rate], 0).rows
-            self.made.append((what, run.method, run.learning_rate, run.seed, save))
+    def train(self, run: Run, save: bool) -> None:
+        assert run.name in self.checked
+        run.rows = fake("", 0, 0, self.losses[run.learning_rate], 0).rows
+        self.made.append((run.method, run.learning_rate, run.seed, save))
 
 
-@pytest.mark.parametrize(
-    ("given", "used", "kept"), [(None, 8, False), (0, 0, False), (7, 7, True)], ids=["default", "zero", "reported"]
-)
-def test_rates_are_chosen_with_their_own_seed(
-    given: int | None, used: int, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Zero is a seed, too; runs of a reported seed are kept whole, because they are reported as well."""
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, int]]:
+    """The rates and seeds that are reported."""
     reported: list[tuple[float, int]] = []
     monkeypatch.setattr(comparing, "Comparison", Recorded)
     monkeypatch.setattr(Recorded, "made", [])
     monkeypatch.setattr(
-        report, "write_report", lambda _, runs, *__: reported.extend((r.learning_rate, r.seed) for r in runs)
+        report, "write_report", lambda _, runs, *__, **___: reported.extend((r.learning_rate, r.seed) for r in runs)
     )
-    comparing.compare([], ["milora", "lora"], str(tmp_path), [1e-3, 1e-2, 1e-1], [5, 7], given)
-    sweep = [(method, rate, seed, save) for what, method, rate, seed, save in Recorded.made if "sweep" in what]
-    assert sweep == [(method, rate, used, kept) for method in ("milora", "lora") for rate in (1e-3, 1e-2, 1e-1)]
-    final = [(method, rate, seed, save) for what, method, rate, seed, save in Recorded.made if "sweep" not in what]
+    return reported
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [({}, [8, 9]), ({"sweep_seed": 0}, [0]), ({"sweep_seeds": [3, 1]}, [3, 1])],
+    ids=["default", "one", "several"],
+)
+def test_rates_are_chosen_with_their_own_seeds(
+    given: dict[str, Any], used: list[int], tmp_path: Path, recorded: list[tuple[float, int]]
+) -> None:
+    """Zero is a seed, too."""
+    comparing.compare([], ["milora", "lora"], str(tmp_path), [1e-3, 1e-2, 1e-1], [5, 7], **given)
+    sweep = [each for each in Recorded.made if not each[3]]
+    rates = (1e-3, 1e-2, 1e-1)
+    assert sweep == [(m, rate, seed, False) for m in ("milora", "lora") for rate in rates for seed in used]
+    final = [each for each in Recorded.made if each[3]]
     assert final == [(method, 1e-2, seed, True) for seed in (5, 7) for method in ("milora", "lora")]
-    assert reported == [(1e-2, 5), (1e-2, 5), (1e-2, 7), (1e-2, 7)]
+    assert recorded == [(1e-2, 5), (1e-2, 5), (1e-2, 7), (1e-2, 7)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "limit", "tried"),
+    [
+        ({1e-3: 0.4, 1e-2: 0.3, 1e-1: 0.2, 1.0: 0.1, 10.0: 0.3}, 3, [1e-3, 1e-2, 1e-1, 1.0, 10.0]),
+        ({1e-3: 0.4, 1e-2: 0.3, 1e-1: 0.2, 1.0: 0.1}, 1, [1e-3, 1e-2, 1e-1, 1.0]),
+        ({1e-3: 0.2, 1e-2: 0.3, 1e-1: 0.4, 1e-4: 0.3}, 3, [1e-4, 1e-3, 1e-2, 1e-1]),
+        ({1e-3: 0.4, 1e-2: 0.3, 1e-1: 0.2}, 0, [1e-3, 1e-2, 1e-1]),
+        ({1e-3: 0.4, 1e-2: 0.3, 1e-1: 0.2, 1.0: float("nan")}, 3, [1e-3, 1e-2, 1e-1, 1.0]),
+    ],
+    ids=["until it turns", "limit", "downwards", "not wanted", "diverges"],
+)
+def test_the_grid_grows_while_the_best_rate_is_at_its_edge(
+    losses: dict[float, float],
+    limit: int,
+    tried: list[float],
+    tmp_path: Path,
+    recorded: list[tuple[float, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Recorded, "losses", losses)
+    comparing.compare([], ["milora"], str(tmp_path), [1e-3, 1e-2, 1e-1], [0], extend=limit)
+    assert sorted({rate for _, rate, _, save in Recorded.made if not save}) == tried
+    assert {rate for rate, _ in recorded} == {min((r for r in tried if losses[r] == losses[r]), key=losses.__getitem__)}
+
+
+def test_seeds_that_are_reported_choose_no_rates(tmp_path: Path, recorded: list[tuple[float, int]]) -> None:
+    for given in ({"sweep_seed": 7}, {"sweep_seeds": [9, 7]}):
+        with pytest.raises(ValueError, match="Seed 7 is among seeds and among sweep_seeds"):
+            comparing.compare([], ["milora"], str(tmp_path), [1e-3, 1e-2], [5, 7], **given)
+    assert Recorded.made == []
 
 
 def test_a_run_is_given_its_own_seed_rate_and_method(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,14 +309,19 @@ def test_rate_with_the_lowest_finite_loss_is_chosen() -> None:
 def test_tables_say_what_was_measured() -> None:
     a = [fake("a", 1e-3, seed, loss, 0.1) for seed, loss in enumerate((1.0, 2.0, 3.0))]
     b = [fake("b", 1e-2, seed, loss, 0.2) for seed, loss in enumerate((1.5, 1.5, 3.5))]
-    groups = by_method([a[0], b[0], a[1], b[1], a[2], b[2]])
-    table = results_table(groups)
-    assert "| before training |  | 2 | 0 |" in table
-    assert "| a | 0.001 | 2 ± 1 | 0.1 ± 0 |" in table
-    assert "| b | 0.01 | 2.167 ± 1.2 |" in table
-    assert "| b | +0.1667 ± 0.58 (larger in 2 of 3) | +0.1 ± 0 (larger in 3 of 3) |" in paired_table(groups)
     sweep = [fake("a", rate, 9, loss, 0.1) for rate, loss in ((1e-3, 0.3), (1e-2, 0.2), (1e-1, 0.4))]
-    assert "| a | 0.3000, 0.1 | **0.2000**, 0.1 | 0.4000, 0.1 |" in sweep_table(sweep)
-    assert "edge" not in sweep_table(sweep)
+
+    def table(sweep: list[Run], given: Sequence[float] = (1e-3, 1e-2, 1e-1)) -> str:
+        runs = [a[0], b[0], a[1], b[1], a[2], b[2]]
+        return markdown(make_report(runs, sweep, "", "a", Margins(0.01, 0.05), given))
+
+    text = table(sweep)
+    assert "| before training |  | 2 | 0 |" in text
+    assert "| a | 0.001 | 2 ± 1 | 0.1 ± 0 |" in text
+    assert "| b | 0.01 | 2.167 ± 1.2 |" in text
+    assert "| b | +0.167 (−1.27 to +1.6), p = 0.67: undecided | ×2 (×2 to ×2), p < 0.0001: worse |" in text
+    assert "| a | 0.3000, 0.1 | [0.2000, 0.1] | 0.4000, 0.1 |" in text
+    assert "edge" not in text
     for edge in (sweep[:2], sweep[1:]):  # the highest rate, and the lowest
-        assert "For a the best is at the edge" in sweep_table(edge)
+        assert "For a the best is at the edge" in table(edge)
+    assert "The grid was extended where the best rate lay at its edge: a by 0.1." in table(sweep, [1e-3, 1e-2])

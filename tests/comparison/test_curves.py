@@ -12,7 +12,9 @@ def test_levels_are_passed_by_all_courses() -> None:
     courses = [np.array([2.0, 1.0, 0.4]), np.array([2.0, 1.2, 1.3]), np.array([2.0, np.nan, 1.1])]
     levels = common_levels(courses)
     assert levels == pytest.approx([2 - 0.5 * 0.8, 2 - 0.75 * 0.8, 2 - 0.95 * 0.8])
-    assert common_levels([*courses, np.array([2.0, 2.5])]) == []  # one that never learns
+    assert np.isnan(common_levels([*courses, np.array([2.0, 2.5])])).all()  # one that never learns
+    shifted = common_levels([np.stack([course, course + 0.3]) for course in courses])
+    assert shifted[:, 1] == pytest.approx(np.array(levels) + 0.3)  # harder examples have other levels
 
 
 def test_the_trajectory_of_a_power_law_is_interpolated_exactly() -> None:

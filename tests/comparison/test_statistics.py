@@ -64,11 +64,11 @@ def drawn(rng: np.random.Generator, seeds: int, examples: int, of_seeds: float, 
     [(1.0, 1.0), (0.1, 1.0), (0.0, 1.0), (0.3, 2.0)],
     ids=["seeds", "both", "none", "mixed"],
 )
-@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("seeds", [2, 3])
 def test_intervals_hold_the_truth_as_often_as_they_say(seeds: int, of_seeds: float, of_examples: float) -> None:
     rng = np.random.default_rng(1)
     found = [drawn(rng, seeds, 60, of_seeds, of_examples).interval() for _ in range(250)]
-    assert np.mean([low <= 0 <= high for low, high in found]) >= 0.92
+    assert np.mean([low <= 0 <= high for low, high in found]) >= 0.93
 
 
 def test_intervals_over_seeds_or_examples_alone_would_promise_too_much() -> None:

@@ -18,7 +18,13 @@ from transformers import AutoModelForCausalLM, BertConfig, LlamaForCausalLM, Pre
 from milora_lightning import LoRAConfig, initialize, inject
 from milora_lightning.models import loss
 from milora_lightning.models.attention import NAME
-from milora_lightning.models.loss import causal_lm_loss, example_weights, linear_cross_entropy, supervised_logits
+from milora_lightning.models.loss import (
+    causal_lm_loss,
+    example_weights,
+    linear_cross_entropy,
+    row_losses,
+    supervised_logits,
+)
 
 
 def reference(model: torch.nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -49,6 +55,23 @@ def test_loss_and_gradients_equal_those_of_whole_logits(
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
     for a, b in zip(torch.autograd.grad(got * 0.1, trained), torch.autograd.grad(want * 0.1, trained), strict=True):
         assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])  # chunk by chunk, and from the model's own logits
+def test_losses_of_rows_are_those_of_each_row_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CPU_LOGITS", 128 * 5)
+    monkeypatch.setattr(loss, "CPU_PROBABILITIES", 128 * 2)
+    model = tiny_model(kind).eval()
+    input_ids, labels = batch()
+    labels[2] = -100  # a row that only pads the batch
+    losses, counts = row_losses(model, input_ids, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert row_losses(model, input_ids, labels)[0].dtype == torch.float32
+    assert counts.tolist() == [8, 5, 0]
+    for row in range(3):
+        alone = reference(model, input_ids[row : row + 1], labels[row : row + 1])
+        torch.testing.assert_close(losses[row], alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses.sum(), causal_lm_loss(model, input_ids, labels), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])  # chunk by chunk, and from the model's own logits

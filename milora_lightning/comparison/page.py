@@ -1,0 +1,64 @@
+"""The report as one HTML file, whose pictures are interactive."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from milora_lightning.comparison.measures import TOLD
+from milora_lightning.comparison.runs import Run, by_method
+from milora_lightning.comparison.selection import SELECTION_LOSS
+
+if TYPE_CHECKING:
+    from milora_lightning.comparison.report import Report
+
+TEMPLATE = Path(__file__).with_name("report.html")
+DATA = "/*DATA*/null"
+"""Where the template takes what it shows."""
+
+
+def write_page(path: Path, report: Report) -> None:
+    """Write a report as a page that needs nothing beside itself."""
+    template = TEMPLATE.read_text(encoding="utf-8")
+    path.write_text(template.replace(DATA, script_text(page_data(report)), 1), encoding="utf-8")
+
+
+def page_data(report: Report) -> dict[str, Any]:
+    """Return what the page shows, as plain lists and numbers."""
+    runs = [*((run, True) for run in report.runs), *((run, False) for run in report.sweep)]
+    titles = {"step": "optimizer step", SELECTION_LOSS: "loss on the selection set", **{m.name: m.title for m in TOLD}}
+    there = {name for run, _ in runs for row in run.rows for name in row}
+    return {
+        "title": report.title,
+        "setting": report.setting,
+        "sections": [{"title": s.title, "text": s.text, "columns": s.columns, "rows": s.rows} for s in report.sections],
+        "measures": {name: title for name, title in titles.items() if name in there},
+        "methods": list(by_method([run for run, _ in runs])),
+        "runs": [_run(run, reported, list(titles)) for run, reported in runs],
+    }
+
+
+def script_text(data: Any) -> str:
+    r"""Write data for a script in HTML, in which no text of theirs can end the script.
+
+    >>> script_text({"name": "</script>"})
+    '{"name":"\\u003c/script>"}'
+    """
+    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _run(run: Run, reported: bool, names: list[str]) -> dict[str, Any]:
+    courses = {name: [_number(row.get(name)) for row in run.rows] for name in names}
+    kept = {name: course for name, course in courses.items() if any(value is not None for value in course)}
+    return {"name": run.name, "method": run.method, "reported": reported, "courses": kept}
+
+
+def _number(value: float | None) -> float | None:
+    """Round to what a screen can show; None for what is no number.
+
+    >>> _number(0.123456789), _number(float("nan"))
+    (0.123457, None)
+    """
+    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None

@@ -1,0 +1,86 @@
+"""What a model still knows of other tasks, against the definition."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.callback_modules import LanguageModel
+from helpers.models import quiet_trainer, tiny_tokenizer
+
+from milora_lightning import ChoiceMonitor, LoRAConfig, initialize, inject, lora_layers
+from milora_lightning.callbacks.choices import named_files
+from milora_lightning.data.tasks.questions import read_questions
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> dict[str, str]:
+    files = {}
+    for name, size in (("sums", 4), ("more", 2)):
+        records = [
+            {"question": f"What is {i} plus 1?", "choices": ["3", f"{i} and 1", "none of the above"], "answer": i % 3}
+            for i in range(size)
+        ]
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+        files[name] = str(tmp_path / f"{name}.json")
+    return files
+
+
+def model() -> LanguageModel:
+    lm = LanguageModel()
+    lm.configure_model()
+    lm.tokenizer = tiny_tokenizer()
+    inject(lm, LoRAConfig(r=2))
+    initialize(lm)
+    return lm
+
+
+def test_results_are_the_definition_question_by_question(questions: dict[str, str], tmp_path: Path) -> None:
+    lm, trainer = model(), quiet_trainer(tmp_path)
+    monitor = ChoiceMonitor(questions, batch_size=4)
+    monitor.setup(trainer, lm, "validate")
+    found = monitor.measure(trainer, lm)
+    losses, right = [], []
+    for question in [q for file in questions.values() for q in read_questions(file, 100)]:
+        each = []
+        for choice in question.choices:
+            prompt = lm.tokenizer(question.prompt)["input_ids"]
+            ids = [*prompt, *lm.tokenizer(choice, add_special_tokens=False)["input_ids"]]
+            with torch.no_grad():
+                logits = lm.lm(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            each.append(
+                -sum(logits[i - 1, ids[i]].item() for i in range(len(prompt), len(ids))) / (len(ids) - len(prompt))
+            )
+        losses.append(each[question.right])
+        right.append(float(min(range(3), key=each.__getitem__) == question.right))
+    assert monitor.examples["forgetting_choice_loss"].tolist() == pytest.approx(losses, rel=1e-4)
+    assert monitor.examples["forgetting_choice_accuracy"].tolist() == right
+    assert found["forgetting_choice_loss"] == pytest.approx(sum(losses) / 6, rel=1e-4)
+    assert found["forgetting_choice_loss/more"] == pytest.approx(sum(losses[4:]) / 2, rel=1e-4)
+    assert found["forgetting_choice_accuracy/sums"] == pytest.approx(sum(right[:4]) / 4)
+
+
+def test_a_changed_model_answers_otherwise(questions: dict[str, str], tmp_path: Path) -> None:
+    lm, trainer = model(), quiet_trainer(tmp_path)
+    monitor = ChoiceMonitor(questions["sums"])
+    monitor.setup(trainer, lm, "validate")
+    before = monitor.measure(trainer, lm)
+    assert monitor.measure(trainer, lm) == before
+    with torch.no_grad():
+        for layer in lora_layers(lm).values():
+            layer.lora_B.add_(0.1)
+    assert monitor.measure(trainer, lm) != before
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="every must be"):
+        ChoiceMonitor("a.json", every="step")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must be at least 2 and 1"):
+        ChoiceMonitor("a.json", number=1)
+    with pytest.raises(ValueError, match="same name"):
+        named_files(["a/test.json", "b/test.json"])
+    monitor = ChoiceMonitor(str(tmp_path / "absent.json"))
+    with pytest.raises(FileNotFoundError, match=r"absent\.json"):
+        monitor.setup(quiet_trainer(tmp_path), model(), "validate")

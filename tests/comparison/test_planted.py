@@ -1,0 +1,175 @@
+"""Comparisons whose truth is planted: what the report says of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from milora_lightning.comparison.findings import Margins, at_equal, at_the_end, envelope
+from milora_lightning.comparison.page import page_data, script_text
+from milora_lightning.comparison.report import make_report, markdown
+from milora_lightning.comparison.runs import Examples, Run, read_examples, write_examples
+from milora_lightning.comparison.selection import best_rate, set_apart
+
+STEPS = np.array([0.0, 50.0, 100.0, 150.0, 200.0])
+MARGINS = Margins(0.01, 0.05)
+RATES = {3e-4: 0.5, 1e-3: 1.0, 3e-3: 0.8}
+"""How fast a run learns with each rate."""
+
+
+def planted(method: str, rate: float, seed: int, examples: int, gain: float, keeps: float, noise: float) -> Run:
+    """A run of a method that ends with a loss lower by ``gain``, and forgets ``keeps`` times as much at equal loss."""
+    rng = np.random.default_rng([seed, *method.encode()])
+    shared = np.random.default_rng(examples)
+    difficulty, ids = 0.3 * shared.normal(size=examples), np.arange(examples)
+    progress = 1 - np.exp(-STEPS / 80 * RATES[rate])
+    loss = (1.6 - (1.1 + gain) * progress)[:, None] + difficulty + noise * rng.normal(size=(5, examples))
+    kl = keeps * (np.expm1(3 * progress))[:, None] * np.exp(0.3 * shared.normal(size=40) + 0.01 * rng.normal(size=40))
+    kept = {
+        "val_loss": Examples(loss + noise / 20 * rng.normal(), shared.integers(20, 60, examples) * 1.0, STEPS, ids),
+        "forgetting_kl": Examples(kl, np.ones(40), STEPS, np.arange(40)),
+    }
+    means = {name: each.means() for name, each in kept.items()}
+    rows = [
+        {"step": step, "seconds": 60.0, "update_size": 0.01 * i, **{name: of[i] for name, of in means.items()}}
+        for i, step in enumerate(STEPS.tolist())
+    ]
+    return Run(method, rate, seed, rows, kept)
+
+
+TRUTH = {"lora": (0.0, 1.0), "same": (0.0, 1.0), "good": (0.1, 1.0), "keeper": (0.0, 0.5), "bad": (-0.2, 1.5)}
+"""The gain in loss of each method, and how much it forgets."""
+
+
+def comparison(seeds: int, examples: int = 400, noise: float = 0.02) -> tuple[list[Run], list[Run]]:
+    made = [
+        [planted(m, 1e-3, seed, examples, *truth, noise) for seed in range(seeds) for m, truth in TRUTH.items()],
+        [
+            planted(m, rate, seed, examples, *truth, noise)
+            for seed in (8, 9)
+            for m, truth in TRUTH.items()
+            for rate in RATES
+        ],
+    ]
+    for run in [*made[0], *made[1]]:
+        set_apart(run, 0.3)
+    return made[0], made[1]
+
+
+def test_what_is_equal_better_and_worse_is_called_so() -> None:
+    runs, _ = comparison(5)
+    loss, kl = at_the_end(runs, "lora", MARGINS)
+    assert {m: j.verdict for m, j in loss.judgements.items()} == {
+        "same": "equal",
+        "good": "better",
+        "keeper": "equal",
+        "bad": "worse",
+    }
+    assert {m: j.verdict for m, j in kl.judgements.items()} == {
+        "same": "equal",
+        "good": "equal",
+        "keeper": "better",
+        "bad": "worse",
+    }
+    assert loss.estimates["good"].value == pytest.approx(-0.1 * (1 - np.exp(-2.5)), abs=0.01)
+    assert kl.estimates["keeper"].value == pytest.approx(np.log(0.5), abs=0.02)
+
+
+def test_at_equal_loss_a_method_that_learns_more_has_forgotten_less() -> None:
+    """All end with the same KL, but the good one passes each loss earlier."""
+    runs, _ = comparison(5)
+    findings = at_equal("reported_loss", runs, "lora", MARGINS)
+    assert len(findings) == 3
+    for finding in findings:
+        assert finding.judgements["good"].verdict == "better"
+        assert finding.judgements["keeper"].verdict == "better"
+        assert finding.judgements["same"].verdict in ("equal", "undecided")
+    assert findings[-1].judgements["same"].verdict == "equal"
+
+
+def test_at_equal_size_and_along_the_envelope() -> None:
+    runs, sweep = comparison(5)
+    found = {(f.measure.name, f.place[1] if f.place else 0): f for f in at_equal("update_size", runs, "lora", MARGINS)}
+    assert sorted({level for _, level in found}) == pytest.approx([0.02, 0.03, 0.038])
+    assert found["reported_loss", 0.03].judgements["good"].verdict == "better"
+    area = envelope(runs, sweep, "lora", MARGINS)
+    assert area is not None
+    values = {method: np.mean(each) for method, each in area.finding.values.items()}
+    assert values["good"] < values["same"] < values["bad"]
+    assert values["keeper"] < values["lora"] - 0.05
+    assert values["same"] == pytest.approx(values["lora"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "examples", "noise"), [(1, 400, 0.05), (2, 12, 1.0)], ids=["one seed", "little data"]
+)
+def test_with_little_data_nothing_is_claimed(seeds: int, examples: int, noise: float) -> None:
+    runs, _ = comparison(seeds, examples, noise)
+    (loss, *_) = at_the_end(runs, "lora", MARGINS)
+    assert {j.verdict for j in loss.judgements.values()} == {"undecided"}
+
+
+def test_equal_methods_are_seldom_called_different() -> None:
+    wrong = 0
+    for trial in range(15):
+        runs = [
+            planted(m, 1e-3, 100 * trial + seed, 60, 0.0, 1.0, 0.3)
+            for seed in range(3)
+            for m in ("lora", "a", "b", "c")
+        ]
+        for run in runs:
+            set_apart(run, None)
+        (loss, *_) = at_the_end(runs, "lora", MARGINS)
+        wrong += any(j.verdict in ("better", "worse") for j in loss.judgements.values())
+    assert wrong <= 3  # of 15, at a level of 5 % for all methods together
+
+
+def test_the_report_and_its_page_say_the_same() -> None:
+    runs, sweep = comparison(3)
+    runs[4].method = runs[9].method = runs[14].method = "</script><b>"
+    report = make_report(runs, sweep, "", "lora", MARGINS, list(RATES))
+    text, data = markdown(report), page_data(report)
+    for section in data["sections"]:
+        for row in section["rows"]:
+            assert all(cell in text for cell in row)
+    assert json.loads(script_text(data)) == json.loads(json.dumps(data))
+    assert "</script" not in script_text(data)
+    assert len(data["runs"]) == len(runs) + len(sweep)
+    assert re.search(r"\| good \| [^|]*: better \|", text)
+    assert "**" not in text
+
+
+def test_rates_are_chosen_on_examples_that_are_not_reported() -> None:
+    """The best rate is that of the selection part, whatever the reported part would say."""
+    sweep = [planted("a", rate, 8, 40, 0.0, 1.0, 0.0) for rate in RATES]
+    for run, on_selection, reported in zip(sweep, (0.1, 0.2, 0.3), (9.0, 8.0, 7.0), strict=True):
+        set_apart(run, 0.5)
+        chosen, shown = (run.examples[f"{part}_loss"] for part in ("selection", "reported"))
+        assert not set(chosen.index.tolist()) & set(shown.index.tolist())
+        assert len(chosen.index) == len(shown.index) == 20
+        run.rows[-1] |= {"selection_loss": on_selection, "reported_loss": reported}
+    assert best_rate(sweep) == 3e-4
+
+
+def test_too_little_validation_data_is_refused() -> None:
+    run = planted("a", 1e-3, 0, 2, 0.0, 1.0, 0.0)
+    with pytest.raises(ValueError, match=r"Of 2 validation examples, a share of 0\.3"):
+        set_apart(run, 0.3)
+
+
+def test_examples_are_read_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "examples.npz"
+    kept = planted("a", 1e-3, 0, 7, 0.0, 1.0, 0.1).examples
+    write_examples(path, kept)
+    read = read_examples(path)
+    assert list(read) == list(kept)
+    for name, each in kept.items():
+        assert read[name].means() == pytest.approx(each.means(), rel=1e-6)
+        assert read[name].index.tolist() == each.index.tolist()
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_examples(path)
