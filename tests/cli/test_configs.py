@@ -70,6 +70,7 @@ TESTS = {
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a tiny model and a file of each task's records."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
     save_tiny_model(tmp_path / "model", "llama")
     for task, record in RECORDS.items():
         (tmp_path / f"{task}.json").write_text(json.dumps([{**record, "answer": "true"}] * 6))

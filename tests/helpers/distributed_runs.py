@@ -271,6 +271,9 @@ def on_two_ranks(folder: Path) -> dict[str, Any]:
     for origin, kind in (("single", "tensor"), ("tensor", "fsdp2")):
         resume = {"ckpt_path": folder / origin / f"step={STEPS // 2}.ckpt"}
         runs[f"{origin} to {kind}"] = fit(folder, f"{origin}-resumed-2", kind, resume=resume)
+    for kind, init in (("ddp", "lora_one"), ("fsdp2", "corda")):
+        from_data = {"init": init, "statistics_batches": 3, "cache": False}
+        runs[f"{kind} from data"] = fit(folder, f"{kind}-{init}", kind, adapter=from_data)
     runs["refused"] = {
         "strict": refusal(folder, "ddp", adapter={"r": 16, "target_modules": ["k_proj"]}, **RUNS["ddp-strict"][1]),
         "beside": refusal(folder, "fsdp2", adapter={"modules_to_save": ["norm"]}, **RUNS["fsdp2-forgetting"][1]),

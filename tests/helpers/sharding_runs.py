@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import GenerationConfig, PreTrainedModel
 
 from helpers.models import tiny_model
-from milora_lightning import LoRAConfig, initialize, inject, lora_layers
+from helpers.starting import token_batches
+from milora_lightning import LoRAConfig, collect_statistics, initialize, inject, lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.split import Part, Style, split_parameters
 from milora_lightning.models import generation
@@ -193,12 +194,38 @@ def split_model_run() -> dict[str, Any]:
     return found
 
 
+def statistics_run() -> dict[str, Any]:
+    """Collect statistics of three batches alone, on two ranks that share them, and with weights in shards, too.
+
+    Returns:
+        For each way, the statistics, the starts from them, and the gradient of a step after that.
+    """
+    found: dict[str, Any] = {}
+    for init in ("eva", "lora_one"):
+        for way in ("alone", "shared", "sharded"):
+            model = tiny_model("llama")
+            inject(model, LoRAConfig(r=4, init=init))
+            if way == "sharded":
+                shard(model, init_device_mesh("cpu", (2,)))
+            share = {} if way == "alone" else {"number": dist.get_rank(), "size": 2}
+            statistics = collect_statistics(model, token_batches(3), **share)
+            initialize(model, statistics=statistics, cache=False)
+            told = [each.inputs if each.gradient is None else each.gradient for each in statistics.values()]
+            layers = lora_layers(model).values()
+            starts = [(full_tensor(layer.lora_B) @ full_tensor(layer.lora_A)).detach().flatten() for layer in layers]
+            model.train()(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+            gradients = [full_tensor(layer.lora_B.grad).flatten() for layer in layers]
+            found[f"{init} {way}"] = [torch.cat([t.flatten() for t in told]), torch.cat(starts), torch.cat(gradients)]
+    return found
+
+
 def sharding_runs() -> dict[str, Any]:
     styles: tuple[Style, ...] = ("colwise", "rowwise", "replicate")
     return {
         "generation": generation_run(),
         "memory": memory_run(),
         "compiled": compiled_run(),
+        "statistics": statistics_run(),
         "split model": split_model_run(),
         "split": {style: split_run(style) for style in styles},
     }

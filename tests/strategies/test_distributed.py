@@ -259,3 +259,17 @@ def test_two_ranks_score_and_predict_as_one_process_does(tmp_path: Path) -> None
     predictions = [json.loads((tmp_path / f"tasks-{devices}.json").read_text()) for devices in (1, 2)]
     assert len(predictions[0]) == 8
     assert predictions[0] == predictions[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_runs_that_start_from_data_begin_at_the_pretrained_model(
+    kind: str, single: dict[str, Any], ranks: tuple[Runs, Runs]
+) -> None:
+    """And train the same factors on both ranks, from the same batches as a run that starts without data."""
+    first, second = (run[f"{kind} from data"] for run in ranks)
+    whole = losses(ranks, f"{kind} from data")
+    assert whole[0] == pytest.approx(single["losses"][0], rel=1e-5)
+    assert whole[-1] < whole[0]
+    for key, value in first["state"].items():
+        assert torch.equal(value, second["state"][key])

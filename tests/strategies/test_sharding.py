@@ -45,6 +45,21 @@ def test_sharded_layers_are_compiled_and_recomputed(ranks: tuple[Runs, Runs]) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("init", ["eva", "lora_one"])
+@pytest.mark.parametrize("way", ["shared", "sharded"])
+def test_statistics_of_two_ranks_are_those_of_one(way: str, init: str, ranks: tuple[Runs, Runs]) -> None:
+    """Three batches for two ranks, with whole weights and in shards; factors are then the same on both, and train."""
+    for run in ranks:
+        found = run["sharding"]["statistics"]
+        for ours, alone in zip(found[f"{init} {way}"][:2], found[f"{init} alone"][:2], strict=True):
+            assert (ours - alone).norm() <= 1e-4 * alone.norm()
+        assert found[f"{init} {way}"][2].any()
+    first, second = (run["sharding"]["statistics"][f"{init} {way}"] for run in ranks)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["colwise", "rowwise", "replicate"])
 def test_a_split_layer_is_the_whole_one(style: str, ranks: tuple[Runs, Runs]) -> None:
     """Its output and gradients, with a bias and the same dropout."""
