@@ -9,7 +9,7 @@ from rich.box import SIMPLE
 from rich.console import Group
 from rich.table import Table
 
-from milora_lightning.cli.runs import write_rows
+from milora_lightning.comparison.runs import write_rows
 from milora_lightning.metrics.continual import continual
 from milora_lightning.screen.figures import number
 from milora_lightning.utils.markdown import table
