@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from milora_lightning.adapters.added_update import AddedUpdate
 from milora_lightning.adapters.dropout import drop, scales
 from milora_lightning.adapters.factors import stack_factors
-from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import is_convolution
 from milora_lightning.utils.compat.torch import convolve
 
@@ -42,7 +42,7 @@ READ_BY_MODELS = (
 )
 
 
-class LoRAConv(LoRALinear):
+class LoRAConv(AddedUpdate):
     """A convolution with a low-rank update that starts at zero: a :class:`LoRALinear` on patches of its input.
 
     Args:
@@ -72,16 +72,8 @@ class LoRAConv(LoRALinear):
         for name in READ_BY_MODELS:
             setattr(self, name, getattr(base_layer, name))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute the layer's output (batch, out, *size) for an input (batch, in, *size)."""
-        y: Tensor = self.base_layer(x)
-        if not self.enabled:
-            return y
-        self._check_can_train()
-        return y + self.update(x).to(y.dtype)
-
     def update(self, x: Tensor) -> Tensor:
-        """Compute the update's part of the output, s (B A − B₀A₀) x."""
+        """Compute the update's part of the output, s (B A − B₀A₀) x (batch, out, *size), for x (batch, in, *size)."""
         p, seen = self._dropout, x
         if p:
             seen = drop(x, p)[0] * scales(x.device, p)[1]
@@ -94,15 +86,6 @@ class LoRAConv(LoRALinear):
     def delta_weight(self) -> Tensor:
         """Compute ΔW = s (B A − B₀A₀) as a matrix (out, in / groups · entries), in the factors' precision."""
         return grouped_product(*stack_factors(*self.factors, self.scaling), self.groups, self.r)
-
-    def merged_weight(self) -> Tensor:
-        """Compute W + ΔW in float32 and round it once to W's dtype; in the convolution's layout."""
-        weight = self.base_layer.weight
-        delta = self.as_weight(self.delta_weight())
-        return (weight.to(delta.dtype) + delta).to(weight.dtype)
-
-    def merge(self) -> None:
-        """Do nothing: a convolution works on much at a time, and its update costs little of it."""
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         """Return a kernel (out, in / groups, *kernel) as a matrix (out, in / groups · entries)."""

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.added_update import AddedUpdate
 from milora_lightning.adapters.linear_layers import is_embedding
 
 
-class LoRAEmbedding(LoRALinear):
+class LoRAEmbedding(AddedUpdate):
     """An embedding with a low-rank update that starts at zero: a :class:`LoRALinear` of one-hot inputs.
 
     Its weight (tokens, features) is a matrix (out, in) = (features, tokens), transposed. There is no dropout.
@@ -40,22 +40,12 @@ class LoRAEmbedding(LoRALinear):
         for name in ("num_embeddings", "embedding_dim", "padding_idx"):  # which models read
             setattr(self, name, getattr(base_layer, name))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Compute the embeddings (..., features) of token ids of any shape."""
-        y: Tensor = self.base_layer(ids)
-        if not self.enabled:
-            return y
-        self._check_can_train()
-        return y + self.update(ids, y.dtype).to(y.dtype)
-
-    def update(self, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Compute the update's part of the output, s (B A − B₀A₀) of each token, in a dtype."""
+    def update(self, ids: Tensor) -> Tensor:
+        """Compute the update's part of the output, s (B A − B₀A₀) of each token (..., features), for ids (...)."""
         A, B, initial_A, initial_B = self.factors
+        dtype = self.base_layer.weight.dtype
         rows = F.embedding(ids, A.T, self.padding_idx)
         if initial_A is not None and initial_B is not None:
             rows = torch.cat([rows, rows - F.embedding(ids, initial_A.T)], dim=-1)
             B = torch.cat([B - initial_B, initial_B], dim=1)
-        return F.linear(rows.to(dtype or rows.dtype), (self.scaling * B).to(dtype or B.dtype))
-
-    def merge(self) -> None:
-        """Do nothing: few rows are looked up, and merging would form all of them."""
+        return F.linear(rows.to(dtype), (self.scaling * B).to(dtype))

@@ -15,6 +15,7 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 
+from milora_lightning.adapters.added_update import AddedUpdate
 from milora_lightning.adapters.factors import stack_factors
 from milora_lightning.adapters.held_weight import HeldWeight
 from milora_lightning.adapters.layer import LoRALinear
@@ -61,7 +62,7 @@ def is_stack(layer: object) -> TypeGuard[StackedWeight]:
     return isinstance(layer, StackedWeight)
 
 
-class LoRAExperts(LoRALinear):
+class LoRAExperts(AddedUpdate):
     """A low-rank update of each matrix in a stack, which starts at zero: a :class:`LoRALinear` for each expert.
 
     Args:
@@ -119,11 +120,6 @@ class LoRAExperts(LoRALinear):
         A, B = stack_factors(*self.factors, self.scaling, weight.dtype) if kept is None else kept.stacks
         left, right = (A.mT, B.mT) if self.transposed else (B, A)
         return LowRankSum(weight, left, right, self._dropout)
-
-    def merged_weight(self) -> Tensor:
-        """Compute W + ΔW in float32 and round it once to W's dtype; in the stack's own layout."""
-        weight = self.base_layer.weight
-        return (weight.to(self.lora_A.dtype) + self.as_weight(self.delta_weight())).to(weight.dtype)
 
     def merge(self) -> None:
         """Stack and cast the factors once: for generation, where each token would have this done for all experts.

@@ -37,11 +37,13 @@ from milora_lightning.adapters.linear_layers import (
     output_of,
 )
 from milora_lightning.adapters.merged_product import MergeableLayer
-from milora_lightning.adapters.split import Part
 from milora_lightning.config import DropoutOn
 from milora_lightning.parallel.dtensor import copy_into
 from milora_lightning.starts import find_start
 from milora_lightning.utils.compat.torch import transformed
+
+PartOfLayer = Callable[[Tensor, nn.Module, "tuple[Factors, float, float] | None"], Tensor]
+"""Computes this rank's part of an output from the input, the base layer, and factors, scale and dropout or None."""
 
 
 class LoRALinear(MergeableLayer, AdapterState):
@@ -80,7 +82,7 @@ class LoRALinear(MergeableLayer, AdapterState):
         TypeError: If ``base_layer`` is not a linear layer.
     """
 
-    part: Part | None = None
+    part: PartOfLayer | None = None
     fits: Callable[[object], bool] = staticmethod(is_linear)
     _ADAPTS: str = "nn.Linear or Conv1D"
 
@@ -124,22 +126,21 @@ class LoRALinear(MergeableLayer, AdapterState):
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer's output of shape (..., out) for an input of shape (..., in)."""
         base = self.base_layer
-        if self.part is None and not self.enabled:
+        if self.part is not None:
+            return self._part_of_output(x)
+        if not self.enabled:
             return cast(Tensor, base(x))
         self._check_can_train()
-        if self.part is not None:
-            return self.part(x, base, (self.factors, self.scaling, self._dropout) if self.enabled else None)
         if self._needs_plain_operations():
             y = output_of(base, x)
             return y + self.update(x).to(y.dtype)
-        output = None if is_plain_product(base) else output_of(base, x)
-        x = in_autocast_dtype(x)
-        if output is not None and output.dtype != x.dtype:
-            return output + self.update(x).to(output.dtype)
-        if output is None and not self._dropout and (merged := self._usable_merged(x)) is not None:
-            return merged(x, base.bias)
-        weight, bias = (base.weight, base.bias) if output is None else (None, None)
-        return lora_linear(x, weight, bias, *self.factors, self.scaling, self._dropout, self.transposed, output)
+        options = (*self.factors, self.scaling, self._dropout, self.transposed)
+        if is_plain_product(base):
+            x = in_autocast_dtype(x)
+            merged = None if self._dropout else self._usable_merged(x)
+            return lora_linear(x, base.weight, base.bias, *options) if merged is None else merged(x, base.bias)
+        y, x = output_of(base, x), in_autocast_dtype(x)  # quantized, hooked, …: only its own code can compute it
+        return lora_linear(x, None, None, *options, y) if y.dtype == x.dtype else y + self.update(x).to(y.dtype)
 
     def update(self, x: Tensor) -> Tensor:
         """Compute the update's part of the output, s (B A − B₀A₀) x, of shape (..., out).
@@ -153,19 +154,6 @@ class LoRALinear(MergeableLayer, AdapterState):
         scaling = self.scaling * scales(x.device, self._dropout)[1]
         A, B = stack_factors(*self.factors, scaling, x.dtype)  # (2r, in), (out, 2r)
         return F.linear(F.linear(x, A), B)
-
-    def delta_weight(self) -> Tensor:
-        """Compute ΔW = s (B A − B₀A₀), of shape (out, in), in the factors' precision."""
-        A, B = stack_factors(*self.factors, self.scaling)
-        return B @ A
-
-    def as_matrix(self, weight: Tensor) -> Tensor:
-        """Return a weight in the base layer's layout as a matrix (out, in)."""
-        return weight.T if self.transposed else weight
-
-    def as_weight(self, matrix: Tensor) -> Tensor:
-        """Return a matrix (out, in) in the base layer's layout."""
-        return matrix.T if self.transposed else matrix
 
     @property
     def factors(self) -> Factors:
@@ -195,6 +183,12 @@ class LoRALinear(MergeableLayer, AdapterState):
     def extra_repr(self) -> str:
         """Describe the adapter when the model is printed."""
         return f"r={self.r}, lora_alpha={self.lora_alpha:g}, lora_dropout={self.lora_dropout:g}, init={self.init!r}"
+
+    def _part_of_output(self, x: Tensor) -> Tensor:
+        """Compute this rank's part of the output, under tensor parallelism."""
+        self._check_can_train()
+        update = (self.factors, self.scaling, self._dropout) if self.enabled else None
+        return cast(PartOfLayer, self.part)(x, self.base_layer, update)
 
     def _check_can_train(self) -> None:
         if self.training and torch.is_grad_enabled() and not self.initialized:

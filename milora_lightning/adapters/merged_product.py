@@ -85,7 +85,7 @@ class MergedProduct(Merged):
 
 
 class MergeableLayer(nn.Module):
-    """Base class of adapter layers that can merge their update with the weight of ``base_layer``.
+    """Base class of adapter layers, for what concerns their weight as a whole: W, ΔW and W + ΔW, merged or not.
 
     Attributes:
         base_layer: The layer that is adapted.
@@ -136,12 +136,28 @@ class MergeableLayer(nn.Module):
         Raises:
             ValueError: If the base layer is quantized: its codes would have to be rounded again.
         """
-        weight: Tensor = self.base_layer.weight
         if not holds_its_weight(self.base_layer):
             raise InvalidInputError(
                 f"The weight of a {type(self.base_layer).__name__} is quantized and cannot be merged."
             )
-        return merged_weight(weight, self.factors, self.scaling, self.transposed).to(weight.dtype)
+        return self._sum_with_update().to(self.base_layer.weight.dtype)
+
+    def _sum_with_update(self) -> Tensor:
+        """Compute W + ΔW in the factors' precision, in the base layer's layout."""
+        return merged_weight(self.base_layer.weight, self.factors, self.scaling, self.transposed)
+
+    def delta_weight(self) -> Tensor:
+        """Compute ΔW = s (B A − B₀A₀), of shape (out, in), in the factors' precision."""
+        A, B = stack_factors(*self.factors, self.scaling)
+        return B @ A
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """Return a weight in the base layer's layout as a matrix (out, in)."""
+        return weight.T if self.transposed else weight
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """Return a matrix (out, in) in the base layer's layout."""
+        return matrix.T if self.transposed else matrix
 
     @property
     def weight(self) -> Tensor:

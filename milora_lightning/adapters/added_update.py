@@ -1,0 +1,30 @@
+"""Adapters whose update is added to what the base layer's own code computes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from milora_lightning.adapters.layer import LoRALinear
+
+
+class AddedUpdate(LoRALinear):
+    """A :class:`LoRALinear` of a layer that is no product with a matrix: of a convolution, an embedding, experts.
+
+    Subclasses say what the update computes (``update``), and how a matrix becomes a weight of the base layer's layout
+    (``as_weight``). Arguments and attributes are those of :class:`LoRALinear`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the base layer's output plus the update, s (B A − B₀A₀) x."""
+        y: Tensor = self.base_layer(x)
+        if not self.enabled:
+            return y
+        self._check_can_train()
+        return y + self.update(x).to(y.dtype)
+
+    def merge(self) -> None:
+        """Do nothing: the sum W + ΔW would take much memory, and save little time in these layers."""
+
+    def _sum_with_update(self) -> Tensor:
+        delta = self.as_weight(self.delta_weight())
+        return self.base_layer.weight.to(delta.dtype) + delta
