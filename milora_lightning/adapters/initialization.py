@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,9 +19,12 @@ from milora_lightning.adapters.factor_cache import cached_factors
 from milora_lightning.adapters.factors import initial_factors
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
-from milora_lightning.adapters.linear_layers import groups_of, matrices_in
+from milora_lightning.adapters.linear_layers import matrices_in
+from milora_lightning.adapters.matrices import factors_by_matrix
 from milora_lightning.parallel.dtensor import home, is_sharded
 from milora_lightning.starts import Statistics
+from milora_lightning.starts.methods import Pair
+from milora_lightning.utils.memory import return_memory
 
 
 def initialize(
@@ -73,36 +77,20 @@ def initialize(
     if is_sharded(module):
         rank, world_size = dist.get_rank(), dist.get_world_size()
 
-    def decompose(name: str, layer: LoRALinear, weight: Tensor) -> tuple[Tensor, Tensor]:
-        if matrices_in(layer) is not None:
-            pairs = [decompose_one(f"{name}[{index}]", layer, matrix) for index, matrix in enumerate(weight)]
-            return torch.stack([lora_A for lora_A, _ in pairs]), torch.stack([lora_B for _, lora_B in pairs])
-        return decompose_one(name, layer, weight)
-
-    def decompose_one(name: str, layer: LoRALinear, weight: Tensor) -> tuple[Tensor, Tensor]:
-        compute = cached_factors if cache else initial_factors
+    def start(layer: LoRALinear, matrix: Tensor, r: int, name: str, unique: str) -> Pair:
+        # A generator for each matrix: whether another one's result is cached must not matter.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{unique}".encode()))
         known = None if statistics is None else statistics.get(name)
-        parts = weight.to(device).chunk(groups := groups_of(layer.base_layer))
-        pairs = []
-        for i, part in enumerate(parts):
-            # One for each group: whether another one's result is cached must not matter.
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}{f':{i}' if i else ''}".encode()))
-            pairs.append(compute(part, layer.r // groups, layer.scaling, layer.init, generator, known))
-        return torch.cat([lora_A for lora_A, _ in pairs]), torch.cat([lora_B for _, lora_B in pairs])
+        compute = cached_factors if cache else initial_factors
+        return compute(matrix.to(device), r, layer.scaling, layer.init, generator, known)
 
-    pending = [
-        (name, layer)
-        for name, layer in lora_layers(module).items()
-        if not layer.initialized and (only is None or name in only)
-    ]
+    def decompose(name: str, layer: LoRALinear, weight: Tensor) -> Pair:
+        return factors_by_matrix(name, layer, weight, partial(start, layer))
+
+    wanted = {name: layer for name, layer in lora_layers(module).items() if only is None or name in only}
+    pending = [(name, layer) for name, layer in wanted.items() if not layer.initialized]
     for layer, (lora_A, lora_B) in decompose_all(pending, decompose, track, rank, world_size, device):
         layer.set_initial_factors(lora_A, lora_B)
     if pending:
-        _return_memory(device or home(pending[0][1].lora_A))
+        return_memory(device or home(pending[0][1].lora_A))
     return sum(matrices_in(layer) or 1 for _, layer in pending)
-
-
-def _return_memory(device: torch.device) -> None:
-    """Give back what torch keeps of a device's memory, in pieces of the decompositions' sizes, which training lacks."""
-    if device.type != "cpu" and hasattr(module := torch.get_device_module(device), "empty_cache"):
-        module.empty_cache()

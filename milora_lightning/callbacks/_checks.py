@@ -1,4 +1,4 @@
-"""Checks that what should train does train: optimizers hold it, and gradients reach it."""
+"""Checks of a run with adapters: that all of it works with them, and that what should train does train."""
 
 from __future__ import annotations
 
@@ -14,10 +14,42 @@ from milora_lightning.adapters.parts import find_part, first_few
 from milora_lightning.callbacks._configure_model import builds_itself
 from milora_lightning.config import LoRAConfig
 from milora_lightning.export.peft_format import objection, outermost_models
+from milora_lightning.statistics.collecting import layers_with_needs
+from milora_lightning.strategies.base import finish, prepare
+from milora_lightning.training.averaging import check_averaging
+from milora_lightning.training.loss_scaling import check_loss_scaling, is_float16
 from milora_lightning.utils.compat.lightning import is_placeholder
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn, warn_once
 from milora_lightning.utils.names import unwrapped_name
+
+
+def check_run(trainer: Trainer, module: LightningModule) -> None:
+    """Refuse callbacks, plugins and strategies that adapters do not work with, and prepare the others for them.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    check_callbacks(trainer)
+    check_quantizing(trainer, module)
+    prepare(trainer)
+    check_averaging(trainer)
+
+
+def check_model(trainer: Trainer, module: LightningModule, config: LoRAConfig, stage: str) -> None:
+    """Check a module that has its adapters, before the strategy's setup, and warn of what will not work at the end.
+
+    Raises:
+        ValueError: If gradients would vanish in float16, the strategy cannot hold the module's parameters, or a start
+            takes statistics of a layer that has none.
+    """
+    if stage == "fit":
+        check_loss_scaling(trainer, module, is_float16(find_part(module, config.module)))
+    finish(trainer, module)
+    if stage == "fit":
+        layers_with_needs(module)  # which refuses what has no statistics, before any work
+    if stage == "fit" and trainer.is_global_zero:
+        warn_of_export(module)
 
 
 def check_callbacks(trainer: Trainer) -> None:

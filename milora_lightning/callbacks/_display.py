@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -17,6 +18,21 @@ from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.linear_layers import groups_of
 from milora_lightning.config import LoRAConfig
 from milora_lightning.parallel.dtensor import full_tensor
+
+Piece = TypeVar("Piece")
+Track = Callable[[Sequence[Piece]], Iterable[Piece]]
+"""Passes on pieces of work, one after the other, and shows how far that is."""
+
+
+def trackers(trainer: Trainer) -> tuple[Track[Batch], Track[int]]:
+    """Return what shows the progress of decompositions and of passes over data, on one rank.
+
+    The run's progress bar does if it can, by methods ``initializing`` and ``measuring``.
+    """
+    if not trainer.is_global_zero:
+        return iter, iter
+    bar = trainer.progress_bar_callback
+    return getattr(bar, "initializing", progress), getattr(bar, "measuring", passes)
 
 
 def progress(batches: Sequence[Batch]) -> Iterator[Batch]:

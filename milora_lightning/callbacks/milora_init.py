@@ -20,24 +20,16 @@ from milora_lightning.adapters.initialization import initialize
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.parts import TargetNotFoundError, find_part
 from milora_lightning.adapters.surgery import freeze_again, inject, inject_quietly
-from milora_lightning.callbacks._checks import (
-    check_callbacks,
-    check_optimizers,
-    check_quantizing,
-    say_without_gradient,
-    warn_of_export,
-)
+from milora_lightning.callbacks._checks import check_model, check_optimizers, check_run, say_without_gradient
 from milora_lightning.callbacks._configure_model import after_configure_model
-from milora_lightning.callbacks._display import passes, progress, summary
+from milora_lightning.callbacks._display import summary, trackers
+from milora_lightning.callbacks._options import adapter_config
 from milora_lightning.callbacks._starting_data import StartingData
-from milora_lightning.callbacks.progress import RunProgress
 from milora_lightning.checkpoint.adapter import AdapterCheckpoint
 from milora_lightning.config import DropoutOn, LoRAConfig
 from milora_lightning.export.peft_import import load_peft, peft_config
-from milora_lightning.statistics.collecting import layers_with_needs
-from milora_lightning.strategies.base import calls_parts, finish, needs_early_start, prepare, restores_late, shards
-from milora_lightning.training.averaging import check_averaging, copy_adapted, start_averages
-from milora_lightning.training.loss_scaling import check_loss_scaling, is_float16
+from milora_lightning.strategies.base import calls_parts, needs_early_start, restores_late, shards
+from milora_lightning.training.averaging import copy_adapted, start_averages
 from milora_lightning.training.start_decay import StartDecay
 
 
@@ -133,15 +125,21 @@ class MiLoRAInit(Callback):
         if start_from is not None:
             self.config = replace(peft_config(start_from), module=module)
         elif init != "full":
-            alpha = 2.0 * r if lora_alpha == "2r" else lora_alpha
-            ranks, alphas = rank_pattern or {}, alpha_pattern or {}
-            if lora_alpha == "2r":
-                alphas = {**alphas, **{key: 2.0 * rank for key, rank in ranks.items() if key not in alphas}}
-            kept = modules_to_save if isinstance(modules_to_save, str) else tuple(modules_to_save or ())
-            excluded = exclude_modules if isinstance(exclude_modules, str) else tuple(exclude_modules or ())
-            options = (target_modules, init, kept, ranks, alphas, excluded, module, dropout_on, use_rslora)
-            parameters = tuple(target_parameters or ())
-            self.config = LoRAConfig(r, alpha, lora_dropout, *options, target_parameters=parameters)
+            self.config = adapter_config(
+                r,
+                lora_alpha,
+                rank_pattern,
+                alpha_pattern,
+                modules_to_save,
+                exclude_modules,
+                target_parameters,
+                lora_dropout=lora_dropout,
+                target_modules=target_modules,
+                init=init,
+                module=module,
+                dropout_on=dropout_on,
+                use_rslora=use_rslora,
+            )
         self.seed = seed
         self.start_from = start_from
         self.cache = cache
@@ -157,11 +155,8 @@ class MiLoRAInit(Callback):
         pl_module.milora_config = config  # type: ignore[assignment]  # for a configure_model that shards the model
         if config is None:
             return
-        check_callbacks(trainer)
         self._decay.check(trainer)
-        check_quantizing(trainer, pl_module)
-        prepare(trainer)
-        check_averaging(trainer)
+        check_run(trainer, pl_module)
         # First in the list: tuners, which Lightning sorts to the front, train in their own on_fit_start, and need the
         # factors by then. A new list, because Lightning is iterating over the old one.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
@@ -179,16 +174,10 @@ class MiLoRAInit(Callback):
 
     def _complete(self, trainer: Trainer, pl_module: LightningModule, stage: str, config: LoRAConfig) -> None:
         inject(pl_module, config)
-        if stage == "fit":
-            check_loss_scaling(trainer, pl_module, is_float16(find_part(pl_module, config.module)))
+        check_model(trainer, pl_module, config, stage)
         AdapterCheckpoint.attach(pl_module, config)
         if self.start_from is not None and not all(layer.initialized for layer in lora_layers(pl_module).values()):
             load_peft(find_part(pl_module, config.module), self.start_from)
-        finish(trainer, pl_module)
-        if stage == "fit":
-            layers_with_needs(pl_module)  # which refuses what has no statistics, before any work
-        if stage == "fit" and trainer.is_global_zero:
-            warn_of_export(pl_module)
         if stage == "fit" and needs_early_start(trainer):
             self._initialize(trainer, pl_module)
 
@@ -206,13 +195,10 @@ class MiLoRAInit(Callback):
     def _initialize(self, trainer: Trainer, pl_module: LightningModule) -> None:
         started = time.monotonic()
         seed = torch.initial_seed() if self.seed is None else self.seed
-        bar = trainer.progress_bar_callback
-        shown, measured = (bar.initializing, bar.measuring) if isinstance(bar, RunProgress) else (progress, passes)
-        track = shown if trainer.is_global_zero else iter
-        ranks = trainer.global_rank, trainer.world_size
-        options = seed, track, *ranks, trainer.strategy.root_device, self.cache
+        track, measured = trackers(trainer)
+        options = seed, track, trainer.global_rank, trainer.world_size, trainer.strategy.root_device, self.cache
         number = 0
-        for statistics in self._data.groups(trainer, pl_module, measured if trainer.is_global_zero else iter):
+        for statistics in self._data.groups(trainer, pl_module, measured):
             number += initialize(pl_module, *options, statistics, statistics)
         number += initialize(pl_module, *options)
         start_averages(trainer, pl_module)

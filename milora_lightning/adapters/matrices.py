@@ -1,0 +1,41 @@
+"""Layers whose weight holds several matrices: one for each expert in a stack, one for each group of a convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.linear_layers import groups_of, matrices_in
+from milora_lightning.starts.methods import Pair
+
+Compute = Callable[[Tensor, int, str, str], Pair]
+"""Computes the factors of one matrix (out, in) from it, its rank, its name, and a name that no other matrix has."""
+
+
+def factors_by_matrix(name: str, layer: LoRALinear, weight: Tensor, compute: Compute) -> Pair:
+    """Compute the factors of each matrix in a weight, and join them as the layer holds them.
+
+    Args:
+        name: The layer's name.
+        layer: The layer.
+        weight: Its weight (out, in), or (experts, out, in) of a stack.
+        compute: Computes the factors of one matrix. The matrices of a stack are called ``name[0]``, ``name[1]``, …;
+            groups have the name of their layer.
+
+    Returns:
+        ``lora_A`` and ``lora_B`` of the layer.
+    """
+    if matrices_in(layer) is None:
+        return _by_group(name, layer, weight, compute)
+    pairs = [_by_group(f"{name}[{index}]", layer, matrix, compute) for index, matrix in enumerate(weight)]
+    return torch.stack([lora_A for lora_A, _ in pairs]), torch.stack([lora_B for _, lora_B in pairs])
+
+
+def _by_group(name: str, layer: LoRALinear, weight: Tensor, compute: Compute) -> Pair:
+    groups = groups_of(layer.base_layer)
+    parts = enumerate(weight.chunk(groups))
+    pairs = [compute(part, layer.r // groups, name, f"{name}:{i}" if i else name) for i, part in parts]
+    return torch.cat([lora_A for lora_A, _ in pairs]), torch.cat([lora_B for _, lora_B in pairs])

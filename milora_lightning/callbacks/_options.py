@@ -1,0 +1,55 @@
+"""The options of MiLoRAInit as a configuration of adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from milora_lightning.config import LoRAConfig
+
+
+def adapter_config(
+    r: int,
+    lora_alpha: float | Literal["2r"] | None,
+    rank_pattern: Mapping[str, int] | None,
+    alpha_pattern: Mapping[str, float] | None,
+    modules_to_save: str | Sequence[str] | None,
+    exclude_modules: str | Sequence[str] | None,
+    target_parameters: Sequence[str] | None,
+    **others: Any,
+) -> LoRAConfig:
+    """Make a configuration of options as YAML files have them: lists, null, and ``"2r"`` for twice each rank.
+
+    Args:
+        r: As in :class:`LoRAConfig`, as are all others.
+        lora_alpha: Likewise, or ``"2r"``.
+        rank_pattern: Likewise, or None for none.
+        alpha_pattern: Likewise.
+        modules_to_save: Likewise.
+        exclude_modules: Likewise.
+        target_parameters: Likewise.
+        **others: Options that are as in the configuration.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    >>> adapter_config(8, "2r", {"down_proj": 4}, None, ["head"], None, None).alpha("down_proj")
+    8.0
+    """
+    ranks, alphas, alpha = dict(rank_pattern or {}), dict(alpha_pattern or {}), lora_alpha
+    if alpha == "2r":
+        alpha, alphas = 2.0 * r, {**alphas, **{key: 2.0 * rank for key, rank in ranks.items() if key not in alphas}}
+    return LoRAConfig(
+        r=r,
+        lora_alpha=alpha,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        modules_to_save=_names(modules_to_save),
+        exclude_modules=_names(exclude_modules),
+        target_parameters=tuple(target_parameters or ()),
+        **others,
+    )
+
+
+def _names(names: str | Sequence[str] | None) -> str | Sequence[str]:
+    return names if isinstance(names, str) else tuple(names or ())
