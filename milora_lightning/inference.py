@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from milora_lightning.checkpoint.adapter import read_checkpoint
 from milora_lightning.checkpoint.fingerprint import only_codes, unquantized
 from milora_lightning.checkpoint.io import KEY, CheckpointError, read
 from milora_lightning.checkpoint.options import base_may_have_moved, differences, options_in
+from milora_lightning.checkpoint.reading import read_checkpoint
 from milora_lightning.data.encoding.chat import ChatTemplateError
 from milora_lightning.data.encoding.prompt_format import PromptFormat
 from milora_lightning.data.encoding.templates import name_of, with_template

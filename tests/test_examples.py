@@ -18,7 +18,7 @@ import yaml
 from helpers.models import quiet_trainer, save_tiny_model, write_examples
 
 from milora_lightning import lora_layers
-from milora_lightning.checkpoint.adapter import read_checkpoint
+from milora_lightning.checkpoint.reading import read_checkpoint
 from milora_lightning.cli.main import main
 from milora_lightning.parallel.dtensor import full_tensor
 

@@ -13,7 +13,8 @@ from milora_lightning.adapters.new_layers import saved_modules
 from milora_lightning.adapters.parts import find_part, first_few
 from milora_lightning.callbacks._configure_model import builds_itself
 from milora_lightning.config import LoRAConfig
-from milora_lightning.export.peft_format import objection, outermost_models
+from milora_lightning.export.models import outermost_models
+from milora_lightning.export.peft_trial import objection
 from milora_lightning.statistics.collecting import layers_with_needs
 from milora_lightning.strategies.base import finish, prepare
 from milora_lightning.training.averaging import check_averaging

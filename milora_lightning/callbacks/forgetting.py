@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from milora_lightning.adapters.contexts import adapters_disabled
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.data.held_out import pack, read_texts
-from milora_lightning.export.folders import find_model
+from milora_lightning.export.models import find_model
 from milora_lightning.metrics.forgetting import Forgetting
 from milora_lightning.models.pretrained import load_tokenizer
 from milora_lightning.strategies.base import calls_parts, data_rank, shards

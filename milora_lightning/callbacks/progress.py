@@ -10,10 +10,9 @@ import rich
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from milora_lightning.adapters.decomposing import Batch
+from milora_lightning.models.passes import ForwardPasses
 from milora_lightning.screen.figures import duration, peak_memory
 from milora_lightning.screen.pace import Pace, SmoothedLoss
 from milora_lightning.screen.state import RunState, Work
@@ -47,8 +46,7 @@ class RunProgress(ProgressBar):
         self.state = RunState()
         self._enabled = True
         self._view: View | None = None
-        self._hook: RemovableHandle | None = None
-        self._passes = 0
+        self._passes = ForwardPasses(self._pass)
         self._answering = False
         self._first_step = 0
         self._has_trained = False
@@ -110,7 +108,7 @@ class RunProgress(ProgressBar):
         self._close()
 
     def _close(self) -> None:
-        self._unhook()
+        self._passes.stop()
         self.stop()
 
     def initializing(self, batches: Sequence[Batch]) -> Iterator[Batch]:
@@ -277,23 +275,19 @@ class RunProgress(ProgressBar):
         if work is not None:
             work.total, work.unit = sum(batches), "batches"
         self._answering = False
-        self._unhook()
-        models = [child for child in pl_module.modules() if isinstance(child, PreTrainedModel)][:1]
-        for model in models:  # each forward pass generates one token
-            self._hook = model.register_forward_pre_hook(lambda *_: self._pass())
+        self._passes.watch(pl_module)
 
     def _begin_batch(self, batch: Any) -> None:
-        self._passes = 0
+        self._passes.restart()
         self._answering = isinstance(batch, Mapping) and "reference" in batch
         if self.state.work is not None:
             self.state.work.note = f"answering {counted(len(batch['reference']), 'prompt')}" if self._answering else ""
         self._tick()
 
-    def _pass(self) -> None:
-        self._passes += 1
+    def _pass(self, number: int) -> None:
         work = self.state.work
         if work is not None and self._answering:
-            work.note = f"{work.note.partition(' at')[0]} at token {self._passes}"
+            work.note = f"{work.note.partition(' at')[0]} at token {number}"
         self._tick()
 
     def _end_batch(self) -> None:
@@ -302,13 +296,8 @@ class RunProgress(ProgressBar):
         self._tick()
 
     def _finish_evaluation(self) -> None:
-        self._unhook()
+        self._passes.stop()
         self.state.work = None
-
-    def _unhook(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
 
     def _tick(self) -> None:
         if self._view is not None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from milora_lightning.adapters.adapter_state import INITIALIZED
@@ -20,12 +19,19 @@ from milora_lightning.adapters.parts import find_part
 from milora_lightning.adapters.settings import configured_settings, first_difference
 from milora_lightning.adapters.surgery import inject
 from milora_lightning.checkpoint.fingerprint import check_base, fingerprint, in_other_dtypes
-from milora_lightning.checkpoint.io import KEY, CheckpointError, read
+from milora_lightning.checkpoint.io import KEY, CheckpointError
+from milora_lightning.checkpoint.reading import (
+    FORMAT,
+    check_format,
+    check_tensors,
+    first_of,
+    read_checkpoint,
+    told_initialized,
+)
 from milora_lightning.config import LoRAConfig
 from milora_lightning.parallel.dtensor import is_sharded
 from milora_lightning.utils.names import key_in, rename_keys, unwrapped_name
 
-FORMAT = 1
 DROPOUT = ("lora_dropout", "dropout_on")  # may change during training
 
 
@@ -145,8 +151,8 @@ class AdapterCheckpoint:
         missing, extra = sorted(layers.keys() - adapters), sorted(adapters - layers.keys())
         if missing or extra:
             raise CheckpointError(
-                f"The checkpoint's adapters are on other layers: it has none for {_some(missing)} and has some for "
-                f"{_some(extra)}, compared with this run's target_modules. Use those it was trained with: "
+                f"The checkpoint's adapters are on other layers: it has none for {first_of(missing)} and has some for "
+                f"{first_of(extra)}, compared with this run's target_modules. Use those it was trained with: "
                 f"{saved.target_modules}."
             )
 
@@ -168,78 +174,6 @@ def _ignore_missing_base(module: nn.Module, incompatible: Any) -> None:
     incompatible.missing_keys[:] = [
         key for key in incompatible.missing_keys if not (key.startswith(prefix) and in_base(key.removeprefix(prefix)))
     ]
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a Lightning checkpoint that holds adapters, without executing any code in it.
-
-    Args:
-        path: A checkpoint file, or the checkpoint folder of a sharded run.
-
-    Returns:
-        Its content, with adapters and other trained weights under ``"state_dict"``.
-
-    Raises:
-        FileNotFoundError: If there is no such checkpoint.
-        CheckpointError: If it is damaged, is not a checkpoint, holds no adapters, or is from a newer version.
-    """
-    checkpoint = read(path)
-    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{str(path)!r} is not a Lightning checkpoint: it has no state_dict.")
-    if KEY not in state:
-        raise CheckpointError(
-            f"{str(path)!r} holds no adapters: it was saved without MiLoRAInit. If all weights were trained, add "
-            "--config method/full.yaml to fit, validate, test and predict, as in training."
-        )
-    check_format(state[KEY])
-    return checkpoint
-
-
-def told_initialized(description: Mapping[str, Any] | None) -> dict[str, bool]:
-    """Return which adapters were initialized when they were saved; empty for older checkpoints without that entry."""
-    if description is None or "uninitialized" not in description:
-        return {}
-    without = {unwrapped_name(name) for name in description["uninitialized"]}
-    return {name: name not in without for name in map(unwrapped_name, description["adapters"])}
-
-
-def check_format(description: dict[str, Any]) -> None:
-    """Refuse adapters written by a newer version of the package.
-
-    Raises:
-        CheckpointError: If the format is newer than this version reads.
-    """
-    if description["format"] > FORMAT:
-        raise CheckpointError(
-            f"The adapters were saved by a newer version of milora-lightning (format {description['format']}, this "
-            f"version reads up to {FORMAT}). Upgrade: pip install --upgrade milora-lightning"
-        )
-
-
-def check_tensors(
-    state: Mapping[str, Any], shapes: Mapping[str, torch.Size | None], optional: Collection[str] = ()
-) -> None:
-    """Refuse a state dict that does not hold exactly the tensors that a module saves.
-
-    Args:
-        state: The state dict.
-        shapes: The shape of each required entry; None for entries that are not tensors.
-        optional: Entries that may be there as well.
-
-    Raises:
-        CheckpointError: If an entry is missing, unexpected, or has another shape.
-    """
-    missing, extra = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys() - set(optional))
-    if missing or extra:
-        raise CheckpointError(
-            f"The checkpoint lacks {_some(missing)} and has unexpected {_some(extra)}, compared with this module."
-        )
-    for key, shape in shapes.items():
-        if shape is not None and state[key].shape != shape:
-            raise CheckpointError(
-                f"{key!r} has shape {tuple(state[key].shape)} in the checkpoint and {tuple(shape)} here."
-            )
 
 
 def load_adapter(module: nn.Module, path: str | Path) -> LoRAConfig:
@@ -292,12 +226,6 @@ def _base_predicate(module: nn.Module) -> Callable[[str], bool]:
         return of_a_weight or key.rpartition(".")[0] in holders  # "SCB", next to the weight
 
     return in_base
-
-
-def _some(names: list[str]) -> str:
-    if not names:
-        return "nothing"
-    return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _as_primitive(target_modules: Any) -> Any:

@@ -13,8 +13,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from milora_lightning.checkpoint.adapter import read_checkpoint
 from milora_lightning.checkpoint.io import KEY, read_without_weights
+from milora_lightning.checkpoint.reading import read_checkpoint
 from milora_lightning.models.files import ModelNotFoundError
 from milora_lightning.starts import find_start
 from milora_lightning.utils.compat.lightning import find_by_keyword

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
@@ -17,11 +16,11 @@ from milora_lightning.data.batches.images import with_their_images
 from milora_lightning.data.columns import as_columns, as_dataset
 from milora_lightning.data.encoding.prompt_format import PromptFormat, asking_suffix
 from milora_lightning.data.encoding.templates import AUTO, TemplateName, asks_otherwise, name_of, with_template
-from milora_lightning.data.encoding.turn_encoding import choose_turns
+from milora_lightning.data.kinds_of_rows import first_of_each, holds_questions, kinds_of
 from milora_lightning.data.reading.rows import BEGINNING
 from milora_lightning.data.sources import AsksLines, ShowsImages, Source, Split, Task, describe
 from milora_lightning.data.streaming.rows import stream_of
-from milora_lightning.data.tokenizing import holds, tokenize_dataset
+from milora_lightning.data.tokenizing import tokenize_dataset
 from milora_lightning.metrics import AnswerAccuracy
 from milora_lightning.utils.errors import InvalidInputError
 
@@ -89,7 +88,7 @@ class TokenizedSplits(LightningDataModule):
         self._prompts: dict[Split, datasets.Dataset] = {}  # where they are written otherwise than in training
         self._processor: ProcessorMixin | None = None
         self._unanswered: bool | None = None  # whether prompts without a response are in test; None without any
-        self._kinds: tuple[bool, bool] | None = None  # whether there are conversations, and nothing but plain texts
+        self.kinds_of: tuple[bool, bool] | None = None  # whether there are conversations, and nothing but plain texts
 
     def metric(self) -> Metric | None:
         """Make the metric that scores answers, by default :class:`AnswerAccuracy`; None if the source scores none."""
@@ -177,7 +176,7 @@ class TokenizedSplits(LightningDataModule):
         asked = [i for i, length in enumerate(examples["prompt_length"][:]) if length]  # plain texts ask nothing
         if number is None:
             return asked
-        return [asked[i] for i in _first_of_each([examples["task"][i] for i in asked], number)]
+        return [asked[i] for i in first_of_each([examples["task"][i] for i in asked], number)]
 
     def examples(self, split: Split) -> datasets.Dataset:
         """Return the tokenized examples of a split.
@@ -245,11 +244,11 @@ class TokenizedSplits(LightningDataModule):
         if dataset is None:
             return None
         dataset = as_dataset(dataset, split)
-        if self._kinds is None:
-            self._kinds = _kinds(dataset)
+        if self.kinds_of is None:
+            self.kinds_of = kinds_of(dataset)
         if split == "test" and not asks:
             lines = isinstance(self.source, AsksLines) and self.source.lines() is not None
-            self._unanswered = unanswered if lines or _asks(dataset) else None
+            self._unanswered = unanswered if lines or holds_questions(dataset) else None
         encoded = tokenize_dataset(
             dataset,
             self.tokenizer_object,
@@ -267,37 +266,8 @@ class TokenizedSplits(LightningDataModule):
 
     def _kinds_of_rows(self) -> tuple[bool, bool]:
         """Return the kinds of rows in the first split loaded; if none has been loaded, load the first one there is."""
-        if self._kinds is None:
+        if self.kinds_of is None:
             data = ((split, self._load(split)) for split in SPLITS[None])
             found = next(((split, dataset) for split, dataset in data if dataset is not None), None)
-            self._kinds = (False, False) if found is None else _kinds(as_dataset(found[1], found[0]))
-        return self._kinds
-
-
-def _asks(dataset: datasets.Dataset) -> bool:
-    """Tell whether there are rows whose last question has no answer."""
-    rows = zip(dataset["prompt"], dataset["response"], strict=True)
-    if any(prompt and not response.strip() for prompt, response in rows):
-        return True
-    talks = dataset["messages"] if "messages" in dataset.column_names else []
-    return any(choose_turns(talk, "").asks for talk in talks if talk)
-
-
-def _kinds(dataset: datasets.Dataset) -> tuple[bool, bool]:
-    """Tell whether there are conversations among the rows, and whether all rows are plain texts."""
-    return holds(dataset, "messages"), holds(dataset, "text", all_rows=True)
-
-
-def _first_of_each(tasks: Sequence[str], number: int) -> list[int]:
-    """Return the indices of the first examples of each task.
-
-    >>> _first_of_each(["a", "a", "b", "a", "b"], 2)
-    [0, 1, 2, 4]
-    """
-    seen: Counter[str] = Counter()
-    first = []
-    for index, task in enumerate(tasks):
-        seen[task] += 1
-        if seen[task] <= number:
-            first.append(index)
-    return first
+            self.kinds_of = (False, False) if found is None else kinds_of(as_dataset(found[1], found[0]))
+        return self.kinds_of

@@ -20,19 +20,17 @@ from milora_lightning.checkpoint.fingerprint import fingerprint, unquantized
 from milora_lightning.data.encoding.prompt_format import PromptFormat
 from milora_lightning.export.merging import as_dtype, is_factor, merged_state
 from milora_lightning.export.model_card import CARD, model_card
+from milora_lightning.export.models import find_model, is_in, registrations
 from milora_lightning.export.peft_attention import complete
 from milora_lightning.export.peft_format import (
+    BASE_KEY,
     HEADS,
     MERGED,
     PEFT_PREFIX,
     base_name,
     lora_config,
-    opens_otherwise,
-    outermost_models,
     peft_module_names,
-    registrations,
     task_type,
-    tried,
 )
 from milora_lightning.export.peft_layers import (
     as_written,
@@ -40,6 +38,7 @@ from milora_lightning.export.peft_layers import (
     stacked_rank,
     update_factors,
 )
+from milora_lightning.export.peft_trial import opens_otherwise, tried
 from milora_lightning.export.serving import save_tokenizer
 from milora_lightning.export.shrinking import shrunk
 from milora_lightning.models.files import takes_images
@@ -51,9 +50,6 @@ from milora_lightning.utils.folders import check_output, new_folder
 from milora_lightning.utils.messages import warn
 from milora_lightning.utils.names import unwrapped_name
 from milora_lightning.utils.precision import name_of_dtype
-
-BASE_KEY = "milora_lightning.base"
-"""The metadata entry of an exported file that holds the fingerprint of its base."""
 
 
 def export_peft(
@@ -196,34 +192,6 @@ def export_merged(
     return lost
 
 
-def find_model(module: nn.Module) -> PreTrainedModel:
-    """Return the Hugging Face model in a module, or the module itself; of several models, the one with adapters.
-
-    Raises:
-        ValueError: If there is none, or it is not clear which of several is meant.
-    """
-    models = outermost_models(module)
-    if not models:
-        raise InvalidInputError(
-            f"{type(module).__name__} contains no Hugging Face model, and only those can be exported."
-        )
-    if len(models) == 1:
-        return next(iter(models.values()))
-    chosen = {name: m for name, m in models.items() if lora_layers(m)}
-    chosen = chosen or {name: m for name, m in models.items() if any(p.requires_grad for p in m.parameters())}
-    if len(chosen) != 1:
-        names = ", ".join(map(repr, chosen or models))
-        raise InvalidInputError(
-            f"{type(module).__name__} contains several Hugging Face models that could be meant, {names}: pass "
-            f"the one to export, as in module.{next(iter(chosen or models))}."
-        )
-    return next(iter(chosen.values()))
-
-
-def _is_in(name: str, outer: str) -> bool:
-    return not outer or name.startswith(f"{outer}.")
-
-
 def _adapters(module: nn.Module, model: nn.Module) -> dict[str, LoRALinear]:
     layers = lora_layers(model)
     if not layers:
@@ -256,9 +224,9 @@ def _kept_whole(model: PreTrainedModel, layers: Mapping[str, LoRALinear]) -> lis
     heads = [n for n in modules if n.endswith(endings)] if endings else []
     parameters = [(unwrapped_name(n), p) for n, p in model.named_parameters(remove_duplicate=False)]
     owners = {n.rpartition(".")[0] for n, p in parameters if p.requires_grad and not is_factor(n, registrations(model))}
-    kept = sorted(owner for owner in owners if not any(_is_in(owner, head) for head in heads))
+    kept = sorted(owner for owner in owners if not any(is_in(owner, head) for head in heads))
     for name in kept:
-        inside = [layer for layer in layers if _is_in(layer, name)]
+        inside = [layer for layer in layers if is_in(layer, name)]
         if inside or not name:
             raise InvalidInputError(
                 f"Module {name or type(model).__name__!r} trains a parameter of its own and contains adapters, "

@@ -14,7 +14,7 @@ from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import holds_its_weight
 from milora_lightning.adapters.master_weights import compute_dtypes
 from milora_lightning.adapters.packed import LoRAPacked
-from milora_lightning.export.peft_format import registrations
+from milora_lightning.export.models import registrations
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.names import unwrapped_name
 

@@ -23,10 +23,11 @@ from milora_lightning.adapters.targets import find_targets
 from milora_lightning.checkpoint.fingerprint import check_base, fingerprint, unquantized
 from milora_lightning.checkpoint.io import CheckpointError
 from milora_lightning.config import LoRAConfig
-from milora_lightning.export.folders import BASE_KEY, find_model
+from milora_lightning.export.models import find_model
 from milora_lightning.export.peft_attention import INSIDE, TWICE, counts_twice, own_names
-from milora_lightning.export.peft_format import PEFT_PREFIX, deviations, most_common, opens_otherwise, peft_module_names
+from milora_lightning.export.peft_format import BASE_KEY, PEFT_PREFIX, deviations, most_common, peft_module_names
 from milora_lightning.export.peft_layers import as_read, from_peft, peft_shapes
+from milora_lightning.export.peft_trial import opens_otherwise
 from milora_lightning.parallel.dtensor import copy_into, full_tensor
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.names import unwrapped_name

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from milora_lightning.adapters.adapter_state import factors_tell
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
-from milora_lightning.checkpoint.adapter import AdapterCheckpoint, check_tensors, told_initialized
+from milora_lightning.checkpoint.adapter import AdapterCheckpoint
 from milora_lightning.checkpoint.io import KEY
+from milora_lightning.checkpoint.reading import check_tensors, told_initialized
 from milora_lightning.models.pretrained import decoder_layers
 from milora_lightning.strategies.loading import load_adapters
 from milora_lightning.utils.compat.lightning import whole_optimizer_states

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from milora_lightning import LoRAConfig, MiLoRAInit, export_merged, initialize, inject, load_adapter
-from milora_lightning.checkpoint.adapter import read_checkpoint
+from milora_lightning.checkpoint.reading import read_checkpoint
 
 IDS = torch.randint(0, 128, (2, 8), generator=torch.Generator().manual_seed(0))
 

@@ -25,7 +25,7 @@ from transformers import (
 
 from milora_lightning import LoRAConfig, MiLoRAInit, inject, load_adapter
 from milora_lightning.adapters.new_layers import saved_names
-from milora_lightning.checkpoint.adapter import read_checkpoint
+from milora_lightning.checkpoint.reading import read_checkpoint
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 BART = {"d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_layers": 1, "decoder_layers": 1}

@@ -25,8 +25,9 @@ from milora_lightning import (
     load_adapter,
     lora_layers,
 )
-from milora_lightning.checkpoint.adapter import FORMAT, KEY, read_checkpoint
+from milora_lightning.checkpoint.adapter import KEY
 from milora_lightning.checkpoint.fingerprint import fingerprint
+from milora_lightning.checkpoint.reading import FORMAT, read_checkpoint
 
 
 def adapters(lm: LightningModule) -> dict[str, torch.Tensor]:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from milora_lightning import CheckpointError, LoRAConfig, initialize, inject, lora_layers
-from milora_lightning.checkpoint.adapter import KEY, AdapterCheckpoint, check_format, inject_as_in
+from milora_lightning.checkpoint.adapter import KEY, AdapterCheckpoint, inject_as_in
 from milora_lightning.checkpoint.fingerprint import fingerprint
+from milora_lightning.checkpoint.reading import check_format
 
 few = settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 NUMBER = 5

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from milora_lightning import CheckpointError, load_adapter, load_for_inference, load_peft
-from milora_lightning.checkpoint.adapter import KEY, read_checkpoint
+from milora_lightning.checkpoint.adapter import KEY
+from milora_lightning.checkpoint.reading import read_checkpoint
 from milora_lightning.cli.main import MiLoRACLI
 from milora_lightning.data import SFTDataModule
 from milora_lightning.module import CausalLMModule

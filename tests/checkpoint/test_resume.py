@@ -19,7 +19,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from milora_lightning import MiLoRAInit, RandomState
-from milora_lightning.checkpoint.adapter import KEY, read_checkpoint
+from milora_lightning.checkpoint.adapter import KEY
+from milora_lightning.checkpoint.reading import read_checkpoint
 from milora_lightning.cli.main import main
 
 

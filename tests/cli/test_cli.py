@@ -16,8 +16,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from transformers import AutoModelForCausalLM
 
 from milora_lightning import MiLoRAInit, lora_layers
-from milora_lightning.checkpoint.adapter import KEY, read_checkpoint
+from milora_lightning.checkpoint.adapter import KEY
 from milora_lightning.checkpoint.options import differences
+from milora_lightning.checkpoint.reading import read_checkpoint
 from milora_lightning.cli.config_files import replaced_checkpoints
 from milora_lightning.cli.main import CONFIGS, resolve_configs
 from milora_lightning.cli.trainer_defaults import missing_options

@@ -26,9 +26,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
 from milora_lightning import SFTDataModule, adapters_disabled, load_for_inference
-from milora_lightning.cli.commands.chat import _lines
 from milora_lightning.cli.commands.prompts import conversation, read_prompts, tools_of
 from milora_lightning.cli.main import main
+from milora_lightning.cli.terminal import typed_lines
 from milora_lightning.data import Files
 from milora_lightning.data.encoding.asking import TextStream, prompt_ids
 from milora_lightning.data.encoding.prompt_format import PromptFormat
@@ -176,7 +176,7 @@ def test_what_is_piped_in_is_asked_to_its_end(chats: Path, monkeypatch: Any, cap
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
 def test_lines_of_other_encodings_are_refused(errors: str, monkeypatch: Any) -> None:
-    for read in (lambda: list(_lines()), lambda: list(read_prompts("-"))):
+    for read in (lambda: list(typed_lines()), lambda: list(read_prompts("-"))):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors=errors))
         with pytest.raises(ValueError, match="no text in UTF-8"):
             read()

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from milora_lightning.checkpoint.adapter import read_checkpoint
+from milora_lightning.checkpoint.reading import read_checkpoint
 from milora_lightning.cli import compare as comparing
 from milora_lightning.cli.comparing.measuring import Trajectory
 from milora_lightning.cli.comparing.single import Comparison, RunCLI

@@ -14,7 +14,7 @@ import torch
 from helpers.models import save_tiny_model
 
 from milora_lightning import MiLoRAInit, lora_layers
-from milora_lightning.checkpoint.adapter import read_checkpoint
+from milora_lightning.checkpoint.reading import read_checkpoint
 from milora_lightning.cli.main import CONFIGS, MiLoRACLI, main
 from milora_lightning.data import SFTDataModule
 from milora_lightning.models.pretrained import load_causal_lm

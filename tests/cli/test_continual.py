@@ -12,7 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from milora_lightning import CausalLMModule, LoRAConfig, initialize, inject
-from milora_lightning.checkpoint.adapter import read_checkpoint
+from milora_lightning.checkpoint.reading import read_checkpoint
 from milora_lightning.cli.continual import TaskCLI, TaskSequence
 from milora_lightning.cli.main import main
 from milora_lightning.inference import load_module

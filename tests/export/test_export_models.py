@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from milora_lightning import LoRAConfig, MiLoRAInit, export_merged, export_peft, initialize, inject, lora_layers
-from milora_lightning.export.peft_format import objection
+from milora_lightning.export.peft_trial import objection
 
 IDS = torch.randint(4, 60, (2, 8), generator=torch.Generator().manual_seed(0))
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

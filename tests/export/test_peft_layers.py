@@ -22,7 +22,7 @@ from milora_lightning import (
     load_peft,
     lora_layers,
 )
-from milora_lightning.export.peft_format import objection
+from milora_lightning.export.peft_trial import objection
 
 NAMES = ["one", "two", "three", "grouped", "point", "head"]
 X = torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(0))

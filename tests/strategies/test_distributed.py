@@ -29,7 +29,7 @@ from helpers.several_processes import (
 from helpers.terminal import run_in_terminal
 from safetensors.torch import load_file
 
-from milora_lightning.checkpoint.adapter import read_checkpoint
+from milora_lightning.checkpoint.reading import read_checkpoint
 from milora_lightning.cli.main import main
 from milora_lightning.parallel.work import cost, partition_by_cost, schedule_rounds
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from milora_lightning import CheckpointError, LoRAConfig, MiLoRAInit, inject, load_adapter, lora_layers
-from milora_lightning.checkpoint.adapter import KEY, AdapterCheckpoint, read_checkpoint
+from milora_lightning.checkpoint.adapter import KEY, AdapterCheckpoint
+from milora_lightning.checkpoint.reading import read_checkpoint
 from milora_lightning.training.averaging import check_averaging
 
 DECAY = 0.5

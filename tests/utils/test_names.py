@@ -27,8 +27,9 @@ from milora_lightning import (
     lora_layers,
 )
 from milora_lightning.adapters.targets import find_targets
-from milora_lightning.checkpoint.adapter import KEY, read_checkpoint
+from milora_lightning.checkpoint.adapter import KEY
 from milora_lightning.checkpoint.fingerprint import fingerprint
+from milora_lightning.checkpoint.reading import read_checkpoint
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from milora_lightning.adapters.contexts import adapters_disabled, adapters_merged
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.cli.commands.loading import load_to_ask
+from milora_lightning.cli.terminal import edit_lines, interruptible, typed_lines
 from milora_lightning.data.encoding.asking import NotAskableError, TextStream, check_askable, prompt_ids, room
 from milora_lightning.data.encoding.chat import Message
 from milora_lightning.data.encoding.prompt_format import reads_one_question
@@ -24,7 +25,6 @@ from milora_lightning.models.generation import Sampling, generate_greedily, gree
 from milora_lightning.models.processor import DtypeName
 from milora_lightning.models.turn_cache import TurnCache
 from milora_lightning.utils.counting import counted
-from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.printable import printable
 
 HELP = """\
@@ -85,15 +85,15 @@ def chat(
     one = reads_one_question(str(tokenizer.chat_template)) if earlier_turns is None else not earlier_turns
     talk = Talk(loaded, tokenizer, sampling, max_new_tokens, system, one)
     if sys.stdin.isatty():
-        _edit_lines()
+        edit_lines()
         adapters = len(lora_layers(loaded))
         name = f"{ckpt_path or model}" + (f" ({counted(adapters, 'adapter')})" if adapters else "")
         talk.note(f"{name}; /help shows the commands.")
     if one:
         talk.note("Trained on single questions: the model sees each question by itself, without earlier turns.")
     with adapters_merged(loaded):
-        for line in _lines():
-            with _interruptible() as cut:
+        for line in typed_lines():
+            with interruptible() as cut:
                 if not talk.take(line):
                     break
             if cut:  # before an answer had begun
@@ -226,7 +226,7 @@ class Talk:
         stream = TextStream(self.tokenizer, config.eos_token_id or [], self._write)
         prompt = torch.tensor([ids], device=self.model.device)
         adapters = adapters_disabled(self.model) if who == "base" else nullcontext()
-        with adapters, use_generation_config(self.model, config), torch.no_grad(), _interruptible() as cut:
+        with adapters, use_generation_config(self.model, config), torch.no_grad(), interruptible() as cut:
             cache = self.read.take(who, ids)
             tokens = generate_greedily(self.model, prompt, torch.ones_like(prompt), config, stream, cache)
             self.read.keep(who, ids + tokens[0].tolist(), cache)
@@ -237,68 +237,3 @@ class Talk:
 
     def _write(self, text: str) -> None:
         print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
-
-
-@contextmanager
-def _interruptible() -> Iterator[list[bool]]:
-    """Within this context, Ctrl-C on a terminal stops the work; the list is then not empty."""
-    cut: list[bool] = []
-    try:
-        yield cut
-    except KeyboardInterrupt:
-        if not sys.stdin.isatty():
-            raise
-        cut.append(True)
-
-
-def _lines() -> Iterator[str]:
-    """Yield the user's lines until Ctrl-D, with a prompt on a terminal."""
-    terminal = sys.stdin.isatty()
-    while True:
-        try:
-            line = _line("> " if terminal else "")
-            while line.endswith("\\"):
-                line = f"{line[:-1]}\n{_following(terminal)}"
-            line.encode()  # half characters stand for bytes that are no UTF-8 where the locale is C
-        except UnicodeError as error:
-            what = f"What is asked is no text in UTF-8 ({error})."
-            if not terminal:  # answers would no longer belong to the lines
-                raise InvalidInputError(f"{what} Convert it.") from error
-            print(what, file=sys.stderr)
-            continue
-        except EOFError:
-            if terminal:
-                print(file=sys.stderr)
-            return
-        except KeyboardInterrupt:  # discard the line
-            if not terminal:
-                raise
-            print(file=sys.stderr)
-            continue
-        yield line
-
-
-def _following(terminal: bool) -> str:
-    """Read the line that a line goes on in; none where the input ends."""
-    try:
-        return _line(". " if terminal else "")
-    except EOFError:
-        return ""
-
-
-def _line(prompt: str) -> str:
-    if prompt and sys.stdout.isatty():
-        return input(prompt)
-    print(prompt, end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line.rstrip("\n")
-
-
-def _edit_lines() -> None:
-    """Enable line editing and history with the arrow keys."""
-    try:
-        import readline  # noqa: F401
-    except ImportError:  # not on Windows
-        return

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple, cast
 from transformers import PreTrainedTokenizerBase
 
 from milora_lightning.data.encoding.chat import ChatTemplate, Message, Span, token_ids
+from milora_lightning.data.encoding.conversation import Conversation, Written, shown_text
 from milora_lightning.data.encoding.token_borders import Located, locate
 from milora_lightning.data.encoding.truncation import common_length, join
-from milora_lightning.data.encoding.turns import Conversation, Written, shown_text, write_conversation
+from milora_lightning.data.encoding.turns import write_conversation
 from milora_lightning.data.reading.values import shown
 from milora_lightning.utils.errors import InvalidInputError
 
