@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from milora_lightning.config import IGNORE_INDEX
 from milora_lightning.data.tasks.questions import Question, read_questions
-from milora_lightning.export.folders import find_model
+from milora_lightning.export.models import find_model
 from milora_lightning.models.loss import row_losses
 from milora_lightning.models.pretrained import load_tokenizer
 from milora_lightning.strategies.base import calls_parts, data_rank
