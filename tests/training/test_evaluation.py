@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from helpers.models import quiet_trainer
 from torch import Tensor, nn
 
+from milora_lightning import CausalLMModule
 from milora_lightning.metrics import AnswerAccuracy
 from milora_lightning.training import evaluation
 from milora_lightning.training.evaluation import EvaluatedModule
@@ -100,3 +104,29 @@ def test_a_rate_that_is_set_in_the_middle_keeps_to_its_schedule() -> None:
 @pytest.mark.parametrize(("given", "steps"), [(0, 0), (1, 1), (1.0, 1), (0.5, 50), (0.004, 0), (0.006, 1), (200, 200)])
 def test_warm_up_below_one_is_a_share_of_the_run(given: float, steps: int) -> None:
     assert _steps(given, 100) == steps
+
+
+@pytest.mark.parametrize(("algorithm", "clipped"), [(None, [0.3, -0.4]), ("norm", [0.3, -0.4]), ("value", [0.5, -0.5])])
+def test_gradients_are_clipped_as_asked(algorithm: str | None, clipped: list[float], tmp_path: Path) -> None:
+    lm = CausalLMModule("unused")
+    lm.trainer = quiet_trainer(tmp_path)
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, -4.0])
+    lm.configure_gradient_clipping(torch.optim.SGD([weight], lr=1.0), 0.5, algorithm)
+    torch.testing.assert_close(weight.grad, torch.tensor(clipped), rtol=1e-5, atol=1e-5)
+
+
+def test_examples_that_only_fill_a_batch_do_not_count() -> None:
+    batch = answered("The answer is: 1", "The answer is: 1", "The answer is: 2")
+    batch["reference"][2] = None
+    module = Known()
+    assert module.evaluate(batch)["val_accuracy"] == 1
+    assert len(module.predict_step(batch, 0)) == 2
+
+
+def test_an_evaluation_that_answers_nothing_has_no_accuracy() -> None:
+    module = Known()
+    module.evaluate(answered("The answer is: 1"))
+    logged = module.evaluate(of(6.0, 3))
+    assert "val_accuracy" not in logged
+    assert logged["val_perplexity"] == pytest.approx(math.exp(2))
