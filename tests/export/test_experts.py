@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.exports import logits, move, tuned
-from helpers.models import tiny_model
+from helpers.models import quiet_trainer, save_tiny_model, tiny_model
+from helpers.modules import data, module
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from milora_lightning import export_merged, export_peft, load_peft, lora_layers
+from milora_lightning import MiLoRAInit, export_merged, export_peft, load_peft, lora_layers
 from milora_lightning.adapters.experts import LoRAExperts
 from milora_lightning.export.merging import merge_adapters
 from milora_lightning.export.peft_import import peft_config
@@ -94,3 +95,17 @@ def test_adapters_that_peft_has_trained_are_the_same_function_here(options: str,
     torch.testing.assert_close(logits(model), logits(peft), rtol=0, atol=1e-5)
     assert any(isinstance(layer, LoRAExperts) for layer in lora_layers(model).values())
     assert peft_config(tmp_path) == config
+
+
+def test_a_run_starts_from_what_peft_has_trained_on_experts(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    peft = get_peft_model(tiny_model("qwen3_moe"), LoraConfig(**{"r": 4, "lora_alpha": 6, **THEIRS["patterns"]}))
+    move(peft)
+    peft.save_pretrained(tmp_path / "peft")
+    base = save_tiny_model(tmp_path / "base", "qwen3_moe")
+    run = module(base, dtype="float32", optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
+    callbacks = [MiLoRAInit(start_from=str(tmp_path / "peft"))]
+    trainer = quiet_trainer(tmp_path, max_steps=1, callbacks=callbacks, limit_val_batches=0, num_sanity_val_steps=0)
+    trainer.fit(run, data(tmp_path, base))
+    torch.testing.assert_close(logits(run.model), logits(peft), rtol=0, atol=1e-5)
+    assert sum(isinstance(layer, LoRAExperts) for layer in lora_layers(run).values()) == 4

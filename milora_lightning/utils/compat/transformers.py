@@ -51,7 +51,8 @@ def written_as_it_is(model: Any) -> Iterator[None]:
     """
     conversions = getattr(model, "_weight_conversions", None) or ()
     operations = [operation for each in conversions for operation in getattr(each, "operations", None) or ()]
-    if not any(hasattr(operation, "hf_quantizer") for operation in operations):
+    of_quantizers = any(type(operation).__module__.startswith("transformers.integrations.") for operation in operations)
+    if not of_quantizers or any(parameter.element_size() < 2 for parameter in model.parameters()):  # codes are left
         yield
         return
     model._weight_conversions = None  # that of a model which was not loaded: experts become files' tensors as usual
