@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from milora_lightning.data import SFTDataModule as SFTDataModule
     from milora_lightning.export import export_merged as export_merged
     from milora_lightning.export import export_peft as export_peft
+    from milora_lightning.export import initialize_peft as initialize_peft
     from milora_lightning.export import load_peft as load_peft
     from milora_lightning.inference import load_for_inference as load_for_inference
     from milora_lightning.linalg import singular_slice as singular_slice
@@ -64,7 +65,7 @@ _OFFERED = {
     "checkpoint": ["CheckpointError", "load_adapter"],
     "config": ["LoRAConfig"],
     "data": ["SFTDataModule"],
-    "export": ["export_merged", "export_peft", "load_peft"],
+    "export": ["export_merged", "export_peft", "initialize_peft", "load_peft"],
     "inference": ["load_for_inference"],
     "linalg": ["singular_slice"],
     "models": ["causal_attention"],

@@ -81,6 +81,7 @@ PREPARED: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "docs/devices.md": with_module,
     "docs/index.md": with_module,
     "docs/lightning.md": with_module,
+    "docs/models.md": with_module,
     "docs/screen.md": with_module,
     "docs/serving.md": with_checkpoint("runs/milora/last.ckpt"),
     "docs/start/own_project.md": with_hugging_face,

@@ -53,8 +53,9 @@ def check_no_peft(module: nn.Module) -> None:
     for name, child in module.named_modules():
         if peft is not None and isinstance(child, peft.BaseTunerLayer):
             raise InvalidInputError(
-                f"The model already carries PEFT layers, such as {name!r}: leave out get_peft_model, the adapters "
-                "injected here take their place and can be exported for PEFT afterwards."
+                f"The model already carries PEFT layers, such as {name!r}: leave out get_peft_model, as the adapters "
+                "injected here take their place and can be exported for PEFT afterwards; or leave out MiLoRAInit, and "
+                "call milora_lightning.initialize_peft(model) after get_peft_model."
             )
 
 

@@ -36,11 +36,13 @@ LARGE_SHARE = 0.1
 """Smallest share of the weights without adapters that is worth a remark."""
 
 EXPERTS = "experts in 3-D parameters"
+TRANSPOSED = "transposed convolutions"
 QUANTIZED = "linear layers whose weights are codes"
 UNSUPPORTED = (
     EXPERTS,
     "other 3-D parameters",
     "convolutions",
+    TRANSPOSED,
     "nn.MultiheadAttention's in_proj_weight",
     "recurrent layers",
     QUANTIZED,
@@ -252,7 +254,7 @@ def _kind(owner: nn.Module, name: str, parameter: Tensor, kept: set[nn.Module]) 
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) or frozen_by_user(owner) or parameter.ndim < 2:
         return None
     if isinstance(owner, ConvNd):
-        return "convolutions"
+        return TRANSPOSED if owner.transposed else "convolutions"
     if isinstance(owner, nn.MultiheadAttention):
         return "nn.MultiheadAttention's in_proj_weight"
     if isinstance(owner, nn.RNNBase):

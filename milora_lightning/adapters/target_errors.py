@@ -68,7 +68,8 @@ def no_match(module: nn.Module, what: str, layers: Mapping[str, nn.Module], targ
     if others:
         return (
             f"The {what} matches only modules of type {', '.join(sorted(others))}; adapters fit linear layers "
-            "(nn.Linear, Conv1D), convolutions (nn.Conv1d, nn.Conv2d, nn.Conv3d) and nn.Embedding: name such layers."
+            "(nn.Linear, Conv1D), convolutions (nn.Conv1d, nn.Conv2d, nn.Conv3d), nn.Embedding, and in_proj and "
+            "out_proj of nn.MultiheadAttention: name such layers."
         )
     every = sorted({name.rsplit(".", 1)[-1] for name in layers})
     endings = sorted({name.rsplit(".", 1)[-1] for name, layer in layers.items() if is_linear(layer)})

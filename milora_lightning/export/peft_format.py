@@ -110,9 +110,9 @@ def lora_config(
     task = task_type(model)
     return LoraConfig(
         r=r,
-        lora_alpha=_whole(alpha),  # type: ignore[arg-type]
+        lora_alpha=whole(alpha),  # type: ignore[arg-type]
         rank_pattern={patterns[n]: value for n, value in deviations(ranks, r).items()},
-        alpha_pattern={patterns[n]: _whole(value) for n, value in deviations(alphas, alpha).items()},
+        alpha_pattern={patterns[n]: whole(value) for n, value in deviations(alphas, alpha).items()},
         lora_dropout=0.0 if parameters else first.lora_dropout,  # which PEFT does not have for parameters
         target_modules=target_modules(model, linear) if linear else None,
         target_parameters=target_parameters(model, list(parameters.values())) if parameters else None,
@@ -194,5 +194,10 @@ def deviations(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
     return {n: v for n, v in sorted(values.items(), key=lambda item: -len(item[0])) if v != default}
 
 
-def _whole(value: float) -> float:
+def whole(value: float) -> float:
+    """Return a number as an integer if it is one, as configurations are written.
+
+    >>> whole(16.0), whole(2.5)
+    (16, 2.5)
+    """
     return int(value) if float(value).is_integer() else value

@@ -174,6 +174,14 @@ def test_mixtures_of_experts_say_what_share_is_reached(
 def test_convolutions_and_attention_that_no_adapter_fits_are_named() -> None:
     (message,) = said(nn.Sequential(nn.Conv2d(3, 64, 7), nn.Flatten(), nn.Linear(16, 8)))
     assert "convolutions 99%" in message
+    assert "Convolutions get adapters where" in message
+    (message,) = said(nn.Sequential(nn.ConvTranspose2d(3, 64, 7), nn.Flatten(), nn.Linear(16, 8)))
+    assert "transposed convolutions 99%" in message
+    assert "Convolutions get adapters where" not in message  # these get none
+    with pytest.raises(TargetNotFoundError, match="only modules of type ConvTranspose2d; adapters fit linear layers"):
+        inject(nn.Sequential(nn.ConvTranspose2d(3, 64, 7)), LoRAConfig(r=2, target_modules=["0"]))
+    with pytest.raises(TargetNotFoundError, match=r"in_proj and out_proj of nn\.MultiheadAttention: name"):
+        inject(nn.TransformerEncoderLayer(16, 2, 32), LoRAConfig(r=2, target_modules=["self_attn"]))
 
     class Own(nn.MultiheadAttention):
         def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,217 @@
+"""Fills the LoRA layers of a model that has gone through PEFT's ``get_peft_model`` with this package's starts.
+
+PEFT's layer computes W x + s B A x and cannot subtract s B₀A₀. But s (B A − B₀A₀) is the product of two factors of
+twice the rank, s [B − B₀, B₀] [A; A − A₀], which is exactly zero at the start. So a layer of rank r becomes one of rank
+2r, whose two factors are computed from A, B, A₀ and B₀. W is not written, PEFT's own code computes, merges and saves,
+and what it saves opens as a plain adapter of rank 2r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from milora_lightning.adapters.initialization import initialize
+from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.linear_layers import is_linear, largest_rank
+from milora_lightning.export.peft_format import PEFT_PREFIX, deviations, most_common, whole
+from milora_lightning.export.peft_import import PLAIN_STARTS
+from milora_lightning.starts import find_start
+from milora_lightning.utils.errors import InvalidInputError
+
+STARTED = "started"
+"""Under which a layer of PEFT holds A, B, A₀ and B₀: a name without "lora_", so that PEFT does not save them."""
+
+
+class StartedFactors(nn.Module):
+    """A and B, which train, and their initial values.
+
+    Args:
+        A: Initial factor (r, in).
+        B: Initial factor (out, r).
+    """
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        super().__init__()
+        self.A, self.B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
+        # Parameters, not buffers: DDP would broadcast buffers at every step.
+        self.initial_A, self.initial_B = (nn.Parameter(x.clone(), requires_grad=False) for x in (A, B))
+
+    def stacked(self, factor: str) -> Tensor:
+        """Return [A; A − A₀] (2r, in), or [B − B₀, B₀] (out, 2r)."""
+        if factor == "A":
+            return torch.cat([self.A, self.A - self.initial_A])
+        return torch.cat([self.B - self.initial_B, self.initial_B], dim=1)
+
+
+class StackedLinear(nn.Module):
+    """What takes the place of one of PEFT's two linear layers; it has no parameters of its own.
+
+    Args:
+        factors: Of which its weight is computed.
+        factor: ``"A"`` or ``"B"``.
+    """
+
+    bias = None
+
+    def __init__(self, factors: StartedFactors, factor: str) -> None:
+        super().__init__()
+        self._factors, self._factor = (factors,), factor  # in a tuple, as it belongs to PEFT's layer
+        self.out_features, self.in_features = self.weight.shape
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight (out, in)."""
+        return self._factors[0].stacked(self._factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the product."""
+        return F.linear(x, self.weight)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        weight = self.weight
+        destination[f"{prefix}weight"] = weight if keep_vars else weight.detach()
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        """Load nothing: what the weight is computed from is loaded."""
+
+
+def _check_state(layer: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Refuse adapters that have been saved by PEFT, from which A and B cannot be told."""
+    saved = [key for key in state if key.startswith(f"{prefix}lora_A.")]
+    if saved and f"{prefix}{STARTED}.A" not in state:
+        args[-1].append(f"{saved[0]} is of a saved adapter: open it in a model without initialize_peft.")
+
+
+def initialize_peft(
+    model: nn.Module, init: str = "milora", seed: int = 0, device: torch.device | None = None, cache: bool = True
+) -> int:
+    """Fill the LoRA layers of a PEFT model, as ``get_peft_model`` returns it, with one of this package's starts.
+
+    The base weights are not written, and the model computes what it did before. Where B₀A₀ is zero (``init="lora"``),
+    PEFT's factors get their values in place. For all other starts each layer gets twice its rank, and its factors are
+    computed from A and B, which train as by :class:`milora_lightning.MiLoRAInit`, and from their initial values.
+    ``save_pretrained`` writes adapters that open in a fresh PEFT model; ``merge_and_unload`` and ``disable_adapter``
+    work as well. Call this before a checkpoint is loaded, and again before it is loaded anew.
+
+    Args:
+        model: A PEFT model, or a module with one inside, with new adapters for linear layers; changed in place.
+        init: The start, as in :class:`milora_lightning.LoRAConfig`.
+        seed: What the random starts derive from.
+        device: Where to decompose; by default on the weights' device.
+        cache: Whether to read decompositions from the user's cache folder, and to write new ones to it.
+
+    Returns:
+        The number of layers.
+
+    Raises:
+        ValueError: If there are no such layers, they have been trained, or are of a kind that this does not fit.
+            Nothing is changed then.
+    """
+    layers, start, holder = _layers(model, init), find_start(init), nn.Module()
+    for name, (layer, adapter) in layers.items():
+        r = layer.r[adapter]
+        own = name.replace(PEFT_PREFIX, "", 1)  # by which random starts are drawn
+        holder._modules[own] = LoRALinear(layer.get_base_layer(), r, layer.scaling[adapter] * r, init=init)
+    initialize(holder, seed, device=device, cache=cache)
+    for ours, (layer, adapter) in zip(holder.children(), layers.values(), strict=True):
+        _fill(layer, adapter, cast(LoRALinear, ours))
+    if not start.zero_product:
+        _double_ranks(model, layers)
+    return len(layers)
+
+
+@torch.no_grad()
+def _fill(layer: Any, adapter: str, ours: LoRALinear) -> None:
+    own = layer.lora_A[adapter], layer.lora_B[adapter]
+    A, B = (x.detach().to(linear.weight) for x, linear in zip((ours.lora_A, ours.lora_B), own, strict=True))
+    if ours.initial_A is None:
+        for linear, value, factor in zip(own, (A, B), ("lora_A", "lora_B"), strict=True):
+            linear.weight.copy_(value)
+            linear.weight.requires_grad_(ours.frozen != factor)
+        return
+    factors = StartedFactors(A, B)
+    setattr(layer, STARTED, factors)
+    layer.register_load_state_dict_pre_hook(_check_state)
+    layer.lora_A[adapter], layer.lora_B[adapter] = StackedLinear(factors, "A"), StackedLinear(factors, "B")
+
+
+def _double_ranks(model: nn.Module, layers: Mapping[str, tuple[Any, str]]) -> None:
+    """Say in layers and in PEFT's configuration that ranks are twice what they were, and scales the same."""
+    for layer, adapter in layers.values():
+        layer.r[adapter] *= 2
+        layer.lora_alpha[adapter] = whole(layer.scaling[adapter] * layer.r[adapter])
+        layer.use_rslora[adapter] = False
+    for adapter, config in _configs(model).items():
+        own = {name.rpartition(PEFT_PREFIX)[2]: layer for name, (layer, of) in layers.items() if of == adapter}
+        ranks = {name: layer.r[adapter] for name, layer in own.items()}
+        alphas = {name: layer.lora_alpha[adapter] for name, layer in own.items()}
+        config.r, config.lora_alpha = most_common(ranks), most_common(alphas)
+        config.rank_pattern, config.alpha_pattern = deviations(ranks, config.r), deviations(alphas, config.lora_alpha)
+        config.use_rslora, config.init_lora_weights = False, True
+
+
+def _configs(model: nn.Module) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for child in model.modules():
+        found |= getattr(child, "peft_config", None) or {}
+    return found
+
+
+def _layers(model: nn.Module, init: str) -> dict[str, tuple[Any, str]]:
+    """Return PEFT's layers and the names of their adapters, by the layers' names.
+
+    Raises:
+        ValueError: If one of them cannot be filled, or there are none.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: dict[str, Any] = {n: child for n, child in model.named_modules() if isinstance(child, BaseTunerLayer)}
+    if not layers:
+        raise InvalidInputError(
+            "The model has no PEFT layers to fill: call get_peft_model first, or use MiLoRAInit, which needs no PEFT."
+        )
+    for adapter, config in _configs(model).items():
+        begun = getattr(config, "init_lora_weights", True)
+        if isinstance(begun, str) and begun not in PLAIN_STARTS:
+            raise InvalidInputError(
+                f"PEFT has changed the base weights for init_lora_weights={begun!r} of adapter {adapter!r}: load the "
+                "model anew, and leave init_lora_weights out of LoraConfig."
+            )
+    found = {}
+    for name, layer in layers.items():
+        if said := _objection(layer, init):
+            raise InvalidInputError(
+                f"The PEFT layer {name!r} {said}. Leave get_peft_model out, and use MiLoRAInit, whose adapters "
+                "export_peft writes for PEFT."
+            )
+        found[name] = layer, next(iter(layer.r))
+    return found
+
+
+@torch.no_grad()
+def _objection(layer: Any, init: str) -> str | None:
+    """Say why a layer of PEFT cannot be filled; None if it can."""
+    adapters = list(getattr(layer, "r", ()))
+    if len(adapters) != 1:
+        return f"has {len(adapters)} LoRA adapters, and one is to be filled"
+    A, B = (getattr(layer, f"lora_{factor}")._modules.get(adapters[0]) for factor in "AB")
+    if isinstance(A, StackedLinear):
+        return "has been filled already"
+    plain = type(A) is nn.Linear and type(B) is nn.Linear and is_linear(layer.get_base_layer())
+    if not plain or isinstance(layer, nn.MultiheadAttention) or hasattr(layer, "parameter_name"):
+        return f"({type(layer).__name__}) is not that of a linear layer"
+    if adapters[0] in getattr(layer, "lora_variant", {}) or B.bias is not None:
+        return "computes more than W x + s B A x (DoRA, a bias, or another variant)"
+    if layer.merged:
+        return "is merged"
+    if bool(B.weight.any()) and bool((B.weight @ A.weight).abs().max() > 1e-5):  # the orthogonal start's is nearly zero
+        return "has been trained, and filling it would lose that"
+    r, most = layer.r[adapters[0]], largest_rank(layer.get_base_layer())
+    return (
+        f"has r={r}, and its weight has {most} singular values" if r > most and not find_start(init).any_rank else None
+    )

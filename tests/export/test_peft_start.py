@@ -1,0 +1,169 @@
+"""PEFT's own layers, filled with this package's starts: exact, and saved by PEFT as plain adapters."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.exports import IDS
+from helpers.models import quiet_trainer, tiny_model
+from lightning.pytorch import LightningModule
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from milora_lightning import LoRAConfig, MiLoRAInit, initialize, initialize_peft, inject, lora_layers
+
+NAMES = ["q_proj", "down_proj"]
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def filled(init: str = "milora", kind: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> PeftModel:
+    model = get_peft_model(tiny_model(kind, dtype), LoraConfig(**{"r": 4, "lora_alpha": 6, **options}))
+    assert initialize_peft(model, init=init, cache=False) > 0
+    return model
+
+
+def ours(init: str = "milora", kind: str = "llama", **options: Any) -> nn.Module:
+    model = tiny_model(kind)
+    inject(model, LoRAConfig(**{"r": 4, "lora_alpha": 6, "target_modules": NAMES, "init": init, **options}))
+    initialize(model, cache=False)
+    return model
+
+
+def train(model: nn.Module, steps: int = 3) -> nn.Module:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    for _ in range(steps):
+        loss = model.train()(IDS, labels=IDS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("init", ["milora", "pissa", "random", "lora", "mica", "olora"])
+def test_they_start_train_and_are_saved_as_ours(init: str, tmp_path: Path) -> None:
+    model, base = filled(init, target_modules=NAMES, lora_dropout=0.0), tiny_model()
+    assert torch.equal(logits(model), logits(base))
+    theirs, mine = logits(train(model)), logits(train(ours(init)))
+    torch.testing.assert_close(theirs, mine, rtol=0, atol=1e-5)
+    assert (theirs - logits(base)).abs().max() > 1e-2
+    now = {n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in model.named_parameters()}
+    assert all(torch.equal(p, now[n]) for n, p in base.named_parameters())
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base))
+    model.save_pretrained(tmp_path)
+    opened = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    torch.testing.assert_close(logits(opened), theirs, rtol=0, atol=1e-5)
+    assert opened.peft_config["default"].r == (4 if init in ("lora", "mica") else 8)
+    assert all("lora_" in key for key in opened.state_dict() if "started" in key)
+    torch.testing.assert_close(logits(copy.deepcopy(model).merge_and_unload()), theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": NAMES, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"0.mlp.down_proj": 9}},
+        {"target_modules": NAMES, "use_rslora": True},
+        {"target_modules": "all-linear", "lora_dropout": 0.3},
+        {"kind": "gpt2", "target_modules": ["c_attn"], "fan_in_fan_out": True},
+    ],
+)
+def test_patterns_scales_and_layouts(options: dict[str, Any], tmp_path: Path) -> None:
+    kind = options.pop("kind", "llama")
+    model, base = filled(kind=kind, **options), tiny_model(kind)
+    outputs = []
+    for each in (model, base):
+        torch.manual_seed(0)  # of GPT-2's own dropout
+        outputs.append(each.train()(IDS).logits)
+    assert torch.equal(*outputs)
+    for layer in (m for m in model.modules() if hasattr(m, "started")):
+        U, S, Vh = torch.linalg.svd(layer.get_base_layer().weight.double(), full_matrices=False)
+        r = layer.r["default"] // 2
+        got = layer.scaling["default"] * layer.started.B.double() @ layer.started.A.double()
+        want = U[:, -r:] * S[-r:] @ Vh[-r:]
+        torch.testing.assert_close(got.T if kind == "gpt2" else got, want, rtol=0, atol=1e-6)
+    want = logits(train(model))
+    model.save_pretrained(tmp_path)
+    opened = PeftModel.from_pretrained(tiny_model(kind), tmp_path)
+    torch.testing.assert_close(logits(opened), want, rtol=0, atol=1e-5)
+
+
+def test_half_precision_starts_exactly() -> None:
+    model = filled(dtype=torch.bfloat16, target_modules=NAMES)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, tiny_model(dtype=torch.bfloat16)(IDS).logits)
+
+
+def test_states_are_complete_and_others_are_refused() -> None:
+    model = train(filled(target_modules=NAMES))
+    other = filled(target_modules=NAMES)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other), logits(model))
+    assert torch.equal(logits(train(other, 1)), logits(train(model, 1)))
+    plain = {k: v for k, v in model.state_dict().items() if "started" not in k}
+    with pytest.raises(RuntimeError, match="open it in a model without initialize_peft"):
+        other.load_state_dict(plain, strict=False)
+
+
+def refused(match: str, model: nn.Module, **options: Any) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=match):
+        initialize_peft(model, cache=False, **options)
+    now = model.state_dict()
+    assert now.keys() == before.keys()
+    assert all(torch.equal(value, now[name]) for name, value in before.items())
+
+
+def test_what_cannot_be_filled_is_refused() -> None:
+    def peft(**options: Any) -> PeftModel:
+        return get_peft_model(tiny_model(), LoraConfig(**{"r": 4, "target_modules": NAMES, **options}))
+
+    refused("has no PEFT layers", tiny_model())
+    refused("has been trained", train(peft()))
+    refused("has been filled already", filled(target_modules=NAMES))
+    refused("changed the base weights for init_lora_weights='pissa'", peft(init_lora_weights="pissa"))
+    refused("DoRA", peft(use_dora=True))
+    refused("is not that of a linear layer", peft(target_modules=["embed_tokens"]))
+    refused("has r=64, and its weight has", peft(r=64))
+    with pytest.raises(ValueError, match="unknown"):
+        initialize_peft(peft(), init="unknown")
+    assert initialize_peft(peft(r=64), init="lora") == 4
+
+
+class Tuned(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = filled(target_modules=NAMES)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.model(IDS, labels=IDS).loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(torch.zeros(1))
+
+
+def test_a_run_is_resumed_and_the_callback_names_both_ways(tmp_path: Path) -> None:
+    def fit(steps: int, ckpt: Path | None = None) -> Tuned:
+        module = Tuned()
+        trainer = quiet_trainer(tmp_path, max_steps=steps)
+        trainer.fit(module, ckpt_path=ckpt)
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return module
+
+    whole = fit(4)
+    fit(2)
+    assert torch.equal(logits(fit(4, tmp_path / "2.ckpt").model), logits(whole.model))
+    assert not lora_layers(whole)
+    with pytest.raises(ValueError, match=r"leave out get_peft_model.*or leave out MiLoRAInit.*initialize_peft"):
+        quiet_trainer(tmp_path, max_steps=1, callbacks=[MiLoRAInit(r=2)]).fit(Tuned())
