@@ -36,6 +36,7 @@ class ForgettingMonitor(Callback):
 
     Attributes:
         examples: By the name of the measure, its value on each sequence in the latest measurement of this rank.
+        weights: By the same name, how much each sequence counts.
 
     Args:
         text: Held-out text: a ``.txt`` file, a JSON, JSON lines or Parquet file, or a Hub name; or several of them by
@@ -76,6 +77,7 @@ class ForgettingMonitor(Callback):
         self.batch_size = batch_size
         self.tokenizer = tokenizer
         self.examples: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
         self._texts: dict[str, list[str]] = {}
         self._blocks: dict[str, Tensor] = {}
         self._before: dict[str, float] | None = None
@@ -122,6 +124,9 @@ class ForgettingMonitor(Callback):
             each[name] = self._add(metric, blocks, trainer, model, base)
             results[name] = {key: value.item() for key, value in metric.compute().items()}
         self.examples = {"forgetting_kl": torch.cat([*each.values()]).cpu()}
+        self.weights = {
+            "forgetting_kl": torch.cat([torch.full((len(of),), 1 / max(1, len(of))) for of in each.values()])
+        }
         if len(results) > 1:
             results[""] = {key: mean(of[key] for of in results.values()) for key in ("kl", "cross_entropy")}
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from milora_lightning.comparison.selection import LOSS, REPORTED
@@ -51,3 +52,20 @@ TOLD = (
 
 PLACES = {LOSS: "loss", SIZE: "size of the update, ‖ΔW‖/‖W‖", EFFECT: "effect of the update, ‖ΔWx‖/‖Wx‖"}
 """What trajectories are compared at equal values of."""
+
+
+def title_of(name: str) -> str:
+    """Return what the report calls a result; one of several texts or files has their name behind a slash.
+
+    >>> title_of("forgetting_kl/code"), title_of("val_perplexity")
+    ('KL from the base, code', 'val_perplexity')
+    """
+    general, _, part = name.partition("/")
+    title = next((measure.title for measure in TOLD if measure.name == general), general)
+    return f"{title}, {part}" if part else title
+
+
+def parts(names: Iterable[str]) -> list[str]:
+    """Return the names of what is forgotten of single texts and files."""
+    told = {measure.name for measure in TOLD if measure.is_forgetting and measure.name != "forgetting_cross_entropy"}
+    return [name for name in names if "/" in name and name.partition("/")[0] in told]

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milora_lightning.comparison.measures import TOLD
+from milora_lightning.comparison.measures import TOLD, parts, title_of
 from milora_lightning.comparison.runs import Run, by_method
 from milora_lightning.comparison.selection import SELECTION_LOSS
 
@@ -28,8 +28,9 @@ def write_page(path: Path, report: Report) -> None:
 def page_data(report: Report) -> dict[str, Any]:
     """Return what the page shows, as plain lists and numbers."""
     runs = [*((run, True) for run in report.runs), *((run, False) for run in report.sweep)]
-    titles = {"step": "optimizer step", SELECTION_LOSS: "loss on the selection set", **{m.name: m.title for m in TOLD}}
-    there = {name for run, _ in runs for row in run.rows for name in row}
+    there = dict.fromkeys(name for run, _ in runs for row in run.rows for name in row)
+    titles = {"step": "optimizer step", SELECTION_LOSS: "loss on the selection set"}
+    titles |= {name: title_of(name) for name in (*(m.name for m in TOLD), *parts(there))}
     return {
         "title": report.title,
         "setting": report.setting,

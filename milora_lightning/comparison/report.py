@@ -83,7 +83,7 @@ def make_report(
 ) -> Report:
     """Find what the runs show, and put it into words."""
     groups = by_method(runs)
-    parts = [sections.results(runs)]
+    parts = [sections.results(runs), *filter(None, [sections.by_part(runs)])]
     if len(groups) > 1:
         ends, at = at_the_end(runs, reference, margins), places(runs, reference, margins)
         area = envelope(runs, sweep, reference, margins)

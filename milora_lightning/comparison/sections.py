@@ -10,7 +10,7 @@ from statistics import mean, stdev
 import numpy as np
 
 from milora_lightning.comparison.findings import Envelope, Finding, Margins, verdicts
-from milora_lightning.comparison.measures import KL, PLACES, TOLD, Measure
+from milora_lightning.comparison.measures import KL, PLACES, TOLD, Measure, parts, title_of
 from milora_lightning.comparison.runs import Run, by_method
 from milora_lightning.comparison.selection import at_edge, best_rate, mean_losses
 from milora_lightning.comparison.statistics import DRAWS, Estimate, Judgement
@@ -70,6 +70,19 @@ def results(runs: Sequence[Run]) -> Section:
         ("method", "learning rate", *(m.title for m in measures)),
         tuple(rows),
     )
+
+
+def by_part(runs: Sequence[Run]) -> Section | None:
+    """Return what is forgotten of each text and of each file of questions; None if there is one of each at most."""
+    names = [name for name in parts(runs[0].last) if all(run.has(name) for run in runs)]
+    if not names:
+        return None
+    first = runs[0].rows[0]
+    rows = [("before training", *(f"{first[name]:.4g}" if name in first else "" for name in names))]
+    for method, of in by_method(runs).items():
+        rows.append((method, *(spread([run.last[name] for run in of]) for name in names)))
+    text = "Mean ± standard deviation over seeds, at the end of training."
+    return Section("Forgetting by text and task", text, ("method", *map(title_of, names)), tuple(rows))
 
 
 def differences(reference: str, ends: Sequence[Finding], margins: Margins, seeds: int) -> Section:

@@ -122,6 +122,35 @@ def test_dropout_is_off_while_it_is_measured_and_on_afterwards(text: Path, tmp_p
     assert monitor.measure(trainer, lm) == changed
 
 
+def test_several_texts_count_alike_and_each_is_told(text: Path, tmp_path: Path) -> None:
+    lm = LanguageModel()
+    lm.configure_model()
+    lm.tokenizer = tiny_tokenizer()
+    inject(lm, LoRAConfig(r=2))
+    initialize(lm)
+    with torch.no_grad():
+        for layer in lora_layers(lm).values():
+            layer.lora_B.add_(0.1)
+    (tmp_path / "other.txt").write_text("Below is an instruction. " * 5)
+    trainer = quiet_trainer(tmp_path)
+    places = {"sums": str(text), "other": str(tmp_path / "other.txt")}
+    options = {"block_length": 16, "max_tokens": 96, "batch_size": 2}
+    alone = {}
+    for name, place in places.items():
+        monitor = ForgettingMonitor(place, **options)
+        monitor.setup(trainer, lm, "validate")
+        alone[name] = monitor.measure(trainer, lm)["forgetting_kl"]
+        assert monitor.examples["forgetting_kl"].mean().item() == pytest.approx(alone[name], rel=1e-5)
+    both = ForgettingMonitor(places, **options)
+    both.setup(trainer, lm, "validate")
+    found = both.measure(trainer, lm)
+    assert {name: found[f"forgetting_kl/{name}"] for name in places} == pytest.approx(alone, rel=1e-5)
+    assert found["forgetting_kl"] == pytest.approx(sum(alone.values()) / 2, rel=1e-5)
+    values, weights = (of["forgetting_kl"] for of in (both.examples, both.weights))
+    assert len(set(weights.tolist())) == 2  # the texts have different lengths
+    assert ((values * weights).sum() / weights.sum()).item() == pytest.approx(found["forgetting_kl"], rel=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("sanity", [0, -1])
 def test_nothing_is_forgotten_before_training_and_something_after(

@@ -94,6 +94,7 @@ class Trajectory(Callback):
         for callback in getattr(trainer, "callbacks", []):
             if not isinstance(callback, ChoiceMonitor) or callback.every == "validation" or trainer.global_step == 0:
                 self._keep(trainer.global_step, getattr(callback, "examples", {}))
+                self._weights |= getattr(callback, "weights", {})
         if isinstance(pl_module, MeasuredModule):
             self._keep_validation(trainer, pl_module)
 
