@@ -11,7 +11,6 @@ from transformers import PretrainedConfig
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import linear_shape, matrices_in
-from milora_lightning.utils.compat.torch import TELLS_HOW_IT_KEEPS
 
 INTERMEDIATE = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff")
 """What architectures call the intermediate features of their MLP."""
@@ -59,9 +58,7 @@ def saved_by_layer(
         saved += 2 * (heads + groups) * head_dim * width + 4 * heads
     saved += 3 * active_intermediate(size) * width  # gated MLP: both products and the activation
     # The output of attention, and the gated MLP's product, which is formed again from its factors.
-    already_saved = ("down_proj",) if TELLS_HOW_IT_KEEPS else ()
-    if attention not in ("eager", "causal_blocks"):
-        already_saved = ("o_proj", *already_saved)
+    already_saved = ("down_proj",) if attention in ("eager", "causal_blocks") else ("o_proj", "down_proj")
     routed = int(getattr(size, "num_experts_per_tok", None) or 1)
     adapters = sum(_saved_by_adapters(layer, width, masks, already_saved, routed))
     return int(saved) + adapters + sum(_saved_by_trained(layer, width, already_saved))

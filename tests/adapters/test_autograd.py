@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from milora_lightning import LoRAConfig, LoRALinear, initialize, inject
 from milora_lightning.adapters.autograd import cast_stacks
 from milora_lightning.adapters.factors import stack_factors
-from milora_lightning.utils.compat.torch import TELLS_HOW_IT_KEEPS
 
 STARTS = ["milora", "pissa", "random", "middle", "lora"]
 
@@ -183,7 +182,8 @@ def test_beside_such_a_layer_the_same_is_kept() -> None:
     layer.base_layer.register_forward_hook(lambda *_: None)
     x = torch.randn(TOKENS, IN, requires_grad=True)
     kept = benchmark("cost").kept_for_backward(lambda: layer(x), [*layer.parameters(), x])
-    assert kept <= 4 * (TOKENS * 2 * R + 2 * R * (IN + OUT)) + TOKENS * IN  # and a mask
+    a_number = 8 if torch.__version__ < (2, 13) else 0  # torch 2.10 keeps one more
+    assert kept <= 4 * (TOKENS * 2 * R + 2 * R * (IN + OUT)) + TOKENS * IN + a_number  # and a mask
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -272,7 +272,6 @@ def test_a_product_is_formed_again_to_the_bit(gates: Tensor, dropout: float) -> 
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.skipif(not TELLS_HOW_IT_KEEPS, reason="torch does not tell how it keeps tensors")
 def test_a_product_is_not_kept() -> None:
     layer, gates = adapted(), torch.randn(TOKENS, 2 * IN, requires_grad=True)
     counted = benchmark("cost").kept_for_backward

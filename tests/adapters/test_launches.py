@@ -6,8 +6,6 @@ import pytest
 from helpers.benchmarks import benchmark
 from helpers.budgets import GIGABYTES, HOST_WAITS, KEPT_GIGABYTES, LAUNCHES
 
-from milora_lightning.utils.compat.torch import TELLS_HOW_IT_KEEPS
-
 launches = benchmark("launches")
 
 
@@ -25,7 +23,6 @@ def test_bytes_are_fewer_than_those_of_the_peer(dropout: float) -> None:
     assert ours.bytes < 0.9 * peer.bytes
 
 
-@pytest.mark.skipif(not TELLS_HOW_IT_KEEPS, reason="torch does not tell how it keeps tensors")
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 def test_a_model_keeps_few_bytes_for_backward(dropout: float) -> None:
     assert launches.kept_by_model(launches.ours, dropout) / 1e9 <= KEPT_GIGABYTES

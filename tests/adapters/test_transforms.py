@@ -145,6 +145,7 @@ def test_transforms(name: str, x: Tensor) -> None:
     alike(*(TRANSFORMS[name](loss, parameters, x) for loss, parameters in losses()))
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch 2.10 cannot view as another dtype in vmap, 2.13 can")
 def test_per_sample_gradients_with_dropout_draw_for_each_sample() -> None:
     layer = adapted(lora_dropout=0.5).double().train()
     x = torch.ones(64, IN, dtype=torch.float64)

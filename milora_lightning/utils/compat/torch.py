@@ -36,9 +36,6 @@ PRODUCTS_ON_X86 = {
 }
 """Which questions in ``torch.cpu``, as far as a version has them, tell of instructions for products in a dtype."""
 
-TELLS_HOW_IT_KEEPS = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")
-"""Whether autograd tells if it keeps a tensor itself or leaves that to hooks; not so in torch 2.6."""
-
 # (gradient, softmax's result, dimension, dtype of its input): what softmax's own backward calls.
 softmax_backward = torch._softmax_backward_data
 # (tensors, factor): multiplies all of them in place, as optimizers do.
@@ -96,7 +93,7 @@ def kept_factors(product: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | N
     the CPU), if one of the three was written to afterwards, or if one is not of the product's shape: it may be a
     weight, which FSDP2 has in memory only while its module needs it.
     """
-    if not TELLS_HOW_IT_KEEPS or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return None
     node: Any = product.grad_fn
     if type(node).__name__ != "MulBackward0" or product._version:
