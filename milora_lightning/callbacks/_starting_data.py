@@ -193,13 +193,16 @@ def _call(module: LightningModule) -> Callable[[Any], Any]:
 def _undisturbed(module: LightningModule) -> Iterator[None]:
     """Within this context, a module's ``training_step`` logs nothing; metrics that were fresh are so again after it."""
     fresh = [m for m in module.modules() if isinstance(m, Metric) and not m.update_called]
-    for name in ("log", "log_dict"):
-        object.__setattr__(module, name, lambda *_, **__: None)
+    before = {name: vars(module).get(name) for name in ("log", "log_dict")}
+    vars(module).update(dict.fromkeys(before, lambda *_, **__: None))
     try:
         yield
     finally:
-        for name in ("log", "log_dict"):
-            object.__delattr__(module, name)
+        for name, own in before.items():
+            if own is None:
+                del vars(module)[name]
+            else:
+                vars(module)[name] = own
         for metric in fresh:
             metric.reset()
 

@@ -21,7 +21,7 @@ from milora_lightning.parallel.dtensor import home
 from milora_lightning.starts import Start, Statistics, find_start
 from milora_lightning.starts.statistics import Need
 from milora_lightning.statistics.gradients import weight_gradients
-from milora_lightning.statistics.moments import Moments, input_moments, shared_inputs
+from milora_lightning.statistics.moments import Moments, input_moments, say_if_few, shared_inputs
 from milora_lightning.statistics.passes import Pass, Track, default_call, moved
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.memory import available
@@ -178,10 +178,13 @@ def in_groups(
         )
     room = _room(over) if room is None else room
     owners = shared_inputs(layers, over)
+    said = over.number > 0
     for names in grouped(_sizes(layers, needs), owners, room, together="gradient" not in needs):
         some = {name: layers[name] for name in names}
         gradients = weight_gradients(some, over) if "gradient" in needs else {}
-        learned = _means(input_moments(some, owners, over)) if "inputs" in needs else {}
+        sums = input_moments(some, owners, over) if "inputs" in needs else {}
+        said = said or say_if_few(sums)
+        learned = _means(sums)
         kept: dict[str, tuple[Tensor, Tensor]] = {}
         if "preserved" in needs and preserve is not None:
             kept = _means(input_moments(some, owners, replace(over, batches=preserve)))

@@ -13,6 +13,9 @@ from milora_lightning.linalg.single import full_precision
 from milora_lightning.statistics.passes import Pass, input_of, loss_of
 from milora_lightning.utils.errors import InvalidInputError
 
+SCALE = 2.0**10
+"""What the loss is multiplied by: gradients of outputs would vanish in float16; in other dtypes it changes no digit."""
+
 Receive = Callable[[Tensor, Tensor], None]
 """Takes the gradient of a layer's output (..., out), and its input (..., in)."""
 
@@ -71,14 +74,14 @@ def weight_gradients(layers: Mapping[str, nn.Module], over: Pass) -> dict[str, T
                     "none: give it a method start_loss(batch) that returns the loss of a batch as a scalar."
                 )
             # Towards the anchor alone: what trains gets no gradient, and DDP hears of nothing.
-            torch.autograd.grad(loss, anchor, allow_unused=True)
+            torch.autograd.grad(loss * SCALE, anchor, allow_unused=True)
     if missing := [name for name in layers if name not in sums]:
         raise InvalidInputError(
             f"The loss does not depend on layer {missing[0]!r} in these batches, which has no gradient to start from: "
             "leave it out (exclude_modules)."
         )
     over.sum_over_ranks(sums[name] for name in layers)
-    return {name: sums[name].div_(len(over.batches)) for name in layers}
+    return {name: sums[name].div_(SCALE * len(over.batches)) for name in layers}
 
 
 @contextmanager

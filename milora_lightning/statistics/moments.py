@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from milora_lightning.linalg.single import full_precision
 from milora_lightning.statistics.passes import Pass, counted_rows, input_of
 from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.messages import warn
 
 Calls = dict[str, tuple[int, ...]]
 """For each layer, which of the tensors of a forward pass have been its input, by numbers."""
@@ -148,6 +149,19 @@ def input_moments(layers: Mapping[str, nn.Module], owners: Mapping[str, str], ov
     if any(not each.count for each in moments.values()):
         raise InvalidInputError("No token of the batches counts: their attention_mask is zero everywhere.")
     return {name: moments[owners[name]] for name in layers}
+
+
+def say_if_few(moments: Mapping[str, Moments]) -> bool:
+    """Warn if there are fewer tokens than features, and return whether there are."""
+    few = {name: each for name, each in moments.items() if int(each.count) < len(each.sums)}
+    if few:
+        name, each = max(few.items(), key=lambda item: len(item[1].sums))
+        warn(
+            f"Statistics of {int(each.count)} tokens leave some of the {len(each.sums)} directions of the inputs of "
+            f"layer {name!r} unseen, and which of these a start from rarely used directions takes is left open: raise "
+            "statistics_batches, or give more batches."
+        )
+    return bool(few)
 
 
 def _check_shared(groups: Mapping[str, Sequence[str]], calls: Calls) -> None:

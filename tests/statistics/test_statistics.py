@@ -15,6 +15,7 @@ from milora_lightning import LoRAConfig, collect_statistics, initialize, inject
 from milora_lightning.starts import Statistics
 from milora_lightning.statistics import ranks_by_variance
 from milora_lightning.statistics.collecting import in_groups, layers_with_needs
+from milora_lightning.statistics.gradients import SCALE
 from milora_lightning.statistics.moments import Moments
 from milora_lightning.statistics.passes import Pass, counted_rows
 
@@ -87,6 +88,17 @@ def test_gradients_are_autograds_and_nothing_gets_a_grad() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_gradients_do_not_vanish_in_half_precision() -> None:
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        model = adapted("lora_one").to(dtype)
+        data = [{"x": batch["x"].to(dtype), "labels": batch["labels"]} for batch in batches()]
+        small = lambda batch, model=model: 3e-6 * ((model(batch["x"]).float() - batch["labels"]) ** 2).mean()  # noqa: E731
+        found[dtype] = collect_statistics(model, data, small)
+    for name, each in found[torch.float32].items():
+        assert (found[torch.float16][name].gradient - each.gradient).norm() < 0.1 * each.gradient.norm()
+
+
 @pytest.mark.parametrize("needs", [("inputs",), ("inputs", "preserved"), ("gradient",)])
 def test_several_passes_give_what_one_does(needs: Any) -> None:
     model = adapted("sc_lora")
@@ -116,7 +128,7 @@ def test_shares_of_ranks_add_up(init: str, monkeypatch: pytest.MonkeyPatch) -> N
     room, *parts = [one + other for one, other in zip(*sums, strict=True)]
     assert room.ndim == 0
     if init == "lora_ga":
-        found = dict(zip(whole, (part / len(data) for part in parts), strict=True))
+        found = dict(zip(whole, (part / SCALE / len(data) for part in parts), strict=True))
         expected = {name: each.gradient for name, each in whole.items()}
     else:
         thirds = zip(parts[::3], parts[2::3], strict=True)
@@ -196,6 +208,11 @@ def test_what_cannot_be_collected_is_refused(model: nn.Module, init: str, data: 
     inject(model, LoRAConfig(r=2, init=init, target_modules=targets))
     with pytest.raises(ValueError, match=message):
         collect_statistics(model, data)
+
+
+def test_too_few_tokens_are_mentioned() -> None:
+    with pytest.warns(UserWarning, match="of 8 tokens leave some of the 10 directions of the inputs of layer 'down'"):
+        collect_statistics(adapted(), batches(1))
 
 
 def test_sums_wait_for_no_device_and_keep_float32_under_autocast() -> None:
