@@ -35,11 +35,12 @@ from milora_lightning.models.files import (
     clear_errors,
     takes_images,
 )
-from milora_lightning.models.quantized import Quantization, quantized_loading, remember_stored_weights
+from milora_lightning.models.quantized import Quantization, quantized_loading, remember_stored_weights, without_mxfp4
 from milora_lightning.utils.compat.transformers import decoder_layer_names
 from milora_lightning.utils.errors import InvalidInputError, MissingFileError, MissingPackageError
 from milora_lightning.utils.folders import cache_folder, new_cache_folder
-from milora_lightning.utils.precision import dtype_of
+from milora_lightning.utils.messages import inform
+from milora_lightning.utils.precision import dtype_of, name_of_dtype
 
 # Newer releases of transformers keep GGUF weights packed unless told otherwise; older ones always unpack them.
 GgufConfig = getattr(transformers, "GgufConfig", None)
@@ -136,11 +137,16 @@ def load_causal_lm(
         if dtype != "auto":
             config.dtype = dtype_of(dtype)
         options |= quantized_loading(name_or_path, config, quantization, device)
+    dequantized = without_mxfp4(config)
     with clear_errors(name_or_path, location):
         model, loading = auto_class(config).from_pretrained(
             location, config=config, output_loading_info=True, trust_remote_code=False, **options
         )
     check_complete(name_or_path, model, loading)
+    if dequantized:
+        inform(
+            f"The files hold MXFP4 codes, which cannot be trained with: dequantized to {name_of_dtype(model.dtype)}."
+        )
     if quantization is not None:
         remember_stored_weights(model, location, quantization)
     return cast(PreTrainedModel, model)

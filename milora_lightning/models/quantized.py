@@ -82,6 +82,25 @@ def quantized_loading(
     return {"quantization_config": bnb_config, "device_map": {"": device}}
 
 
+def without_mxfp4(config: PretrainedConfig) -> bool:
+    """Have a model with MXFP4 codes in its files, as GPT-OSS's, dequantized while it is loaded.
+
+    Transformers would do that where it has no kernels for them. These compute no gradients, and hold no weights that
+    adapters could start from.
+
+    Args:
+        config: The model's configuration; changed in place.
+
+    Returns:
+        Whether it has such codes.
+    """
+    found = getattr(config, "quantization_config", None)
+    if not isinstance(found, dict) or found.get("quant_method") != "mxfp4":
+        return False
+    found["dequantize"] = True
+    return True
+
+
 def remember_stored_weights(model: PreTrainedModel, location: str, quantization: Quantization) -> None:
     """Record on each quantized layer where its unquantized weight is stored; warn if some are not found.
 

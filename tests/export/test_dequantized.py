@@ -20,7 +20,7 @@ from milora_lightning.models.pretrained import load_causal_lm
 
 BLOCK = 8
 FP8 = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic", "dequantize": True}
-MXFP4 = {"quant_method": "mxfp4", "dequantize": True, "modules_to_not_convert": ["self_attn", "router", "lm_head"]}
+MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn", "router", "lm_head"]}
 
 
 def as_fp8(name: str, weight: Tensor) -> dict[str, Tensor]:
@@ -62,9 +62,12 @@ def save(case: str, folder: Path) -> Path:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CASES)
-def test_what_was_dequantized_is_merged_and_written_without_codes(case: str, tmp_path: Path) -> None:
+def test_what_was_dequantized_is_merged_and_written_without_codes(
+    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Transformers would write FP8 codes again, without saying so in the configuration, or MXFP4's names."""
     model = load_causal_lm(str(save(case, tmp_path / "base")), "float32")
+    assert ("MXFP4 codes, which cannot be trained with: dequantized to float32" in caplog.text) == ("mxfp4" in case)
     start = logits(model)
     inject(model, LoRAConfig(r=2))
     initialize(model, cache=False)
