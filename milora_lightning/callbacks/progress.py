@@ -73,18 +73,24 @@ class RunProgress(ProgressBar):
 
     # Beginning and end
 
-    def begin(self, name: str) -> None:
+    def begin(self, name: str, total: float | None = None, unit: str = "") -> Work:
         """Begin a piece of work; the first call starts the display.
 
         Args:
             name: What is being done, such as ``"Loading the model"``.
+            total: How much there is to do, if that is known.
+            unit: What is counted, such as ``"batches"``.
+
+        Returns:
+            The work, which shows how much of it is ``done``.
         """
-        self.state.work = Work(name)
+        work = self.state.work = Work(name, total, unit)
         if self._view is None and self._enabled:
             console = rich.get_console()
             live = console.is_terminal and not console.is_dumb_terminal
             self._view = LiveView(console, self.state) if live else LineView(self.state)
             self._view.start()
+        return work
 
     def stop(self) -> None:
         """Stop the display."""
@@ -113,28 +119,23 @@ class RunProgress(ProgressBar):
 
     def initializing(self, batches: Sequence[Batch]) -> Iterator[Batch]:
         """Show the progress of the decompositions of :func:`milora_lightning.initialize`."""
-        if batches:
-            self.begin("Initializing adapters")
+        if not batches:
+            return
+        work = self.begin("Initializing adapters", sum(map(len, batches)), "matrices")
         for batch in batches:
-            work = self.state.work
-            if work is not None:
-                work.total, work.unit, work.note = sum(map(len, batches)), "matrices", batch[0][0]
+            work.note = batch[0][0]
             self._tick()
             yield batch
-            if work is not None:
-                work.done += len(batch)
-        if batches:  # the last ones are still being decomposed; after them the layers are checked
-            self.begin("Checking the adapters")
+            work.done += len(batch)
+        self.begin("Checking the adapters")  # once the last ones have been decomposed, which they are still being
 
     def measuring(self, numbers: Sequence[int]) -> Iterator[int]:
         """Show the progress of a pass over data, before training."""
-        self.begin("Collecting statistics of data")
-        work = self.state.work
-        for done, number in enumerate(numbers):
-            if work is not None:
-                work.total, work.unit, work.done = len(numbers), "batches", done
+        work = self.begin("Collecting statistics of data", len(numbers), "batches")
+        for number in numbers:
             self._tick()
             yield number
+            work.done += 1
 
     # Training
 
@@ -270,10 +271,7 @@ class RunProgress(ProgressBar):
 
     def _evaluate(self, name: str, batches: Sequence[float], pl_module: LightningModule) -> None:
         self._pace.pause()
-        self.begin(name)
-        work = self.state.work
-        if work is not None:
-            work.total, work.unit = sum(batches), "batches"
+        self.begin(name, sum(batches), "batches")
         self._answering = False
         self._passes.watch(pl_module)
 
