@@ -192,14 +192,29 @@ def _plain_gradients(
 
 
 def add_update(y: Tensor, rows: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """Add the update s B A x to y (..., out) in place, for the rows x (tokens, in); return A x (tokens, n)."""
+    """Add the update s B A x to y (..., out) in place, for the rows x (tokens, in); return A x (tokens, n).
+
+    Args:
+        y: Output to add to (..., out).
+        rows: Input as rows (tokens, in).
+        A: Stacked factor (n, in).
+        B: Stacked factor (out, n), without the scale.
+        scale: The scale s.
+    """
     hidden = rows @ A.T
     y.view(-1, B.shape[0]).addmm_(hidden, B.T, alpha=scale)
     return hidden
 
 
 def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """Compute the base layer's product, W x + bias (..., out), in the dtype of x."""
+    """Compute the base layer's product, W x + bias (..., out), in the dtype of x.
+
+    Args:
+        x: Input (..., in).
+        weight: Weight (out, in), or (in, out) if ``transposed``.
+        bias: Bias (out,), or None.
+        transposed: Whether the weight is a ``Conv1D``'s.
+    """
     W, b = _matrix(weight, x.dtype, transposed), None if bias is None else bias.to(x.dtype)
     if b is None or not transposed:
         return F.linear(x, W, b)

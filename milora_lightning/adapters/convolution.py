@@ -106,6 +106,11 @@ class LoRAConv(AddedUpdate):
 def by_group(A: Tensor, groups: int, r: int) -> Tensor:
     """Sort the rows of stacks of r by group: (n · r, in) becomes (groups, n · r / groups, in).
 
+    Args:
+        A: Factor (n · r, in), n stacks of r rows.
+        groups: Number of groups.
+        r: Rank of one stack.
+
     >>> by_group(torch.arange(8)[:, None], groups=2, r=4).tolist()
     [[[0], [1], [4], [5]], [[2], [3], [6], [7]]]
     """
@@ -114,7 +119,14 @@ def by_group(A: Tensor, groups: int, r: int) -> Tensor:
 
 
 def grouped_product(A: Tensor, B: Tensor, groups: int, r: int) -> Tensor:
-    """Multiply each group's rows of B by its rows of A: (out, n · r / groups) and (n · r, in) give (out, in)."""
+    """Multiply each group's rows of B by its rows of A: (out, n · r / groups) and (n · r, in) give (out, in).
+
+    Args:
+        A: Factor (n · r, in), n stacks of r rows.
+        B: Factor (out, n · r / groups).
+        groups: Number of groups.
+        r: Rank of one stack.
+    """
     if groups == 1:
         return B @ A
     return torch.bmm(B.view(groups, -1, B.shape[1]), by_group(A, groups, r)).flatten(0, 1)

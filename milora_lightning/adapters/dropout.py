@@ -53,7 +53,14 @@ def dropped_product(x: Tensor, factors: Factors, scaling: float, p: float) -> Te
 
 
 def drop_again(x: Tensor, p: float, mask: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return what :func:`drop` has returned, from its mask or, where that is None, from :func:`random_state` before."""
+    """Return what :func:`drop` has returned, from its mask or, where that is None, from :func:`random_state` before.
+
+    Args:
+        x: Input (..., in), as it was then.
+        p: Probability with which an entry was dropped.
+        mask: The mask that was returned, or None.
+        state: The state of the device's generator before the first draw; None where there is a mask.
+    """
     if mask is not None:
         return _masked(x, mask) if _draws_integers(x.device) else _masked_scale(x, mask, scales(x.device, p)[0]), mask
     assert state is not None

@@ -186,7 +186,14 @@ def can_merge(weight: Tensor, factors: Factors) -> bool:
 
 
 def merged_weight(weight: Tensor, factors: Factors, scaling: float, transposed: bool) -> Tensor:
-    """Compute W + s (B A − B₀A₀) in the factors' dtype and the weight's layout; arguments as for the class."""
+    """Compute W + s (B A − B₀A₀) in the factors' dtype and the weight's layout; arguments as for the class.
+
+    Args:
+        weight: Weight (out, in), or (in, out) if ``transposed``.
+        factors: A, B and their initial values.
+        scaling: The scale s.
+        transposed: Whether the weight is a ``Conv1D``'s.
+    """
     A, B = stack_factors(*factors, scaling)
     weight = weight.to(A.dtype)
     return torch.addmm(weight, A.T, B.T) if transposed else torch.addmm(weight, B, A)

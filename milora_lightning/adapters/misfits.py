@@ -22,7 +22,13 @@ from milora_lightning.adapters.tied import Owners, tied_to
 
 
 def misfit(layer: nn.Module, r: int, owners: Owners) -> str | None:
-    """Say why a layer cannot have an adapter of rank r; None if it can, or has one."""
+    """Say why a layer cannot have an adapter of rank r; None if it can, or has one.
+
+    Args:
+        layer: The layer.
+        r: Rank that the adapter is to have.
+        owners: What :func:`milora_lightning.adapters.tied.parameter_owners` gives for the whole model.
+    """
     if isinstance(layer, LoRALinear):
         return None
     weight: Tensor = layer._parameters["weight"]  # type: ignore[assignment]

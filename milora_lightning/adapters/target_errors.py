@@ -17,7 +17,14 @@ FROZEN = "was frozen by you"
 
 
 def refusal(name: str, layer: nn.Module, r: int, reason: str) -> str:
-    """Say why a layer that was named cannot have an adapter."""
+    """Say why a layer that was named cannot have an adapter.
+
+    Args:
+        name: The layer's name.
+        layer: The layer.
+        r: Rank that its adapter was to have.
+        reason: What :func:`milora_lightning.adapters.misfits.misfit` says.
+    """
     if reason == TOO_SMALL:
         most = largest_rank(layer)
         return f"{_too_large(name, layer, r)} Choose r of at most {most}, or leave the layer out of target_modules."
@@ -41,7 +48,13 @@ def _too_large(name: str, layer: nn.Module, r: int) -> str:
 
 
 def nothing_left(module: nn.Module, config: LoRAConfig, left_out: Mapping[str, str]) -> str:
-    """Say why no layer gets an adapter."""
+    """Say why no layer gets an adapter.
+
+    Args:
+        module: The module.
+        config: What is asked for.
+        left_out: The reason for each layer that gets no adapter, by name.
+    """
     if not left_out:
         if config.exclude_modules:
             return "All of target_modules is inside modules_to_save and exclude_modules: nothing is left to adapt."
@@ -63,7 +76,14 @@ def nothing_left(module: nn.Module, config: LoRAConfig, left_out: Mapping[str, s
 
 
 def no_match(module: nn.Module, what: str, layers: Mapping[str, nn.Module], target: str | None = None) -> str:
-    """Say that an entry of ``target_modules`` matches no linear layer, and which layers exist."""
+    """Say that an entry of ``target_modules`` matches no linear layer, and which layers exist.
+
+    Args:
+        module: The module that was searched.
+        what: The entry, as it is called in the message.
+        layers: The layers that can have adapters, by name.
+        target: The entry if it is a name, to suggest a similar one.
+    """
     others = {type(m).__name__ for n, m in modules_by_name(module).items() if target and ends_with(n, target)}
     if others:
         return (

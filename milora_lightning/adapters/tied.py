@@ -26,6 +26,11 @@ def parameter_owners(module: nn.Module) -> Owners:
 def tied_to(layer: nn.Module, weight: Tensor, owners: Owners) -> list[str]:
     """Return the names of the parameters of other modules that share a layer's weight.
 
+    Args:
+        layer: The module that holds the weight.
+        weight: The weight.
+        owners: What :func:`parameter_owners` gives for the whole model.
+
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     >>> model[1].weight = model[0].weight
     >>> tied_to(model[0], model[0].weight, parameter_owners(model))

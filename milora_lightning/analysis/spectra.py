@@ -149,7 +149,14 @@ class Reference(NamedTuple):
 
 
 def reference_vectors(name: str, weight: Tensor, r: int, k: int) -> Reference:
-    """Return what the update of rank r of a layer's weight is compared with; k as for :func:`analyze_matrix`."""
+    """Return what the update of rank r of a layer's weight is compared with; k as for :func:`analyze_matrix`.
+
+    Args:
+        name: The layer's name, from which random subspaces derive.
+        weight: Its weight (out, in).
+        r: Rank of the update.
+        k: Number of principal directions, as for :func:`analyze_matrix`.
+    """
     triplets = _triplets(weight)
     k = _principal(k, weight, r)
     subspaces = reference_subspaces(triplets.U, r, subspace_generator(name))

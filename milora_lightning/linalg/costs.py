@@ -50,6 +50,12 @@ def in_double(k: int, n: int) -> Operations:
 def in_single(k: int, n: int, r: int, passes: int = 4) -> Operations:
     """Count the same in float32, and the products and factorizations in float64 that refine the wanted triplets.
 
+    Args:
+        k: Length of the short side.
+        n: Length of the long side.
+        r: Number of triplets.
+        passes: Number of refinements in float64.
+
     >>> operations = in_single(1000, 2000, 10)
     >>> operations.single == in_double(1000, 2000).double, operations.double < operations.single / 5
     (True, True)

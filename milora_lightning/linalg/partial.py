@@ -38,7 +38,15 @@ def takes_all(k: int, r: int) -> bool:
 
 
 def certified_part(W: Tensor, energy: Tensor, start: int, r: int, single: bool) -> Triplets | None:
-    """Compute triplets ``start`` to ``start + r`` of W (k, n), k ≤ n, or None where none can be certified."""
+    """Compute triplets ``start`` to ``start + r`` of W (k, n), k ≤ n, or None where none can be certified.
+
+    Args:
+        W: Weight in float64, short side first.
+        energy: Its squared Frobenius norm.
+        start: Index of the first triplet, in descending order of singular values.
+        r: Number of triplets.
+        single: Whether eigenvectors are computed in float32 first, and refined.
+    """
     if not 1e-200 < energy < 1e200:
         return None  # its squares underflow or overflow, or it is zero
     for candidate in _candidates(W, energy, start, r, single):

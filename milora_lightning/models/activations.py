@@ -36,7 +36,16 @@ def _intermediate(size: Any) -> int:
 def saved_by_layer(
     layer: nn.Module, config: PretrainedConfig, width: int, length: int, masks: bool, attention: str
 ) -> int:
-    """Return the bytes per token that a decoder layer saves for backward."""
+    """Return the bytes per token that a decoder layer saves for backward.
+
+    Args:
+        layer: The layer, with its adapters.
+        config: The model's configuration.
+        width: Bytes of a number in the dtype that the model computes in.
+        length: Length of the sequences in tokens.
+        masks: Whether dropout masks are kept.
+        attention: Name of the implementation of attention.
+    """
     size = config.get_text_config()
     heads = size.num_attention_heads
     groups = getattr(size, "num_key_value_heads", None) or heads

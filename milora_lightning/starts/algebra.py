@@ -65,7 +65,14 @@ class Part:
     def triplets(
         self, weight: Tensor, r: int, statistics: Any = None, generator: torch.Generator | None = None
     ) -> SingularSlice:
-        """Compute the start as r triplets of a weight (out, in); singular values below rounding are exactly zero."""
+        """Compute the start as r triplets of a weight (out, in); singular values below rounding are exactly zero.
+
+        Args:
+            weight: Weight (out, in).
+            r: Number of triplets.
+            statistics: Not used: these starts depend on the weight alone.
+            generator: CPU generator for random directions.
+        """
         if self.directions == "gaussian":
             U, V = (orthonormal(n, r, generator).float().to(weight.device) for n in weight.shape)
             found = SingularSlice(U, torch.ones(r, device=U.device), V.mT)

@@ -81,6 +81,14 @@ def training_order(
 ) -> Indices:
     """Order examples as :func:`grouped_order` does, or, if not grouped, uniformly at random.
 
+    Args:
+        lengths: Length of each example in tokens.
+        seed: Seed of the order.
+        epoch: Number of the epoch; each has another order.
+        global_batch: Number of examples in a batch over all ranks.
+        shuffle: Whether the order is random.
+        group_by_length: Whether examples of similar lengths share a batch.
+
     >>> [sorted(training_order([3, 1, 2], 0, epoch, 1, group_by_length=False).tolist()) for epoch in (0, 1)]
     [[0, 1, 2], [0, 1, 2]]
     """

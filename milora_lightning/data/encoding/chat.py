@@ -191,6 +191,12 @@ def write(
 ) -> str:
     """Write messages in a tokenizer's chat template, with the generation prompt if ``generates``.
 
+    Args:
+        messages: The messages, with ``role`` and ``content``.
+        tokenizer: The tokenizer, which has the template.
+        generates: Whether the text ends where an answer is to begin.
+        tools: Descriptions of functions that the model may call.
+
     Raises:
         ChatTemplateError: If the template refuses them.
     """
@@ -209,6 +215,12 @@ def write(
 
 def check_prefix(prompt: str, whole: str, tokenizer: PreTrainedTokenizerBase, prefill: str = "") -> None:
     """Check that a chat begins with its prompt.
+
+    Args:
+        prompt: The prompt, as written for generation.
+        whole: The chat with its answer.
+        tokenizer: The tokenizer, for the message.
+        prefill: Text that the answer starts with; it belongs to the prompt.
 
     Raises:
         ChatTemplateError: If it does not.

@@ -84,7 +84,16 @@ class Watched(dict[str, Any]):
 def checked_rows(
     records: Iterable[tuple[int, Any]], name: str, fields: Fields, convert: Convert, task: str, unanswered: bool = False
 ) -> Iterator[Row]:
-    """Make rows of records, all of them; see :func:`rows_after`."""
+    """Make rows of records, all of them; see :func:`rows_after`.
+
+    Args:
+        records: Row numbers and contents.
+        name: Where the records come from, for messages.
+        fields: The field that each column is read from; ``"auto"`` to recognise it.
+        convert: Converts a record to one with these fields.
+        task: Name of the test set; empty to read it from a field, if there is one.
+        unanswered: Whether a record may lack the field of the response.
+    """
     return cast("Iterator[Row]", rows_after(0, records, name, fields, convert, task, unanswered))
 
 
