@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from milora_lightning.adapters.initialization import initialize
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import is_linear, largest_rank
+from milora_lightning.export.peft_folder import PLAIN_STARTS
 from milora_lightning.export.peft_format import PEFT_PREFIX, deviations, most_common, whole
-from milora_lightning.export.peft_import import PLAIN_STARTS
 from milora_lightning.starts import find_start
 from milora_lightning.utils.errors import InvalidInputError
 
