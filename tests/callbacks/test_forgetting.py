@@ -131,7 +131,7 @@ def test_several_texts_count_alike_and_each_is_told(text: Path, tmp_path: Path) 
     with torch.no_grad():
         for layer in lora_layers(lm).values():
             layer.lora_B.add_(0.1)
-    (tmp_path / "other.txt").write_text("Below is an instruction. " * 5)
+    (tmp_path / "other.txt").write_text("Below is an instruction. " * 2)
     trainer = quiet_trainer(tmp_path)
     places = {"sums": str(text), "other": str(tmp_path / "other.txt")}
     options = {"block_length": 16, "max_tokens": 96, "batch_size": 2}

@@ -16,6 +16,7 @@ import yaml
 
 from milora_lightning.checkpoint.reading import read_checkpoint
 from milora_lightning.cli import compare as comparing
+from milora_lightning.cli.comparing import single
 from milora_lightning.cli.comparing.measuring import Trajectory
 from milora_lightning.cli.comparing.single import Comparison, RunCLI
 from milora_lightning.cli.main import main
@@ -272,7 +273,7 @@ def test_seeds_that_are_reported_choose_no_rates(tmp_path: Path, recorded: list[
 
 
 def test_a_run_is_given_its_own_seed_rate_and_method(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparing, "RunCLI", lambda arguments: arguments)
+    monkeypatch.setattr(single, "RunCLI", lambda arguments: arguments)
     arguments = Comparison(["--config", "mine.yaml"], {"a": ["--config", "method/a.yaml"]}, Path()).parse(
         Run("a", 3e-4, 6)
     )
