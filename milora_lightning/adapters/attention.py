@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.packed import PROJECTIONS, PackedWeight, adapter_of, projections
@@ -24,8 +25,9 @@ from milora_lightning.utils.names import unwrapped_name
 
 def _read(name: str) -> property:
     def weight(self: nn.Module) -> Tensor | None:
-        adapter = adapter_of(self, name)
-        return cast("Tensor | None", self._parameters[f"{name}_weight"]) if adapter is None else adapter.weight
+        adapter, own = adapter_of(self, name), self._parameters[f"{name}_weight"]
+        # FSDP2 takes what it reads between two calls for the parameter, which is in shards then.
+        return own if adapter is None or isinstance(own, DTensor) else adapter.weight
 
     return property(weight, doc=f"The weight of ``{name}``, with the update of its adapter.")
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from milora_lightning.adapters.adapter_state import factors_tell
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.packed import LoRAPacked
 from milora_lightning.checkpoint.adapter import AdapterCheckpoint
 from milora_lightning.checkpoint.io import KEY
 from milora_lightning.checkpoint.reading import check_tensors, told_initialized
@@ -80,8 +81,13 @@ class MiLoRAFSDPStrategy(FSDPStrategy):
         """Refuse a module whose parameters are not all float32, which FSDP1 cannot shard together.
 
         Raises:
-            ValueError: If a parameter has another dtype.
+            ValueError: If a parameter has another dtype, or a projection of ``nn.MultiheadAttention`` an adapter.
         """
+        if any(isinstance(child, LoRAPacked) for child in module.modules()):
+            raise InvalidInputError(
+                "FSDPStrategy (FSDP1) writes what it reads as in_proj_weight of an nn.MultiheadAttention, W + ΔW, in "
+                "place of W: use FSDP2 (strategy: milora_fsdp2), or leave it out (exclude_modules: [in_proj])."
+            )
         other = {p.dtype for p in module.parameters() if p.is_floating_point()} - {torch.float32}
         if other:
             raise InvalidInputError(
