@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -80,19 +81,52 @@ def with_cache(key: str, collect: Callable[[], Iterator[Group]], expected: int, 
     if not writes or folder.is_dir():  # a damaged one is there to be deleted by the user, as the warning says
         yield from collect()
         return
-    groups = collect()
-    try:
-        with new_cache_folder(folder) as unfinished:
-            for number, group in enumerate(groups):
-                _write(unfinished / f"{number}.safetensors", group)
-                yield group
-    except (OSError, SafetensorError) as error:
+    with _Keeping(folder) as keeping:
+        for group in collect():
+            keeping.add(group)
+            yield group
+
+
+class _Keeping:
+    """A new entry, which is there once all groups are in it. Where it cannot be written, a warning says so."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._stack, self._number = folder, ExitStack(), 0
+        self._unfinished: Path | None = None
+
+    def __enter__(self) -> _Keeping:
+        try:
+            self._unfinished = self._stack.enter_context(new_cache_folder(self._folder))
+        except OSError as error:
+            self._say(error)
+        return self
+
+    def add(self, group: Group) -> None:
+        """Write a group."""
+        if self._unfinished is None:
+            return
+        try:
+            _write(self._unfinished / f"{self._number}.safetensors", group)
+            self._number += 1
+        except (OSError, SafetensorError) as error:
+            self._unfinished = None
+            self._stack.__exit__(type(error), error, error.__traceback__)
+            self._say(error)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            self._stack.__exit__(kind, error, trace)
+        except OSError as problem:
+            if problem is error:
+                raise
+            self._say(problem)
+
+    def _say(self, error: Exception) -> None:
         warn(
-            f"Statistics cannot be kept in {str(folder.parent)!r} ({error}): later runs collect them again. Set "
+            f"Statistics cannot be kept in {str(self._folder.parent)!r} ({error}): later runs collect them again. Set "
             "MILORA_CACHE to a folder that can be written.",
             from_any_rank=True,
         )
-        yield from groups  # what has not been collected yet
 
 
 def _all(flag: bool, ranks: int) -> bool:

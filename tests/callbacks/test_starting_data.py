@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -133,6 +134,31 @@ def test_damaged_and_large_statistics(
     monkeypatch.setattr(kept, "LARGEST", 10)
     fitted(tmp_path, module=Small(weight=2.0))
     assert len(list((cache / "statistics").iterdir())) == 1
+
+
+@pytest.mark.parametrize("when", ["from the first", "while writing"])
+def test_what_cannot_be_kept_is_used_all_the_same(
+    when: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = starts(fitted(tmp_path, cache=False))
+    if when == "from the first":
+        cache.write_text("")  # a file where the folder should be
+    else:
+        monkeypatch.setattr(kept, "save_file", Mock(side_effect=OSError("no space left")))
+    with pytest.warns(UserWarning, match="Statistics cannot be kept"):
+        found = starts(fitted(tmp_path))
+    assert all(torch.equal(each, expected[name]) for name, each in found.items())
+    assert not list(cache.glob("statistics/*"))
+
+
+def test_a_failure_while_data_are_run_leaves_nothing_behind(tmp_path: Path, cache: Path) -> None:
+    class Failing(Small):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            raise OSError("a file of the user's")
+
+    with pytest.raises(OSError, match="of the user's"):
+        fitted(tmp_path, module=Failing())
+    assert not list(cache.glob("statistics/*"))
 
 
 def test_a_resumed_run_takes_nothing_from_data(tmp_path: Path, passes: list[int]) -> None:
