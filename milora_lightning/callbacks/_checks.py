@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from milora_lightning.adapters.injection import lora_layers
@@ -108,11 +114,9 @@ def check_optimizers(trainer: Trainer, module: LightningModule, config: LoRAConf
 def say_without_gradient(module: LightningModule, optimizer: Optimizer) -> None:
     """Warn of an optimizer's adapters that have no gradient at its first step."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    names = []
-    for name, layer in lora_layers(module).items():
-        factors = [p for p in (layer.lora_A, layer.lora_B) if id(p) in held]
-        if factors and all(p.grad is None for p in factors):
-            names.append(name)
+    layers = {n: [p for p in (m.lora_A, m.lora_B) if id(p) in held] for n, m in lora_layers(module).items()}
+    layers = {name: factors for name, factors in layers.items() if factors}
+    names = [name for name, reached in zip(layers, _reached([*layers.values()]), strict=True) if not reached]
     if names:
         parts = sorted({name.split(".")[0] for name in names})
         warn_once(
@@ -121,6 +125,20 @@ def say_without_gradient(module: LightningModule, optimizer: Optimizer) -> None:
             "no_grad, or not at all, does not train. "
             f"Leave it out (exclude_modules={parts}), or name the part to adapt (module).",
         )
+
+
+def _reached(layers: Sequence[Sequence[Tensor]]) -> list[bool]:
+    """Tell to which layers' factors a gradient has come; of shards all ranks must call this.
+
+    A rank has zeros for what it has not used of a model in shards, and may have zeros alone of what others have.
+    """
+    gradients = [[p.grad for p in factors if p.grad is not None] for factors in layers]
+    if not any(isinstance(p, DTensor) for factors in layers for p in factors):
+        return [bool(found) for found in gradients]
+    mine = [any(bool((g.to_local() if isinstance(g, DTensor) else g).any()) for g in found) for found in gradients]
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, mine)
+    return [any(flags) for flags in zip(*everybody, strict=True)]
 
 
 def warn_of_export(module: LightningModule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from helpers.models import MIXTURES
 from milora_lightning import LoRAConfig, initialize, inject, load_peft, lora_layers
+from milora_lightning.callbacks._checks import say_without_gradient
 from milora_lightning.models.sharding import reduce_unused, shard
 from milora_lightning.parallel.dtensor import full_tensor, local_slices
 
@@ -96,7 +98,7 @@ class Choosing(nn.Module):
 
 def unused_run() -> dict[str, Any]:
     """Compare gradients where the ranks call different layers: in shards, and of one process."""
-    found = {}
+    found: dict[str, Any] = {}
     for name in ("whole", "fsdp2"):
         model = Choosing()
         inject(model, LoRAConfig(r=2))
@@ -107,7 +109,11 @@ def unused_run() -> dict[str, Any]:
         mine = [dist.get_rank()] if name == "fsdp2" else [0, 1]
         (sum(model(rank) for rank in mine) / len(mine)).backward()
         found[name] = gradients(model)
-    return found
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        say_without_gradient(model, optimizer)
+    return {**found, "said": [str(each.message) for each in said]}
 
 
 def read_run(folder: Path) -> dict[str, Any]:

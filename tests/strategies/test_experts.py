@@ -49,6 +49,9 @@ def test_experts_that_a_rank_sends_no_token_have_the_gradients_of_the_whole(way:
 )
 def test_layers_that_one_rank_alone_has_called_keep_their_own_gradients(ranks: tuple[Runs, Runs]) -> None:
     """FSDP2 would sum the gradients of one rank's expert and of another's."""
+    assert not ranks[1]["experts"]["unused"]["said"]
+    (said,) = ranks[0]["experts"]["unused"]["said"]  # of what has zeros on all ranks
+    assert "No gradient has reached the adapters of 'experts.2' in" in said
     for run in ranks:
         found = run["experts"]["unused"]
         never = [name for name in found["fsdp2"] if "experts.2" in name]
