@@ -14,7 +14,7 @@ import pytest
 from helpers import imitated_worker
 from helpers.imitated_worker import DIES, FAILS, WAITS
 
-from milora_lightning.cli.comparing import side_by_side
+from milora_lightning.cli.comparing import side_by_side, worker
 from milora_lightning.cli.comparing.side_by_side import environments, train_side_by_side
 from milora_lightning.cli.comparing.single import Comparison
 from milora_lightning.comparison.runs import Examples, Run
@@ -91,3 +91,14 @@ def test_cores_are_shared_out() -> None:
     assert environments(4, [], 2)[0] == {"OMP_NUM_THREADS": "1"}
     devices = [each["CUDA_VISIBLE_DEVICES"] for each in environments(4, ["0", "2"], 8)]
     assert devices == ["0", "2", "0", "2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [(["--config", "absent.yaml"], "absent.yaml"), (["--model.name_or_path", "m", "--adapter.r", "x"], "options")],
+)
+def test_a_worker_says_why_it_could_not_train(options: list[str], reason: str, tmp_path: Path) -> None:
+    run = {"method": "a", "learning_rate": 1e-3, "seed": 0}
+    job = {"fit": options, "methods": {"a": []}, "output": str(tmp_path), "run": run, "save": False}
+    assert reason in str(worker._train(job))
+    assert list(tmp_path.iterdir()) == []

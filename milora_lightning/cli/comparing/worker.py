@@ -37,7 +37,9 @@ def _train(job: dict[str, Any]) -> str | None:
     try:
         comparison = Comparison(job["fit"], job["methods"], Path(job["output"]))
         comparison.train(Run(**job["run"]), job["save"])
-    except (Exception, SystemExit) as error:
+    except SystemExit as error:  # an option that cannot be read: the log says which
+        return error.code if isinstance(error.code, str) else "its options cannot be read"
+    except Exception as error:
         traceback.print_exc()
         return sentence(error) or f"{type(error).__name__}: {error}"
     finally:
