@@ -65,7 +65,7 @@ def mixture_alone(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def ranks(folder: Path, single: dict[str, Any]) -> tuple[Runs, Runs]:
     def make() -> None:
-        statuses = run_ranks(lambda: save(on_two_ranks(folder), folder), folder)
+        statuses = run_ranks(lambda: save(on_two_ranks(folder), folder), folder, limit=1500)  # on a busy machine
         assert statuses == [0, 0], [(folder / f"output{rank}.txt").read_text()[-3000:] for rank in range(2)]
 
     once(folder, "ranks", make)
