@@ -1,6 +1,6 @@
 """``continual``: learns tasks one after the other, and measures all of them after each.
 
-After each task its adapters are folded into the weights. The folded model is what the next task decomposes anew and
+After each task its adapters are folded into the weights. The folded model is what the next task decomposes and
 starts at, exactly, as any adapters here start at their model.
 """
 
@@ -27,7 +27,7 @@ from milora_lightning.export.folders import export_merged
 from milora_lightning.metrics.results import results
 from milora_lightning.module import CausalLMModule
 from milora_lightning.utils.errors import InvalidInputError
-from milora_lightning.utils.folders import new_folder
+from milora_lightning.utils.folders import new_folder, replaced_file
 from milora_lightning.utils.messages import each_said_once
 
 RESULTS, CONFIG, MODEL, FOLDING = "results.json", "config.yaml", "model", "folding.json"
@@ -188,17 +188,15 @@ class TaskSequence:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    with replaced_file(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def continual(fit: Sequence[str], tasks: list[str], output: str, keep_models: Literal["all", "last"] = "all") -> None:
     """Learn tasks one after the other, and measure all of them before training and after each.
 
     Takes the options of fit. Each task is a config of its own, such as one with another data.source. After each, its
-    adapters are folded into the weights (output/1-NAME/model), and the next task decomposes these anew. Writes
+    adapters are folded into the weights (output/1-NAME/model), and the next task decomposes these. Writes
     results.csv and report.md with the matrix of results, averages, backward transfer and forgetting. An interrupted
     sequence continues with the task that was not finished, and tasks may be added at its end.
 

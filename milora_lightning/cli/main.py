@@ -135,7 +135,7 @@ class MiLoRACLI(LightningCLI):
         full = self._given.get("adapter.init") == "full"
         checkpoint = read_for_options(path, adapters=not full)
         saved = options_in(checkpoint)
-        if self._given_to != "fit":  # which decides anew how to train
+        if self._given_to != "fit":  # which decides for itself how to train
             state = data_state(checkpoint)
             self._trained_with = PromptFormat.found_in(checkpoint)
             saved.update({f"data.{name}": state[name] for name in (TRAIN_ON, TRAIN_ON_INPUTS) if name in state})

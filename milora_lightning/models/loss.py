@@ -41,7 +41,7 @@ def causal_lm_loss(
     The output embeddings are applied only to the hidden states whose next label counts. If they are a frozen linear
     layer and the model returns their output unchanged, the logits are computed chunk by chunk, and each chunk is
     turned into its gradient at once (:func:`linear_cross_entropy`). Otherwise (trained heads, soft caps, scaled
-    logits) the model's own logits are used. Every call decides this anew from what the model did with the output
+    logits) the model's own logits are used. Every call decides this from what the model did with the output
     (:mod:`milora_lightning.models.supervision`).
 
     Args:

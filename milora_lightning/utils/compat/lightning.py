@@ -73,7 +73,7 @@ def find_by_keyword(trainer: Trainer, keyword: str, function: TrainerFn) -> Any:
 
 
 def training_data(trainer: Trainer) -> Any:
-    """Return what a Trainer takes its training batches from, made anew by whoever has a ``train_dataloader``."""
+    """Return what a Trainer takes its training batches from, made once more by whoever has a ``train_dataloader``."""
     return trainer.fit_loop._data_source.dataloader()
 
 
