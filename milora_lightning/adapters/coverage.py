@@ -36,10 +36,12 @@ LARGE_SHARE = 0.1
 """Smallest share of the weights without adapters that is worth a remark."""
 
 EXPERTS = "experts in 3-D parameters"
+EXPERTS_2D = "experts in 2-D parameters"
 TRANSPOSED = "transposed convolutions"
 QUANTIZED = "linear layers whose weights are codes"
 UNSUPPORTED = (
     EXPERTS,
+    EXPERTS_2D,
     "other 3-D parameters",
     "convolutions",
     TRANSPOSED,
@@ -261,4 +263,6 @@ def _kind(owner: nn.Module, name: str, parameter: Tensor, kept: set[nn.Module]) 
         return "recurrent layers"
     if parameter.ndim > 2 and parameter.shape[0] > 1:  # not position embeddings of shape (1, n, d)
         return EXPERTS if "expert" in name or "Experts" in type(owner).__name__ else "other 3-D parameters"
+    if "experts" in name.split(".") and not is_linear(owner) and not name.endswith("bias"):
+        return EXPERTS_2D  # DBRX's, one below the other
     return "other linear layers" if is_linear(owner) else "other weights"

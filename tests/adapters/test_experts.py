@@ -237,6 +237,15 @@ def test_factors_are_stacked_once_for_generation_and_again_when_they_change(dtyp
     assert factor.grad is not None
 
 
+def test_experts_in_2d_parameters_are_said_to_get_none() -> None:
+    """As DBRX keeps them, all experts one below the other."""
+    model = nn.ModuleDict({"q": nn.Linear(8, 8), "experts": Experts()})
+    model["experts"].down_proj = nn.Parameter(torch.randn(24, 8))
+    with pytest.warns(UserWarning, match=r"reach 25% .* experts in 2-D parameters 75% stay frozen without adapters"):
+        inject(model, LoRAConfig(r=2))
+    assert list(lora_layers(model)) == ["q"]
+
+
 class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
