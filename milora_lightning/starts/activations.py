@@ -17,6 +17,7 @@ from milora_lightning.linalg.symmetric import extreme_eigenpairs
 from milora_lightning.starts.algebra import significant
 from milora_lightning.starts.methods import Pair
 from milora_lightning.starts.statistics import Statistics, wanted
+from milora_lightning.utils.errors import InvalidInputError
 
 DAMPING = 0.01
 """What CorDA adds to the diagonal of C, over its mean: C of few tokens has no inverse."""
@@ -36,10 +37,13 @@ def corda(
 
     The minor ones keep what the data of C need (knowledge-preserved mode), the principal ones are adapted to them
     (instruction-previewed mode). C is damped by 1 % of its mean diagonal, as in the authors' code. B A does not depend
-    on the scale of C, but how it is shared out between A and B does: C is the mean over tokens here.
+    on the scale of C, but how it is shared out between A and B does: C is scaled to a mean diagonal of 1 here, whose
+    order of magnitude is that of the authors', who divide each sample by its maximum and sum over its 2048 tokens.
     """
     C = wanted(statistics, "inputs", weight)
-    C = C + torch.eye(len(C), dtype=C.dtype, device=C.device) * (DAMPING * C.diagonal().mean())
+    if not (size := C.diagonal().mean()) > 0:
+        raise InvalidInputError("the statistics 'inputs' are zero: nothing but zeros has reached the layer")
+    C = C / size + DAMPING * torch.eye(len(C), dtype=C.dtype, device=C.device)
     WC = in_double(weight) @ C
     U, S, Vh = significant(WC, singular_slice(WC, r, which))
     return SingularSlice(U, S, torch.linalg.solve(C, Vh.mT.to(C)).mT)

@@ -56,7 +56,14 @@ def test_corda(init: str, shape: tuple[int, int]) -> None:
     U, S, Vh = torch.linalg.svd(W @ C, full_matrices=False)
     which = slice(-R, None) if init == "corda" else slice(R)
     close(product(init, W, told_), U[:, which] * S[which] @ Vh[which] @ torch.linalg.inv(C))
-    close(product(init, W, told_._replace(inputs=7 * told_.inputs)), product(init, W, told_))  # no scale of C matters
+    one, other = (
+        initial_factors(W.float(), R, SCALE, init, None, told_._replace(inputs=scale * told_.inputs))
+        for scale in (1, 70)
+    )
+    close(one[0] @ one[0].T, other[0] @ other[0].T)  # no scale of C matters, neither to the product nor to its parts
+    close(one[1].T @ one[1], other[1].T @ other[1])
+    with pytest.raises(ValueError, match="nothing but zeros"):
+        initial_factors(W.float(), R, SCALE, init, None, told_._replace(inputs=torch.zeros_like(told_.inputs)))
 
 
 @pytest.mark.parametrize("method", ["kpm", "ipm"])
@@ -64,7 +71,7 @@ def test_corda_is_pefts(method: str, tmp_path: Path) -> None:
     W, _, told_ = told((24, 16))
     theirs = nn.Sequential(nn.Linear(16, 24, bias=False))
     theirs[0].weight.data = W.float()
-    torch.save({"0": told_.inputs}, tmp_path / "C.pt")
+    torch.save({"0": told_.inputs / told_.inputs.diagonal().mean()}, tmp_path / "C.pt")
     config = LoraConfig(
         r=R,
         lora_alpha=SCALE * R,
