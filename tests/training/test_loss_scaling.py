@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 
 from milora_lightning import MiLoRAInit
 from milora_lightning.models import processor
+from milora_lightning.training.loss_scaling import check_loss_scaling
 from milora_lightning.utils.errors import InvalidInputError
 
 REFUSED = "compute in float16, where small gradients become zero unless the loss is scaled"
@@ -106,3 +107,13 @@ def test_gradients_on_a_float16_base_are_right(base: Path, tmp_path: Path, accum
     for name, gradient in exact.items():
         # But for the signs of singular vectors, which are free
         assert (half[name].abs() - gradient.abs()).norm() <= 0.05 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true"])
+def test_products_in_bfloat16_need_no_scaling_whatever_the_weights_are(precision: str, tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, precision=precision)
+    if precision == "32-true":
+        with pytest.raises(InvalidInputError, match=REFUSED):
+            check_loss_scaling(trainer, Regression(), computes_in_float16=True)
+    else:
+        check_loss_scaling(trainer, Regression(), computes_in_float16=True)
