@@ -57,11 +57,11 @@ def in_short(
 def results(runs: Sequence[Run]) -> Section:
     """Return the means and standard deviations before and after training."""
     groups = by_method(runs)
-    measures = [m for m in TOLD if all(run.has(m.name) for run in runs)]
-    first = runs[0].rows[0]
+    measures = [m for m in TOLD if any(run.has(m.name) for run in runs)]
+    first = {name: value for run in reversed(runs) for name, value in run.rows[0].items()}  # the same for all runs
     rows = [("before training", "", *(f"{first[m.name]:.4g}" if m.name in first else "" for m in measures))]
     for method, of in groups.items():
-        values = [spread([run.last[m.name] for run in of]) for m in measures]
+        values = [spread([run.last[m.name] for run in of]) if of[0].has(m.name) else "" for m in measures]
         rows.append((method, f"{of[0].learning_rate:g}", *values))
     return Section(
         "At each method's best rate",

@@ -143,6 +143,18 @@ def test_the_report_and_its_page_say_the_same() -> None:
     assert "**" not in text
 
 
+def test_a_method_without_adapters_has_no_size_of_its_update_and_all_else() -> None:
+    runs, sweep = comparison(2)
+    for run in runs:
+        if run.method == "bad":
+            run.rows = [{name: value for name, value in row.items() if name != "update_size"} for row in run.rows]
+    text = markdown(make_report(runs, sweep, "", "lora", MARGINS, list(RATES)))
+    assert re.search(r"\| lora \| 0.001 \| .* \| 0.04 ± 0 \|", text)
+    assert re.search(r"\| bad \| 0.001 \| .* \|  \|", text)
+    assert "at equal loss" in text
+    assert "at equal size" not in text
+
+
 def test_rates_are_chosen_on_examples_that_are_not_reported() -> None:
     """The best rate is that of the selection part, whatever the reported part would say."""
     sweep = [planted("a", rate, 8, 40, 0.0, 1.0, 0.0) for rate in RATES]
