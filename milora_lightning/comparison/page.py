@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from milora_lightning.comparison.measures import TOLD, parts, title_of
 from milora_lightning.comparison.runs import Run, by_method
+from milora_lightning.comparison.sections import Report
 from milora_lightning.comparison.selection import SELECTION_LOSS
-
-if TYPE_CHECKING:
-    from milora_lightning.comparison.report import Report
 
 TEMPLATE = Path(__file__).with_name("report.html")
 DATA = "/*DATA*/null"

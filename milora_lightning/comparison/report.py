@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -16,29 +15,10 @@ from milora_lightning.comparison.findings import Margins, at_the_end, envelope, 
 from milora_lightning.comparison.measures import KL
 from milora_lightning.comparison.page import write_page
 from milora_lightning.comparison.runs import Run, by_method, write_rows
-from milora_lightning.comparison.sections import Section
+from milora_lightning.comparison.sections import Report
 from milora_lightning.comparison.selection import LOSS
 from milora_lightning.utils.counting import counted
 from milora_lightning.utils.markdown import table
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a report says.
-
-    Attributes:
-        title: Its title.
-        setting: Under which conditions the runs were made.
-        sections: The tables and what they mean.
-        runs: The reported runs.
-        sweep: The runs of the learning-rate sweep.
-    """
-
-    title: str
-    setting: str
-    sections: list[Section]
-    runs: list[Run]
-    sweep: list[Run]
 
 
 def write_report(

@@ -217,3 +217,22 @@ def _loss(loss: float | None, runs: Sequence[Run], rate: float, chosen: bool) ->
 
 def _short(place: str) -> str:
     return PLACES[place].partition(" of ")[0].partition(",")[0]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report says.
+
+    Attributes:
+        title: Its title.
+        setting: Under which conditions the runs were made.
+        sections: The tables and what they mean.
+        runs: The reported runs.
+        sweep: The runs of the learning-rate sweep.
+    """
+
+    title: str
+    setting: str
+    sections: list[Section]
+    runs: list[Run]
+    sweep: list[Run]
