@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from milora_lightning.training.resuming import KEY, check_same, describe, options, tell_differences
+from milora_lightning.training.resuming import KEY, check_same, check_whole, describe, options, tell_differences
 from milora_lightning.training.schedules import make_schedule
 
 
@@ -82,3 +82,17 @@ def test_a_schedule_of_another_kind_is_refused(before: str, now: str) -> None:
     optimizer = AdamW(parameters())
     with pytest.raises(ValueError, match=rf"lr_scheduler \({before}\) and this run's are of different kinds"):
         check_same(checkpoint_of(AdamW(parameters()), before), optimizer, make_schedule(now, optimizer, 0, {}, 10))
+
+
+def test_another_schedule_over_as_many_steps_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    linear, cosine = (describe(AdamW(parameters()), name, 10) for name in ("linear", "cosine"))
+    assert "follows cosine over 10 steps; up to the checkpoint it followed linear" in told(linear, cosine, capsys)
+
+
+@pytest.mark.parametrize("lacks", ["optimizer_states", "lr_schedulers"])
+def test_a_checkpoint_of_weights_only_is_refused(lacks: str) -> None:
+    checkpoint = checkpoint_of(AdamW(parameters()))
+    check_whole(checkpoint)
+    del checkpoint[lacks]
+    with pytest.raises(ValueError, match="holds weights only"):
+        check_whole(checkpoint)
