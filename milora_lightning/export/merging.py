@@ -52,7 +52,7 @@ def merged_state(
             continue
         name, _, leaf = key.rpartition(".base_layer.")
         if (packed := key.removesuffix("_weight")) in places and isinstance(places[packed], LoRAPacked):
-            state[key], error, energy = _merge(packed, places[packed], dtype)
+            state[key], error, energy = _merge(packed, places[packed], dtype, corrections)
             errors, energies = errors + error, energies + energy
             continue
         adapter = name if name in places else f"{name}.{leaf}"  # a layer's, or that of a stack of experts' weights

@@ -21,10 +21,12 @@ from milora_lightning.adapters.linear_layers import is_linear, largest_rank
 from milora_lightning.export.peft_folder import PLAIN_STARTS
 from milora_lightning.export.peft_format import PEFT_PREFIX, deviations, most_common, whole
 from milora_lightning.starts import find_start
+from milora_lightning.utils.derived_class import Derived, derive
 from milora_lightning.utils.errors import InvalidInputError
 
 STARTED = "started"
-"""Under which a layer of PEFT holds A, B, A₀ and B₀: a name without "lora_", so that PEFT does not save them."""
+"""Under which the base layer of a layer of PEFT holds A, B, A₀ and B₀. What is in a base layer, and has no "lora_" in
+its name, no version of PEFT takes for a part of the adapter that it saves."""
 
 
 class StartedFactors(nn.Module):
@@ -33,13 +35,21 @@ class StartedFactors(nn.Module):
     Args:
         A: Initial factor (r, in).
         B: Initial factor (out, r).
+        frozen: Name of the factor that keeps its initial value, ``"lora_A"`` or ``"lora_B"``, or None.
     """
 
-    def __init__(self, A: Tensor, B: Tensor) -> None:
+    def __init__(self, A: Tensor, B: Tensor, frozen: str | None = None) -> None:
         super().__init__()
+        self.frozen = frozen
         self.A, self.B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
+        self.train_factor("A")
+        self.train_factor("B")
         # Parameters, not buffers: DDP would broadcast buffers at every step.
         self.initial_A, self.initial_B = (nn.Parameter(x.clone(), requires_grad=False) for x in (A, B))
+
+    def train_factor(self, factor: str, trains: bool = True) -> None:
+        """Let a factor train, if it does so by its start, or freeze it."""
+        getattr(self, factor).requires_grad_(trains and self.frozen != f"lora_{factor}")
 
     def stacked(self, factor: str) -> Tensor:
         """Return [A; A − A₀] (2r, in), or [B − B₀, B₀] (out, 2r)."""
@@ -80,11 +90,44 @@ class StackedLinear(nn.Module):
         """Load nothing: what the weight is computed from is loaded."""
 
 
+class StartedLayer(Derived):
+    """Mixin of PEFT's layers with such an adapter: what it is computed from goes when the adapter goes."""
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the base layer, with the update if it is to be merged."""
+        layer = cast(Any, self)
+        if merge:
+            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        base = cast(nn.Module, layer.get_base_layer())
+        base._modules.pop(STARTED, None)
+        return base
+
+    def set_adapter(self, adapter_names: str | list[str], **options: Any) -> None:
+        """Make adapters active, whose factors train then, and no other's."""
+        super().set_adapter(adapter_names, **options)  # type: ignore[misc]
+        active = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        factors = cast(Any, self).get_base_layer()._modules.get(STARTED)
+        for factor in "AB" if factors is not None else "":
+            factors.train_factor(factor, _started_adapter(self) in active and not options.get("inference_mode"))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter."""
+        super().delete_adapter(adapter_name)  # type: ignore[misc]
+        if _started_adapter(self) is None:
+            cast(Any, self).get_base_layer()._modules.pop(STARTED, None)
+
+
+def _started_adapter(layer: Any) -> str | None:
+    return next((name for name, A in layer.lora_A.items() if isinstance(A, StackedLinear)), None)
+
+
 def _check_state(layer: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Refuse adapters that have been saved by PEFT, from which A and B cannot be told."""
-    saved = [key for key in state if key.startswith(f"{prefix}lora_A.")]
-    if saved and f"{prefix}{STARTED}.A" not in state:
-        args[-1].append(f"{saved[0]} is of a saved adapter: open it in a model without initialize_peft.")
+    """Refuse adapters that have been saved by PEFT, from which A and B cannot be told. Others beside it may be such."""
+    key = f"{prefix}lora_A.{_started_adapter(layer)}.weight"
+    if key in state and f"{prefix}base_layer.{STARTED}.A" not in state:
+        args[-1].append(f"{key} is of a saved adapter: open it in a model without initialize_peft.")
 
 
 def initialize_peft(
@@ -96,7 +139,8 @@ def initialize_peft(
     PEFT's factors get their values in place. For all other starts each layer gets twice its rank, and its factors are
     computed from A and B, which train as by :class:`milora_lightning.MiLoRAInit`, and from their initial values.
     ``save_pretrained`` writes adapters that open in a fresh PEFT model; ``merge_and_unload`` and ``disable_adapter``
-    work as well. Call this before a checkpoint is loaded, and again before it is loaded anew.
+    work as well. Call this before the optimizer is made, because the parameters are new ones, and before a checkpoint is
+    loaded. Weight decay has to be zero for all starts but that one: it would take B₀A₀ out of the model.
 
     Args:
         model: A PEFT model, or a module with one inside, with new adapters for linear layers; changed in place.
@@ -134,8 +178,9 @@ def _fill(layer: Any, adapter: str, ours: LoRALinear) -> None:
             linear.weight.copy_(value)
             linear.weight.requires_grad_(ours.frozen != factor)
         return
-    factors = StartedFactors(A, B)
-    setattr(layer, STARTED, factors)
+    factors = StartedFactors(A, B, ours.frozen)
+    layer.get_base_layer().add_module(STARTED, factors)
+    derive(layer, StartedLayer)
     layer.register_load_state_dict_pre_hook(_check_state)
     layer.lora_A[adapter], layer.lora_B[adapter] = StackedLinear(factors, "A"), StackedLinear(factors, "B")
 

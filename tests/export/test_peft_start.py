@@ -12,10 +12,20 @@ from helpers.exports import IDS
 from helpers.models import quiet_trainer, tiny_model
 from lightning.pytorch import LightningModule
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from milora_lightning import LoRAConfig, MiLoRAInit, initialize, initialize_peft, inject, lora_layers
+from milora_lightning import (
+    LoRAConfig,
+    MiLoRAInit,
+    initialize,
+    initialize_peft,
+    inject,
+    load_peft,
+    lora_layers,
+    register_start,
+)
 
 NAMES = ["q_proj", "down_proj"]
 
@@ -63,8 +73,11 @@ def test_they_start_train_and_are_saved_as_ours(init: str, tmp_path: Path) -> No
     opened = PeftModel.from_pretrained(tiny_model(), tmp_path)
     torch.testing.assert_close(logits(opened), theirs, rtol=0, atol=1e-5)
     assert opened.peft_config["default"].r == (4 if init in ("lora", "mica") else 8)
-    assert all("lora_" in key for key in opened.state_dict() if "started" in key)
-    torch.testing.assert_close(logits(copy.deepcopy(model).merge_and_unload()), theirs, rtol=0, atol=1e-5)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {key.partition("lora_")[2] for key in saved} == {"A.weight", "B.weight"}
+    merged, unloaded = copy.deepcopy(model).merge_and_unload(), copy.deepcopy(model).unload()
+    torch.testing.assert_close(logits(merged), theirs, rtol=0, atol=1e-5)
+    assert merged.state_dict().keys() == unloaded.state_dict().keys() == base.state_dict().keys()
 
 
 @pytest.mark.parametrize(
@@ -84,10 +97,10 @@ def test_patterns_scales_and_layouts(options: dict[str, Any], tmp_path: Path) ->
         torch.manual_seed(0)  # of GPT-2's own dropout
         outputs.append(each.train()(IDS).logits)
     assert torch.equal(*outputs)
-    for layer in (m for m in model.modules() if hasattr(m, "started")):
+    for layer in (m for m in model.modules() if hasattr(getattr(m, "base_layer", None), "started")):
         U, S, Vh = torch.linalg.svd(layer.get_base_layer().weight.double(), full_matrices=False)
         r = layer.r["default"] // 2
-        got = layer.scaling["default"] * layer.started.B.double() @ layer.started.A.double()
+        got = layer.scaling["default"] * layer.base_layer.started.B.double() @ layer.base_layer.started.A.double()
         want = U[:, -r:] * S[-r:] @ Vh[-r:]
         torch.testing.assert_close(got.T if kind == "gpt2" else got, want, rtol=0, atol=1e-6)
     want = logits(train(model))
@@ -111,6 +124,38 @@ def test_states_are_complete_and_others_are_refused() -> None:
     plain = {k: v for k, v in model.state_dict().items() if "started" not in k}
     with pytest.raises(RuntimeError, match="open it in a model without initialize_peft"):
         other.load_state_dict(plain, strict=False)
+
+
+def test_a_saved_adapter_opens_here_and_beside_another_that_stays(tmp_path: Path) -> None:
+    model = train(filled(target_modules=NAMES))
+    want = logits(model)
+    model.save_pretrained(tmp_path)
+    opened = tiny_model()
+    load_peft(opened, tmp_path)
+    torch.testing.assert_close(logits(opened), want, rtol=0, atol=1e-5)
+    other = filled("pissa", target_modules=NAMES)
+    before = logits(train(other, 1))
+    other.load_adapter(tmp_path, "b")
+    assert torch.equal(logits(other), before)
+    other.set_adapter("b")
+    torch.testing.assert_close(logits(other), want, rtol=0, atol=1e-5)
+    assert not any("started" in name for name, p in other.named_parameters() if p.requires_grad)
+    other.set_adapter("default")
+    assert {name.split(".")[-1] for name, p in other.named_parameters() if p.requires_grad} == {"A", "B"}
+    assert torch.equal(logits(other), before)
+    other.delete_adapter("default")
+    assert not any("started" in name for name in other.state_dict())
+    with pytest.raises(RuntimeError, match="open it in a model without initialize_peft"):
+        model.load_adapter(tmp_path, "default")
+
+
+def test_a_frozen_factor_of_a_users_start_stays() -> None:
+    @register_start("rows", frozen="lora_B")
+    def rows(weight: Tensor, r: int, statistics: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return weight[:r].clone(), torch.eye(len(weight), r)
+
+    model = filled("rows", target_modules=NAMES)
+    assert {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad} == {"A"}
 
 
 def refused(match: str, model: nn.Module, **options: Any) -> None:

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.exports import logits, tuned
+from helpers.exports import logits, move, tuned
 from peft import PeftModel
+from torch import nn
 from transformers import AutoModelForCausalLM
 
-from milora_lightning import export_merged, export_peft, lora_layers
+from milora_lightning import LoRAConfig, export_merged, export_peft, initialize, inject, lora_layers
 from milora_lightning.analysis.intruders import Intruders, corrections
 from milora_lightning.analysis.spectra import analyze_model
+from milora_lightning.export.merging import merged_state
 
 STARTS = ["mica", "olora", "orthogonal", "minor x principal x 0.5"]
 
@@ -69,3 +71,16 @@ def test_intruders_are_shrunk_alike_in_both_formats(tmp_path: Path) -> None:
     assert export_peft(model, tmp_path / "cut", rank=most - 1, shrink_intruders=rule) < 0.05
     cut = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "cut")
     assert (logits(cut) - logits(merged)).abs().max() < 0.1 * (logits(merged) - live).abs().max()
+
+
+def test_intruders_of_packed_attention_are_shrunk_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.MultiheadAttention(8, 2))
+    inject(model, LoRAConfig(r=2))
+    initialize(model, cache=False)
+    move(model)
+    layer = lora_layers(model)["0.in_proj"]
+    left, right = torch.randn(24, 1), torch.randn(1, 8)
+    state, _ = merged_state(model, None, corrections={layer: (left, right)})
+    want = layer.base_layer.weight + layer.delta_weight() + left @ right
+    torch.testing.assert_close(state["0.in_proj_weight"], want)
