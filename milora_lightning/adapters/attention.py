@@ -63,8 +63,7 @@ class AdaptedAttention(Derived):
         batched, first = query.dim() == 3, attention.batch_first
         inputs = (query, key, value)
         if batched:
-            moved = {id(x): x.transpose(1, 0) if first else x for x in inputs}
-            q, k, v = _projected(attention, *(moved[id(x)] for x in inputs))
+            q, k, v = _projected(attention, *(_transposed(*inputs) if first else inputs))
         else:  # in three products, as by torch, even if the inputs are the same
             q, k, v = _projected(attention, *(x.unsqueeze(1) for x in inputs))
         mask = _additive(attn_mask, q.dtype)
@@ -74,11 +73,45 @@ class AdaptedAttention(Derived):
         elif padding is not None:
             is_causal = False
             padding = padding if batched else padding.unsqueeze(0)
+        _check_masks(attention, q.shape, k.shape, mask, padding)
         y, weights = _attend(attention, (q, k, v), mask, padding, need_weights, is_causal)
         if weights is not None:
             weights = weights.mean(dim=1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)
         return (y.transpose(1, 0) if batched and first else y if batched else y.squeeze(1)), weights
+
+
+def _transposed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Transpose batch and length; what was the same input stays the same, of which there is one product."""
+    q = query.transpose(1, 0)
+    k = q if key is query else key.transpose(1, 0)
+    return q, k, k if value is key else value.transpose(1, 0)
+
+
+def _check_masks(
+    attention: nn.MultiheadAttention,
+    of_queries: torch.Size,
+    of_keys: torch.Size,
+    mask: Tensor | None,
+    padding: Tensor | None,
+) -> None:
+    """Refuse masks of shapes that torch refuses, although they could be broadcast.
+
+    Raises:
+        RuntimeError: If there are such.
+    """
+    (targets, batch, _), sources = of_queries, of_keys[0]
+    of_heads = (batch * attention.num_heads, targets, sources)
+    if mask is not None and mask.shape not in ((targets, sources), of_heads):
+        raise RuntimeError(
+            f"attn_mask of nn.MultiheadAttention has the shape {tuple(mask.shape)}, not {(targets, sources)} or "
+            f"{of_heads}."
+        )
+    if padding is not None and padding.shape != (batch, sources):
+        raise RuntimeError(
+            f"key_padding_mask of nn.MultiheadAttention has the shape {tuple(padding.shape)}, not {(batch, sources)} "
+            "(batch, sources)."
+        )
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -73,7 +73,8 @@ class LoRAPacked(LoRALinear):
         if not self.enabled:
             return F.linear(x, weight, bias)
         self._check_can_train()
-        if self._needs_plain_operations():
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if trained or self._needs_plain_operations():
             y = F.linear(x, weight, bias)
             return y + self.update(x)[..., rows].to(y.dtype)
         x = in_autocast_dtype(x)

@@ -7,6 +7,7 @@ dropout, and rounded to the weight's dtype. Other tools' adapters have no part i
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -22,12 +23,15 @@ ABOUT = {"dtype", "device", "shape", "ndim", "is_cuda", "is_meta", "requires_gra
 ABOUT |= {"element_size", "is_floating_point", "layout", "__class__"}
 """What code may ask about a weight without computing with it."""
 
+_LIKE = {"to", "type_as"}
+"""Methods whose only argument may be a tensor that tells the dtype and the device."""
+
 ENTRIES = ("forward", "__call__")
 Path = tuple[str, ...]
 
 
 class _UnknownError(Exception):
-    """An expression depends on what is known in a call only."""
+    """An expression depends on what is known in a call only, or cannot be evaluated before one."""
 
 
 def read_weights(model: nn.Module) -> dict[str, LoRALinear]:
@@ -69,7 +73,7 @@ def _paths(owner: nn.Module) -> Iterator[Path]:
         tree = _parsed(method)
         if tree is not None:
             reader = _Reader(owner, _defaults(method))
-            reader.visit(tree)
+            reader.follow(tree.body)
             following += reader.called
             yield from reader.found
 
@@ -108,34 +112,78 @@ class _Reader(ast.NodeVisitor):
         self.found: list[Path] = []
         self.called: list[str] = []
         self.layers: dict[str, Path] = {}  # local names of parts of the module
+        self.weights: dict[str, set[Path]] = {}  # local names that may stand for the weights of these
+
+    def follow(self, statements: list[ast.stmt]) -> bool:
+        """Visit statements up to one that certainly leaves the method or loop; return whether there is one."""
+        for statement in statements:
+            if isinstance(statement, ast.If):
+                left = self._follow_branches(statement)
+            elif isinstance(statement, ast.With):
+                for item in statement.items:
+                    self.visit(item)
+                left = self.follow(statement.body)
+            else:
+                self.visit(statement)
+                left = isinstance(statement, (ast.Return, ast.Raise, ast.Continue, ast.Break))
+            if left:
+                return True
+        return False
+
+    def visit_With(self, node: ast.With) -> None:
+        self.follow([node])
+
+    def visit_For(self, node: ast.For) -> None:
+        self._visit_loop(node, node.target, node.iter)
+
+    def visit_While(self, node: ast.While) -> None:
+        self._visit_loop(node, node.test)
+
+    def _visit_loop(self, node: ast.For | ast.While, *head: ast.expr) -> None:
+        for part in ast.walk(node):  # known in the first turn only
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+                self.known.pop(part.id, None)
+        for part in head:
+            self.visit(part)
+        self.follow(node.body)
+        self.follow(node.orelse)
 
     def visit_Assign(self, node: ast.Assign) -> None:
-        path = _path(node.value, self.layers)
+        path, names = _path(node.value, self.layers), [t.id for t in node.targets if isinstance(t, ast.Name)]
+        weight = path and path[-1] == "weight" and len(names) == len(node.targets)
+        if not weight:  # else it is read where its name is, unless only asked about
+            self.visit(node.value)
         for target in node.targets:
-            if isinstance(target, ast.Name):
-                self.known.pop(target.id, None)
-                self.layers.pop(target.id, None)
-                if path is not None:
-                    self.layers[target.id] = path
-        self.generic_visit(node)
+            self.visit(target)
+        for name in names:
+            if path and weight:
+                self.weights.setdefault(name, set()).add(path[:-1])
+            elif path is not None:
+                self.layers[name] = path
 
     def visit_If(self, node: ast.If) -> None:
-        self._visit_branches(node)
+        self._follow_branches(node)
 
     def visit_IfExp(self, node: ast.IfExp) -> None:
-        self._visit_branches(node)
-
-    def _visit_branches(self, node: ast.If | ast.IfExp) -> None:
         self.visit(node.test)
+        taken = self._taken(node.test)
+        for part in [node.body] if taken else [node.orelse] if taken is False else [node.body, node.orelse]:
+            self.visit(part)
+
+    def _follow_branches(self, node: ast.If) -> bool:
+        self.visit(node.test)
+        taken = self._taken(node.test)
+        if taken is not None:
+            return self.follow(node.body if taken else node.orelse)
+        left = [self.follow(branch) for branch in (node.body, node.orelse)]
+        return all(left)
+
+    def _taken(self, test: ast.expr) -> bool | None:
+        """Tell whether a condition holds; None if that is not known before a call."""
         try:
-            taken = bool(self._value(node.test))
-        except _UnknownError:
-            branches: list[Any] = [node.body, node.orelse]
-        else:
-            branches = [node.body if taken else node.orelse]
-        for branch in branches:
-            for statement in branch if isinstance(branch, list) else [branch]:
-                self.visit(statement)
+            return bool(self._value(test))
+        except Exception:  # a user's properties and comparisons, which may need a call's or a trainer's state
+            return None
 
     def visit_Call(self, node: ast.Call) -> None:
         function = node.func
@@ -143,16 +191,38 @@ class _Reader(ast.NodeVisitor):
             return
         if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == "self":
             self.called.append(function.attr)
+        if isinstance(function, ast.Attribute) and function.attr in _LIKE:
+            node = copy.copy(node)
+            node.args = [other for other in node.args if not self._is_weight(other)]
         self.generic_visit(node)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         inner = node.value
-        if isinstance(inner, ast.Attribute) and inner.attr == "weight" and node.attr in ABOUT:
+        if node.attr in ABOUT and self._is_weight(inner):
             return
         path = _path(inner, self.layers)
         if node.attr == "weight" and path:
             self.found.append(path)
         self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if isinstance(node.ctx, ast.Load):
+            self.found += self.weights.get(node.id, ())
+        else:
+            self.known.pop(node.id, None)
+            self.layers.pop(node.id, None)
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        asked = node.left if all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops) else None
+        for part in (node.left, *node.comparators):
+            if part is not asked or not self._is_weight(part):
+                self.visit(part)
+
+    def _is_weight(self, node: ast.expr) -> bool:
+        """Whether an expression is nothing but a weight, which may then only be asked about."""
+        if isinstance(node, ast.Name):
+            return node.id in self.weights
+        return isinstance(node, ast.Attribute) and node.attr == "weight"
 
     def _value(self, node: ast.expr) -> Any:
         """Evaluate an expression of constants, defaults of arguments and the module's attributes."""
@@ -181,11 +251,10 @@ class _Reader(ast.NodeVisitor):
     def _any_or_all(self, node: ast.BoolOp) -> bool:
         decisive, unknown = isinstance(node.op, ast.Or), False
         for part in node.values:
-            try:
-                if bool(self._value(part)) is decisive:
-                    return decisive
-            except _UnknownError:
-                unknown = True
+            holds = self._taken(part)
+            if holds is decisive:
+                return decisive
+            unknown = unknown or holds is None
         if unknown:
             raise _UnknownError
         return not decisive

@@ -139,8 +139,8 @@ def initialize_peft(
     PEFT's factors get their values in place. For all other starts each layer gets twice its rank, and its factors are
     computed from A and B, which train as by :class:`milora_lightning.MiLoRAInit`, and from their initial values.
     ``save_pretrained`` writes adapters that open in a fresh PEFT model; ``merge_and_unload`` and ``disable_adapter``
-    work as well. Call this before the optimizer is made, because the parameters are new ones, and before a checkpoint is
-    loaded. Weight decay has to be zero for all starts but that one: it would take B₀A₀ out of the model.
+    work as well. Call this before the optimizer is made, because the parameters are new ones, and before a checkpoint
+    is loaded. Weight decay has to be zero for all starts but that one: it would take B₀A₀ out of the model.
 
     Args:
         model: A PEFT model, or a module with one inside, with new adapters for linear layers; changed in place.

@@ -214,3 +214,29 @@ def test_merging_copying_and_loading() -> None:
     assert not lora_layers(other)
     assert other.state_dict().keys() == attention().state_dict().keys()
     torch.testing.assert_close(other(*x)[0], want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"kdim": 6, "vdim": 4}])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_biases_and_weights_that_train_get_their_gradients(options: dict[str, Any], batch_first: bool) -> None:
+    plain = attention(batch_first=batch_first, **options)
+    names = [name for name in plain.state_dict() if "in_proj_bias" in name or name.endswith("proj_weight")]
+    ours = adapted(plain)
+    for name in names:
+        ours._parameters[name].requires_grad_(True)
+    for same in ["qkv"] if options else ["qkv", "qkk", "qqq"]:
+        for module in (plain, ours):
+            module.zero_grad()
+            module(*inputs(plain, same))[0].square().sum().backward()
+        for name in names:
+            torch.testing.assert_close(ours._parameters[name].grad, plain._parameters[name].grad)
+    assert len(names) > 1
+
+
+def test_masks_that_torch_refuses_are_refused_with_gradients_too() -> None:
+    ours = adapted(attention())
+    x = inputs(ours, "qkv")
+    for wrong in ({"attn_mask": torch.zeros(1, 5)}, {"key_padding_mask": torch.zeros(1, 15)}):
+        for mode in (True, False):
+            with torch.set_grad_enabled(mode), pytest.raises((RuntimeError, AssertionError), match="shape"):
+                ours.train(mode)(*x, **wrong)

@@ -64,6 +64,55 @@ def test_exactly_what_is_read_is_found() -> None:
     assert found == {name for name in lora_layers(model) if "read" in name} - {"inner.read_within"}
 
 
+class Asking(nn.Module):
+    """Leaves the method before some reads, asks about weights, and has attributes that no one can evaluate yet."""
+
+    def __init__(self, fast: bool, limit: float | None = None) -> None:
+        super().__init__()
+        self.fast, self.limit = fast, limit
+        for name in ("fast_one", "slow_one", "never", "asked", "local", "read", "late", "maybe", "cached"):
+            setattr(self, name, nn.Linear(4, 4))
+
+    @property
+    def step(self) -> int:
+        raise RuntimeError("attached to no trainer")
+
+    def forward(self, x: Tensor, cache: Tensor | None = None) -> Tensor:
+        for part in x:
+            if cache is not None:
+                x = cache @ self.cached.weight
+            x, cache = part, x
+        w = self.local.weight
+        if w is not None and w.dtype != x.dtype:
+            x = x.to(w).to(self.asked.weight).to(self.asked.weight, non_blocking=True)
+        v = self.read.weight
+        x = x @ v
+        if self.limit > 0 or self.step > 2:
+            return x @ self.maybe.weight
+        with torch.no_grad():
+            for part in x:
+                if self.fast:
+                    continue
+                x = part @ self.late.weight
+        if self.fast:
+            return x @ self.fast_one.weight
+        x = x @ self.slow_one.weight
+        if x.ndim > 1:
+            return x
+        elif self.fast:  # noqa: RET505
+            x = x @ self.never.weight
+        else:
+            raise ValueError
+        return x @ self.never.weight
+
+
+@pytest.mark.parametrize(("fast", "names"), [(True, {"fast_one"}), (False, {"slow_one", "late"})])
+def test_what_is_not_reached_or_only_asked_about_is_not_read(fast: bool, names: set[str]) -> None:
+    model = Asking(fast)
+    inject(model, LoRAConfig(r=2))
+    assert set(read_weights(model)) == {"read", "maybe", "cached", *names}
+
+
 def mamba() -> hf.PreTrainedModel:
     return hf.MambaForCausalLM(
         hf.MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=1, time_step_rank=4)
