@@ -150,10 +150,13 @@ class AdapterCheckpoint:
                 )
         missing, extra = sorted(layers.keys() - adapters), sorted(adapters - layers.keys())
         if missing or extra:
+            same = _as_primitive(self.config.target_modules) == _as_primitive(saved.target_modules)
+            remedy = f"Use those it was trained with: {saved.target_modules}."
+            if same and not extra:  # chosen by a version that knew fewer kinds of layers, or excluded
+                remedy = f"They are those it was trained with, so name these layers in exclude_modules: {missing}."
             raise CheckpointError(
                 f"The checkpoint's adapters are on other layers: it has none for {first_of(missing)} and has some for "
-                f"{first_of(extra)}, compared with this run's target_modules. Use those it was trained with: "
-                f"{saved.target_modules}."
+                f"{first_of(extra)}, compared with this run's target_modules. {remedy}"
             )
 
 

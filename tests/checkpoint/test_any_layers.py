@@ -122,3 +122,19 @@ def test_a_base_without_weights_yet_is_described_when_it_has_them() -> None:
     described = model.state_dict()[KEY]["base"]
     assert "0.weight" in described
     assert described == fingerprint(model)
+
+
+def test_layers_that_an_older_version_left_out_are_named_to_be_excluded() -> None:
+    def attention(**options: Any) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
+        inject(model, config := LoRAConfig(r=2, **options))
+        initialize(model, cache=False)
+        AdapterCheckpoint.attach(model, config)
+        return model
+
+    state = attention(exclude_modules=["in_proj"]).state_dict()
+    state[KEY]["config"]["exclude_modules"] = ()  # of a version that did not know this layer
+    with pytest.raises(CheckpointError, match=r"name these layers in exclude_modules: \['0.in_proj'\]"):
+        attention().load_state_dict(copy.deepcopy(state))
+    attention(exclude_modules=["0.in_proj"]).load_state_dict(state)
