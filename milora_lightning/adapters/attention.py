@@ -3,7 +3,8 @@
 torch multiplies by ``in_proj_weight`` and ``out_proj.weight`` without calling a layer. With gradients, an
 :class:`AdaptedAttention` calls its adapters in their place, so that the update keeps its precision and its dropout, and
 no weight's gradient is formed; all else is computed in the same operations as by torch. Without gradients in eval mode,
-torch's own code and its fast paths (also those of ``nn.TransformerEncoderLayer``) read W + ΔW instead of W.
+torch's own code and its fast paths read W + ΔW instead of W, if that sum is not rounded to fewer digits than the
+factors have. The fast path of ``nn.TransformerEncoderLayer`` calls no attention and reads the sum in any case.
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ class AdaptedAttention(Derived):
     ) -> tuple[Tensor, Tensor | None]:
         """Compute what ``nn.MultiheadAttention`` does, with the adapters' updates."""
         attention = cast(nn.MultiheadAttention, self)
-        adapted = any(isinstance(child, LoRALinear) and child.enabled for child in attention._modules.values())
-        if not (attention.training or torch.is_grad_enabled()) or not adapted or query.is_nested:
+        adapters = [m for m in attention._modules.values() if isinstance(m, LoRALinear) and m.enabled]
+        own = attention.training or torch.is_grad_enabled() or _sum_is_rounded(adapters, query)
+        if not own or not adapters or query.is_nested:
             arguments = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             output: tuple[Tensor, Tensor | None] = super().forward(query, key, value, *arguments)  # type: ignore[misc]
             return output
@@ -79,6 +81,12 @@ class AdaptedAttention(Derived):
             weights = weights.mean(dim=1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)
         return (y.transpose(1, 0) if batched and first else y if batched else y.squeeze(1)), weights
+
+
+def _sum_is_rounded(adapters: list[LoRALinear], x: Tensor) -> bool:
+    """Whether W + ΔW would have fewer digits than ΔW, so that small updates would be lost."""
+    narrow = any(layer.base_layer.weight.dtype.itemsize < layer.lora_A.dtype.itemsize for layer in adapters)
+    return narrow or (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type))
 
 
 def _transposed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -166,6 +166,19 @@ def test_small_updates_and_dropout_count_in_half_precision() -> None:
     layer.train()
     one, other = ours(*q)[0], ours(*q)[0]
     assert not torch.equal(one, other)
+    layer.eval()
+    with torch.no_grad():
+        layer.lora_B.fill_(1e-3)  # too small for W + ΔW
+        got, without = ours.eval()(*q)[0], plain.eval()(*q)[0]
+    assert torch.equal(got, ours(*q)[0])
+    assert not torch.equal(got, without)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        moving = adapted(attention(batch_first=True)).eval()
+        move(moving)
+        x = inputs(moving, "qqq")
+        with torch.no_grad():
+            got = moving(*x, need_weights=False)[0]
+        assert torch.equal(got, moving(*x, need_weights=False)[0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         whole = adapted(attention())
         y = whole(*inputs(whole, "qkk"))[0]
