@@ -33,7 +33,7 @@ from milora_lightning.cli.loggers import LoggerName, make_logger, no_logs_of_ref
 from milora_lightning.cli.option_errors import Parser, missing_package
 from milora_lightning.cli.run_config import RunConfig
 from milora_lightning.cli.trainer_defaults import LOG_EVERY_N_STEPS, earlier_checkpoints, missing_options, with_screen
-from milora_lightning.cli.typed_text import take_text_as_typed
+from milora_lightning.cli.typed_text import take_values_as_typed
 from milora_lightning.data import Files, SFTDataModule
 from milora_lightning.data.datamodule import TRAIN_ON, TRAIN_ON_INPUTS
 from milora_lightning.data.encoding.prompt_format import PromptFormat, data_state
@@ -61,7 +61,7 @@ class MiLoRACLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Create the parser, whose errors are single sentences."""
         self.parser_class = Parser
-        take_text_as_typed()
+        take_values_as_typed()
         return super().init_parser(**kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

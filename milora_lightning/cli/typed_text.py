@@ -1,4 +1,4 @@
-"""Keeps text options as typed: the parser reads values as YAML, where ``#`` begins a comment and yields None."""
+"""Keeps options as typed: the parser reads values as YAML, where ``#`` begins a comment and yields None."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from jsonargparse import get_loader, set_loader
 from yaml import YAMLError
 
 from milora_lightning.cli.option_errors import Parser
+from milora_lightning.utils.compat.jsonargparse import try_int_before_float
 
 _read_yaml = get_loader("yaml")
 
@@ -24,9 +25,10 @@ def read_value(text: str) -> Any:
     return text if value is None else value
 
 
-def take_text_as_typed() -> None:
-    """Make all parsers of this process read values by :func:`read_value`; may be called repeatedly."""
+def take_values_as_typed() -> None:
+    """Make all parsers of this process read text by :func:`read_value`, and 1 as an int; may be called repeatedly."""
     set_loader("yaml", read_value, (YAMLError,))
+    try_int_before_float()
 
 
 class CommandParser(Parser):

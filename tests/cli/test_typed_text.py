@@ -6,7 +6,7 @@ import inspect
 import json
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import pytest
 from jsonargparse import auto_cli
@@ -18,7 +18,7 @@ from milora_lightning.cli.commands import COMMANDS
 from milora_lightning.cli.commands.running import FIT
 from milora_lightning.cli.main import main
 from milora_lightning.cli.option_errors import Parser
-from milora_lightning.cli.typed_text import CommandParser, take_text_as_typed
+from milora_lightning.cli.typed_text import CommandParser, take_values_as_typed
 from milora_lightning.data import Files
 
 ODD = ["#x", "# x", "1", "1e3", "true", "a: b", "~", "---", "Null", "'x'", '"x"', "*x", ""]
@@ -30,7 +30,7 @@ def is_text(parameter_type: Any) -> bool:
 
 @pytest.fixture(autouse=True)
 def _as_typed() -> None:
-    take_text_as_typed()
+    take_values_as_typed()
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -93,3 +93,13 @@ def test_devices_and_outputs_that_there_are_not_are_named_before_any_work(tmp_pa
             main(["generate", "--model=nowhere", "--prompt=Hi", f"--device={odd}"])
     with pytest.raises(SystemExit, match="is a folder"):
         main(["generate", "--model=nowhere", "--prompt=Hi", f"--output={tmp_path}"])
+
+
+def test_whole_numbers_are_ints_whatever_the_order_of_a_union() -> None:
+    """As float, ``limit_train_batches: 1`` would be all batches. Earlier unions decide which order typing gives."""
+    take_values_as_typed()
+    parser = Parser(exit_on_error=False)
+    parser.add_argument("--batches", type=Union[float, int, None])  # noqa: UP007 (the order is the subject)
+    for typed, value in {"1": 1, "1.0": 1.0, "0.5": 0.5, "null": None, "1e3": 1000.0}.items():
+        read = parser.parse_args(["--batches", typed]).batches
+        assert (read, type(read)) == (value, type(value)), typed

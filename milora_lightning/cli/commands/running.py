@@ -12,7 +12,7 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from milora_lightning.cli.commands import COMMANDS
-from milora_lightning.cli.typed_text import CommandParser, take_text_as_typed
+from milora_lightning.cli.typed_text import CommandParser, take_values_as_typed
 from milora_lightning.utils.compat.jsonargparse import option_strings
 
 FIT = "fit"
@@ -28,7 +28,7 @@ def run_command(name: str, args: Sequence[str]) -> Any:
     Returns:
         The return value of its function.
     """
-    take_text_as_typed()
+    take_values_as_typed()
     module, _, function_name = COMMANDS[name].partition(":")
     function: Callable[..., Any] = getattr(import_module(module), function_name)
     prog = f"{Path(sys.argv[0]).name} {name}"

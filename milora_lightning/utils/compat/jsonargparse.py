@@ -23,3 +23,22 @@ def set_class_resolver(resolve: Callable[[Any, str], str]) -> None:
     from jsonargparse import _typehints
 
     _typehints.resolve_class_path_by_name = resolve  # type: ignore[assignment]
+
+
+def try_int_before_float() -> None:
+    """Have jsonargparse read whole numbers as int wherever int and float are possible; may be called repeatedly.
+
+    It tries the types of a union in their order. ``typing`` keeps unions by equality, in which order does not count, so
+    that ``Optional[Union[int, float]]`` may come back as it was first written elsewhere, with float before int. Then a
+    Trainer's ``limit_train_batches: 1`` would be 1.0, which means all batches.
+    """
+    from jsonargparse import _typehints
+
+    rank = _typehints.union_subtype_sort_key
+    if getattr(rank, "__module__", None) != _typehints.__name__:
+        return
+
+    def rank_with_float_behind(subtype: Any) -> float:
+        return 0.5 if subtype is float else rank(subtype)
+
+    _typehints.union_subtype_sort_key = rank_with_float_behind  # type: ignore[assignment]
