@@ -78,12 +78,13 @@ def relative_effect(layer: LoRALinear, x: Tensor, y: Tensor, mask: Tensor | None
         layer: The adapter.
         x: Its input.
         y: Its output for x, W x + bias + ΔW x.
-        mask: Which positions count, if it has as many entries as there are positions.
+        mask: Which positions count, if it has their shape, or they are in one row of as many.
 
     Returns:
         The sum of the ratios and their number, shape (2,), float32. Positions where W x is zero are left out.
     """
     base = layer.base_layer
+    positions = x.shape if is_embedding(base) else x.shape[:-1]
     if is_convolution(base):
         batched = len(base.kernel_size) + 2
         x, y = (part.reshape(-1, *part.shape[-batched + 1 :]) for part in (x, y))
@@ -94,7 +95,8 @@ def relative_effect(layer: LoRALinear, x: Tensor, y: Tensor, mask: Tensor | None
         norms = [_norms(layer, *parts) for parts in zip(torch.split(x, rows), torch.split(y, rows), strict=True)]
     of_update, of_base = (torch.cat(parts) for parts in zip(*norms, strict=True))
     counts = of_base > 0
-    if mask is not None and mask.numel() == counts.numel():
+    ordered = mask is not None and (is_convolution(base) or len(positions) == 1 or positions == mask.shape)
+    if mask is not None and ordered and mask.numel() == counts.numel():
         counts = counts & mask.flatten().bool()
     ratios = torch.where(counts, of_update / of_base, 0.0)
     return torch.stack([ratios.sum(), counts.sum().to(ratios.dtype)])

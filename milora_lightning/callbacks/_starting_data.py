@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from itertools import islice
+from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -14,7 +16,9 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from milora_lightning.checkpoint.fingerprint import fingerprint
@@ -23,11 +27,12 @@ from milora_lightning.data.code_key import PACKAGE, code_key
 from milora_lightning.data.held_out import pack, read_texts
 from milora_lightning.starts import Start, Statistics, find_start
 from milora_lightning.statistics.collecting import in_groups, layers_with_needs, size_of
-from milora_lightning.statistics.kept import key_of, with_cache
+from milora_lightning.statistics.kept import key_of, settings_of, with_cache
 from milora_lightning.statistics.passes import Pass, Track
 from milora_lightning.strategies.base import data_rank, needs_early_start
 from milora_lightning.utils.compat.lightning import placed_for_training, training_data
 from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.messages import warn
 
 MOMENT_BATCHES, GRADIENT_BATCHES = 64, 8
 """How many batches are taken by default: moments of many features need many tokens, gradients are of the first step."""
@@ -98,7 +103,12 @@ class StartingData:
                 "loss of a batch."
             )
         if self.preserve is not None and self._texts is None:
-            self._texts = read_texts(self.preserve)
+            self._texts = read_texts(self.preserve, split="train")  # monitors measure on a test split
+            if any(self.preserve in _files_read_by(each) for each in trainer.callbacks):  # type: ignore[attr-defined]
+                warn(
+                    f"preserve={self.preserve!r} is also a text on which forgetting is measured. What is measured then "
+                    "is what the start has seen; measure on another text to compare starts."
+                )
 
     def groups(self, trainer: Trainer, module: LightningModule, track: Track) -> Iterator[dict[str, Statistics]]:
         """Yield statistics of the layers that need them, some at a time; nothing if none does.
@@ -129,13 +139,16 @@ class StartingData:
             if not self.cache:
                 yield from collect()
                 return
-            own = type(module)
-            code = "" if own.__module__.partition(".")[0] == PACKAGE else code_key(own)
-            weights = fingerprint(module, frozen_only=False)
-            described = needs, list(layers), weights, trainer.precision, code, len(kept or ())
-            yield from with_cache(
-                key_of([*learned, *(kept or ())], *described), collect, size_of(layers, needs), share.size
+            code = [_code(each) for each in (module, getattr(trainer, "datamodule", None))]
+            described = needs, list(layers), fingerprint(module, frozen_only=False), trainer.precision, code
+            key = key_of(
+                [*learned, *(kept or ()), dict(module.named_buffers())],
+                *described,
+                repr(dict(module.hparams)),
+                settings_of(module),
+                len(kept or ()),
             )
+            yield from with_cache(key, collect, size_of(layers, needs), share.size)
 
     def _data(self, trainer: Trainer, module: LightningModule, start: Start) -> tuple[list[Any], list[Any] | None]:
         """Return the batches of what is learned and of what is to be preserved, on the CPU."""
@@ -151,16 +164,41 @@ def _training_batches(trainer: Trainer, number: int) -> list[Any]:
     if sample is not None:
         return sample(number)
     source = training_data(trainer)
-    if iter(source) is source:
+    mode = "max_size_cycle"
+    if isinstance(source, CombinedLoader):
+        source, mode = source.iterables, source._mode
+    if isinstance(source, Iterator):
         raise InvalidInputError(
             "A start from data takes batches before training, and the training data are an iterator that can be read "
             "only once: pass a DataLoader or another iterable that begins anew."
         )
-    if isinstance(source, (list, tuple, dict)):
-        source = CombinedLoader(source, "max_size_cycle")
-    with _generators_restored(source):
-        batches = list(islice(source, number))
-    return [batch[0] for batch in batches] if isinstance(source, CombinedLoader) else batches
+    together = CombinedLoader(_apart(source), mode)  # type: ignore[arg-type]
+    with _generators_restored(together):
+        return [batch for batch, *_ in islice(together, number)]
+
+
+def _apart(source: Any) -> Any:
+    """Copy loaders, so that an iterator which training has begun, or persistent workers, are not read from."""
+    if isinstance(source, (list, tuple)):
+        return type(source)(_apart(each) for each in source)
+    if isinstance(source, dict):
+        return {key: _apart(each) for key, each in source.items()}
+    if not isinstance(source, DataLoader):
+        return source
+    apart = copy(source)
+    apart._iterator = None
+    return apart
+
+
+def _files_read_by(callback: Any) -> list[Any]:
+    text = getattr(callback, "text", None)  # ForgettingMonitor's, or that of a monitor of one's own
+    texts = list(text.values()) if isinstance(text, dict) else [text]
+    return [each for each in texts if isinstance(each, str) and Path(each).exists()]
+
+
+def _code(instance: Any) -> str:
+    kind = type(instance)
+    return "" if kind is NoneType or kind.__module__.partition(".")[0] == PACKAGE else code_key(kind)
 
 
 def _as_many_on_all_ranks(batches: list[Any], ranks: int) -> list[Any]:
@@ -185,7 +223,7 @@ def _text_batches(texts: list[str], module: LightningModule, number: int) -> lis
 def _call(module: LightningModule) -> Callable[[Any], Any]:
     if (own := getattr(module, "start_loss", None)) is not None:
         return own  # type: ignore[no-any-return]
-    takes_index = "batch_idx" in inspect.signature(module.training_step).parameters
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
     return lambda batch: module.training_step(batch, 0) if takes_index else module.training_step(batch)
 
 

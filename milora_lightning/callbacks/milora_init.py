@@ -200,6 +200,7 @@ class MiLoRAInit(Callback):
         number = 0
         for statistics in self._data.groups(trainer, pl_module, measured):
             number += initialize(pl_module, *options, statistics, statistics)
+            del statistics  # before the next group needs the room
         number += initialize(pl_module, *options)
         start_averages(trainer, pl_module)
         if number and self.config is not None:

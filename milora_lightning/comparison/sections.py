@@ -171,6 +171,8 @@ def spread(values: Sequence[float], sign: str = "") -> str:
     >>> spread([1.0, 2.0, 3.0]), spread([0.5], sign="+")
     ('2 ± 1', '+0.5')
     """
+    if lost := sum(not math.isfinite(value) for value in values):
+        return f"not finite in {lost} of {len(values)}"
     if len(values) == 1:
         return f"{values[0]:{sign}.4g}"
     return f"{mean(values):{sign}.4g} ± {stdev(values):.2g}"

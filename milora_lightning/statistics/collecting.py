@@ -22,7 +22,7 @@ from milora_lightning.starts import Start, Statistics, find_start
 from milora_lightning.starts.statistics import Need
 from milora_lightning.statistics.gradients import weight_gradients
 from milora_lightning.statistics.moments import Moments, input_moments, say_if_few, shared_inputs
-from milora_lightning.statistics.passes import Pass, Track, default_call, moved
+from milora_lightning.statistics.passes import Pass, Track, base_of, default_call, moved
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.memory import available
 
@@ -137,7 +137,7 @@ def size_of(layers: Mapping[str, nn.Module], needs: Sequence[Need]) -> int:
 
 def _sizes(layers: Mapping[str, nn.Module], needs: Sequence[Need]) -> dict[str, int]:
     copies = len({"inputs", "preserved"} & set(needs))
-    shapes = {name: linear_shape(_base(layer)) for name, layer in layers.items()}
+    shapes = {name: linear_shape(base_of(layer)) for name, layer in layers.items()}
     return {name: 4 * (n**2 * copies + m * n * ("gradient" in needs)) for name, (m, n) in shapes.items()}
 
 
@@ -197,6 +197,7 @@ def in_groups(
             )
             for name in names
         }
+        del gradients, sums, learned, kept  # before the next group needs the room
 
 
 def _means(moments: Mapping[str, Moments]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -236,7 +237,3 @@ def _room(over: Pass) -> int:
     if over.size > 1:
         dist.all_reduce(room, dist.ReduceOp.MIN)
     return int(room)
-
-
-def _base(layer: nn.Module) -> nn.Module:
-    return layer.base_layer if isinstance(layer, LoRALinear) else layer

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from milora_lightning.adapters.linear_layers import linear_shape
 from milora_lightning.linalg.single import full_precision
-from milora_lightning.statistics.passes import Pass, input_of, loss_of
+from milora_lightning.statistics.passes import Pass, base_of, input_of, loss_of
 from milora_lightning.utils.errors import InvalidInputError
 
 SCALE = 2.0**10
@@ -27,7 +28,7 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, anchor: Tensor, x: Tensor, receive: Receive) -> Tensor:
         ctx.save_for_backward(x)
         ctx.receive = receive
-        return output.view_as(output)
+        return output.clone()  # a view could not be changed in place, as ReLU(inplace=True) does
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -51,12 +52,12 @@ def weight_gradients(layers: Mapping[str, nn.Module], over: Pass) -> dict[str, T
     Raises:
         ValueError: If calls return no loss, or the loss does not depend on any of the layers.
     """
-    sums: dict[str, Tensor] = {}
+    sums = {name: torch.zeros(linear_shape(base_of(layer)), device=over.device) for name, layer in layers.items()}
+    reached = dict.fromkeys(layers, False)
     counts = True
 
     def receive(name: str, grad: Tensor, x: Tensor) -> None:
-        if name not in sums:
-            sums[name] = torch.zeros(grad.shape[-1], x.shape[-1], device=over.device)
+        reached[name] = True
         if not counts:
             return
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False), full_precision():
@@ -75,13 +76,14 @@ def weight_gradients(layers: Mapping[str, nn.Module], over: Pass) -> dict[str, T
                 )
             # Towards the anchor alone: what trains gets no gradient, and DDP hears of nothing.
             torch.autograd.grad(loss * SCALE, anchor, allow_unused=True)
-    if missing := [name for name in layers if name not in sums]:
+    # After the sum: what no batch of one rank reaches, such as an expert, another's may.
+    over.sum_over_ranks([*sums.values(), found := torch.tensor([*reached.values()], device=over.device).int()])
+    if missing := [name for name, ranks in zip(layers, found.tolist(), strict=True) if not ranks]:
         raise InvalidInputError(
             f"The loss does not depend on layer {missing[0]!r} in these batches, which has no gradient to start from: "
             "leave it out (exclude_modules)."
         )
-    over.sum_over_ranks(sums[name] for name in layers)
-    return {name: sums[name].div_(SCALE * len(over.batches)) for name in layers}
+    return {name: total.div_(SCALE * len(over.batches)) for name, total in sums.items()}
 
 
 @contextmanager

@@ -9,12 +9,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
 import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.parallel.dtensor import memory_of
 from milora_lightning.starts import Statistics
 from milora_lightning.utils.folders import cache_folder, new_cache_folder
@@ -24,28 +27,53 @@ _VERSION = 1  # part of the key: increase it when the same data and weights shou
 LARGEST = 8 * 2**30
 """Bytes of a model's statistics above which they are not kept: passes over the data cost less than such files."""
 
+_PLAIN = (str, int, float, bool)
 _CONTENT, _CHECKSUM = "statistics", "xxh3_128"
 Group = dict[str, Statistics]
 
 
-def key_of(batches: Iterable[Any], *others: object) -> str:
+def key_of(batches: Iterable[Any], *others: object) -> str | None:
     """Hash batches, by their numbers and texts, and a description of all else that statistics depend on.
+
+    Returns:
+        The key; None if batches hold objects whose content cannot be told.
 
     >>> import torch
     >>> key_of([{"x": torch.zeros(2)}], "a") == key_of([{"x": torch.ones(2)}], "a")
     False
+    >>> key_of([object()]) is None
+    True
     """
     digest = xxhash.xxh3_128(repr((_VERSION, *others)).encode())
     for batch in batches:
         for part in _parts(batch):
+            if part is None:
+                return None
             digest.update(part)
     return digest.hexdigest()
 
 
-def _parts(value: Any) -> Iterator[bytes | memoryview]:
+def settings_of(module: nn.Module) -> str:
+    """Describe what modules compute with beside their parameters and buffers: classes, and plain attributes."""
+
+    def told(name: str, value: Any) -> bool:
+        return name[0] != "_" and name != "training" and isinstance(value, (*_PLAIN, type(None)))
+
+    return repr(
+        [
+            (name, type(m).__qualname__, m.extra_repr(), *((k, v) for k, v in vars(m).items() if told(k, v)))
+            for name, m in module.named_modules()
+            if not isinstance(m, LoRALinear)  # which are switched off
+        ]
+    )
+
+
+def _parts(value: Any) -> Iterator[bytes | memoryview | None]:
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        value = torch.from_numpy(value) if value.dtype.kind in "biuf" else value.tolist()
     if isinstance(value, Tensor):
         yield f"{tuple(value.shape)} {value.dtype} ".encode()
-        yield memory_of(value)
+        yield memory_of(value.cpu())
     elif isinstance(value, Mapping):
         for key, each in value.items():
             yield f"{key}: ".encode()
@@ -54,19 +82,24 @@ def _parts(value: Any) -> Iterator[bytes | memoryview]:
         yield f"{len(value)} of ".encode()
         for each in value:
             yield from _parts(each)
-    else:
-        yield repr(value).encode()
+    else:  # of other objects, texts may leave out numbers, or name an address
+        yield repr(value).encode() if isinstance(value, (*_PLAIN, bytes, type(None))) else None
 
 
-def with_cache(key: str, collect: Callable[[], Iterator[Group]], expected: int, ranks: int = 1) -> Iterator[Group]:
+def with_cache(
+    key: str | None, collect: Callable[[], Iterator[Group]], expected: int, ranks: int = 1
+) -> Iterator[Group]:
     """Yield what is kept under a key, or else what is collected, and keep that.
 
     Args:
-        key: The key, the same on all ranks.
+        key: The key, the same on all ranks; None to keep nothing.
         collect: Collects statistics, group by group.
         expected: How many bytes they take. Where that is more than :data:`LARGEST`, they are not kept.
         ranks: Number of ranks that all call this; they read only if all of them can.
     """
+    if key is None:
+        yield from collect()
+        return
     folder = cache_folder() / "statistics" / key
     found = _read(folder) if folder.is_dir() else None
     if _all(found is not None, ranks):
@@ -85,6 +118,7 @@ def with_cache(key: str, collect: Callable[[], Iterator[Group]], expected: int, 
         for group in collect():
             keeping.add(group)
             yield group
+            del group  # before the next one needs the room
 
 
 class _Keeping:

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from milora_lightning.adapters.linear_layers import linear_shape
 from milora_lightning.linalg.single import full_precision
-from milora_lightning.statistics.passes import Pass, counted_rows, input_of
+from milora_lightning.parallel.work import raise_on_all_ranks
+from milora_lightning.statistics.passes import Pass, base_of, counted_rows, input_of
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn
 
@@ -37,14 +39,14 @@ class Moments:
 
         Args:
             x: Inputs (..., features).
-            counted: Which of them count (tokens,); None for all.
+            counted: Which of them count, of any shape with as many entries; None for all.
         """
         with torch.autocast(x.device.type, enabled=False), full_precision():
             rows = x.detach().reshape(-1, x.shape[-1]).float()
             if counted is None:
                 self.count += len(rows)
             else:
-                rows = torch.where(counted[:, None], rows, 0.0)  # padding may be anything, NaN included
+                rows = torch.where(counted.reshape(-1, 1), rows, 0.0)  # padding may be anything, NaN included
                 self.count += counted.sum()
             self.products.addmm_(rows.mT, rows)
             self.sums += rows.sum(0)
@@ -122,18 +124,14 @@ def input_moments(layers: Mapping[str, nn.Module], owners: Mapping[str, str], ov
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for name in layers:
         groups[owners[name]].append(name)
-    moments: dict[str, Moments] = {}
+    moments = {name: Moments(linear_shape(base_of(layers[name]))[1], over.device) for name in groups}
     counted: Tensor | None = None
     counts = True
+    problem: InvalidInputError | None = None
 
     def see(name: str, x: Tensor) -> None:
-        if name not in groups:
-            return
-        rows = x.numel() // x.shape[-1]
-        mask = counted if counted is not None and len(counted) == rows else None
-        if not counts:
-            mask = torch.zeros(rows, dtype=torch.bool, device=x.device)
-        moments.setdefault(name, Moments(x.shape[-1], over.device)).add(x, mask)
+        if name in groups:
+            moments[name].add(x, _mask_for(x, counted) if counts else x.new_zeros(x.shape[:-1], dtype=torch.bool))
 
     with watching(layers, see) as calls:
         for batch, own in over.run():
@@ -141,14 +139,24 @@ def input_moments(layers: Mapping[str, nn.Module], owners: Mapping[str, str], ov
             counted = counted_rows(batch)
             calls.clear()
             over.call_with(batch)
-            _check_shared(groups, calls)
-    for owner, each in groups.items():
-        if owner not in moments:
-            raise InvalidInputError(f"Nothing has reached layer {each[0]!r}, so that data tell nothing about it.")
-        over.sum_over_ranks(moments[owner].parts)
-    if any(not each.count for each in moments.values()):
-        raise InvalidInputError("No token of the batches counts: their attention_mask is zero everywhere.")
+            problem = problem or _not_shared(groups, calls)
+    raise_on_all_ranks(problem, over.size)
+    for each in moments.values():
+        over.sum_over_ranks(each.parts)
+    if unseen := [name for name, each in moments.items() if not each.count]:
+        raise InvalidInputError(
+            f"No token of the batches that counts reaches layer {unseen[0]!r}, so that data tell nothing about it: "
+            "leave it out (exclude_modules), or give batches whose attention_mask is not zero everywhere."
+        )
     return {name: moments[owners[name]] for name in layers}
+
+
+def _mask_for(x: Tensor, counted: Tensor | None) -> Tensor | None:
+    """Return which of a layer's inputs (..., features) count, where these are the tokens of a batch, in its order."""
+    if counted is None:
+        return None
+    flat = x.ndim == 2 and len(x) == counted.numel()
+    return counted if flat or x.shape[:-1] == counted.shape else None
 
 
 def say_if_few(moments: Mapping[str, Moments]) -> bool:
@@ -164,11 +172,12 @@ def say_if_few(moments: Mapping[str, Moments]) -> bool:
     return bool(few)
 
 
-def _check_shared(groups: Mapping[str, Sequence[str]], calls: Calls) -> None:
+def _not_shared(groups: Mapping[str, Sequence[str]], calls: Calls) -> InvalidInputError | None:
     for owner, names in groups.items():
         for name in names:
             if calls.get(name) != calls.get(owner):
-                raise InvalidInputError(
+                return InvalidInputError(
                     f"Layers {owner!r} and {name!r} have the same inputs for some batches only, which statistics of "
                     "both at once do not allow for: give one of them to exclude_modules."
                 )
+    return None

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from milora_lightning.adapters.contexts import adapters_disabled
+from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.utils.modes import eval_mode
 
 Track = Callable[[Sequence[int]], Iterable[int]]
@@ -104,13 +105,18 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 
 def counted_rows(batch: Any) -> Tensor | None:
-    """Return which tokens of a batch count (tokens,): not its padding; None if there is no mask that tells.
+    """Return which tokens of a batch count (rows, tokens): not its padding; None if there is no mask that tells.
 
     >>> counted_rows({"attention_mask": torch.tensor([[1, 1, 0]])})
-    tensor([ True,  True, False])
+    tensor([[ True,  True, False]])
     """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.flatten() != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    return mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def base_of(layer: nn.Module) -> nn.Module:
+    """Return the layer that an adapter adapts, or the layer itself."""
+    return layer.base_layer if isinstance(layer, LoRALinear) else layer
 
 
 def loss_of(result: Any) -> Tensor | None:

@@ -253,3 +253,60 @@ def test_the_list_of_starts_from_data_is_complete() -> None:
     from milora_lightning.starts import registry
 
     assert {start.name for start in registry._METHODS if start.needs} == set(FROM_DATA) - {"sc_lora 0.8"}
+
+
+class Unusual(Small):
+    """Steps whose index has another name, an activation in place, a count of steps that begins to read, workers."""
+
+    def __init__(self, slope: float = 0.0, workers: int = 0) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net[1] = nn.LeakyReLU(slope, inplace=True)
+        self.loader = DataLoader(
+            DATA,
+            batch_size=2,
+            shuffle=True,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            generator=self.generator,
+        )
+
+    def training_step(self, batch: Tensor, _: int) -> Tensor:
+        return super().training_step([batch], 0)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        assert self.trainer.estimated_stepping_batches == 6
+        return super().configure_optimizers()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self.loader
+
+
+@pytest.mark.parametrize("init", ["corda", "lora_ga"])
+def test_a_loader_that_training_has_begun_to_read_loses_nothing(init: str, tmp_path: Path) -> None:
+    for workers in (0, 1) if init == "corda" else (0,):
+        with_data = fitted(tmp_path, init, Unusual(workers=workers))
+        plain = fitted(tmp_path, "milora", Unusual(workers=workers))
+        assert len(with_data.seen) == 6
+        for (x, _), (expected, _) in zip(with_data.seen, plain.seen, strict=True):
+            assert torch.equal(x, expected)
+
+
+def test_statistics_of_other_settings_are_not_taken(tmp_path: Path, passes: list[int]) -> None:
+    for slope in (0.0, 0.5, 0.0):
+        fitted(tmp_path, module=Unusual(slope))
+    assert len(passes) == 2
+
+
+def test_batches_of_unknown_objects_are_not_told_apart_by_a_guess() -> None:
+    class Graph:
+        def __init__(self) -> None:
+            self.x = torch.randn(3)
+
+        def __repr__(self) -> str:
+            return "Graph(x=[3])"
+
+    assert kept.key_of([Graph()]) is None
+    long = torch.zeros(2000)
+    other = long.index_fill(0, torch.tensor([1000]), 1.0)
+    assert kept.key_of([long.numpy()]) != kept.key_of([other.numpy()])

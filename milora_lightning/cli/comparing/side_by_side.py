@@ -182,6 +182,8 @@ def _work(
                 collect(run)
         except (OSError, InvalidInputError) as error:
             reason = str(error)
+        except Exception as error:  # a thread that ended here would leave its run out without a word
+            reason = f"{type(error).__name__}: {error}"
         finish(run, reason)
 
 
