@@ -185,3 +185,19 @@ def test_examples_are_read_as_they_were_written(tmp_path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="cannot be read"):
         read_examples(path)
+
+
+def test_a_run_that_diverged_leaves_its_method_undecided_and_the_rest_as_it_was() -> None:
+    runs, sweep = comparison(3, examples=100)
+    lost = next(run for run in runs if run.method == "good")
+    for each in lost.examples.values():
+        each.values[-2:] = np.nan
+    for row in lost.rows[-2:]:
+        row.update(dict.fromkeys(set(row) - {"step", "seconds"}, float("nan")))
+    set_apart(lost, 0.3)
+    report = make_report(runs, sweep, "", "lora", MARGINS, list(RATES))
+    text = markdown(report)
+    assert "not finite in 1 of 3" in text
+    assert "| good | ?: undecided | ?: undecided |" in text  # at the end; before, it has gone as far as the others
+    assert re.search(r"\| bad \| [^|]*: worse \|", text)
+    assert "NaN" not in script_text(page_data(report))  # which a browser could not read
