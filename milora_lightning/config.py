@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from milora_lightning.starts import find_start
 from milora_lightning.utils.errors import InvalidInputError
-from milora_lightning.utils.patterns import check_patterns, first_match
+from milora_lightning.utils.patterns import check_keys, check_patterns, first_match
 
 ALL_LINEAR = "all-linear"
 AUTO = "auto"
@@ -55,6 +55,10 @@ class LoRAConfig:
         target_parameters: Which 3-D parameters get adapters, by the ends of their names, as in PEFT
             (``["experts.gate_up_proj"]``): a pair of factors for each matrix in the stack. ``"all-linear"`` includes
             those that hold the experts of a mixture.
+        fused_parts: Linear layers whose rows are several projections, each of which gets factors of its own, of rank
+            ``r``: ``{"qkv_proj": [2048, 512, 512], "gate_up_proj": 2}``, the rows of each part from the first to the
+            last, or the number of equal parts. Keys are as in ``rank_pattern``. Layers that no key matches are one
+            matrix.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -81,6 +85,7 @@ class LoRAConfig:
     dropout_on: DropoutOn = "update"
     use_rslora: bool = False
     target_parameters: Sequence[str] = ()
+    fused_parts: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -100,6 +105,13 @@ class LoRAConfig:
             raise InvalidInputError('target_modules is empty; name layers, or use "all-linear".')
         check_patterns("rank_pattern", self.rank_pattern, whole=True)
         check_patterns("alpha_pattern", self.alpha_pattern)
+        check_keys("fused_parts", self.fused_parts)
+        for key, parts in self.fused_parts.items():
+            if not _are_parts(parts):
+                raise InvalidInputError(
+                    f"fused_parts must have a number of equal parts or the rows of each part for each key, at least "
+                    f"two of them, not {parts!r} as for {key!r}."
+                )
         if isinstance(self.modules_to_save, str) and self.modules_to_save != AUTO:
             raise InvalidInputError(f'modules_to_save takes a list of names: [{self.modules_to_save!r}], or "{AUTO}".')
 
@@ -122,3 +134,23 @@ class LoRAConfig:
     def scale(self, name: str) -> float:
         """Return the scale s of the layer with this name."""
         return self.alpha(name) / self.rank(name)
+
+    def given_parts(self, name: str) -> int | Sequence[int] | None:
+        """Return what ``fused_parts`` says about the layer with this name; None for nothing."""
+        return first_match(self.fused_parts, name, None)
+
+    def parts(self, name: str, out_features: int) -> tuple[int, ...]:
+        """Return the rows of each part of the layer with this name and so many rows; empty if it is one matrix.
+
+        >>> LoRAConfig(fused_parts={"gate_up_proj": 2}).parts("mlp.gate_up_proj", 8)
+        (4, 4)
+        """
+        given = self.given_parts(name)
+        return (out_features // given,) * given if isinstance(given, int) else tuple(given or ())
+
+
+def _are_parts(value: object) -> bool:
+    """Whether this is a number of equal parts, or the rows of each part."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return len(value) > 1 and all(type(rows) is int and rows > 0 for rows in value)
+    return type(value) is int and value > 1

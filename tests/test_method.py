@@ -22,7 +22,7 @@ METHOD = [
     "callbacks/milora_init",
 ]
 
-OF_LAYER = {"adapter_state", "autograd", "dropout", "factors", "linear_layers", "merged_product"}
+OF_LAYER = {"adapter_state", "autograd", "dropout", "factors", "fused", "linear_layers", "merged_product"}
 OF_EXPERTS = OF_LAYER | {"added_update", "experts", "held_weight", "layer", "low_rank_sum"}
 HELD = OF_EXPERTS | {"attention", "packed"}  # weights that no layer holds, of experts and of attention
 KINDS = {"convolution", "embedding", "freezing", "kinds"}

@@ -9,6 +9,7 @@ FSDP2 gathers, writes through ``.data``, optimizers in C++.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from weakref import ref
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from milora_lightning.adapters.dropout import drop, drop_again, random_state, scales
 from milora_lightning.adapters.factors import Factors, stack_factors
+from milora_lightning.adapters.fused import block_diagonal, diagonal_blocks, spread_factors
 from milora_lightning.adapters.linear_layers import PLAIN_TENSORS
 from milora_lightning.utils.compat.torch import kept_factors, transformed
 
@@ -33,6 +35,7 @@ def lora_linear(
     scaling: float = 1.0,
     dropout: float = 0.0,
     transposed: bool = False,
+    parts: Sequence[int] = (),
     output: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -51,14 +54,15 @@ def lora_linear(
         scaling: The scale s.
         dropout: Probability with which the update does not see an entry of x.
         transposed: Whether the weight is a ``Conv1D``'s.
+        parts: Rows of each part of a fused projection, if the factors are those of its parts, one below the other.
         output: What takes the place of W x + bias (..., out), from a base layer that only its own code can evaluate.
         mask: Which entries of x the update sees (..., in), zero or not, in place of a draw.
 
     Returns:
         The output (..., out).
     """
-    arguments = x, weight, bias, lora_A, lora_B, initial_A, initial_B, scaling, dropout, transposed, output, mask
-    result: Tensor = _LoRALinear.apply(*arguments)  # type: ignore[no-untyped-call]
+    factors, options = (lora_A, lora_B, initial_A, initial_B), (scaling, dropout, transposed, output, mask, parts)
+    result: Tensor = _LoRALinear.apply(x, weight, bias, *factors, *options)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -87,9 +91,12 @@ class _LoRALinear(torch.autograd.Function):
         transposed: bool,
         output: Tensor | None,
         mask: Tensor | None,
+        parts: Sequence[int],
     ) -> Tensor:
         factors = lora_A, lora_B, initial_A, initial_B
         A, B = cast_stacks(factors, x.dtype)
+        if parts:
+            B = block_diagonal(B, parts, B.shape[1] // lora_B.shape[1])
         if weight is not None:
             y = base_product(x, weight, bias, transposed)
         else:
@@ -106,14 +113,14 @@ class _LoRALinear(torch.autograd.Function):
         product = kept_factors(x)
         kept = (x, None) if product is None else product
         ctx.save_for_backward(*kept, weight, *factors, A, B, projection, mask if state is None else None)
-        ctx.settings = scaling, dropout, transposed, state
+        ctx.settings = scaling, dropout, transposed, state, parts
         ctx.input = None if product is None else ref(x)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, times, weight, lora_A, lora_B, initial_A, initial_B, A, B, projection, mask = ctx.saved_tensors
-        scaling, dropout, transposed, state = ctx.settings
+        scaling, dropout, transposed, state, parts = ctx.settings
         differentiated = torch.is_grad_enabled() or transformed()
         if times is not None:
             # Second derivatives can be asked for with respect to x itself, by whoever has it.
@@ -127,8 +134,8 @@ class _LoRALinear(torch.autograd.Function):
         grad_output = grad if ctx.needs_input_grad[10] else None
         if differentiated:
             factors = lora_A, lora_B, initial_A, initial_B
-            gradients = _plain_gradients(grad_rows, rows, weight, factors, mask, scale, transposed)
-            return gradients[0].view_as(x), None, None, *gradients[1:], *[None] * 5, grad_output, None
+            gradients = _plain_gradients(grad_rows, rows, weight, factors, mask, scale, transposed, parts)
+            return gradients[0].view_as(x), None, None, *gradients[1:], *[None] * 5, grad_output, None, None
 
         grad_hidden = grad_rows @ B  # (tokens, 2r)
         r = lora_A.shape[0]
@@ -140,6 +147,8 @@ class _LoRALinear(torch.autograd.Function):
         grad_A, grad_B = _cast_products(products, ctx.needs_input_grad[3:5], missing, lora_A.dtype)
         if flipped and grad_B is not None:
             grad_B = grad_B.T
+        if parts and grad_B is not None:
+            grad_B = diagonal_blocks(grad_B, parts)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.zeros_like(rows) if weight is None else grad_rows @ _matrix(weight, x.dtype, transposed)
@@ -150,7 +159,7 @@ class _LoRALinear(torch.autograd.Function):
                 mask = mask if x.device.type in ("cuda", "meta") else mask.to(x.dtype)
                 grad_x.addcmul_(grad_hidden @ A, mask, value=scale)
             grad_x = grad_x.view_as(x)
-        return grad_x, None, None, grad_A, grad_B, *[None] * 5, grad_output, None
+        return grad_x, None, None, grad_A, grad_B, *[None] * 5, grad_output, None, None
 
 
 def _cast_products(
@@ -174,19 +183,22 @@ def _plain_gradients(
     mask: Tensor | None,
     scale: float,
     transposed: bool,
+    parts: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of x, ``lora_A`` and ``lora_B`` in operations that can be differentiated again.
 
     The gradients depend on x, the factors and the output's gradient, and second derivatives need all of these, even
     if the output's gradient is constant. (``once_differentiable`` would silently ignore x and the factors then.)
     """
-    A, B = stack_factors(*factors, dtype=x.dtype)
+    whole = spread_factors(factors, parts)
+    A, B = stack_factors(*whole, dtype=x.dtype)
     seen, to_x = x, grad @ B @ A
     if mask is not None:
         seen, to_x = seen * mask, to_x * mask
-    lora_A, lora_B = factors[:2]
+    lora_A, lora_B = whole[:2]
     grad_A = (grad @ lora_B.to(x.dtype)).T @ seen
     grad_B = grad.T @ (seen @ lora_A.to(x.dtype).T)
+    grad_B = diagonal_blocks(grad_B, parts) if parts else grad_B
     grad_x = scale * to_x if weight is None else grad @ _matrix(weight, x.dtype, transposed) + scale * to_x
     return grad_x, scale * grad_A.to(lora_A.dtype), scale * grad_B.to(lora_B.dtype)
 
@@ -236,9 +248,10 @@ def cast_stacks(factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     r, features = lora_A.shape
     A = lora_A.new_empty(2, r, features, dtype=dtype)
     torch.addcmul(lora_A, initial_A, _zero_and_minus_one(lora_A.device), out=A)  # A and A − A₀, formed before rounding
-    B = lora_B.new_empty(len(lora_B), 2 * r, dtype=dtype)
-    torch.sub(lora_B, initial_B, out=B[:, :r])
-    B[:, r:].copy_(initial_B)
+    columns = lora_B.shape[1]
+    B = lora_B.new_empty(len(lora_B), 2 * columns, dtype=dtype)
+    torch.sub(lora_B, initial_B, out=B[:, :columns])
+    B[:, columns:].copy_(initial_B)
     return A.view(2 * r, features), B
 
 

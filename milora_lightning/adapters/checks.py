@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from milora_lightning.adapters.fused_checks import check_parts
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import holds_its_weight, is_linear
 from milora_lightning.adapters.parts import TargetNotFoundError, modules_by_name
@@ -43,6 +44,7 @@ def check_injection(
     _check_patterns([*targets, *present], config)
     for name, layer in targets.items():
         _check_not_sharded(name, layer)
+        check_parts(name, layer, config, part)
     for each in saved:
         _check_trainable(each)
 
@@ -87,7 +89,7 @@ def _check_one_part(present: Mapping[str, LoRALinear], part: nn.Module, config: 
 
 def _check_same_config(present: Mapping[str, LoRALinear], config: LoRAConfig) -> None:
     for name, layer in present.items():
-        has, wanted = settings_of(layer), configured_settings(config, name)
+        has, wanted = settings_of(layer), configured_settings(config, name, layer.out_features)
         if key := first_difference(has, wanted):
             raise InvalidInputError(
                 f"Layer {name!r} has an adapter with {key}={has[key]} already, and {key}={wanted[key]} is asked for. "
@@ -96,7 +98,7 @@ def _check_same_config(present: Mapping[str, LoRALinear], config: LoRAConfig) ->
 
 
 def _check_patterns(names: Collection[str], config: LoRAConfig) -> None:
-    for option in ("rank_pattern", "alpha_pattern"):
+    for option in ("rank_pattern", "alpha_pattern", "fused_parts"):
         for key in getattr(config, option):
             if not any(ends_in(name, key) for name in names):
                 raise TargetNotFoundError(f"The key {key!r} of {option} matches the name of no layer with an adapter.")

@@ -77,10 +77,12 @@ def initialize(
     if is_sharded(module):
         rank, world_size = dist.get_rank(), dist.get_world_size()
 
-    def start(layer: LoRALinear, matrix: Tensor, r: int, name: str, unique: str) -> Pair:
+    def start(layer: LoRALinear, matrix: Tensor, r: int, name: str, unique: str, rows: slice) -> Pair:
         # A generator for each matrix: whether another one's result is cached must not matter.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{unique}".encode()))
         known = None if statistics is None else statistics.get(name)
+        if known is not None and known.gradient is not None and layer.parts:
+            known = known._replace(gradient=known.gradient[rows])
         compute = cached_factors if cache else initial_factors
         return compute(matrix.to(device), r, layer.scaling, layer.init, generator, known)
 

@@ -12,6 +12,7 @@ from milora_lightning.adapters.embedding import LoRAEmbedding
 from milora_lightning.adapters.experts import LoRAExperts, is_stack, wrappers_of
 from milora_lightning.adapters.held_weight import HeldWeight
 from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.adapters.linear_layers import linear_shape
 from milora_lightning.adapters.packed import LoRAPacked, is_packed
 from milora_lightning.config import LoRAConfig
 
@@ -35,7 +36,7 @@ def adapter_for(layer: nn.Module, name: str, config: LoRAConfig) -> LoRALinear:
         name: Its name in the model, for ranks and scales by name.
         config: The configuration.
     """
-    options = config.lora_dropout, config.init, config.dropout_on
+    options = config.lora_dropout, config.init, config.dropout_on, config.parts(name, linear_shape(layer)[0])
     adapter = adapter_class(layer)(layer, config.rank(name), config.alpha(name), *options)
     return adapter.train(layer.training)
 

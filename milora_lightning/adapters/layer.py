@@ -16,7 +16,7 @@ https://arxiv.org/abs/2406.09044; with ``init="lora"`` B₀A₀ is zero and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -27,6 +27,7 @@ from milora_lightning.adapters.adapter_state import AdapterState
 from milora_lightning.adapters.autograd import lora_linear
 from milora_lightning.adapters.dropout import drop, dropped_product, scales
 from milora_lightning.adapters.factors import Factors, stack_factors
+from milora_lightning.adapters.fused import spread_factors
 from milora_lightning.adapters.linear_layers import (
     factor_shapes,
     in_autocast_dtype,
@@ -67,9 +68,10 @@ class LoRALinear(MergeableLayer, AdapterState):
         init: How the factors will start. :func:`milora_lightning.initialize` fills them. Until then they are zero and
             the layer computes what ``base_layer`` does.
         dropout_on: Whether dropout acts on the ``"update"`` or, as PEFT's, on the ``"product"`` B A alone.
+        parts: Rows of each part of a fused projection, each of which gets factors of its own; empty for one matrix.
 
     Attributes:
-        lora_A: Factor (r, in); it trains, unless ``frozen`` names it.
+        lora_A: Factor (r, in), or (parts · r, in) of several parts; it trains, unless ``frozen`` names it.
         lora_B: Factor (out, r), likewise.
         frozen: Name of the factor that keeps its initial value, such as MiCA's ``"lora_B"``, or None.
         initial_A: Frozen initial value of ``lora_A``, or None where B₀A₀ is zero.
@@ -94,12 +96,13 @@ class LoRALinear(MergeableLayer, AdapterState):
         lora_dropout: float = 0.0,
         init: str = "milora",
         dropout_on: DropoutOn = "update",
+        parts: Sequence[int] = (),
     ) -> None:
         super().__init__()
         if not self.fits(base_layer):
             raise TypeError(f"{type(self).__name__} adapts {self._ADAPTS} layers, not {type(base_layer).__name__}.")
         self.base_layer = cast(nn.Linear, base_layer)
-        self.r = r
+        self.r, self.parts = r, tuple(parts)
         self.lora_alpha = float(r if lora_alpha is None else lora_alpha)
         self.scaling = self.lora_alpha / r
         self.lora_dropout, self.dropout_on = lora_dropout, dropout_on
@@ -114,7 +117,7 @@ class LoRALinear(MergeableLayer, AdapterState):
             zeros = torch.zeros(shape, dtype=torch.float32, device=self.base_layer.weight.device)
             return nn.Parameter(zeros, requires_grad=trainable)
 
-        of_A, of_B = factor_shapes(base_layer, r)
+        of_A, of_B = factor_shapes(base_layer, r, len(self.parts) or 1)
         self.lora_A = factor(*of_A, trainable=self.frozen != "lora_A")
         self.lora_B = factor(*of_B, trainable=self.frozen != "lora_B")
         self.initial_A: nn.Parameter | None = None
@@ -134,13 +137,13 @@ class LoRALinear(MergeableLayer, AdapterState):
         if self._needs_plain_operations():
             y = output_of(base, x)
             return y + self.update(x).to(y.dtype)
-        options = (*self.factors, self.scaling, self._dropout, self.transposed)
+        options = (*self.held_factors, self.scaling, self._dropout, self.transposed, self.parts)
         if is_plain_product(base):
             x = in_autocast_dtype(x)
             merged = None if self._dropout else self._usable_merged(x)
             return lora_linear(x, base.weight, base.bias, *options) if merged is None else merged(x, base.bias)
         y, x = output_of(base, x), in_autocast_dtype(x)  # quantized, hooked, …: only its own code can compute it
-        return lora_linear(x, None, None, *options, y) if y.dtype == x.dtype else y + self.update(x).to(y.dtype)
+        return lora_linear(x, None, None, *options, output=y) if y.dtype == x.dtype else y + self.update(x).to(y.dtype)
 
     def update(self, x: Tensor) -> Tensor:
         """Compute the update's part of the output, s (B A − B₀A₀) x, of shape (..., out).
@@ -157,8 +160,18 @@ class LoRALinear(MergeableLayer, AdapterState):
 
     @property
     def factors(self) -> Factors:
-        """A, B and their initial values A₀, B₀."""
+        """A, B and their initial values A₀, B₀, whose products are those of the whole layer."""
+        return spread_factors(self.held_factors, self.parts)
+
+    @property
+    def held_factors(self) -> Factors:
+        """A, B, A₀ and B₀ as they are held: of several parts, one below the other."""
         return self.lora_A, self.lora_B, self.initial_A, self.initial_B
+
+    @property
+    def update_rank(self) -> int:
+        """The rank of the whole update: of A and ΔA one below the other, or of A alone; of each part."""
+        return (len(self.parts) or 1) * (self.r if self.initial_A is None else 2 * self.r)
 
     @property
     def bias(self) -> Tensor | None:
@@ -172,7 +185,7 @@ class LoRALinear(MergeableLayer, AdapterState):
 
     @torch.no_grad()
     def set_initial_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Start training from these factors, of shapes (r, in) and (out, r): the update is zero here."""
+        """Start training from these factors, in the shapes of ``lora_A`` and ``lora_B``: the update is zero here."""
         copy_into(self.lora_A, lora_A)
         copy_into(self.lora_B, lora_B)
         if self.initial_A is not None and self.initial_B is not None:
@@ -182,7 +195,9 @@ class LoRALinear(MergeableLayer, AdapterState):
 
     def extra_repr(self) -> str:
         """Describe the adapter when the model is printed."""
-        return f"r={self.r}, lora_alpha={self.lora_alpha:g}, lora_dropout={self.lora_dropout:g}, init={self.init!r}"
+        parts = f", parts={self.parts}" if self.parts else ""
+        dropout = f"lora_dropout={self.lora_dropout:g}"
+        return f"r={self.r}, lora_alpha={self.lora_alpha:g}, {dropout}, init={self.init!r}{parts}"
 
     def _part_of_output(self, x: Tensor) -> Tensor:
         """Compute this rank's part of the output, under tensor parallelism."""

@@ -91,13 +91,15 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
     return cast(int, layer.out_features), cast(int, layer.in_features)
 
 
-def factor_shapes(layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def factor_shapes(layer: nn.Module, r: int, parts: int = 1) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of A (r, in) and B (out, r): of groups, each has r / groups rows of A, and sees only these.
+
+    Of several parts of a fused projection, each has r rows of A: (parts · r, in).
 
     Of a stack of experts' weights, each matrix has its A and B: (experts, r, in) and (experts, out, r).
     """
     out_features, in_features = linear_shape(layer)
-    of_A, of_B = (r, in_features), (out_features, r // groups_of(layer))
+    of_A, of_B = (parts * r, in_features), (out_features, r // groups_of(layer))
     return (of_A, of_B) if (stacked := matrices_in(layer)) is None else ((stacked, *of_A), (stacked, *of_B))
 
 

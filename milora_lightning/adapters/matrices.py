@@ -1,8 +1,9 @@
-"""Layers whose weight holds several matrices: one for each expert in a stack, one for each group of a convolution."""
+"""Weights that hold several matrices: one per expert of a stack, group of a convolution, part of a fused projection."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import groups_of, matrices_in
 from milora_lightning.starts.methods import Pair
 
-Compute = Callable[[Tensor, int, str, str], Pair]
-"""Computes the factors of one matrix (out, in) from it, its rank, its name, and a name that no other matrix has."""
+Compute = Callable[[Tensor, int, str, str, slice], Pair]
+"""Computes the factors of one matrix (out, in) from it, its rank, its name, a name that no other matrix has, and which
+rows of the weight it is."""
 
 
 def factors_by_matrix(name: str, layer: LoRALinear, weight: Tensor, compute: Compute) -> Pair:
@@ -23,7 +25,7 @@ def factors_by_matrix(name: str, layer: LoRALinear, weight: Tensor, compute: Com
         layer: The layer.
         weight: Its weight (out, in), or (experts, out, in) of a stack.
         compute: Computes the factors of one matrix. The matrices of a stack are called ``name[0]``, ``name[1]``, …;
-            groups have the name of their layer.
+            groups and parts have the name of their layer.
 
     Returns:
         ``lora_A`` and ``lora_B`` of the layer.
@@ -36,6 +38,9 @@ def factors_by_matrix(name: str, layer: LoRALinear, weight: Tensor, compute: Com
 
 def _by_group(name: str, layer: LoRALinear, weight: Tensor, compute: Compute) -> Pair:
     groups = groups_of(layer.base_layer)
-    parts = enumerate(weight.chunk(groups))
-    pairs = [compute(part, layer.r // groups, name, f"{name}:{i}" if i else name) for i, part in parts]
+    sizes = layer.parts or (len(weight) // groups,) * groups
+    rows = [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+    pairs = [
+        compute(weight[own], layer.r // groups, name, f"{name}:{i}" if i else name, own) for i, own in enumerate(rows)
+    ]
     return torch.cat([lora_A for lora_A, _ in pairs]), torch.cat([lora_B for _, lora_B in pairs])

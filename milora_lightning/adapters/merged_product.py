@@ -62,11 +62,14 @@ class MergedProduct(Merged):
         factors: ``lora_A``, ``lora_B`` and their initial values, as :func:`stack_factors` takes them.
         scaling: The scale s.
         transposed: Whether the weight is a ``Conv1D``'s.
+        held: The parameters that the factors are formed of, where these are not parameters themselves.
     """
 
     @torch.no_grad()
-    def __init__(self, weight: Tensor, factors: Factors, scaling: float, transposed: bool) -> None:
-        super().__init__(weight, factors)
+    def __init__(
+        self, weight: Tensor, factors: Factors, scaling: float, transposed: bool, held: Factors | None = None
+    ) -> None:
+        super().__init__(weight, held or factors)
         self.scaling, self.transposed = scaling, transposed
         self.dtype = weight.dtype
         self.weight = weight.detach()
@@ -105,6 +108,11 @@ class MergeableLayer(nn.Module):
         """A, B and their initial values A₀, B₀."""
         raise NotImplementedError
 
+    @property
+    def held_factors(self) -> Factors:
+        """The parameters that the factors are formed of."""
+        return self.factors
+
     def merge(self) -> None:
         """Compute W + ΔW once instead of the update at each call: for generation, with its many small calls.
 
@@ -116,10 +124,10 @@ class MergeableLayer(nn.Module):
 
         Does nothing for quantized weights, and for shards, which FSDP gathers for the length of a call only.
         """
-        weight: Tensor = self.base_layer.weight
+        weight, held = self.base_layer.weight, self.held_factors
         self._merged = None
-        if holds_its_weight(self.base_layer) and can_merge(weight, self.factors):
-            self._merged = MergedProduct(weight, self.factors, self.scaling, self.transposed)
+        if holds_its_weight(self.base_layer) and can_merge(weight, held):
+            self._merged = MergedProduct(weight, self.factors, self.scaling, self.transposed, held)
 
     def unmerge(self) -> None:
         """Drop what :meth:`merge` has computed."""
@@ -174,7 +182,7 @@ class MergeableLayer(nn.Module):
         """Return what :meth:`merge` has computed if this call can use it, merged again if something has changed."""
         if torch.compiler.is_compiling() or self._merged is None or torch.is_grad_enabled():
             return None
-        if not self._merged.is_of(self.base_layer.weight, self.factors):
+        if not self._merged.is_of(self.base_layer.weight, self.held_factors):
             self.merge()
         return self._merged if self._merged is not None and self._merged.dtype == x.dtype else None  # not in autocast
 

@@ -91,12 +91,13 @@ def rank_pattern(
 
     Returns:
         ``rank_pattern`` for :class:`milora_lightning.LoRAConfig`: each layer's name as a regular expression, with its
-        rank. Convolutions of several groups are left out, and so keep r.
+        rank. Convolutions of several groups and layers of several parts are left out, and so keep r.
 
     Raises:
         ValueError: If there are no adapters.
     """
-    layers = {n: layer for n, layer in lora_layers(module).items() if groups_of(layer.base_layer) == 1}
+    adapters = lora_layers(module).items()
+    layers = {n: layer for n, layer in adapters if groups_of(layer.base_layer) == 1 and not layer.parts}
     if not layers:
         raise InvalidInputError("There are no adapters whose ranks could be chosen: inject some first.")
     found = {

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from milora_lightning.adapters.base_weight import dense_weight
 from milora_lightning.adapters.factors import stack_factors
+from milora_lightning.adapters.fused import by_part
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import groups_of, matrices_in
@@ -106,18 +107,22 @@ def update_of(layer: LoRALinear) -> Update:
 
 
 def weights_of(name: str, layer: LoRALinear) -> Iterator[tuple[str, Tensor]]:
-    """Yield each matrix (out, in) that an adapter changes, with its name: of experts, ``name[number]``."""
+    """Yield each matrix (out, in) that an adapter changes, with its name: of experts and parts, ``name[number]``."""
     weight = dense_weight(layer)
-    if matrices_in(layer) is None:
+    if matrices_in(layer) is None and not layer.parts:
         yield name, weight
     else:
-        yield from ((f"{name}[{number}]", matrix) for number, matrix in enumerate(weight))
+        matrices = weight.split_with_sizes(list(layer.parts)) if layer.parts else weight.unbind()
+        yield from ((f"{name}[{number}]", matrix) for number, matrix in enumerate(matrices))
 
 
 @torch.no_grad()
 def updates_of(layer: LoRALinear) -> Iterator[Update]:
     """Decompose the updates of the matrices that :func:`weights_of` yields."""
-    if matrices_in(layer) is None:
+    if layer.parts:
+        held = stack_factors(*layer.held_factors, layer.scaling)
+        yield from (Update.of(B, A) for A, B in by_part(*held, layer.parts, layer.r))
+    elif matrices_in(layer) is None:
         yield update_of(layer)
     else:
         stacked_A, stacked_B = stack_factors(*layer.factors)

@@ -16,6 +16,7 @@ def adapter_config(
     modules_to_save: str | Sequence[str] | None,
     exclude_modules: str | Sequence[str] | None,
     target_parameters: Sequence[str] | None,
+    fused_parts: Mapping[str, int | Sequence[int]] | None = None,
     **others: Any,
 ) -> LoRAConfig:
     """Make a configuration of options as YAML files have them: lists, null, and ``"2r"`` for twice each rank.
@@ -28,6 +29,7 @@ def adapter_config(
         modules_to_save: Likewise.
         exclude_modules: Likewise.
         target_parameters: Likewise.
+        fused_parts: Likewise.
         **others: Options that are as in the configuration.
 
     Raises:
@@ -47,6 +49,7 @@ def adapter_config(
         modules_to_save=_names(modules_to_save),
         exclude_modules=_names(exclude_modules),
         target_parameters=tuple(target_parameters or ()),
+        fused_parts=dict(fused_parts or {}),
         **others,
     )
 

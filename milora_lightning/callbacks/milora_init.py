@@ -31,6 +31,7 @@ from milora_lightning.export.peft_import import load_peft, peft_config
 from milora_lightning.strategies.base import calls_parts, needs_early_start, restores_late, shards
 from milora_lightning.training.averaging import copy_adapted, start_averages
 from milora_lightning.training.start_decay import StartDecay
+from milora_lightning.utils.errors import InvalidInputError
 
 
 class MiLoRAInit(Callback):
@@ -88,6 +89,9 @@ class MiLoRAInit(Callback):
             a Hub name.
         target_parameters: Ends of the names of 3-D parameters that get a pair of factors for each of their matrices, as
             in PEFT: ``["experts.gate_up_proj"]``. ``"all-linear"`` includes the experts of a mixture.
+        fused_parts: Layers whose rows are several projections, each of which gets factors of rank ``r`` of its own:
+            ``{"qkv_proj": [2048, 512, 512], "gate_up_proj": 2}``, the rows of each part or the number of equal parts,
+            by regular expressions as in ``rank_pattern``.
 
     Raises:
         ValueError: In the constructor for values out of range; in ``setup`` if the targets do not fit the model, or
@@ -120,8 +124,13 @@ class MiLoRAInit(Callback):
         target_parameters: list[str] | None = None,
         statistics_batches: int | None = None,
         preserve: str | None = None,
+        fused_parts: dict[str, int | list[int]] | None = None,
     ) -> None:
         self.config: LoRAConfig | None = None
+        if start_from is not None and fused_parts:
+            raise InvalidInputError(
+                "fused_parts cannot be used with start_from: the factors of a PEFT folder belong to whole layers."
+            )
         if start_from is not None:
             self.config = replace(peft_config(start_from), module=module)
         elif init != "full":
@@ -133,6 +142,7 @@ class MiLoRAInit(Callback):
                 modules_to_save,
                 exclude_modules,
                 target_parameters,
+                fused_parts,
                 lora_dropout=lora_dropout,
                 target_modules=target_modules,
                 init=init,

@@ -169,6 +169,11 @@ def _bases(name: str, layer: LoRALinear, p: int) -> tuple[Tensor, Tensor]:
             f"PrincipalProjection cannot protect {name!r}, a convolution of several groups: leave it out of "
             "target_modules, by exclude_modules for example."
         )
+    if layer.parts:
+        raise InvalidInputError(
+            f"PrincipalProjection cannot protect {name!r}, whose parts have factors of their own: leave its key out of "
+            "fused_parts."
+        )
     weight = dense_weight(layer)
     free = min(weight.shape[-2:]) - layer.r
     if free < 1:

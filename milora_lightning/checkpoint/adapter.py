@@ -142,7 +142,8 @@ class AdapterCheckpoint:
         saved = LoRAConfig(**description["config"])
         adapters = {unwrapped_name(name) for name in description["adapters"]}
         for layer in [name for name in layers if name in adapters]:  # in the model's order, the same in every run
-            here, there = configured_settings(self.config, layer), configured_settings(saved, layer)
+            rows = layers[layer].out_features
+            here, there = (configured_settings(config, layer, rows) for config in (self.config, saved))
             if key := first_difference(here, there, ignore=DROPOUT):
                 raise CheckpointError(
                     f"The checkpoint's adapters have {key}={there[key]}, this run's have {key}={here[key]}, as on "

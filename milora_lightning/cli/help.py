@@ -57,6 +57,7 @@ GROUPS = (
             "use_rslora",
             "decay_to_start",
             "target_parameters",
+            "fused_parts",
         ),
     ),
     Group(

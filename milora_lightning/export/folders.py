@@ -35,7 +35,6 @@ from milora_lightning.export.peft_format import (
 from milora_lightning.export.peft_layers import (
     as_written,
     in_peft,
-    stacked_rank,
     update_factors,
 )
 from milora_lightning.export.peft_trial import opens_otherwise, tried
@@ -109,7 +108,7 @@ def export_peft(
         A, B, layer_lost, layer_energy = update_factors(layer, rank, added.get(layer))
         lost, energy = lost + layer_lost, energy + layer_energy
         ranks[name] = n = A.shape[-2]
-        whole = stacked_rank(layer) + (added[layer][1].shape[-2] if layer in added else 0)
+        whole = layer.update_rank + (added[layer][1].shape[-2] if layer in added else 0)
         alphas[name] = n if n < whole else layer.lora_alpha * n / layer.r
         pairs[name] = in_peft(layer, A, B)
     complete(model, pairs, ranks, alphas)
@@ -212,7 +211,7 @@ def _check_rank(rank: int | None, layers: Mapping[str, LoRALinear], may_grow: bo
         return
     if rank < 1:
         raise InvalidInputError(f"rank must be at least 1, not {rank}; leave it out to keep everything.")
-    largest = max(stacked_rank(layer) for layer in layers.values())
+    largest = max(layer.update_rank for layer in layers.values())
     if rank > largest and not may_grow:
         raise InvalidInputError(f"rank={rank} is more than the adapters' {largest}; leave it out to keep everything.")
 

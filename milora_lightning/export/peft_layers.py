@@ -69,11 +69,6 @@ def _factors(
     return torch.cat([part[0] for part in each]), torch.cat([part[1] for part in each]), lost, energy
 
 
-def stacked_rank(layer: LoRALinear) -> int:
-    """Return the rank of an adapter's whole update: of A and ΔA one below the other, or of A alone."""
-    return layer.r if layer.initial_A is None else 2 * layer.r
-
-
 def in_peft(layer: LoRALinear, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Return factors as PEFT keeps them: those of a convolution as filters, each of which reads all of its input.
 

@@ -9,7 +9,6 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from milora_lightning.adapters.injection import lora_layers
-from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import linear_shape, matrices_in
 
 INTERMEDIATE = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff")
@@ -105,7 +104,7 @@ def _saved_by_adapters(
         if (parent, features) not in inputs and last not in already_saved:
             inputs.add((parent, features))
             yield width * features
-        yield width * times * _stacked_rank(module)
+        yield width * times * module.update_rank
         if masks:
             yield features
 
@@ -114,8 +113,4 @@ def stacked_factors(layer: nn.Module, width: int) -> int:
     """Return the bytes of the stacked factors that the adapters of a layer save in its dtype."""
     adapters = lora_layers(layer).values()
     cast = [m for m in adapters if m.initial_A is not None or width != m.lora_A.itemsize]
-    return sum(width * _stacked_rank(m) * sum(linear_shape(m.base_layer)) * (matrices_in(m) or 1) for m in cast)
-
-
-def _stacked_rank(adapter: LoRALinear) -> int:
-    return adapter.r if adapter.initial_A is None else 2 * adapter.r
+    return sum(width * m.update_rank * sum(linear_shape(m.base_layer)) * (matrices_in(m) or 1) for m in cast)

@@ -259,7 +259,8 @@ def _surgery(model: nn.Module, device: Literal["cpu", "cuda"]) -> int:
     needs, sizes = [], set()
     for layer in lora_layers(model).values():
         (out_features, in_features), groups = linear_shape(layer.base_layer), groups_of(layer.base_layer)
-        sizes.add(((out_features // groups, in_features), layer.r // groups))
+        for rows in layer.parts or (out_features // groups,):
+            sizes.add(((rows, in_features), layer.r // groups))
     for shape, r in sizes:
         side_by_side = torch.get_num_threads() if device == "cpu" and cost(shape) <= SMALL else 1
         needs.append(side_by_side * decomposition_size(shape, device, r))

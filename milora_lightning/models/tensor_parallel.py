@@ -38,6 +38,11 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> None:
             f"{experts[0]!r} holds experts, which tensor parallelism does not split here: set tensor_parallel_size: 1 "
             "and share the weights out by FSDP2 alone."
         )
+    if fused := next((name for name, layer in adapters.items() if layer.parts), None):
+        raise InvalidInputError(
+            f"{fused!r} has factors for each of its parts, which tensor parallelism does not split: leave fused_parts "
+            "out, or set tensor_parallel_size: 1."
+        )
     styles = planned(model)
     _check_heads(model, mesh.size())
     bases = {layer.base_layer for layer in adapters.values()}

@@ -142,11 +142,13 @@ def _sizes(layers: Mapping[str, nn.Module], needs: Sequence[Need]) -> dict[str, 
 
 
 def _check_rank(name: str, layer: LoRALinear, start: Start) -> None:
-    most = min(layer.in_features, layer.out_features) // start.vectors
+    smallest = min(layer.in_features, *(layer.parts or (layer.out_features,)))
+    most = smallest // start.vectors
     if layer.r > most:
         raise InvalidInputError(
             f"{start.name} takes {start.vectors * layer.r} singular vectors for r={layer.r}, and layer {name!r} has "
-            f"{min(layer.in_features, layer.out_features)}: set its rank to {most} at most (rank_pattern)."
+            f"{smallest}{' in its smallest part' if layer.parts else ''}: set its rank to {most} at most "
+            "(rank_pattern)."
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from milora_lightning.utils.errors import InvalidInputError
@@ -29,6 +29,21 @@ def first_match(patterns: Mapping[str, Value], name: str, default: Value) -> Val
     return next((value for pattern, value in patterns.items() if ends_in(name, pattern)), default)
 
 
+def check_keys(option: str, patterns: Iterable[str]) -> None:
+    """Refuse keys of an option that are no regular expressions.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InvalidInputError(
+                f"{option} has the key {pattern!r}, which is no regular expression: {error}."
+            ) from error
+
+
 def check_patterns(option: str, patterns: Mapping[str, float], whole: bool = False) -> None:
     """Refuse patterns that are no regular expressions, and values that are not positive.
 
@@ -40,13 +55,8 @@ def check_patterns(option: str, patterns: Mapping[str, float], whole: bool = Fal
     Raises:
         ValueError: If a pattern or a value is wrong.
     """
+    check_keys(option, patterns)
     for pattern, value in patterns.items():
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise InvalidInputError(
-                f"{option} has the key {pattern!r}, which is no regular expression: {error}."
-            ) from error
         if value <= 0 or (whole and value != int(value)):
             wanted = "a whole number of at least 1" if whole else "positive"
             raise InvalidInputError(f"{option} must be {wanted} for each key, not {value} as for {pattern!r}.")

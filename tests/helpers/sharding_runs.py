@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import GenerationConfig, PreTrainedModel
 
+from helpers import fused
 from helpers.models import tiny_model
 from helpers.starting import token_batches
 from milora_lightning import LoRAConfig, collect_statistics, initialize, inject, lora_layers
@@ -219,6 +220,25 @@ def statistics_run() -> dict[str, Any]:
     return found
 
 
+def fused_run() -> dict[str, Any]:
+    """Train a model whose fused projections have factors for each part, whole and in shards; and try to split it."""
+    found: dict[str, Any] = {}
+    for name in ("whole", "shards"):
+        model = fused.phi3()
+        inject(model, LoRAConfig(r=3, fused_parts=fused.PARTS))
+        if name == "shards":
+            shard(model, init_device_mesh("cpu", (2,)))
+        initialize(model)
+        fused.trained(model)
+        layers = lora_layers(model).values()
+        found[name] = [full_tensor(t).detach() for m in layers for t in (m.lora_A, m.lora_B, m.delta_weight())]
+    try:
+        parallelize(fused.adapted(fused.phi3(), fused.PARTS), init_device_mesh("cpu", (2,), mesh_dim_names=(TENSOR,)))
+    except ValueError as error:
+        found["split"] = str(error)
+    return found
+
+
 def sharding_runs() -> dict[str, Any]:
     styles: tuple[Style, ...] = ("colwise", "rowwise", "replicate")
     return {
@@ -226,6 +246,7 @@ def sharding_runs() -> dict[str, Any]:
         "memory": memory_run(),
         "compiled": compiled_run(),
         "statistics": statistics_run(),
+        "fused": fused_run(),
         "split model": split_model_run(),
         "split": {style: split_run(style) for style in styles},
     }

@@ -60,6 +60,16 @@ def test_statistics_of_two_ranks_are_those_of_one(way: str, init: str, ranks: tu
 
 
 @pytest.mark.slow
+def test_parts_of_fused_projections_train_in_shards(ranks: tuple[Runs, Runs]) -> None:
+    """Where a shard's rows belong to several parts; tensor parallelism is refused."""
+    for run in ranks:
+        found = run["sharding"]["fused"]
+        for shards, whole in zip(found["shards"], found["whole"], strict=True):
+            torch.testing.assert_close(shards, whole, rtol=1e-4, atol=1e-6)
+        assert "qkv_proj' has factors for each of its parts, which tensor parallelism does not split" in found["split"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["colwise", "rowwise", "replicate"])
 def test_a_split_layer_is_the_whole_one(style: str, ranks: tuple[Runs, Runs]) -> None:
     """Its output and gradients, with a bias and the same dropout."""
