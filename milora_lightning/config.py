@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from milora_lightning.starts import find_start
 from milora_lightning.utils.errors import InvalidInputError
-from milora_lightning.utils.patterns import check_keys, check_patterns, first_match
+from milora_lightning.utils.patterns import check_parts, check_patterns, first_match
 
 ALL_LINEAR = "all-linear"
 AUTO = "auto"
@@ -105,13 +105,7 @@ class LoRAConfig:
             raise InvalidInputError('target_modules is empty; name layers, or use "all-linear".')
         check_patterns("rank_pattern", self.rank_pattern, whole=True)
         check_patterns("alpha_pattern", self.alpha_pattern)
-        check_keys("fused_parts", self.fused_parts)
-        for key, parts in self.fused_parts.items():
-            if not _are_parts(parts):
-                raise InvalidInputError(
-                    f"fused_parts must have a number of equal parts or the rows of each part for each key, at least "
-                    f"two of them, not {parts!r} as for {key!r}."
-                )
+        check_parts("fused_parts", self.fused_parts)
         if isinstance(self.modules_to_save, str) and self.modules_to_save != AUTO:
             raise InvalidInputError(f'modules_to_save takes a list of names: [{self.modules_to_save!r}], or "{AUTO}".')
 
@@ -147,10 +141,3 @@ class LoRAConfig:
         """
         given = self.given_parts(name)
         return (out_features // given,) * given if isinstance(given, int) else tuple(given or ())
-
-
-def _are_parts(value: object) -> bool:
-    """Whether this is a number of equal parts, or the rows of each part."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return len(value) > 1 and all(type(rows) is int and rows > 0 for rows in value)
-    return type(value) is int and value > 1

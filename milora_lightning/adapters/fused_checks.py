@@ -20,6 +20,7 @@ INTERLEAVED = {
     "gpt_bigcode": ("c_attn",),
     "gpt_neox": ("query_key_value",),
     "gpt_neox_japanese": ("query_key_value",),
+    "internlm2": ("wqkv",),
     "minimax": ("qkv_proj",),
     "persimmon": ("query_key_value",),
     "qwen3_next": ("in_proj_qkvz", "in_proj_ba"),

@@ -107,13 +107,18 @@ def update_of(layer: LoRALinear) -> Update:
 
 
 def weights_of(name: str, layer: LoRALinear) -> Iterator[tuple[str, Tensor]]:
-    """Yield each matrix (out, in) that an adapter changes, with its name: of experts and parts, ``name[number]``."""
+    """Yield each matrix (out, in) that an adapter changes, with its name.
+
+    The matrices of experts are called ``name[number]``, those of the parts of a fused projection ``name:number``.
+    """
     weight = dense_weight(layer)
-    if matrices_in(layer) is None and not layer.parts:
+    if layer.parts:
+        parts = weight.split_with_sizes(list(layer.parts))
+        yield from ((f"{name}:{number}", part) for number, part in enumerate(parts))
+    elif matrices_in(layer) is None:
         yield name, weight
     else:
-        matrices = weight.split_with_sizes(list(layer.parts)) if layer.parts else weight.unbind()
-        yield from ((f"{name}[{number}]", matrix) for number, matrix in enumerate(matrices))
+        yield from ((f"{name}[{number}]", matrix) for number, matrix in enumerate(weight))
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from milora_lightning.config import LoRAConfig
+from milora_lightning.utils.errors import InvalidInputError
 
 
 def adapter_config(
@@ -52,6 +53,14 @@ def adapter_config(
         fused_parts=dict(fused_parts or {}),
         **others,
     )
+
+
+def check_start_from(start_from: str | None, fused_parts: Mapping[str, Any] | None) -> None:
+    """Refuse parts of layers in a run that starts from a PEFT folder, which does not know them."""
+    if start_from is not None and fused_parts:
+        raise InvalidInputError(
+            "fused_parts cannot be used with start_from: the factors of a PEFT folder belong to whole layers."
+        )
 
 
 def _names(names: str | Sequence[str] | None) -> str | Sequence[str]:

@@ -23,7 +23,7 @@ from milora_lightning.adapters.surgery import freeze_again, inject, inject_quiet
 from milora_lightning.callbacks._checks import check_model, check_optimizers, check_run, say_without_gradient
 from milora_lightning.callbacks._configure_model import after_configure_model
 from milora_lightning.callbacks._display import summary, trackers
-from milora_lightning.callbacks._options import adapter_config
+from milora_lightning.callbacks._options import adapter_config, check_start_from
 from milora_lightning.callbacks._starting_data import StartingData
 from milora_lightning.checkpoint.adapter import AdapterCheckpoint
 from milora_lightning.config import DropoutOn, LoRAConfig
@@ -31,7 +31,6 @@ from milora_lightning.export.peft_import import load_peft, peft_config
 from milora_lightning.strategies.base import calls_parts, needs_early_start, restores_late, shards
 from milora_lightning.training.averaging import copy_adapted, start_averages
 from milora_lightning.training.start_decay import StartDecay
-from milora_lightning.utils.errors import InvalidInputError
 
 
 class MiLoRAInit(Callback):
@@ -89,9 +88,8 @@ class MiLoRAInit(Callback):
             a Hub name.
         target_parameters: Ends of the names of 3-D parameters that get a pair of factors for each of their matrices, as
             in PEFT: ``["experts.gate_up_proj"]``. ``"all-linear"`` includes the experts of a mixture.
-        fused_parts: Layers whose rows are several projections, each of which gets factors of rank ``r`` of its own:
-            ``{"qkv_proj": [2048, 512, 512], "gate_up_proj": 2}``, the rows of each part or the number of equal parts,
-            by regular expressions as in ``rank_pattern``.
+        fused_parts: Layers whose rows are several projections, each of which gets factors of its own, by patterns:
+            ``{"qkv_proj": [2048, 512, 512], "gate_up_proj": 2}``, the rows of each or the number of equal parts.
 
     Raises:
         ValueError: In the constructor for values out of range; in ``setup`` if the targets do not fit the model, or
@@ -127,22 +125,13 @@ class MiLoRAInit(Callback):
         fused_parts: dict[str, int | list[int]] | None = None,
     ) -> None:
         self.config: LoRAConfig | None = None
-        if start_from is not None and fused_parts:
-            raise InvalidInputError(
-                "fused_parts cannot be used with start_from: the factors of a PEFT folder belong to whole layers."
-            )
+        check_start_from(start_from, fused_parts)
         if start_from is not None:
             self.config = replace(peft_config(start_from), module=module)
         elif init != "full":
             self.config = adapter_config(
-                r,
-                lora_alpha,
-                rank_pattern,
-                alpha_pattern,
-                modules_to_save,
-                exclude_modules,
-                target_parameters,
-                fused_parts,
+                *(r, lora_alpha, rank_pattern, alpha_pattern),
+                *(modules_to_save, exclude_modules, target_parameters, fused_parts),
                 lora_dropout=lora_dropout,
                 target_modules=target_modules,
                 init=init,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from milora_lightning.utils.errors import InvalidInputError
@@ -60,3 +60,26 @@ def check_patterns(option: str, patterns: Mapping[str, float], whole: bool = Fal
         if value <= 0 or (whole and value != int(value)):
             wanted = "a whole number of at least 1" if whole else "positive"
             raise InvalidInputError(f"{option} must be {wanted} for each key, not {value} as for {pattern!r}.")
+
+
+def check_parts(option: str, patterns: Mapping[str, int | Sequence[int]]) -> None:
+    """Refuse patterns that are no regular expressions, and values that do not say how something is divided.
+
+    Args:
+        option: Name of the option that has these patterns, for the message.
+        patterns: By pattern, the number of equal parts or the sizes of all parts.
+
+    Raises:
+        ValueError: If a pattern or a value is wrong.
+    """
+    check_keys(option, patterns)
+    for pattern, value in patterns.items():
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            valid = len(value) > 1 and all(type(size) is int and size > 0 for size in value)
+        else:
+            valid = type(value) is int and value > 1
+        if not valid:
+            raise InvalidInputError(
+                f"{option} must have a number of equal parts or the rows of each part for each key, at least two of "
+                f"them, not {value!r} as for {pattern!r}."
+            )

@@ -142,6 +142,18 @@ def test_compiled_and_transformed_layers_compute_the_same() -> None:
     torch.testing.assert_close(each[0], y)
 
 
+def test_layers_with_code_of_their_own_compute_the_same() -> None:
+    """As quantized ones: their own output, with the update added."""
+
+    class Own(nn.Linear):
+        pass
+
+    found, x = layer(), torch.randn(5, IN)
+    y = found(x)
+    found.base_layer.__class__ = Own
+    torch.testing.assert_close(found(x), y, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("conv", [False, True])
 def test_merged_weights_compute_what_forward_does(conv: bool) -> None:
     found, x = layer(conv=conv).eval(), torch.randn(5, IN)
@@ -174,7 +186,7 @@ def test_analyses_see_each_part_with_its_own_weight() -> None:
         names.append(name)
         assert len(weight) == len(own)
         torch.testing.assert_close((update.U * update.S @ update.Vh).to(own), own, rtol=1e-4, atol=1e-5)
-    assert names == ["qkv[0]", "qkv[1]", "qkv[2]"]
+    assert names == ["qkv:0", "qkv:1", "qkv:2"]
 
 
 @pytest.mark.parametrize("init", ["milora", "pissa"])
