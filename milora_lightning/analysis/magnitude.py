@@ -27,7 +27,7 @@ def product_norm(B: Tensor, A: Tensor) -> Tensor:
     Returns:
         The norm of each product, shape (...).
 
-    >>> product_norm(torch.tensor([[1.0], [2.0]]), torch.tensor([[2.0, 0.0, 0.0]])).square()
+    >>> product_norm(torch.tensor([[1.0], [2.0]]), torch.tensor([[2.0, 0.0, 0.0]])).square().round()
     tensor(20., dtype=torch.float64)
     """
     B, A = in_double(B), in_double(A)

@@ -57,6 +57,8 @@ GROUPS = (
             "use_rslora",
             "decay_to_start",
             "target_parameters",
+            "statistics_batches",
+            "preserve",
             "fused_parts",
         ),
     ),

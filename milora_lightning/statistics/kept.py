@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.parallel.dtensor import memory_of
 from milora_lightning.starts import Statistics
+from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.folders import cache_folder, new_cache_folder
 from milora_lightning.utils.messages import inform, warn
 
@@ -196,7 +197,7 @@ def _read_group(path: Path) -> Group:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no container)
     if metadata.get(_CHECKSUM) != _checksum(tensors):
-        raise ValueError(f"the content of {path.name} is not what was written")
+        raise InvalidInputError(f"the content of {path.name} is not what was written")
     named = json.loads(metadata[_CONTENT])
     return {name: Statistics(*(e if e is None else tensors[e] for e in entry)) for name, entry in named.items()}
 

@@ -71,7 +71,7 @@ def test_an_interruption_ends_all_processes(comparison: Comparison, monkeypatch:
     monkeypatch.setattr(side_by_side, "Worker", Noted)
 
     def interrupt() -> None:
-        while not all((comparison.output / "logs" / f"a-lr0.001-seed{seed}.txt").exists() for seed in (WAITS, 5)):
+        while not (comparison.output / "logs" / f"a-lr0.001-seed{WAITS}.txt").exists():
             time.sleep(0.05)
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGINT)

@@ -199,7 +199,8 @@ def test_what_peft_will_refuse_is_said_when_training_starts(tmp_path: Path) -> N
             )
         return [str(w.message) for w in caught if "export for PEFT" in str(w.message)]
 
-    assert "out_proj" in said(build("mamba"))[0]
+    assert "dt_proj" in said(build("mamba"))[0]
+    assert "out_proj" in said(build("mamba"), target_modules=["in_proj", "out_proj"])[0]
     assert said(build("mamba"), target_modules=["in_proj"]) == []
     assert said(build("gpt2")) == []
 

@@ -245,7 +245,7 @@ FAMILIES: dict[str, Family] = {
         lambda: {"input_ids": ids()},
         {"target_modules": ["in_proj", "x_proj", "out_proj", "conv1d"], "rank_pattern": {"conv1d": 32}},
         ("in_proj", "conv1d"),
-        refused="incompatible with Mamba",
+        refused="reads the weight of .*conv1d.* in place of a call",
     ),
     "sentence embedder": Family(
         lambda: hf.BertModel(hf.BertConfig(**SIZES, vocab_size=64), add_pooling_layer=False),

@@ -108,7 +108,7 @@ def _question(question: str, choices: list[str], right: int) -> Question:
 
 def _checked(question: Question) -> Question:
     if not (len(question.choices) > 1 and 0 <= question.right < len(question.choices) and question.prompt):
-        raise ValueError(f"{len(question.choices)} choices, of which number {question.right + 1} is the answer")
+        raise InvalidInputError(f"{len(question.choices)} choices, of which number {question.right + 1} is the answer")
     return question
 
 
