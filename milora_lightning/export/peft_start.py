@@ -109,14 +109,14 @@ class StartedLayer(Derived):
         super().set_adapter(adapter_names, **options)  # type: ignore[misc]
         active = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         factors = cast(Any, self).get_base_layer()._modules.get(STARTED)
-        for factor in "AB" if factors is not None else "":
+        for factor in "AB" if isinstance(factors, StartedFactors) else "":
             factors.train_factor(factor, _started_adapter(self) in active and not options.get("inference_mode"))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter."""
         super().delete_adapter(adapter_name)  # type: ignore[misc]
-        if _started_adapter(self) is None:
-            cast(Any, self).get_base_layer()._modules.pop(STARTED, None)
+        if _started_adapter(self) is None:  # an empty module stays: PEFT 0.18 looks up all modules that there were
+            cast(Any, self).get_base_layer()._modules[STARTED] = nn.Module()
 
 
 def _started_adapter(layer: Any) -> str | None:

@@ -145,6 +145,8 @@ def test_a_saved_adapter_opens_here_and_beside_another_that_stays(tmp_path: Path
     assert torch.equal(logits(other), before)
     other.delete_adapter("default")
     assert not any("started" in name for name in other.state_dict())
+    other.set_adapter("b")
+    torch.testing.assert_close(logits(other.merge_and_unload()), want, rtol=0, atol=1e-5)
     with pytest.raises(RuntimeError, match="open it in a model without initialize_peft"):
         model.load_adapter(tmp_path, "default")
 
