@@ -63,11 +63,23 @@ def _draw_sizes(axes: Any, group: list[MatrixAnalysis]) -> None:
 
 def _draw_energy(axes: Any, group: list[MatrixAnalysis]) -> None:
     for name, color in (("left", "tab:blue"), ("right", "tab:orange")):
-        shares = torch.stack([getattr(m, f"{name}_energy").cpu() for m in group]).mean(0)
+        each = [getattr(m, f"{name}_energy").cpu() for m in group]
+        bins = max(map(len, each))  # layers of one name may have other sizes, small ones fewer bins
+        shares = torch.stack([rebinned(energy, bins) for energy in each]).mean(0)
         edges = [i / len(shares) for i in range(len(shares) + 1)]
         axes.stairs(shares, edges, color=color, label=f"{name} singular vectors")
     axes.axhline(1 / len(shares), color="black", ls=":", lw=1, label="evenly spread")
     axes.set(xlabel="place in the spectrum (1: smallest)", ylabel="share of ‖ΔW‖²", ylim=(0, None))
+
+
+def rebinned(shares: torch.Tensor, bins: int) -> torch.Tensor:
+    """Show shares in a few bins as if they were spread evenly in more.
+
+    >>> rebinned(torch.tensor([0.25, 0.75]), 4)
+    tensor([0.1250, 0.1250, 0.3750, 0.3750])
+    """
+    places = (torch.arange(bins) + 0.5) * len(shares) / bins
+    return shares[places.long()] * len(shares) / bins
 
 
 def _panels(path: Path, groups: dict[str, list[MatrixAnalysis]], title: str, draw: Draw) -> None:
