@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import copy
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,7 +17,6 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from milora_lightning.checkpoint.fingerprint import fingerprint
@@ -30,7 +28,7 @@ from milora_lightning.statistics.collecting import in_groups, layers_with_needs,
 from milora_lightning.statistics.kept import key_of, settings_of, with_cache
 from milora_lightning.statistics.passes import Pass, Track
 from milora_lightning.strategies.base import data_rank, needs_early_start
-from milora_lightning.utils.compat.lightning import placed_for_training, training_data
+from milora_lightning.utils.compat.lightning import placed_for_training, read_apart, training_data
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn
 
@@ -164,30 +162,14 @@ def _training_batches(trainer: Trainer, number: int) -> list[Any]:
     if sample is not None:
         return sample(number)
     source = training_data(trainer)
-    mode = "max_size_cycle"
-    if isinstance(source, CombinedLoader):
-        source, mode = source.iterables, source._mode
-    if isinstance(source, Iterator):
+    if isinstance(source, Iterator) and not isinstance(source, CombinedLoader):
         raise InvalidInputError(
             "A start from data takes batches before training, and the training data are an iterator that can be read "
             "only once: pass a DataLoader or another iterable that begins anew."
         )
-    together = CombinedLoader(_apart(source), mode)  # type: ignore[arg-type]
+    together = read_apart(source)
     with _generators_restored(together):
         return [batch for batch, *_ in islice(together, number)]
-
-
-def _apart(source: Any) -> Any:
-    """Copy loaders, so that an iterator which training has begun, or persistent workers, are not read from."""
-    if isinstance(source, (list, tuple)):
-        return type(source)(_apart(each) for each in source)
-    if isinstance(source, dict):
-        return {key: _apart(each) for key, each in source.items()}
-    if not isinstance(source, DataLoader):
-        return source
-    apart = copy(source)
-    apart._iterator = None
-    return apart
 
 
 def _files_read_by(callback: Any) -> list[Any]:

@@ -198,4 +198,4 @@ def test_the_scale_of_rslora() -> None:
     model = nn.ModuleDict({"a": nn.Linear(32, 32)})
     (layer,) = inject(model, config.__class__(r=16, lora_alpha=8, use_rslora=True)).values()
     assert layer.scaling == 2.0
-    assert first_difference(configured_settings(config, "a"), settings_of(layer)) is None
+    assert first_difference(configured_settings(config, "a", 32), settings_of(layer)) is None

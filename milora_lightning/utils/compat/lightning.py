@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.utils.data import DataLoader
+
+from milora_lightning.utils.compat.torch import without_iterator
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.loggers import WandbLogger
     from lightning.pytorch.trainer.states import TrainerFn
+    from lightning.pytorch.utilities import CombinedLoader
 
 
 def is_sharded_folder(path: Path) -> bool:
@@ -75,6 +79,27 @@ def find_by_keyword(trainer: Trainer, keyword: str, function: TrainerFn) -> Any:
 def training_data(trainer: Trainer) -> Any:
     """Return what a Trainer takes its training batches from, made once more by whoever has a ``train_dataloader``."""
     return trainer.fit_loop._data_source.dataloader()
+
+
+def read_apart(source: Any) -> CombinedLoader:
+    """Return loaders that give the batches of a Trainer's from their beginning, and leave those where they are.
+
+    They are copies, as an iterator that training has begun to read, or its persistent workers, would go on from there.
+    """
+    from lightning.pytorch.utilities import CombinedLoader
+
+    mode: Any = "max_size_cycle"
+    if isinstance(source, CombinedLoader):
+        source, mode = source.iterables, source._mode
+    return CombinedLoader(_apart(source), mode)
+
+
+def _apart(source: Any) -> Any:
+    if isinstance(source, (list, tuple)):
+        return type(source)(_apart(each) for each in source)
+    if isinstance(source, dict):
+        return {key: _apart(each) for key, each in source.items()}
+    return without_iterator(source) if isinstance(source, DataLoader) else source
 
 
 def placed_for_training(trainer: Trainer, batch: Any) -> Any:

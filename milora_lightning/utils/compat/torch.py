@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd as ConvNd  # all convolutions, lazy an
 from torch.nn.utils.parametrizations import _SpectralNorm as SpectralNormParametrization
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.data import DataLoader
 
 __all__ = ["ConvNd", "NormBase", "SpectralNormParametrization", "StridedShard", "is_traceable_wrapper_subclass"]
 
@@ -157,3 +159,10 @@ def fsdp_name(name: str) -> str:
 def forget_worker() -> None:
     """Have ``torch.utils.data.get_worker_info`` say that this process is no worker."""
     torch.utils.data._utils.worker._worker_info = None
+
+
+def without_iterator(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Return a copy of a loader with persistent workers that has not been read from; read in torch 2.13."""
+    apart = copy(loader)
+    apart._iterator = None
+    return apart
