@@ -40,15 +40,15 @@ def called(layers: Mapping[str, nn.Module], name: str) -> Layers:
 def matching(layers: Mapping[str, nn.Module], expression: str) -> Layers:
     """Return the layers whose full names a regular expression matches; embeddings only if it matches nothing else."""
     found = {n: layer for n, layer in layers.items() if re.fullmatch(expression, n) and not _is_stack(layer)}
-    return {n: layer for n, layer in found.items() if not is_embedding(_base(layer))} or found
+    return {n: layer for n, layer in found.items() if not is_embedding(base_of(layer))} or found
 
 
 def all_linear(module: nn.Module, layers: Mapping[str, nn.Module]) -> Layers:
     """Return the linear layers and experts of a module, without language-model heads and routers."""
     heads = output_heads(module)
-    linear = {n: m for n, m in layers.items() if is_linear(_base(m)) or is_packed(_base(m))}
-    linear = {n: m for n, m in linear.items() if _base(m) not in heads and not ends_with(n, "lm_head")}
-    experts = {n: m for n, m in layers.items() if is_stack(stack := _base(m)) and is_of_experts(n, stack)}
+    linear = {n: m for n, m in layers.items() if is_linear(base_of(m)) or is_packed(base_of(m))}
+    linear = {n: m for n, m in linear.items() if base_of(m) not in heads and not ends_with(n, "lm_head")}
+    experts = {n: m for n, m in layers.items() if is_stack(stack := base_of(m)) and is_of_experts(n, stack)}
     deciding = routers(linear, experts)
     return {n: m for n, m in linear.items() if n not in deciding} | experts
 
@@ -90,18 +90,19 @@ def output_heads(module: nn.Module) -> set[nn.Module | None]:
     if transformers is None:
         return set()
     models = (m for m in module.modules() if isinstance(m, transformers.PreTrainedModel))
-    return {_base(head) for m in models if isinstance(head := m.get_output_embeddings(), nn.Module)}
+    return {base_of(head) for m in models if isinstance(head := m.get_output_embeddings(), nn.Module)}
 
 
 def _parameter_name(name: str, layer: nn.Module) -> str:
     if _is_stack(layer):
         return name
-    return f"{name}_weight" if is_packed(_base(layer)) else f"{name}.weight"
+    return f"{name}_weight" if is_packed(base_of(layer)) else f"{name}.weight"
 
 
 def _is_stack(layer: nn.Module) -> bool:
-    return is_stack(_base(layer))
+    return is_stack(base_of(layer))
 
 
-def _base(layer: nn.Module) -> nn.Module:
+def base_of(layer: nn.Module) -> nn.Module:
+    """Return the layer that an adapter adapts, or the layer itself."""
     return layer.base_layer if isinstance(layer, LoRALinear) else layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -81,9 +82,10 @@ def _named(found: SingularSlice | Pair) -> dict[str, Tensor]:
     return dict(zip(SingularSlice._fields if len(found) == 3 else ("lora_A", "lora_B"), found, strict=True))
 
 
-def _checksum(found: SingularSlice | Pair) -> str:
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """Hash the numbers of tensors, one after the other."""
     digest = xxhash.xxh3_128()
-    for x in found:
+    for x in tensors:
         digest.update(memory_of(x))
     return digest.hexdigest()
 
@@ -96,8 +98,8 @@ def _read(path: Path, shape: torch.Size, r: int) -> SingularSlice | Pair | None:
             names = ("lora_A", "lora_B") if pair else SingularSlice._fields
             parts = [file.get_tensor(name) for name in names]
             found = (parts[0], parts[1]) if pair else SingularSlice(*parts)
-            checksum = (file.metadata() or {}).get(_CHECKSUM)
-        if [tuple(x.shape) for x in found] == part_shapes(len(found), shape, r) and checksum == _checksum(found):
+            written = (file.metadata() or {}).get(_CHECKSUM)
+        if [tuple(x.shape) for x in found] == part_shapes(len(found), shape, r) and written == checksum(found):
             return found
         problem = "its content is not what was written"
     except FileNotFoundError:
@@ -113,7 +115,7 @@ def _write(path: Path, found: SingularSlice | Pair) -> None:
     try:
         with replaced_file(path) as unfinished:
             on_cpu = {name: x.cpu() for name, x in _named(found).items()}
-            save_file(on_cpu, unfinished, metadata={_CHECKSUM: _checksum(found)})
+            save_file(on_cpu, unfinished, metadata={_CHECKSUM: checksum(found)})
     except (OSError, SafetensorError) as error:
         warn(
             f"Decompositions cannot be kept in {str(path.parent)!r} ({error}): later runs compute them again. Set "

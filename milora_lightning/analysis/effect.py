@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from milora_lightning.adapters.experts import LoRAExperts
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import is_convolution, is_embedding
+from milora_lightning.statistics.passes import tells_of
 
 NUMBERS = 2**24
 """Largest number of outputs that are looked at together."""
@@ -95,8 +96,7 @@ def relative_effect(layer: LoRALinear, x: Tensor, y: Tensor, mask: Tensor | None
         norms = [_norms(layer, *parts) for parts in zip(torch.split(x, rows), torch.split(y, rows), strict=True)]
     of_update, of_base = (torch.cat(parts) for parts in zip(*norms, strict=True))
     counts = of_base > 0
-    ordered = mask is not None and (is_convolution(base) or len(positions) == 1 or positions == mask.shape)
-    if mask is not None and ordered and mask.numel() == counts.numel():
+    if mask is not None and tells_of(mask, counts.shape if is_convolution(base) else positions):
         counts = counts & mask.flatten().bool()
     ratios = torch.where(counts, of_update / of_base, 0.0)
     return torch.stack([ratios.sum(), counts.sum().to(ratios.dtype)])

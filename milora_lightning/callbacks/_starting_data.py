@@ -25,7 +25,7 @@ from milora_lightning.data.code_key import PACKAGE, code_key
 from milora_lightning.data.held_out import pack, read_texts
 from milora_lightning.starts import Start, Statistics, find_start
 from milora_lightning.statistics.collecting import in_groups, layers_with_needs, size_of
-from milora_lightning.statistics.kept import key_of, settings_of, with_cache
+from milora_lightning.statistics.kept import computes_with, key_of, with_cache
 from milora_lightning.statistics.passes import Pass, Track
 from milora_lightning.strategies.base import data_rank, needs_early_start
 from milora_lightning.utils.compat.lightning import placed_for_training, read_apart, training_data
@@ -143,7 +143,7 @@ class StartingData:
                 [*learned, *(kept or ()), dict(module.named_buffers())],
                 *described,
                 repr(dict(module.hparams)),
-                settings_of(module),
+                computes_with(module),
                 len(kept or ()),
             )
             yield from with_cache(key, collect, size_of(layers, needs), share.size)

@@ -11,12 +11,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from milora_lightning.callbacks.forgetting import tokenizer_of
 from milora_lightning.config import IGNORE_INDEX
 from milora_lightning.data.tasks.questions import Question, read_questions
 from milora_lightning.export.models import find_model
 from milora_lightning.models.loss import row_losses
-from milora_lightning.models.pretrained import load_tokenizer
-from milora_lightning.strategies.base import calls_parts, data_rank
+from milora_lightning.parallel.work import in_step
+from milora_lightning.strategies.base import data_rank, refuse_flat_shards
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.modes import eval_mode
 
@@ -77,11 +78,7 @@ class ChoiceMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the questions before the model is loaded, so that a wrong path is found early."""
-        if not calls_parts(trainer.strategy):
-            raise InvalidInputError(
-                "ChoiceMonitor cannot call the language model under FSDPStrategy (FSDP1): use FSDP2 "
-                "(strategy: milora_fsdp2), ddp or one device."
-            )
+        refuse_flat_shards(trainer.strategy, "ChoiceMonitor cannot call the language model")
         if not self._questions:
             self._questions = {name: read_questions(file, self.number, self.seed) for name, file in self.files.items()}
 
@@ -112,12 +109,9 @@ class ChoiceMonitor(Callback):
         losses = torch.zeros(len(rows), device=pl_module.device)
         share = data_rank(trainer)
         with torch.no_grad(), eval_mode(model), trainer.precision_plugin.forward_context():
-            for first in range(0, len(batches), share.size):
-                mine = first + share.number
-                # A rank without a batch runs the model all the same: with a sharded model the other ranks wait for it.
-                batch = batches[min(mine, len(batches) - 1)]
+            for batch, counts in in_step(batches, share.number, share.size):
                 sums, tokens = row_losses(model, *(x.to(pl_module.device) for x in collate(batch)))
-                if mine < len(batches):
+                if counts:
                     losses[[place for place, _, _ in batch]] = sums / tokens
         if share.size > 1:
             losses = trainer.strategy.reduce(losses if share.first else torch.zeros_like(losses), reduce_op="sum")
@@ -142,12 +136,7 @@ class ChoiceMonitor(Callback):
     def _encoded(self, pl_module: LightningModule) -> list[tuple[int, list[int], int]]:
         """Return the number of each row, its token ids, and where its choice begins; rows of similar length follow."""
         if not self._rows:
-            tokenizer = load_tokenizer(self.tokenizer) if self.tokenizer else getattr(pl_module, "tokenizer", None)
-            if tokenizer is None:
-                raise InvalidInputError(
-                    f"{type(pl_module).__name__} has no attribute tokenizer: pass the name of the model whose "
-                    "tokenizer to use, ChoiceMonitor(tokenizer=...)."
-                )
+            tokenizer = tokenizer_of(pl_module, self.tokenizer, "ChoiceMonitor")
             questions = [question for each in self._questions.values() for question in each]
             rows = [row for question in questions for row in encode(question, tokenizer)]
             self._rows = sorted(((i, ids, start) for i, (ids, start) in enumerate(rows)), key=lambda row: -len(row[1]))

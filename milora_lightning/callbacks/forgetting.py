@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.func import functional_call
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from milora_lightning.adapters.contexts import adapters_disabled
 from milora_lightning.adapters.injection import lora_layers
@@ -17,7 +17,8 @@ from milora_lightning.data.held_out import pack, read_texts
 from milora_lightning.export.models import find_model
 from milora_lightning.metrics.forgetting import Forgetting
 from milora_lightning.models.pretrained import load_tokenizer
-from milora_lightning.strategies.base import calls_parts, data_rank, shards
+from milora_lightning.parallel.work import in_step
+from milora_lightning.strategies.base import data_rank, refuse_flat_shards, shards
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.modes import eval_mode
 
@@ -85,11 +86,7 @@ class ForgettingMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the text before the model is loaded, so that a wrong path is found early."""
-        if not calls_parts(trainer.strategy):
-            raise InvalidInputError(
-                "ForgettingMonitor cannot call the language model under FSDPStrategy (FSDP1): use FSDP2 "
-                "(strategy: milora_fsdp2), ddp or one device."
-            )
+        refuse_flat_shards(trainer.strategy, "ForgettingMonitor cannot call the language model")
         if not self._texts:
             places = self.text if isinstance(self.text, dict) else {"": self.text}
             self._texts = {name: read_texts(place, self.field, self.split) for name, place in places.items()}
@@ -148,14 +145,12 @@ class ForgettingMonitor(Callback):
         each = [torch.empty(0, device=metric.device)]
         with torch.no_grad(), eval_mode(model), trainer.precision_plugin.forward_context():
             share = data_rank(trainer)
-            for first in range(0, len(batches), share.size):
-                mine = first + share.number
-                # A rank without a batch runs the model all the same: with a sharded model the other ranks wait for it.
-                ids = batches[min(mine, len(batches) - 1)].to(metric.device)
+            for batch, counts in in_step(batches, share.number, share.size):
+                ids = batch.to(metric.device)
                 logits = model(input_ids=ids, use_cache=False).logits
                 with adapters_disabled(model):
                     base_logits = functional_call(model, base, kwargs={"input_ids": ids, "use_cache": False}).logits
-                if mine < len(batches):
+                if counts:
                     metric.update(logits, base_logits)
                     each.append(metric.latest.mean(-1))
         return torch.cat(each)
@@ -181,16 +176,26 @@ class ForgettingMonitor(Callback):
 
     def _tokens(self, pl_module: LightningModule) -> dict[str, Tensor]:
         if not self._blocks:
-            tokenizer = load_tokenizer(self.tokenizer) if self.tokenizer else getattr(pl_module, "tokenizer", None)
-            if tokenizer is None:
-                raise InvalidInputError(
-                    f"{type(pl_module).__name__} has no attribute tokenizer: pass the name of the model whose "
-                    "tokenizer to use, ForgettingMonitor(tokenizer=...)."
-                )
+            tokenizer = tokenizer_of(pl_module, self.tokenizer, "ForgettingMonitor")
             self._blocks = {
                 name: pack(texts, tokenizer, self.block_length, self.max_tokens) for name, texts in self._texts.items()
             }
         return self._blocks
+
+
+def tokenizer_of(pl_module: LightningModule, name: str | None, monitor: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the model of that name, or the module's own, for a monitor.
+
+    Raises:
+        ValueError: If there is neither.
+    """
+    tokenizer = load_tokenizer(name) if name else getattr(pl_module, "tokenizer", None)
+    if tokenizer is None:
+        raise InvalidInputError(
+            f"{type(pl_module).__name__} has no attribute tokenizer: pass the name of the model whose tokenizer to "
+            f"use, {monitor}(tokenizer=...)."
+        )
+    return tokenizer
 
 
 def _language_model(pl_module: LightningModule) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.analysis.effect import EffectMeter, mask_of
 from milora_lightning.analysis.magnitude import update_size, weight_norms
-from milora_lightning.strategies.base import calls_parts
+from milora_lightning.strategies.base import refuse_flat_shards
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import inform
 
@@ -47,11 +47,7 @@ class UpdateMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse FSDP1, which keeps factors in flat shards."""
-        if not calls_parts(trainer.strategy):
-            raise InvalidInputError(
-                "UpdateMonitor cannot read the factors under FSDPStrategy (FSDP1): use FSDP2 (strategy: milora_fsdp2), "
-                "ddp or one device."
-            )
+        refuse_flat_shards(trainer.strategy, "UpdateMonitor cannot read the factors")
         self._layers, self._norms = {}, []
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from milora_lightning.adapters.candidates import adaptable_layers
+from milora_lightning.adapters.candidates import adaptable_layers, base_of
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.parts import ends_with
@@ -168,7 +168,7 @@ def _places(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _factor_shapes(name: str, layer: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
-    of_A, of_B = peft_shapes(layer.base_layer if isinstance(layer, LoRALinear) else layer, r)
+    of_A, of_B = peft_shapes(base_of(layer), r)
     return {factor_key(name, "lora_A"): of_A, factor_key(name, "lora_B"): of_B}
 
 

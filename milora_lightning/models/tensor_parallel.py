@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
+from milora_lightning.adapters.candidates import base_of
 from milora_lightning.adapters.experts import is_of_experts, stacked_weights
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
@@ -110,7 +111,7 @@ def _check_heads(model: PreTrainedModel, ranks: int) -> None:
 
 
 def _check_layer(name: str, layer: nn.Module, style: Style, ranks: int) -> None:
-    base = layer.base_layer if isinstance(layer, LoRALinear) else layer
+    base = base_of(layer)
     if is_conv1d(base) or not is_plain_product(base):
         raise InvalidInputError(
             f"Layer {name!r} ({type(base).__name__}) is more than the product with a frozen weight, and cannot be "

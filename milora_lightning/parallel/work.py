@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from milora_lightning.utils.errors import InvalidInputError
+
+T = TypeVar("T")
 
 
 def cost(shape: tuple[int, int]) -> int:
@@ -83,3 +85,24 @@ def raise_on_all_ranks(error: BaseException | None, world_size: int) -> None:
             raise InvalidInputError(next(message for message in messages if message))
     if error is not None:
         raise error
+
+
+def in_step(
+    batches: Sequence[T], number: int, size: int, track: Callable[[Sequence[int]], Iterable[int]] = iter
+) -> Iterator[tuple[T, bool]]:
+    """Yield a rank's share of batches, in as many steps on all ranks, and whether each counts.
+
+    With sharded weights ranks compute together: one without a batch of its own runs another's, which does not count.
+
+    Args:
+        batches: All batches, the same on each rank.
+        number: The rank's number among those that share them.
+        size: How many these are.
+        track: Wraps the steps, to show progress.
+
+    >>> list(in_step("abc", 1, 2))
+    [('b', True), ('c', False)]
+    """
+    for first in track(range(0, len(batches), size)):
+        mine = first + number
+        yield batches[min(mine, len(batches) - 1)], mine < len(batches)

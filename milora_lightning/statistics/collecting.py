@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from milora_lightning.adapters.candidates import base_of
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import is_linear, linear_shape
@@ -22,7 +24,7 @@ from milora_lightning.starts import Start, Statistics, find_start
 from milora_lightning.starts.statistics import Need
 from milora_lightning.statistics.gradients import weight_gradients
 from milora_lightning.statistics.moments import Moments, input_moments, say_if_few, shared_inputs
-from milora_lightning.statistics.passes import Pass, Track, base_of, default_call, moved
+from milora_lightning.statistics.passes import Pass, Track, default_call
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.memory import available
 
@@ -80,9 +82,18 @@ def collect_statistics(
     layers, needs = layers_with_needs(module) if config is None else targets_with_needs(module, config)
     if not needs:
         raise InvalidInputError("The start of these adapters takes nothing from data: initialize needs no statistics.")
+    from lightning.fabric.utilities import move_data_to_device
+
     place = home(next(iter(module.parameters()))) if device is None else device
     ran = Pass(
-        module, list(batches), call or default_call(module), lambda x: moved(x, place), place, number, size, track=track
+        module,
+        list(batches),
+        call or default_call(module),
+        partial(move_data_to_device, device=place),
+        place,
+        number,
+        size,
+        track=track,
     )
     found: dict[str, Statistics] = {}
     for group in in_groups(layers, needs, ran, None if preserve is None else list(preserve)):
@@ -117,7 +128,7 @@ def targets_with_needs(module: nn.Module, config: LoRAConfig) -> tuple[dict[str,
 
 
 def _check(name: str, layer: nn.Module) -> None:
-    base = layer.base_layer if isinstance(layer, LoRALinear) else layer
+    base = base_of(layer)
     if not is_linear(base):
         raise InvalidInputError(
             f"Layer {name!r} ({type(base).__name__}) is no linear layer, and only those start from data: leave it "

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from milora_lightning.adapters.candidates import base_of
 from milora_lightning.adapters.linear_layers import linear_shape
 from milora_lightning.linalg.single import full_precision
-from milora_lightning.statistics.passes import Pass, base_of, input_of, loss_of
+from milora_lightning.statistics.passes import Pass, input_of, loss_of
 from milora_lightning.utils.errors import InvalidInputError
 
 SCALE = 2.0**10

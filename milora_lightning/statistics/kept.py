@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from milora_lightning.adapters.factor_cache import checksum
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.parallel.dtensor import memory_of
 from milora_lightning.starts import Statistics
@@ -54,7 +55,7 @@ def key_of(batches: Iterable[Any], *others: object) -> str | None:
     return digest.hexdigest()
 
 
-def settings_of(module: nn.Module) -> str:
+def computes_with(module: nn.Module) -> str:
     """Describe what modules compute with beside their parameters and buffers: classes, and plain attributes."""
 
     def told(name: str, value: Any) -> bool:
@@ -177,7 +178,7 @@ def _write(path: Path, group: Group) -> None:
     numbers = {identity: str(number) for number, identity in enumerate(once)}
     tensors = {numbers[identity]: each.cpu().contiguous() for identity, each in once.items()}
     named = {name: [None if e is None else numbers[id(e)] for e in entry] for name, entry in group.items()}
-    save_file(tensors, path, metadata={_CONTENT: json.dumps(named), _CHECKSUM: _checksum(tensors)})
+    save_file(tensors, path, metadata={_CONTENT: json.dumps(named), _CHECKSUM: checksum(tensors.values())})
 
 
 def _read(folder: Path) -> list[Group] | None:
@@ -195,15 +196,8 @@ def _read(folder: Path) -> list[Group] | None:
 def _read_group(path: Path) -> Group:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no container)
-    if metadata.get(_CHECKSUM) != _checksum(tensors):
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys(), key=int)}
+    if metadata.get(_CHECKSUM) != checksum(tensors.values()):
         raise InvalidInputError(f"the content of {path.name} is not what was written")
     named = json.loads(metadata[_CONTENT])
     return {name: Statistics(*(e if e is None else tensors[e] for e in entry)) for name, entry in named.items()}
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = xxhash.xxh3_128()
-    for name in sorted(tensors, key=int):
-        digest.update(memory_of(tensors[name]))
-    return digest.hexdigest()

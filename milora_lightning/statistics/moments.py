@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from milora_lightning.adapters.candidates import base_of
 from milora_lightning.adapters.linear_layers import linear_shape
 from milora_lightning.linalg.single import full_precision
 from milora_lightning.parallel.work import raise_on_all_ranks
-from milora_lightning.statistics.passes import Pass, base_of, counted_rows, input_of
+from milora_lightning.statistics.passes import Pass, counted_rows, input_of, tells_of
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn
 
@@ -130,8 +131,10 @@ def input_moments(layers: Mapping[str, nn.Module], owners: Mapping[str, str], ov
     problem: InvalidInputError | None = None
 
     def see(name: str, x: Tensor) -> None:
-        if name in groups:
-            moments[name].add(x, _mask_for(x, counted) if counts else x.new_zeros(x.shape[:-1], dtype=torch.bool))
+        if name not in groups:
+            return
+        mask = counted if counted is not None and tells_of(counted, x.shape[:-1]) else None
+        moments[name].add(x, mask if counts else x.new_zeros(x.shape[:-1], dtype=torch.bool))
 
     with watching(layers, see) as calls:
         for batch, own in over.run():
@@ -149,14 +152,6 @@ def input_moments(layers: Mapping[str, nn.Module], owners: Mapping[str, str], ov
             "leave it out (exclude_modules), or give batches whose attention_mask is not zero everywhere."
         )
     return {name: moments[owners[name]] for name in layers}
-
-
-def _mask_for(x: Tensor, counted: Tensor | None) -> Tensor | None:
-    """Return which of a layer's inputs (..., features) count, where these are the tokens of a batch, in its order."""
-    if counted is None:
-        return None
-    flat = x.ndim == 2 and len(x) == counted.numel()
-    return counted if flat or x.shape[:-1] == counted.shape else None
 
 
 def say_if_few(moments: Mapping[str, Moments]) -> bool:

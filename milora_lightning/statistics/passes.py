@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from milora_lightning.adapters.contexts import adapters_disabled
-from milora_lightning.adapters.layer import LoRALinear
+from milora_lightning.parallel.work import in_step
 from milora_lightning.utils.modes import eval_mode
 
 Track = Callable[[Sequence[int]], Iterable[int]]
@@ -47,15 +47,10 @@ class Pass:
     track: Track = iter
 
     def run(self, gradients: bool = False) -> Iterator[tuple[Any, bool]]:
-        """Yield each of this rank's batches, placed, and whether it counts; what follows has to call the module.
-
-        With sharded weights ranks compute together, so that all take equally many: one without a batch of its own runs
-        one that does not count.
-        """
+        """Yield each of this rank's batches, placed, and whether it counts; what follows has to call the module."""
         with torch.set_grad_enabled(gradients), self._prepared():
-            for first in self.track(range(0, len(self.batches), self.size)):
-                mine = first + self.number
-                yield self.place(self.batches[min(mine, len(self.batches) - 1)]), mine < len(self.batches)
+            for batch, counts in in_step(self.batches, self.number, self.size, self.track):
+                yield self.place(batch), counts
 
     def first(self) -> None:
         """Run the first batch alone."""
@@ -93,17 +88,6 @@ def default_call(module: nn.Module) -> Callable[[Any], Any]:
     return call
 
 
-def moved(batch: Any, device: torch.device) -> Any:
-    """Move the tensors in a batch to a device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: moved(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
-        return type(batch)(moved(value, device) for value in batch)
-    return batch
-
-
 def counted_rows(batch: Any) -> Tensor | None:
     """Return which tokens of a batch count (rows, tokens): not its padding; None if there is no mask that tells.
 
@@ -114,9 +98,14 @@ def counted_rows(batch: Any) -> Tensor | None:
     return mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def base_of(layer: nn.Module) -> nn.Module:
-    """Return the layer that an adapter adapts, or the layer itself."""
-    return layer.base_layer if isinstance(layer, LoRALinear) else layer
+def tells_of(mask: Tensor, positions: torch.Size) -> bool:
+    """Whether a mask of tokens is one of a layer's inputs: they have its shape, or are in one row of as many.
+
+    >>> mask = torch.ones(2, 3)
+    >>> [tells_of(mask, torch.Size(shape)) for shape in ([2, 3], [6], [3, 2], [5])]
+    [True, True, False, False]
+    """
+    return positions in (mask.shape, (mask.numel(),))
 
 
 def loss_of(result: Any) -> Tensor | None:

@@ -184,6 +184,18 @@ def calls_parts(strategy: Strategy) -> bool:
     return not isinstance(strategy, FSDPStrategy)
 
 
+def refuse_flat_shards(strategy: Strategy, what: str) -> None:
+    """Refuse FSDP1 for what cannot be done with its flat shards, in a sentence that begins with ``what``.
+
+    Raises:
+        ValueError: If it is the strategy.
+    """
+    if not calls_parts(strategy):
+        raise InvalidInputError(
+            f"{what} under FSDPStrategy (FSDP1): use FSDP2 (strategy: milora_fsdp2), ddp or one device."
+        )
+
+
 def restores_late(strategy: Strategy) -> bool:
     """Whether checkpoints are restored after ``on_fit_start``, so that factors must not be computed there yet."""
     return strategy.restore_checkpoint_after_setup
