@@ -4,7 +4,7 @@ Every start that the registry has, each in a process of its own, without cached 
 another by singular values or by the end of a spectrum alone are left out. Starts from data collect statistics of 2048
 tokens of the embedded model, which is part of their time there, and are given random ones of the single weight.
 
-python benchmarks/starts.py          # about five minutes; publishes a table
+python benchmarks/starts.py          # about eleven minutes; publishes a table
 python benchmarks/starts.py small    # one block and a small weight, in seconds; prints a table
 """
 
