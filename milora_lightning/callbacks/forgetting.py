@@ -32,8 +32,8 @@ class ForgettingMonitor(Callback):
     ``forgetting_cross_entropy``, the MiLoRA paper's measure (arXiv 2406.09044, section 5.4), in nats per token over all
     ranks. The values before training, where the KL divergence is 0, are logged as step 0.
 
-    Of several texts, both are also logged for each (``forgetting_kl/NAME``), and without a name their means, in which
-    all texts have the same weight.
+    Of texts that have names, both are also logged for each (``forgetting_kl/NAME``), and without a name their means, in
+    which all texts have the same weight.
 
     Attributes:
         examples: By the name of the measure, its value on each sequence in the latest measurement of this rank.
@@ -124,7 +124,7 @@ class ForgettingMonitor(Callback):
         self.weights = {
             "forgetting_kl": torch.cat([torch.full((len(of),), 1 / max(1, len(of))) for of in each.values()])
         }
-        if len(results) > 1:
+        if "" not in results:
             results[""] = {key: mean(of[key] for of in results.values()) for key in ("kl", "cross_entropy")}
         return {
             f"forgetting_{key}" + (f"/{name}" if name else ""): value

@@ -7,11 +7,12 @@ from typing import Any
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 
 from milora_lightning.data import SFTDataModule
 from milora_lightning.data.batches.batching import TEXT_COLUMNS
 from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy
+from milora_lightning.metrics.losses import MeanLoss
 from milora_lightning.training.optimization import OptimizedModule
 
 Batch = dict[str, Any]
@@ -43,7 +44,7 @@ class EvaluatedModule(OptimizedModule):
         metric: Metric | None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, warmup_steps, lr_scheduler_kwargs, learning_rate)
-        self.eval_loss = MeanMetric()
+        self.eval_loss = MeanLoss()
         self.metric = metric
         self._metric_from_data = metric is None
         self._answered = False  # whether this evaluation had batches to answer
@@ -112,7 +113,7 @@ class EvaluatedModule(OptimizedModule):
     def _evaluation_step(self, batch: Batch) -> Answers | None:
         if "reference" not in batch:
             total, tokens = self.loss(batch)
-            self.eval_loss.update(total / tokens.clamp(min=1), tokens)
+            self.eval_loss.update(total, tokens)
             return None
         self._answered = True
         records = _records(batch, self.answer(batch))

@@ -149,6 +149,9 @@ def test_several_texts_count_alike_and_each_is_told(text: Path, tmp_path: Path) 
     values, weights = (of["forgetting_kl"] for of in (both.examples, both.weights))
     assert len(set(weights.tolist())) == 2  # the texts have different lengths
     assert ((values * weights).sum() / weights.sum()).item() == pytest.approx(found["forgetting_kl"], rel=1e-5)
+    one = ForgettingMonitor({"sums": str(text)}, **options)  # what is asked for by a single name counts as well
+    one.setup(trainer, lm, "validate")
+    assert one.measure(trainer, lm)["forgetting_kl"] == pytest.approx(alone["sums"], rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import yaml
+from torchmetrics import Metric
 
 from milora_lightning.checkpoint.reading import read_checkpoint
 from milora_lightning.cli import compare as comparing
 from milora_lightning.cli.comparing import single
-from milora_lightning.cli.comparing.measuring import Trajectory
+from milora_lightning.cli.comparing.measuring import MeasuredModule, Trajectory
 from milora_lightning.cli.comparing.single import Comparison, RunCLI
 from milora_lightning.cli.main import main
 from milora_lightning.comparison import report
@@ -26,6 +27,8 @@ from milora_lightning.comparison.report import make_report, markdown
 from milora_lightning.comparison.runs import Run, read_examples
 from milora_lightning.comparison.sections import spread
 from milora_lightning.comparison.selection import best_rate
+from milora_lightning.metrics import AnswerAccuracy, PassRate, TaskAccuracy, right_answer
+from milora_lightning.metrics.code import Problem
 
 LORA = {"adapter": {"init": "lora", "lora_alpha": 8}}
 
@@ -288,6 +291,38 @@ def test_the_end_of_training_is_measured_once() -> None:
         trajectory.on_validation_end(trainer, None)  # type: ignore[arg-type]
     assert [(row["step"], row["val_loss"]) for row in trajectory.rows] == [(0, 3.0), (4, 2.0), (6, 1.0)]
     assert [row["seconds"] for row in trajectory.rows] == sorted(row["seconds"] for row in trajectory.rows)
+
+
+class Answered(MeasuredModule):
+    """A module whose metric is given."""
+
+    def __init__(self, metric: Metric) -> None:
+        torch.nn.Module.__init__(self)
+        self.metric = metric
+
+
+class Half(Metric):
+    """A score between right and wrong."""
+
+    def update(self, generations: list[str], references: list[str]) -> None:
+        """Do nothing."""
+
+    def compute(self) -> torch.Tensor:
+        return torch.tensor(0.5)
+
+
+class Named(Half):
+    def compute(self) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        return {"length": torch.tensor(7.0)}
+
+
+def test_a_single_answer_has_the_score_of_any_metric() -> None:
+    record = {"generation": "The answer is: 4", "reference": "4", "task": ""}
+    right = TaskAccuracy({"": right_answer})
+    assert [Answered(metric)._score(record) for metric in (AnswerAccuracy(), right, Half())] == [1.0, 1.0, 0.5]
+    assert Answered(Named())._score(record) is None
+    code = {"generation": "    return 1", "reference": Problem("def f():", "f", "def check(f): f()").written()}
+    assert Answered(PassRate())._score({**code, "task": ""}) == 1.0
 
 
 def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,6 +70,12 @@ def test_every_token_counts_the_same_in_batches_of_any_size() -> None:
     assert "val_accuracy" not in found  # nothing was answered
 
 
+def test_a_loss_that_is_not_finite_is_not_left_out() -> None:
+    """Else a model that answers nothing but NaN to its longest examples would have the best loss of all."""
+    assert math.isnan(Known().evaluate(of(math.nan, 5), of(9.0, 9))["val_loss"])
+    assert Known().evaluate(of(math.inf, 5), of(9.0, 9))["val_loss"] == math.inf
+
+
 def test_each_evaluation_begins_anew() -> None:
     lm = Known()
     assert lm.evaluate(of(10.0, 2), answered("The answer is: 1", "2"))["val_accuracy"] == 0.5

@@ -20,19 +20,21 @@ from milora_lightning.training.evaluation import Answers, Batch
 from milora_lightning.utils.errors import InvalidInputError
 
 LOSS, ACCURACY = "val_loss", "val_accuracy"
+SCORES = ("accuracy", "pass@1")
+"""What a metric with several results calls the one that tells of a single answer whether it is right."""
 
 
 class MeasuredModule(CausalLMModule):
-    """Keeps the loss of each validation example, and whether its answer is right, in the order of the data loader."""
+    """Keeps the loss of each validation example, and the score of its answer, in the order of the data loader."""
 
     losses: list[tuple[Tensor, Tensor]]
-    right: list[bool]
+    scores: list[float]
     _validates = False  # other evaluations of the loss, such as for the statistics of a start, need its gradient
 
     def on_validation_epoch_start(self) -> None:
         """Forget the previous validation."""
         super().on_validation_epoch_start()
-        self.losses, self.right = [], []
+        self.losses, self.scores = [], []
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Compute the loss as in any run; in validation, example by example."""
@@ -50,16 +52,20 @@ class MeasuredModule(CausalLMModule):
         finally:
             self._validates = False
         if answers is not None and self.metric is not None:
-            self.right += [self._is_right(record) for record in answers["answers"]]
+            found = [self._score(record) for record in answers["answers"]]
+            self.scores += [score for score in found if score is not None]
         return answers
 
-    def _is_right(self, record: dict[str, str]) -> bool:
+    def _score(self, record: dict[str, str]) -> float | None:
+        """Return what the metric makes of one answer, 1 for a right one; None if none of its results tells that."""
         metric = self.metric.clone()  # type: ignore[union-attr]
         metric.reset()
         task = [[record["task"]]] if hasattr(metric, "judges") else []
         metric.update([record["generation"]], [record["reference"]], *task)
         found = metric.compute()
-        return bool(found["accuracy"] if isinstance(found, dict) else found)
+        if isinstance(found, dict):
+            found = next((found[name] for name in SCORES if name in found), None)
+        return None if found is None else float(found)
 
 
 class Trajectory(Callback):
@@ -117,9 +123,9 @@ class Trajectory(Callback):
             sums, tokens = (torch.cat(column).float() for column in zip(*module.losses, strict=True))
             self._weights[LOSS], self._index[LOSS] = tokens, list(loaders[0].sampler)[: len(sums)]
             self._keep(trainer.global_step, {LOSS: sums / tokens.clamp(min=1)})
-        if module.right:
-            self._index[ACCURACY] = list(loaders[1].sampler)[: len(module.right)]
-            self._keep(trainer.global_step, {ACCURACY: torch.tensor(module.right).float()})
+        if module.scores:
+            self._index[ACCURACY] = list(loaders[1].sampler)[: len(module.scores)]
+            self._keep(trainer.global_step, {ACCURACY: torch.tensor(module.scores)})
 
     def _keep(self, step: int, values: dict[str, Tensor]) -> None:
         for name, each in values.items():
