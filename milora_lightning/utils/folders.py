@@ -128,9 +128,17 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 
 def replace_by(path: Path, unfinished: Path) -> None:
-    """Replace a folder, or a file, by a complete folder."""
+    """Replace a folder, a file or a link by a complete folder, even where a killed process has left the one before."""
     previous = path.with_name(f".{path.name}.previous")
-    if path.exists():
+    if path.exists() or path.is_symlink():
+        _remove(previous)
         path.rename(previous)
     unfinished.rename(path)
-    shutil.rmtree(previous) if previous.is_dir() else previous.unlink(missing_ok=True)
+    _remove(previous)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

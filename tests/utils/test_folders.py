@@ -60,19 +60,26 @@ def test_a_folder_that_fails_does_not_appear(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("before", ["nothing", "file", "folder"])
-def test_a_whole_folder_takes_the_place_of_what_was_there(before: str, tmp_path: Path) -> None:
-    path, unfinished = tmp_path / "last.ckpt", tmp_path / "unfinished"
-    unfinished.mkdir()
-    (unfinished / "new").touch()
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("before", ["nothing", "file", "folder", "link"])
+def test_a_whole_folder_takes_the_place_of_what_was_there(before: str, killed: bool, tmp_path: Path) -> None:
+    """Also where a process was killed before it had removed what it had replaced."""
+    path, unfinished, other = (tmp_path / name for name in ("last.ckpt", "unfinished", "other"))
+    for folder in (unfinished, other, *([path] if before == "folder" else [])):
+        folder.mkdir()
+        (folder / "old").touch()
+    (unfinished / "old").rename(unfinished / "new")
     if before == "file":
         path.touch()
-    elif before == "folder":
-        path.mkdir()
-        (path / "old").touch()
+    elif before == "link":
+        path.symlink_to(other)
+    if killed:
+        (tmp_path / ".last.ckpt.previous").mkdir()
+        (tmp_path / ".last.ckpt.previous" / "older").touch()
     replace_by(path, unfinished)
     assert os.listdir(path) == ["new"]
-    assert os.listdir(tmp_path) == ["last.ckpt"]
+    assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "other"]
+    assert os.listdir(other) == ["old"]
 
 
 def test_places_that_take_no_files_are_refused_before_any_work(tmp_path: Path) -> None:
