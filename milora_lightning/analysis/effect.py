@@ -68,11 +68,13 @@ class EffectMeter:
     @torch.no_grad()
     def _add(self, row: int, mask: Tensor | None, layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
         assert isinstance(layer, LoRALinear)
-        if layer.enabled and args:
-            self.sums[row] += relative_effect(layer, args[0], y, mask).to(self.sums.device)
+        if layer.enabled and args:  # attention calls projections of several parts with the rows that it wants
+            self.sums[row] += relative_effect(layer, args[0], y, mask, *args[1:]).to(self.sums.device)
 
 
-def relative_effect(layer: LoRALinear, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+def relative_effect(
+    layer: LoRALinear, x: Tensor, y: Tensor, mask: Tensor | None = None, rows: slice = slice(None)
+) -> Tensor:
     """Compute ‖ΔW x‖ / ‖W x‖ for each position of a layer's input, and add up.
 
     Args:
@@ -80,6 +82,7 @@ def relative_effect(layer: LoRALinear, x: Tensor, y: Tensor, mask: Tensor | None
         x: Its input.
         y: Its output for x, W x + bias + ΔW x.
         mask: Which positions count, if it has their shape, or they are in one row of as many.
+        rows: Which features of the whole output y has.
 
     Returns:
         The sum of the ratios and their number, shape (2,), float32. Positions where W x is zero are left out.
@@ -91,9 +94,9 @@ def relative_effect(layer: LoRALinear, x: Tensor, y: Tensor, mask: Tensor | None
         x, y = (part.reshape(-1, *part.shape[-batched + 1 :]) for part in (x, y))
     else:
         x, y = x.flatten() if is_embedding(base) else x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    rows = max(1, NUMBERS // max(1, y[:1].numel()))  # float32 copies of all outputs could take much memory
+    piece = max(1, NUMBERS // max(1, y[:1].numel()))  # float32 copies of all outputs could take much memory
     with torch.autocast(y.device.type, enabled=False):
-        norms = [_norms(layer, *parts) for parts in zip(torch.split(x, rows), torch.split(y, rows), strict=True)]
+        norms = [_norms(layer, rows, *both) for both in zip(torch.split(x, piece), torch.split(y, piece), strict=True)]
     of_update, of_base = (torch.cat(parts) for parts in zip(*norms, strict=True))
     counts = of_base > 0
     if mask is not None and tells_of(mask, counts.shape if is_convolution(base) else positions):
@@ -102,14 +105,14 @@ def relative_effect(layer: LoRALinear, x: Tensor, y: Tensor, mask: Tensor | None
     return torch.stack([ratios.sum(), counts.sum().to(ratios.dtype)])
 
 
-def _norms(layer: LoRALinear, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _norms(layer: LoRALinear, rows: slice, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Return ‖ΔW x‖ and ‖W x‖ of each position."""
-    update = layer.update(x.to(layer.lora_A.dtype) if x.is_floating_point() else x)
+    update = layer.update(x.to(layer.lora_A.dtype) if x.is_floating_point() else x)[..., rows]
     bias = getattr(layer.base_layer, "bias", None)
     base = y.to(update.dtype) - update
     if is_convolution(layer.base_layer):
         update, base = update.movedim(1, -1), base.movedim(1, -1)
-    base = base if bias is None else base - bias
+    base = base if bias is None else base - bias[rows]
     of_update, of_base = (torch.linalg.vector_norm(part.float(), dim=-1).flatten() for part in (update, base))
     return of_update, of_base
 

@@ -98,6 +98,25 @@ def test_effect_of_other_layers() -> None:
     assert (total / count, count) == (pytest.approx(ratios.mean().item(), rel=1e-4), 4)
 
 
+def test_effect_of_the_rows_that_attention_asks_for() -> None:
+    """Queries and keys of other sequences are projected by a part of the packed weight, in autocast by its adapter."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.MultiheadAttention(16, 2, batch_first=True))
+    layer = inject(model, LoRAConfig(r=4, lora_alpha=6))["0.in_proj"]
+    initialize(model)
+    moved(layer)
+    q, k = torch.randn(2, 3, 16), torch.randn(2, 5, 16)
+    meter = EffectMeter({"in_proj": layer}, torch.device("cpu"))
+    with meter.watching(), torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model.eval()[0](q, k, k)
+    delta, weight = layer.delta_weight().detach(), layer.base_layer.weight.detach()
+    parts = ((q, slice(0, 16)), (k, slice(16, 48)))
+    ratios = [(x @ delta[own].T).norm(dim=-1) / (x @ weight[own].T).norm(dim=-1) for x, own in parts]
+    expected_mean = torch.cat([each.flatten() for each in ratios]).mean().item()
+    assert meter.effects()["in_proj"].item() == pytest.approx(expected_mean, rel=0.03)
+    assert meter.sums[0, 1] == 16
+
+
 def test_meter_adds_up_calls_and_sees_none_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("milora_lightning.analysis.effect.NUMBERS", 2 * OUT)  # several pieces, the last one smaller
     layer, other = adapted().eval(), adapted()
