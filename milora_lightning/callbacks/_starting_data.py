@@ -146,7 +146,7 @@ class StartingData:
                 computes_with(module),
                 len(kept or ()),
             )
-            yield from with_cache(key, collect, size_of(layers, needs), share.size)
+            yield from with_cache(key, layers, collect, size_of(layers, needs), share.size)
 
     def _data(self, trainer: Trainer, module: LightningModule, start: Start) -> tuple[list[Any], list[Any] | None]:
         """Return the batches of what is learned and of what is to be preserved, on the CPU."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -56,16 +56,20 @@ def key_of(batches: Iterable[Any], *others: object) -> str | None:
 
 
 def computes_with(module: nn.Module) -> str:
-    """Describe what modules compute with beside their parameters and buffers: classes, and plain attributes."""
+    """Describe what modules compute with beside parameters and buffers: classes, plain attributes, configurations."""
 
     def told(name: str, value: Any) -> bool:
         return name[0] != "_" and name != "training" and isinstance(value, (*_PLAIN, type(None)))
 
+    modules = [(name, m) for name, m in module.named_modules() if not isinstance(m, LoRALinear)]  # switched off
+    configs: dict[int, Any] = {id(c): c for _, m in modules if hasattr(c := getattr(m, "config", None), "to_dict")}
     return repr(
         [
-            (name, type(m).__qualname__, m.extra_repr(), *((k, v) for k, v in vars(m).items() if told(k, v)))
-            for name, m in module.named_modules()
-            if not isinstance(m, LoRALinear)  # which are switched off
+            *(
+                (name, type(m).__qualname__, m.extra_repr(), *((k, v) for k, v in vars(m).items() if told(k, v)))
+                for name, m in modules
+            ),
+            *({k: v for k, v in each.to_dict().items() if k[0] != "_"} for each in configs.values()),
         ]
     )
 
@@ -89,12 +93,13 @@ def _parts(value: Any) -> Iterator[bytes | memoryview | None]:
 
 
 def with_cache(
-    key: str | None, collect: Callable[[], Iterator[Group]], expected: int, ranks: int = 1
+    key: str | None, layers: Collection[str], collect: Callable[[], Iterator[Group]], expected: int, ranks: int = 1
 ) -> Iterator[Group]:
     """Yield what is kept under a key, or else what is collected, and keep that.
 
     Args:
         key: The key, the same on all ranks; None to keep nothing.
+        layers: Names of the layers, of which there has to be an entry each.
         collect: Collects statistics, group by group.
         expected: How many bytes they take. Where that is more than :data:`LARGEST`, they are not kept.
         ranks: Number of ranks that all call this; they read only if all of them can.
@@ -103,7 +108,7 @@ def with_cache(
         yield from collect()
         return
     folder = cache_folder() / "statistics" / key
-    found = _read(folder) if folder.is_dir() else None
+    found = _read(folder, layers) if folder.is_dir() else None
     if _all(found is not None, ranks):
         yield from found or ()
         return
@@ -181,10 +186,13 @@ def _write(path: Path, group: Group) -> None:
     save_file(tensors, path, metadata={_CONTENT: json.dumps(named), _CHECKSUM: checksum(tensors.values())})
 
 
-def _read(folder: Path) -> list[Group] | None:
-    """Read an entry; None if it is damaged."""
+def _read(folder: Path, layers: Collection[str]) -> list[Group] | None:
+    """Read an entry; None if it is damaged or incomplete."""
     try:
-        return [_read_group(path) for path in sorted(folder.glob("*.safetensors"), key=lambda p: int(p.stem))]
+        groups = [_read_group(path) for path in sorted(folder.glob("*.safetensors"), key=lambda p: int(p.stem))]
+        if missing := set(layers).difference(*groups):  # files that are old may have been cleaned up
+            raise InvalidInputError(f"there are none of layer {min(missing)!r}")
+        return groups
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         warn(
             f"The cached statistics in {str(folder)!r} are unusable, and collected anew ({error}): delete this folder.",

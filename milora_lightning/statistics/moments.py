@@ -71,14 +71,15 @@ def watching(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
         tensor, as those of an attention block do, have the same number.
     """
     calls: Calls = {}
-    last: list[Any] = [None, 0]
+    last: list[Any] = [None, None, 0]
 
     def hook_of(name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             x = input_of(layer, args, kwargs)
-            if x is not last[0]:  # which is kept alive, so that no other tensor can be it
-                last[:] = x, last[1] + 1
-            calls[name] = (*calls.get(name, ()), last[1])
+            writes = None if x.is_inference() else x._version  # a tensor that is written to holds other inputs then
+            if x is not last[0] or writes != last[1]:  # which is kept alive, so that no other tensor can be it
+                last[:] = x, writes, last[2] + 1
+            calls[name] = (*calls.get(name, ()), last[2])
             see(name, x)
 
         return hook

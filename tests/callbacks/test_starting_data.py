@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers.models import quiet_trainer, save_tiny_model, write_examples
+from helpers.models import quiet_trainer, save_tiny_model, tiny_model, write_examples
 from helpers.starting import FROM_DATA
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import FSDPStrategy
@@ -161,6 +162,16 @@ def test_a_failure_while_data_are_run_leaves_nothing_behind(tmp_path: Path, cach
     assert not list(cache.glob("statistics/*"))
 
 
+def test_an_entry_that_lost_files_is_collected_anew(tmp_path: Path, passes: list[int], cache: Path) -> None:
+    expected = starts(fitted(tmp_path))
+    (file,) = (cache / "statistics").rglob("*.safetensors")
+    file.unlink()
+    with pytest.warns(UserWarning, match=r"unusable, and collected anew \(there are none of layer 'net.0'"):
+        found = starts(fitted(tmp_path))
+    assert all(torch.equal(each, expected[name]) for name, each in found.items())
+    assert len(passes) == 2
+
+
 def test_a_resumed_run_takes_nothing_from_data(tmp_path: Path, passes: list[int]) -> None:
     whole = fitted(tmp_path, cache=False)
     resumed = Small()
@@ -310,3 +321,11 @@ def test_batches_of_unknown_objects_are_not_told_apart_by_a_guess() -> None:
     long = torch.zeros(2000)
     other = long.index_fill(0, torch.tensor([1000]), 1.0)
     assert kept.key_of([long.numpy()]) != kept.key_of([other.numpy()])
+
+
+def test_models_of_another_configuration_compute_otherwise() -> None:
+    model = tiny_model("llama")
+    other = copy.deepcopy(model)
+    assert kept.computes_with(model) == kept.computes_with(other)
+    other.config.final_logit_softcapping = 30.0
+    assert kept.computes_with(model) != kept.computes_with(other)

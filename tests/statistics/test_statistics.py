@@ -11,7 +11,7 @@ from helpers.starting import token_batches
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from milora_lightning import LoRAConfig, collect_statistics, initialize, inject
+from milora_lightning import LoRAConfig, collect_statistics, initialize, inject, lora_layers
 from milora_lightning.starts import Statistics
 from milora_lightning.statistics import ranks_by_variance
 from milora_lightning.statistics.collecting import in_groups, layers_with_needs
@@ -228,3 +228,45 @@ def test_sums_wait_for_no_device_and_keep_float32_under_autocast() -> None:
     assert all(torch.equal(one, other) for one, other in zip(exact.parts, cast.parts, strict=True))
     assert counted_rows({"attention_mask": None}) is None
     assert counted_rows(x) is None
+
+
+class Rewritten(nn.Module):
+    """A tensor that is written to between the two layers that read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        y = self.one(x)
+        x.mul_(3)
+        return self.other(x).sum() + y.sum()
+
+
+def test_a_tensor_that_was_written_to_is_another_input() -> None:
+    model, x = Rewritten(), torch.randn(9, 6)
+    inject(model, LoRAConfig(r=2, init="eva"))
+    found = collect_statistics(model, [x])
+    torch.testing.assert_close(found["other"].inputs, 9 * found["one"].inputs)
+    torch.testing.assert_close(found["one"].inputs, x.T @ x / 9)
+
+
+@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+def test_a_failure_leaves_nothing_switched_off(init: str) -> None:
+    """Not even while somebody holds the error, as a notebook does."""
+    model = adapted(init).train()
+    calls: list[int] = []
+
+    def failing(batch: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError("a file of the user's")
+        return model(**batch)
+
+    with pytest.raises(OSError, match="of the user's") as held:
+        collect_statistics(model, batches(), failing)
+    assert held.tb is not None
+    assert torch.is_grad_enabled()
+    assert all(child.training for child in model.modules())
+    assert all(layer.enabled and not layer._forward_hooks for layer in lora_layers(model).values())
