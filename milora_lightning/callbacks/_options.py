@@ -55,12 +55,27 @@ def adapter_config(
     )
 
 
-def check_start_from(start_from: str | None, fused_parts: Mapping[str, Any] | None) -> None:
-    """Refuse parts of layers in a run that starts from a PEFT folder, which does not know them."""
-    if start_from is not None and fused_parts:
-        raise InvalidInputError(
-            "fused_parts cannot be used with start_from: the factors of a PEFT folder belong to whole layers."
-        )
+def check_start_from(
+    start_from: str | None,
+    fused_parts: Mapping[str, Any] | None,
+    decay_to_start: float = 0.0,
+    statistics_batches: int | None = None,
+    preserve: str | None = None,
+) -> None:
+    """Refuse options that mean nothing in a run that starts from a PEFT folder.
+
+    Raises:
+        ValueError: If one of them is given.
+    """
+    no_data = "the factors are those of a PEFT folder, and nothing is computed from data"
+    for name, given, reason in (
+        ("fused_parts", fused_parts, "the factors of a PEFT folder belong to whole layers"),
+        ("decay_to_start", decay_to_start, "a PEFT folder holds updates, which would decay to zero, not to themselves"),
+        ("statistics_batches", statistics_batches, no_data),
+        ("preserve", preserve, no_data),
+    ):
+        if start_from is not None and given:
+            raise InvalidInputError(f"{name} cannot be used with start_from: {reason}.")
 
 
 def _names(names: str | Sequence[str] | None) -> str | Sequence[str]:

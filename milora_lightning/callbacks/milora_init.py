@@ -125,7 +125,7 @@ class MiLoRAInit(Callback):
         fused_parts: dict[str, int | list[int]] | None = None,
     ) -> None:
         self.config: LoRAConfig | None = None
-        check_start_from(start_from, fused_parts)
+        check_start_from(start_from, fused_parts, decay_to_start, statistics_batches, preserve)
         if start_from is not None:
             self.config = replace(peft_config(start_from), module=module)
         elif init != "full":

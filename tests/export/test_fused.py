@@ -100,9 +100,12 @@ def test_checkpoints_resume_and_know_the_parts(tmp_path: Path) -> None:
             run(tmp_path / "other", 4, tmp_path / "trained.ckpt", fused_parts=other)
 
 
-def test_folders_of_peft_have_no_parts(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="fused_parts cannot be used with start_from"):
-        MiLoRAInit(start_from=str(tmp_path), fused_parts=PARTS)
+@pytest.mark.parametrize(
+    "option", [{"fused_parts": PARTS}, {"decay_to_start": 0.1}, {"statistics_batches": 4}, {"preserve": "text.txt"}]
+)
+def test_folders_of_peft_refuse_what_they_have_no_place_for(option: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(option))} cannot be used with start_from"):
+        MiLoRAInit(start_from=str(tmp_path), **option)
 
 
 def test_configurations_of_older_versions_have_no_parts() -> None:
