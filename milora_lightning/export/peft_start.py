@@ -215,6 +215,11 @@ def _layers(model: nn.Module, init: str) -> dict[str, tuple[Any, str]]:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    if find_start(init).needs:
+        raise InvalidInputError(
+            f"init={init!r} is computed from data, which initialize_peft does not take: leave get_peft_model out, and "
+            "use MiLoRAInit, or take another init."
+        )
     layers: dict[str, Any] = {n: child for n, child in model.named_modules() if isinstance(child, BaseTunerLayer)}
     if not layers:
         raise InvalidInputError(

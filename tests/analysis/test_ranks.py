@@ -74,7 +74,7 @@ def test_the_command_writes_an_overlay_that_fit_takes(tmp_path: Path, monkeypatc
     save_tiny_model(tmp_path / "model", "llama")
     write_examples(tmp_path / "train.jsonl", 4)
     fit = ["--model.name_or_path=model", "--data.source.train=train.jsonl", "--adapter.r=4", "--adapter.lora_alpha=8"]
-    fit += ["--trainer.accelerator=cpu", "--logger=none"]
+    fit += ["--trainer.accelerator=cpu", "--logger=none", "--adapter.alpha_pattern={down_proj: 4}"]
     main(["ranks", *fit, "--output", "ranks.yaml"])
     pattern = yaml.safe_load((tmp_path / "ranks.yaml").read_text())["adapter"]["rank_pattern"]
     assert sum(pattern.values()) == 4 * len(pattern) == 4 * 14
@@ -84,7 +84,10 @@ def test_the_command_writes_an_overlay_that_fit_takes(tmp_path: Path, monkeypatc
     inject(model, cli.config_init["fit"]["adapter"].config)
     layers = lora_layers(model)
     assert [layer.r for layer in layers.values()] == list(pattern.values())
-    assert {layer.scaling for layer in layers.values()} == {2.0}
+    assert {(name.endswith("down_proj"), layer.scaling) for name, layer in layers.items()} == {
+        (True, 1.0),
+        (False, 2.0),
+    }
     for options, said in ((["--config", "ranks.yaml", "--output", "o.yaml"], "gives ranks already"),):
         with pytest.raises(SystemExit, match=said):
             main(["ranks", *fit, *options])

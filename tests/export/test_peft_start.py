@@ -174,6 +174,8 @@ def test_what_cannot_be_filled_is_refused() -> None:
         return get_peft_model(tiny_model(), LoraConfig(**{"r": 4, "target_modules": NAMES, **options}))
 
     refused("has no PEFT layers", tiny_model())
+    with pytest.raises(ValueError, match="init='eva' is computed from data, which initialize_peft does not take"):
+        initialize_peft(peft(), init="eva")
     refused("has been trained", train(peft()))
     refused("has been filled already", filled(target_modules=NAMES))
     refused("changed the base weights for init_lora_weights='pissa'", peft(init_lora_weights="pissa"))

@@ -62,8 +62,10 @@ def ranks(fit: Sequence[str], output: str, slice: Which | None = None, most: int
     inject(model, replace(config, init="lora", alpha_pattern={}))  # the cheapest: nothing is decomposed
     found = rank_pattern(model, config.r, slice or default_slice(config), most)
     overlay: dict[str, Any] = {"rank_pattern": found}
-    if config.lora_alpha is not None and not config.use_rslora:  # so that each layer keeps its scale
-        overlay["alpha_pattern"] = {name: config.lora_alpha / config.r * rank for name, rank in found.items()}
+    if (config.lora_alpha is not None or config.alpha_pattern) and not config.use_rslora:
+        # So that each layer keeps its scale; a pattern that was given stays for what is left out.
+        alphas = {name: config.scale(name.replace("\\", "")) * rank for name, rank in found.items()}
+        overlay["alpha_pattern"] = {**alphas, **config.alpha_pattern}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump({"adapter": overlay}, sort_keys=False), encoding="utf-8")
     Console().print(_table(found))
