@@ -105,6 +105,20 @@ def test_the_number_of_methods_raises_the_bar() -> None:
     assert many[0].verdict == "undecided"
 
 
+def test_the_number_of_methods_raises_the_bar_for_equality_too() -> None:
+    one = Estimate(0.0, 0.005, 20)
+    assert judge([one], 0.01, True)[0].verdict == "equal"
+    assert {each.verdict for each in judge([one] * 6, 0.01, True)} == {"undecided"}
+
+
+def test_seeds_that_agree_leave_students_interval_over_examples() -> None:
+    resampled = np.random.default_rng(0).normal(size=(200, 3))
+    found = estimate(np.full(3, 0.25), resampled, 40)
+    error = resampled.mean(1).std(ddof=1)
+    assert found.interval() == pytest.approx(stats.t.interval(0.95, 39, 0.25, error))
+    assert found.p_different() == pytest.approx(2 * stats.t.sf(0.25 / error, 39), rel=1e-6)
+
+
 def test_one_seed_decides_nothing_and_identical_runs_are_equal() -> None:
     assert judge([estimate(np.array([-3.0]))], 0.01, True)[0].verdict == "undecided"
     assert judge([estimate(np.zeros(3))], 0.01, True)[0].verdict == "equal"
