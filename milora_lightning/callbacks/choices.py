@@ -11,10 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from milora_lightning.callbacks.forgetting import tokenizer_of
+from milora_lightning.callbacks._monitoring import check_alone, language_model_of, mark_of, tokenizer_of
 from milora_lightning.config import IGNORE_INDEX
 from milora_lightning.data.tasks.questions import Question, read_questions
-from milora_lightning.export.models import find_model
 from milora_lightning.models.loss import row_losses
 from milora_lightning.parallel.work import in_step
 from milora_lightning.strategies.base import data_rank, refuse_flat_shards
@@ -49,7 +48,8 @@ class ChoiceMonitor(Callback):
 
     Raises:
         FileNotFoundError: In ``setup``, if there is no such file.
-        ValueError: In ``setup`` if a file holds no questions, or under FSDP1.
+        ValueError: In ``setup`` if a file holds no questions, if there is another ChoiceMonitor, or under FSDP1; when
+            fitting starts if the module has no causal language model of Hugging Face.
     """
 
     def __init__(
@@ -75,15 +75,18 @@ class ChoiceMonitor(Callback):
         self.results: dict[str, float] = {}
         self._questions: dict[str, list[Question]] = {}
         self._rows: list[tuple[int, list[int], int]] = []
+        self._of: object = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the questions before the model is loaded, so that a wrong path is found early."""
         refuse_flat_shards(trainer.strategy, "ChoiceMonitor cannot call the language model")
+        check_alone(trainer, self, "give one of them all files, questions={one: FILE, two: FILE}")
         if not self._questions:
             self._questions = {name: read_questions(file, self.number, self.seed) for name, file in self.files.items()}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier run."""
+        """Forget an earlier run, and check that there is a language model."""
+        language_model_of(pl_module, "ChoiceMonitor")
         self.results = {}
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -103,7 +106,9 @@ class ChoiceMonitor(Callback):
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Ask all questions, and return the results over all ranks."""
-        model = find_model(pl_module)
+        model = language_model_of(pl_module, "ChoiceMonitor")
+        if self._of is not (mark := mark_of(pl_module)):  # a monitor may measure several models, one after the other
+            self._of, self._rows = mark, []
         rows = self._encoded(pl_module)
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         losses = torch.zeros(len(rows), device=pl_module.device)
@@ -124,7 +129,10 @@ class ChoiceMonitor(Callback):
         choices = torch.split(losses, [len(question.choices) for question in questions])
         pairs = list(zip(questions, choices, strict=True))
         loss = torch.stack([each[question.right] for question, each in pairs])
-        right = torch.tensor([float(int(each.argmin()) == question.right) for question, each in pairs])
+        # Of NaN, argmin would give the place: a model that has diverged answers nothing.
+        right = torch.tensor(
+            [float(bool(each.isfinite().all()) and int(each.argmin()) == question.right) for question, each in pairs]
+        )
         self.examples = {LOSS: loss, ACCURACY: right}
         self.results = {name: values.mean().item() for name, values in self.examples.items()}
         if len(self._questions) > 1:

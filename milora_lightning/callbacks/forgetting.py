@@ -9,14 +9,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.func import functional_call
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from milora_lightning.adapters.contexts import adapters_disabled
 from milora_lightning.adapters.injection import lora_layers
+from milora_lightning.callbacks._monitoring import check_alone, language_model_of, mark_of, tokenizer_of
 from milora_lightning.data.held_out import pack, read_texts
-from milora_lightning.export.models import find_model
 from milora_lightning.metrics.forgetting import Forgetting
-from milora_lightning.models.pretrained import load_tokenizer
 from milora_lightning.parallel.work import in_step
 from milora_lightning.strategies.base import data_rank, refuse_flat_shards, shards
 from milora_lightning.utils.errors import InvalidInputError
@@ -52,9 +51,9 @@ class ForgettingMonitor(Callback):
 
     Raises:
         FileNotFoundError: In ``setup``, if the text does not exist.
-        ValueError: In ``setup`` if the text cannot be used, or under FSDP1; when fitting starts if the module has no
-            Hugging Face language model; at the first measurement if weights would have to be copied and are sharded, or
-            have been trained already.
+        ValueError: In ``setup`` if the text cannot be used, if there is another ForgettingMonitor, or under FSDP1; when
+            fitting starts if the module has no causal language model of Hugging Face; at the first measurement if
+            weights would have to be copied and are sharded, or have been trained already.
     """
 
     def __init__(
@@ -83,17 +82,19 @@ class ForgettingMonitor(Callback):
         self._blocks: dict[str, Tensor] = {}
         self._before: dict[str, float] | None = None
         self._base: dict[str, Tensor] | None = None
+        self._of: object = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the text before the model is loaded, so that a wrong path is found early."""
         refuse_flat_shards(trainer.strategy, "ForgettingMonitor cannot call the language model")
+        check_alone(trainer, self, "give one of them several texts by names, text={one: FILE, two: FILE}")
         if not self._texts:
             places = self.text if isinstance(self.text, dict) else {"": self.text}
             self._texts = {name: read_texts(place, self.field, self.split) for name, place in places.items()}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there is a language model."""
-        _language_model(pl_module)
+        language_model_of(pl_module, "ForgettingMonitor")
         self._before = None
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -112,7 +113,9 @@ class ForgettingMonitor(Callback):
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Compute ``forgetting_kl`` and ``forgetting_cross_entropy``, in nats per token over all ranks."""
-        model = _language_model(pl_module)
+        model = language_model_of(pl_module, "ForgettingMonitor")
+        if self._of is not (mark := mark_of(pl_module)):  # a monitor may measure several models, one after the other
+            self._of, self._blocks, self._base = mark, {}, None
         base = self._base_weights(trainer, model)
         results: dict[str, dict[str, float]] = {}
         each: dict[str, Tensor] = {}
@@ -181,27 +184,3 @@ class ForgettingMonitor(Callback):
                 name: pack(texts, tokenizer, self.block_length, self.max_tokens) for name, texts in self._texts.items()
             }
         return self._blocks
-
-
-def tokenizer_of(pl_module: LightningModule, name: str | None, monitor: str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of the model of that name, or the module's own, for a monitor.
-
-    Raises:
-        ValueError: If there is neither.
-    """
-    tokenizer = load_tokenizer(name) if name else getattr(pl_module, "tokenizer", None)
-    if tokenizer is None:
-        raise InvalidInputError(
-            f"{type(pl_module).__name__} has no attribute tokenizer: pass the name of the model whose tokenizer to "
-            f"use, {monitor}(tokenizer=...)."
-        )
-    return tokenizer
-
-
-def _language_model(pl_module: LightningModule) -> PreTrainedModel:
-    model = find_model(pl_module)
-    if model.get_output_embeddings() is None:
-        raise InvalidInputError(
-            f"{type(model).__name__} does not predict tokens, so its forgetting cannot be measured."
-        )
-    return model

@@ -26,17 +26,22 @@ def registrations(model: nn.Module) -> dict[str, LoRALinear]:
     return {unwrapped_name(name): layer for name, layer in modules if isinstance(layer, LoRALinear)}
 
 
-def find_model(module: nn.Module) -> PreTrainedModel:
+def find_model(
+    module: nn.Module, only: str = "only those can be exported", choice: str = "pass the one to export"
+) -> PreTrainedModel:
     """Return the Hugging Face model in a module, or the module itself; of several models, the one with adapters.
+
+    Args:
+        module: The module.
+        only: What is said where there is none.
+        choice: How to choose one of several.
 
     Raises:
         ValueError: If there is none, or it is not clear which of several is meant.
     """
     models = outermost_models(module)
     if not models:
-        raise InvalidInputError(
-            f"{type(module).__name__} contains no Hugging Face model, and only those can be exported."
-        )
+        raise InvalidInputError(f"{type(module).__name__} contains no Hugging Face model, and {only}.")
     if len(models) == 1:
         return next(iter(models.values()))
     chosen = {name: m for name, m in models.items() if lora_layers(m)}
@@ -44,8 +49,8 @@ def find_model(module: nn.Module) -> PreTrainedModel:
     if len(chosen) != 1:
         names = ", ".join(map(repr, chosen or models))
         raise InvalidInputError(
-            f"{type(module).__name__} contains several Hugging Face models that could be meant, {names}: pass "
-            f"the one to export, as in module.{next(iter(chosen or models))}."
+            f"{type(module).__name__} contains several Hugging Face models that could be meant, {names}: "
+            f"{choice}, as in module.{next(iter(chosen or models))}."
         )
     return next(iter(chosen.values()))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.callback_modules import LanguageModel
+from helpers.callback_modules import LanguageModel, Regression
 from helpers.models import quiet_trainer, tiny_tokenizer
 
 from milora_lightning import ChoiceMonitor, LoRAConfig, initialize, inject, lora_layers
@@ -74,7 +74,17 @@ def test_a_changed_model_answers_otherwise(questions: dict[str, str], tmp_path: 
     assert monitor.measure(trainer, lm) != before
 
 
-def test_mistakes_are_named(tmp_path: Path) -> None:
+def test_what_is_no_number_is_no_right_answer(questions: dict[str, str], tmp_path: Path) -> None:
+    """A model that has diverged would otherwise be right wherever the right choice is the first."""
+    lm, trainer = model(), quiet_trainer(tmp_path)
+    monitor = ChoiceMonitor(questions["sums"])
+    monitor.setup(trainer, lm, "validate")
+    with torch.no_grad():
+        lm.lm.transformer.ln_f.weight.fill_(torch.nan)
+    assert monitor.measure(trainer, lm)["forgetting_choice_accuracy"] == 0
+
+
+def test_mistakes_are_named(questions: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="every must be"):
         ChoiceMonitor("a.json", every="step")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must be at least 2 and 1"):
@@ -84,3 +94,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     monitor = ChoiceMonitor(str(tmp_path / "absent.json"))
     with pytest.raises(FileNotFoundError, match=r"absent\.json"):
         monitor.setup(quiet_trainer(tmp_path), model(), "validate")
+    with pytest.raises(ValueError, match="no Hugging Face model, and ChoiceMonitor measures language models of"):
+        ChoiceMonitor(questions).on_fit_start(quiet_trainer(tmp_path), Regression())
+    two = [ChoiceMonitor(questions), ChoiceMonitor(questions)]
+    with pytest.raises(ValueError, match="two callbacks ChoiceMonitor"):
+        two[0].setup(quiet_trainer(tmp_path, callbacks=two), model(), "fit")

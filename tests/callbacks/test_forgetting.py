@@ -12,10 +12,11 @@ import torch
 from helpers.callback_modules import LanguageModel, Regression
 from helpers.data_fixtures import make_tokenizer
 from helpers.distributed_runs import FSDP1OnCPU
-from helpers.models import quiet_trainer, save_tiny_model, tiny_tokenizer
+from helpers.models import quiet_trainer, save_tiny_model, tiny_model, tiny_tokenizer
 from helpers.modules import data, module
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from transformers import T5Config, T5ForConditionalGeneration
 
 from milora_lightning import CausalLMModule, ForgettingMonitor, LoRAConfig, MiLoRAInit, initialize, inject, lora_layers
 from milora_lightning.data.held_out import pack, read_texts
@@ -154,6 +155,31 @@ def test_several_texts_count_alike_and_each_is_told(text: Path, tmp_path: Path) 
     assert one.measure(trainer, lm)["forgetting_kl"] == pytest.approx(alone["sums"], rel=1e-5)
 
 
+def test_a_monitor_reads_its_text_anew_for_another_model(text: Path, tmp_path: Path) -> None:
+    """As in a loop over models: the tokens of the first one's tokenizer mean other words to the second."""
+    trainer, found = quiet_trainer(tmp_path), []
+    monitor = ForgettingMonitor(str(text), block_length=16, max_tokens=64)
+    for tokenizer in (tiny_tokenizer(), make_tokenizer(adds_specials=True)):
+        lm = LanguageModel()
+        lm.lm = tiny_model("gpt2", vocab_size=len(make_tokenizer()))
+        lm.tokenizer = tokenizer
+        inject(lm, LoRAConfig(r=2))
+        initialize(lm)
+        monitor.setup(trainer, lm, "validate")
+        monitor.measure(trainer, lm)
+        found.append(monitor._tokens(lm)[""].tolist())
+        assert found[-1] == pack(read_texts(str(text)), tokenizer, 16, 64).tolist()
+    assert found[0] != found[1]
+
+
+def test_two_monitors_of_a_kind_are_refused(text: Path, tmp_path: Path) -> None:
+    """Lightning would log the mean of what both measure."""
+    monitors = [ForgettingMonitor(str(text)), ForgettingMonitor(str(text))]
+    trainer = quiet_trainer(tmp_path, callbacks=monitors)
+    with pytest.raises(ValueError, match=r"two callbacks ForgettingMonitor.*several texts by names"):
+        monitors[0].setup(trainer, LanguageModel(), "fit")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("sanity", [0, -1])
 def test_nothing_is_forgotten_before_training_and_something_after(
@@ -248,8 +274,14 @@ def test_modules_that_cannot_be_measured_are_refused(text: Path, tmp_path: Path)
             lm, data(tmp_path, model) if isinstance(lm, CausalLMModule) else None
         )
 
-    with pytest.raises(ValueError, match="no Hugging Face model"):
+    with pytest.raises(ValueError, match="no Hugging Face model, and ForgettingMonitor measures"):
         fit(str(text), Regression())
+    encodes = LanguageModel()
+    encodes.lm = T5ForConditionalGeneration(
+        T5Config(vocab_size=128, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    )
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is no causal language model"):
+        ForgettingMonitor(str(text)).on_fit_start(quiet_trainer(tmp_path), encodes)
     with pytest.raises(ValueError, match="LanguageModel has no attribute tokenizer"):
         fit(str(text), LanguageModel())
     with pytest.raises(FileNotFoundError, match=r"absent\.txt"):
