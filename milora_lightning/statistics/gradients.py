@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from milora_lightning.adapters.candidates import base_of
 from milora_lightning.adapters.linear_layers import linear_shape
 from milora_lightning.linalg.single import full_precision
-from milora_lightning.statistics.passes import Pass, input_of, loss_of
+from milora_lightning.statistics.passes import Pass, input_of, loss_of, recomputing
 from milora_lightning.utils.errors import InvalidInputError
 
 SCALE = 2.0**10
@@ -66,7 +66,7 @@ def weight_gradients(layers: Mapping[str, nn.Module], over: Pass) -> dict[str, T
             sums[name].addmm_(g.mT, rows)
 
     anchor = torch.zeros((), device=over.device, requires_grad=True)
-    with _tapping(layers, anchor, receive):
+    with _tapping(layers, anchor, receive), recomputing(over.module):
         for batch, own in over.run(gradients=True):
             counts = own
             loss = loss_of(over.call_with(batch))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from milora_lightning.adapters.contexts import adapters_disabled
 from milora_lightning.parallel.work import in_step
@@ -73,6 +76,35 @@ class Pass:
         # Compiled code knows nothing of hooks that come and go.
         with adapters_disabled(self.module), eval_mode(self.module), torch.compiler.set_stance("force_eager"):
             yield
+
+
+@contextmanager
+def recomputing(module: nn.Module) -> Iterator[None]:
+    """Within this context, transformers' layers that recompute their activations in training do so in eval mode, too.
+
+    Without it, a backward pass would keep the activations of all layers, for which there may be no room.
+    """
+    transformers = sys.modules.get("transformers.modeling_layers")  # not imported: then there is no such layer
+    kind = () if transformers is None else transformers.GradientCheckpointingLayer
+    layers: list[Any] = [m for m in module.modules() if isinstance(m, kind) and m.gradient_checkpointing]
+    before = [vars(layer).get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = partial(_recomputed, layer, layer.forward)
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            del vars(layer)["forward"]
+            if own is not None:
+                layer.forward = own
+
+
+def _recomputed(layer: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    given: dict[str, Any] = {"use_cache": False}  # keys and values would be added to a cache twice
+    if not getattr(layer, "_can_checkpoint_with_cache", False):
+        given |= dict.fromkeys(("past_key_values", "layer_past"))
+    kwargs |= {name: value for name, value in given.items() if name in kwargs}
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def default_call(module: nn.Module) -> Callable[[Any], Any]:

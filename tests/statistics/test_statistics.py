@@ -270,3 +270,20 @@ def test_a_failure_leaves_nothing_switched_off(init: str) -> None:
     assert torch.is_grad_enabled()
     assert all(child.training for child in model.modules())
     assert all(layer.enabled and not layer._forward_hooks for layer in lora_layers(model).values())
+
+
+def test_layers_that_recompute_in_training_do_so_for_gradients_of_a_start() -> None:
+    """Else a model that fits with checkpointing alone would not fit when its start is computed."""
+    found: list[dict[str, Statistics]] = []
+    calls: list[list[Any]] = [[], []]
+    for recomputes in (False, True):
+        model = tiny_model("llama")
+        inject(model, LoRAConfig(r=2, init="lora_ga"))
+        if recomputes:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.model.layers[1].mlp.register_forward_pre_hook(lambda *_, own=calls[recomputes]: own.append(1))
+        found.append(collect_statistics(model, token_batches(2)))
+        assert "forward" not in vars(model.model.layers[1])
+    assert [len(own) for own in calls] == [3, 5]  # one forward pass tells which layers are called
+    for name, each in found[0].items():
+        torch.testing.assert_close(found[1][name].gradient, each.gradient)
