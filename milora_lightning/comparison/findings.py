@@ -99,7 +99,7 @@ def at_equal(place: str, runs: Sequence[Run], reference: str, margins: Margins) 
     Args:
         place: The name of what is equal, one of :data:`PLACES`; levels are chosen by
             :func:`milora_lightning.comparison.curves.common_levels`.
-        runs: The runs.
+        runs: The runs. Methods with one that goes no step of the way, as if it diverged at once, are left out.
         reference: The method to compare with.
         margins: What counts as no difference.
 
@@ -108,6 +108,10 @@ def at_equal(place: str, runs: Sequence[Run], reference: str, margins: Margins) 
     """
     sign = -1.0 if place in (SIZE, EFFECT) else 1.0  # sizes grow, and levels are passed on the way down
     if not all(_is_whole(run, place) for run in runs):
+        return []
+    lost = {run.method for run in runs if not np.nanmin(sign * run.course(place)) < sign * run.course(place)[0]}
+    runs = [run for run in runs if run.method not in lost]
+    if reference in lost or len({run.method for run in runs}) < 2:
         return []
     levels = common_levels([sign * run.course(place) for run in runs])
     # On a draw of examples the same rule gives other levels: harder examples have larger losses throughout.

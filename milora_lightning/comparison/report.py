@@ -70,7 +70,7 @@ def make_report(
         parts.insert(0, sections.in_short(reference, ends, at, area))
         parts.append(sections.differences(reference, ends, margins, len({run.seed for run in runs})))
         for place, findings in at.items():
-            parts += sections.equal_places(place, findings, reference)
+            parts += sections.equal_places(place, findings, reference, list(groups))
         if area is not None:
             parts.append(sections.lower_envelope(area, reference, bool(sweep)))
     if sweep:
@@ -92,12 +92,14 @@ def markdown(report: Report) -> str:
 
 
 def plot_curves(path: Path, groups: dict[str, list[Run]]) -> None:
-    """Plot the validation loss against steps: the mean and range over seeds."""
+    """Plot the validation loss against steps: the mean and range over seeds, at the steps that all of these have."""
     with new_figure(path, 6, 4) as figure:
         axes = figure.add_subplot(xlabel="optimizer step", ylabel="validation loss")
         for method, runs in groups.items():
-            steps = [row["step"] for row in runs[0].rows]
-            losses = list(zip(*([row[_loss(run)] for row in run.rows] for run in runs), strict=True))
+            courses = [{row["step"]: row[_loss(run)] for row in run.rows} for run in runs]
+            # Runs that a callback or max_time ends need not have as many validations.
+            steps = sorted(set.intersection(*map(set, courses)))
+            losses = [[course[step] for course in courses] for step in steps]
             (line,) = axes.plot(steps, [mean(each) for each in losses], marker=".", label=method)
             bounds = [min(each) for each in losses], [max(each) for each in losses]
             axes.fill_between(steps, *bounds, color=line.get_color(), alpha=0.2, lw=0)

@@ -103,13 +103,14 @@ def differences(reference: str, ends: Sequence[Finding], margins: Margins, seeds
     )
 
 
-def equal_places(place: str, findings: Sequence[Finding], reference: str) -> list[Section]:
+def equal_places(place: str, findings: Sequence[Finding], reference: str, methods: Sequence[str]) -> list[Section]:
     """Return, for each measure, its values and differences at each level of what is equal."""
     sections = []
     for measure in dict.fromkeys(f.measure for f in findings):
         own = [f for f in findings if f.measure == measure]
         levels = [f"{f.place[1]:.4g}" for f in own if f.place is not None]
         rows = []
+        lost = [method for method in methods if method not in own[0].values]
         for method in own[0].values:
             cells = [_valued(f, method) for f in own]
             rows.append((method, *cells))
@@ -119,7 +120,8 @@ def equal_places(place: str, findings: Sequence[Finding], reference: str) -> lis
                 f"Interpolated on each run's trajectory where it first passes {levels[0]}, {levels[1]} and "
                 f"{levels[2]}: half, three quarters and 95 % of the way from the start that all runs go. "
                 + ("Its logarithm is linear in between. " if measure.relative else "")
-                + f"In brackets the {'ratio to' if measure.relative else 'difference from'} {reference}.",
+                + f"In brackets the {'ratio to' if measure.relative else 'difference from'} {reference}."
+                + (f" Left out: {', '.join(lost)}, of which a run goes no part of that way." if lost else ""),
                 ("method", *(f"{_short(place)} {level}" for level in levels)),
                 tuple(rows),
             )
@@ -132,11 +134,12 @@ def lower_envelope(area: Envelope, reference: str, from_sweep: bool) -> Section:
     low, high = area.bounds
     finding = area.finding
     origin = "the sweep's runs, with the loss on the selection set" if from_sweep else "the reported runs"
+    alone = max(map(len, finding.values.values())) == 1
     return Section(
         "Lower envelope of the plane",
         f"The lowest loss that a method reaches with any rate at a KL of at most k, averaged over log k from {low:.3g} "
         f"to {high:.3g}, which all methods cover; of {origin}, seed by seed. In brackets the difference from "
-        f"{reference}.",
+        f"{reference}." + (" One seed tells nothing of the spread between seeds, so that nothing is decided." * alone),
         ("method", "lowest loss at equal KL"),
         tuple((method, _valued(finding, method)) for method in finding.values),
     )

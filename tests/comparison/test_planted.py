@@ -11,8 +11,9 @@ import pytest
 
 from milora_lightning.comparison.findings import Margins, at_equal, at_the_end, envelope
 from milora_lightning.comparison.page import page_data, script_text
-from milora_lightning.comparison.report import make_report, markdown
-from milora_lightning.comparison.runs import Examples, Run, read_examples, write_examples
+from milora_lightning.comparison.report import make_report, markdown, plot_curves
+from milora_lightning.comparison.runs import Examples, Run, by_method, read_examples, write_examples
+from milora_lightning.comparison.sections import equal_places, lower_envelope
 from milora_lightning.comparison.selection import best_rate, set_apart
 
 STEPS = np.array([0.0, 50.0, 100.0, 150.0, 200.0])
@@ -201,3 +202,31 @@ def test_a_run_that_diverged_leaves_its_method_undecided_and_the_rest_as_it_was(
     assert "| good | ?: undecided | ?: undecided |" in text  # at the end; before, it has gone as far as the others
     assert re.search(r"\| bad \| [^|]*: worse \|", text)
     assert "NaN" not in script_text(page_data(report))  # which a browser could not read
+
+
+def test_a_method_that_diverged_at_once_is_left_out_of_what_is_compared_at_equal_loss() -> None:
+    """By itself: the others are compared as they were without it."""
+    runs, _ = comparison(2, examples=20)
+    others = [run for run in runs if run.method != "good"]
+    lost = next(run for run in runs if run.method == "good")
+    for row in lost.rows[1:]:
+        row.update(dict.fromkeys(set(row) - {"step", "seconds"}, float("nan")))
+    found, without = (at_equal("reported_loss", of, "lora", MARGINS) for of in (runs, others))
+    assert [finding.judgements for finding in found] == [finding.judgements for finding in without] != []
+    (section,) = equal_places("reported_loss", found, "lora", list(TRUTH))
+    assert section.text.endswith("Left out: good, of which a run goes no part of that way.")
+    assert at_equal("reported_loss", runs, "good", MARGINS) == []
+
+
+def test_one_sweep_seed_decides_nothing_along_the_envelope_and_the_report_says_so() -> None:
+    runs, sweep = comparison(1, examples=20)
+    areas = [envelope(runs, [run for run in sweep if run.seed in seeds], "lora", MARGINS) for seeds in ((8,), (8, 9))]
+    texts = [lower_envelope(area, "lora", from_sweep=True).text for area in areas if area is not None]
+    assert ["One seed tells nothing of the spread" in text for text in texts] == [True, False]
+
+
+def test_runs_that_end_at_other_steps_are_drawn_at_those_that_they_share(tmp_path: Path) -> None:
+    runs, _ = comparison(2, examples=20)
+    del runs[0].rows[-1]
+    plot_curves(tmp_path / "curves.png", by_method(runs))
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
