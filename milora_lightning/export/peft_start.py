@@ -8,7 +8,7 @@ and what it saves opens as a plain adapter of rank 2r.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -23,6 +23,7 @@ from milora_lightning.export.peft_format import PEFT_PREFIX, deviations, most_co
 from milora_lightning.starts import find_start
 from milora_lightning.utils.derived_class import Derived, derive
 from milora_lightning.utils.errors import InvalidInputError
+from milora_lightning.utils.precision import without_rounding
 
 STARTED = "started"
 """Under which the base layer of a layer of PEFT holds A, B, A₀ and B₀. What is in a base layer, and has no "lora_" in
@@ -30,7 +31,9 @@ its name, no version of PEFT takes for a part of the adapter that it saves."""
 
 
 class StartedFactors(nn.Module):
-    """A and B, which train, and their initial values.
+    """A and B, which train, and their initial values; in float32 at least, whatever the model is cast to.
+
+    Half precision would lose steps of them that are small beside the factors themselves.
 
     Args:
         A: Initial factor (r, in).
@@ -46,6 +49,10 @@ class StartedFactors(nn.Module):
         self.train_factor("B")
         # Parameters, not buffers: DDP would broadcast buffers at every step.
         self.initial_A, self.initial_B = (nn.Parameter(x.clone(), requires_grad=False) for x in (A, B))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StartedFactors:
+        super()._apply(without_rounding(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def train_factor(self, factor: str, trains: bool = True) -> None:
         """Let a factor train, if it does so by its start, or freeze it."""
@@ -172,7 +179,8 @@ def initialize_peft(
 @torch.no_grad()
 def _fill(layer: Any, adapter: str, ours: LoRALinear) -> None:
     own = layer.lora_A[adapter], layer.lora_B[adapter]
-    A, B = (x.detach().to(linear.weight) for x, linear in zip((ours.lora_A, ours.lora_B), own, strict=True))
+    pairs = zip((ours.lora_A, ours.lora_B), (linear.weight for linear in own), strict=True)
+    A, B = (x.detach().to(like.device, torch.promote_types(x.dtype, like.dtype)) for x, like in pairs)
     if ours.initial_A is None:
         for linear, value, factor in zip(own, (A, B), ("lora_A", "lora_B"), strict=True):
             linear.weight.copy_(value)

@@ -109,10 +109,26 @@ def test_patterns_scales_and_layouts(options: dict[str, Any], tmp_path: Path) ->
     torch.testing.assert_close(logits(opened), want, rtol=0, atol=1e-5)
 
 
-def test_half_precision_starts_exactly() -> None:
-    model = filled(dtype=torch.bfloat16, target_modules=NAMES)
+@pytest.mark.parametrize("how", ["PEFT's float32", "PEFT's bfloat16", "cast"])
+def test_half_precision_starts_exactly_and_loses_no_steps(how: str) -> None:
+    options: dict[str, Any] = {} if how == "PEFT's float32" else {"autocast_adapter_dtype": False}
+    config = LoraConfig(r=4, target_modules=NAMES)
+    base = tiny_model(dtype=torch.bfloat16)
+    model = get_peft_model(copy.deepcopy(base), config, **options)
+    initialize_peft(model, cache=False)
+    for each in (base, model) if how == "cast" else ():  # as by precision: bf16-true
+        each.to(torch.bfloat16)
     with torch.no_grad():
-        assert torch.equal(model(IDS).logits, tiny_model(dtype=torch.bfloat16)(IDS).logits)
+        assert torch.equal(model(IDS).logits, base(IDS).logits)
+    factors = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in factors]
+    model(IDS, labels=IDS).loss.backward()
+    torch.optim.Adam(factors, lr=1e-6).step()
+    assert all(
+        p.dtype == torch.float32 and (p != old).float().mean() > 0.99 for p, old in zip(factors, before, strict=True)
+    )
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
 
 
 def test_states_are_complete_and_others_are_refused() -> None:
