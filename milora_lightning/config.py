@@ -13,7 +13,7 @@ from milora_lightning.utils.patterns import check_parts, check_patterns, first_m
 
 ALL_LINEAR = "all-linear"
 AUTO = "auto"
-IGNORE_INDEX = -100  # label of the tokens that the loss ignores
+IGNORE_INDEX = -100  # label of tokens that the loss ignores
 DropoutOn = Literal["update", "product"]
 
 
@@ -26,39 +26,37 @@ class LoRAConfig:
         lora_alpha: Numerator of the scale ``lora_alpha / r``. Defaults to ``r``, a scale of 1,
             as in the MiLoRA paper.
         lora_dropout: Probability with which an adapter's input features are dropped in training.
-        target_modules: Which layers get an adapter: name endings (``["q_proj", "v_proj"]``), one
-            regular expression that has to match a layer's full name, or ``"all-linear"`` for every linear
-            layer but the language-model head. Convolutions get one where a name or expression matches them. Layers
-            that were frozen before while other parameters trained (a teacher, a perceptual loss) are only matched by a
-            name or expression that matches no layer that trained.
-            ``"all-linear"`` and expressions skip layers that are smaller than ``r`` or cannot be adapted.
-        init: Where the factors start: ``"milora"`` at the smallest singular triplets of the weight,
-            ``"pissa"`` at the largest, ``"random"`` at random ones as in the paper's ablation, ``"middle"`` at those
-            in the middle, ``"lora"`` at LoRA's own start (A Kaiming-uniform, B zero), ``"mica"``, ``"olora"`` and
-            ``"orthogonal"`` at those of PEFT; directions with singular values, such as ``"gaussian x minor"`` or
-            ``"slice 0.25"``; ``"corda"``, ``"lora_null"``, ``"eva"``, ``"astra"``, ``"sc_lora"``, ``"lora_ga"`` and
-            ``"lora_one"``, which depend on data; or the name of :func:`milora_lightning.register_start`.
+        target_modules: Which layers get an adapter: a list of name endings (``["q_proj", "v_proj"]``), one regular
+            expression that must match a layer's full name, or ``"all-linear"`` for every linear layer except the
+            language-model head. Convolutions are adapted if a name or expression matches them. Layers that were already
+            frozen while other parameters trained (a teacher, a perceptual loss) are adapted only if a name or
+            expression matches no trainable layer. ``"all-linear"`` and expressions skip layers that are smaller than
+            ``r`` or cannot be adapted.
+        init: Where the factors start: ``"milora"`` at the smallest singular triplets of the weight, ``"pissa"`` at the
+            largest, ``"random"`` at random ones as in the paper's ablation, ``"middle"`` at those in the middle;
+            ``"lora"`` as in LoRA (A Kaiming-uniform, B zero); ``"mica"``, ``"olora"`` and ``"orthogonal"`` as in PEFT;
+            directions with singular values, such as ``"gaussian x minor"`` or ``"slice 0.25"``; ``"corda"``,
+            ``"lora_null"``, ``"eva"``, ``"astra"``, ``"sc_lora"``, ``"lora_ga"`` and ``"lora_one"``, which depend on
+            data; or a name registered with :func:`milora_lightning.register_start`.
         modules_to_save: Name endings of modules that are trained in full together with the adapters, such as a new
-            classification head, or ``"auto"`` for what looks new or is named as a classifier's. They are kept in
-            float32 and compute in the model's dtype.
-        rank_pattern: Other ranks for some layers, ``{"down_proj": 16}``. A key is a regular expression that matches the
-            end of a layer's name, starting after a dot; the first key that matches decides, as in PEFT.
-        alpha_pattern: Likewise other values of ``lora_alpha``. A layer that no key matches has ``lora_alpha``, or,
+            classification head, or ``"auto"`` for layers that look newly initialized or are named like a classifier.
+            They are kept in float32 and compute in the model's dtype.
+        rank_pattern: Different ranks for some layers: ``{"down_proj": 16}``. A key is a regular expression that matches
+            the end of a layer's name, starting after a dot; the first key that matches decides, as in PEFT.
+        alpha_pattern: Different values of ``lora_alpha``, likewise. A layer that no key matches uses ``lora_alpha`` or,
             if that is not given, its rank.
-        exclude_modules: Layers that get no adapter although ``target_modules`` matches them: name endings of layers or
-            of modules around them, or one regular expression that has to match a full name.
-        module: Name of the part that is adapted, such as ``"student"``. All names are then relative to it, only it is
-            frozen, and the rest is left alone: a discriminator still trains, a teacher is still frozen.
-        dropout_on: Where dropout acts: on the input of the ``"update"``, s (B A − B₀A₀), or of the ``"product"`` s B A
-            alone, as PEFT does, with which training does not start at the pretrained model.
+        exclude_modules: Layers that get no adapter even if ``target_modules`` matches them: name endings of layers or
+            of their parent modules, or one regular expression that must match a full name.
+        module: Name of the submodule to adapt, such as ``"student"``. All names are then relative to it, and only it is
+            frozen. The rest of the model is left alone: a discriminator still trains, a teacher stays frozen.
+        dropout_on: Where dropout acts: on the input of the whole ``"update"``, s (B A − B₀A₀), or only of the
+            ``"product"``, s B A, as in PEFT; with the latter, training does not start at the pretrained model.
         use_rslora: Whether the scale is ``lora_alpha / sqrt(r)`` (rsLoRA, arXiv 2312.03732).
-        target_parameters: Which 3-D parameters get adapters, by the ends of their names, as in PEFT
-            (``["experts.gate_up_proj"]``): a pair of factors for each matrix in the stack. ``"all-linear"`` includes
-            those that hold the experts of a mixture.
-        fused_parts: Linear layers whose rows are several projections, each of which gets factors of its own, of rank
-            ``r``: ``{"qkv_proj": [2048, 512, 512], "gate_up_proj": 2}``, the rows of each part from the first to the
-            last, or the number of equal parts. Keys are as in ``rank_pattern``. Layers that no key matches are one
-            matrix.
+        target_parameters: Name endings of 3-D parameters that get adapters, as in PEFT (``["experts.gate_up_proj"]``):
+            a pair of factors for each matrix in the stack. ``"all-linear"`` includes the experts of a mixture.
+        fused_parts: Linear layers that fuse several projections, each of which gets separate factors of rank ``r``:
+            ``{"qkv_proj": [2048, 512, 512], "gate_up_proj": 2}``, with the number of rows of each part, or the number
+            of equal parts. Keys are as in ``rank_pattern``. A layer that no key matches counts as one matrix.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -98,7 +96,7 @@ class LoRAConfig:
             raise InvalidInputError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout}.")
         if self.dropout_on not in get_args(DropoutOn):
             raise InvalidInputError(f"dropout_on must be update or product, not {self.dropout_on!r}.")
-        object.__setattr__(self, "init", find_start(self.init).name)  # what computes the same has one name
+        object.__setattr__(self, "init", find_start(self.init).name)  # one canonical name per start
         if isinstance(self.target_parameters, str):
             raise InvalidInputError(f"target_parameters takes a list of names: [{self.target_parameters!r}].")
         if not self.target_modules and not self.target_parameters:
@@ -119,7 +117,7 @@ class LoRAConfig:
         return first_match(self.rank_pattern, name, self.r)
 
     def alpha(self, name: str) -> float:
-        """Return ``lora_alpha`` of the layer with this name; rsLoRA's scale is that of √r as much."""
+        """Return ``lora_alpha`` of the layer with this name; rsLoRA's scale amounts to √r times as much."""
         r = self.rank(name)
         return float(first_match(self.alpha_pattern, name, self.lora_alpha or r)) * (
             math.sqrt(r) if self.use_rslora else 1
@@ -130,11 +128,11 @@ class LoRAConfig:
         return self.alpha(name) / self.rank(name)
 
     def given_parts(self, name: str) -> int | Sequence[int] | None:
-        """Return what ``fused_parts`` says about the layer with this name; None for nothing."""
+        """Return the entry of ``fused_parts`` for the layer with this name, or None."""
         return first_match(self.fused_parts, name, None)
 
     def parts(self, name: str, out_features: int) -> tuple[int, ...]:
-        """Return the rows of each part of the layer with this name and so many rows; empty if it is one matrix.
+        """Return the rows of each part of the layer with this name and ``out_features`` rows; empty for one matrix.
 
         >>> LoRAConfig(fused_parts={"gate_up_proj": 2}).parts("mlp.gate_up_proj", 8)
         (4, 4)

@@ -1,4 +1,4 @@
-"""The method: which layers get adapters, what an adapter computes, and where its factors start."""
+"""The method: which layers get adapters, what an adapter computes, and how its factors are initialized."""
 
 from milora_lightning.adapters.contexts import adapters_disabled, adapters_merged
 from milora_lightning.adapters.initialization import initialize

@@ -1,4 +1,4 @@
-"""The state of adapters: factors that keep their precision, and state dicts that say whether they were initialized."""
+"""The state of adapters: factors keep their precision, and state dicts record whether they were initialized."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INITIALIZED = "initialized"
 
 
 class AdapterState(nn.Module):
-    """Base class of adapter layers, for what torch does with a module's parameters.
+    """Base class of adapter layers: casting and saving of their parameters.
 
     Attributes:
         base_layer: The layer that is adapted.
@@ -32,7 +32,7 @@ class AdapterState(nn.Module):
         super()._apply(without_rounding(fn), recurse=False)  # type: ignore[no-untyped-call]
         return self
 
-    # A state dict holds the parameters only. Whether they have their initial values is in its metadata, next to torch's
+    # A state dict holds the parameters only. Whether they were initialized is in its metadata, along with torch's
     # version numbers; adapter checkpoints (AdapterCheckpoint) have an entry for it.
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -49,9 +49,9 @@ class AdapterState(nn.Module):
 
 
 def factors_tell(state: Mapping[str, Any], prefix: str) -> bool:
-    """Whether the factors in a state dict show that they were initialized: until then, all of them are zero.
+    """Whether the factors in a state dict are known to be initialized: before, all of them are zero.
 
-    Factors that are all zero do not show the opposite.
+    If all factors are zero, they may still have been initialized.
 
     >>> import torch
     >>> factors_tell({"0.lora_A": torch.zeros(1, 2), "0.lora_B": torch.ones(2, 1)}, "0.")

@@ -1,4 +1,4 @@
-"""Adapters whose update is added to what the base layer's own code computes."""
+"""Adapters whose update is added to the output of the base layer."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from milora_lightning.adapters.layer import LoRALinear
 
 
 class AddedUpdate(LoRALinear):
-    """A :class:`LoRALinear` of a layer that is no product with a matrix: of a convolution, an embedding, experts.
+    """A :class:`LoRALinear` of a layer that is not a product with one matrix: a convolution, an embedding, experts.
 
-    Subclasses say what the update computes (``update``), and how a matrix becomes a weight of the base layer's layout
+    Subclasses define what the update computes (``update``), and how a matrix is converted to the base layer's layout
     (``as_weight``). Arguments and attributes are those of :class:`LoRALinear`.
     """
 

@@ -1,10 +1,10 @@
-"""``nn.MultiheadAttention`` with adapters, which torch's own code would read past.
+"""``nn.MultiheadAttention`` with adapters, which torch's code would bypass.
 
 torch multiplies by ``in_proj_weight`` and ``out_proj.weight`` without calling a layer. With gradients, an
-:class:`AdaptedAttention` calls its adapters in their place, so that the update keeps its precision and its dropout, and
-no weight's gradient is formed; all else is computed in the same operations as by torch. Without gradients in eval mode,
-torch's own code and its fast paths read W + ΔW instead of W, if that sum is not rounded to fewer digits than the
-factors have. The fast path of ``nn.TransformerEncoderLayer`` calls no attention and reads the sum in any case.
+:class:`AdaptedAttention` calls its adapters instead, so that the update keeps its precision and its dropout, and no
+gradient of a whole weight is computed; everything else uses the same operations as torch. In eval mode without
+gradients, torch's code and its fast paths read W + ΔW instead of W, unless that sum would be less precise than the
+factors. The fast path of ``nn.TransformerEncoderLayer`` does not call the attention and always reads the sum.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from milora_lightning.utils.names import unwrapped_name
 
 def _read(name: str) -> property:
     def weight(self: nn.Module) -> Tensor | None:
-        adapter, own = adapter_of(self, name), self._parameters[f"{name}_weight"]
-        # FSDP2 takes what it reads between two calls for the parameter, which is in shards then.
-        return own if adapter is None or isinstance(own, DTensor) else adapter.weight
+        adapter, frozen = adapter_of(self, name), self._parameters[f"{name}_weight"]
+        # Between two calls, FSDP2 reads this as the parameter, which is sharded then.
+        return frozen if adapter is None or isinstance(frozen, DTensor) else adapter.weight
 
     return property(weight, doc=f"The weight of ``{name}``, with the update of its adapter.")
 
@@ -38,7 +38,7 @@ class AdaptedAttention(Derived):
 
     @staticmethod
     def namespace(base: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
-        """Return what replaces the parameters where they are read."""
+        """Return the properties that replace the parameters when they are read."""
         return {f"{name}_weight": _read(name) for name in PROJECTIONS}
 
     def forward(
@@ -55,8 +55,8 @@ class AdaptedAttention(Derived):
         """Compute what ``nn.MultiheadAttention`` does, with the adapters' updates."""
         attention = cast(nn.MultiheadAttention, self)
         adapters = [m for m in attention._modules.values() if isinstance(m, LoRALinear) and m.enabled]
-        own = attention.training or torch.is_grad_enabled() or _sum_is_rounded(adapters, query)
-        if not own or not adapters or query.is_nested:
+        by_adapters = attention.training or torch.is_grad_enabled() or _sum_is_rounded(adapters, query)
+        if not by_adapters or not adapters or query.is_nested:
             arguments = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             output: tuple[Tensor, Tensor | None] = super().forward(query, key, value, *arguments)  # type: ignore[misc]
             return output
@@ -84,13 +84,13 @@ class AdaptedAttention(Derived):
 
 
 def _sum_is_rounded(adapters: list[LoRALinear], x: Tensor) -> bool:
-    """Whether W + ΔW would have fewer digits than ΔW, so that small updates would be lost."""
+    """Whether W + ΔW would be less precise than ΔW, so that small updates would be lost."""
     narrow = any(layer.base_layer.weight.dtype.itemsize < layer.lora_A.dtype.itemsize for layer in adapters)
     return narrow or (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type))
 
 
 def _transposed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Transpose batch and length; what was the same input stays the same, of which there is one product."""
+    """Transpose batch and length. Identical inputs stay identical, so that they share one product."""
     q = query.transpose(1, 0)
     k = q if key is query else key.transpose(1, 0)
     return q, k, k if value is key else value.transpose(1, 0)
@@ -106,7 +106,7 @@ def _check_masks(
     """Refuse masks of shapes that torch refuses, although they could be broadcast.
 
     Raises:
-        RuntimeError: If there are such.
+        RuntimeError: If there is one.
     """
     (targets, batch, _), sources = of_queries, of_keys[0]
     of_heads = (batch * attention.num_heads, targets, sources)
@@ -123,7 +123,7 @@ def _check_masks(
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return a mask as what is added to the logits of attention."""
+    """Convert a mask to one that is added to the attention logits."""
     if mask is None or mask.is_floating_point():
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
@@ -168,13 +168,14 @@ def _attend(
     Args:
         attention: Settings, extra keys and values, and the output projection.
         projected: Query, key and value (length, batch, embed).
-        mask: What is added to the logits (targets, sources), or (batch · heads, targets, sources).
-        padding: What is added to the logits of sources (batch, sources).
+        mask: Added to the logits; (targets, sources) or (batch · heads, targets, sources).
+        padding: Added to the logits of each source; (batch, sources).
         need_weights: Whether to return the weights.
-        is_causal: Whether torch's attention is to be causal.
+        is_causal: Whether to use torch's causal attention.
 
     Returns:
-        The output (targets, batch, embed), and the weights (batch, heads, targets, sources) if they are wanted.
+        The output (targets, batch, embed), and the weights (batch, heads, targets, sources), or None if they are not
+        needed.
     """
     q, k, v = projected
     (targets, batch, size), heads, p = q.shape, attention.num_heads, attention.dropout if attention.training else 0.0
@@ -207,7 +208,7 @@ def _attend(
 
 
 def packed_weights(module: nn.Module) -> dict[str, PackedWeight]:
-    """Return the projections in a module that can have adapters and have none yet, by the adapters' names."""
+    """Return the projections in a module that can have adapters but have none yet, by the adapters' names."""
     return {
         f"{unwrapped_name(name)}.{key}".lstrip("."): weight
         for name, child in module.named_modules()
@@ -218,14 +219,14 @@ def packed_weights(module: nn.Module) -> dict[str, PackedWeight]:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether a module is an ``nn.MultiheadAttention``, with or without adapters, and no class with code of its own."""
+    """Whether a module is an ``nn.MultiheadAttention``, with or without adapters, but not of a custom subclass."""
     if not isinstance(module, nn.MultiheadAttention):
         return False
     return isinstance(module, AdaptedAttention) or type(module).forward is nn.MultiheadAttention.forward
 
 
 def adapt_attention(adapters: Mapping[PackedWeight, LoRALinear]) -> None:
-    """Make adapters of projections children of their attention modules, whose class changes in place."""
+    """Register adapters of projections as children of their attention modules, whose class is changed in place."""
     for base, adapter in adapters.items():
         base.holder._modules[base.name] = adapter
         derive(base.holder, AdaptedAttention)

@@ -1,10 +1,10 @@
 """An adapted layer as one operation for autograd: base product, dropout and update, forward and backward.
 
-Made for GPUs that wait for work rather than work: for few operations and few bytes (``benchmarks/launches.py`` counts
-both), on CPUs as well. Nothing outlives a step, so nothing can be out of date: the factors are stacked and cast in each
-forward, in three operations, and backward uses what forward has cast. Half-precision stacks that were kept from step to
-step would save these three, and be silently wrong after the first change that no version counter shows: weights that
-FSDP2 gathers, writes through ``.data``, optimizers in C++.
+Designed for few kernel launches and little memory traffic (``benchmarks/launches.py`` counts both), because GPUs often
+wait for work; CPUs benefit as well. Nothing is kept from one step to the next, so nothing can be stale: each forward
+stacks and casts the factors, in three operations, and backward uses the result. Keeping half-precision stacks between
+steps would save these three operations, but give silently wrong results after any change that version counters do not
+show: weights that FSDP2 gathers, writes through ``.data``, optimizers in C++.
 """
 
 from __future__ import annotations
@@ -49,14 +49,15 @@ def lora_linear(
         bias: Bias (out,), or None.
         lora_A: Factor (r, in).
         lora_B: Factor (out, r).
-        initial_A: Initial value of ``lora_A``, or None where there is no initial product.
-        initial_B: Likewise.
+        initial_A: Initial value of ``lora_A``, or None if there is no initial product.
+        initial_B: Initial value of ``lora_B``, or None.
         scaling: The scale s.
-        dropout: Probability with which the update does not see an entry of x.
+        dropout: Probability of dropping each entry of x from the update's input.
         transposed: Whether the weight is a ``Conv1D``'s.
-        parts: Rows of each part of a fused projection, if the factors are those of its parts, one below the other.
-        output: What takes the place of W x + bias (..., out), from a base layer that only its own code can evaluate.
-        mask: Which entries of x the update sees (..., in), zero or not, in place of a draw.
+        parts: Rows of each part of a fused projection, if the factors are those of its parts, stacked along their rows.
+        output: Output of the base layer (..., out) to use instead of W x + bias, if only the layer itself can compute
+            it.
+        mask: Dropout mask (..., in) to use instead of drawing one; zero where an entry of x is dropped.
 
     Returns:
         The output (..., out).
@@ -70,10 +71,10 @@ class _LoRALinear(torch.autograd.Function):
     """Base product and update as one operation.
 
     The update is added to the base product's output in place. Only the input, its projection (tokens, 2r) and the
-    stacked factors are saved for backward, in the dtype of x. An input that is a product whose factors autograd keeps
-    anyway, as a gated MLP's activation is, is formed again from these: 5.8 GB less for a 7B model and 8,192 tokens.
-    With g the output's gradient: ∂A = s Bᵀ g xᵀ, ∂B = s g (A x)ᵀ, ∂x = Wᵀ g + s (B A − B₀A₀)ᵀ g.
-    The scale s is left to the products, which multiply by it for nothing.
+    stacked factors are saved for backward, in the dtype of x. If the input is a product whose factors autograd keeps
+    anyway, like a gated MLP's activation, it is recomputed from these: this saves 5.8 GB for a 7B model and 8,192
+    tokens. With g the output's gradient: ∂A = s Bᵀ g xᵀ, ∂B = s g (A x)ᵀ, ∂x = Wᵀ g + s (B A − B₀A₀)ᵀ g. The scale s is
+    applied within the matrix products, at no cost.
     """
 
     @staticmethod
@@ -101,7 +102,7 @@ class _LoRALinear(torch.autograd.Function):
             y = base_product(x, weight, bias, transposed)
         else:
             assert output is not None
-            y = output.clone(memory_format=torch.contiguous_format)  # hooks may have kept the layer's own
+            y = output.clone(memory_format=torch.contiguous_format)  # hooks may have kept the original
         rows, state = x.reshape(-1, x.shape[-1]), None
         if mask is not None:
             rows, mask = drop_again(rows, dropout, mask.reshape(rows.shape), None)
@@ -123,7 +124,7 @@ class _LoRALinear(torch.autograd.Function):
         scaling, dropout, transposed, state, parts = ctx.settings
         differentiated = torch.is_grad_enabled() or transformed()
         if times is not None:
-            # Second derivatives can be asked for with respect to x itself, by whoever has it.
+            # Someone who has x may ask for second derivatives with respect to it.
             itself = ctx.input() if differentiated else None
             x = itself if itself is not None and not itself._version else x * times
         rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
@@ -141,7 +142,8 @@ class _LoRALinear(torch.autograd.Function):
         r = lora_A.shape[0]
         # A enters both halves of the stack: ΔBᵀg + B₀ᵀg = Bᵀg
         to_A = grad_hidden if initial_A is None else grad_hidden[:, :r] + grad_hidden[:, r:]
-        # oneDNN's bfloat16 products are up to a third faster this way round. (Autograd copies what is laid out so.)
+        # oneDNN's bfloat16 products are up to a third faster this way round. (Autograd copies gradients of this
+        # layout.)
         flipped = x.device.type == "cpu"
         products = [(to_A.T, dropped), (projection.T, grad_rows) if flipped else (grad_rows.T, projection)]
         grad_A, grad_B = _cast_products(products, ctx.needs_input_grad[3:5], missing, lora_A.dtype)
@@ -155,7 +157,7 @@ class _LoRALinear(torch.autograd.Function):
             if mask is None:
                 grad_x.addmm_(grad_hidden, A, alpha=scale)
             else:
-                # In one operation, where the device is known to take a mask of another dtype.
+                # In one operation, on devices that are known to accept a mask of another dtype.
                 mask = mask if x.device.type in ("cuda", "meta") else mask.to(x.dtype)
                 grad_x.addcmul_(grad_hidden @ A, mask, value=scale)
             grad_x = grad_x.view_as(x)
@@ -165,7 +167,7 @@ class _LoRALinear(torch.autograd.Function):
 def _cast_products(
     products: list[tuple[Tensor, Tensor]], needed: tuple[bool, ...], scale: float, dtype: torch.dtype
 ) -> list[Tensor | None]:
-    """Compute s·a b for each pair of matrices that is needed, all of them in one tensor, which is cast at once."""
+    """Compute s·a b for each needed pair of matrices, all in one tensor that is cast at once."""
     sizes = [a.shape[0] * b.shape[1] if wanted else 0 for (a, b), wanted in zip(products, needed, strict=True)]
     buffer = products[0][0].new_empty(sum(sizes))
     for (a, b), part in zip(products, torch.split(buffer, sizes), strict=True):
@@ -185,10 +187,10 @@ def _plain_gradients(
     transposed: bool,
     parts: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of x, ``lora_A`` and ``lora_B`` in operations that can be differentiated again.
+    """Compute the gradients of x, ``lora_A`` and ``lora_B`` in differentiable operations.
 
-    The gradients depend on x, the factors and the output's gradient, and second derivatives need all of these, even
-    if the output's gradient is constant. (``once_differentiable`` would silently ignore x and the factors then.)
+    The gradients depend on x, the factors and the output's gradient. Second derivatives need all of these, even if the
+    output's gradient is constant: ``once_differentiable`` would silently ignore x and the factors then.
     """
     whole = spread_factors(factors, parts)
     A, B = stack_factors(*whole, dtype=x.dtype)
@@ -240,9 +242,11 @@ def _matrix(weight: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
 
 
 def cast_stacks(factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Compute what :func:`stack_factors` does, bit for bit, in three operations, and without gradients."""
+    """Compute the same as :func:`stack_factors`, bit for bit, in three operations and without gradients."""
     lora_A, lora_B, initial_A, initial_B = factors
-    plain = type(lora_A) in PLAIN_TENSORS and not torch.compiler.is_compiling()  # a compiler finds its own operations
+    plain = (
+        type(lora_A) in PLAIN_TENSORS and not torch.compiler.is_compiling()
+    )  # compilers fuse the operations themselves
     if initial_A is None or initial_B is None or not plain:
         return stack_factors(*factors, dtype=dtype)
     r, features = lora_A.shape
@@ -256,12 +260,12 @@ def cast_stacks(factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _zero_and_minus_one(device: torch.device) -> Tensor:
-    """Return 0 and −1 as a tensor (2, 1, 1) that stays on a device, as every call needs it."""
+    """Return 0 and −1 as a tensor (2, 1, 1), created once per device because every call needs it."""
     if (signs := _SIGNS.get(device)) is not None:
         return signs
     with torch.inference_mode(False):
         signs = torch.tensor([0.0, -1.0], device=device).view(2, 1, 1)
-    if type(signs) is Tensor:  # not one of a tracer's
+    if type(signs) is Tensor:  # not a tracer's tensor
         _SIGNS[device] = signs
     return signs
 

@@ -1,4 +1,4 @@
-"""The frozen weight of an adapter's base layer as a plain matrix, even if quantized, transposed or sharded."""
+"""The frozen weight of an adapter's base layer as a plain matrix, even if it is quantized, transposed or sharded."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn
 
 STORED = "stored_weight"
-"""Attribute of a quantized layer that holds its :class:`Stored`, set when a model is loaded."""
+"""Attribute of a quantized layer with its :class:`Stored` weight, set when a model is loaded."""
 
 CLOSE = 0.5
-"""Largest relative distance of a weight to its quantized form: 4 bits give 0.1, an unrelated matrix 1.4."""
+"""Maximum relative distance of a weight from its quantized form: 4 bits give 0.1, an unrelated matrix 1.4."""
 
 
 class Stored(Protocol):
-    """The weight that a layer was quantized from, which can be read from the model's files."""
+    """The original weight of a quantized layer, which can be read from the model's files."""
 
     @property
     def quantization(self) -> str:
@@ -35,7 +35,7 @@ def dense_weight(layer: LoRALinear) -> Tensor:
     """Return the frozen weight of an adapter's base layer as a matrix of shape (out, in).
 
     Raises:
-        ValueError: If it is in shards, of an unknown kind (see :func:`milora_lightning.adapters.quantization.decoded`),
+        ValueError: If it is sharded, of an unknown kind (see :func:`milora_lightning.adapters.quantization.decoded`),
             or repacked by bitsandbytes for inference.
     """
     if is_sharded(layer.base_layer):
@@ -46,13 +46,24 @@ def dense_weight(layer: LoRALinear) -> Tensor:
 
 
 def pretrained_weight(layer: LoRALinear, rank: int) -> Tensor | None:
-    """Collect the weight that factors start from: as :func:`collected_weight`, but unquantized if possible."""
+    """Gather the weight that factors are computed from: like :func:`collected_weight`, but unquantized if possible.
+
+    Args:
+        layer: The adapter.
+        rank: The rank that gets a sharded weight.
+    """
     weight = collected_weight(layer, rank)
     return None if weight is None else _unquantized(layer.base_layer, weight)
 
 
 def collected_weight(layer: LoRALinear, rank: int) -> Tensor | None:
-    """Return a weight (out, in); a sharded one on one rank only, and None on the others. All ranks must call this.
+    """Return an adapter's frozen weight (out, in); a sharded one on one rank only, None on the others.
+
+    All ranks must call this.
+
+    Args:
+        layer: The adapter.
+        rank: The rank that gets a sharded weight.
 
     Raises:
         ValueError: If it is sharded in more than one way, of an unknown kind (see
@@ -74,11 +85,11 @@ def collected_weight(layer: LoRALinear, rank: int) -> Tensor | None:
 
 
 def _unquantized(base: nn.Module, dequantized: Tensor) -> Tensor:
-    """Return the weight that a layer was quantized from if it can be read, else the dequantized one.
+    """Return a quantized layer's original weight if it can be read, otherwise the dequantized one.
 
     Args:
         base: The layer.
-        dequantized: The weight that it computes with (out, in); the stored one has to be close to it.
+        dequantized: The weight that it computes with (out, in); the original must be close to it.
     """
     stored: Stored | None = getattr(base, STORED, None)
     if stored is None:

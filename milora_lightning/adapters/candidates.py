@@ -1,4 +1,4 @@
-"""The layers of a model that adapters fit, and what names, expressions and ``"all-linear"`` mean among them."""
+"""The layers of a model that can have adapters, and those that names, expressions and ``"all-linear"`` select."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from milora_lightning.adapters.target_errors import no_match, no_parameter
 from milora_lightning.utils.names import unwrapped_name
 
 Layers = dict[str, nn.Module]
-"""Layers by name, those with adapters as their LoRALinear."""
+"""Layers by name; an adapted layer appears as its LoRALinear."""
 
 
 def adaptable_layers(module: nn.Module) -> Layers:
-    """Return all layers with a weight that adapters fit."""
+    """Return all layers of a module that can have adapters."""
     bases = {child.base_layer for child in module.modules() if isinstance(child, LoRALinear)}
     layers: Layers = {}
     for wrapped_name, child in module.named_modules():
@@ -33,7 +33,7 @@ def adaptable_layers(module: nn.Module) -> Layers:
 
 
 def called(layers: Mapping[str, nn.Module], name: str) -> Layers:
-    """Return the layers of this name, or whose names end in it. Stacks of experts have to be named in full."""
+    """Return the layers with this name or name ending. Stacks of experts must be named in full."""
     return {n: layer for n, layer in layers.items() if n == name or (ends_with(n, name) and not _is_stack(layer))}
 
 
@@ -54,10 +54,15 @@ def all_linear(module: nn.Module, layers: Mapping[str, nn.Module]) -> Layers:
 
 
 def layers_named(module: nn.Module, names: Sequence[str]) -> Layers:
-    """Return the layers of these full names, those with adapters as their LoRALinear.
+    """Return the layers with these full names.
+
+    Args:
+        module: Any module.
+        names: Full names of layers.
+
 
     Raises:
-        TargetNotFoundError: If there is no linear layer of one of the names.
+        TargetNotFoundError: If one of them does not name a layer that can have an adapter.
     """
     layers, names = adaptable_layers(module), [unwrapped_name(name) for name in names]
     missing = [name for name in names if name not in layers]
@@ -70,7 +75,7 @@ def layers_named(module: nn.Module, names: Sequence[str]) -> Layers:
 
 
 def holding_parameters(module: nn.Module, entry: str) -> Layers:
-    """Find what an entry of ``target_parameters`` names: stacks, or layers by their weights."""
+    """Return the stacks, or the layers of the weights, that an entry of ``target_parameters`` names."""
     layers = adaptable_layers(module)
     found = {n: layer for n, layer in layers.items() if ends_with(_parameter_name(n, layer), entry)}
     if not found:
@@ -79,14 +84,14 @@ def holding_parameters(module: nn.Module, entry: str) -> Layers:
 
 
 def without_weight(module: nn.Module, kept: Collection[nn.Module]) -> list[str]:
-    """Name the linear layers whose weight is no parameter but computed from others."""
+    """Return the names of linear layers whose weight is not a parameter but computed from others (``weight_norm``)."""
     layers = ((n, m) for n, m in module.named_modules() if is_linear(m) and m not in kept)
     return [unwrapped_name(name) for name, layer in layers if name and layer._parameters.get("weight") is None]
 
 
 def output_heads(module: nn.Module) -> set[nn.Module | None]:
     """Return the output embeddings of all language models within a module."""
-    transformers = sys.modules.get("transformers.modeling_utils")  # not imported: then there is no such model
+    transformers = sys.modules.get("transformers.modeling_utils")  # if it is not imported, there is no such model
     if transformers is None:
         return set()
     models = (m for m in module.modules() if isinstance(m, transformers.PreTrainedModel))
@@ -104,5 +109,5 @@ def _is_stack(layer: nn.Module) -> bool:
 
 
 def base_of(layer: nn.Module) -> nn.Module:
-    """Return the layer that an adapter adapts, or the layer itself."""
+    """Return an adapter's base layer, or the layer itself if it is no adapter."""
     return layer.base_layer if isinstance(layer, LoRALinear) else layer

@@ -1,4 +1,4 @@
-"""What is checked before surgery changes anything."""
+"""Checks before surgery changes anything."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ def check_injection(
         targets: The layers that are to get adapters.
         present: The adapters that the module has already.
         saved: The modules that are to train in full.
-        config: Which adapters.
+        config: The configuration of the adapters.
 
     Raises:
         TargetNotFoundError: If a key of a pattern matches no layer with an adapter.
-        ValueError: If adapters of another configuration exist, a weight is sharded, or one in ``saved`` is quantized.
+        ValueError: If adapters of another configuration exist, a target's weight is sharded, or a weight in ``saved``
+            is quantized.
     """
     _check_one_part(present, part, config)
     _check_same_config(present, config)
@@ -51,7 +52,7 @@ def check_injection(
 
 def check_no_peft(module: nn.Module) -> None:
     """Refuse a model to which PEFT has added adapters."""
-    peft = sys.modules.get("peft.tuners.tuners_utils")  # imported by whoever has called get_peft_model
+    peft = sys.modules.get("peft.tuners.tuners_utils")  # imported if somebody has called get_peft_model
     for name, child in module.named_modules():
         if peft is not None and isinstance(child, peft.BaseTunerLayer):
             raise InvalidInputError(
@@ -65,7 +66,7 @@ def check_materialized(module: nn.Module, kept: Collection[nn.Module] = ()) -> N
     """Refuse lazy layers that have no weights yet.
 
     Raises:
-        TargetNotFoundError: If there are any, but for those that train in full.
+        TargetNotFoundError: If there are any, other than in modules that train in full.
     """
     for name, child in modules_by_name(module).items():
         lazy = [p for p in child._parameters.values() if p is not None and is_lazy(p)]

@@ -1,4 +1,4 @@
-"""Contexts in which the adapters of a module compute otherwise: not at all, or merged with their weights."""
+"""Contexts in which a module's adapters are disabled or merged."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from milora_lightning.adapters.injection import lora_layers
 
 @contextmanager
 def adapters_disabled(module: nn.Module) -> Iterator[None]:
-    """Within this context, the module computes what it did before surgery, bit for bit.
+    """Within this context, the module computes without its adapters, bit for bit as before surgery.
 
-    What ``modules_to_save`` has trained in full, or other parts that train, stay as they are now.
+    Modules that train in full, such as those in ``modules_to_save``, keep their current values.
 
     >>> model = nn.Sequential(nn.Linear(8, 8))
     >>> with adapters_disabled(model):
@@ -33,9 +33,9 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def adapters_merged(module: nn.Module) -> Iterator[None]:
-    """Within this context, each adapter's update is merged with its weight: see :meth:`LoRALinear.merge`.
+    """Within this context, each adapter's update is merged with its weight; see :meth:`LoRALinear.merge`.
 
-    For generation. The base weights are not written, outputs stay the same to float32's rounding (bit for bit on a
+    For generation. The base weights are not modified, outputs stay the same up to float32 rounding (bit for bit on a
     half-precision base), and training, checkpoints and :func:`adapters_disabled` work as before.
 
     >>> model = nn.Sequential(nn.Linear(8, 8))

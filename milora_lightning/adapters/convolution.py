@@ -1,4 +1,4 @@
-"""The adapter of a convolution: a narrow convolution of r filters, and a pointwise one behind it, as PEFT's.
+"""The adapter of a convolution: a narrow convolution with r filters, followed by a pointwise one, as in PEFT.
 
                  x (batch, in, *size)
             ┌────────┴────────┐
@@ -9,9 +9,9 @@
                    + bias
                  y (batch, out, *size)  =  W x + bias + s (B A − B₀A₀) x
 
-A kernel is a matrix (out, in · entries of a filter), which is multiplied by patches of x. Its factors are kept as those
-of a linear layer: A (r, in · entries) and B (out, r). In a convolution of several groups each group of filters is a
-matrix of its own. It has r / groups of the rows of A, and its rows of B (out, r / groups) meet these alone.
+A kernel is a matrix (out, in · entries of a filter) that multiplies patches of x. Its factors are stored like those of
+a linear layer: A (r, in · entries) and B (out, r). In a grouped convolution each group of filters is a separate matrix.
+It has r / groups rows of A, and its rows of B (out, r / groups) are multiplied by these only.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class LoRAConv(AddedUpdate):
 
     Args:
         base_layer: ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``, with any stride, padding, dilation and groups.
-        r: Rank of the factors; a multiple of the number of groups, each of which has its equal part of it.
+        r: Rank of the factors over all groups; a multiple of the number of groups.
         **options: The other arguments of :class:`LoRALinear`.
 
     Attributes:
@@ -55,7 +55,7 @@ class LoRAConv(AddedUpdate):
         lora_B: Trainable factor (out, r / groups).
 
     Raises:
-        TypeError: If ``base_layer`` is not a convolution, or has a ``forward`` of its own.
+        TypeError: If ``base_layer`` is not a convolution, or has a custom ``forward``.
         ValueError: If ``r`` is not a multiple of the number of groups.
     """
 
@@ -88,15 +88,15 @@ class LoRAConv(AddedUpdate):
         return grouped_product(*stack_factors(*self.factors, self.scaling), self.groups, self.r)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """Return a kernel (out, in / groups, *kernel) as a matrix (out, in / groups · entries)."""
+        """Convert a kernel (out, in / groups, *kernel) to a matrix (out, in / groups · entries)."""
         return weight.flatten(1)
 
     def as_weight(self, matrix: Tensor) -> Tensor:
-        """Return a matrix as a kernel, whatever its number of rows."""
+        """Convert a matrix with any number of rows to a kernel."""
         return matrix.reshape(len(matrix), self.in_channels // self.groups, *self.kernel_size)
 
     def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """Convolve x with each group's rows of A, one or two stacks of r, and what results with B, pointwise."""
+        """Convolve x with each group's rows of A (one or two stacks of r), and the result pointwise with B."""
         dimensions = len(self.kernel_size)
         hidden = convolve(self.base_layer, x, self.as_weight(by_group(A, self.groups, self.r).flatten(0, 1)))
         pointwise = B.to(x.dtype).reshape(*B.shape, *[1] * dimensions)
@@ -104,7 +104,7 @@ class LoRAConv(AddedUpdate):
 
 
 def by_group(A: Tensor, groups: int, r: int) -> Tensor:
-    """Sort the rows of stacks of r by group: (n · r, in) becomes (groups, n · r / groups, in).
+    """Reorder stacks of r rows by group: (n · r, in) becomes (groups, n · r / groups, in).
 
     Args:
         A: Factor (n · r, in), n stacks of r rows.

@@ -1,4 +1,4 @@
-"""Reports on what adapters cover of a model: remarks after surgery, and lines of the summary."""
+"""Reports on which part of a model has adapters: remarks after surgery, and lines of the summary."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from milora_lightning.config import ALL_LINEAR, AUTO, LoRAConfig
 from milora_lightning.utils.compat.torch import ConvNd
 
 LARGE_SHARE = 0.1
-"""Smallest share of the weights without adapters that is worth a remark."""
+"""Minimum share of weights without adapters that causes a remark."""
 
 EXPERTS = "experts in 3-D parameters"
 EXPERTS_2D = "experts in 2-D parameters"
@@ -52,7 +52,7 @@ UNSUPPORTED = (
 
 
 def remarks(module: nn.Module, config: LoRAConfig) -> Iterator[str]:
-    """Yield remarks, after surgery, on what its user may not expect, each in a sentence or two.
+    """Yield remarks after surgery on results that users may not expect, each in a sentence or two.
 
     Args:
         module: The module with adapters.
@@ -75,9 +75,13 @@ def remarks(module: nn.Module, config: LoRAConfig) -> Iterator[str]:
 
 
 def coverage(module: nn.Module, config: LoRAConfig) -> str:
-    """Say what share of the weights has adapters, and what the others are, largest first.
+    """Describe the share of weights that have adapters, and the kinds of the others, largest first.
 
-    Embeddings, the output embeddings of language models, and parts that were frozen for another purpose do not count.
+    Embeddings, the output embeddings of language models, and parts frozen for another purpose do not count.
+
+    Args:
+        module: The module with adapters.
+        config: The configuration they were injected with.
     """
     sizes = _sizes(part := find_part(module, config.module), _kept(part, config))
     total = sum(sizes.values())
@@ -87,7 +91,7 @@ def coverage(module: nn.Module, config: LoRAConfig) -> str:
 
 
 def adapters_by_part(module: nn.Module, config: LoRAConfig) -> str:
-    """Say how many matrices have adapters in each part of a module, and if none, why.
+    """Describe how many matrices have adapters in each part of a module, and why if there are none.
 
     Args:
         module: The module with adapters.
@@ -131,7 +135,7 @@ def _left_out(module: nn.Module, selection: Selection, config: LoRAConfig) -> It
     reasons = defaultdict(list)
     for name, reason in selection.left_out.items():
         reasons[reason].append(name)
-    reasons.pop(FROZEN, None)  # intended by the user; the summary says it
+    reasons.pop(FROZEN, None)  # intended by the user; the summary mentions it
     small = reasons.pop(TOO_SMALL, [])
     if small:
         layers = layers_by_name(module)
@@ -149,7 +153,7 @@ def _left_out(module: nn.Module, selection: Selection, config: LoRAConfig) -> It
 
 
 def _read_weights(part: nn.Module, config: LoRAConfig) -> Iterator[str]:
-    """Say what adapters lack where the model computes with their weight by itself."""
+    """Describe the limits of adapters whose weight the model reads without calling their layer."""
     read = read_weights(part)
     rounded = [name for name, layer in read.items() if layer.base_layer.weight.element_size() < 4]
     lacks = ["lora_dropout has no effect there"] if read and config.lora_dropout else []
@@ -161,7 +165,7 @@ def _read_weights(part: nn.Module, config: LoRAConfig) -> Iterator[str]:
 
 
 def experts_adapted(module: nn.Module) -> str | None:
-    """Say how many matrices of experts have adapters, and how many parameters these train; None if there are none."""
+    """Describe how many experts' matrices have adapters, and their trainable parameters; None if there are none."""
     stacks = [m for m in module.modules() if isinstance(m, LoRAExperts)]
     if not stacks:
         return None
@@ -177,7 +181,7 @@ def experts_adapted(module: nn.Module) -> str | None:
 
 
 def _fresh_heads(module: nn.Module, part: nn.Module, selection: Selection, kept: set[nn.Module]) -> Iterator[str]:
-    """Name layers that look newly made for the task and neither train nor have an adapter."""
+    """Yield remarks on layers that look newly created for the task but neither train nor have an adapter."""
     lm_heads = output_heads(part)
     adapted = [m.base_layer for m in part.modules() if isinstance(m, LoRALinear)]
     pretrained = not all(looks_new(layer) for layer in adapted[:: max(1, len(adapted) // 8)])
@@ -264,5 +268,5 @@ def _kind(owner: nn.Module, name: str, parameter: Tensor, kept: set[nn.Module]) 
     if parameter.ndim > 2 and parameter.shape[0] > 1:  # not position embeddings of shape (1, n, d)
         return EXPERTS if "expert" in name or "Experts" in type(owner).__name__ else "other 3-D parameters"
     if "experts" in name.split(".") and not is_linear(owner) and not name.endswith("bias"):
-        return EXPERTS_2D  # DBRX's, one below the other
+        return EXPERTS_2D  # DBRX stacks them along the rows
     return "other linear layers" if is_linear(owner) else "other weights"

@@ -1,4 +1,4 @@
-"""Decomposing many weights: shared out among ranks and, on CPUs, among threads, with the same results."""
+"""Decomposing many weights, distributed over ranks and, on CPUs, over threads, with the same results."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from milora_lightning.starts.methods import Pair
 from milora_lightning.utils.errors import InvalidInputError, MiLoRAError
 
 Decompose = Callable[[str, LoRALinear, Tensor], Pair]
-"""Computes the factors of a layer from its name, the layer, and its weight (out, in)."""
+"""Computes the factors of a layer from its name, the layer and its weight (out, in)."""
 
 Batch = list[tuple[str, LoRALinear, int]]
-"""Name, layer and rank of weights that are decomposed at the same time, at most one by each rank."""
+"""(name, layer, rank) of weights that are decomposed at the same time, at most one per rank."""
 
 SMALL = cost((1536, 6144))
-"""Up to this cost a weight is decomposed in one thread, several at a time; larger ones would need too much memory."""
+"""Weights up to this cost are decomposed in parallel, one per thread; larger ones would need too much memory."""
 
 
 def decompose_all(
@@ -40,21 +40,21 @@ def decompose_all(
     world_size: int = 1,
     device: torch.device | None = None,
 ) -> Iterator[tuple[LoRALinear, Pair]]:
-    """Decompose the weights of layers, and yield the factors of each; nothing is yielded if one fails.
+    """Decompose the weights of layers and yield each layer's factors; if one fails, nothing is yielded.
 
-    Of another device than the CPU, this takes the memory of one weight at a time: the next one is collected when its
-    predecessor is done, and factors wait on the CPU.
+    On devices other than the CPU, this takes the memory of one weight at a time: the next one is gathered when the
+    previous one is done, and finished factors wait on the CPU.
 
     Args:
         layers: Layers with their names, in the same order on all ranks.
-        decompose: Called on one rank for each layer.
-        track: Wraps the work list, to show progress.
+        decompose: Computes a layer's factors; called on one rank for each layer.
+        track: Wraps the iteration over batches, to show progress.
         rank: This process's rank.
-        world_size: Number of ranks, which must all call this.
+        world_size: Number of ranks; all of them must call this.
         device: Where weights are decomposed; by default on the layers' device.
 
     Raises:
-        ValueError: If a weight cannot be decomposed; names the layer. On all ranks.
+        ValueError: On all ranks, if a weight cannot be decomposed. The message names the layer.
     """
     shapes = [linear_shape(layer.base_layer) for _, layer in layers]
     numbers = [matrices_in(layer) or 1 for _, layer in layers]
@@ -74,9 +74,9 @@ def decompose_all(
 
 
 def _run_jobs(decompose: Decompose, rounds: Iterable[Batch], rank: int, on_cpu: bool) -> dict[LoRALinear, Future[Pair]]:
-    """Decompose this rank's weights, collecting the next while others are decomposed, and wait until all are done.
+    """Decompose this rank's weights, gathering the next one in the meantime, and wait until all are done.
 
-    After a failure no more are started, but weights are still collected where other ranks need this one for theirs.
+    After a failure no more are started, but this rank still takes part in gathering weights for other ranks.
     """
     jobs: dict[LoRALinear, Future[Pair]] = {}
     failed = False
@@ -87,7 +87,7 @@ def _run_jobs(decompose: Decompose, rounds: Iterable[Batch], rank: int, on_cpu: 
 
     for small, batches in groupby(rounds, has_small):
         size = torch.get_num_threads() if small else 1
-        most = size + 1 if on_cpu else 1  # at work or waiting: collected from shards, each takes memory
+        most = size + 1 if on_cpu else 1  # running or waiting: each gathered weight takes memory
         unfinished: deque[Future[Pair]] = deque()
         with _single_threaded(size) if small else ThreadPoolExecutor(1) as workers:
             for batch in batches:
@@ -100,20 +100,20 @@ def _run_jobs(decompose: Decompose, rounds: Iterable[Batch], rank: int, on_cpu: 
                         if owner == rank and weight is not None and not failed:
                             jobs[layer] = workers.submit(_decompose_one, decompose, name, layer, [weight])
                             unfinished.append(jobs[layer])
-                        del weight  # which would else be kept while the next one is collected
+                        del weight  # otherwise it would be kept while the next one is gathered
         failed = failed or any(job.exception() for job in unfinished)
     return jobs
 
 
 def _decompose_one(decompose: Decompose, name: str, layer: LoRALinear, weight: list[Tensor]) -> Pair:
-    """Decompose a weight, taken out of a list: what a thread is given lives on after its result is there."""
+    """Decompose a weight taken out of a list, because a thread keeps its arguments alive after its result is ready."""
     with _naming(name):
         lora_A, lora_B = decompose(name, layer, weight.pop())
         return lora_A.cpu(), lora_B.cpu()
 
 
 def _broadcast(layer: LoRALinear, owner: int, pair: Pair | None, device: torch.device | None) -> Pair:
-    """Return the factors of a layer, which its owner has computed, on all ranks."""
+    """Send the factors of a layer from the rank that has computed them to all others."""
     place = device or home(layer.lora_A)
     if pair is None:
         pair = torch.empty(layer.lora_A.shape, device=place), torch.empty(layer.lora_B.shape, device=place)
@@ -125,7 +125,7 @@ def _broadcast(layer: LoRALinear, owner: int, pair: Pair | None, device: torch.d
 
 @contextmanager
 def _single_threaded(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Provide workers with one thread each, whose results do not depend on the number of workers."""
+    """Provide workers that compute with one thread each, so that results do not depend on their number."""
     threads = torch.get_num_threads()
     with ThreadpoolController().limit(limits=1, user_api="blas"):  # numpy's and scipy's
         try:

@@ -1,8 +1,8 @@
-"""Dropout of what an update sees of its input: drawn in forward, and on GPUs drawn again, the same, in backward.
+"""Dropout of an update's input: masks are drawn in forward and, on GPUs, redrawn identically in backward.
 
-A mask that is kept takes a byte for each entry of each layer's input: 7 GB for a 7B model and 8,192 tokens. To draw it
-again takes a GPU no longer: one kernel draws and multiplies, in place of one that reads a mask and multiplies. On a
-CPU, drawing it again takes 6 % of a step, so it is kept.
+A stored mask takes a byte per entry of each layer's input: 7 GB for a 7B model and 8,192 tokens. Redrawing it costs a
+GPU no time: one kernel draws and multiplies, instead of one that reads a mask and multiplies. On a CPU, redrawing would
+take 6 % of a step, so masks are stored.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from milora_lightning.utils.compat.torch import outside_transforms
 
 
 def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Set each entry of x to zero with probability ``p``, by torch's generator of the device of x.
+    """Set each entry of x to zero with probability ``p``, using torch's generator for x's device.
 
     Args:
         x: Any floating-point tensor.
         p: The probability, from 0 to below 1.
 
     Returns:
-        What is left of x, and a mask in its shape that is zero where an entry was dropped. :func:`scales` tells what
-        both are to be multiplied by.
+        x after dropout, and a mask of the same shape that is zero where an entry was dropped. Both still have to be
+        scaled: see :func:`scales`.
     """
     if _draws_integers(x.device):
         mask, _ = draw_mask(x, p)
@@ -33,9 +33,9 @@ def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
 
 
 def dropped_product(x: Tensor, factors: Factors, scaling: float, p: float) -> Tensor:
-    """Compute s (B A drop(x) − B₀A₀ x) of shape (..., out), the update of PEFT's layer, where W − s B₀A₀ is frozen.
+    """Compute s (B A drop(x) − B₀A₀ x) of shape (..., out), the update in PEFT's layer, which freezes W − s B₀A₀.
 
-    It is the usual update of what is left of x, plus s B₀A₀ (drop(x) − x), which is not zero when training starts.
+    This is the usual update of drop(x), plus s B₀A₀ (drop(x) − x), which is not zero when training starts.
 
     Args:
         x: Input (..., in).
@@ -53,20 +53,20 @@ def dropped_product(x: Tensor, factors: Factors, scaling: float, p: float) -> Te
 
 
 def drop_again(x: Tensor, p: float, mask: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return what :func:`drop` has returned, from its mask or, where that is None, from :func:`random_state` before.
+    """Repeat an earlier :func:`drop`, from its mask or, if that is None, from the :func:`random_state` before it.
 
     Args:
-        x: Input (..., in), as it was then.
-        p: Probability with which an entry was dropped.
+        x: The same input (..., in).
+        p: The same probability.
         mask: The mask that was returned, or None.
-        state: The state of the device's generator before the first draw; None where there is a mask.
+        state: The state of the device's generator before the first draw, or None if there is a mask.
     """
     if mask is not None:
         return _masked(x, mask) if _draws_integers(x.device) else _masked_scale(x, mask, scales(x.device, p)[0]), mask
     assert state is not None
     generator = _generator(x.device)
     before = generator.get_state()
-    with outside_transforms():  # in which the first draw was not
+    with outside_transforms():  # the first draw was outside of them
         generator.set_state(state)
         try:
             return drop(x, p)
@@ -75,7 +75,7 @@ def drop_again(x: Tensor, p: float, mask: Tensor | None, state: Tensor | None) -
 
 
 def scales(device: torch.device, p: float) -> tuple[float, float]:
-    """Return the scale that makes up for what is dropped, and which part of it :func:`drop` leaves to its caller."""
+    """Return the scale that compensates for dropped entries, and its part that :func:`drop` leaves to its caller."""
     if _draws_integers(device):
         keep = 1 - _threshold(p) / 2**16
         return 1 / keep, 1 / keep
@@ -83,22 +83,22 @@ def scales(device: torch.device, p: float) -> tuple[float, float]:
 
 
 def random_state(device: torch.device) -> Tensor | None:
-    """Return the state of torch's generator of a device, or None if :func:`drop_again` is to be given the mask."""
+    """Return the state of torch's generator for a device, or None if :func:`drop_again` needs the mask instead."""
     return None if _keeps_masks(device) else _generator(device).get_state()
 
 
 def draw_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
-    """Draw which entries a dropout of probability ``p`` keeps, from torch's generator of the device of x.
+    """Draw a dropout mask with torch's generator for x's device.
 
-    One 64-bit random integer decides for four entries. A draw for each entry, as in ``bernoulli_``, takes several times
-    as long on CPUs. The probability is rounded to a multiple of 2⁻¹⁶.
+    One 64-bit random integer decides for four entries. Drawing separately for each entry, as ``bernoulli_`` does, takes
+    several times as long on CPUs. The probability is rounded to a multiple of 2⁻¹⁶.
 
     Args:
-        x: Tensor that the mask is for.
-        p: Probability to drop an entry, from 0 to below 1.
+        x: Tensor to draw the mask for.
+        p: Probability of dropping an entry, from 0 to below 1.
 
     Returns:
-        A mask of 0 and 1 (uint8) in the shape of ``x``, and the exact probability to keep an entry.
+        A mask of 0 and 1 (uint8) in the shape of ``x``, and the exact probability of keeping an entry.
     """
     bits = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 3) // 4,), device=x.device)
     kept = bits.view(torch.int16)[: x.numel()] >= _threshold(p) - 2**15
@@ -106,7 +106,7 @@ def draw_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
 
 
 def _draws_integers(device: torch.device) -> bool:
-    """Whether masks come from :func:`draw_mask` on a device, rather than from its own operation for dropout."""
+    """Whether masks on a device come from :func:`draw_mask` rather than from torch's dropout operation."""
     return device.type == "cpu"
 
 
@@ -115,7 +115,7 @@ def _threshold(p: float) -> int:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Return x where CUDA's dropout finds whole vectors: by its place in memory it would draw for other entries."""
+    """Return x at an aligned address: CUDA's dropout draws differently for unaligned tensors."""
     x = x.contiguous()
     return x if x.storage_offset() * x.element_size() % 16 == 0 else x.clone()
 
@@ -130,9 +130,9 @@ def _masked_scale(x: Tensor, mask: Tensor, scale: float) -> Tensor:
 
 
 def _keeps_masks(device: torch.device) -> bool:
-    """Whether masks are kept: always but on GPUs, and there where operations are recorded, to be run later."""
+    """Whether masks are stored: on all devices but GPUs, and there while operations are recorded to be run later."""
     recorded = torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
-    return recorded or device.type not in ("cuda", "meta")  # the latter to count what the former does
+    return recorded or device.type not in ("cuda", "meta")  # meta tensors, for counting, do what CUDA does
 
 
 def _generator(device: torch.device) -> torch.Generator:

@@ -1,4 +1,4 @@
-"""The adapter of an embedding: rows of A instead of a product with it, as the base looks up rows of W."""
+"""The adapter of an embedding: it looks up columns of A, as the base layer looks up rows of its weight."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from milora_lightning.adapters.linear_layers import is_embedding
 
 
 class LoRAEmbedding(AddedUpdate):
-    """An embedding with a low-rank update that starts at zero: a :class:`LoRALinear` of one-hot inputs.
+    """An embedding with a low-rank update that starts at zero: a :class:`LoRALinear` on one-hot inputs.
 
-    Its weight (tokens, features) is a matrix (out, in) = (features, tokens), transposed. There is no dropout.
+    Its weight (tokens, features) is the transpose of a matrix (out, in) = (features, tokens). There is no dropout.
 
     Args:
         base_layer: ``nn.Embedding`` without ``max_norm``.
@@ -27,7 +27,7 @@ class LoRAEmbedding(AddedUpdate):
         lora_B: Trainable factor (features, r).
 
     Raises:
-        TypeError: If ``base_layer`` is not such an embedding, or has a ``forward`` of its own.
+        TypeError: If ``base_layer`` is not such an embedding, or has a custom ``forward``.
     """
 
     fits = staticmethod(is_embedding)
@@ -37,7 +37,7 @@ class LoRAEmbedding(AddedUpdate):
     def __init__(self, base_layer: nn.Module, r: int, *options: Any, **named: Any) -> None:
         super().__init__(base_layer, r, *options, **named)
         self.transposed = True
-        for name in ("num_embeddings", "embedding_dim", "padding_idx"):  # which models read
+        for name in ("num_embeddings", "embedding_dim", "padding_idx"):  # models read these
             setattr(self, name, getattr(base_layer, name))
 
     def update(self, ids: Tensor) -> Tensor:

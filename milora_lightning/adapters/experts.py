@@ -1,9 +1,9 @@
-"""Adapters of experts: of weights that hold one matrix for each expert of a mixture, stacked in a 3-D parameter.
+"""Adapters of experts: 3-D parameters that stack one matrix for each expert of a mixture.
 
 transformers 5 keeps all experts of a layer in parameters (experts, out, in), as ``gate_up_proj`` and ``down_proj``.
-Each matrix in such a stack has factors of its own, stacked likewise: A (experts, r, in) and B (experts, out, r). The
-module that holds the parameters is wrapped. While it computes, a :class:`LowRankSum` stands in the place of each of
-them, so that its own code multiplies the rows that are routed to an expert by W + s (B A − B₀A₀), in its own way.
+Each matrix in such a stack has separate factors, which are stacked as well: A (experts, r, in) and B (experts, out, r).
+The module that holds the parameters is wrapped. While it computes, a :class:`LowRankSum` replaces each of them, so that
+the module's code multiplies the tokens routed to an expert by W + s (B A − B₀A₀), however it does that.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.names import unwrapped_name
 
 INPUT_FIRST = {"Llama4TextExperts"}
-"""Classes whose matrices are (in, out) although they have no attribute ``is_transposed`` that says so."""
+"""Classes whose matrices are (in, out) although they lack the attribute ``is_transposed``."""
 
 ROUTERS = {"router", "gate", "gating", "classifier", "shared_expert_gate"}
-"""Names of the layers that decide which experts see a token, and of the modules around them."""
+"""Names of routers, the layers that decide which experts process a token, and of the modules around them."""
 
 IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm")
-"""Transformers' ways to compute experts that consist of torch's products."""
+"""Transformers' implementations of experts that use torch's products."""
 
 
 class StackedWeight(HeldWeight):
-    """A 3-D parameter of a module, as what an adapter calls its base layer.
+    """A 3-D parameter of a module as an adapter's base layer.
 
     Args:
         experts: The module that holds the parameter: (experts, out, in), or (experts, in, out) if ``transposed``.
@@ -58,12 +58,12 @@ class StackedWeight(HeldWeight):
 
 
 def is_stack(layer: object) -> TypeGuard[StackedWeight]:
-    """Whether this is a 3-D parameter, in the role of a layer."""
+    """Whether this is a 3-D parameter that acts as a layer."""
     return isinstance(layer, StackedWeight)
 
 
 class LoRAExperts(AddedUpdate):
-    """A low-rank update of each matrix in a stack, which starts at zero: a :class:`LoRALinear` for each expert.
+    """A low-rank update of each matrix in a stack: a :class:`LoRALinear` for each expert.
 
     Args:
         base_layer: The stack.
@@ -75,7 +75,7 @@ class LoRAExperts(AddedUpdate):
         lora_B: Trainable factors (experts, out, r).
 
     Raises:
-        TypeError: If ``base_layer`` is no stack.
+        TypeError: If ``base_layer`` is not a stack.
     """
 
     fits = staticmethod(is_stack)
@@ -102,7 +102,7 @@ class LoRAExperts(AddedUpdate):
         return len(self.lora_A)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Refuse: the experts' module computes."""
+        """Raise an error: only the experts' module can compute with this adapter."""
         raise NotImplementedError("An adapter of experts has no input of its own: call the module that holds it.")
 
     def update(self, x: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class LoRAExperts(AddedUpdate):
         return x @ A.mT @ B.mT
 
     def operand(self) -> LowRankSum:
-        """Return W + s (B A − B₀A₀) of all experts, in the layout of W, to multiply with."""
+        """Return W + s (B A − B₀A₀) of all experts in the layout of W, as an operand of products."""
         self._check_can_train()
         weight, kept = self.base_layer.weight, None if torch.is_grad_enabled() else self._kept
         if kept is not None and not kept.is_of(weight, self.factors):
@@ -122,33 +122,34 @@ class LoRAExperts(AddedUpdate):
         return LowRankSum(weight, left, right, self._dropout)
 
     def merge(self) -> None:
-        """Stack and cast the factors once: for generation, where each token would have this done for all experts.
+        """Stack and cast the factors once. For generation, where this would be repeated for all experts at each token.
 
-        Outputs stay the same bit for bit. Sums with the weights would take the memory of a second model.
+        Outputs stay the same bit for bit. The sums with the weights are not stored, as they would take the memory of a
+        second model.
         """
         weight = self.base_layer.weight
         self._kept = MergedFactors(weight, self.factors, self.scaling) if can_merge(weight, self.factors) else None
 
     def unmerge(self) -> None:
-        """Drop what :meth:`merge` has computed."""
+        """Discard the result of :meth:`merge`."""
         self._kept = None
 
     @property
     def merged(self) -> bool:
-        """Whether calls without gradients use what :meth:`merge` has computed."""
+        """Whether calls without gradients use the result of :meth:`merge`."""
         return self._kept is not None
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """Return a stack in its own layout as matrices (experts, out, in)."""
+        """Convert a stack to matrices (experts, out, in)."""
         return weight.mT if self.transposed else weight
 
     def as_weight(self, matrix: Tensor) -> Tensor:
-        """Return matrices (experts, out, in) in the stack's own layout."""
+        """Convert matrices (experts, out, in) to the stack's layout."""
         return matrix.mT if self.transposed else matrix
 
 
 class AdaptedExperts(nn.Module):
-    """A module with stacked weights, and adapters of these under the parameters' names.
+    """A module with stacked weights, and their adapters under the parameters' names.
 
     Args:
         base_layer: The module.
@@ -168,7 +169,7 @@ class AdaptedExperts(nn.Module):
     @contextmanager
     def _updated(self) -> Iterator[None]:
         adapters = {n: m for n, m in self._modules.items() if isinstance(m, LoRAExperts) and m.enabled}
-        found = vars(self.base_layer)  # looked into before the registered parameters
+        found = vars(self.base_layer)  # takes precedence over registered parameters
         try:
             found.update({name: adapter.operand() for name, adapter in adapters.items()})
             yield
@@ -205,7 +206,7 @@ def _holds_matrices(owner: nn.Module, key: str) -> bool:
 
 
 def objection_to(stack: StackedWeight) -> str | None:
-    """Say why a stack cannot have adapters; None if it can."""
+    """Return the reason why a stack cannot have adapters, or None if it can."""
     experts = stack.experts
     if not is_plain(stack.weight) or scale_name(experts) is not None:
         return "holds quantized codes (load it with dequantize=True in the model's quantization_config)"
@@ -220,12 +221,12 @@ def objection_to(stack: StackedWeight) -> str | None:
 
 
 def is_of_experts(name: str, stack: StackedWeight) -> bool:
-    """Whether a stack holds the experts of a mixture, by its name or its class."""
+    """Whether a stack holds the experts of a mixture, judging by its name or class."""
     return len(stack.weight) > 1 and ("expert" in name or "Experts" in type(stack.experts).__name__)
 
 
 def routers(layers: Iterable[str], stacks: Iterable[str]) -> set[str]:
-    """Return which linear layers decide about experts: those that are called so, within a module that holds experts.
+    """Return the names of routers: linear layers with a router's name in a module that also holds experts.
 
     >>> sorted(routers(["mlp.gate", "mlp.shared.gate_proj", "gate"], ["mlp.experts.up_proj"]))
     ['mlp.gate']
@@ -235,7 +236,7 @@ def routers(layers: Iterable[str], stacks: Iterable[str]) -> set[str]:
 
 
 def wrappers_of(module: nn.Module, adapters: Mapping[StackedWeight, LoRALinear]) -> dict[nn.Module, nn.Module]:
-    """Put adapters of stacks into wrappers around the modules that hold the stacks.
+    """Wrap the modules that hold the stacks, together with the adapters.
 
     Args:
         module: The model, which may have such wrappers already.

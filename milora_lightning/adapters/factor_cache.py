@@ -1,4 +1,4 @@
-"""A disk cache of decompositions, by a hash of the weight, so that no weight is decomposed twice."""
+"""A disk cache of decompositions, keyed by a hash of the weight, so that no weight is decomposed twice."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from milora_lightning.utils.messages import warn
 
 _VERSION = 1  # part of the key: increase it when the same weight should give other triplets
 _CHECKSUM = "xxh3_128"
-_SMALLEST = 128  # smaller weights are decomposed in the time it takes to open a file
+_SMALLEST = 128  # decomposing smaller weights takes no longer than opening a file
 
 
 def cached_factors(
@@ -35,17 +35,17 @@ def cached_factors(
 ) -> Pair:
     """Compute the same as :func:`milora_lightning.adapters.factors.initial_factors`, decomposing large weights once.
 
-    Triplets, or factors, are kept in safetensors files, in the folder ``factors`` of the user's cache, which may be
-    deleted at any time. An entry is found by a hash of the weight's bits and of all else that its content depends on.
-    A damaged entry is computed again, and a folder that cannot be written is not used, both with a warning.
+    Triplets or factors are stored in safetensors files, in the folder ``factors`` of the user's cache, which may be
+    deleted at any time. Entries are keyed by a hash of the weight's bits and of everything else they depend on. A
+    damaged entry is computed again, and a folder that cannot be written is not used, both with a warning.
 
     Args:
         weight: Weight of shape (out, in).
         r: Rank of the factors.
         scaling: The scale s = lora_alpha / r, positive.
-        init: Name of the start. What needs no decomposition is not kept, as ``"lora"``.
+        init: Name of the start. Starts that need no decomposition, such as ``"lora"``, are not cached.
         generator: CPU generator for the random choices; it advances only if something is computed.
-        statistics: What data tells about the layer, for starts that depend on it.
+        statistics: The layer's statistics, for starts that depend on data.
 
     Returns:
         ``lora_A`` (r, in) and ``lora_B`` (out, r), float32 on the weight's device, bit for bit the same whether they
@@ -71,7 +71,7 @@ def _key(weight: Tensor, r: int, start: Start, generator: torch.Generator | None
     digest.update(memory_of(weight))
     if start.random:
         digest.update(memory_of(torch.get_rng_state() if generator is None else generator.get_state()))
-    uses = start.own or start.needs
+    uses = start.registered or start.needs
     for name, tensor in statistics._asdict().items() if uses and statistics is not None else ():
         digest.update(name.encode())
         digest.update(b"" if tensor is None else memory_of(tensor))
@@ -83,7 +83,7 @@ def _named(found: SingularSlice | Pair) -> dict[str, Tensor]:
 
 
 def checksum(tensors: Iterable[Tensor]) -> str:
-    """Hash the numbers of tensors, one after the other."""
+    """Hash the values of tensors, in order."""
     digest = xxhash.xxh3_128()
     for x in tensors:
         digest.update(memory_of(x))
@@ -111,7 +111,7 @@ def _read(path: Path, shape: torch.Size, r: int) -> SingularSlice | Pair | None:
 
 
 def _write(path: Path, found: SingularSlice | Pair) -> None:
-    """Write an entry, whole or not at all."""
+    """Write an entry atomically."""
     try:
         with replaced_file(path) as unfinished:
             on_cpu = {name: x.cpu() for name, x in _named(found).items()}

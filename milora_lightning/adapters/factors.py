@@ -1,7 +1,7 @@
 """The arithmetic of an adapter's factors, as pure functions of tensors.
 
-A weight W (out, in) with singular triplets U (out, r), S (r,), Vᵀ (r, in) gives the initial factors
-A₀ = √(S/s) Vᵀ (r, in) and B₀ = U √(S/s) (out, r), so that s B₀A₀ = U S Vᵀ is that part of W.
+A weight W (out, in) with singular triplets U (out, r), S (r,), Vᵀ (r, in) gives the initial factors A₀ = √(S/s) Vᵀ (r,
+in) and B₀ = U √(S/s) (out, r), so that s B₀A₀ = U S Vᵀ, the triplets' part of W.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from milora_lightning.starts.evaluation import evaluate
 from milora_lightning.starts.methods import Pair
 
 Factors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-"""A (r, in), B (out, r), and their initial values A₀ and B₀, or None for both where B₀A₀ is zero."""
+"""A (r, in), B (out, r), and their initial values A₀ and B₀, both None if B₀A₀ is zero."""
 
 
 def initial_factors(
@@ -26,26 +26,26 @@ def initial_factors(
     generator: torch.Generator | None = None,
     statistics: Statistics | None = None,
 ) -> Pair:
-    """Compute where the factors of one weight start.
+    """Compute the initial factors of one weight.
 
-    For the singular triplets (U, S, Vᵀ) that ``init`` chooses, A = √(S/s) Vᵀ and B = U √(S/s), so that s·B A is
-    their part of the weight (MiLoRA, arXiv 2406.09044, section 3; PiSSA, arXiv 2404.02948, section 3). A
-    component whose singular value is zero would never receive a gradient; it starts as in LoRA, with its right
-    vector in A and zeros in B.
+    For the singular triplets (U, S, Vᵀ) that ``init`` selects, A = √(S/s) Vᵀ and B = U √(S/s), so that s·B A is their
+    part of the weight (MiLoRA, arXiv 2406.09044, section 3; PiSSA, arXiv 2404.02948, section 3). A component with
+    singular value zero would never get a gradient, so it starts as in LoRA, with its right vector in A and zeros in B.
 
     Args:
         weight: Weight of shape (out, in).
         r: Rank of the factors.
         scaling: The scale s = lora_alpha / r, positive.
-        init: Name of the start, as in :class:`milora_lightning.LoRAConfig`.
+        init: Name of the start; see :class:`milora_lightning.LoRAConfig`.
         generator: CPU generator for the random choices.
-        statistics: What data tells about the layer, for starts that depend on it.
+        statistics: The layer's statistics, for starts that depend on data.
 
     Returns:
         ``lora_A`` (r, in) and ``lora_B`` (out, r), float32 on the weight's device.
 
     Raises:
-        ValueError: If the weight is not a finite matrix, r is out of range, or the start gives no such factors.
+        ValueError: If the weight is not a finite matrix, r is out of range, or a registered start returns something
+            else than such factors.
 
     >>> A, B = initial_factors(torch.diag(torch.tensor([4.0, 2.0, 1.0])), r=1)
     >>> (B @ A).abs()
@@ -57,12 +57,12 @@ def initial_factors(
 
 
 def as_factors(found: SingularSlice | Pair, scaling: float) -> Pair:
-    """Turn what a start gives into ``lora_A`` (r, in) and ``lora_B`` (out, r) of a layer with scale s."""
+    """Turn a start's triplets or factors into ``lora_A`` (r, in) and ``lora_B`` (out, r) for the scale s."""
     return scaled_factors(found, scaling) if isinstance(found, SingularSlice) else found
 
 
 def scaled_factors(triplets: SingularSlice, scaling: float) -> tuple[Tensor, Tensor]:
-    """Turn triplets into ``lora_A`` (r, in) and ``lora_B`` (out, r), as :func:`initial_factors` describes.
+    """Turn triplets into ``lora_A`` (r, in) and ``lora_B`` (out, r) as described in :func:`initial_factors`.
 
     >>> A, B = scaled_factors(SingularSlice(torch.ones(2, 1), torch.tensor([8.0]), torch.ones(1, 3)), scaling=2.0)
     >>> A, B[0]
@@ -83,20 +83,19 @@ def stack_factors(
 ) -> tuple[Tensor, Tensor]:
     """Write the update s (B A − B₀A₀) as one product of two factors.
 
-    With ΔA = A − A₀ and ΔB = B − B₀, s [ΔB, B₀] [A; ΔA] equals s (B A − B₀A₀). It is exactly zero at the start, and in
-    lower precision its rounding error is relative to the update, not to the much larger initial product.
+    With ΔA = A − A₀ and ΔB = B − B₀, s [ΔB, B₀] [A; ΔA] equals s (B A − B₀A₀). This is exactly zero at the start, and
+    in low precision its rounding error is relative to the update rather than to the much larger initial product.
 
     Args:
         lora_A: Factor of shape (r, in).
         lora_B: Factor of shape (out, r).
-        initial_A: Its initial value, or None where the initial product is zero (LoRA's own start).
-        initial_B: Likewise.
-        scaling: The scale s, which the second factor includes.
-        dtype: Dtype of the result; by default that of the factors. The differences are formed before rounding to it.
+        initial_A: Initial value of ``lora_A``, or None if the initial product is zero (as in LoRA).
+        initial_B: Initial value of ``lora_B``, or None.
+        scaling: The scale s; it goes into the second factor.
+        dtype: Dtype of the result, by default that of the factors; the differences are computed before rounding.
 
     Returns:
-        The stacked factors of shapes (2r, in) and (out, 2r), or of ``lora_A`` and ``lora_B`` alone where there are no
-        initial factors.
+        The stacked factors (2r, in) and (out, 2r); without initial factors, (r, in) and (out, r).
 
     >>> A, B = torch.randn(2, 5), torch.randn(3, 2)
     >>> A2, B2 = stack_factors(A, B, A, B)

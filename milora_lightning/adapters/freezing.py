@@ -1,4 +1,4 @@
-"""Freezing a model, and telling what its user had frozen before."""
+"""Freezing a model, and remembering what its user had frozen before."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TRAINED_BEFORE = "_trained_before_surgery"
 
 
 def freeze(part: nn.Module, kept: Collection[nn.Module]) -> None:
-    """Freeze everything in a module but the modules that train in full.
+    """Freeze everything in a module except the modules that train in full.
 
     Args:
         part: The module.
@@ -32,7 +32,7 @@ def freeze(part: nn.Module, kept: Collection[nn.Module]) -> None:
 
 
 def frozen_by_user(layer: nn.Module) -> bool:
-    """Whether somebody other than this package has frozen all parameters of a layer, those of its children aside.
+    """Whether all parameters of a layer, not counting its children, were frozen by somebody other than this package.
 
     Quantized weights cannot train, so they do not count as frozen by the user.
     """

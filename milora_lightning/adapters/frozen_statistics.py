@@ -16,13 +16,13 @@ class FrozenStatistics(Derived):
     """Mixin of a module that stays in eval mode when ``train()`` is called on it or on a module around it."""
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode of the modules inside; this one stays in eval mode."""
+        """Set the mode of submodules; this module stays in eval mode."""
         super().train(mode)  # type: ignore[misc]
         self.training = False
         return self
 
     def reset_running_stats(self) -> None:
-        """Do nothing: ``torch.optim.swa_utils.update_bn`` would reset statistics that are not measured again."""
+        """Do nothing: ``torch.optim.swa_utils.update_bn`` would reset statistics that are never measured again."""
 
 
 def unfrozen_modules(module: nn.Module) -> list[nn.Module]:
@@ -31,13 +31,13 @@ def unfrozen_modules(module: nn.Module) -> list[nn.Module]:
 
 
 def freeze_statistics(module: nn.Module, kept: Collection[nn.Module]) -> None:
-    """Make the layers of a frozen module use their running statistics in training, too, and not change them.
+    """Make the layers of a frozen module use their running statistics in training, too, without updating them.
 
     This concerns BatchNorm and InstanceNorm with ``track_running_stats``, and spectral norm with its vectors.
 
     Args:
         module: The module; changed in place, once.
-        kept: Modules in it that train, and are left alone.
+        kept: Modules inside it that train, and are left alone.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout())
     >>> freeze_statistics(model, ())

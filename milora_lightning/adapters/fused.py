@@ -1,8 +1,8 @@
-"""Fused projections: layers whose rows are several projections below one another, each with factors of its own.
+"""Fused projections: layers whose weight stacks several projections, each with separate factors.
 
-Of parts with n₁, n₂, … rows (query, key and value; gate and up), each is a matrix with its own A (r, in) and B (nᵢ, r).
-They are held one below the other, as A (parts · r, in) and B (out, r). The layer's update is that of a layer of rank
-parts · r, whose B is block-diagonal: (out, parts · r).
+Each part (query, key and value; gate and up) is a matrix of nᵢ rows with its own A (r, in) and B (nᵢ, r). The layer
+stores them stacked along their rows, as A (parts · r, in) and B (out, r). Its update is that of a layer of rank parts ·
+r with a block-diagonal B (out, parts · r).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from milora_lightning.adapters.factors import Factors
 
 
 def spread_factors(factors: Factors, sizes: Sequence[int]) -> Factors:
-    """Return A, B, A₀ and B₀ of the whole layer, from those of its parts, one below the other.
+    """Return A, B, A₀ and B₀ of the whole layer, from the stacked ones of its parts.
 
     Args:
         factors: A and A₀ (parts · r, in), B and B₀ (out, r).
-        sizes: Rows of each part; none if the factors are those of the layer already.
+        sizes: Rows of each part; empty if the layer has no parts, and the factors are returned unchanged.
     """
     A, B, initial_A, initial_B = factors
     if not sizes:
@@ -32,12 +32,12 @@ def spread_factors(factors: Factors, sizes: Sequence[int]) -> Factors:
 
 
 def block_diagonal(B: Tensor, sizes: Sequence[int], stacks: int = 1) -> Tensor:
-    """Place the rows of each part in columns of their own: (out, n · r) becomes (out, n · parts · r).
+    """Move the rows of each part to separate columns: (out, n · r) becomes (out, n · parts · r).
 
     Args:
-        B: Factors of the parts, one below the other; possibly a shard of them.
+        B: Stacked factors of the parts; possibly sharded.
         sizes: Rows of each part.
-        stacks: The number n of factors side by side, each of which is spread by itself.
+        stacks: The number n of factors side by side, each of which becomes block-diagonal.
 
     >>> block_diagonal(torch.tensor([[1.0], [2.0], [3.0]]), (1, 2))
     tensor([[1., 0.],
@@ -48,7 +48,7 @@ def block_diagonal(B: Tensor, sizes: Sequence[int], stacks: int = 1) -> Tensor:
         return _of_shards(B, sizes)
     r, last = B.shape[1] // stacks, len(sizes) - 1
     rows = B.view(-1, stacks, r).split_with_sizes(list(sizes))
-    return torch.cat([F.pad(own, (i * r, (last - i) * r)) for i, own in enumerate(rows)]).flatten(1)
+    return torch.cat([F.pad(block, (i * r, (last - i) * r)) for i, block in enumerate(rows)]).flatten(1)
 
 
 def diagonal_blocks(wide: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -58,23 +58,23 @@ def diagonal_blocks(wide: Tensor, sizes: Sequence[int]) -> Tensor:
     [[0.0], [3.0], [5.0]]
     """
     r, rows = wide.shape[1] // len(sizes), wide.split_with_sizes(list(sizes))
-    return torch.cat([own[:, i * r : (i + 1) * r] for i, own in enumerate(rows)])
+    return torch.cat([block[:, i * r : (i + 1) * r] for i, block in enumerate(rows)])
 
 
 def _of_shards(B: DTensor, sizes: Sequence[int]) -> Tensor:
     wide = cast(DTensor, torch.cat([B] * len(sizes), dim=1))
     ones = torch.ones(B.shape, dtype=B.dtype, device=B.to_local().device)
-    # Each rank makes the whole mask, and keeps its rows.
-    own = distribute_tensor(block_diagonal(ones, sizes), wide.device_mesh, wide.placements, src_data_rank=None)
-    return wide * own
+    # Each rank creates the whole mask and keeps its rows.
+    mask = distribute_tensor(block_diagonal(ones, sizes), wide.device_mesh, wide.placements, src_data_rank=None)
+    return wide * mask
 
 
 def by_part(A: Tensor, B: Tensor, sizes: Sequence[int], r: int) -> list[tuple[Tensor, Tensor]]:
-    """Return the factors of each part, A (n · r, in) and B (rows, n · r), of n stacks as they are held.
+    """Split n stacks of stored factors by part, into A (n · r, in) and B (rows, n · r) for each.
 
     Args:
         A: n stacks of all parts' A, (n · parts · r, in).
-        B: (out, n · r).
+        B: n parts' B side by side, (out, n · r).
         sizes: Rows of each part.
         r: Rank of a part.
     """

@@ -1,4 +1,4 @@
-"""Which layers can have factors for each of their parts: what ``fused_parts`` says is checked before surgery."""
+"""Checks of ``fused_parts`` before surgery: which layers can have separate factors for their parts."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ INTERLEAVED = {
     "persimmon": ("query_key_value",),
     "qwen3_next": ("in_proj_qkvz", "in_proj_ba"),
 }
-"""Layers whose rows alternate between query, key and value, head by head, by the types of transformers' models."""
+"""Layers whose rows alternate between query, key and value for each head, by model type in transformers."""
 
 
 def check_parts(name: str, layer: nn.Module, config: LoRAConfig, module: nn.Module) -> None:
-    """Refuse parts that a layer does not have.
+    """Refuse parts that do not fit a layer.
 
     Args:
         name: The layer's name.
         layer: The layer, without an adapter.
-        config: What is asked for.
-        module: The module around it, in which configurations of transformers' models are looked for.
+        config: The configuration of the adapters.
+        module: The whole module, which is searched for configurations of transformers' models.
 
     Raises:
-        ValueError: If the layer is not linear, its rows are not those of the parts, or the rank exceeds a part's size.
+        ValueError: If the layer is not linear, its rows do not match the parts, or the rank exceeds a part's size.
     """
     out_features, in_features = linear_shape(layer)
     given, sizes = config.given_parts(name), config.parts(name, out_features)
@@ -71,12 +71,12 @@ def check_parts(name: str, layer: nn.Module, config: LoRAConfig, module: nn.Modu
 
 
 def interleaved(owner: nn.Module, name: str, module: nn.Module) -> str | None:
-    """Return the type of the model around a layer if it is known to mix the rows of parts; else None.
+    """Return the type of the model around a layer if it is known to interleave the rows of parts, otherwise None.
 
     Args:
         owner: The module that holds the layer's weight.
         name: The layer's name.
-        module: The module around it.
+        module: The whole module.
     """
     ending = name.rpartition(".")[2]
     around = [m.config for m in module.modules() if hasattr(m, "config") and any(c is owner for c in m.modules())]

@@ -1,4 +1,4 @@
-"""A parameter of a module in the role of a layer: an adapter's base where no layer holds the weight."""
+"""A parameter that acts as a layer: an adapter's base where the weight belongs to no layer."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class HeldWeight:
-    """A parameter that a module's own code multiplies by.
+    """A parameter that a module's code multiplies by directly.
 
-    It is no module: the parameter stays where it is, under its name, and is looked up whenever it is needed.
+    This is not a module: the parameter stays in place under its name, and is looked up whenever it is needed.
 
     Args:
         holder: The module that holds the parameter.
@@ -35,7 +35,7 @@ class HeldWeight:
 
     @property
     def bias(self) -> Tensor | None:
-        """None: whatever is added is added by the holder's own code."""
+        """None: the holder adds its bias itself."""
         return None
 
     @property
@@ -62,7 +62,7 @@ class HeldWeight:
     def _apply(self, fn: Any) -> None:
         """Do nothing: the holder converts its parameters itself."""
 
-    def __getattr__(self, name: str) -> Any:  # marks that are set on modules
+    def __getattr__(self, name: str) -> Any:  # marks that are set on modules as attributes
         if name.startswith("__") or name == "holder":
             raise AttributeError(name)
         return getattr(self.holder, name)
@@ -79,5 +79,5 @@ class HeldWeight:
 
 
 def holder(layer: nn.Module) -> nn.Module:
-    """Return the module that holds a layer's weight: the layer itself, or that of a parameter in its role."""
+    """Return the module that holds a layer's weight: the layer, or the holder of a parameter that acts as one."""
     return layer.holder if isinstance(layer, HeldWeight) else layer

@@ -1,7 +1,7 @@
-"""Initialization: the adapters' factors are computed from the weights that they adapt.
+"""Initialization: compute the adapters' factors from the weights they adapt.
 
-For each layer, ``factors.py`` turns what its start gives into A₀ and B₀, and the adapter starts from them: A = A₀ and
-B = B₀. How the weights are shared out among ranks and threads is in ``decomposing.py``.
+For each layer, ``factors.py`` computes A₀ and B₀ from its start, and the adapter begins with A = A₀ and B = B₀.
+``decomposing.py`` distributes the weights over ranks and threads.
 """
 
 from __future__ import annotations
@@ -41,32 +41,32 @@ def initialize(
     """Fill the adapters' factors from the weights they adapt.
 
     Adapters that already have their factors (initialized before, or restored from a checkpoint) are left alone. Weights
-    are decomposed one at a time, so that a device needs no room for more, even if the model is on the CPU and larger
-    than the device; on CPUs, as many small ones at a time as torch has threads, with the same results.
-    Several ranks that hold the same weights, or shards of them, share the work: each decomposes its part and sends the
-    others the result, so that all end with identical factors. Of sharded weights a rank
-    on a CPU collects one while it decomposes the one before.
+    are decomposed one at a time, so a device needs memory for one only, even if the model is on the CPU and does not
+    fit on the device. On CPUs, small weights are decomposed in parallel, one per torch thread, with the same results.
+    Ranks that hold the same weights, or shards of them, divide the work: each decomposes some weights and sends the
+    results to the others, so all ranks end up with identical factors. With sharded weights, a rank on a CPU gathers the
+    next weight while it decomposes the current one.
 
     Args:
         module: A module with injected adapters.
-        seed: What random starts (``"random"``, ``"lora"``, …) derive from, together with the layer's name: neither
-            the order of layers nor other random draws matter.
-        track: Wraps the work list, to show progress. Its entries hold at most one layer for each rank.
-        rank: This process's rank in torch's default process group. Only needed where each rank has all of the weights:
-            for sharded weights it is known.
-        world_size: Number of ranks, which must all call this.
-        device: Where to decompose; by default on the weight's device.
-        cache: Whether to read decompositions from the user's cache folder, and to write new ones to it.
-        statistics: What data tell about layers, by their names, for starts that take it (``"corda"``, ``"eva"``, …),
-            from :func:`milora_lightning.collect_statistics`.
-        only: Names of the layers to fill; by default all.
+        seed: Seed of random starts (``"random"``, ``"lora"``, …). Each layer combines it with its name, so neither the
+            order of layers nor other random draws matter.
+        track: Wraps the iteration over the work, to show progress. Each batch holds at most one layer per rank.
+        rank: This process's rank in torch's default process group. Only needed if each rank holds whole weights; with
+            sharded weights it is determined automatically.
+        world_size: Number of ranks; all of them must call this function.
+        device: Device for the decompositions; by default the weight's.
+        cache: Whether to read decompositions from the user's cache folder and write new ones to it.
+        statistics: Statistics by layer name, from :func:`milora_lightning.collect_statistics`, for starts that depend
+            on data (``"corda"``, ``"eva"``, …).
+        only: Names of the layers to initialize; by default all.
 
     Returns:
         The number of matrices initialized, on all ranks together.
 
     Raises:
-        ValueError: If a weight has non-finite entries, or a start's statistics are missing; names the layer. On all
-            ranks, even if only one finds it.
+        ValueError: If a weight has NaN or infinite entries, or a start's statistics are missing. The message names the
+            layer; all ranks raise, even if only one is affected.
 
     >>> from milora_lightning import LoRAConfig, inject
     >>> model = nn.Sequential(nn.Linear(8, 8))
@@ -78,7 +78,7 @@ def initialize(
         rank, world_size = dist.get_rank(), dist.get_world_size()
 
     def start(layer: LoRALinear, matrix: Tensor, r: int, name: str, unique: str, rows: slice) -> Pair:
-        # A generator for each matrix: whether another one's result is cached must not matter.
+        # One generator per matrix, so that cached results of others make no difference.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{unique}".encode()))
         known = None if statistics is None else statistics.get(name)
         if known is not None and known.gradient is not None and layer.parts:

@@ -1,7 +1,7 @@
-"""Injection: each target layer is wrapped in a LoRALinear, and everything else is frozen. No arithmetic is done.
+"""Injection: wrap each target layer in a LoRALinear and freeze everything else. No arithmetic is done.
 
-:func:`milora_lightning.inject` is built on it. It chooses the targets, checks them, and takes care of BatchNorm,
-quantized weights and modules that train in full (``adapters/surgery.py``).
+:func:`milora_lightning.inject` (``adapters/surgery.py``) is built on it: it selects and checks the targets, and handles
+BatchNorm, quantized weights and modules that train in full.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def inject_adapters(
     part: nn.Module | None = None,
     kept: Collection[nn.Module] = (),
 ) -> dict[str, LoRALinear]:
-    """Wrap layers in adapters, and freeze the rest.
+    """Wrap layers in adapters and freeze the rest.
 
     Args:
         module: Any module; changed in place.
         targets: The layers that get adapters, by name.
-        config: Rank, scale, dropout and start of the adapters.
-        part: The part of the module that is frozen; by default all of it.
-        kept: The modules in it that train in full.
+        config: The configuration of the adapters.
+        part: The submodule that is frozen; by default the whole module.
+        kept: Modules inside it that train in full.
 
     Returns:
         All adapters of the module by name.
@@ -47,7 +47,7 @@ def inject_adapters(
 
 
 def _replace(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Replace modules wherever they are registered: one may be in several places, also under wrappers."""
+    """Replace modules wherever they are registered, which may be in several places and inside wrappers."""
     for parent in list(module.modules()):
         for key, child in list(parent._modules.items()):  # named_children would skip a second registration
             new = None if child is None else replacements.get(child)
@@ -57,7 +57,7 @@ def _replace(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> 
 
 
 def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
-    """Return the adapters of a module by name, without the names that compilation and other wrappers add.
+    """Return the adapters of a module by name, without the prefixes that ``torch.compile`` and other wrappers add.
 
     >>> lora_layers(nn.Linear(2, 2))
     {}

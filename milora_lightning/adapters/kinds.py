@@ -1,4 +1,4 @@
-"""The kinds of adapters: which one a layer gets, and what takes its place in a model."""
+"""The kinds of adapters: which class fits a layer, and which module replaces the layer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def adapter_class(layer: nn.Module) -> type[LoRALinear]:
 
 
 def adapter_for(layer: nn.Module, name: str, config: LoRAConfig) -> LoRALinear:
-    """Make the adapter that a configuration gives to a layer.
+    """Create the adapter of a layer.
 
     Args:
         layer: The layer.
@@ -42,12 +42,12 @@ def adapter_for(layer: nn.Module, name: str, config: LoRAConfig) -> LoRALinear:
 
 
 def replacements(module: nn.Module, adapters: Mapping[nn.Module, LoRALinear]) -> dict[nn.Module, nn.Module]:
-    """Return which module takes the place of which: of a layer its adapter, of experts a module with their adapters.
+    """Map modules to their replacements: a layer to its adapter, experts to a wrapper with their adapters.
 
-    Attention modules stay in their place, and get theirs here.
+    Attention modules are not replaced; they get their adapters here.
 
     Args:
-        module: The model, in which some experts may have adapters already: these get the others, too.
+        module: The model. Experts that have some adapters already get the new ones, too.
         adapters: The new adapters by their base layers.
     """
     stacks = {layer: adapter for layer, adapter in adapters.items() if is_stack(layer)}

@@ -1,4 +1,4 @@
-"""The adapter layer: a frozen linear layer plus a trainable low-rank update.
+"""The adapter layer: a frozen linear layer with a trainable low-rank update.
 
                  x (..., in)
             ┌────────┴────────┐
@@ -9,9 +9,9 @@
                    + bias
                  y (..., out)  =  W x + bias + s (B A − B₀A₀) x
 
-W is frozen and never written. A and B train; A₀ and B₀ are their values at the start, so the update starts at zero and
-y at the pretrained output. With A₀, B₀ from the smallest singular triplets of W this is MiLoRA,
-https://arxiv.org/abs/2406.09044; with ``init="lora"`` B₀A₀ is zero and the update is LoRA's s B A.
+W is frozen and never modified. A and B are trained; A₀ and B₀ are their initial values, so the update starts at zero
+and y at the pretrained output. With A₀ and B₀ from the smallest singular triplets of W this is MiLoRA
+(https://arxiv.org/abs/2406.09044). With ``init="lora"``, B₀A₀ is zero and the update is LoRA's s B A.
 """
 
 from __future__ import annotations
@@ -44,41 +44,41 @@ from milora_lightning.starts import find_start
 from milora_lightning.utils.compat.torch import transformed
 
 PartOfLayer = Callable[[Tensor, nn.Module, "tuple[Factors, float, float] | None"], Tensor]
-"""Computes this rank's part of an output from the input, the base layer, and factors, scale and dropout or None."""
+"""Computes this rank's part of an output from the input, the base layer, and (factors, scale, dropout) or None."""
 
 
 class LoRALinear(MergeableLayer, AdapterState):
     """A linear layer with a low-rank update that starts at zero.
 
-    Computes, for the frozen weight W of ``base_layer`` and s = lora_alpha / r,
+    With W the frozen weight of ``base_layer`` and s = lora_alpha / r, it computes
 
         y = W x + s (B A − B₀A₀) x + bias
 
     This is MiLoRA's layer (arXiv 2406.09044, equation 5, with W − s·B₀A₀ as the frozen principal part) without the
     rounding error of storing W − s·B₀A₀ in half precision.
 
-    The factors are float32 (float64 in a float64 model) whatever the dtype of the base layer; products are computed
-    in the dtype of the input, or autocast's.
+    Whatever the dtype of the base layer, the factors are float32 (float64 in a float64 model). Products are computed in
+    the dtype of the input or of autocast.
 
     Args:
-        base_layer: ``nn.Linear`` or a subclass of it, or Hugging Face's ``Conv1D``.
+        base_layer: ``nn.Linear``, a subclass of it, or Hugging Face's ``Conv1D``.
         r: Rank of the factors.
-        lora_alpha: Numerator of the scale; defaults to ``r``.
-        lora_dropout: Probability with which features of the update's input are dropped in training.
-        init: How the factors will start. :func:`milora_lightning.initialize` fills them. Until then they are zero and
+        lora_alpha: Numerator of the scale; by default ``r``.
+        lora_dropout: Probability of dropping each feature of the update's input in training.
+        init: The start that :func:`milora_lightning.initialize` will give the factors. Until then they are zero, and
             the layer computes what ``base_layer`` does.
-        dropout_on: Whether dropout acts on the ``"update"`` or, as PEFT's, on the ``"product"`` B A alone.
-        parts: Rows of each part of a fused projection, each of which gets factors of its own; empty for one matrix.
+        dropout_on: Whether dropout acts on the whole ``"update"`` or, as in PEFT, on the ``"product"`` B A only.
+        parts: Number of rows of each part of a fused projection, which get separate factors; empty for one matrix.
 
     Attributes:
-        lora_A: Factor (r, in), or (parts · r, in) of several parts; it trains, unless ``frozen`` names it.
+        lora_A: Factor (r, in), or (parts · r, in) with several parts; trainable unless ``frozen`` names it.
         lora_B: Factor (out, r), likewise.
-        frozen: Name of the factor that keeps its initial value, such as MiCA's ``"lora_B"``, or None.
+        frozen: Name of the factor that keeps its initial value (``"lora_B"`` in MiCA), or None.
         initial_A: Frozen initial value of ``lora_A``, or None where B₀A₀ is zero.
         initial_B: Frozen initial value of ``lora_B``, or None.
         enabled: Whether the update is applied; see :func:`milora_lightning.adapters_disabled`.
         initialized: Whether the factors have their initial values.
-        part: Which part of the layer this rank computes under tensor parallelism; None without it.
+        part: Computes this rank's part of the layer under tensor parallelism; None without it.
 
     Raises:
         TypeError: If ``base_layer`` is not a linear layer.
@@ -142,13 +142,14 @@ class LoRALinear(MergeableLayer, AdapterState):
             x = in_autocast_dtype(x)
             merged = None if self._dropout else self._usable_merged(x)
             return lora_linear(x, base.weight, base.bias, *options) if merged is None else merged(x, base.bias)
-        y, x = output_of(base, x), in_autocast_dtype(x)  # quantized, hooked, …: only its own code can compute it
+        y, x = output_of(base, x), in_autocast_dtype(x)  # quantized, with hooks, …: call the layer itself
         return lora_linear(x, None, None, *options, output=y) if y.dtype == x.dtype else y + self.update(x).to(y.dtype)
 
     def update(self, x: Tensor) -> Tensor:
         """Compute the update's part of the output, s (B A − B₀A₀) x, of shape (..., out).
 
-        In plain differentiable operations, as the reference for :func:`lora_linear`, and where torch has to see them.
+        Uses plain differentiable operations: a reference for :func:`lora_linear`, and where torch must see each of
+        them.
         """
         if self._dropout and self.dropout_on == "product":
             return dropped_product(x, self.factors, self.scaling, self._dropout)
@@ -160,17 +161,17 @@ class LoRALinear(MergeableLayer, AdapterState):
 
     @property
     def factors(self) -> Factors:
-        """A, B and their initial values A₀, B₀, whose products are those of the whole layer."""
+        """A, B, A₀ and B₀ of the whole layer: with several parts, B and B₀ are block-diagonal."""
         return spread_factors(self.held_factors, self.parts)
 
     @property
     def held_factors(self) -> Factors:
-        """A, B, A₀ and B₀ as they are held: of several parts, one below the other."""
+        """A, B, A₀ and B₀ as they are stored: the factors of several parts are stacked along their rows."""
         return self.lora_A, self.lora_B, self.initial_A, self.initial_B
 
     @property
     def update_rank(self) -> int:
-        """The rank of the whole update: of A and ΔA one below the other, or of A alone; of each part."""
+        """The rank of the whole update: r, or 2r with initial factors, times the number of parts."""
         return (len(self.parts) or 1) * (self.r if self.initial_A is None else 2 * self.r)
 
     @property
@@ -179,13 +180,13 @@ class LoRALinear(MergeableLayer, AdapterState):
         return cast("Tensor | None", self.base_layer.bias)
 
     def train_factors(self) -> None:
-        """Let the factors train that do so in this layer, after all has been frozen."""
+        """Make this layer's trainable factors require gradients again, after the whole model has been frozen."""
         self.lora_A.requires_grad_(self.frozen != "lora_A")
         self.lora_B.requires_grad_(self.frozen != "lora_B")
 
     @torch.no_grad()
     def set_initial_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Start training from these factors, in the shapes of ``lora_A`` and ``lora_B``: the update is zero here."""
+        """Set A = A₀ and B = B₀ to these factors, shaped like ``lora_A`` and ``lora_B``: the update becomes zero."""
         copy_into(self.lora_A, lora_A)
         copy_into(self.lora_B, lora_B)
         if self.initial_A is not None and self.initial_B is not None:
@@ -213,7 +214,7 @@ class LoRALinear(MergeableLayer, AdapterState):
             )
 
     def _needs_plain_operations(self) -> bool:
-        """Whether torch has to see every operation: in torch.func's transforms, and if initial factors train."""
+        """Whether torch must see every operation: in torch.func's transforms, and if initial factors are trained."""
         trains = any(t is not None and t.requires_grad for t in (self.initial_A, self.initial_B))
         return trains or transformed() or (self._dropout > 0 and self.dropout_on == "product")
 

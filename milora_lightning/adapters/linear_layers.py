@@ -1,6 +1,6 @@
-"""The layers that can have adapters: linear ones and convolutions, how large they are, whether they hold plain numbers.
+"""Properties of layers that can have adapters: their kind, their shape, and whether they hold plain numbers.
 
-Hugging Face's ``Conv1D`` is recognized without importing transformers: a model that holds one has imported it.
+Hugging Face's ``Conv1D`` is recognized without importing transformers: a model that contains one has imported it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PLAIN_TENSORS = (Tensor, nn.Parameter)
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _SCALES = re.compile(r"(weight|input|act|activation|output)_scales?(_inv)?|scales|scales?_inv|\w*zero_points?|q?zeros")
-"""Names that quantizers give to the scales of a weight. A layer that has one holds codes, whatever their dtype."""
+"""Attributes with a weight's scales in various quantizers. A layer with one of them holds codes of any dtype."""
 
 
 def is_conv1d(module: object) -> bool:
@@ -34,7 +34,7 @@ def is_conv1d(module: object) -> bool:
 
 
 def is_linear(module: object) -> TypeGuard[nn.Linear]:
-    """Whether a module is a linear layer, or of a class derived from one.
+    """Whether a module is an instance of a linear layer or of a subclass.
 
     >>> is_linear(nn.Linear(2, 2)), is_linear(nn.Bilinear(2, 2, 2))
     (True, False)
@@ -43,9 +43,9 @@ def is_linear(module: object) -> TypeGuard[nn.Linear]:
 
 
 def is_convolution(module: object) -> TypeGuard[ConvNd]:
-    """Whether a module is a convolution in one to three dimensions: not a transposed one, nor one with code of its own.
+    """Whether a module is a plain convolution in one to three dimensions, not transposed and without custom code.
 
-    What pads or normalizes its weight by itself computes another function of its weight than torch's layers do.
+    Subclasses that pad or normalize their weight compute a different function of it than torch's layers.
 
     >>> is_convolution(nn.Conv2d(2, 2, 3)), is_convolution(nn.ConvTranspose2d(2, 2, 3))
     (True, False)
@@ -54,7 +54,7 @@ def is_convolution(module: object) -> TypeGuard[ConvNd]:
 
 
 def is_embedding(module: object) -> TypeGuard[nn.Embedding]:
-    """Whether a module is an embedding that looks up rows of its weight, and does nothing else to them.
+    """Whether a module is an embedding that only looks up rows of its weight.
 
     >>> is_embedding(nn.Embedding(4, 2)), is_embedding(nn.Embedding(4, 2, max_norm=1.0))
     (True, False)
@@ -65,19 +65,19 @@ def is_embedding(module: object) -> TypeGuard[nn.Embedding]:
 
 
 def is_adaptable(module: object) -> bool:
-    """Whether adapters fit a layer of this kind."""
+    """Whether a layer is of a kind that can have an adapter."""
     return is_linear(module) or is_convolution(module) or is_embedding(module)
 
 
 def groups_of(layer: nn.Module) -> int:
-    """Return the number of matrices in a layer's weight: one, or as many as a convolution has groups."""
+    """Return the number of matrices in a layer's weight: one, or the number of groups of a convolution."""
     return layer.groups if is_convolution(layer) else 1
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
-    """Return (out, in) of a layer, from its attributes: a quantized weight has another shape.
+    """Return (out, in) of a layer from its attributes, because a quantized weight has another shape.
 
-    A convolution's weight (out, in / groups, *kernel) counts as a matrix of as many columns as a filter has entries.
+    A convolution's weight (out, in / groups, *kernel) counts as a matrix whose columns are the entries of a filter.
 
     >>> linear_shape(nn.Conv2d(4, 6, 3, groups=2))
     (6, 18)
@@ -92,11 +92,12 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def factor_shapes(layer: nn.Module, r: int, parts: int = 1) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of A (r, in) and B (out, r): of groups, each has r / groups rows of A, and sees only these.
+    """Return the shapes of the stored factors, A (r, in) and B (out, r).
 
-    Of several parts of a fused projection, each has r rows of A: (parts · r, in).
+    In a grouped convolution, each group has r / groups rows of A, which are multiplied with its rows of B only. A fused
+    projection has r rows of A for each part: (parts · r, in).
 
-    Of a stack of experts' weights, each matrix has its A and B: (experts, r, in) and (experts, out, r).
+    A stack of experts has factors for each matrix: (experts, r, in) and (experts, out, r).
     """
     out_features, in_features = linear_shape(layer)
     of_A, of_B = (parts * r, in_features), (out_features, r // groups_of(layer))
@@ -104,7 +105,7 @@ def factor_shapes(layer: nn.Module, r: int, parts: int = 1) -> tuple[tuple[int, 
 
 
 def matrices_in(layer: object) -> int | None:
-    """Return the number of matrices in the stack that an expert's weight is a part of; None if it is no stack.
+    """Return the number of matrices in a stack of experts' weights; None if the layer is not a stack.
 
     >>> matrices_in(nn.Linear(2, 2)) is None
     True
@@ -113,7 +114,7 @@ def matrices_in(layer: object) -> int | None:
 
 
 def largest_rank(layer: nn.Module) -> int:
-    """Return the largest r that a layer allows: the number of singular values, of all groups together.
+    """Return the largest rank that a layer allows: its number of singular values, over all groups.
 
     >>> largest_rank(nn.Linear(8, 3)), largest_rank(nn.Conv2d(4, 6, 3, groups=2))
     (3, 6)
@@ -123,7 +124,7 @@ def largest_rank(layer: nn.Module) -> int:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is ordinary floating-point numbers: not 8-bit or integer codes, nor a tensor subclass.
+    """Whether a tensor holds ordinary floating-point numbers: no 8-bit or integer codes, no tensor subclass.
 
     >>> is_plain(torch.zeros(2)), is_plain(torch.zeros(2, dtype=torch.float8_e4m3fn)), is_plain(torch.zeros(2).int())
     (True, False, False)
@@ -133,7 +134,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def holds_its_weight(base: nn.Module) -> bool:
-    """Whether a linear layer's ``weight`` is the matrix it multiplies by, and not codes for it.
+    """Whether a linear layer's ``weight`` is the matrix it multiplies by rather than codes for it.
 
     >>> holds_its_weight(nn.Linear(2, 2))
     True
@@ -142,7 +143,7 @@ def holds_its_weight(base: nn.Module) -> bool:
 
 
 def scale_name(base: nn.Module) -> str | None:
-    """Return the name of the scales that a quantized layer holds next to its codes, or None."""
+    """Return the attribute name of the scales that a quantized layer holds alongside its codes, or None."""
     named = chain(base._parameters.items(), base._buffers.items())
     return next((name for name, tensor in named if tensor is not None and _SCALES.fullmatch(name)), None)
 
@@ -150,8 +151,8 @@ def scale_name(base: nn.Module) -> str | None:
 def is_plain_product(base: nn.Module) -> bool:
     """Whether calling a layer computes ``W x + bias`` with a plain, frozen W and bias, and does nothing else.
 
-    Then its code may be replaced by the formula. Not so for subclasses, quantized layers, replaced ``forward`` methods,
-    and layers with hooks.
+    Then the call may be replaced by the formula. This excludes subclasses, quantized layers, replaced ``forward``
+    methods and layers with hooks.
     """
     kind = type(base)
     conv1d = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
@@ -162,14 +163,14 @@ def is_plain_product(base: nn.Module) -> bool:
 
 
 def in_autocast_dtype(x: Tensor) -> Tensor:
-    """Convert an input to autocast's dtype where autocast is on, as torch does for its own linear layer."""
+    """Convert an input to autocast's dtype where autocast is on, as torch does for ``nn.Linear``."""
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
 
 def output_of(base: nn.Module, x: Tensor) -> Tensor:
-    """Call a linear layer whose code is its own.
+    """Call a linear layer, and check the shape of its output.
 
     Args:
         base: A layer that :func:`is_linear` recognizes.
@@ -179,7 +180,7 @@ def output_of(base: nn.Module, x: Tensor) -> Tensor:
         The output (..., out).
 
     Raises:
-        ValueError: If the output has another shape.
+        ValueError: If the output does not have this shape.
     """
     y: Tensor = base(x)
     expected = (*x.shape[:-1], linear_shape(base)[0])

@@ -1,8 +1,8 @@
-"""A matrix plus a low-rank one, W + L R, that code written for W multiplies with, without the sum being formed.
+"""A sum of a matrix and a low-rank one, W + L R, that code written for W can multiply with, without computing the sum.
 
-Experts of a mixture are multiplied by their module's own code, in one of several ways: one expert after the other,
-gathered for each token, or all of them in grouped products. A :class:`LowRankSum` in the place of their stacked weights
-takes part in each of these: x (W + L R) is computed as x W + (x L) R, for the rows that are routed there.
+Modules multiply with the experts of a mixture in several ways: one expert after the other, gathered for each token, or
+all in grouped products. A :class:`LowRankSum` can replace the stacked weights in each of these: x (W + L R) is computed
+as x W + (x L) R, for the rows routed to each expert.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from milora_lightning.utils.errors import InvalidInputError
 _OF_THE_WEIGHT = {"shape", "dtype", "device", "ndim", "is_cuda", "layout", "size", "dim", "stride", "numel", "data_ptr"}
 _OF_THE_WEIGHT |= {"is_floating_point", "is_contiguous", "element_size", "requires_grad", "is_meta", "is_sparse"}
 _MULTIPLE = 8
-"""Grouped products on GPUs want rows of a multiple of 16 bytes: 8 numbers in half precision."""
+"""Grouped products on GPUs need rows of a multiple of 16 bytes: 8 numbers in half precision."""
 
 
 class LowRankSum:
-    """W + L R as an operand of products.
+    """W + L R as an operand of matrix products.
 
-    Indexing its first dimension and transposing its last two give another one. Whatever else is done with it is done
-    with the sum, which is then formed, with the memory that this takes.
+    Indexing its first dimension and transposing its last two give another :class:`LowRankSum`. Any other operation
+    computes the sum first, with the memory that this takes.
 
     Args:
         weight: W, of shape (..., m, n); constant.
         left: L (..., m, k), differentiable, in the dtype of W.
-        right: R (..., k, n), likewise.
-        dropout: Probability with which entries of what is multiplied by L R, but not by W, are dropped.
+        right: R (..., k, n), differentiable, in the dtype of W.
+        dropout: Probability of dropping each entry of the input of L R, but not of W.
 
     >>> W, L, R, x = torch.randn(3, 4, 5), torch.randn(3, 4, 1), torch.randn(3, 1, 5), torch.randn(2, 5)
     >>> torch.allclose(F.linear(x, LowRankSum(W, L, R)[1]), x @ (W + L @ R)[1].T, atol=1e-5)
@@ -45,10 +45,10 @@ class LowRankSum:
         self._each: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
 
     def dense(self) -> Tensor:
-        """Form the sum W + L R.
+        """Compute the sum W + L R.
 
         Raises:
-            ValueError: If there is dropout, which acts on what the sum is multiplied by.
+            ValueError: If there is dropout, which acts on the other operand.
         """
         if self.dropout:
             raise InvalidInputError(
@@ -61,7 +61,7 @@ class LowRankSum:
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0 and not index.is_floating_point()):
             number = int(index)
-            if self._each is None:  # indexing one after the other would add as many gradients of the whole stack
+            if self._each is None:  # indexing one by one would create a gradient of the whole stack each time
                 self._each = self.left.unbind(), self.right.unbind()
             return self._like(self.weight[number], self._each[0][number], self._each[1][number])
         leading = isinstance(index, (slice, list)) or (isinstance(index, Tensor) and index.ndim == 1)
@@ -131,12 +131,12 @@ class LowRankSum:
         return LowRankSum(weight, left, right, self.dropout)
 
     def _seen(self, x: Tensor) -> Tensor:
-        """Return what L R sees of an input."""
+        """Return the input of L R, after dropout."""
         return drop(x, self.dropout)[0] * scales(x.device, self.dropout)[1] if self.dropout else x
 
 
 def _formed(value: Any) -> Any:
-    """Replace each sum in a function's arguments by a tensor."""
+    """Replace each LowRankSum in a function's arguments by the computed sum."""
     if isinstance(value, LowRankSum):
         return value.dense()
     if isinstance(value, (list, tuple)):
@@ -155,7 +155,7 @@ def _linear(func: Callable[..., Tensor], x: Tensor, operand: LowRankSum, bias: T
 
 
 def _grouped(func: Callable[..., Tensor], x: Tensor, operand: LowRankSum, *args: Any, **kwargs: Any) -> Tensor:
-    """Compute x (W + L R) for groups of rows, each with its matrix."""
+    """Compute x (W + L R) for groups of rows, each with one matrix."""
     if args or any(value is not None for key, value in kwargs.items() if key != "offs"):
         return func(x, operand.dense(), *args, **kwargs)
     left, right = operand.left, operand.right
@@ -170,4 +170,4 @@ _PRODUCTS: dict[str, Callable[..., Tensor]] = {
     "linear": _linear,
     **dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _grouped),
 }
-"""The products that are known, by the names of torch's functions and of what transformers takes in their place."""
+"""The supported products, by the names of torch's functions and of transformers' replacements for them."""

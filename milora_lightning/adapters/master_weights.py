@@ -1,4 +1,4 @@
-"""Master weights: parameters that train in full are kept in float32, and cast to the model's dtype to compute."""
+"""Master weights: parameters that train in full are kept in float32 and cast to the model's dtype for computing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class CastParameter:
     """Class attribute through which a module reads a parameter in the dtype that it computes in.
 
     ``parameters()`` and ``state_dict()`` still show the float32 parameter. FSDP1 sets a plain tensor on the instance,
-    which takes precedence, because this is not a data descriptor. FSDP2's shards, with which nothing is computed, are
+    which takes precedence, because this is not a data descriptor. FSDP2's shards, which are not used for computing, are
     returned unchanged.
     """
 
@@ -40,7 +40,7 @@ class CastParameter:
 
 
 class MasterWeights(Derived):
-    """Mixin of a module whose parameters stay float32 when it is cast; the cast only changes what it computes in.
+    """Mixin of a module whose parameters stay float32 when it is cast; the cast only changes the dtype it computes in.
 
     All code that reads a parameter as an attribute gets it in that dtype, in the module's ``forward`` or in a module
     around it (``F.linear(x, head.weight)``). Gradients go to the float32 parameter.
@@ -88,7 +88,7 @@ class BaseDtype(Derived):
 def keep_master_weights(module: nn.Module, kept: Collection[nn.Module]) -> None:
     """Convert the parameters of modules that train in full to float32; they still compute in their former dtype.
 
-    The parameters stay the same objects, so weights tied to them are converted, and read in their dtype, as well.
+    The parameters stay the same objects, so weights tied to them are converted as well, and read in their former dtype.
 
     Args:
         module: The module that contains all of them.

@@ -1,4 +1,4 @@
-"""Weights that hold several matrices: one per expert of a stack, group of a convolution, part of a fused projection."""
+"""Weights that hold several matrices: one per expert, group of a convolution, or part of a fused projection."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from milora_lightning.adapters.linear_layers import groups_of, matrices_in
 from milora_lightning.starts.methods import Pair
 
 Compute = Callable[[Tensor, int, str, str, slice], Pair]
-"""Computes the factors of one matrix (out, in) from it, its rank, its name, a name that no other matrix has, and which
-rows of the weight it is."""
+"""Computes the factors of a matrix (out, in) from the matrix, its rank, its name, a unique name, and its rows."""
 
 
 def factors_by_matrix(name: str, layer: LoRALinear, weight: Tensor, compute: Compute) -> Pair:
-    """Compute the factors of each matrix in a weight, and join them as the layer holds them.
+    """Compute the factors of each matrix in a weight, and join them in the layout of the layer.
 
     Args:
         name: The layer's name.
         layer: The layer.
-        weight: Its weight (out, in), or (experts, out, in) of a stack.
+        weight: Its weight (out, in), or (experts, out, in) for a stack.
         compute: Computes the factors of one matrix. The matrices of a stack are called ``name[0]``, ``name[1]``, …;
             groups and parts have the name of their layer.
 
@@ -41,6 +40,7 @@ def _by_group(name: str, layer: LoRALinear, weight: Tensor, compute: Compute) ->
     sizes = layer.parts or (len(weight) // groups,) * groups
     rows = [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
     pairs = [
-        compute(weight[own], layer.r // groups, name, f"{name}:{i}" if i else name, own) for i, own in enumerate(rows)
+        compute(weight[part], layer.r // groups, name, f"{name}:{i}" if i else name, part)
+        for i, part in enumerate(rows)
     ]
     return torch.cat([lora_A for lora_A, _ in pairs]), torch.cat([lora_B for _, lora_B in pairs])

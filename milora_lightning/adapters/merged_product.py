@@ -1,4 +1,4 @@
-"""Merging for generation: a layer's weight and update are combined once, for many calls without gradients."""
+"""Merging for generation: combine a layer's weight and update once, for many calls without gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from milora_lightning.utils.errors import InvalidInputError
 
 
 class Merged:
-    """What has been computed once from a weight and factors, for as long as these stay the same.
+    """A result computed once from a weight and factors, valid as long as these do not change.
 
     Args:
         weight: The weight.
@@ -23,13 +23,13 @@ class Merged:
     """
 
     def __init__(self, weight: Tensor, factors: Factors) -> None:
-        self._sources = weight, *factors  # kept alive, so that no other tensor can be given their memory
+        self._sources = weight, *factors  # kept alive, so that no other tensor can reuse their memory
         self._versions = _versions(self._sources)
 
     def is_of(self, weight: Tensor, factors: Factors) -> bool:
-        """Whether this was formed from these tensors and none has changed since.
+        """Whether this was computed from these tensors and none has changed since.
 
-        Changes through ``tensor.data``, of which torch keeps no record, are not noticed.
+        Changes through ``tensor.data``, which torch does not record, are not noticed.
         """
         same = all(a is b for a, b in zip((weight, *factors), self._sources, strict=True))
         return same and _versions(self._sources) == self._versions
@@ -53,16 +53,16 @@ class MergedFactors(Merged):
 class MergedProduct(Merged):
     """The product with W + ΔW, without gradients. W itself is not written.
 
-    In float32 the sum W + ΔW is stored as a new tensor. Where W or the product is less precise than the factors, the
-    sum would round small updates away (in bfloat16, a third of the first ones). Then the stacked factors are stored in
-    W's dtype, and the product is bit for bit that of :func:`milora_lightning.adapters.autograd.lora_linear`.
+    In float32 the sum W + ΔW is stored as a new tensor. If W or the product is less precise than the factors, the sum
+    would round small updates away (in bfloat16, a third of the first ones). Then the stacked factors are stored in W's
+    dtype instead, and the product equals bit for bit that of :func:`milora_lightning.adapters.autograd.lora_linear`.
 
     Args:
         weight: Weight (out, in), or (in, out) if ``transposed``.
         factors: ``lora_A``, ``lora_B`` and their initial values, as :func:`stack_factors` takes them.
         scaling: The scale s.
         transposed: Whether the weight is a ``Conv1D``'s.
-        held: The parameters that the factors are formed of, where these are not parameters themselves.
+        held: The parameters that the factors are computed from, if they are not parameters themselves.
     """
 
     @torch.no_grad()
@@ -88,7 +88,7 @@ class MergedProduct(Merged):
 
 
 class MergeableLayer(nn.Module):
-    """Base class of adapter layers, for what concerns their weight as a whole: W, ΔW and W + ΔW, merged or not.
+    """Base class of adapter layers: the weight W, its update ΔW and the sum W + ΔW, merged or not.
 
     Attributes:
         base_layer: The layer that is adapted.
@@ -110,19 +110,19 @@ class MergeableLayer(nn.Module):
 
     @property
     def held_factors(self) -> Factors:
-        """The parameters that the factors are formed of."""
+        """The parameters that the factors are computed from."""
         return self.factors
 
     def merge(self) -> None:
-        """Compute W + ΔW once instead of the update at each call: for generation, with its many small calls.
+        """Compute W + ΔW once, instead of the update at each call. For generation, with its many small calls.
 
-        Used by calls without gradients only; training, state dicts, exports and :func:`adapters_disabled` are not
-        affected. The weight is not written: the sum takes the memory of a second one. In half precision, where a sum
+        Only calls without gradients use it; training, state dicts, exports and :func:`adapters_disabled` are not
+        affected. The weight is not modified: the sum takes the memory of a second one. In half precision, where a sum
         would round the update, the stacked factors are cast once instead, and outputs stay the same bit for bit. When
         the factors or the weight change, the next call merges again. (Writes through ``tensor.data`` are not noticed:
-        call this again after them.)
+        call this method again after them.)
 
-        Does nothing for quantized weights, and for shards, which FSDP gathers for the length of a call only.
+        Does nothing for quantized weights and for shards, which FSDP gathers only during a call.
         """
         weight, held = self.base_layer.weight, self.held_factors
         self._merged = None
@@ -130,19 +130,19 @@ class MergeableLayer(nn.Module):
             self._merged = MergedProduct(weight, self.factors, self.scaling, self.transposed, held)
 
     def unmerge(self) -> None:
-        """Drop what :meth:`merge` has computed."""
+        """Discard the result of :meth:`merge`."""
         self._merged = None
 
     @property
     def merged(self) -> bool:
-        """Whether calls without gradients use what :meth:`merge` has computed."""
+        """Whether calls without gradients use the result of :meth:`merge`."""
         return self._merged is not None
 
     def merged_weight(self) -> Tensor:
-        """Compute W + ΔW in float32 and round it once to W's dtype; in the base layer's own layout.
+        """Compute W + ΔW in float32 and round it once to W's dtype, in the base layer's layout.
 
         Raises:
-            ValueError: If the base layer is quantized: its codes would have to be rounded again.
+            ValueError: If the base layer is quantized, as the sum would have to be quantized again.
         """
         if not holds_its_weight(self.base_layer):
             raise InvalidInputError(
@@ -169,17 +169,17 @@ class MergeableLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the function this layer computes, in the base layer's layout and dtype.
+        """The sum W + ΔW, in the base layer's layout and dtype.
 
-        Lets modules that read ``layer.weight`` instead of calling the layer (``nn.MultiheadAttention``, the fast
-        path of ``nn.TransformerEncoderLayer``) compute with the update, and train it. Dropout does not apply to
-        this use, and a half-precision weight rounds the update.
+        Lets modules that read ``layer.weight`` instead of calling the layer (``nn.MultiheadAttention``, the fast path
+        of ``nn.TransformerEncoderLayer``) compute with the update and train it. In this use there is no dropout, and a
+        half-precision weight rounds the update.
         """
         weight: Tensor = self.base_layer.weight
         return self.merged_weight() if self.enabled and holds_its_weight(self.base_layer) else weight
 
     def _usable_merged(self, x: Tensor) -> MergedProduct | None:
-        """Return what :meth:`merge` has computed if this call can use it, merged again if something has changed."""
+        """Return the result of :meth:`merge` if this call can use it, merging again if something has changed."""
         if torch.compiler.is_compiling() or self._merged is None or torch.is_grad_enabled():
             return None
         if not self._merged.is_of(self.base_layer.weight, self.held_factors):
@@ -188,13 +188,13 @@ class MergeableLayer(nn.Module):
 
 
 def can_merge(weight: Tensor, factors: Factors) -> bool:
-    """Whether tensors are neither shards, of FSDP2 or (flat) FSDP1, nor inference tensors, which have no versions."""
+    """Whether tensors can be merged: not shards (of FSDP2 or FSDP1), nor inference tensors without versions."""
     tensors = [t for t in (weight, *factors) if t is not None]
     return factors[0].ndim > 1 and not any(isinstance(t, DTensor) or t.is_inference() for t in tensors)
 
 
 def merged_weight(weight: Tensor, factors: Factors, scaling: float, transposed: bool) -> Tensor:
-    """Compute W + s (B A − B₀A₀) in the factors' dtype and the weight's layout; arguments as for the class.
+    """Compute W + s (B A − B₀A₀) in the factors' dtype and the weight's layout; without merging.
 
     Args:
         weight: Weight (out, in), or (in, out) if ``transposed``.

@@ -1,4 +1,4 @@
-"""Why a layer of a kind that adapters fit cannot have one."""
+"""Reasons why a layer cannot have an adapter although its kind can."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from milora_lightning.adapters.tied import Owners, tied_to
 
 
 def misfit(layer: nn.Module, r: int, owners: Owners) -> str | None:
-    """Say why a layer cannot have an adapter of rank r; None if it can, or has one.
+    """Return the reason why a layer cannot have an adapter of rank r; None if it can or already has one.
 
     Args:
         layer: The layer.
-        r: Rank that the adapter is to have.
-        owners: What :func:`milora_lightning.adapters.tied.parameter_owners` gives for the whole model.
+        r: Rank of the adapter.
+        owners: The result of :func:`milora_lightning.adapters.tied.parameter_owners` for the whole model.
     """
     if isinstance(layer, LoRALinear):
         return None

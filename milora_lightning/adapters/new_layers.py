@@ -1,4 +1,4 @@
-"""What looks newly made for a task, by its name or by its values, and the modules that train in full."""
+"""Detection of layers newly created for a task, by name or values, and the modules that train in full."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ HEADS |= {"output_layer", "qa_outputs", "regressor", "regression_head", "predict
 """Usual names of task heads."""
 
 ALSO_PRETRAINED = {"out_proj", "out", "output"}
-"""Those of them that pretrained layers have as well."""
+"""Names among these that pretrained layers may have, too."""
 
 FOUND = "_trains_in_full"
-"""Attribute of a part in which ``modules_to_save="auto"`` has found modules: their names."""
+"""Attribute of a part with the names of the modules that ``modules_to_save="auto"`` has found in it."""
 
 
 def saved_names(part: nn.Module, config: LoRAConfig) -> list[str]:
-    """Return the names of the modules that train in full: what the configuration says or, if ``"auto"``, what is new.
+    """Return the names of the modules that train in full: the configuration's or, with ``"auto"``, those that look new.
 
-    What was found once stays: when training has changed the weights, they do not look new any more.
+    The result is remembered, because weights no longer look new once training has changed them.
 
     >>> saved_names(nn.ModuleDict({"head": nn.Linear(8, 3)}), LoRAConfig(modules_to_save="auto"))
     ['head']
@@ -53,7 +53,7 @@ def saved_modules(part: nn.Module, config: LoRAConfig) -> list[nn.Module]:
 
 
 def _new_modules(part: nn.Module) -> Iterator[str]:
-    """Name the layers, or the modules around them, that are new or a classifier's, the first layers first."""
+    """Yield the names of layers, or of modules around them, that look new or are named like a classifier, in order."""
     heads = output_heads(part)
     named = ((n, getattr(m, "base_layer", m)) for n, m in adaptable_layers(part).items())
     layers = [layer for name, layer in named if not (named_as_head(name) or is_embedding(layer))]
@@ -81,7 +81,7 @@ def _is_in(name: str, found: dict[str, None]) -> bool:
 
 
 def named_as_head(name: str) -> str:
-    """Return the part of a layer's name that ends in a usual name of heads, before any number (of a list of layers).
+    """Return a layer's name up to a usual name of heads before any number (of a list of layers), or an empty string.
 
     >>> named_as_head("model.classifier.dense"), named_as_head("encoder.layer.0.output.dense")
     ('model.classifier', '')
@@ -98,7 +98,7 @@ def named_as_head(name: str) -> str:
 def looks_new(layer: nn.Module) -> bool:
     """Whether a weight's entries are uniformly distributed, as torch's initializers draw them, or constant.
 
-    Then the largest is √3 times the root mean square; in trained weights it is several times that.
+    Then the largest absolute value is √3 times the root mean square; in trained weights it is several times larger.
     """
     weight = layer._parameters.get("weight")
     if weight is None or weight.is_meta or is_sharded(layer) or not is_plain(weight):

@@ -1,8 +1,8 @@
-"""The adapters of ``nn.MultiheadAttention``'s projections, whose weights are parameters of its own and no layers.
+"""Adapters of ``nn.MultiheadAttention``'s projections, whose weights are its parameters rather than layers.
 
 Query, key and value have one weight, ``in_proj_weight`` (3·embed, embed), which gets an adapter under the name
 ``in_proj``; or three, ``q_proj_weight``, ``k_proj_weight`` and ``v_proj_weight``, under ``q_proj``, ``k_proj``,
-``v_proj``. What calls these adapters is in ``attention.py``.
+``v_proj``. ``attention.py`` calls these adapters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PROJECTIONS = ("in_proj", "q_proj", "k_proj", "v_proj")
 
 
 class PackedWeight(HeldWeight):
-    """A projection's weight (out, in) in an ``nn.MultiheadAttention``, as what an adapter calls its base layer.
+    """A projection's weight (out, in) in an ``nn.MultiheadAttention``, as an adapter's base layer.
 
     Args:
         attention: The module that holds it.
@@ -36,7 +36,7 @@ class PackedWeight(HeldWeight):
 
     @property
     def bias(self) -> Tensor | None:
-        """Its part of the bias of all projections (out,)."""
+        """This projection's part of the common bias (out,)."""
         bias = cast("Tensor | None", self.holder._parameters["in_proj_bias"])
         if bias is None or self.name == "in_proj":
             return bias
@@ -44,12 +44,12 @@ class PackedWeight(HeldWeight):
 
 
 def is_packed(layer: object) -> TypeGuard[PackedWeight]:
-    """Whether this is a projection's weight, in the role of a layer."""
+    """Whether this is a projection's weight that acts as a layer."""
     return isinstance(layer, PackedWeight)
 
 
 class LoRAPacked(LoRALinear):
-    """The adapter of a projection in an ``nn.MultiheadAttention``: a :class:`LoRALinear` that its owner calls.
+    """The adapter of a projection in an ``nn.MultiheadAttention``: a :class:`LoRALinear` called by the attention.
 
     Args:
         base_layer: The projection's weight.
@@ -57,14 +57,14 @@ class LoRAPacked(LoRALinear):
         **options: The other arguments of :class:`LoRALinear`.
 
     Raises:
-        TypeError: If ``base_layer`` is no such weight.
+        TypeError: If ``base_layer`` is not such a weight.
     """
 
     fits = staticmethod(is_packed)
     _ADAPTS = "weights of nn.MultiheadAttention"
 
     def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Compute the projection's output (..., out), or the features of it that some rows of the weight give."""
+        """Compute the projection's output (..., out), or only the features of the given rows of the weight."""
         weight, bias = self.base_layer.weight, self.bias
         A, B, initial_A, initial_B = self.factors
         if rows != slice(None):
@@ -81,7 +81,7 @@ class LoRAPacked(LoRALinear):
         return lora_linear(x, weight, bias, A, B, initial_A, initial_B, self.scaling, self._dropout)
 
     def merge(self) -> None:
-        """Do nothing: attention reads the merged weight itself, where that loses no digits."""
+        """Do nothing: attention reads the sum W + ΔW itself where that loses no precision."""
 
 
 def projections(attention: nn.MultiheadAttention) -> dict[str, PackedWeight]:

@@ -17,7 +17,7 @@ from milora_lightning.utils.names import WRAPPERS, unwrapped_name
 
 
 class TargetNotFoundError(InvalidInputError):
-    """Something that the configuration names is not in the model, or not yet."""
+    """Something named in the configuration is not in the model, at least not yet."""
 
 
 def modules_by_name(module: nn.Module) -> dict[str, nn.Module]:
@@ -28,12 +28,12 @@ def modules_by_name(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def layers_by_name(module: nn.Module) -> dict[str, nn.Module]:
-    """Return all modules by name, and parameters in the role of layers that have no adapters."""
+    """Return all modules by name, and parameters that act as layers and have no adapters."""
     return modules_by_name(module) | held_weights(module)
 
 
 def held_weights(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the parameters in the role of layers that have no adapters, by the names that their adapters would have.
+    """Return the parameters that act as layers and have no adapters, by the names that their adapters would have.
 
     >>> list(held_weights(nn.Sequential(nn.MultiheadAttention(4, 2))))
     ['0.in_proj']
@@ -77,10 +77,10 @@ def modules_inside(modules: Sequence[nn.Module]) -> set[nn.Module]:
 
 
 def find_part(module: nn.Module, name: str | None) -> nn.Module:
-    """Return the part of a module that is to be adapted; the whole module if the name is None.
+    """Return the submodule with this name, or the whole module if the name is None.
 
     Raises:
-        TargetNotFoundError: If there is no part of that name.
+        TargetNotFoundError: If there is no such submodule.
     """
     if name is None:
         return module

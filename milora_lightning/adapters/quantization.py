@@ -1,4 +1,4 @@
-"""Quantized weights: recognizing them, and turning their codes back into a matrix."""
+"""Quantized weights: recognizing them, and decoding them to a matrix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from milora_lightning.utils.compat.torch import is_traceable_wrapper_subclass
 from milora_lightning.utils.errors import InvalidInputError
 
 BITSANDBYTES = ("Params4bit", "Int8Params")
-"""Classes of bitsandbytes' weights, by name, because it need not be installed."""
+"""Class names of bitsandbytes' weights; by name, because it may not be installed."""
 
 
 def pieces(tensor: Tensor) -> Iterator[Tensor]:
@@ -31,7 +31,7 @@ def pieces(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def is_quantized_linear(module: nn.Module) -> bool:
-    """Whether a module is a quantizer's own linear layer (GPTQ's, AWQ's, HQQ's), which is not an ``nn.Linear``.
+    """Whether a module is a quantizer's linear layer that is not an ``nn.Linear`` (GPTQ, AWQ, HQQ).
 
     >>> is_quantized_linear(nn.Linear(2, 2))
     False
@@ -49,7 +49,7 @@ def keep_codes_in_place(module: nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit codes when a model evaluates.
 
     On CPUs with AVX512-BF16 it would repack them for a product without a gradient, so that after the first evaluation
-    no layer below would get one.
+    no earlier layer would get a gradient.
     """
     for child in module.modules():
         if hasattr(child, "support_avx512bf16_for_cpu"):
@@ -57,10 +57,10 @@ def keep_codes_in_place(module: nn.Module) -> None:
 
 
 def decoded(base: nn.Module, weight: Tensor) -> Tensor:
-    """Return the weight that a linear layer computes with, in the base's own layout.
+    """Return the weight that a linear layer computes with, in the layer's layout.
 
-    Understands plain floating-point weights, bitsandbytes (4 and 8 bit), transformers' ``FP8Linear`` (codes times the
-    scales of their blocks), and tensor subclasses with a ``dequantize`` method (torchao, quanto).
+    Understands plain floating-point weights, bitsandbytes (4 and 8 bit), transformers' ``FP8Linear`` (codes multiplied
+    by the scales of their blocks), and tensor subclasses with a ``dequantize`` method (torchao, quanto).
 
     Args:
         base: The layer.
@@ -74,7 +74,7 @@ def decoded(base: nn.Module, weight: Tensor) -> Tensor:
     """
     if type(base.weight).__name__ in BITSANDBYTES:
         return _from_bitsandbytes(base)
-    if holds_its_weight(base) or (_is_fp8_linear(base) and is_plain(weight)):  # one that is not quantized
+    if holds_its_weight(base) or (_is_fp8_linear(base) and is_plain(weight)):  # some FP8Linear layers are not quantized
         return weight
     if (
         _is_fp8_linear(base)
@@ -124,7 +124,7 @@ def _times_block_scales(codes: Tensor, scales: Tensor, block_size: tuple[int, in
 
 
 def refusal(base: nn.Module) -> str:
-    """Say why a layer's weight cannot be read, and what to do."""
+    """Return a message: why a layer's weight cannot be decoded, and what to do."""
     scales, weight = scale_name(base), cast(Tensor, base.weight)
     kind = f"{weight.dtype} codes" if type(weight) in (Tensor, nn.Parameter) else f"a {type(weight).__name__}"
     if scales is not None:

@@ -1,4 +1,4 @@
-"""What two adapters of the same layer can differ in, and where they do."""
+"""The settings of an adapter, and comparing those of two adapters of a layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ Settings = Mapping[str, Any]
 
 
 def configured_settings(config: LoRAConfig, name: str, out_features: int) -> Settings:
-    """Return the settings that a configuration gives to the adapter of the layer with this name and so many rows."""
+    """Return the settings that a configuration gives to the adapter of a layer.
+
+    Args:
+        config: The configuration.
+        name: The layer's name.
+        out_features: Its number of output features.
+    """
     dropout, parts = (config.lora_dropout, config.dropout_on), config.parts(name, out_features)
     return _settings(config.rank(name), config.scale(name), *dropout, config.init, parts)
 

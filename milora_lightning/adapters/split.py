@@ -1,8 +1,8 @@
-"""A linear layer, with or without an adapter, of which each rank of a group computes a part (tensor parallelism).
+"""Tensor parallelism: each rank of a group computes a part of a linear layer, with or without an adapter.
 
-``colwise``: a rank has some rows of W and B, all of A, and computes these features of the output from the whole input.
-``rowwise``: a rank has some columns of W and A, all of B, and computes a summand of the output from its features of the
-input. ``replicate``: every rank has and computes all of it.
+``colwise``: each rank has some rows of W and B and all of A, and computes its features of the output from the whole
+    input. ``rowwise``: each rank has some columns of W and A and all of B, and computes a partial sum of the output
+    from its features of the input. ``replicate``: every rank has all weights and computes the whole output.
 
                       x (..., in)                          x (..., in / n)
        colwise   ┌────────┴────────┐         rowwise   ┌────────┴────────┐
@@ -35,23 +35,23 @@ DIMS: dict[Style, dict[str, int]] = {
     "rowwise": {"weight": 1, "lora_A": 1, "initial_A": 1},
     "replicate": {},
 }
-"""The dimension in which each parameter is split; those that are not named are on every rank."""
+"""The dimension along which each parameter is split; all others are replicated."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Which part of a layer this rank computes.
+    """Computes this rank's part of a layer.
 
     Args:
         style: How the layer is split.
-        mesh: The ranks that share it, in one dimension.
+        mesh: One-dimensional mesh of the ranks that share it.
     """
 
     style: Style
     mesh: DeviceMesh
 
     def __call__(self, x: Tensor, base: nn.Module, update: tuple[Factors, float, float] | None) -> Tensor:
-        """Compute the layer's output.
+        """Compute this rank's output.
 
         Args:
             x: Input (..., in), or this rank's features of it if the layer is split rowwise.
@@ -59,7 +59,7 @@ class Part:
             update: The adapter's factors, its scale and its dropout; None to leave the update out.
 
         Returns:
-            The output (..., out), or this rank's features of it if the layer is split colwise.
+            The whole output (..., out), or this rank's features of it if the layer is split colwise.
         """
         x = in_autocast_dtype(x)
         group, summed = self.mesh.get_group(), self.style == "rowwise"
@@ -85,14 +85,14 @@ class Part:
         return y if own_bias is bias or bias is None else y + bias.to(y.dtype)
 
     def _own_mask(self, x: Tensor, dropout: float) -> Tensor:
-        """Draw for the whole input, as the other ranks do, so that all features are dropped independently."""
+        """Draw the mask of the whole input, as the other ranks do, so that all features are dropped independently."""
         size, rank = self.mesh.size(), self.mesh.get_local_rank()
         _, mask = drop(x.new_ones(*x.shape[:-1], x.shape[-1] * size), dropout)
         return mask.chunk(size, dim=-1)[rank].contiguous()
 
 
 def local(parameter: Tensor) -> Tensor:
-    """Return the part of a parameter that this rank computes with; gradients reach the parameter."""
+    """Return this rank's part of a parameter; gradients flow back to the parameter."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
@@ -107,7 +107,7 @@ def _without_update(layer: nn.Module, part: Part, x: Tensor) -> Tensor:
 
 
 def split_parameters(module: nn.Module, part: Part) -> None:
-    """Replace each parameter of a module, but not of modules in it, by this rank's part of it."""
+    """Replace each parameter of a module, but not of its submodules, by this rank's part of it."""
     for name, parameter in list(module._parameters.items()):
         if parameter is None:
             continue

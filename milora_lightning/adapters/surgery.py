@@ -1,4 +1,4 @@
-"""Surgery on a whole model: checks, then injection, then what BatchNorm, quantized and fully trained modules need."""
+"""Surgery on a whole model: checks, injection, and the handling of BatchNorm, quantized and fully trained modules."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from milora_lightning.utils.messages import inform_once, warn_once
 
 
 def inject(module: nn.Module, config: LoRAConfig, layers: Sequence[str] | None = None) -> dict[str, LoRALinear]:
-    """Put a :class:`LoRALinear` around every target layer, and freeze everything else.
+    """Wrap every target layer in a :class:`LoRALinear` and freeze everything else.
 
-    No arithmetic is done, so it works on the meta device; the module's function does not change. Everything is
-    checked before anything is changed. Layers that already have an adapter of the same configuration are left alone,
-    so injecting twice is injecting once. Follow it with :func:`milora_lightning.initialize`.
+    No arithmetic is done, so this works on the meta device, and the module still computes the same function. Everything
+    is checked before anything is changed. Layers that already have an adapter of the same configuration are left alone,
+    so a second call changes nothing. Call :func:`milora_lightning.initialize` next.
 
-    Frozen means frozen: BatchNorm, and other layers with running statistics, use those of the pretrained model in
-    training, too, and do not change them, unless they are in ``modules_to_save``. Modules in ``modules_to_save`` are
-    kept in float32 and compute in the dtype they had.
+    BatchNorm and other layers with running statistics are frozen, too: even in training they use the pretrained model's
+    statistics without updating them, unless they are in ``modules_to_save``. Modules in ``modules_to_save`` are kept in
+    float32 and compute in their former dtype.
 
     Args:
         module: Any module; changed in place.
-        config: Which layers, which rank, which start.
-        layers: The full names of exactly the layers that get adapters (those of a checkpoint, for example), instead of
-            the targets of ``config``.
+        config: The configuration of the adapters.
+        layers: Full names of the layers that get adapters, for example those of a checkpoint, instead of the targets of
+            ``config``.
 
     Returns:
         All adapters of the module by name.
 
     Raises:
-        ValueError: If a target name matches nothing or no linear layer, ``r`` exceeds a target's size, a target's
-            weight is sharded already or tied to another layer's, or there are adapters of another configuration.
+        ValueError: If a target name matches no layer that can be adapted, ``r`` exceeds a target's size, a target's
+            weight is already sharded or is tied to another layer's, or there are adapters of another configuration.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     >>> sorted(inject(model, LoRAConfig(r=2, target_modules=["0"])))
@@ -60,7 +60,7 @@ def inject(module: nn.Module, config: LoRAConfig, layers: Sequence[str] | None =
 
 
 def inject_quietly(module: nn.Module, config: LoRAConfig, layers: Sequence[str] | None = None) -> dict[str, LoRALinear]:
-    """Do what :func:`inject` does without remarks on what is left out: parts of the module may not exist yet."""
+    """Do the same as :func:`inject`, without remarks on layers left out: parts of the module may not exist yet."""
     check_no_peft(module)
     part = find_part(module, config.module)
     saved = saved_modules(part, config)
@@ -78,6 +78,6 @@ def inject_quietly(module: nn.Module, config: LoRAConfig, layers: Sequence[str] 
 
 
 def freeze_again(module: nn.Module, config: LoRAConfig) -> None:
-    """Freeze the statistics of layers that have been replaced since surgery."""
+    """Freeze the statistics of layers that were replaced after surgery."""
     part = find_part(module, config.module)
     freeze_statistics(part, modules_inside(saved_modules(part, config)))

@@ -17,13 +17,13 @@ FROZEN = "was frozen by you"
 
 
 def refusal(name: str, layer: nn.Module, r: int, reason: str) -> str:
-    """Say why a layer that was named cannot have an adapter.
+    """Return a message: why a layer selected by name cannot have an adapter.
 
     Args:
         name: The layer's name.
         layer: The layer.
-        r: Rank that its adapter was to have.
-        reason: What :func:`milora_lightning.adapters.misfits.misfit` says.
+        r: Requested rank of its adapter.
+        reason: The result of :func:`milora_lightning.adapters.misfits.misfit`.
     """
     if reason == TOO_SMALL:
         most = largest_rank(layer)
@@ -48,11 +48,11 @@ def _too_large(name: str, layer: nn.Module, r: int) -> str:
 
 
 def nothing_left(module: nn.Module, config: LoRAConfig, left_out: Mapping[str, str]) -> str:
-    """Say why no layer gets an adapter.
+    """Return a message: why no layer gets an adapter.
 
     Args:
         module: The module.
-        config: What is asked for.
+        config: The configuration of the adapters.
         left_out: The reason for each layer that gets no adapter, by name.
     """
     if not left_out:
@@ -76,11 +76,11 @@ def nothing_left(module: nn.Module, config: LoRAConfig, left_out: Mapping[str, s
 
 
 def no_match(module: nn.Module, what: str, layers: Mapping[str, nn.Module], target: str | None = None) -> str:
-    """Say that an entry of ``target_modules`` matches no linear layer, and which layers exist.
+    """Return a message: an entry of ``target_modules`` matches no linear layer, and these layers exist.
 
     Args:
         module: The module that was searched.
-        what: The entry, as it is called in the message.
+        what: How the message refers to the entry.
         layers: The layers that can have adapters, by name.
         target: The entry if it is a name, to suggest a similar one.
     """
@@ -102,7 +102,7 @@ def no_match(module: nn.Module, what: str, layers: Mapping[str, nn.Module], targ
 
 
 def no_parameter(module: nn.Module, target: str, stacks: Sequence[str]) -> str:
-    """Say that an entry of ``target_parameters`` names no stack of matrices, and which there are."""
+    """Return a message: an entry of ``target_parameters`` names no stack of matrices, and these exist."""
     what = f"The target_parameters entry {target!r}"
     endings = sorted({".".join(name.split(".")[-2:]) for name in stacks})
     exists = f"There are: {', '.join(endings)}." if endings else "There are none."

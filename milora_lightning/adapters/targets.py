@@ -1,4 +1,4 @@
-"""Target layers: which layers of a model get adapters, and which are left out, with the reason."""
+"""Target selection: which layers of a model get adapters, and why others do not."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from milora_lightning.utils.names import unwrapped_name
 
 @dataclass(frozen=True)
 class Selection:
-    """The layers that a configuration selects in a model.
+    """The layers of a model that a configuration selects.
 
     Attributes:
-        layers: The layers that get or have adapters, by name.
-        left_out: Layers that ``target_modules`` matches but that get no adapter, with the reason by name.
+        layers: The selected layers by name, including those that have adapters already.
+        left_out: The reason by name for layers that ``target_modules`` matches but that get no adapter.
     """
 
     layers: dict[str, nn.Module] = field(default_factory=dict)
@@ -44,9 +44,9 @@ class Selection:
 def find_targets(
     module: nn.Module, target_modules: str | Sequence[str], exclude_modules: str | Sequence[str] = ()
 ) -> dict[str, nn.Module]:
-    """Find the layers that match and have no adapter yet, whether or not they can have one.
+    """Find the matching layers that have no adapter yet, whether or not they can have one.
 
-    A layer that is registered under several names counts under its first.
+    A layer that is registered under several names appears under the first one.
 
     Args:
         module: Any module.
@@ -57,7 +57,7 @@ def find_targets(
         The layers by name; empty only if all targets have adapters already.
 
     Raises:
-        TargetNotFoundError: If something in ``target_modules`` matches no linear layer; lists what there is.
+        TargetNotFoundError: If an entry of ``target_modules`` matches no linear layer; lists the existing ones.
 
     >>> model = nn.ModuleDict({"q_proj": nn.Linear(2, 2), "mlp": nn.ModuleDict({"up": nn.Linear(2, 2)})})
     >>> [sorted(find_targets(model, targets)) for targets in (["up"], r"q_.*", "all-linear")]
@@ -74,20 +74,20 @@ def select_layers(module: nn.Module, config: LoRAConfig, kept: Collection[nn.Mod
     """Decide which layers get adapters.
 
     Layers that the user has frozen while other parameters train serve another purpose (a teacher, a reward model, a
-    perceptual loss). They get no adapters, unless a name or regular expression matches frozen layers only. Where
-    nothing trains, being frozen means nothing.
+    perceptual loss). They get no adapters unless a name or regular expression matches frozen layers only. If everything
+    is frozen, this rule does not apply.
 
     Args:
         module: Any module.
-        config: What is asked for.
+        config: The configuration of the adapters.
         kept: Modules that train in full.
 
     Returns:
-        The layers, and what is left out.
+        The selected layers, and those left out.
 
     Raises:
         TargetNotFoundError: If a name matches no linear layer, or nothing is left.
-        ValueError: If a layer that was named cannot have an adapter of this rank.
+        ValueError: If a layer selected by name cannot have an adapter of this rank.
     """
     part, targets = find_part(module, config.module), config.target_modules
     excluded = excluded_names(part, config.exclude_modules)
@@ -103,7 +103,7 @@ def select_layers(module: nn.Module, config: LoRAConfig, kept: Collection[nn.Mod
             r = config.rank(name)
             reason = FROZEN if skip_frozen and name_in_part in frozen else misfit(layer, r, owners)
             if reason == TOO_SMALL and named and find_start(config.init).any_rank:
-                reason = None  # LoRA needs no singular triplets, and PEFT allows its adapters any rank
+                reason = None  # LoRA needs no singular triplets, and PEFT allows any rank
             if reason is None:
                 selection.layers[name] = layer
             elif named and reason != FROZEN:
@@ -113,7 +113,7 @@ def select_layers(module: nn.Module, config: LoRAConfig, kept: Collection[nn.Mod
     if not selection.layers:
         raise TargetNotFoundError(nothing_left(module, config, selection.left_out))
     for name in selection.layers.keys() & selection.left_out.keys():
-        del selection.left_out[name]  # another entry has selected it
+        del selection.left_out[name]  # selected by another entry
     if targets == ALL_LINEAR:
         computed = (prefix + name for name in without_weight(part, kept) if name not in excluded)
         selection.left_out.update(dict.fromkeys(computed, "computes its weight (weight_norm?)"))
@@ -121,7 +121,7 @@ def select_layers(module: nn.Module, config: LoRAConfig, kept: Collection[nn.Mod
 
 
 def _entries(part: nn.Module, config: LoRAConfig) -> Iterator[tuple[str, bool, dict[str, nn.Module]]]:
-    """Yield each entry of the targets, whether it is a name, so that the user means it, and the layers it matches."""
+    """Yield each entry of the targets, whether it names layers explicitly, and the layers it matches."""
     targets = config.target_modules
     named = not isinstance(targets, str)
     for entry in [targets] if isinstance(targets, str) else targets:
@@ -131,7 +131,7 @@ def _entries(part: nn.Module, config: LoRAConfig) -> Iterator[tuple[str, bool, d
 
 
 def _matches(module: nn.Module, entry: str, is_name: bool) -> dict[str, nn.Module]:
-    """Find the layers that one entry of ``target_modules`` describes, those with adapters as their LoRALinear."""
+    """Find the layers that one entry of ``target_modules`` matches; an adapted layer appears as its LoRALinear."""
     layers = adaptable_layers(module)
     if is_name:
         found, what = called(layers, unwrapped_name(entry)), f"target_modules entry {entry!r}"

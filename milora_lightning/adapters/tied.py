@@ -10,11 +10,11 @@ from milora_lightning.utils.compat.torch import is_traceable_wrapper_subclass
 from milora_lightning.utils.names import unwrapped_name
 
 Owners = dict[tuple[object, ...], list[tuple[nn.Module, str]]]
-"""For each piece of memory, the modules with a parameter in it, and the parameter's full name."""
+"""For each storage, the modules with a parameter in it and the parameters' full names."""
 
 
 def parameter_owners(module: nn.Module) -> Owners:
-    """Find out which modules have a parameter in which piece of memory."""
+    """Return the modules and names of all parameters, grouped by storage."""
     owners: Owners = defaultdict(list)
     for name, child in module.named_modules():
         for key, parameter in child._parameters.items():
@@ -29,7 +29,7 @@ def tied_to(layer: nn.Module, weight: Tensor, owners: Owners) -> list[str]:
     Args:
         layer: The module that holds the weight.
         weight: The weight.
-        owners: What :func:`parameter_owners` gives for the whole model.
+        owners: The result of :func:`parameter_owners` for the whole model.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     >>> model[1].weight = model[0].weight
@@ -40,7 +40,7 @@ def tied_to(layer: nn.Module, weight: Tensor, owners: Owners) -> list[str]:
 
 
 def _memory(parameter: Tensor) -> tuple[object, ...]:
-    """Return a key that two parameters share exactly if they are tied: their memory, or the object if it has none."""
+    """Return a key that two parameters share if and only if they are tied: the storage or, without one, the object."""
     if parameter.is_meta or parameter.numel() == 0 or is_traceable_wrapper_subclass(parameter):
         return ("object", id(parameter))
     try:

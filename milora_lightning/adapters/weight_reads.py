@@ -1,7 +1,7 @@
-"""Which layers a model does not call but reads the weights of, found in its source.
+"""Analysis of a model's source: the layers whose weights it reads without calling the layers.
 
-An adapter's ``weight`` is W + ΔW, so that here such a model computes with the update and trains it; but without
-dropout, and rounded to the weight's dtype. Other tools' adapters have no part in what is read.
+An adapter's ``weight`` is W + ΔW, so such a model computes with the update and trains it, but without dropout and
+rounded to the weight's dtype. Other tools' adapters have no effect there.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from milora_lightning.adapters.layer import LoRALinear
 
 ABOUT = {"dtype", "device", "shape", "ndim", "is_cuda", "is_meta", "requires_grad", "size", "dim", "numel", "data_ptr"}
 ABOUT |= {"element_size", "is_floating_point", "layout", "__class__"}
-"""What code may ask about a weight without computing with it."""
+"""Attributes of a weight that code may read without computing with it."""
 
 _LIKE = {"to", "type_as"}
-"""Methods whose only argument may be a tensor that tells the dtype and the device."""
+"""Methods that accept a tensor only for its dtype and device."""
 
 ENTRIES = ("forward", "__call__")
 Path = tuple[str, ...]
 
 
 class _UnknownError(Exception):
-    """An expression depends on what is known in a call only, or cannot be evaluated before one."""
+    """The value of an expression is known only during a call."""
 
 
 def read_weights(model: nn.Module) -> dict[str, LoRALinear]:
-    """Return the adapters whose layers' weights a model reads in its forward, by their names.
+    """Return the adapters, by name, whose layers' weights a model reads in its ``forward``.
 
-    Branches are followed as far as attributes of modules and defaults of arguments tell which one is taken in
-    evaluation; others are taken both. Of code whose source is not there nothing is known.
+    If attributes of modules and defaults of arguments determine which branch is taken in evaluation, only that one is
+    followed; otherwise both are. Code without source is skipped.
 
     >>> class Reads(nn.Module):
     ...     pass
@@ -67,7 +67,7 @@ def _paths(owner: nn.Module) -> Iterator[Path]:
             continue
         seen.add(name)
         names = _names_in(method := inspect.unwrap(method))
-        if "weight" not in names:  # most do not: their source need not be looked up
+        if "weight" not in names:  # as in most modules; their source need not be parsed
             following += names
             continue
         tree = _parsed(method)
@@ -140,7 +140,7 @@ class _Reader(ast.NodeVisitor):
         self._visit_loop(node, node.test)
 
     def _visit_loop(self, node: ast.For | ast.While, *head: ast.expr) -> None:
-        for part in ast.walk(node):  # known in the first turn only
+        for part in ast.walk(node):  # known in the first iteration only
             if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
                 self.known.pop(part.id, None)
         for part in head:
@@ -151,7 +151,7 @@ class _Reader(ast.NodeVisitor):
     def visit_Assign(self, node: ast.Assign) -> None:
         path, names = _path(node.value, self.layers), [t.id for t in node.targets if isinstance(t, ast.Name)]
         weight = path and path[-1] == "weight" and len(names) == len(node.targets)
-        if not weight:  # else it is read where its name is, unless only asked about
+        if not weight:  # otherwise it is read where its name is used, unless only attributes are
             self.visit(node.value)
         for target in node.targets:
             self.visit(target)
@@ -179,10 +179,10 @@ class _Reader(ast.NodeVisitor):
         return all(left)
 
     def _taken(self, test: ast.expr) -> bool | None:
-        """Tell whether a condition holds; None if that is not known before a call."""
+        """Return whether a condition holds; None if that is not known before a call."""
         try:
             return bool(self._value(test))
-        except Exception:  # a user's properties and comparisons, which may need a call's or a trainer's state
+        except Exception:  # a user's properties and comparisons, which may depend on a call or a trainer
             return None
 
     def visit_Call(self, node: ast.Call) -> None:
@@ -219,7 +219,7 @@ class _Reader(ast.NodeVisitor):
                 self.visit(part)
 
     def _is_weight(self, node: ast.expr) -> bool:
-        """Whether an expression is nothing but a weight, which may then only be asked about."""
+        """Whether an expression is just a weight, of which possibly only attributes are read."""
         if isinstance(node, ast.Name):
             return node.id in self.weights
         return isinstance(node, ast.Attribute) and node.attr == "weight"
@@ -271,7 +271,7 @@ _COMPARISONS: dict[type[ast.cmpop], Any] = {
 
 
 def _path(node: ast.expr, layers: Mapping[str, Path]) -> Path | None:
-    """Return the names from a module to a part of it: of ``self.a[0].b`` a, 0 and b; None if it is something else."""
+    """Return the path from a module to a part of it, as a, 0 and b for ``self.a[0].b``; None for anything else."""
     if isinstance(node, ast.Name):
         return () if node.id == "self" else layers.get(node.id)
     if isinstance(node, ast.Attribute):

@@ -1,7 +1,7 @@
 """The callback that turns any Lightning run into a MiLoRA run.
 
-In the order of a run: ``setup`` injects the adapters, ``on_fit_start`` computes their factors (or a checkpoint restores
-them), ``on_train_start`` turns their dropout on.
+In order: ``setup`` injects the adapters, ``on_fit_start`` computes their factors (or a checkpoint restores them), and
+``on_train_start`` turns their dropout on.
 """
 
 from __future__ import annotations
@@ -34,68 +34,68 @@ from milora_lightning.training.start_decay import StartDecay
 
 
 class MiLoRAInit(Callback):
-    """Fine-tune through low-rank adapters that start from singular triplets of each weight.
+    """Fine-tune with low-rank adapters that start from singular triplets of each weight.
 
     Add it to a Trainer; nothing else in a project changes. Adapters are injected as soon as the model exists, whether
     it is built in ``__init__``, ``setup`` or ``configure_model``. Their factors are computed when fitting starts, on
-    the device the strategy has put the weights on, unless a checkpoint has restored them. Everything else is frozen,
-    the model starts by computing exactly what it did before, and the factors stay in float32 whatever the
-    Trainer's precision. Lightning's callbacks that average weights may stand anywhere in the list: they average
-    A and B separately, share the frozen base with the module, and write averaged adapters into checkpoints.
+    the device where the strategy has placed the weights, unless a checkpoint restores them. Everything else is frozen,
+    training starts exactly at the pretrained model, and the factors stay in float32 whatever the Trainer's precision.
+    Lightning's weight-averaging callbacks may come before or after it: they average A and B separately, share the
+    frozen base with the module, and write averaged adapters into checkpoints.
 
-    Frozen means frozen. BatchNorm, InstanceNorm with running statistics and spectral norm use the statistics of the
-    pretrained model and do not change them, so that :func:`milora_lightning.adapters_disabled` is the pretrained model
-    bit for bit even after training; those in ``modules_to_save`` train as usual. Layers that were frozen before, while
-    other parameters train, serve another purpose (a teacher, a reward model, a perceptual loss). They get no adapters,
-    unless ``target_modules`` has a name that matches frozen layers only. If everything was frozen, this does not apply.
-    The summary lists the number of adapters in each part of the module.
+    BatchNorm, InstanceNorm with running statistics and spectral norm are frozen, too: they use the pretrained model's
+    statistics without updating them, so that :func:`milora_lightning.adapters_disabled` gives the pretrained model bit
+    for bit even after training. Those in ``modules_to_save`` train as usual. Layers that were already frozen while
+    other parameters train serve another purpose (a teacher, a reward model, a perceptual loss). They get no adapters
+    unless a name in ``target_modules`` matches frozen layers only. If everything was frozen, this rule does not apply.
+    A summary lists the number of adapters in each part of the module.
 
     Args:
         r: Rank of each adapter.
-        lora_alpha: Numerator of the scale ``lora_alpha / r``. Defaults to ``r``, the paper's setting; ``"2r"`` is
-            twice the rank, the setting of its LoRA baseline.
-        lora_dropout: Probability with which an adapter's input features are dropped in training.
-        target_modules: Name endings of linear layers, one regular expression for full names, or
-            ``"all-linear"`` (every linear layer but the language-model head, those smaller than ``r``, and those that
-            were frozen before).
-        init: Start of the factors: ``"milora"`` (smallest singular triplets), ``"pissa"``, ``"lora"``, ``"mica"``, …,
-            ``"corda"``, ``"eva"``, ``"lora_ga"``, … from training data, directions with values
-            (``"gaussian x minor"``), or one of your own; ``"full"`` for no adapters.
-        modules_to_save: Name endings of modules to train in full, too, in float32, or ``"auto"``: layers that look new
-            and those named as a classifier's.
-        seed: What the random starts derive from. Defaults to the run's seed.
-        start_from: PEFT LoRA folder (exported here or by others) to continue from; the arguments above then follow
-            the folder.
-        cache: Whether to keep the decompositions in the user's cache folder (``$MILORA_CACHE``), so that the next run
-            on the same weights needs none.
-        rank_pattern: Other ranks for some layers, by regular expressions for the ends of their names, as in PEFT:
+        lora_alpha: Numerator of the scale ``lora_alpha / r``. Defaults to ``r``, the paper's setting; ``"2r"`` is twice
+            the rank, as for the paper's LoRA baseline.
+        lora_dropout: Probability of dropping each of an adapter's input features in training.
+        target_modules: Name endings of layers, one regular expression for full names, or ``"all-linear"`` (all linear
+            layers except language-model heads, layers smaller than ``r`` and those already frozen).
+        init: Start of the factors: ``"milora"`` (smallest singular triplets), ``"pissa"``, ``"lora"``, ``"mica"``, …;
+            ``"corda"``, ``"eva"``, ``"lora_ga"``, …, from training data; directions with values (``"gaussian x
+            minor"``); a registered start; or ``"full"`` for no adapters.
+        modules_to_save: Name endings of modules to train in full, in float32, or ``"auto"``: layers that look newly
+            initialized or are named like a classifier.
+        seed: Seed of random starts; by default the run's seed.
+        start_from: Folder of a PEFT LoRA adapter to continue from, exported by this or another tool. Its configuration
+            replaces the arguments above.
+        cache: Whether to keep decompositions in the user's cache folder (``$MILORA_CACHE``) for later runs on the same
+            weights.
+        rank_pattern: Different ranks for some layers, by regular expressions for name endings, as in PEFT:
             ``{"down_proj": 16}``.
-        alpha_pattern: Likewise other values of ``lora_alpha``; a layer that no key matches has ``lora_alpha``, or if
-            that is not given, its rank.
-        exclude_modules: Layers that get no adapter although ``target_modules`` matches them: name endings of layers or
-            of modules around them, or one regular expression for full names.
-        module: Name of the part to adapt, such as ``"student"`` or ``"generator"``. Names are then relative to it,
-            only this part is frozen, and the rest of the module is left alone.
-        dropout_on: ``"update"``, or ``"product"`` for dropout as in PEFT, with which the start is not the pretrained
-            model; see :class:`milora_lightning.LoRAConfig`.
+        alpha_pattern: Different values of ``lora_alpha``, likewise. A layer that no key matches uses ``lora_alpha`` or,
+            if that is not given, its rank.
+        exclude_modules: Layers that get no adapter even if ``target_modules`` matches them: name endings of layers or
+            of their parent modules, or one regular expression for full names.
+        module: Name of the submodule to adapt, such as ``"student"`` or ``"generator"``. Names are then relative to it,
+            only it is frozen, and the rest of the module is left alone.
+        dropout_on: ``"update"``, or ``"product"`` for dropout as in PEFT, with which training does not start at the
+            pretrained model; see :class:`milora_lightning.LoRAConfig`.
         use_rslora: Whether the scale is ``lora_alpha / sqrt(r)``, as in rsLoRA.
-        decay_to_start: How strongly A and B decay towards A₀ and B₀ after each step, times the learning rate. An
-            optimizer's ``weight_decay`` draws them to zero, which takes what they start at out of the model.
-        statistics_batches: Training batches that a start from data is computed from; by default 64 for those from
-            activations (``"corda"``, ``"eva"``, …), and 8 for those from gradients (``"lora_ga"``, ``"lora_one"``).
-        preserve: Text of what is to be preserved, which ``"corda"`` and ``"lora_null"`` take in place of training data,
-            and ``"sc_lora"`` beside them: a ``.txt`` file, a JSON, JSON lines or Parquet file with a field ``text``, or
-            a Hub name.
-        target_parameters: Ends of the names of 3-D parameters that get a pair of factors for each of their matrices, as
-            in PEFT: ``["experts.gate_up_proj"]``. ``"all-linear"`` includes the experts of a mixture.
-        fused_parts: Layers whose rows are several projections, each of which gets factors of its own, by patterns:
-            ``{"qkv_proj": [2048, 512, 512], "gate_up_proj": 2}``, the rows of each or the number of equal parts.
+        decay_to_start: Rate of decay of A and B towards A₀ and B₀ in each step, multiplied by the learning rate. (An
+            optimizer's ``weight_decay`` is towards zero, which removes their initial part from the model.)
+        statistics_batches: Number of training batches for starts that depend on data; by default 64 for activations
+            (``"corda"``, ``"eva"``, …) and 8 for gradients (``"lora_ga"``, ``"lora_one"``).
+        preserve: Text that represents the knowledge to preserve, used by ``"corda"`` and ``"lora_null"`` instead of
+            training data and by ``"sc_lora"`` in addition: a ``.txt`` file, a JSON, JSON Lines or Parquet file with a
+            field ``text``, or a Hub name.
+        target_parameters: Name endings of 3-D parameters that get a pair of factors for each of their matrices, as in
+            PEFT: ``["experts.gate_up_proj"]``. ``"all-linear"`` includes the experts of a mixture.
+        fused_parts: Layers that fuse several projections, each of which gets separate factors, by pattern:
+            ``{"qkv_proj": [2048, 512, 512], "gate_up_proj": 2}``, with the rows of each part or the number of equal
+            parts.
 
     Raises:
-        ValueError: In the constructor for values out of range; in ``setup`` if the targets do not fit the model, or
-            the strategy cannot hold adapters; when training starts, if no optimizer holds what is to train.
+        ValueError: In the constructor if a value is out of range; in ``setup`` if the targets do not fit the model or
+            the strategy does not support adapters; when training starts if the optimizers lack trainable parameters.
 
-    To put a checkpoint's adapters on a module outside a Trainer, use :func:`milora_lightning.load_adapter`.
+    To load a checkpoint's adapters into a module outside a Trainer, use :func:`milora_lightning.load_adapter`.
 
     >>> from lightning.pytorch import Trainer
     >>> trainer = Trainer(callbacks=[MiLoRAInit(r=8)], logger=False, enable_progress_bar=False)
@@ -147,7 +147,7 @@ class MiLoRAInit(Callback):
         self._data = StartingData(statistics_batches, preserve, cache)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Inject into the layers that exist now, and into those that ``setup`` and ``configure_model`` will build."""
+        """Inject adapters into the existing layers, and later into those built in ``setup`` or ``configure_model``."""
         config = self.config
         if stage == "fit" and self.start_from is None:
             self._data.check(trainer, pl_module, config)
@@ -156,12 +156,12 @@ class MiLoRAInit(Callback):
             return
         self._decay.check(trainer)
         check_run(trainer, pl_module)
-        # First in the list: tuners, which Lightning sorts to the front, train in their own on_fit_start, and need the
-        # factors by then. A new list, because Lightning is iterating over the old one.
+        # Move this callback to the front: tuners, which Lightning sorts first, already train in their on_fit_start and
+        # need the factors. Use a new list, because Lightning is iterating over the old one.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
-        # Inject now, because configure_model may shard the model, and parameters cannot be added after that. Targets
-        # that are missing may still be built by setup or configure_model; the second call insists on them. If nothing
-        # trains yet, wait: being frozen says something about a part only once another part trains.
+        # Inject now, because configure_model may shard the model, after which no parameters can be added. Missing
+        # targets may still be built by setup or configure_model; only the second call requires them. If nothing is
+        # trainable yet, wait: that a part is frozen means something only if another part is trainable.
         if shards(trainer.strategy) or any(p.requires_grad for p in pl_module.parameters()):
             with suppress(TargetNotFoundError):
                 inject_quietly(pl_module, config)
@@ -181,7 +181,7 @@ class MiLoRAInit(Callback):
             self._initialize(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compute the factors that no checkpoint has restored, and print a summary."""
+        """Compute the factors that were not restored from a checkpoint, and print a summary."""
         if self.config is not None:
             freeze_again(pl_module, self.config)  # the strategy may have replaced layers by synchronized BatchNorm
         if not restores_late(trainer.strategy):
@@ -199,27 +199,27 @@ class MiLoRAInit(Callback):
         number = 0
         for statistics in self._data.groups(trainer, pl_module, measured):
             number += initialize(pl_module, *options, statistics, statistics)
-            del statistics  # before the next group needs the room
+            del statistics  # free the memory for the next group
         number += initialize(pl_module, *options)
         start_averages(trainer, pl_module)
         if number and self.config is not None:
             table = summary(pl_module, self.config, number, time.monotonic() - started)
             if trainer.is_global_zero:
-                rich.get_console().print(table)  # the console of progress bars, so that it is printed above them
+                rich.get_console().print(table)  # the progress bars' console prints above them
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Turn the adapters' dropout on: pretrained models are loaded in eval mode, and Lightning keeps it."""
         if self.config is not None:
             check_optimizers(trainer, pl_module, self.config)
         self._stepped.clear()
-        self._initialize(trainer, pl_module)  # where there was no sanity check
+        self._initialize(trainer, pl_module)  # if there was no sanity check
         for layer in lora_layers(pl_module).values():
             layer.train()
         if self.config is not None:
             self._decay.begin(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove what has been added to the optimizers."""
+        """Remove the decay hooks from the optimizers."""
         self._decay.end()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -1,4 +1,4 @@
-"""Tensors in, tensors out: parts of singular spectra, exactly."""
+"""Tensors in, tensors out: exact parts of singular value decompositions."""
 
 from milora_lightning.linalg.singular import SingularSlice, singular_slice
 

@@ -1,4 +1,4 @@
-"""Which slices of a spectrum there are, and whether a weight has the one that is asked for."""
+"""The named slices of a spectrum, and the check that a weight has the requested one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from milora_lightning.utils.errors import InvalidInputError
 Slice = Literal["minor", "principal", "middle", "random"]
 
 POSITIONS = {"principal": 0.0, "middle": 0.5, "minor": 1.0}
-"""Where slices begin: 0 is the largest singular value, 1 where only the smallest are left."""
+"""Relative position of each named slice: 0.0 starts at the largest singular value, 1.0 ends at the smallest."""
 
 
 def check_slice(weight: Tensor, r: int, which: str | float) -> None:

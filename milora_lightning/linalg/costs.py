@@ -6,18 +6,18 @@ from typing import NamedTuple
 
 
 class Operations(NamedTuple):
-    """Floating-point operations, by the precision that they need.
+    """Numbers of floating-point operations by precision.
 
     Attributes:
-        double: Of float64.
-        single: Of float32.
+        double: Number of float64 operations.
+        single: Number of float32 operations.
     """
 
     double: float = 0.0
     single: float = 0.0
 
     def seconds(self, double: float, single: float) -> float:
-        """Return how long they take at rates in operations per second; forever where a rate that they need is zero.
+        """Return how long they take at the given rates (operations per second); infinity if a needed rate is zero.
 
         >>> Operations(2e12, 1e12).seconds(1e12, 2e12), Operations(1.0).seconds(0.0, 1.0)
         (2.5, inf)
@@ -27,7 +27,7 @@ class Operations(NamedTuple):
 
 
 def on_cpu(k: int, n: int, r: int) -> Operations:
-    """Count what LAPACK does for r triplets of a weight (k, n), k ≤ n: half a Gram matrix, and some eigenpairs of it.
+    """Count LAPACK's work for r triplets of a weight (k, n), k ≤ n: half a Gram matrix and some of its eigenpairs.
 
     >>> round(on_cpu(1000, 2000, 10).double / 1e9, 2)
     3.39
@@ -36,7 +36,7 @@ def on_cpu(k: int, n: int, r: int) -> Operations:
 
 
 def in_double(k: int, n: int) -> Operations:
-    """Count a Gram matrix and all of its eigenpairs, as devices compute them, in float64.
+    """Count the work for a Gram matrix and all of its eigenpairs in float64, as accelerators compute them.
 
     The reduction to a tridiagonal matrix takes 4/3 k³, its eigenvectors by divide and conquer at most 8/3 k³, and their
     transformation back 2 k³.
@@ -48,7 +48,7 @@ def in_double(k: int, n: int) -> Operations:
 
 
 def in_single(k: int, n: int, r: int, passes: int = 4) -> Operations:
-    """Count the same in float32, and the products and factorizations in float64 that refine the wanted triplets.
+    """Count the same work in float32, plus the float64 products and factorizations that refine the wanted triplets.
 
     Args:
         k: Length of the short side.

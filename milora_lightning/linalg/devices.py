@@ -1,4 +1,4 @@
-"""On which device and in which precision a weight is decomposed: what takes least time at the rates measured here."""
+"""Chooses the device and precision of a decomposition: the fastest, according to rates measured here."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Result = TypeVar("Result")
 CPU = torch.device("cpu")
 
 WORTH = 2.0
-"""How many times faster than float64 on the weight's own device another way has to be: close calls stay the same."""
+"""Minimum speed-up over float64 on the weight's device before another way is chosen, so that close calls are stable."""
 
 CRAWL = 10.0
-"""Seconds below which a decomposition does not crawl: the first one loads libraries."""
+"""Decompositions shorter than this (seconds) never count as slow: the first one also loads libraries."""
 
 SLOW = 4.0
-"""How many times longer than on the CPU a size may take on a device before it goes to the CPU."""
+"""How many times slower than the CPU a device may be for a size before that size is decomposed on the CPU."""
 
 _LIBRARIES = re.compile("cusolver|cublas|magma|hipsolver|rocsolver|hipblas|rocblas", re.IGNORECASE)
 _SIZE = 1024
@@ -43,8 +43,8 @@ class Way(NamedTuple):
     """How to decompose a weight.
 
     Attributes:
-        device: Where.
-        single: Whether to try float32 with refinement first. Float64 follows where the certificate refuses.
+        device: The device to compute on.
+        single: Whether to try float32 with refinement first. If the result is not certified, float64 follows.
     """
 
     device: torch.device
@@ -53,7 +53,11 @@ class Way(NamedTuple):
 
 @contextmanager
 def decomposing(layer: str) -> Iterator[None]:
-    """Within this context, a warning about a decomposition names the layer whose weight it is."""
+    """Make warnings about decompositions within this context name the layer.
+
+    Args:
+        layer: Name of the layer whose weight is decomposed.
+    """
     token = _layer.set(layer)
     try:
         yield
@@ -62,10 +66,11 @@ def decomposing(layer: str) -> Iterator[None]:
 
 
 def in_best_way(decompose: Callable[[Way], Result], device: torch.device, shape: tuple[int, int], r: int) -> Result:
-    """Decompose in the way that takes least time, and on the CPU if the device's library or memory fails.
+    """Decompose in the fastest way, and on the CPU if the device's library or memory fails.
 
     Args:
-        decompose: What to call; it must not change anything.
+        decompose: Function of a :class:`Way` that computes the result. It may be called twice, so it must not change
+            its inputs.
         device: The weight's device.
         shape: The weight's shape.
         r: Number of triplets.
@@ -73,7 +78,7 @@ def in_best_way(decompose: Callable[[Way], Result], device: torch.device, shape:
     chosen, started = best_way(device, shape, r), time.perf_counter()
     try:
         result = decompose(chosen)
-    except RuntimeError as error:  # torch's LinAlgError and OutOfMemoryError are, too
+    except RuntimeError as error:  # including torch's LinAlgError and OutOfMemoryError
         if chosen.device.type == "cpu" or not _is_of_the_device(error):
             raise
         problem = (str(error).splitlines() or [type(error).__name__])[0]
@@ -91,7 +96,7 @@ def in_best_way(decompose: Callable[[Way], Result], device: torch.device, shape:
 
 
 def best_way(device: torch.device, shape: tuple[int, int], r: int) -> Way:
-    """Choose how to decompose a weight that is on a device, by the device's speed in float64 and float32.
+    """Choose how to decompose a weight, from its device's measured speed in float64 and float32.
 
     Data centre GPUs compute float64 at half their speed in float32, consumer GPUs at 1/64, some devices not at all.
 
@@ -123,9 +128,9 @@ def seconds_on_cpu(k: int, n: int, r: int) -> float:
 
 
 def _note_time(device: torch.device, shape: tuple[int, int], r: int, seconds: float) -> None:
-    """Have a size decomposed on the CPU from now on if a device has taken far longer than the CPU would.
+    """Send a size to the CPU from now on if a device has taken far longer than the CPU would.
 
-    Some versions of cuSOLVER crawl for some sizes, which no rate of products shows.
+    Some versions of cuSOLVER are extremely slow for some sizes, which the speed of matrix products does not predict.
     """
     k, n = sorted(shape)
     if device.type == "cpu" or (device, k, n) in _slow:
@@ -139,7 +144,7 @@ def _note_time(device: torch.device, shape: tuple[int, int], r: int, seconds: fl
 
 
 def at_home(x: Tensor, device: torch.device) -> Tensor:
-    """Move a result to a device, in float64 if that has it."""
+    """Move a result to a device, in float64 if the device supports it."""
     return x.to(torch.float64 if has_double(device) else torch.float32).to(device)
 
 
@@ -150,7 +155,7 @@ def has_double(device: torch.device) -> bool:
 
 @cache
 def rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure how many operations per second a matrix product does, once per process; 0 where there is none.
+    """Measure the speed of a matrix product in operations per second, once per process; 0 if the dtype is unsupported.
 
     >>> rate(torch.device("cpu"), torch.float64) > 1e6
     True
@@ -171,5 +176,5 @@ def rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _is_of_the_device(error: RuntimeError) -> bool:
-    """Whether a device's memory or library has failed, and not this package."""
+    """Whether an error comes from a device's memory or library rather than from this package."""
     return isinstance(error, (*NOT_CONVERGED, torch.OutOfMemoryError)) or _LIBRARIES.search(str(error)) is not None

@@ -1,4 +1,4 @@
-"""Some eigenpairs of a Gram matrix: the smallest by a Krylov method, any by LAPACK."""
+"""Selected eigenpairs of a Gram matrix: the smallest by a Krylov method, any others by LAPACK."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from milora_lightning.linalg.lapack import symmetric_eigenpairs
 NOT_CONVERGED = (ScipysError, LinAlgError)
 """Errors of an iteration that does not converge, on the CPU and elsewhere; torch's is a ``RuntimeError``."""
 
-_ONE_THREAD = 1536  # up to this size scipy's threads lose more by waiting for torch's than they gain
+_ONE_THREAD = 1536  # up to this size, scipy's threads lose more time waiting for torch's than they gain
 _scipy_threads = ThreadpoolController()
 _STEPS = 8  # before a restart: orthogonalization and the projected problem stay cheap
 _CYCLES = 4
-_ANGLE, _OUTER_ANGLE = 1e-9, 1e-5  # of wanted vectors to the exact subspace, and of the others that are returned
+_ANGLE, _OUTER_ANGLE = 1e-9, 1e-5  # angles to the exact subspace: of the wanted vectors, and of the margin
 
 
 def gram(W: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def gram(W: Tensor) -> Tensor:
     if not _on_cpu(W):
         return W @ W.mT
     rows = W.numpy()
-    return torch.from_numpy(rows @ rows.T)  # numpy sees the symmetry, which torch does not, and computes half of it
+    return torch.from_numpy(rows @ rows.T)  # unlike torch, numpy detects the symmetry and computes only half
 
 
 def dense_eigenpairs(G: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ def eigenpairs(G: Tensor) -> tuple[Tensor, Tensor]:
     """Compute all eigenpairs of a symmetric G (k, k) with torch, values ascending.
 
     Raises:
-        torch.linalg.LinAlgError: If the solver does not converge, or returns what is no number, as cuSOLVER has done.
+        torch.linalg.LinAlgError: If the solver does not converge, or returns NaN or infinity, as cuSOLVER has done.
     """
     values, vectors = torch.linalg.eigh(G)
     if not values.isfinite().all():
@@ -72,16 +72,16 @@ def _on_cpu(matrix: Tensor) -> bool:
 
 
 def smallest_eigenpairs(W: Tensor, wanted: int, margin: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Compute the ``wanted`` smallest eigenpairs of W Wᵀ (k, k), and ``margin`` more to fewer digits.
+    """Compute the ``wanted`` smallest eigenpairs of W Wᵀ (k, k), and ``margin`` more, less accurately.
 
-    Block Krylov iteration with (W Wᵀ)⁻¹, full orthogonalization and restarts: all cost is in matrix products,
-    triangular solves and one Cholesky factorization. The start is random, so that no eigenvector is left out, and
-    wider than the result, so that no multiplicity is: more equal eigenvalues than columns leave no gap to what is
-    not wanted, and never converge.
+    Block Krylov iteration with (W Wᵀ)⁻¹, full orthogonalization and restarts: the cost is in matrix products,
+    triangular solves and one Cholesky factorization. The starting block is random, so that no eigenvector is missed,
+    and wider than the result, so that no multiple eigenvalue is missed: with more equal eigenvalues than columns there
+    is no gap to the unwanted ones, and the iteration never converges.
 
     Returns:
-        Values (wanted + margin,), ascending, vectors (k, wanted + margin), not normalized, and the Cholesky factor
-        of W Wᵀ; None where W is singular to rounding, or the iteration does not converge.
+        Values (wanted + margin,), ascending, vectors (k, wanted + margin), not normalized, and the Cholesky factor of W
+        Wᵀ; None if W is numerically singular or the iteration does not converge.
 
     >>> values, vectors, L = smallest_eigenpairs(torch.arange(1.0, 101).double().diag(), wanted=2, margin=4)
     >>> values[:2]
@@ -101,7 +101,8 @@ def smallest_eigenpairs(W: Tensor, wanted: int, margin: int) -> tuple[Tensor, Te
     for _ in range(_CYCLES):
         mu, X, angles = _krylov_cycle(inverse, X, min(_STEPS, k // width), wanted)
         if angles[:wanted].norm() < _ANGLE and angles[:keep].max() < _OUTER_ANGLE:
-            # Once more, to damp what a residual weighs most: the directions far from this end of the spectrum.
+            # Applied once more to damp the directions that dominate a residual: those far from this end of the
+            # spectrum.
             return 1 / mu[:keep], inverse(X[:, :keep]), L
     return None
 
@@ -112,8 +113,8 @@ def _krylov_cycle(
     """Find the largest Ritz pairs in the span of X, M X, M² X, ... for a symmetric positive operator M.
 
     Returns:
-        Ritz values (width,) descending, vectors (k, width), and the angle of each to the exact subspace, as far as
-        its residual tells.
+        Ritz values (width,) descending, vectors (k, width), and an estimate, from the residual, of each vector's angle
+        to the exact subspace.
     """
     k, width = X.shape
     basis = X.new_empty(steps * width, k)  # orthonormal rows, so that those computed so far are contiguous
@@ -133,6 +134,6 @@ def _krylov_cycle(
                 break
         if step < steps - 1:
             Q = torch.linalg.qr(Y).Q
-            Q -= span.mT @ (span @ Q)  # what the first orthogonalization left
+            Q -= span.mT @ (span @ Q)  # second pass, against the rounding error of the first
             basis[stop : stop + width] = torch.linalg.qr(Q).Q.mT
     return mu, span.mT @ y, angles

@@ -1,7 +1,7 @@
-"""Some eigenpairs of a symmetric matrix by scipy's LAPACK, while other Python threads run.
+"""Selected eigenpairs of a symmetric matrix by scipy's LAPACK, without blocking other Python threads.
 
-scipy's own functions keep the interpreter's lock, so that only one of several threads that decompose works at a time.
-Calls through ctypes release it.
+scipy's functions hold the interpreter's lock, so only one of several decomposing threads would run at a time. Calls
+through ctypes release it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from scipy.linalg import LinAlgError, cython_lapack
 from torch import Tensor
 
-_BLOCK = 64  # columns that LAPACK handles at once
+_BLOCK = 64  # columns per LAPACK block
 _capsule_name = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(("PyCapsule_GetName", ctypes.pythonapi))
 _capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
@@ -24,8 +24,8 @@ _capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c
 def symmetric_eigenpairs(G: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
     """Compute eigenpairs ``low`` to ``high``, counted from the smallest, of a symmetric G (k, k), which is overwritten.
 
-    LAPACK's ``dsyevr`` finds each eigenvalue of a subset by bisection. All of them by the QR method take less time, and
-    are as accurate relative to the largest; the vectors follow by inverse iteration, as in ``dsyevr``.
+    LAPACK's ``dsyevr`` finds each eigenvalue of a subset by bisection. Computing all of them by the QR method takes
+    less time and is as accurate relative to the largest; the vectors follow by inverse iteration, as in ``dsyevr``.
 
     Returns:
         Values (high - low,), ascending, and vectors (k, high - low).
@@ -44,7 +44,7 @@ def symmetric_eigenpairs(G: Tensor, low: int, high: int) -> tuple[Tensor, Tensor
     _call("dsterf", k, values, off_diagonal.clone())
     values = values[low:high].clone()
     vectors = G.new_empty(m, k)
-    # One block, even if an element beside the diagonal is zero: vectors of equal values are then made orthogonal.
+    # One block, even if an off-diagonal element is zero: this makes vectors of equal eigenvalues orthogonal.
     blocks, ends = (G.new_full((m,), value, dtype=torch.int32) for value in (1, k))
     integers, failed = (G.new_empty(size, dtype=torch.int32) for size in (k, m))
     real = G.new_empty(5 * k)
@@ -54,7 +54,7 @@ def symmetric_eigenpairs(G: Tensor, low: int, high: int) -> tuple[Tensor, Tensor
 
 
 def _call(name: str, *arguments: str | int | Tensor) -> None:
-    """Call a routine, which takes pointers to everything, with ``info`` as the last argument."""
+    """Call a LAPACK routine, which takes all arguments as pointers, with ``info`` as the last."""
     info = ctypes.c_int()
     references = [_reference(argument) for argument in arguments]
     _routine(name)(*references, ctypes.byref(info))

@@ -13,7 +13,7 @@ from milora_lightning.linalg.ritz import Triplets
 from milora_lightning.linalg.single import refined_candidate, single_eigenpairs
 
 LARGE = 3072
-"""From this size on, LAPACK's reduction to a tridiagonal matrix is limited by memory, and the Krylov method faster."""
+"""From this size on, LAPACK's tridiagonal reduction is limited by memory bandwidth, and the Krylov method is faster."""
 
 SQUARE = 1.5
 """Up to this aspect ratio the smallest singular values are well separated, as the Krylov method needs them."""
@@ -29,7 +29,7 @@ def suits_krylov(k: int, n: int) -> bool:
 
 
 def takes_all(k: int, r: int) -> bool:
-    """Whether all of k triplets are computed for the sake of r, which costs no more than the subset would.
+    """Whether computing all k triplets costs no more than computing r of them.
 
     >>> takes_all(576, 32), takes_all(576, 575)
     (False, True)
@@ -38,7 +38,7 @@ def takes_all(k: int, r: int) -> bool:
 
 
 def certified_part(W: Tensor, energy: Tensor, start: int, r: int, single: bool) -> Triplets | None:
-    """Compute triplets ``start`` to ``start + r`` of W (k, n), k ≤ n, or None where none can be certified.
+    """Compute triplets ``start`` to ``start + r`` of W (k, n), k ≤ n, or return None if they are not certified.
 
     Args:
         W: Weight in float64, short side first.
@@ -79,5 +79,5 @@ def _candidates(W: Tensor, energy: Tensor, start: int, r: int, single: bool) -> 
                 yield Candidate(start - extra, k, *smallest)
         bounds = bounds[-1:]
     for low, high in bounds:
-        with suppress(*NOT_CONVERGED if W.device.type == "cpu" else ()):  # a device's failure is told to the user
+        with suppress(*NOT_CONVERGED if W.device.type == "cpu" else ()):  # a device's failure is reported to the user
             yield Candidate(low, high, *dense_eigenpairs(gram(W), low, high))

@@ -9,7 +9,7 @@ from milora_lightning.linalg.devices import has_double
 
 
 def in_double(tensor: Tensor) -> Tensor:
-    """Convert a tensor to float64, on its device or, if that has none (mps), on the CPU."""
+    """Convert a tensor to float64, on its device or, if that has no float64 (mps), on the CPU."""
     return (tensor if has_double(tensor.device) else tensor.cpu()).double()
 
 

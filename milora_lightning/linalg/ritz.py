@@ -21,7 +21,7 @@ class Ritz(NamedTuple):
     V: Tensor
 
     def triplets(self, wanted: slice) -> Triplets:
-        """Return some of the triplets; UᵀW = S Vᵀ holds exactly, W V = U S does not."""
+        """Return the wanted triplets, for which UᵀW = S Vᵀ holds exactly, but not W V = U S."""
         return self.Q @ self.X[:, wanted], self.S[wanted], self.Yh[wanted] @ self.V.mT
 
 
@@ -31,10 +31,10 @@ def ritz_triplets(W: Tensor, vectors: Tensor) -> Ritz:
     >>> ritz_triplets(torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.eye(3)[:, 1:]).S
     tensor([2., 1.])
     """
-    Q = torch.linalg.qr(vectors).Q  # inverse iteration leaves clusters orthogonal to fewer digits
-    # Products with W take the thin factor as rows: as columns, a transposed W costs up to six times as much.
+    Q = torch.linalg.qr(vectors).Q  # after inverse iteration, vectors of a cluster are less accurately orthogonal
+    # The thin factor comes as rows: with columns, the product with a transposed W takes up to six times as long.
     V, R = torch.linalg.qr((Q.mT @ W).mT)  # before the SVD, which is far slower on a wide matrix
-    # On the CPU: other devices' Jacobi methods lose digits, and are slower at this size.
+    # On the CPU: other devices use Jacobi methods, which are less accurate, and slower at this size.
     X, S, Yh = (x.to(W.device) for x in torch.linalg.svd(R.mT.cpu()))
     return Ritz(Q, X, S, Yh, V)
 

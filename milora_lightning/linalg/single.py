@@ -1,7 +1,7 @@
-"""Eigenpairs of a Gram matrix from single precision, refined in double precision.
+"""Eigenpairs of a Gram matrix, computed in single precision and refined in double precision.
 
-Consumer GPUs compute in float64 at 1/64 of their speed in float32. The expensive parts, the Gram matrix and all of its
-eigenvectors, are computed in float32 here; products of the weight with a few vectors, in float64, restore the digits.
+Consumer GPUs compute in float64 at 1/64 of their speed in float32. So the expensive parts, the Gram matrix and all of
+its eigenvectors, are computed in float32 here; float64 products of the weight with a few vectors restore the accuracy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from milora_lightning.linalg.eigen import eigenpairs
 from milora_lightning.linalg.ritz import residual, ritz_triplets
 
 PASSES = 8
-"""Refinements at most; each has the error of the one before times that of single precision relative to the gap."""
+"""Maximum number of refinements; each multiplies the error by single precision's error relative to the gap."""
 
 _PROBES, _FACTOR, _POWER = 20, 2.5, 3  # a norm is underestimated with a probability of 2.5⁻²⁰ = 1e-8
 
@@ -30,7 +30,7 @@ class SingleEigenpairs(NamedTuple):
     Attributes:
         values: Eigenvalues (k,), ascending, as float64.
         vectors: Eigenvectors (k, k), float32.
-        error: Bound on ‖W Wᵀ / ‖W‖²_F - V Λ Vᵀ‖, and so on what separates eigenvalues of the same index (Weyl).
+        error: Bound on ‖W Wᵀ / ‖W‖²_F - V Λ Vᵀ‖, and so on the difference of eigenvalues with the same index (Weyl).
         skew: Bound on ‖VᵀV - 1‖: eigenvalues of V Λ Vᵀ are the ``values`` to this relative error (Ostrowski).
     """
 
@@ -73,9 +73,9 @@ def refined_candidate(
 ) -> Candidate | None:
     """Refine eigenpairs that were computed in float32, as far as float64 can.
 
-    With (σ, u, v) a triplet inside the span of the vectors ``low`` to ``high``, and e = W v - σ u what is left over,
-    the part of the exact left vector outside that span is, to first order, -(W Wᵀ - σ²)⁻¹ σ e. The float32
-    eigenpairs outside the span give that inverse to a relative error of theirs over the gap.
+    With (σ, u, v) a triplet inside the span of the vectors ``low`` to ``high``, and e = W v - σ u its residual, the
+    part of the exact left vector outside that span is, to first order, -(W Wᵀ - σ²)⁻¹ σ e. The float32 eigenpairs
+    outside the span give that inverse with a relative error of their own error divided by the gap.
 
     Args:
         W: The weight (k, n), k ≤ n, float64.
@@ -83,10 +83,10 @@ def refined_candidate(
         single: Eigenpairs of W Wᵀ.
         low: Index of the first vector of the span, counted from the largest.
         high: Index after its last.
-        wanted: Which of these are to be refined.
+        wanted: Which of these to refine.
 
     Returns:
-        The candidate, or None if single precision does not tell the wanted eigenvalues from those outside.
+        The candidate, or None if single precision does not separate the wanted eigenvalues from those outside.
     """
     k = len(W)
     inside = slice(k - high, k - low)
@@ -114,7 +114,7 @@ def refined_candidate(
 
 
 def _norm(symmetric: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    """Bound the norm of a symmetric operator from above: its powers lose less to the randomness of the start."""
+    """Bound the norm of a symmetric operator from above, by its powers, which depend less on the random start."""
     X = start
     for _ in range(_POWER):
         X = symmetric(X)
@@ -124,7 +124,7 @@ def _norm(symmetric: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute float32 products in float32, not in TensorFloat-32, which has three digits."""
+    """Compute float32 products in float32 within this context, not in TensorFloat-32, which has three digits."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,4 +1,4 @@
-"""A slice of a weight's singular value decomposition, exact, without computing the rest."""
+"""A slice of a weight's singular value decomposition, computed exactly without the rest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from milora_lightning.utils.errors import InvalidInputError
 
 
 class SingularSlice(NamedTuple):
-    """Some singular triplets of a weight of shape (out, in): ``U * S @ Vh`` is their part of it.
+    """Selected singular triplets of a weight of shape (out, in); ``U * S @ Vh`` is their part of the weight.
 
     Attributes:
         U: Left singular vectors as columns, shape (out, r).
@@ -32,16 +32,16 @@ def singular_slice(
 ) -> SingularSlice:
     """Compute r singular triplets of a weight.
 
-    Of the k = min(out, in) triplets in descending order, MiLoRA trains the last r and keeps the others frozen
-    (MiLoRA, arXiv 2406.09044, section 3). Only what is asked for is computed: eigenvectors of the float64 Gram
-    matrix of the short side span the wanted left vectors. A Krylov method finds the smallest of a large matrix, LAPACK
-    all others. A small SVD inside that span restores the digits lost by squaring. The residual then bounds the error.
-    Where it does not certify singular values within 1e-6 (relative) and subspaces within 1e-8 (projectors) of a full
-    float64 SVD, the full SVD is computed.
+    Of the k = min(out, in) triplets in descending order, MiLoRA trains the last r and keeps the others frozen (MiLoRA,
+    arXiv 2406.09044, section 3). Only the requested triplets are computed. The wanted left vectors are spanned by
+    eigenvectors of the short side's float64 Gram matrix, which come from a Krylov method if they are the smallest of a
+    large matrix, and from LAPACK otherwise. A small SVD inside that span restores the accuracy that squaring has lost,
+    and the residual bounds the error. If that bound does not certify singular values within 1e-6 (relative) and
+    subspaces within 1e-8 (projectors) of a full float64 SVD, the full SVD is computed instead.
 
-    On devices that are slow in float64, eigenvectors are computed in float32 and refined, or the CPU does the work,
-    whichever takes less time at the rates measured (:mod:`milora_lightning.linalg.devices`). Where a device's library
-    or memory fails, the CPU takes over, with a warning. The certificate is the same everywhere.
+    On devices that are slow in float64, eigenvectors are computed in float32 and refined, or the work is done on the
+    CPU, whichever is faster at the measured rates (:mod:`milora_lightning.linalg.devices`). If a device's library or
+    memory fails, the CPU takes over, with a warning. The certificate is the same on every device.
 
     Args:
         weight: Floating-point weight of shape (out, in), on any device, in any layout. It is not modified.
@@ -52,8 +52,8 @@ def singular_slice(
         generator: CPU generator for ``"random"``; torch's default generator when None.
 
     Returns:
-        U (out, r), S (r,) descending and Vh (r, in), without gradient, on the weight's device; float64, except
-        on devices that have none (mps), where the result of the float64 computation is rounded to float32.
+        U (out, r), S (r,) descending and Vh (r, in), without gradient, on the weight's device; float64, except on
+        devices without float64 (mps), where the result of the float64 computation is rounded to float32.
 
     Raises:
         ValueError: If ``which`` is unknown.
@@ -82,8 +82,10 @@ def singular_slice(
 
 
 def _triplets(weight: Tensor, index: Tensor, which: Slice | float, way: Way) -> SingularSlice:
-    """Compute the triplets at ``index``, which for all slices but ``random`` are consecutive."""
-    W = weight.to(way.device).to(torch.float64)  # in this order: half the bytes to move, and no float64 copy here
+    """Compute the triplets at ``index``; the indices are consecutive unless ``which`` is ``"random"``."""
+    W = weight.to(way.device).to(
+        torch.float64
+    )  # in this order: fewer bytes to move, and no float64 copy on the first device
     energy = torch.linalg.matrix_norm(W).square()
     if not energy.isfinite() and (bad := int(W.numel() - torch.isfinite(W).sum())):
         raise InvalidInputError(f"{bad} of the weight's {W.numel()} entries are NaN or infinite: check the checkpoint")
@@ -95,14 +97,14 @@ def _triplets(weight: Tensor, index: Tensor, which: Slice | float, way: Way) -> 
     U, S, Vh = _full(W, index) if found is None else found
     if tall:
         U, Vh = Vh.mT, U.mT
-    # Contiguous, because callers broadcast and save these, and because a view would keep its larger base alive.
+    # Contiguous copies: callers broadcast and save them, and a view would keep its larger base alive.
     return SingularSlice(*(x.clone(memory_format=torch.contiguous_format) for x in (U, S, Vh)))
 
 
 def _full(W: Tensor, index: Tensor) -> SingularSlice:
-    """Take the triplets at ``index`` out of all of them.
+    """Select the triplets at ``index`` from a full SVD.
 
-    On the CPU: of other devices' methods, one loses digits at this size, and the other takes minutes.
+    On the CPU: of the methods on other devices, one is inaccurate at this size and the other takes minutes.
     """
     U, S, Vh = torch.linalg.svd(W.cpu(), full_matrices=False)
     return SingularSlice(U[:, index], S[index], Vh[index])

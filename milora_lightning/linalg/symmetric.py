@@ -13,18 +13,18 @@ from milora_lightning.utils.errors import InvalidInputError
 
 
 def extreme_eigenpairs(G: Tensor, r: int, end: Literal["largest", "smallest"]) -> tuple[Tensor, Tensor]:
-    """Compute r eigenpairs of a symmetric matrix (k, k), on the device where that takes least time.
+    """Compute r eigenpairs of a symmetric matrix (k, k), on the fastest device.
 
     Args:
-        G: The matrix; it is not modified, and of its two halves the mean counts.
+        G: The matrix; it is not modified, and is symmetrized first.
         r: Number of eigenpairs, from 1 to k.
         end: Which: those of the largest eigenvalues (not of the largest magnitudes), or of the smallest.
 
     Returns:
-        Values (r,), descending, and vectors (k, r), on the matrix's device, in float64 if that has it.
+        Values (r,), descending, and vectors (k, r), on the matrix's device, in float64 if the device supports it.
 
     Raises:
-        ValueError: If r is out of range, or the matrix has entries that are no finite numbers.
+        ValueError: If r is out of range, or the matrix has NaN or infinite entries.
 
     >>> extreme_eigenpairs(torch.diag(torch.tensor([4.0, -1.0, 3.0])), 2, "smallest")[0]
     tensor([ 3., -1.], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Where factors start: directions and singular values, the methods that have names, and a registry for one's own."""
+"""Initial values of the factors: directions and singular values, named methods, and a registry for custom starts."""
 
 from milora_lightning.starts.registry import Start, find_start, register_start
 from milora_lightning.starts.statistics import Statistics

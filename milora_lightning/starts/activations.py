@@ -1,6 +1,6 @@
 """Starts from second moments of a layer's inputs, C = E[x xᵀ]: CorDA, LoRA-Null, EVA, Astra, SC-LoRA.
 
-Those of its outputs W x follow as W C Wᵀ; a bias is left out of them.
+The second moments of its outputs W x, without the bias, follow as W C Wᵀ.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from milora_lightning.starts.statistics import Statistics, wanted
 from milora_lightning.utils.errors import InvalidInputError
 
 DAMPING = 0.01
-"""What CorDA adds to the diagonal of C, over its mean: C of few tokens has no inverse."""
+"""CorDA's damping, relative to the mean diagonal of C: with few tokens C would be singular."""
 
 BALANCE = 0.5
-"""SC-LoRA's weight β of what is to be preserved, against 1 − β for what is to be learned."""
+"""SC-LoRA's weight β for the data to preserve; the data to learn have weight 1 − β."""
 
 
 def corda(
@@ -33,12 +33,13 @@ def corda(
     generator: torch.Generator | None = None,
     which: Literal["minor", "principal"] = "minor",
 ) -> SingularSlice:
-    """Compute CorDA's start (arXiv 2406.05223): of W C = U S Vᵀ, r triplets as B A = U S Vᵀ C⁻¹.
+    """Compute CorDA's start (arXiv 2406.05223): B A = U S Vᵀ C⁻¹, for r triplets of W C.
 
-    The minor ones keep what the data of C need (knowledge-preserved mode), the principal ones are adapted to them
-    (instruction-previewed mode). C is damped by 1 % of its mean diagonal, as in the authors' code. B A does not depend
-    on the scale of C, but how it is shared out between A and B does: C is scaled to a mean diagonal of 1 here, whose
-    order of magnitude is that of the authors', who divide each sample by its maximum and sum over its 2048 tokens.
+    The minor triplets preserve what the data behind C depend on (knowledge-preserved mode); the principal ones adapt to
+    these data (instruction-previewed mode). C is damped by 1 % of its mean diagonal, as in the authors' code. B A does
+    not depend on the scale of C, but the relative size of A and B does. Here C is scaled to a mean diagonal of 1, which
+    is of the same order of magnitude as in the authors' code, where each sample is divided by its maximum and summed
+    over its 2048 tokens.
     """
     C = wanted(statistics, "inputs", weight)
     if not (size := C.diagonal().mean()) > 0:
@@ -57,7 +58,7 @@ def lora_null(
 ) -> SingularSlice:
     """Compute LoRA-Null's start (arXiv 2503.02659): B A = W N Nᵀ, for N the r eigenvectors of C that inputs use least.
 
-    A and B share out the singular values of this product.
+    A and B each take the square root of this product's singular values.
     """
     C = wanted(statistics, "inputs", weight)
     N = extreme_eigenpairs(C, r, "smallest")[1].to(C)  # (in, r)
@@ -69,14 +70,14 @@ def lora_null(
 def eva(weight: Tensor, r: int, statistics: Statistics | None = None, generator: torch.Generator | None = None) -> Pair:
     """Compute EVA's start (arXiv 2410.07170): A the r principal components of the inputs, B zero.
 
-    As in PEFT they are those of the centred inputs, of C − E[x] E[x]ᵀ, if the mean is among the statistics.
+    As in PEFT, the inputs are centred (C − E[x] E[x]ᵀ) if the statistics include their mean.
     """
     vectors = extreme_eigenpairs(covariance(statistics, weight), r, "largest")[1]
     return vectors.mT, torch.zeros(weight.shape[0], r, device=weight.device)
 
 
 def covariance(statistics: Statistics | None, weight: Tensor) -> Tensor:
-    """Compute the covariance of a layer's inputs (in, in), in float64; without a mean, their second moments."""
+    """Compute the covariance of a layer's inputs (in, in), in float64; if the mean is unknown, their second moments."""
     C = wanted(statistics, "inputs", weight)
     if statistics is None or statistics.mean is None:
         return C
@@ -91,10 +92,11 @@ def astra(
     generator: torch.Generator | None = None,
     end: Literal["largest", "smallest"] = "smallest",
 ) -> Pair:
-    """Compute Astra's start (arXiv 2602.19111): B = Q, A = Qᵀ W, for Q the r tail eigenvectors of outputs' W C Wᵀ.
+    """Compute Astra's start (arXiv 2602.19111): B = Q, A = Qᵀ W, for the r tail eigenvectors Q of the outputs' W C Wᵀ.
 
-    The paper describes the tail as directions that are hardly used. The authors' code takes, by default, the last r
-    that ``torch.linalg.eigh`` returns, which belong to the *largest* eigenvalues: that is ``astra_ipm``.
+    The paper describes the tail as directions that are hardly used. By default, the authors' code takes the last r
+    eigenvectors that ``torch.linalg.eigh`` returns, which belong to the *largest* eigenvalues; that is ``astra_ipm``
+    here.
     """
     return _projection(weight, wanted(statistics, "inputs", weight), r, end)
 
@@ -109,7 +111,7 @@ def sc_lora(
     generator: torch.Generator | None = None,
     balance: float = BALANCE,
 ) -> Pair:
-    """Compute SC-LoRA's start (arXiv 2505.23724): B = Q, A = Qᵀ W, for the r first eigenvectors Q of W Δ Wᵀ.
+    """Compute SC-LoRA's start (arXiv 2505.23724): B = Q, A = Qᵀ W, for the first r eigenvectors Q of W Δ Wᵀ.
 
     Δ = (1 − β) C₊ − β C₋ weighs the data to learn against those to preserve.
     """

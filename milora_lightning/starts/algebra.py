@@ -1,8 +1,8 @@
 """Starts as directions times singular values: "gaussian x minor" has random directions with MiLoRA's magnitude.
 
-Directions are singular vectors of the weight, or random orthonormal ones. Singular values are the directions' own,
-those of the weight's minor or principal slice, or one; a factor may scale them. MiLoRA is minor x own, PiSSA
-principal x own.
+Directions are singular vectors of the weight, or random orthonormal ones. Their singular values are the ones that
+belong to these directions ("own"), those of the weight's minor or principal slice, or all one; a factor may scale them.
+MiLoRA is minor x own, PiSSA is principal x own.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Part:
 
     Attributes:
         directions: A slice of the weight, by name or position, or ``"gaussian"``.
-        values: Whose singular values they get.
-        factor: What these are multiplied by.
+        values: Which singular values they are multiplied by; see the module's docstring.
+        factor: Factor that scales the singular values.
     """
 
     directions: Slice | float | Literal["gaussian"]
@@ -45,7 +45,7 @@ class Part:
 
     @property
     def name(self) -> str:
-        """The name, the same for everything that computes the same.
+        """The canonical name, the same for all spellings that compute the same.
 
         >>> [parse(x).name for x in ("minor", "minor x minor", "slice 0.0", "slice .25 x unit x 2")]
         ['milora', 'milora', 'pissa', 'slice 0.25 x unit x 2']
@@ -59,13 +59,13 @@ class Part:
 
     @property
     def random(self) -> bool:
-        """Whether the directions are drawn."""
+        """Whether the directions are drawn at random."""
         return self.directions in ("random", "gaussian")
 
     def triplets(
         self, weight: Tensor, r: int, statistics: Any = None, generator: torch.Generator | None = None
     ) -> SingularSlice:
-        """Compute the start as r triplets of a weight (out, in); singular values below rounding are exactly zero.
+        """Compute the start as r triplets of a weight (out, in); singular values below rounding errors become zero.
 
         Args:
             weight: Weight (out, in).
@@ -88,10 +88,10 @@ class Part:
 
 
 def parse(text: str) -> Part | None:
-    """Read directions times singular values times a factor; None if a text is nothing of the kind.
+    """Parse directions times singular values times a factor; return None if the text is not of this form.
 
     Raises:
-        ValueError: If it is, and one of its parts is wrong.
+        ValueError: If it is of this form but one of its parts is invalid.
 
     >>> parse("gaussian x minor"), parse("nothing")
     (Part(directions='gaussian', values='minor', factor=1.0), None)
@@ -137,7 +137,7 @@ def _directions(text: str) -> Slice | float | Literal["gaussian"] | None:
 
 
 def significant(weight: Tensor, triplets: SingularSlice) -> SingularSlice:
-    """Replace singular values that are zero but for rounding by zeros."""
+    """Set singular values that are zero up to rounding to exactly zero."""
     S = triplets.S
     norm = torch.linalg.matrix_norm(weight.detach().to(S.dtype))
     vanishing = torch.finfo(S.dtype).eps * max(weight.shape) * norm >= S
@@ -145,14 +145,14 @@ def significant(weight: Tensor, triplets: SingularSlice) -> SingularSlice:
 
 
 def orthonormal(n: int, r: int, generator: torch.Generator | None = None) -> Tensor:
-    """Draw r orthonormal columns (n, r), every direction alike, in float64 on the CPU.
+    """Draw r orthonormal columns (n, r) with uniformly distributed directions, in float64 on the CPU.
 
     >>> Q = orthonormal(5, 3)
     >>> torch.allclose(Q.T @ Q, torch.eye(3, dtype=Q.dtype))
     True
     """
     Q, R = torch.linalg.qr(torch.randn(n, r, generator=generator, dtype=torch.float64, device="cpu"))
-    columns: Tensor = Q * R.diagonal().sign()  # the factorization alone would prefer some signs
+    columns: Tensor = Q * R.diagonal().sign()  # QR alone would prefer some signs
     return columns
 
 

@@ -1,4 +1,4 @@
-"""Computing a start for one weight, and checking what a registered function gives."""
+"""Computing a start for one weight, and checking the results of registered functions."""
 
 from __future__ import annotations
 
@@ -20,38 +20,40 @@ def evaluate(
     generator: torch.Generator | None = None,
     statistics: Statistics | None = None,
 ) -> SingularSlice | Pair:
-    """Compute what a start gives for a weight, in float32 on the weight's device, whatever the layer's scale.
+    """Compute a start for a weight, in float32 on the weight's device, independently of the layer's scale.
 
     Args:
         start: The start.
         weight: Weight of shape (out, in).
         r: Rank of the factors.
         generator: CPU generator for the random choices.
-        statistics: What data tells about the layer, for starts that depend on it.
+        statistics: The layer's statistics, for starts that depend on data.
 
     Returns:
-        A₀ (r, in) and B₀ (out, r), or the triplets whose part of the weight s B₀A₀ is.
+        A₀ (r, in) and B₀ (out, r), or triplets, whose part of the weight becomes s B₀A₀.
 
     Raises:
-        ValueError: If the weight is not a finite matrix, r is out of range, or what a registered function gives is of
-            other shapes, not finite, or not what it was registered as.
+        ValueError: If the weight is not a finite matrix, r is out of range, or a registered function returns other
+            shapes, values that are not finite, or something else than it was registered for.
     """
     W = weight.detach()
-    if start.own:  # a copy, as the weight itself must never be written
+    if start.registered:  # a copy, as the weight itself must never be written
         W = W.to(torch.promote_types(W.dtype, torch.float32), copy=True)
     found = start.compute(W, r, statistics, generator)
-    if start.own and not (isinstance(found, tuple) and len(found) in (2, 3) and all(map(torch.is_tensor, found))):
+    if start.registered and not (
+        isinstance(found, tuple) and len(found) in (2, 3) and all(map(torch.is_tensor, found))
+    ):
         raise InvalidInputError(
             f"the start {start.name!r} gives {type(found).__name__}, and not A₀ and B₀, or U, S and Vᵀ, as a tuple"
         )
     parts = [x.detach().to(weight.device, torch.float32).contiguous() for x in found]
-    if start.own:
+    if start.registered:
         _check(start, parts, weight.shape, r)
     return SingularSlice(*parts) if len(parts) == 3 else (parts[0], parts[1])
 
 
 def _check(start: Start, parts: list[Tensor], shape: torch.Size, r: int) -> None:
-    """Refuse what a registered function gives if an adapter cannot start from it."""
+    """Refuse results of a registered function that an adapter cannot start from."""
     wanted = part_shapes(len(parts), shape, r)
     shapes = [tuple(x.shape) for x in parts]
     if shapes != wanted:
@@ -70,6 +72,6 @@ def _check(start: Start, parts: list[Tensor], shape: torch.Size, r: int) -> None
 
 
 def part_shapes(number: int, shape: torch.Size, r: int) -> list[tuple[int, ...]]:
-    """Return the shapes of A₀ and B₀, or, if a start gives 3 tensors, of U, S and Vᵀ."""
+    """Return the shapes of A₀ and B₀, or, if a start returns three tensors, of U, S and Vᵀ."""
     out_features, in_features = shape
     return [(out_features, r), (r,), (r, in_features)] if number == 3 else [(r, in_features), (out_features, r)]

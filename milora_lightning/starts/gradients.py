@@ -11,7 +11,7 @@ from milora_lightning.starts.statistics import Statistics, wanted
 from milora_lightning.utils.errors import InvalidInputError
 
 STABLE_GAMMA = 16
-"""LoRA-GA's γ, in its paper and in PEFT."""
+"""LoRA-GA's γ, as in its paper and in PEFT."""
 
 ONE_GAMMA = 128
 """LoRA-One's γ, as in its authors' experiments on language models."""
@@ -20,10 +20,10 @@ ONE_GAMMA = 128
 def lora_ga(
     weight: Tensor, r: int, statistics: Statistics | None = None, generator: torch.Generator | None = None
 ) -> Pair:
-    """Compute LoRA-GA's start (arXiv 2407.05000), with which the first step is closest to full fine-tuning's.
+    """Compute LoRA-GA's start (arXiv 2407.05000), whose first step is as close as possible to full fine-tuning's.
 
-    Of the gradient's singular vectors, the first r right ones in A, and the next r left ones in B; both times
-    out^(1/4) / √γ, γ = 16. (PEFT multiplies B by the gradient's singular values, too, and scales B alone.)
+    A holds the first r right singular vectors of the gradient, B the next r left ones; both are scaled by out^(1/4) /
+    √γ, with γ = 16. (PEFT also multiplies B by the gradient's singular values, and scales B only.)
     """
     if 2 * r > min(weight.shape):
         raise InvalidInputError(
@@ -40,8 +40,8 @@ def lora_one(
 ) -> Pair:
     """Compute LoRA-One's start (arXiv 2502.01235): B A is the first r triplets of −G / (σ₁ γ), γ = 128.
 
-    In the paper the model starts there, a step away from the pretrained one. Here it starts at the pretrained model, as
-    with all starts, as B₀A₀ is subtracted.
+    In the paper, the model starts one step away from the pretrained one. Here, as with all starts, B₀A₀ is subtracted,
+    so that it starts at the pretrained model.
     """
     U, S, Vh = _triplets(weight, r, statistics)
     root = (S / S[0] / ONE_GAMMA).sqrt()

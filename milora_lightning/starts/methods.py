@@ -1,4 +1,4 @@
-"""Starts with names of their own that no slice of the spectrum gives: LoRA, MiCA, OLoRA and orthogonal factors."""
+"""Named starts that are not slices of the spectrum: LoRA, MiCA, OLoRA and orthogonal factors."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def lora(weight: Tensor, r: int, statistics: Any = None, generator: torch.Genera
 
 
 def mica(weight: Tensor, r: int, statistics: Any = None, generator: torch.Generator | None = None) -> Pair:
-    """Compute MiCA's start (arXiv 2604.01694): B the minor left singular vectors, which stay; A zero, which trains."""
+    """Compute MiCA's start (arXiv 2604.01694): B frozen at the minor left singular vectors, A trained from zero."""
     U = singular_slice(weight, r, "minor").U
     return torch.zeros(r, weight.shape[1], device=weight.device), U
 
 
 def olora(weight: Tensor, r: int, statistics: Any = None, generator: torch.Generator | None = None) -> Pair:
-    """Compute OLoRA's start (arXiv 2406.01775): of W = Q R, the first r columns of Q in B and rows of R in A.
+    """Compute OLoRA's start (arXiv 2406.01775): with W = Q R, the first r columns of Q in B and rows of R in A.
 
-    The first r columns of Q depend on those of W alone, and the rows of R are Qᵀ W, so that the rest is not computed.
+    The first r columns of Q depend only on the first r of W, and the rows of R are Qᵀ W, so the rest is not computed.
     """
     W = in_double(weight.detach())
     if not W.isfinite().all():
@@ -40,12 +40,12 @@ def olora(weight: Tensor, r: int, statistics: Any = None, generator: torch.Gener
     Q, _ = torch.linalg.qr(W[:, :r])
     R = Q.mT @ W
     below = torch.ones(r, r, dtype=torch.bool, device=R.device).tril(-1)
-    R[:, :r].masked_fill_(below, 0.0)  # zeros of the factorization, which the product rounds
+    R[:, :r].masked_fill_(below, 0.0)  # exact zeros of the factorization, which the product has only up to rounding
     return R.float().to(weight.device), Q.float().to(weight.device)
 
 
 def orthogonal(weight: Tensor, r: int, statistics: Any = None, generator: torch.Generator | None = None) -> Pair:
-    """Compute PEFT's orthogonal start: random A and B, whose rows and columns of rank r/2 are orthogonal: B A = 0."""
+    """Compute PEFT's orthogonal start: random A and B from orthogonal subspaces of r/2 dimensions, so that B A = 0."""
     if r % 2:
         raise InvalidInputError(f"the orthogonal start halves the rank, and r={r} is odd: take an even r")
 

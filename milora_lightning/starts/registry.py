@@ -1,7 +1,7 @@
-"""The registry of starts: a name, the function that computes A₀ and B₀ from a weight, and what that implies.
+"""The registry of starts: each has a name, a function that computes A₀ and B₀ from a weight, and declared properties.
 
-Whether a factor stays frozen, and whether B₀A₀ is zero, decides which parameters an adapter has. This is needed before
-there are weights, on the meta device and when a checkpoint is read, so that it is said with the name and not computed.
+Whether a factor stays frozen, and whether B₀A₀ is zero, decides which parameters an adapter has. This must be known
+before there are weights (on the meta device, when a checkpoint is read), so it is declared with the name, not computed.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ Factor = Literal["lora_A", "lora_B"]
 StartFunction = Callable[
     [Tensor, int, Statistics | None, torch.Generator | None], SingularSlice | tuple[Tensor, Tensor]
 ]
-"""Computes the start of a layer from its weight (out, in), its rank, statistics of data, and a CPU generator: either
-A₀ (r, in) and B₀ (out, r) as they stand in the layer, or triplets, whose part of the weight s B₀A₀ then is."""
+"""Computes the start of a layer from its weight (out, in), its rank, its statistics, and a CPU generator: either
+A₀ (r, in) and B₀ (out, r) as the layer stores them, or triplets, whose part of the weight becomes s B₀A₀."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """A start by its name.
+    """A start and its declared properties.
 
     Attributes:
-        name: The name, in the one way in which configurations and checkpoints write it.
+        name: The canonical name, as configurations and checkpoints write it.
         compute: The function; see :data:`StartFunction`.
         frozen: The factor that keeps its initial value, ``"lora_A"`` or ``"lora_B"``; None if both train.
-        zero_product: Whether B₀A₀ is zero because one of them is, as in LoRA. Then no copies of them are needed.
-        any_rank: Whether ranks above the shorter side of the weight are possible.
-        random: Whether it draws on the generator.
-        needs: What it takes of :class:`Statistics`.
-        keeps: Whether its ``inputs`` may be those on data of what is to be preserved, in place of what is learned.
-        vectors: How many singular vectors it takes for each rank.
-        key: What the cache tells starts apart by; None if results are not kept.
-        own: Whether a user has registered it.
+        zero_product: Whether A₀ or B₀ is zero, as in LoRA. Then no copies of them are needed.
+        any_rank: Whether the rank may exceed the shorter side of the weight.
+        random: Whether it uses the generator.
+        needs: The entries of :class:`Statistics` that it uses.
+        keeps: Whether its ``inputs`` may come from data to be preserved instead of the training data.
+        vectors: How many singular vectors it uses per rank.
+        key: Identifies the start in the cache; None if results are not cached.
+        registered: Whether a user has registered it.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Start:
     keeps: bool = False
     vectors: int = 1
     key: str | None = None
-    own: bool = False
+    registered: bool = False
 
 
 _METHODS = (
@@ -84,7 +84,8 @@ def find_start(name: str) -> Start:
     """Return the start that a configuration names.
 
     Args:
-        name: A method (``"milora"``), directions and singular values (``"gaussian x minor"``), or a registered name.
+        name: A method such as ``"milora"``, directions and singular values such as ``"gaussian x minor"``, or a
+            registered name.
 
     Raises:
         ValueError: If there is no such start.
@@ -109,7 +110,7 @@ def find_start(name: str) -> Start:
 
 
 def _sc_lora(name: str) -> Start:
-    """Read the balance behind SC-LoRA's name."""
+    """Parse the balance β after SC-LoRA's name."""
     try:
         balance = float(name.removeprefix("sc_lora "))
     except ValueError:
@@ -134,33 +135,33 @@ def register_start(
     version: str | int | None = None,
     needs: Sequence[Need] = (),
 ) -> Callable[[StartFunction], StartFunction]:
-    """Give a function that computes A₀ and B₀ a name that ``init`` takes, on the command line as well.
+    """Register a function that computes A₀ and B₀ under a name for ``init``, also on the command line.
 
-    The function is called for one layer at a time (of a convolution in groups, for one group) as
-    ``function(weight, r, statistics, generator)``, on one rank, without gradients, and possibly in a thread beside
-    other layers. ``weight`` is a copy (out, in) in float32 at least.
-    Random numbers have to come from ``generator``, a CPU generator that depends on the seed and the layer's name.
-    ``statistics`` is what :func:`milora_lightning.initialize` was given for the layer, or None.
+    The function is called as ``function(weight, r, statistics, generator)`` for one layer at a time (for one group of a
+    grouped convolution), on one rank, without gradients, and possibly in several threads for different layers.
+    ``weight`` is a copy of shape (out, in), in float32 or float64. Random numbers must come from ``generator``, a CPU
+    generator that depends on the seed and the layer's name. ``statistics`` are those that
+    :func:`milora_lightning.initialize` was given for the layer, or None.
 
-    It returns A₀ (r, in) and B₀ (out, r), or a :class:`milora_lightning.linalg.SingularSlice`, which becomes
-    A₀ = √(S/s) Vᵀ and B₀ = U √(S/s) with the layer's scale s. Whatever they are, the layer computes
-    W x + s (B A − B₀A₀) x and starts at the pretrained model.
+    It returns A₀ (r, in) and B₀ (out, r), or a :class:`milora_lightning.linalg.SingularSlice`, which becomes A₀ =
+    √(S/s) Vᵀ and B₀ = U √(S/s) with the layer's scale s. In either case the layer computes W x + s (B A − B₀A₀) x and
+    starts at the pretrained model.
 
     Args:
         name: A word of letters, digits, ``_``, ``-`` and dots.
-        frozen: A factor that is to keep its initial value: ``"lora_A"`` or ``"lora_B"``.
-        zero_product: Whether A₀ or B₀ is zero. Then no copies of them are held, and exports have rank r.
+        frozen: A factor that keeps its initial value: ``"lora_A"`` or ``"lora_B"``.
+        zero_product: Whether A₀ or B₀ is zero. Then no copies of them are stored, and exports have rank r.
         any_rank: Whether r may exceed the shorter side of a weight.
-        version: Keeps results in the cache of decompositions under this version. Change it whenever the function
-            gives something else. By default nothing is kept.
-        needs: What it takes of ``statistics``: ``["inputs"]``, ``["gradient"]`` or ``["inputs", "preserved"]``. In fit,
-            :class:`milora_lightning.MiLoRAInit` collects it first.
+        version: Version under which results are kept in the cache of decompositions. Change it whenever the function's
+            results change. By default nothing is cached.
+        needs: The ``statistics`` that it uses: ``["inputs"]``, ``["gradient"]`` or ``["inputs", "preserved"]``. In
+            ``fit``, :class:`milora_lightning.MiLoRAInit` collects them first.
 
     Returns:
         A decorator, which returns the function unchanged.
 
     Raises:
-        ValueError: If the name is taken, or no such word.
+        ValueError: If the name is taken or not such a word.
 
     >>> @register_start("zeros_in_A", zero_product=True)
     ... def zeros_in_A(weight, r, statistics, generator):
@@ -171,7 +172,7 @@ def register_start(
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
         raise InvalidInputError(f"A start cannot be named {name!r}: take a word, as in @register_start('my_start').")
     present = _REGISTERED.get(name)
-    if name == "full" or algebra.parse(name) is not None or (present is not None and not present.own):
+    if name == "full" or algebra.parse(name) is not None or (present is not None and not present.registered):
         raise InvalidInputError(f"There is a start {name!r} already: give yours another name.")
     if frozen not in (None, "lora_A", "lora_B"):
         raise InvalidInputError(f"frozen must be 'lora_A', 'lora_B' or None, not {frozen!r}.")
@@ -180,11 +181,13 @@ def register_start(
 
     def register(function: StartFunction) -> StartFunction:
         other = None if present is None else present.compute
-        if other is not None and _origin(other) != _origin(function):  # the same, when a cell or module runs again
+        if other is not None and _origin(other) != _origin(
+            function
+        ):  # the same origin when a notebook cell or module runs again
             raise InvalidInputError(f"{_origin(other)} is registered as {name!r} already: give yours another name.")
         key = None if version is None else f"{_origin(function)} {name} {version}"
         options = frozen, zero_product, any_rank, True, tuple(needs)
-        _REGISTERED[name] = Start(name, function, *options, key=key, own=True)
+        _REGISTERED[name] = Start(name, function, *options, key=key, registered=True)
         return function
 
     return register

@@ -1,4 +1,4 @@
-"""What data tell about a layer, for starts that depend on them."""
+"""Statistics of a layer's inputs and gradients, for starts that depend on data."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from milora_lightning.linalg.products import in_double
 from milora_lightning.utils.errors import InvalidInputError
 
 Need = Literal["inputs", "preserved", "gradient"]
-"""What a start may ask for: names of the entries of :class:`Statistics`."""
+"""Names of the entries of :class:`Statistics` that a start may need."""
 
 
 class Statistics(NamedTuple):
-    """What data tell about a layer, for starts that depend on them.
+    """Statistics of one layer, computed from data.
 
     Attributes:
         inputs: Second moments of the layer's inputs, E[x xᵀ], of shape (in, in); or None.
         gradient: Gradient of the loss with respect to the weight, of shape (out, in); or None.
-        mean: Mean of the inputs, E[x], of shape (in,), beside ``inputs``; or None.
-        preserved: E[x xᵀ] on data of what is to be preserved, of shape (in, in), for starts that weigh the two against
-            each other; or None.
+        mean: Mean of the inputs, E[x], of shape (in,), if ``inputs`` are given; or None.
+        preserved: E[x xᵀ] on data whose behavior is to be preserved, of shape (in, in), for starts that weigh them
+            against the training data; or None.
     """
 
     inputs: Tensor | None = None
@@ -32,10 +32,10 @@ class Statistics(NamedTuple):
 
 
 def wanted(statistics: Statistics | None, name: Need, weight: Tensor) -> Tensor:
-    """Return an entry of a layer's statistics in float64, on the weight's device, or on the CPU if that has none.
+    """Return an entry of a layer's statistics in float64, on the weight's device, or on the CPU if that has no float64.
 
     Raises:
-        ValueError: If it is not there, of another shape, or no finite numbers.
+        ValueError: If it is missing, has the wrong shape, or has NaN or infinite entries.
     """
     tensor: Tensor | None = None if statistics is None else getattr(statistics, name)
     if tensor is None:

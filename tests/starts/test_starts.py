@@ -362,7 +362,7 @@ def test_a_resumed_run_goes_on_and_what_is_frozen_travels_along(init: str, own: 
     half = fitted(tmp_path, init, 2)
     start = initial_factors(whole.layer.base_layer.weight, R, 1.5, init, torch.Generator().manual_seed(0))
     registry._REGISTERED["columns"] = find_start("columns").__class__(  # a second SVD, or call, would show
-        "columns", lambda *_: (torch.zeros(R, 16), torch.zeros(24, R)), frozen="lora_B", own=True
+        "columns", lambda *_: (torch.zeros(R, 16), torch.zeros(24, R)), frozen="lora_B", registered=True
     )
     resumed = fitted(tmp_path, init, 4, tmp_path / "2.ckpt")
     state = whole.layer.state_dict()
