@@ -1,4 +1,4 @@
-"""What a decoder layer with adapters saves for backward, by formula: its activations and stacked factors."""
+"""Formulas for what a decoder layer with adapters saves for backward: activations and stacked factors."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.adapters.linear_layers import linear_shape, matrices_in
 
 INTERMEDIATE = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff")
-"""What architectures call the intermediate features of their MLP."""
+"""Names of the MLP's intermediate size in different architectures."""
 
 
 def active_intermediate(size: Any) -> int:
-    """Return the intermediate features that a token passes through, in all experts that it is routed to."""
+    """Return the number of intermediate features that a token passes through, over all experts that it is routed to."""
     experts = int(getattr(size, "num_experts_per_tok", None) or 1)
     per_expert = getattr(size, "moe_intermediate_size", None) if experts > 1 else None
     return experts * int(per_expert or _intermediate(size))
 
 
 def _intermediate(size: Any) -> int:
-    """Return the intermediate features of the MLP, under the name that the architecture has for them.
+    """Return the number of intermediate features of the MLP, whatever its name in the architecture.
 
-    Where a configuration names none (GPT-2's, BLOOM's), they are four times the hidden ones.
+    If a configuration does not specify it (GPT-2, BLOOM), it is four times the hidden size.
     """
     named = [getattr(size, name, None) for name in INTERMEDIATE]
     found = [max(value) if isinstance(value, (list, tuple)) else value for value in named if value]
@@ -40,10 +40,10 @@ def saved_by_layer(
     Args:
         layer: The layer, with its adapters.
         config: The model's configuration.
-        width: Bytes of a number in the dtype that the model computes in.
+        width: Bytes per number in the dtype that the model computes in.
         length: Length of the sequences in tokens.
-        masks: Whether dropout masks are kept.
-        attention: Name of the implementation of attention.
+        masks: Whether dropout masks are stored.
+        attention: Name of the attention implementation.
     """
     size = config.get_text_config()
     heads = size.num_attention_heads
@@ -51,7 +51,7 @@ def saved_by_layer(
     head_dim = getattr(size, "head_dim", None) or size.hidden_size // heads
     saved = 0
     for name, module in layer.named_modules():
-        # Norms compute in float32 and save their input so; norms of queries and keys have an input for each head.
+        # Norms compute in float32 and save their input in it; norms of queries and keys have an input for each head.
         if "Norm" in type(module).__name__:
             times = {"q_norm": heads, "k_norm": groups}.get(name.rpartition(".")[2], 1)
             scales = getattr(module, "weight", None)
@@ -65,7 +65,7 @@ def saved_by_layer(
     else:
         saved += 2 * (heads + groups) * head_dim * width + 4 * heads
     saved += 3 * active_intermediate(size) * width  # gated MLP: both products and the activation
-    # The output of attention, and the gated MLP's product, which is formed again from its factors.
+    # The output of attention, and the gated MLP's product, which is recomputed from its factors.
     already_saved = ("down_proj",) if attention in ("eager", "causal_blocks") else ("o_proj", "down_proj")
     routed = int(getattr(size, "num_experts_per_tok", None) or 1)
     adapters = sum(_saved_by_adapters(layer, width, masks, already_saved, routed))
@@ -73,14 +73,14 @@ def saved_by_layer(
 
 
 def _saved_by_trained(layer: nn.Module, width: int, already_saved: tuple[str, ...]) -> Iterable[int]:
-    """Yield the bytes per token of inputs that layers save which train whole, once where several share one."""
+    """Yield the bytes per token of inputs saved by fully trained layers; an input shared by several counts once."""
     inputs: set[tuple[str, int]] = set()
     for name, module in layer.named_modules():
         parent, _, last = name.rpartition(".")
         weight = getattr(module, "weight", None)
         if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
             continue
-        if "Norm" in type(module).__name__:  # the normalized input, which the scale is multiplied with
+        if "Norm" in type(module).__name__:  # the normalized input, which is multiplied by the scale
             yield width * weight.numel()
         elif isinstance(module, nn.Linear) and last == "o_proj":
             yield 0 if last in already_saved else width * module.in_features
@@ -94,7 +94,7 @@ def _saved_by_adapters(
 ) -> Iterable[int]:
     """Yield the bytes per token that adapters save: the input (once if several share it), projection and mask.
 
-    Of a token, as many experts as it is routed to save this.
+    For each token, all experts that it is routed to save this.
     """
     inputs: set[tuple[str, int]] = set()
     for name, module in lora_layers(layer).items():

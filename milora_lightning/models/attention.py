@@ -1,4 +1,4 @@
-"""Block-wise causal attention for training on CPUs, where torch's own kernels are slow at fine-tuning lengths."""
+"""Block-wise causal attention for training on CPUs, where torch's kernels are slow at fine-tuning lengths."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME = "causal_blocks"
 """Value of ``attn_implementation`` that selects it."""
 
 UNSUPPORTED = {"softcap": "cap attention scores", "s_aux": "add attention sinks", "sinks": "add attention sinks"}
-"""Options of transformers that change the attention weights, and what each of them does."""
+"""Options of transformers that change the attention weights, with a description of each."""
 
 BLOCK = 64  # positions per block; all queries of a block use the keys up to the end of the block
 

@@ -1,4 +1,4 @@
-"""Recomputing activations in backward instead of keeping them: of all decoder layers, of some, or but for attention."""
+"""Recomputing activations in backward instead of keeping them: of all decoder layers, some, or all but attention."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from transformers import PreTrainedModel
 from milora_lightning.models.recompute import kept_layers, recompute_layers
 
 Recomputation = Literal["full", "selective"] | int
-"""``"full"`` for every decoder layer, n for every n-th, ``"selective"`` for all of every layer but its attention."""
+"""``"full"`` for every decoder layer, n for every n-th, ``"selective"`` for every layer without its attention."""
 
 
 def checkpoint_layers(model: PreTrainedModel, how: Recomputation = "full") -> None:
-    """Have decoder layers recompute their activations in backward.
+    """Make decoder layers recompute their activations in backward.
 
     Args:
         model: Any causal language model of transformers; modified in place.
-        how: Which layers, and whether attention is recomputed. torch's fused attention is what long sequences cost
-            most; other attentions are recomputed in any case.
+        how: Which layers, and whether attention is recomputed, too. With ``"selective"``, only torch's fused attention
+            is kept, which takes the most time with long sequences; other implementations are recomputed in any case.
 
     Raises:
-        ValueError: If the model cannot recompute, or not some of its layers.
+        ValueError: If the model does not support recomputation, or only of all layers together.
     """
     if how == "selective":
         contexts = partial(create_selective_checkpoint_contexts, _keep_attention)

@@ -1,4 +1,4 @@
-"""Answers chosen from given ones by their likelihood."""
+"""Choosing answers from given choices by their likelihood."""
 
 from __future__ import annotations
 

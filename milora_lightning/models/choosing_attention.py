@@ -1,4 +1,4 @@
-"""Which implementation of attention ``attn_implementation: auto`` means."""
+"""The attention implementation that ``attn_implementation: auto`` selects."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from milora_lightning.models.attention import NAME as CAUSAL_BLOCKS
 from milora_lightning.utils.compat.transformers import takes_flash_attention, takes_sdpa
 
 AUTO = "auto"
-FLASH_HEAD_DIM = 256  # the largest that flash attention has kernels for
+FLASH_HEAD_DIM = 256  # the largest that flash attention supports
 
 
 class Choice(NamedTuple):
-    """What was chosen (None for transformers' own choice), and why."""
+    """The chosen implementation (None for transformers' default), and the reason."""
 
     name: str | None
     reason: str
@@ -28,7 +28,7 @@ class Choice(NamedTuple):
 
 
 def choose_attention(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Choice:
-    """Choose an implementation that computes what transformers' own choice does, to rounding, and is faster.
+    """Choose an implementation that computes the same as transformers' default, up to rounding, and is faster.
 
     Args:
         config: The model's configuration.
@@ -52,7 +52,7 @@ def choose_attention(config: PretrainedConfig, dtype: torch.dtype, device: torch
 def _missing_for_flash(
     kind: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> str | None:
-    """Say why flash attention cannot be used; None if it can."""
+    """Return the reason why flash attention cannot be used; None if it can."""
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_attention_heads", None)
     head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else None)

@@ -1,4 +1,4 @@
-"""torch.compile for decoder layers, in training only."""
+"""Applying torch.compile to decoder layers, in training only."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from milora_lightning.models.pretrained import decoder_layers
 from milora_lightning.utils.derived_class import Derived, derive
 
 CODE = "_compiled_forward"
-"""Attribute of a layer with its compiled forward, which a copy of the layer has to make for itself."""
+"""Attribute of a layer with its compiled forward; a copy of the layer must compile its own."""
 
 
 def compile_layers(model: PreTrainedModel, device: torch.device | None = None) -> None:
     """Compile the forward of each decoder layer, used whenever gradients are computed.
 
-    The layers share their code, so a few compiled variants serve all of them at every length. Evaluation, and
-    generation above all, has too many shapes to be worth compiling for, and runs uncompiled. Hooks stay outside of
-    what is compiled, so layers may be sharded afterwards (FSDP2).
+    The layers share their code, so a few compiled variants serve all of them at every length. Evaluation runs
+    uncompiled, as it has too many shapes to be worth compiling, especially in generation. Hooks stay outside of the
+    compiled code, so layers may be sharded afterwards (FSDP2).
 
     Args:
         model: Any causal language model of transformers; modified in place.
-        device: The device that it will train on. On CPUs, dropout draws what it draws without compilation; on others
-            it becomes part of the compiled code, which is faster and draws other masks.
+        device: The device that it will train on. On CPUs, dropout draws the same masks as without compilation; on other
+            devices it becomes part of the compiled code, which is faster and draws different masks.
     """
     on_cpu = device is None or device.type == "cpu"
     for layer in decoder_layers(model, "cannot be compiled: leave compile out"):

@@ -1,4 +1,4 @@
-"""Checks on what a user names as a model, and clear errors for files that cannot be loaded."""
+"""Checks of the model that a user names, and clear errors for files that cannot be loaded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EMBEDDED = "embedded"
 
 
 class ModelNotFoundError(MissingFileError):
-    """There is no model of that name, locally or on the Hub."""
+    """There is no model with this name, locally or on the Hub."""
 
 
 class UnusableModelError(InvalidInputError):
@@ -72,7 +72,7 @@ def check_model_folder(location: str) -> None:
 
 
 def takes_images(config: PretrainedConfig) -> bool:
-    """Tell whether a configuration is that of a language model with a part that sees, such as LLaVA.
+    """Return whether a configuration belongs to a vision-language model, such as LLaVA.
 
     >>> from transformers import LlamaConfig, LlavaConfig
     >>> takes_images(LlavaConfig()), takes_images(LlamaConfig())
@@ -86,7 +86,7 @@ def check_model_type(name_or_path: str, config: PretrainedConfig) -> None:
     """Refuse models that do not predict each token from the tokens before it.
 
     Args:
-        name_or_path: What the user has named.
+        name_or_path: Name or path given by the user.
         config: The model's configuration.
 
     Raises:
@@ -110,7 +110,7 @@ def check_model_type(name_or_path: str, config: PretrainedConfig) -> None:
 
 
 def check_complete(name_or_path: str, model: nn.Module, loading: Mapping[str, Any]) -> None:
-    """Refuse a model with weights that its files lack, which are therefore random.
+    """Refuse a model whose files lack some weights, which would be random.
 
     Args:
         name_or_path: What the user has named.
@@ -169,7 +169,7 @@ def clear_errors(name_or_path: str, location: str, what: str = "model") -> Itera
         yield
     except (ModelNotFoundError, UnusableModelError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # each file format raises errors of its own
+    except Exception as error:  # each file format raises different errors
         if Path(location).exists():
             if what == "model" or not any(Path(location).glob("tokenizer*")):
                 check_model_folder(location)
@@ -207,7 +207,7 @@ def _reason(error: Exception, location: str, what: str) -> str:
 
 
 def _damaged(folder: Path) -> str | None:
-    """Name the first weight file of a folder that cannot be opened."""
+    """Return the name of the first weight file in a folder that cannot be opened; None if all can."""
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt"):

@@ -29,7 +29,7 @@ def generate_greedily(
     cache: Cache | None = None,
     **inputs: Tensor,
 ) -> Tensor:
-    """Continue prompts with transformers' own ``generate``.
+    """Continue prompts with transformers' ``generate``.
 
     Args:
         model: Any causal language model of transformers, in eval mode.
@@ -38,12 +38,12 @@ def generate_greedily(
         config: Generation config.
         streamer: Receives each token as it is generated; for a single prompt only.
         cache: Keys and values of the tokens already read; those of the new tokens are added to it.
-        inputs: What else the model takes, such as ``pixel_values``.
+        inputs: Further inputs of the model, such as ``pixel_values``.
 
     Returns:
         The new tokens (batch, new tokens).
     """
-    # Ranks that share a sharded model (FSDP2 or FSDP1) keep generating until the last of them is done.
+    # Ranks that share a sharded model (FSDP2 or FSDP1) keep generating until the last one is done.
     sharded = is_sharded(model) or is_fsdp_managed_module(model)
     prompts: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
     if cache is not None:
@@ -57,7 +57,7 @@ INHERITED_OPTIONS = (
     *("bos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
     *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias", "cache_implementation"),
 )
-"""Entries taken from a model's own generation config: special tokens and the cache, but no sampling or lengths."""
+"""Entries taken from a model's generation config: special tokens and the cache, but no sampling or lengths."""
 
 
 def greedy_config(
@@ -67,14 +67,14 @@ def greedy_config(
     end_of_turn: str | None = None,
     num_beams: int = 1,
 ) -> GenerationConfig:
-    """Make a config for greedy decoding: always the most likely token that the model's own config allows.
+    """Create a config for greedy decoding: always the most likely token, among those that the model's config allows.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
         max_new_tokens: Length limit of answers.
         end_of_turn: A further token that ends an answer, in addition to those of :func:`stop_ids`.
-        num_beams: How many beginnings of an answer are kept, the likeliest ones; 1 for greedy decoding.
+        num_beams: Number of beams in beam search; 1 for greedy decoding.
     """
     inherited = {name: getattr(model.generation_config, name, None) for name in INHERITED_OPTIONS}
     options = {name: value for name, value in inherited.items() if value is not None}
@@ -89,7 +89,7 @@ def greedy_config(
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """How to choose the next token.
 
     Args:
         temperature: Divisor of the logits before sampling; 0 takes the most likely token.
@@ -149,7 +149,7 @@ def cut_at_stop(tokens: Tensor, stop: list[int]) -> list[list[int]]:
 
 @contextmanager
 def use_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Replace a model's own config, from which ``generate`` would fill in sampling options and lengths."""
+    """Replace a model's config within this context: ``generate`` would take sampling options and lengths from it."""
     original = model.generation_config
     model.generation_config = config
     try:

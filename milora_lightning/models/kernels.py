@@ -13,10 +13,10 @@ from milora_lightning.utils.errors import InvalidInputError, MissingPackageError
 
 
 def apply_liger(model: PreTrainedModel, device: torch.device) -> None:
-    """Have a model compute its norms, rotary embeddings and gated activations with Liger's kernels.
+    """Make a model compute its norms, rotary embeddings and gated activations with Liger's kernels.
 
-    Its cross-entropies stay as they are: here they are computed for the supervised tokens only, and never all logits
-    at once. Liger replaces functions of transformers' module for all models of this type in the process.
+    Liger's cross-entropies are not used: this package computes the loss for supervised tokens only, and never all
+    logits at once. Liger replaces functions of transformers' module for all models of this type in the process.
 
     Args:
         model: The model; changed in place.
@@ -34,5 +34,5 @@ def apply_liger(model: PreTrainedModel, device: torch.device) -> None:
     apply = getattr(importlib.import_module("liger_kernel.transformers"), f"apply_liger_kernel_to_{kind}", None)
     if apply is None:
         raise InvalidInputError(f"Liger has no kernels for models of type {kind}: leave model.liger out.")
-    own = ("cross_entropy", "fused_linear_cross_entropy")
-    apply(model=model, **dict.fromkeys([name for name in own if name in inspect.signature(apply).parameters], False))
+    losses = ("cross_entropy", "fused_linear_cross_entropy")
+    apply(model=model, **dict.fromkeys([name for name in losses if name in inspect.signature(apply).parameters], False))

@@ -13,18 +13,20 @@ from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn_once
 
 POSITION_TABLES = ("pos", "wpe")  # parts of the names of position embeddings, in every architecture that has them
-FIXED_LENGTHS = {"mpt": "max_seq_len"}  # by model type, entries that fix the length without a table of positions
+FIXED_LENGTHS = {
+    "mpt": "max_seq_len"
+}  # by model type: configuration entries that fix the length without a table of positions
 
 
 class PositionLimit(NamedTuple):
-    """How many positions a model has: ``fixed`` if more are an error, else it was only trained on that many."""
+    """The number of positions of a model; ``fixed`` if more are an error, not just more than in its training."""
 
     number: int
     fixed: bool
 
 
 def embedding_rows(model: PreTrainedModel) -> int | None:
-    """Return the number of token ids that a model has an embedding for; None if that cannot be told."""
+    """Return the number of token ids that a model has an embedding for; None if this is unknown."""
     try:
         table = model.get_input_embeddings()
     except NotImplementedError:
@@ -108,7 +110,7 @@ def check_positions(
         lengths: Length of the longest example of each split, in tokens.
         prompts: Length of the longest prompt to answer in each split, in tokens.
         max_new_tokens: How many tokens an answer may have.
-        padded: Examples are padded to a multiple of this.
+        padded: Examples are padded to a multiple of this number.
 
     Raises:
         ValueError: If there are too few, and the model cannot go beyond them. A model that computes its positions

@@ -22,8 +22,9 @@ from milora_lightning.models.supervision import (
 
 __all__ = ["causal_lm_loss", "linear_cross_entropy", "row_losses", "supervised_logits"]
 
-# Logits in memory at once: enough of them for fast matrix products. On CPUs, fewer are converted to float32 at a time,
-# so that these stay in the cache. On other devices both numbers are the same, and large enough to keep the device busy.
+# Number of logits in memory at once, large enough for fast matrix products. On CPUs, fewer are converted to float32 at
+# a time, so that these stay in the cache. On other devices both numbers are the same, and large enough to keep the
+# device busy.
 CPU_LOGITS, CPU_PROBABILITIES = 3 * 2**22, 2**20
 DEVICE_LOGITS = 2**26
 
@@ -39,9 +40,9 @@ def causal_lm_loss(
     """Compute the sum of a causal language model's next-token cross-entropies over the labelled tokens.
 
     The output embeddings are applied only to the hidden states whose next label counts. If they are a frozen linear
-    layer and the model returns their output unchanged, the logits are computed chunk by chunk, and each chunk is
-    turned into its gradient at once (:func:`linear_cross_entropy`). Otherwise (trained heads, soft caps, scaled
-    logits) the model's own logits are used. Every call decides this from what the model did with the output
+    layer and the model returns their output unchanged, the logits are computed chunk by chunk, and each chunk is turned
+    into its gradient at once (:func:`linear_cross_entropy`). Otherwise (trained heads, soft caps, scaled logits) the
+    model's logits are used. Every call decides this from what the model did with the output
     (:mod:`milora_lightning.models.supervision`).
 
     Args:
@@ -51,9 +52,9 @@ def causal_lm_loss(
         labels: Labels (batch, length), ``IGNORE_INDEX`` where they do not count.
         position_ids: Positions (batch, length) of packed rows, starting from 0 in each example, or the segments of a
             single row; None if each row is one example.
-        weights: What each label's cross-entropy is multiplied by (batch, length), float32; None for 1. Without
-            gradients there may be several, (batch, length, sums), of which each makes a sum.
-        inputs: What else the model takes, such as ``pixel_values``.
+        weights: Weights of the labels' cross-entropies (batch, length), float32; None for 1. Without gradients there
+            may be several sets of weights, (batch, length, sums), each of which gives one sum.
+        inputs: Further inputs of the model, such as ``pixel_values``.
 
     Returns:
         The sum in nats, a float32 scalar, or (sums,); without any label it is zero, but still connected to the model's
@@ -85,13 +86,13 @@ def causal_lm_loss(
 
 @torch.no_grad()
 def row_losses(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute what :func:`causal_lm_loss` sums over a batch for each of its rows, without gradients.
+    """Compute the sums of :func:`causal_lm_loss` for each row of a batch separately, without gradients.
 
     Args:
         model: As for :func:`causal_lm_loss`.
-        input_ids: Likewise; each row is one example.
-        labels: Likewise.
-        inputs: Likewise.
+        input_ids: As for :func:`causal_lm_loss`; each row is one example.
+        labels: As for :func:`causal_lm_loss`.
+        inputs: As for :func:`causal_lm_loss`.
 
     Returns:
         The sum of each row in nats, float32 of shape (batch,), and its number of labels, int64 of the same shape.
@@ -152,8 +153,8 @@ def linear_cross_entropy(
         weight: Weight (vocabulary, width) of the output embeddings.
         bias: Bias (vocabulary), or None.
         targets: Target token ids (tokens,), int64.
-        factors: What each token's cross-entropy is multiplied by (tokens,), float32; None for 1. Without gradients
-            there may be several, (tokens, sums).
+        factors: Weights of the tokens' cross-entropies (tokens,), float32; None for 1. Without gradients there may be
+            several sets, (tokens, sums).
 
     Returns:
         The sum in nats, a float32 scalar, or (sums,).
@@ -221,12 +222,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradient, hidden, weight, bias, targets, factors = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for double backward: computed again from the input, on which it depends
+        if torch.is_grad_enabled():  # for double backward, recompute it from the input, on which it depends
             weight = weight.to(ctx.dtype)
             logits = F.linear(hidden.to(ctx.dtype), weight, None if bias is None else bias.to(ctx.dtype))
             one_hot = F.one_hot(targets, len(weight))
             gradient = (logits.float().softmax(-1) - one_hot).to(ctx.dtype) @ weight
-        # Not before: float16 has no room for a long example's small gradients until a GradScaler's factor is in grad.
+        # Not earlier: a long example's small gradients would underflow in float16 without the GradScaler's factor in
+        # grad.
         scale = grad if factors is None else (grad * factors)[:, None]
         return (gradient * scale).to(hidden.dtype), None, None, None, None, None
 

@@ -36,18 +36,18 @@ OPTIMIZER_STATES = {
 """Bytes of optimizer state per trainable parameter, by the optimizer's class."""
 
 QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64, "int8": 1.0}
-"""Bytes per quantized weight: its code, and its share of the block's scale."""
+"""Bytes per quantized weight, including its share of the block's scale."""
 
 FRAGMENTATION = 0.5
-"""Memory that the C library loses between short-lived tensors, as a share of them; 0.5 to 0.7 in measured runs."""
+"""Memory lost to fragmentation between short-lived tensors, relative to their size; 0.5 to 0.7 in measured runs."""
 
 LOADED = 40_000_000
-"""Bytes that the decompositions' threads keep and that torch loads for its first step."""
+"""Bytes kept by the decompositions' threads, plus libraries that torch loads for its first step."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One thing that takes memory.
+    """One contribution to the memory.
 
     Attributes:
         name: What it is.
@@ -65,7 +65,7 @@ class Estimate:
     """The memory that a run needs.
 
     Attributes:
-        parts: Everything in memory at the peak of a training step; the first two are weights and adapters.
+        parts: Contributions at the peak of a training step; the first two are weights and adapters.
         surgery: Bytes that the decompositions need in addition to the weights, before there are activations.
         trainable: Number of trainable parameters.
         total: Number of all parameters, without the adapters' initial factors.
@@ -78,7 +78,7 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """The most bytes that the run needs at any time."""
+        """The peak memory of the run in bytes."""
         model = sum(part.size for part in self.parts[:2])
         return max(sum(part.size for part in self.parts), model + self.surgery)
 
@@ -128,19 +128,19 @@ def estimate(
         batch_size: Rows in a batch.
         length: Tokens in each row, padding included.
         supervised: Share of the tokens that have labels.
-        dropout: Probability of the adapters' dropout. Its masks are kept on CPUs only.
-        gradient_checkpointing: Whether layers keep only their input and recompute the rest in backward; or the share
-            of them that does.
+        dropout: Probability of the adapters' dropout. Its masks are stored on CPUs only.
+        gradient_checkpointing: Whether layers keep only their input and recompute the rest in backward, or the share of
+            layers that do.
         optimizer: Class name of the optimizer; an unknown one counts as AdamW.
         attention: ``sdpa``, ``flash_attention_2``, ``eager`` or ``causal_blocks``.
         quantization: ``nf4``, ``fp4`` or ``int8`` if the layers' linear weights are quantized; None if not.
         device: Device type.
         shards: Number of devices that share weights, adapters, gradients and optimizer state (FSDP2).
-        mapped: Whether, with gradient checkpointing on a CPU, freed memory returns to the system, as
-            :func:`milora_lightning.utils.allocator.map_large_tensors` has it.
+        mapped: Whether, with gradient checkpointing on a CPU, freed memory returns to the system, see
+            :func:`milora_lightning.utils.allocator.map_large_tensors`.
 
     Returns:
-        The estimate, of one device. Activations are those that autograd keeps for backward in a dense decoder as
+        The estimate for one device. Activations are those that autograd keeps for backward in a dense decoder as
         transformers implements it; in a mixture of experts, each token counts for the experts that it is routed to.
     """
     tokens = batch_size * length
@@ -162,7 +162,8 @@ def estimate(
     again = recomputed(len(layers), gradient_checkpointing)
     kept = tokens * hidden * again + each_layer * (len(layers) - again)
     # The logits are freed before the layers' backward, so only the larger of the two counts. With gradient
-    # checkpointing, backward also holds the recomputed activations of one layer; by then, others' are free.
+    # checkpointing, backward also holds the recomputed activations of one layer; by then, those of other layers are
+    # free.
     in_backward = widest + (each_layer if again == len(layers) else 0)
     logits = _logits(size, width, tokens * supervised, device)
     parts = [
@@ -194,7 +195,7 @@ def estimate(
 
 
 def _what_trains(model: nn.Module) -> tuple[str, str]:
-    """Return what trains, and of what it is made up."""
+    """Return what trains, and what it consists of."""
     if lora_layers(model):
         return "adapters", "in float32, with their initial factors, which do not change"
     return "weights that train", "in float32"
@@ -203,7 +204,7 @@ def _what_trains(model: nn.Module) -> tuple[str, str]:
 def _held(
     weights: int, trained: int, initial: int, optimizer: str, how: str, shards: int, what: tuple[str, str]
 ) -> list[Part]:
-    """Return what is in memory from the first step on: weights, adapters, gradients and optimizer state."""
+    """Return the contributions in memory from the first step on: weights, adapters, gradients, optimizer state."""
     states = OPTIMIZER_STATES.get(optimizer, OPTIMIZER_STATES["AdamW"])
     share = f", a share of 1/{shards}" if shards > 1 else ""
     whole = [
@@ -235,13 +236,13 @@ def _parameters(model: nn.Module) -> tuple[int, int, int]:
 
 
 def _gathered(model: nn.Module, layers: list[nn.Module]) -> int:
-    """Return the bytes that FSDP2 gathers at once: a layer, the one that it fetches ahead, and embeddings and norms."""
+    """Return the bytes that FSDP2 gathers at once: one layer, the prefetched next one, and embeddings and norms."""
     sizes = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
     return sum(p.nbytes for p in model.parameters()) - sum(sizes) + sum(sorted(sizes)[-2:])
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of the frozen weights, or of all weights where none is frozen."""
+    """Return the dtype of the frozen weights, or of all weights if none is frozen."""
     floating = [p for p in model.parameters() if p.is_floating_point()]
     return next((p.dtype for p in floating if not p.requires_grad), floating[0].dtype)
 
@@ -255,7 +256,7 @@ def _logits(size: Any, width: int, supervised: float, device: str) -> int:
 
 
 def _surgery(model: nn.Module, device: Literal["cpu", "cuda"]) -> int:
-    """Return the bytes of the largest decompositions: of one, or of as many small ones as a CPU does side by side."""
+    """Return the memory of the largest decomposition, or of as many small ones as a CPU runs in parallel, in bytes."""
     needs, sizes = [], set()
     for layer in lora_layers(model).values():
         (out_features, in_features), groups = linear_shape(layer.base_layer), groups_of(layer.base_layer)
@@ -270,10 +271,15 @@ def _surgery(model: nn.Module, device: Literal["cpu", "cuda"]) -> int:
 def decomposition_size(shape: tuple[int, int], device: Literal["cpu", "cuda"], r: int = 1) -> int:
     """Return the bytes that the decomposition of one weight takes, in addition to the weight.
 
-    A copy in float64, and a Gram matrix. LAPACK works inside that; the Krylov method has a Cholesky factor and its
-    copies besides; other devices compute all eigenvectors, for which their libraries take room for two more matrices.
-    Close to half of all triplets and above, all are computed on the CPU: LAPACK's copy, all vectors, and the wanted
-    ones. (Measured at 49152×576, r = 575: 743 MB.)
+    It needs a float64 copy and a Gram matrix. LAPACK works in place; the Krylov method also needs a Cholesky factor and
+    copies of it; other devices compute all eigenvectors, for which their libraries need two more matrices. If about
+    half of all triplets or more are wanted, all are computed on the CPU, which takes LAPACK's copy, all vectors, and
+    the wanted ones. (Measured at 49152×576, r = 575: 743 MB.)
+
+    Args:
+        shape: Shape of the weight.
+        device: Type of the device.
+        r: Number of triplets.
 
     >>> round(decomposition_size((49152, 576), "cpu", r=575) / 1e6)
     803

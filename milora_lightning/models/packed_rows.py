@@ -46,7 +46,7 @@ def check_takes_positions(model: PreTrainedModel, remedy: str = REMEDY) -> None:
 
 @torch.no_grad()
 def check_separation(model: PreTrainedModel, tokens: Sequence[int], remedy: str = REMEDY) -> None:
-    """Check that an example gets the same logits after other examples in a packed row as in a row of its own.
+    """Check that an example gets the same logits after other examples in a packed row as alone in a row.
 
     Args:
         model: The model, on the device and in the dtype of training.

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 
 class ForwardPasses:
-    """Tells of each forward pass of the language model in a module: while it generates, each gives one token.
+    """Reports each forward pass of the language model in a module: in generation, each pass gives one token.
 
     Args:
         then: Called after each pass with the number of passes since :meth:`restart`.
@@ -22,7 +22,7 @@ class ForwardPasses:
         self._hook: RemovableHandle | None = None
 
     def watch(self, module: nn.Module) -> None:
-        """Count the passes of the first language model in a module, and of no other one any more."""
+        """Count the passes of the first language model in a module, instead of any watched before."""
         self.stop()
         model = next((child for child in module.modules() if isinstance(child, PreTrainedModel)), None)
         if model is not None:

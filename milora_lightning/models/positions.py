@@ -1,4 +1,4 @@
-"""Where in a batch the next label counts: found while the labels are on the CPU, so that nobody waits for a GPU."""
+"""Positions in a batch whose next label counts, found while labels are on the CPU to avoid waiting for a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from milora_lightning.config import IGNORE_INDEX
 
 CARRIED = "supervised"
-"""The entry of a batch that holds the positions on their way to the device."""
+"""Entry of a batch with the positions during the transfer to the device."""
 
 _KNOWN = "_supervised_positions"
 
@@ -19,7 +19,7 @@ _KNOWN = "_supervised_positions"
 def supervised_positions(labels: Tensor) -> Tensor:
     """Return the positions whose next label counts, as indices (supervised tokens,) into the flattened labels.
 
-    How many there are depends on the labels, so if these are on a GPU, the host waits for it, unless the positions are
+    Their number depends on the labels, so if these are on a GPU, the host must wait for it, unless the positions are
     known from :func:`found_before_transfer`.
 
     Args:
@@ -48,7 +48,7 @@ def next_labels(labels: Tensor, positions: Tensor) -> Tensor:
 
 
 def at_positions(values: Tensor, positions: Tensor) -> Tensor:
-    """Return what values (batch, length, width) hold at each position, (supervised tokens, width)."""
+    """Select values (batch, length, width) at the positions; returns (supervised tokens, width)."""
     return values.flatten(0, 1).index_select(0, positions)
 
 
@@ -62,15 +62,15 @@ def found_before_transfer(batch: Any) -> Any:
 
 
 def known_after_transfer(batch: Any) -> Any:
-    """Let :func:`supervised_positions` know those of a batch's labels, and take them out of the batch again.
+    """Remove the positions from a batch after the transfer, and remember them for :func:`supervised_positions`.
 
-    Labels that are replaced or written to later are looked at again.
+    They are not used for labels that are replaced or modified later.
     """
     if not isinstance(batch, Mapping) or CARRIED not in batch:
         return batch
     batch = dict(batch)
     positions, labels = batch.pop(CARRIED), batch["labels"]
-    if not labels.is_inference():  # such tensors do not count writes
+    if not labels.is_inference():  # such tensors have no version counter
         setattr(labels, _KNOWN, (positions, labels._version))
     return batch
 

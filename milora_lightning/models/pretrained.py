@@ -73,7 +73,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 
 def load_processor(name_or_path: str) -> ProcessorMixin:
-    """Load the processor of a model that takes images: it makes tensors of images and placeholders for them.
+    """Load the processor of a vision-language model, which converts images to tensors and placeholder tokens.
 
     Args:
         name_or_path: As for :func:`load_causal_lm`.
@@ -96,7 +96,7 @@ def load_processor(name_or_path: str) -> ProcessorMixin:
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """Return the class of transformers that loads a causal language model, with the part that sees if it has one."""
+    """Return transformers' auto class for a causal language model, including the vision part if it has one."""
     return AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
 
 
@@ -175,7 +175,7 @@ def decoder_layers(model: PreTrainedModel, remedy: str = "cannot be sharded: use
 
     Args:
         model: A model of transformers.
-        remedy: What the error says that the model cannot be, and what to do then.
+        remedy: End of the error message: what the model cannot do, and the remedy.
 
     Raises:
         ValueError: If the model's class does not name them.
@@ -215,7 +215,7 @@ def _embedded_gguf() -> Path:
 
 @cache
 def _digest(path: Path, size: int, mtime_ns: int) -> str:
-    """Hash a file, once while its size and time stay: a run asks for its model several times."""
+    """Hash a file, once as long as its size and modification time stay the same, as a run may need it several times."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
@@ -247,7 +247,7 @@ def _convert_gguf(gguf: Path) -> str:
         check_complete(str(gguf), model, loading)
         with clear_errors(str(gguf), str(gguf), "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # The weights are ordinary tensors now; the mark of a quantized model would forbid saving them.
+        # The weights are ordinary tensors now; marked as a quantized model, they could not be saved.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config

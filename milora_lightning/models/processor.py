@@ -1,4 +1,4 @@
-"""What the processor computes fast, and warnings about CPU runs that are slow or not intended."""
+"""Fast dtypes of the processor, and warnings about CPU runs that are slow or unintended."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from milora_lightning.utils.messages import inform, warn
 from milora_lightning.utils.precision import dtype_of, name_of_dtype
 
 DtypeName = Literal["auto", "fast", "float32", "bfloat16", "float16"]
-"""How options name the dtype of a model's weights."""
+"""Names of a model's dtype in options."""
 
 CHOSEN = ("auto", "fast")
-"""Those that leave it to the package whether a CPU without instructions for the dtype holds the numbers in float32."""
+"""Names with which CPUs without instructions for the dtype keep the weights in float32."""
 
 NUMBERS = "_numbers_dtype"
-"""Attribute of a model that is held in float32: the half-precision dtype that holds its numbers exactly."""
+"""Attribute of a model kept in float32: the half-precision dtype that represents its weights exactly."""
 
 INDEX, OLDEST_CUDA = "https://download.pytorch.org/whl", "cu126"
-"""Where torch is built for which CUDA; this one is for drivers from R560 on, and for older cards."""
+"""Package index of torch built for this CUDA version, for drivers from R560 on and older GPUs."""
 
 
 def has_fast_products(dtype: torch.dtype) -> bool:
-    """Tell whether the processor has instructions for products in a dtype; True where torch cannot tell.
+    """Return whether the processor has instructions for products in a dtype; True if torch does not know.
 
     >>> has_fast_products(torch.float32)
     True
@@ -41,7 +41,7 @@ def has_fast_products(dtype: torch.dtype) -> bool:
 
 
 def loaded_as(name: DtypeName) -> str:
-    """Return the dtype with which ``from_pretrained`` rounds the weights as an option names it.
+    """Return the dtype to pass to ``from_pretrained`` for a named option.
 
     >>> loaded_as("fast"), loaded_as("float32")
     ('bfloat16', 'float32')
@@ -50,11 +50,11 @@ def loaded_as(name: DtypeName) -> str:
 
 
 def held_as(name: DtypeName, in_files: torch.dtype | str | None, device: str) -> torch.dtype:
-    """Return the dtype in which a model's weights are in memory.
+    """Return the dtype of a model's weights in memory.
 
     Args:
-        name: As an option names it.
-        in_files: The dtype of its files, as its configuration has it.
+        name: The dtype option.
+        in_files: The dtype of its files according to its configuration.
         device: The type of the device.
     """
     dtype = (in_files or torch.float32) if name == "auto" else loaded_as(name)
@@ -63,9 +63,9 @@ def held_as(name: DtypeName, in_files: torch.dtype | str | None, device: str) ->
 
 
 def hold_in_float32(model: nn.Module, device: torch.device) -> None:
-    """Convert a half-precision model to float32 if it computes on a CPU without instructions for its dtype, and say so.
+    """Convert a half-precision model to float32 if its CPU lacks instructions for its dtype, and tell the user.
 
-    Each weight keeps its number, so this is still the model that other devices hold in half precision.
+    Each weight keeps its value, so this is still the model that other devices keep in half precision.
 
     Args:
         model: A model with a ``dtype``, not quantized; converted in place.
@@ -95,7 +95,7 @@ def warn_of_more_processes(processes: int) -> None:
 
 
 def warn_of_unused_gpu() -> None:
-    """Warn if an NVIDIA GPU seems to be present and is not hidden, but torch cannot use it; say why, and what to do."""
+    """Warn if torch cannot use an NVIDIA GPU that seems to be present and not hidden, with the reason and a remedy."""
     if (why := why_gpu_is_unused()) is not None:
         warn(
             "There seems to be an NVIDIA GPU here, but torch cannot use it, and everything runs on the CPU: "
@@ -104,10 +104,10 @@ def warn_of_unused_gpu() -> None:
 
 
 def why_gpu_is_unused() -> str | None:
-    """Say why torch cannot use an NVIDIA GPU that seems to be present, and what to do; None if all is well.
+    """Return why torch cannot use an NVIDIA GPU that seems to be present, and a remedy; None if all is well.
 
-    The usual reasons are a build of torch for CPUs, and one for a newer driver than there is: what PyPI has as the
-    newest torch is built for the newest CUDA.
+    The usual reasons are a CPU build of torch, or a build for a newer driver than the installed one: the newest torch
+    on PyPI is built for the newest CUDA.
     """
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if hidden or not has_nvidia_gpu() or torch.cuda.is_available():

@@ -24,12 +24,12 @@ Quantization = Literal["nf4", "fp4", "int8"]
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """Where to read the weight that a layer was quantized from.
+    """The location of a quantized layer's original weight.
 
     Args:
         path: A safetensors file.
         name: The tensor's name in it.
-        dtype: The model's dtype, which the weight would have without quantization.
+        dtype: The model's dtype, which the weight would have if it were not quantized.
         quantization: How the layer is quantized.
     """
 
@@ -47,7 +47,7 @@ class StoredWeight:
 def quantized_loading(
     name_or_path: str, config: PretrainedConfig, quantization: Quantization, device: torch.device | str
 ) -> dict[str, Any]:
-    """Return the options with which ``from_pretrained`` quantizes all linear layers but the language-model head.
+    """Return the options of ``from_pretrained`` to quantize all linear layers except the language-model head.
 
     The scales of four-bit codes are quantized, too (double quantization); products are computed in the model's dtype.
 
@@ -83,10 +83,10 @@ def quantized_loading(
 
 
 def without_mxfp4(config: PretrainedConfig) -> bool:
-    """Have a model with MXFP4 codes in its files, as GPT-OSS's, dequantized while it is loaded.
+    """Make transformers dequantize a model with MXFP4 codes, such as GPT-OSS, while loading it.
 
-    Transformers would do that where it has no kernels for them. These compute no gradients, and hold no weights that
-    adapters could start from.
+    By default transformers does this only if it has no kernels for the codes. These kernels compute no gradients, and
+    with them there are no weights that adapters could start from.
 
     Args:
         config: The model's configuration; changed in place.

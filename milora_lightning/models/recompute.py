@@ -1,4 +1,4 @@
-"""Recomputation: decoder layers that keep no more than their input for backward."""
+"""Recomputation: decoder layers that keep only their input for backward."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from milora_lightning.utils.errors import InvalidInputError
 
 
 def recompute_layers(model: PreTrainedModel, share: bool | float) -> None:
-    """Have decoder layers keep only their input, and compute the rest again in backward.
+    """Make decoder layers keep only their input, and recompute the rest in backward.
 
-    Where weights are frozen, backward takes no longer than forward, so all layers take up to half a step's time more,
-    and a share of them its share of that. The first layers are chosen: when they are computed again, what the others
-    have kept is free.
+    With frozen weights, backward takes no longer than forward, so recomputing all layers makes a step up to half as
+    long again, and a share of them proportionally less. The first layers are chosen: when they are recomputed, the
+    activations of the others are already freed.
 
     Args:
         model: Any causal language model of transformers; modified in place.
@@ -39,10 +39,10 @@ def kept_layers(model: PreTrainedModel, share: bool | float, remedy: str) -> lis
     Args:
         model: Any causal language model of transformers.
         share: Share of the layers that are recomputed.
-        remedy: What the error says to set, where the model recomputes all of them or none.
+        remedy: What to do, for the error message.
 
     Raises:
-        ValueError: If the model's layers do not decide for themselves.
+        ValueError: If the model can recompute only all of its layers or none.
     """
     layers = decoder_layers(model, f"cannot recompute a part of them: set {remedy}")
     if not all(hasattr(layer, "gradient_checkpointing") for layer in layers):
@@ -60,7 +60,7 @@ def recomputed(layers: int, share: bool | float) -> int:
 
 
 def check_share(share: bool | float) -> None:
-    """Refuse what is no share.
+    """Refuse a share that is out of range.
 
     Raises:
         ValueError: If it is not from 0 to 1.

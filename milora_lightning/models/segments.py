@@ -1,4 +1,4 @@
-"""Where the examples of a batch are when they share its only row."""
+"""The examples of a batch that consists of a single packed row."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ class Segments(NamedTuple):
 
     Attributes:
         position_ids: Positions (1, length), starting from 0 in each example and in the padding at the end.
-        cu_seq_lens: Where examples and padding begin, and where the row ends; int32.
-        max_length: Length of the longest of them. A number, because the host would wait for a tensor in each layer.
+        cu_seq_lens: Start of each example and of the padding, and end of the row; int32.
+        max_length: Length of the longest example. A Python number, because with a tensor the host would wait in each
+            layer.
     """
 
     position_ids: Tensor
@@ -27,27 +28,27 @@ class Segments(NamedTuple):
 
 
 Positions = Tensor | Segments | None
-"""Positions (batch, length) of packed rows; where examples are in a single row; None if each row is one example."""
+"""Positions (batch, length) of packed rows; the segments of a single row; None if each row is one example."""
 
 
 def positions_of(batch: Mapping[str, Any]) -> Positions:
-    """Return what a batch says of the examples in its rows."""
+    """Return the positions of the examples in a batch."""
     if "cu_seq_lens" in batch:
         return Segments(batch["position_ids"], batch["cu_seq_lens"], int(batch["max_length"]))
     return batch.get("position_ids")
 
 
 def skips_other_examples(model: PreTrainedModel) -> bool:
-    """Tell whether a model's attention spends no time on pairs of tokens of different examples in a row."""
+    """Return whether a model's attention skips pairs of tokens from different examples in a row."""
     name = attention_of(model)
     return "flash" in name or name == "flex_attention"
 
 
 def attention_arguments(model: PreTrainedModel, positions: Positions) -> dict[str, Any]:
-    """Return the arguments with which a model keeps the examples of a row apart.
+    """Return the arguments that make a model keep the examples of a row apart.
 
-    All implementations of attention do so by the positions. Flash attention would look for the boundaries in them, with
-    the host waiting in every layer, if it were not given these.
+    All attention implementations derive this from the positions. Without the other arguments, flash attention would
+    search the positions for boundaries, with the host waiting in every layer.
     """
     if positions is None:  # some models take no positions
         return {}

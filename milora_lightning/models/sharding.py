@@ -1,4 +1,4 @@
-"""Sharding a language model with FSDP2: which units, when they are gathered and freed, in which dtypes, and where."""
+"""Sharding a language model with FSDP2: units, gathering and freeing, dtypes, and devices."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a model is sharded with FSDP2; the names are those of torch's ``fully_shard`` and its policies.
+    """Settings of FSDP2; the names are those of torch's ``fully_shard`` and its policies.
 
     Args:
-        reshard_after_forward: Whether a decoder layer's gathered weights are freed after its forward, and gathered
-            again for its backward. By default all but the last layer's are, whose backward comes next. ``True`` frees
-            those as well, ``False`` keeps all (faster, and each device needs memory for the whole model), and a number
-            keeps shards among that many ranks, such as those of a node.
+        reshard_after_forward: Whether a decoder layer's gathered weights are freed after its forward and gathered again
+            for its backward. By default this applies to all layers but the last, whose backward comes next. ``True``
+            includes the last layer, ``False`` keeps all weights (faster, but each device needs memory for the whole
+            model), and a number reshards to groups of that many ranks, such as those of a node.
         param_dtype: Dtype in which weights are gathered and computed with; not with adapters.
         reduce_dtype: Dtype in which gradients are summed over ranks.
-        cpu_offload: Whether shards, gradients and optimizer state are kept, and the optimizer runs, on the CPU.
-        activation_checkpointing: Which activations are recomputed in backward: ``"full"`` those of every decoder layer,
-            ``"selective"`` likewise but for attention, a number n those of every n-th layer.
+        cpu_offload: Whether shards, gradients and optimizer state are kept on the CPU, where the optimizer then runs.
+        activation_checkpointing: Which activations are recomputed in backward: ``"full"`` for those of every decoder
+            layer, ``"selective"`` for the same without attention, a number n for those of every n-th layer.
 
     Raises:
         ValueError: If a number is out of range.
@@ -56,7 +56,7 @@ class Sharding:
         """Return the policies for ``fully_shard``."""
         dtypes = {name: getattr(self, name) for name in ("param_dtype", "reduce_dtype")}
         casting = MixedPrecisionPolicy(**{name: value and getattr(torch, value) for name, value in dtypes.items()})
-        # Pinned memory is what an accelerator copies from while it computes.
+        # Pinned memory lets an accelerator copy while it computes.
         offloading = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if self.cpu_offload else OffloadPolicy()
         return {"mp_policy": casting, "offload_policy": offloading}
 
@@ -69,7 +69,7 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, sharding: Sharding | None = 
     Args:
         model: The model with its adapters injected; parameters cannot be added afterwards.
         mesh: The ranks to shard across; with two dimensions, those to replicate across and those to shard across.
-        sharding: How.
+        sharding: The settings.
 
     Raises:
         ValueError: If the model does not name its decoder layers.
@@ -92,10 +92,10 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, sharding: Sharding | None = 
 
 
 def reduce_unused(module: nn.Module) -> None:
-    """Have ranks sum gradients of what one of them has not used, such as an expert or the part that sees images.
+    """Make ranks sum gradients correctly if some have not used a part of the model (an expert, the vision part).
 
-    FSDP2 would sum what each rank has, one after the other, also where these are gradients of different parameters. A
-    parameter that no rank has used then has a gradient of zeros in place of none. Versions of torch before 2.13 cannot.
+    Otherwise FSDP2 would sum the gradients that each rank has, in order, even if they belong to different parameters.
+    With this, a parameter that no rank has used gets a zero gradient instead of None. Needs torch 2.13 or later.
     """
     for child in module.modules():
         if isinstance(child, FSDPModule) and hasattr(child, "set_reduce_scatter_unused_params"):
@@ -103,12 +103,12 @@ def reduce_unused(module: nn.Module) -> None:
 
 
 def _prefetch(units: Sequence[nn.Module]) -> None:
-    """Have each unit ask for the weights of the next one before it computes, in both directions."""
+    """Make each unit prefetch the weights of the next one before it computes, in both directions."""
     for unit, following in pairwise(units):
         assert isinstance(unit, FSDPModule)
         assert isinstance(following, FSDPModule)
         unit.set_modules_to_forward_prefetch([following])
-        if isinstance(unit, PreTrainedModel):  # the root is there when backward begins
+        if isinstance(unit, PreTrainedModel):  # the root is already gathered when backward begins
             continue
         following.set_modules_to_backward_prefetch([unit])
 

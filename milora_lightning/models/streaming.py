@@ -78,7 +78,7 @@ def stream_weights(model: PreTrainedModel, name_or_path: str, device: torch.devi
         model: A model from :func:`empty_causal_lm`, sharded by FSDP2. The adapters' factors become zero.
         name_or_path: As for :func:`empty_causal_lm`.
         device: Where to put the shards.
-        cpu_offload: Whether to put them on the CPU instead, as FSDP2's ``CPUOffloadPolicy`` wants it.
+        cpu_offload: Whether to put them on the CPU instead, as FSDP2's ``CPUOffloadPolicy`` requires.
 
     Raises:
         ValueError: On all ranks, if the weights cannot be read on one.

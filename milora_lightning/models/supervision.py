@@ -1,4 +1,4 @@
-"""A forward of causal language models that applies the output embeddings only where the next label counts."""
+"""Forward pass of causal language models that applies the output embeddings only where the next label counts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LOGIT_OPERATIONS = (
 
 # Configuration entries, and their values, of models whose tokens attend to later tokens.
 BIDIRECTIONAL = (
-    ("is_decoder", (False,)),  # BERT and its kin
+    ("is_decoder", (False,)),  # BERT and similar models
     ("causal", (False,)),  # XLM
     ("is_causal", (False,)),
     ("attn_type", ("bi",)),  # XLNet
@@ -38,7 +38,7 @@ ALWAYS_CAUSAL = ("gpt_neox", "gpt_neox_japanese")
 
 
 class Logits(NamedTuple):
-    """What a model's forward returned.
+    """The result of a model's forward.
 
     Attributes:
         values: The logits.
@@ -52,7 +52,7 @@ class Logits(NamedTuple):
 
 
 def may_change_logits(config: PretrainedConfig) -> bool:
-    """Tell whether a configuration names an operation on the logits, such as a scale or a soft cap.
+    """Return whether a configuration names an operation on the logits, such as a scale or a soft cap.
 
     >>> from transformers import CohereConfig, GraniteConfig, LlamaConfig
     >>> [may_change_logits(c) for c in (LlamaConfig(), GraniteConfig(), CohereConfig())]
@@ -65,7 +65,7 @@ def check_causal(model: PreTrainedModel) -> None:
     """Refuse a model whose configuration says that it attends to the tokens that it should predict.
 
     Raises:
-        ValueError: If it does.
+        ValueError: If it does so.
     """
     for config in _configs(model.config):
         for name, values in BIDIRECTIONAL:
@@ -207,7 +207,7 @@ class _OutputTracker(TorchFunctionMode):
         return result
 
     def is_unchanged(self, logits: Tensor) -> bool:
-        """Tell whether the logits are exactly what the output embeddings returned."""
+        """Return whether the logits are exactly what the output embeddings returned."""
         return self._is_tracked(logits) and all(tensor._version == version for tensor, version in self.versions)
 
     def _is_tracked(self, tensor: Tensor) -> bool:

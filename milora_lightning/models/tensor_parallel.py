@@ -1,4 +1,4 @@
-"""Tensor parallelism of language models: which layers are split, by transformers' own plan of the model."""
+"""Tensor parallelism of language models, following transformers' plan for the model."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from milora_lightning.utils.compat.torch import quiet_gathering
 from milora_lightning.utils.errors import InvalidInputError
 
 HARMLESS = {"colwise_gather_output", "replicated_with_grad_allreduce"}
-"""Styles of heads and frozen norms, which every rank keeps whole."""
+"""Styles in transformers' plan for heads and norms, which are replicated here."""
 
 
 def parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Split a language model's linear layers, with their adapters, among ranks; everything else is on all of them.
+    """Split a language model's linear layers and their adapters over ranks, and replicate everything else.
 
     Args:
         model: The model with its adapters injected; its weights may be on the meta device. FSDP2 can follow.
-        mesh: The ranks, in one dimension.
+        mesh: One-dimensional mesh of the ranks.
 
     Raises:
-        ValueError: If the model has no plan, one with layers that are no plain products, or sizes that the ranks do not
-            divide; or if something besides the adapters trains.
+        ValueError: If the model has no plan, a plan for layers that are not plain products, or sizes that are not
+            divisible by the number of ranks, or if anything besides the adapters trains.
     """
     adapters = lora_layers(model)
     stacks = [name for name, layer in adapters.items() if matrices_in(layer) is not None]
@@ -73,7 +73,7 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 
 
 def planned(model: PreTrainedModel) -> dict[nn.Module, Style]:
-    """Return which modules transformers' plan for a model's class splits, and how.
+    """Return the modules that transformers' plan for the model splits, with the style of each.
 
     Raises:
         ValueError: If there is no plan, or it splits something other than products.

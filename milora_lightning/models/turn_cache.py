@@ -32,8 +32,8 @@ class TurnCache:
     def take(self, who: Hashable, ids: Sequence[int]) -> DynamicCache | None:
         """Return a cache for ``generate`` to start a prompt from, cropped to the tokens it shares with the prompt.
 
-        The cache is then dropped from here until :meth:`keep` returns it, because an interrupted answer leaves it in
-        an undefined state.
+        The cache is removed from here until :meth:`keep` gives it back, because an interrupted answer leaves it in an
+        undefined state.
 
         Args:
             who: Who answers; the model with its adapters and the model without them have different caches.

@@ -1,1 +1,1 @@
-"""Tensors in shards, and work shared out among ranks."""
+"""Sharded tensors, and work distributed over ranks."""

@@ -1,4 +1,4 @@
-"""What the ranks of a tensor-parallel group must have in common, because they compute each layer together."""
+"""What the ranks of a tensor-parallel group must agree on, because they compute each layer together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from milora_lightning.utils.errors import InvalidInputError
 
 
 def same_random_state(mesh: DeviceMesh, device: torch.device) -> None:
-    """Give all ranks of a one-dimensional mesh the random state of the first, on the CPU and on a device."""
+    """Copy the first rank's random state to all ranks of a one-dimensional mesh.
+
+    Args:
+        mesh: The ranks.
+        device: Device whose generator is synchronized, in addition to the CPU's.
+    """
     if mesh.size() == 1:
         return
     group = mesh.get_group()
@@ -34,7 +39,7 @@ def check_same_batch(mesh: DeviceMesh, batch: Any) -> None:
     """Refuse batches that differ among the ranks of a one-dimensional mesh.
 
     Raises:
-        ValueError: On all ranks.
+        ValueError: On all ranks, if the batches differ.
     """
     if mesh.size() == 1:
         return

@@ -1,7 +1,8 @@
-"""What the ranks of a tensor-parallel group exchange in a forward and backward pass.
+"""Communication within a tensor-parallel group in the forward and backward passes.
 
-Each rank computes a part of a product. What all of them have (activations, replicated factors) gets a part of its
-gradient from each rank, and these are summed in backward; what each has a summand of is summed in forward.
+Each rank computes a part of a product. A tensor that all ranks have (activations, replicated factors) gets a part of
+its gradient on each rank; these are summed in backward. A tensor of which each rank has a partial sum is summed in
+forward.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 
 def sum_gradients(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return a tensor that is the same on all ranks of a group, and sum its gradient over them."""
+    """Return a tensor that is the same on all ranks of a group, and sum its gradient over them in backward."""
     return _SumGradients.apply(tensor, group)  # type: ignore[no-any-return, no-untyped-call]
 
 

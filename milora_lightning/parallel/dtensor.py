@@ -1,4 +1,4 @@
-"""Tensors that are sharded among ranks (DTensors): gathering them, writing to them, and which part is on this rank."""
+"""Sharded tensors (DTensors): gathering them, writing to them, and locating this rank's part."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def home(tensor: Tensor) -> torch.device:
-    """Return the device on which a tensor's ranks can communicate: for shards offloaded to the CPU, their mesh's."""
+    """Return the device on which a tensor's ranks can communicate: for shards on the CPU, their mesh's device."""
     return torch.device(tensor.device_mesh.device_type) if isinstance(tensor, DTensor) else tensor.device
 
 
@@ -38,16 +38,16 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def gather_to_rank(tensor: Tensor, rank: int) -> Tensor | None:
-    """Gather a sharded tensor on one rank, and return None on the others, which hold no more than their shards.
+    """Gather a sharded tensor on one rank; return None on the others, which never hold more than their shards.
 
-    All ranks must call this. Where groups of ranks replicate each other's shards, only that rank's group takes part.
+    All ranks must call this. If groups of ranks replicate each other's shards, only that rank's group takes part.
 
     Args:
         tensor: Any tensor; one that is not sharded is returned unchanged, on every rank.
-        rank: Global rank that gets it, on the device where the ranks communicate.
+        rank: Global rank that receives the tensor, on the device where the ranks communicate.
 
     Raises:
-        ValueError: If each rank holds a summand of it.
+        ValueError: If each rank holds a partial sum of it.
     """
     if not isinstance(tensor, DTensor):
         return tensor
@@ -69,27 +69,27 @@ def gather_to_rank(tensor: Tensor, rank: int) -> Tensor | None:
 def _gather(shard: Tensor, split: Split, group: dist.ProcessGroup, rank: int) -> Tensor | None:
     """Undo one split, on one rank of a group."""
     shard = shard.movedim(split.dim, 0)
-    if len(shard) < split.chunk:  # the last ranks' shards, where the size is no multiple of the ranks
+    if len(shard) < split.chunk:  # the last ranks' shards, if the size is not divisible by the number of ranks
         shard = torch.cat([shard, shard.new_zeros(split.chunk - len(shard), *shard.shape[1:])])
     shard = shard.contiguous()
     receives = dist.get_rank() == rank
     gathered = shard.new_empty(split.chunk * split.ranks, *shard.shape[1:]) if receives else None
     parts = [as_bytes(part) for part in gathered.chunk(split.ranks)] if gathered is not None else None
     dist.gather(as_bytes(shard), parts, dst=rank, group=group)
-    # Contiguous as the whole weight is: of another layout, singular vectors may come out with other signs.
+    # Contiguous like the whole weight: in another layout, singular vectors might get other signs.
     return gathered[: split.size].movedim(0, split.dim).contiguous() if gathered is not None else None
 
 
 class Split(NamedTuple):
-    """One dimension of a tensor, shared out among the ranks along one dimension of a mesh.
+    """One dimension of a tensor, split over the ranks along one dimension of a mesh.
 
     Attributes:
         mesh_dim: The dimension of the mesh.
         dim: The dimension of the tensor.
         size: Its size before this split, on this rank.
         ranks: The number of ranks.
-        chunk: The size of their shards; the last ranks may get less.
-        place: Which of them this rank has.
+        chunk: The size of a shard; the last ranks' shards may be smaller.
+        place: The index of this rank's shard.
     """
 
     mesh_dim: int
@@ -101,7 +101,7 @@ class Split(NamedTuple):
 
 
 def _splits(tensor: DTensor) -> list[Split]:
-    """Return how a tensor was split, in this order: FSDP splits what tensor parallelism has left on a rank."""
+    """Return the splits of a tensor in order: FSDP splits a rank's part under tensor parallelism further."""
     mesh, sizes = tensor.device_mesh, list(tensor.shape)
     placements = [(i, p) for i, p in enumerate(tensor.placements) if not p.is_replicate()]
     splits = []

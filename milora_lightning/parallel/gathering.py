@@ -1,4 +1,4 @@
-"""Keeping the weights of FSDP2 gathered for many calls, as in generation, which calls the model for every token."""
+"""Keeping FSDP2's weights gathered over many calls, for generation, which calls the model for every token."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from milora_lightning.utils.compat.torch import reshard_settings
 from milora_lightning.utils.memory import available
 
 TENSOR = "tensor_parallel"
-"""Lightning's name of the mesh's dimension along which layers are split."""
+"""Lightning's name of the mesh dimension of tensor parallelism."""
 
 SHARE = 0.8
-"""The largest share of a device's free memory that gathered weights may take; the rest is for keys and values."""
+"""Maximum share of a device's free memory that gathered weights may take; the rest is for keys and values."""
 
 
 @contextmanager
 def weights_gathered(module: nn.Module) -> Iterator[None]:
     """Within this context, FSDP2 gathers each weight at its first use only, and frees it at the end of the context.
 
-    Where the whole weights do not fit into the free memory of every rank's device, each call gathers and frees them as
-    before. All ranks must enter it together.
+    If the whole weights do not fit into the free memory of every rank's device, each call still gathers and frees them.
+    All ranks must enter the context together.
 
     Args:
-        module: Any module; without units of FSDP2 in it, nothing changes.
+        module: Any module; without FSDP2 units in it, nothing changes.
 
     >>> with weights_gathered(nn.Linear(2, 2)):
     ...     pass
@@ -64,7 +64,7 @@ def _fit(module: nn.Module) -> bool:
 
 
 def _gathered_size(parameter: DTensor) -> int:
-    """Return the bytes of a parameter that FSDP2 has gathered, of which tensor parallelism leaves a rank its part."""
+    """Return the bytes of a parameter gathered by FSDP2, which may still be a rank's part under tensor parallelism."""
     mesh, names = parameter.device_mesh, parameter.device_mesh.mesh_dim_names or ()
     split = [i for i, p in enumerate(parameter.placements) if names and names[i] == TENSOR and not p.is_replicate()]
     return parameter.numel() * parameter.element_size() // math.prod(mesh.size(i) for i in split)

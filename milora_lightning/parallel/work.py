@@ -1,4 +1,4 @@
-"""Work shared out among ranks."""
+"""Distribution of work over ranks."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ def cost(shape: tuple[int, int]) -> int:
 def partition_by_cost(
     shapes: Sequence[tuple[int, int]], world_size: int, numbers: Sequence[int] | None = None
 ) -> list[int]:
-    """Assign each matrix to a rank, so that the ranks have about equally much to do.
+    """Assign each matrix to a rank so that all ranks have about the same amount of work.
 
-    The most expensive come first, each to the rank with the least work so far, and among equals to the one that was
-    given work last. Matrices of equal estimates whose true costs differ a little are so dealt out evenly.
+    The most expensive matrices come first. Each goes to the rank with the least work so far and, among equals, to the
+    one that received work last. That distributes matrices evenly whose estimated costs are equal and whose true costs
+    differ a little.
 
     Args:
         shapes: Shapes of the matrices.
         world_size: Number of ranks.
-        numbers: How many matrices of each shape there are, all of which go to one rank; by default one.
+        numbers: Number of matrices for each entry of ``shapes``, all of which go to one rank; by default one.
 
     Returns:
         The rank of each matrix.
@@ -52,14 +53,14 @@ def partition_by_cost(
 
 
 def schedule_rounds(owners: Sequence[int], costs: Sequence[float]) -> list[list[int]]:
-    """Arrange matrices in rounds, after each of which the ranks wait for one another, so that they wait little.
+    """Arrange matrices in rounds, after each of which the ranks wait for one another, so as to keep the waits short.
 
     Args:
         owners: The rank of each matrix.
-        costs: What each costs.
+        costs: The cost of each matrix.
 
     Returns:
-        The indices of the matrices, at most one of each rank in a round; the most expensive first.
+        The indices of the matrices in each round, at most one per rank; the most expensive first.
 
     >>> schedule_rounds([0, 1, 0, 1, 1], [3, 9, 4, 2, 5])
     [[1, 2], [4, 0], [3]]
@@ -72,7 +73,11 @@ def schedule_rounds(owners: Sequence[int], costs: Sequence[float]) -> list[list[
 
 
 def raise_on_all_ranks(error: BaseException | None, world_size: int) -> None:
-    """Raise an error on all ranks if any has one: a rank that went on alone would wait forever.
+    """Raise an error on all ranks if any rank has one: a rank that continued alone would wait forever.
+
+    Args:
+        error: This rank's error, or None.
+        world_size: Number of ranks.
 
     Raises:
         Exception: This rank's own error.
@@ -90,14 +95,15 @@ def raise_on_all_ranks(error: BaseException | None, world_size: int) -> None:
 def in_step(
     batches: Sequence[T], number: int, size: int, track: Callable[[Sequence[int]], Iterable[int]] = iter
 ) -> Iterator[tuple[T, bool]]:
-    """Yield a rank's share of batches, in as many steps on all ranks, and whether each counts.
+    """Yield a rank's share of batches, in the same number of steps on all ranks, and whether each batch counts.
 
-    With sharded weights ranks compute together: one without a batch of its own runs another's, which does not count.
+    With sharded weights, ranks compute together: a rank that has no batch left runs another rank's, which does not
+    count.
 
     Args:
         batches: All batches, the same on each rank.
-        number: The rank's number among those that share them.
-        size: How many these are.
+        number: The rank's index among those that share the batches.
+        size: The number of these ranks.
         track: Wraps the steps, to show progress.
 
     >>> list(in_step("abc", 1, 2))

@@ -1,4 +1,4 @@
-"""What all rooms may use: errors, messages, names and folders."""
+"""Shared utilities: errors, messages, names, folders, and private APIs of other packages."""
 
 from milora_lightning.utils.errors import MiLoRAError
 

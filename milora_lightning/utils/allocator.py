@@ -1,4 +1,4 @@
-"""The C library's allocator of memory, as far as training on a CPU depends on it."""
+"""Settings of the C library's memory allocator that affect training on CPUs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _OTHERS = ("MALLOC_MMAP_", "MALLOC_TRIM_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
 def map_large_tensors() -> bool:
-    """Have glibc map large tensors one by one, so that their memory returns to the system when they are freed.
+    """Make glibc map large tensors separately, so that their memory returns to the system when they are freed.
 
-    By default glibc puts them one after the other as soon as some have been freed, and the memory between those that
-    stay cannot be used for larger ones. With gradient checkpointing, where each layer leaves its small input above all
-    that it has computed, that doubles the memory: 12 layers took 415 MB, and take 239 MB so. It costs 0.5 to 2 % of
-    the time of a step (both as docs/preview.md tells).
+    By default, once some tensors have been freed, glibc allocates large ones in one contiguous area, and gaps between
+    live tensors cannot be used for larger ones. With gradient checkpointing, where each layer's small input remains
+    above everything the layer has computed, this doubles the memory: 12 layers took 415 MB, and 239 MB with this
+    setting. It makes a step 0.5 to 2 % slower (docs/preview.md describes both measurements).
 
     Returns:
-        Whether it is so now: not with other C libraries, nor where the environment chooses otherwise.
+        Whether the setting is active: not with other C libraries, nor if environment variables override it.
     """
     if not maps_large_tensors():
         return False
@@ -27,7 +27,7 @@ def map_large_tensors() -> bool:
 
 
 def maps_large_tensors() -> bool:
-    """Whether :func:`map_large_tensors` does what it says in this environment.
+    """Whether :func:`map_large_tensors` has an effect in this environment.
 
     >>> isinstance(maps_large_tensors(), bool)
     True

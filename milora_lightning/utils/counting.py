@@ -1,15 +1,15 @@
-"""Numbers of things in words."""
+"""Counts in words."""
 
 from __future__ import annotations
 
 
 def counted(number: int, thing: str, things: str | None = None) -> str:
-    """Write how many there are of something.
+    """Format a number with its noun.
 
     Args:
-        number: How many.
-        thing: What one is called.
-        things: What several are called, if not by an ``s``.
+        number: The number.
+        thing: The noun in singular.
+        things: The plural, if it is not formed by adding an ``s``.
 
     >>> counted(1, "example"), counted(2400, "example"), counted(0, "batch", "batches")
     ('1 example', '2,400 examples', '0 batches')

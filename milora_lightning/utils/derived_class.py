@@ -1,7 +1,7 @@
 """Changing one aspect of an existing module by giving it a subclass of its class.
 
-Parametrizations and ``fully_shard`` do the same: the module stays the same object, in its place and under its name,
-with its parameters, buffers and hooks.
+Parametrizations and ``fully_shard`` do the same: the module stays the same object under the same name, with its
+parameters, buffers and hooks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import nn
 
 
 class Derived:
-    """Base of the mixins, whose modules can be copied and pickled although their class is created at run time."""
+    """Base class of the mixins. It makes modules copyable and picklable although their class is created at run time."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced = super().__reduce_ex__(protocol)
@@ -22,7 +22,7 @@ class Derived:
 
 
 def derive(module: nn.Module, mixin: type[Derived], names: tuple[str, ...] = ()) -> None:
-    """Change a module's class, in place, to a subclass of it with a mixin; at most once.
+    """Change a module's class in place to a subclass with a mixin, unless it already has the mixin.
 
     Args:
         module: The module.
@@ -37,7 +37,7 @@ _CLASSES: dict[tuple[Any, ...], type[nn.Module]] = {}
 
 
 def _subclass(mixin: type[Derived], base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """Return the subclass, one for each combination of arguments. It has the name of the module's original class."""
+    """Return the subclass, created once per combination of arguments. It has the original class's name."""
     origin = (mixin, base, names)
     if origin in _CLASSES:
         return _CLASSES[origin]

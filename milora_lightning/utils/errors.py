@@ -1,14 +1,14 @@
-"""Errors that say in one sentence what is wrong, why, and what to do.
+"""Errors whose message says in one sentence what is wrong, why, and what to do.
 
-All errors that this package raises for its user derive from :class:`MiLoRAError` and from the built-in class that fits.
-The command line prints their message only. It prints a traceback for all others, which are bugs.
+All errors that users are meant to see derive from :class:`MiLoRAError` and from the matching built-in class. The
+command line prints only their message; all other errors are bugs, and it prints their traceback.
 """
 
 from __future__ import annotations
 
 
 class MiLoRAError(Exception):
-    """Base class of all errors that this package raises for its user."""
+    """Base class of all errors that this package raises for users."""
 
 
 class InvalidInputError(MiLoRAError, ValueError):
@@ -28,7 +28,7 @@ class MissingPackageError(MiLoRAError, ModuleNotFoundError):
 
 
 def sentence(error: BaseException) -> str | None:
-    """Return the message of an error, or of the error that caused it, that is for the user; None if there is none.
+    """Return the message for the user in an error or its causes; None if there is none.
 
     >>> try:
     ...     try:

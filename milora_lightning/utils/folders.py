@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def cache_folder() -> Path:
-    """Return the folder for converted models and decompositions: ``$MILORA_CACHE``, else in the user's cache."""
+    """Return the folder for converted models and decompositions: ``$MILORA_CACHE``, or a folder in the user's cache."""
     base = os.environ.get("MILORA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "milora_lightning"
     return Path(base).expanduser()
 
@@ -37,14 +37,14 @@ def check_output(output: str | Path) -> Path:
 
 
 def check_file(output: str | Path, what: str) -> None:
-    """Refuse a file that cannot be written, before there is work to be lost.
+    """Refuse a file that cannot be written, before any work could be lost.
 
     Args:
-        output: The file; folders that it is in may not be there yet.
-        what: What is to be written, as the first word of the sentence.
+        output: The file; its parent folders need not exist yet.
+        what: What is to be written, the first words of the message.
 
     Raises:
-        InvalidInputError: If it is a folder, or its folder takes no files.
+        InvalidInputError: If it is a folder, or its folder is not writable.
     """
     path = Path(output).expanduser()
     remedy = "name a file in another place"
@@ -58,7 +58,7 @@ def check_file(output: str | Path, what: str) -> None:
 
 
 def _check_writable(path: Path, what: str, remedy: str) -> None:
-    """Try to write in the folder that is to hold something, or in the nearest that there is."""
+    """Try to write in a folder or, if it does not exist, in its nearest existing parent."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         tempfile.TemporaryFile(dir=folder).close()
@@ -70,7 +70,7 @@ def _check_writable(path: Path, what: str, remedy: str) -> None:
 
 @contextmanager
 def new_folder(output: str | Path) -> Iterator[Path]:
-    """Create a folder that appears under its name once it is complete, with the permissions of the user's umask."""
+    """Create a folder that gets its name only once it is complete, with the permissions of the user's umask."""
     target = check_output(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
@@ -94,7 +94,7 @@ def new_folder(output: str | Path) -> Iterator[Path]:
 def new_cache_folder(folder: Path) -> Iterator[Path]:
     """Create a folder in the cache; if several processes create the same one, the first to finish wins.
 
-    Remains of killed processes are removed after a day.
+    What killed processes have left behind is removed after a day.
     """
     prefix = f".{folder.name}-"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def new_cache_folder(folder: Path) -> Iterator[Path]:
         try:
             unfinished.rename(folder)
         except OSError:
-            if not folder.is_dir():  # another process was first, with the same content
+            if not folder.is_dir():  # otherwise another process was first, with the same content
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

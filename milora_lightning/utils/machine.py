@@ -1,4 +1,4 @@
-"""What a program runs on: processor, NVIDIA's driver."""
+"""The machine: processor, NVIDIA GPU and driver."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def processor() -> str:
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether there seems to be an NVIDIA GPU in this machine, whatever torch can use."""
+    """Whether this machine seems to have an NVIDIA GPU, even if torch cannot use it."""
     return _DRIVER.exists() or Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
 
 

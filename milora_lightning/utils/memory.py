@@ -1,4 +1,4 @@
-"""How much memory is free, and freeing what torch keeps."""
+"""Available memory, and releasing memory that torch caches."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def available(kind: str) -> int | None:
         kind: Type of the device, such as ``"cuda"``.
     """
     if kind == "cuda":
-        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # torch gives it to whoever asks next
+        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # cached by torch for the next tensors
         return torch.cuda.mem_get_info()[0] + kept
     return process_memory.available()
 
 
 def return_memory(device: torch.device) -> None:
-    """Give back the memory of a device that torch keeps for later tensors: its pieces may not fit what comes next."""
+    """Release a device's memory that torch caches for later tensors: it may be too fragmented for the next ones."""
     if device.type != "cpu" and hasattr(module := torch.get_device_module(device), "empty_cache"):
         module.empty_cache()

@@ -1,9 +1,9 @@
-"""Messages to the user, and where they go.
+"""Messages to the user, and their destinations.
 
 - The result of a command (answers, tables, paths) goes to standard output: ``print``, or Rich.
 - Other information is a record of the logger ``milora_lightning`` at level INFO: :func:`inform`. It is written to
   standard error, unless the logger has other handlers or another level.
-- What the user should act on is a Python warning, to which Python's filters apply: :func:`warn`.
+- Whatever requires the user's attention is a Python warning, subject to Python's filters: :func:`warn`.
 
 Only the first of several ranks writes messages.
 """
@@ -35,7 +35,7 @@ def warn(text: str, from_any_rank: bool = False) -> None:
 
     Args:
         text: The warning.
-        from_any_rank: Whether other ranks than the first warn, too, of something that only they have met.
+        from_any_rank: Whether ranks other than the first also warn, of something that may concern only them.
     """
     if from_any_rank or is_first_rank():
         warnings.warn(text, stacklevel=2)
@@ -44,7 +44,7 @@ def warn(text: str, from_any_rank: bool = False) -> None:
 def warn_once(owner: object, text: str) -> None:
     """Warn the user about an object, once for each object and text.
 
-    Python's filters forget what was shown whenever they are changed temporarily.
+    (Python's filters alone would repeat a warning after they were changed temporarily.)
 
     Args:
         owner: The object, such as a model.
@@ -59,7 +59,7 @@ def warn_once(owner: object, text: str) -> None:
 
 @contextmanager
 def each_said_once() -> Iterator[None]:
-    """Say each text once, also warnings of other packages: several runs in a process would all repeat the same.
+    """Show each message once, also warnings of other packages, when several runs in a process would repeat them.
 
     >>> with warnings.catch_warnings(record=True) as said, each_said_once():
     ...     warnings.simplefilter("always")
@@ -102,13 +102,13 @@ def inform_once(owner: object, text: str) -> None:
 
 
 def is_first_rank() -> bool:
-    """Whether this is the first rank; launchers set environment variables before torch knows the rank."""
+    """Whether this is the first rank; launchers set its environment variable before torch knows the rank."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return all(os.environ.get(name, "0") in ("", "0") for name in _RANKS)
 
 
-class _ToStderr(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 takes none when it runs
+class _ToStderr(logging.StreamHandler):  # type: ignore[type-arg]  # not subscriptable at run time in Python 3.10
     """Writes to the current ``sys.stderr``, which progress bars and tests replace."""
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module in eval mode, and each of its children back in its own mode afterwards."""
+    """Put a module in eval mode within this context, and restore the mode of each submodule afterwards."""
     training = [child for child in module.modules() if child.training]
     module.eval()
     try:

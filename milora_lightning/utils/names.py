@@ -1,4 +1,4 @@
-"""Names of modules, parameters and tensors without those of wrappers, and before surgery."""
+"""Names of modules and parameters without the prefixes of wrappers, and as they were before surgery."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from milora_lightning.utils.compat.torch import CHECKPOINT_WRAPPED, COMPILED, FSDP_WRAPPED
 
-# Of these only COMPILED also appears in the keys of a state dict.
+# Of these, only COMPILED also appears in state dict keys.
 WRAPPERS = frozenset({COMPILED, FSDP_WRAPPED, CHECKPOINT_WRAPPED})
 
 
@@ -23,7 +23,7 @@ def unwrapped_name(name: str) -> str:
 
 
 def pristine_name(name: str) -> str:
-    """Return the name that a parameter of an adapted model had before surgery, without wrappers' names.
+    """Return the name that a parameter of an adapted model had before surgery, without wrappers' prefixes.
 
     >>> pristine_name("layers.0._orig_mod.up_proj.base_layer.weight")
     'layers.0.up_proj.weight'
@@ -32,7 +32,7 @@ def pristine_name(name: str) -> str:
 
 
 def key_in(module: nn.Module) -> Callable[[str], str]:
-    """Return a function from a tensor's name, with or without wrappers' names, to its key in a module's state dict.
+    """Return a function that maps a tensor's name, with or without wrappers' prefixes, to its state dict key.
 
     >>> model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
     >>> model[1].compile(), key_in(model)("1._orig_mod.weight")

@@ -1,6 +1,6 @@
-"""Notices of other projects that tell users of the command line nothing: each is left out by itself, with the reason.
+"""Notices of other projects that are of no use on the command line: each is suppressed separately, for a stated reason.
 
-Whatever is not listed here is shown, warnings of the same projects included.
+Everything not listed here is shown, including other warnings of the same projects.
 """
 
 from __future__ import annotations
@@ -15,49 +15,49 @@ from milora_lightning.utils.folders import PACKAGE
 
 LOGGED = {
     "lightning.pytorch.utilities.rank_zero": [
-        # What devices there are not, and are: the screen and the config say on which the run is.
+        # Available devices: the display and the config show which one is used.
         r"(GPU|TPU|HPU|IPU) available: ",
         # Advertisements.
         r"💡 Tip: ",
-        # Done for the length of the schedule, and quick.
+        # A quick computation of the schedule's length.
         r"Loading `train_dataloader` to estimate",
-        # Shown by the progress, or by the command's own line at the end.
+        # Shown by the progress display or in the command's last line.
         r"`Trainer.fit` stopped: ",
         r"\s*Detected KeyboardInterrupt",
         r"Restor(ing|ed all) states from the checkpoint",
     ],
-    # The package says it of each prompt that is too long, and with how many tokens.
+    # This package warns of each prompt that is too long, with its number of tokens.
     "transformers.generation.stopping_criteria": ["This is a friendly reminder"],
-    # How its 8-bit kernels work, whatever the model's dtype is.
+    # How its 8-bit kernels compute, with any dtype of the model.
     "bitsandbytes.autograd._functions": ["MatMul8bitLt: inputs will be cast"],
-    # A default of its own, said at every save.
+    # A default that it mentions at every save.
     "lightning.pytorch.trainer.connectors.checkpoint_connector": ["`weights_only` was not set"],
-    # It is in the config.
+    # Part of the saved config.
     "lightning.fabric.utilities.seed": ["Seed set to"],
-    # Of MLflow's first run in a folder.
+    # From MLflow's first run in a folder.
     "lightning.pytorch.loggers.mlflow": [r"Experiment with name .* not found\. Creating it"],
     "mlflow.store.db.utils": ["Creating initial MLflow database tables", "Updating database tables"],
 }
-"""Beginnings of messages, as regular expressions, by the name of their logger."""
+"""Beginnings of messages, as regular expressions, by logger name."""
 
 WARNED = [
-    # The default logger writes CSV files where tensorboard is not installed, which is as good.
+    # Without tensorboard, the default logger writes CSV files, which serves as well.
     r"Starting from v1\.9\.0, `tensorboardX` has been removed",
-    # Between torch and Lightning.
+    # Concerns only torch and Lightning.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    # Examples are tokenized before training; workers would only copy them about.
+    # Examples are tokenized before training, so workers would only copy them.
     r"The '\w+' does not have many workers",
-    # Also where nothing but a logger's files is there; the command says itself when checkpoints are replaced.
+    # Also shown if the folder only has a logger's files; the command announces replaced checkpoints itself.
     r"Checkpoint directory .* exists and is not empty",
-    # There is no validation data, which the command says itself, or it has an error of its own for no data.
+    # There are no validation data, which the command mentions itself, or no data at all, which is an error.
     r"Total length of `\w+` across ranks is zero",
-    # A short run: the screen shows every step.
+    # A short run; the display shows every step.
     r"The number of training batches \(\d+\) is smaller than the logging interval",
-    # It is the CLI's own, and in the config that it saves.
+    # Set by the CLI, and part of the config that it saves.
     r"No seed found, seed set to",
-    # They are summed over all ranks before they are logged.
+    # The values are summed over all ranks before they are logged.
     r"It is recommended to use `self\.log\('(val|test)_\S+', \.\.\., sync_dist=True\)`",
-    # Between transformers and what calls it.
+    # Concerns only transformers and its callers.
     r"`gradient_checkpointing_enable` is deprecated",
 ]
 """Beginnings of warnings, as regular expressions."""
@@ -69,12 +69,12 @@ class _LeftOut(logging.Filter):
         self.pattern = re.compile("|".join(beginnings))
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Keep what is not listed."""
+        """Keep records that are not listed."""
         return self.pattern.match(record.getMessage()) is None
 
 
 def leave_out() -> None:
-    """Leave out what is listed, and the places in this package that warn; once is enough, and twice does no harm."""
+    """Suppress the listed notices, and the source lines in this package's warnings; may be called repeatedly."""
     for name, beginnings in LOGGED.items():
         _filter(name, beginnings)
     for beginning in WARNED:
@@ -84,7 +84,7 @@ def leave_out() -> None:
 
 
 class _WithoutPlace:
-    """Writes this package's warnings without the line of its code that they come from; others stay as they are."""
+    """Formats this package's warnings without the source line that issued them; leaves others unchanged."""
 
     def __init__(self, others: Callable[..., str]) -> None:
         self.others = others
@@ -98,9 +98,9 @@ class _WithoutPlace:
 
 
 def leave_out_kernels() -> None:
-    """Leave out one line, wherever the package is imported, because PEFT's import of bitsandbytes brings it.
+    """Suppress one line, wherever this package is imported, that comes from PEFT's import of bitsandbytes.
 
-    It says that a kernel for 4-bit models was not found, also where nothing is quantized.
+    It reports a missing kernel for 4-bit models, even if nothing is quantized.
     """
     _filter("bitsandbytes.backends.cpu.ops", ["Failed to load CPU gemm_4bit_forward"])
 
@@ -112,7 +112,7 @@ def _filter(name: str, beginnings: list[str]) -> None:
 
 
 def leave_out_bars() -> None:
-    """Leave out bars of loading and tokenizing: the run's own screen moves meanwhile, and two would overwrite it."""
+    """Suppress progress bars of loading and tokenizing, because they would interfere with the run's display."""
     import datasets
     from transformers.utils import logging as transformers_logging
 

@@ -30,10 +30,10 @@ def first_match(patterns: Mapping[str, Value], name: str, default: Value) -> Val
 
 
 def check_keys(option: str, patterns: Iterable[str]) -> None:
-    """Refuse keys of an option that are no regular expressions.
+    """Refuse keys of an option that are not valid regular expressions.
 
     Raises:
-        ValueError: If one is not.
+        ValueError: If one is invalid.
     """
     for pattern in patterns:
         try:
@@ -45,7 +45,7 @@ def check_keys(option: str, patterns: Iterable[str]) -> None:
 
 
 def check_patterns(option: str, patterns: Mapping[str, float], whole: bool = False) -> None:
-    """Refuse patterns that are no regular expressions, and values that are not positive.
+    """Refuse patterns that are not valid regular expressions, and values that are not positive.
 
     Args:
         option: Name of the option that has these patterns, for the message.
@@ -63,7 +63,7 @@ def check_patterns(option: str, patterns: Mapping[str, float], whole: bool = Fal
 
 
 def check_parts(option: str, patterns: Mapping[str, int | Sequence[int]]) -> None:
-    """Refuse patterns that are no regular expressions, and values that do not say how something is divided.
+    """Refuse patterns that are not valid regular expressions, and values that do not specify how a layer is divided.
 
     Args:
         option: Name of the option that has these patterns, for the message.

@@ -1,4 +1,4 @@
-"""Texts of data and models on a terminal, which would obey the control characters in them."""
+"""Showing texts from data and models on a terminal without interpreting their control characters."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ _PICTURES |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 def printable(text: str) -> str:
-    r"""Put a sign in the place of each control character but line breaks and tabs.
+    r"""Replace each control character, other than line breaks and tabs, by a visible symbol.
 
-    Data and answers may hold any, as logs of terminals do: written as they are, they would colour, move or erase what
-    else is on the screen.
+    Data and answers may contain control characters, as terminal logs do. Unescaped, they could colour, move or erase
+    other output.
 
     >>> printable("\x1b[2J\rred\x7f\n")
     '␛[2J␍red␡\n'

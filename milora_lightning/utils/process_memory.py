@@ -1,4 +1,4 @@
-"""The memory of this process and what the machine has left, as the system reports them."""
+"""Memory used by this process and available on the machine, as reported by the system."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LIMITS = (
         "/sys/fs/cgroup/memory/memory.stat",
     ),
 )
-"""A container's limit, what it uses, and the details of that, for both versions of control groups."""
+"""Files with a container's memory limit, usage and statistics, for both versions of control groups."""
 
 
 def resident() -> int | None:
@@ -28,9 +28,9 @@ def resident() -> int | None:
 
 
 def peak_resident() -> int | None:
-    """Return the most memory that this process has had, in bytes; None if the system does not report it.
+    """Return the peak memory of this process in bytes; None if the system does not report it.
 
-    Linux's ``ru_maxrss`` is not that: a process inherits it from the one that started it.
+    On Linux, ``ru_maxrss`` is not used, because a process inherits it from its parent.
     """
     peak = _kilobytes(_STATUS, "VmHWM")
     if peak is not None or resource is None:
@@ -45,7 +45,7 @@ def total() -> int | None:
 
 
 def available() -> int | None:
-    """Return the memory in bytes that processes can still take, in this container if there is one; None if unknown."""
+    """Return the available memory in bytes, within this container if there is one; None if it is unknown."""
     free = _kilobytes(_MEMINFO, "MemAvailable")
     for limit, used, details in _LIMITS:
         try:
@@ -53,7 +53,7 @@ def available() -> int | None:
             cached = dict(line.split() for line in Path(details).read_text().splitlines()).get("inactive_file", 0)
         except (OSError, ValueError):  # no such file, or no limit ("max")
             continue
-        left = max(0, most - now + int(cached))  # what is cached of files is given up first
+        left = max(0, most - now + int(cached))  # the system drops cached files first
         free = left if free is None else min(free, left)
     return free
 

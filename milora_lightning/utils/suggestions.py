@@ -1,4 +1,4 @@
-"""Finds the option that was meant by one that does not exist."""
+"""Suggests existing options for one that does not exist."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 MOST = 3
 
-# What other tools call our options, by the last part of the name.
+# Names that other tools use for these options, by the last part of the name.
 ELSEWHERE = {
     "r": ("rank", "lora_r", "lora_rank"),
     "lora_alpha": ("alpha",),
@@ -47,10 +47,10 @@ def suggest(option: str, known: Iterable[str]) -> list[str]:
 
     Args:
         option: An option that does not exist, such as ``--data.batchsize``.
-        known: Those that do.
+        known: The options that exist.
 
     Returns:
-        The likeliest, most likely first; empty where none is like it.
+        The best matches, most likely first; empty if none is similar.
 
     >>> options = ["--data.batch_size", "--data.eval_batch_size", "--model.optimizer.lr", "--adapter.r", "--config"]
     >>> suggest("--data.batchsize", options), suggest("--lr", options), suggest("--adapter.rank", options)
@@ -74,7 +74,7 @@ def suggest(option: str, known: Iterable[str]) -> list[str]:
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """Return the one of some names that is most like another, if one is.
+    """Return the known name that is most similar to another name, or None if none is.
 
     >>> closest("EarlyStoping", ["EarlyStopping", "Timer"]), closest("x", ["abc"])
     ('EarlyStopping', None)
@@ -83,7 +83,12 @@ def closest(name: str, known: Iterable[str]) -> str | None:
 
 
 def similar(name: str, known: Iterable[str], most: int = MOST) -> list[str]:
-    """Return those of some names that are like another, the likest first.
+    """Return the known names that are similar to another name, most similar first.
+
+    Args:
+        name: The name to look for.
+        known: Names to choose from.
+        most: Maximum number of results.
 
     >>> similar("sum", ["gsm8k", "xsum", "sums"])
     ['xsum', 'sums']
@@ -93,7 +98,7 @@ def similar(name: str, known: Iterable[str], most: int = MOST) -> list[str]:
 
 
 def _same_place(option: str, names: list[str]) -> list[str]:
-    """Keep those in the group that was given, if any is."""
+    """Keep the names in the option's group, if there are any."""
     group = option.rpartition(".")[0]
     return [name for name in names if group and name.startswith(group)] or names
 

@@ -1,12 +1,11 @@
-"""Private APIs of other packages, one file for each package, with the version in which they were read.
+"""Private APIs of other packages, one file per package, with the version in which they were read.
 
-This is the folder to check after an upgrade. The other packages are imported by the functions, or not at all; only
-torch is there already.
+Check this folder after an upgrade. Packages other than torch are imported inside functions only.
 """
 
 USED_IN_PLACE = {
-    # torch.nn.Module's own tables, whose public iterators leave out None, and what is registered twice; its seams for
-    # subclasses. All of them as old as the class, and used by everybody.
+    # torch.nn.Module's tables, because the public iterators skip None and second registrations, and its hooks for
+    # subclasses. All of them are as old as the class and widely used.
     "_parameters",
     "_buffers",
     "_modules",
@@ -16,7 +15,7 @@ USED_IN_PLACE = {
     "_save_to_state_dict",
     "_load_from_state_dict",
     "_metadata",
-    # How often a tensor was written to, as torch's notes on autograd describe it.
+    # A tensor's version counter, described in torch's notes on autograd.
     "_version",
     # Attributes of Lightning's strategies and LightningCLI, and of jsonargparse's parsers, in subclasses of ours.
     "_data_parallel_size",
@@ -34,7 +33,7 @@ USED_IN_PLACE = {
     "_split_lines",
     "_actions",
     "_typehint",
-    # typing's mark of a protocol.
+    # typing's attribute of protocols.
     "_is_protocol",
 }
-"""Private names that stand where they are needed, because a function around each would say less than the name."""
+"""Private names that are used directly, because wrapper functions would be less clear than the names."""

@@ -9,5 +9,5 @@ if TYPE_CHECKING:
 
 
 def fingerprint_of(dataset: datasets.Dataset) -> str:
-    """Return what names a dataset's content in the cache of datasets."""
+    """Return the fingerprint that identifies a dataset's content in the cache of datasets."""
     return str(dataset._fingerprint)

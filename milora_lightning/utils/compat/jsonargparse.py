@@ -7,29 +7,29 @@ from typing import Any
 
 
 def option_strings(parser: Any) -> set[str]:
-    """Return all options of a parser, as they are written."""
+    """Return all option strings of a parser."""
     return {option for action in parser._actions for option in action.option_strings}
 
 
 def class_resolver() -> Callable[[Any, str], str]:
-    """Return what jsonargparse calls to find the full path of a class that is given by its name, and by its base."""
+    """Return jsonargparse's function that resolves a class name and base class to an import path."""
     from jsonargparse import _typehints
 
     return _typehints.resolve_class_path_by_name
 
 
 def set_class_resolver(resolve: Callable[[Any, str], str]) -> None:
-    """Have jsonargparse call something else for it."""
+    """Replace that function."""
     from jsonargparse import _typehints
 
     _typehints.resolve_class_path_by_name = resolve  # type: ignore[assignment]
 
 
 def try_int_before_float() -> None:
-    """Have jsonargparse read whole numbers as int wherever int and float are possible; may be called repeatedly.
+    """Make jsonargparse read whole numbers as int wherever int and float are both allowed; may be called repeatedly.
 
-    It tries the types of a union in their order. ``typing`` keeps unions by equality, in which order does not count, so
-    that ``Optional[Union[int, float]]`` may come back as it was first written elsewhere, with float before int. Then a
+    It tries the types of a union in order. ``typing`` caches unions regardless of order, so the union in
+    ``Optional[Union[int, float]]`` may come back in the order of an earlier use, with float before int. Then a
     Trainer's ``limit_train_batches: 1`` would be 1.0, which means all batches.
     """
     from jsonargparse import _typehints

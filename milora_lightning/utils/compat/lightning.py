@@ -21,28 +21,28 @@ if TYPE_CHECKING:
 
 
 def is_sharded_folder(path: Path) -> bool:
-    """Whether a folder is one into which the ranks of a sharded run have written a checkpoint."""
+    """Whether a folder is a sharded checkpoint."""
     from lightning.fabric.strategies.fsdp import _is_sharded_checkpoint
 
     return _is_sharded_checkpoint(path)
 
 
 def metadata_file(folder: Path) -> Path:
-    """Return the file of such a folder that holds what is no tensor."""
+    """Return the file of a sharded checkpoint with everything that is not a tensor."""
     from lightning.fabric.utilities.load import _METADATA_FILENAME
 
     return folder / _METADATA_FILENAME
 
 
 def read_sharded_folder(folder: Path) -> dict[str, Any]:
-    """Read such a folder in one process."""
+    """Read a sharded checkpoint in one process."""
     from lightning.fabric.utilities.load import _load_distributed_checkpoint
 
     return _load_distributed_checkpoint(folder)
 
 
 def whole_optimizer_states(model: nn.Module, world_size: int) -> AbstractContextManager[None]:
-    """Have FSDP1 take and give states of optimizers whole, on all ranks."""
+    """Within this context, FSDP1 loads and returns full optimizer states on all ranks."""
     from lightning.fabric.strategies.fsdp import _get_full_state_dict_context
 
     context: Any = _get_full_state_dict_context(model, world_size=world_size, rank0_only=False)
@@ -50,24 +50,24 @@ def whole_optimizer_states(model: nn.Module, world_size: int) -> AbstractContext
 
 
 def is_placeholder(optimizer: object) -> bool:
-    """Whether an optimizer stands in for none, where ``configure_optimizers`` returns nothing."""
+    """Whether an optimizer is Lightning's placeholder for ``configure_optimizers`` returning None."""
     from lightning.pytorch.core.optimizer import _MockOptimizer
 
     return isinstance(optimizer, _MockOptimizer)
 
 
 def current_hook(module: LightningModule) -> str | None:
-    """Return the name of the hook in which the Trainer is calling a module."""
+    """Return the name of the module's hook that the Trainer is currently calling."""
     return module._current_fx_name
 
 
 def logged_step(trainer: Trainer) -> int:
-    """The step under which Lightning logs what is measured now: counted from 0, and by steps of all optimizers."""
+    """Return the step number under which Lightning logs values now: counted from 0, over all optimizers."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def find_by_keyword(trainer: Trainer, keyword: str, function: TrainerFn) -> Any:
-    """Return the path of the checkpoint that ``ckpt_path=keyword`` means for a Trainer, or None.
+    """Resolve a keyword for ``ckpt_path``, such as ``"last"``, to a checkpoint's path, or None.
 
     Raises:
         ValueError: If there is none.
@@ -77,14 +77,15 @@ def find_by_keyword(trainer: Trainer, keyword: str, function: TrainerFn) -> Any:
 
 
 def training_data(trainer: Trainer) -> Any:
-    """Return what a Trainer takes its training batches from, made once more by whoever has a ``train_dataloader``."""
+    """Call a Trainer's ``train_dataloader`` again, and return its result."""
     return trainer.fit_loop._data_source.dataloader()
 
 
 def read_apart(source: Any) -> CombinedLoader:
-    """Return loaders that give the batches of a Trainer's from their beginning, and leave those where they are.
+    """Return loaders that yield a Trainer's training batches from the beginning, without affecting its own loaders.
 
-    They are copies, as an iterator that training has begun to read, or its persistent workers, would go on from there.
+    They are copies, because iterators that training has begun to read, or persistent workers, would continue from
+    there.
     """
     from lightning.pytorch.utilities import CombinedLoader
 
@@ -115,24 +116,24 @@ def checkpoint_being_loaded(trainer: Trainer) -> dict[str, Any]:
 
 
 def averaged_model(callback: Any) -> Any:
-    """Return the average of WeightAveraging or StochasticWeightAveraging, or None before there is one."""
+    """Return the averaged model of WeightAveraging or StochasticWeightAveraging, or None if there is none yet."""
     return callback._average_model
 
 
 def change_average(callback: Any, change: Any) -> None:
-    """Replace the function by which StochasticWeightAveraging averages by what ``change`` makes of it."""
+    """Replace StochasticWeightAveraging's averaging function by the result of ``change`` for it."""
     callback._avg_fn = change(callback._avg_fn)
 
 
 def numbers_versions(callback: ModelCheckpoint) -> bool:
-    """Whether a ModelCheckpoint gives a file another name where there is one of the same."""
+    """Whether a ModelCheckpoint adds a version to a file name that already exists."""
     return callback._enable_version_counter
 
 
 def expect_processes_to_end() -> None:
-    """Have Lightning not take the end of processes that it has started for a failure, for which it would kill this one.
+    """Keep Lightning from treating the end of processes it has started as a failure, for which it would kill this one.
 
-    Its thread that watches them sees them killed where Lightning itself ends a run on Ctrl-C.
+    When Lightning itself ends a run on Ctrl-C, its watching thread sees the processes killed.
     """
     for thread in threading.enumerate():
         if thread.name == "child-process-observer":
@@ -140,5 +141,5 @@ def expect_processes_to_end() -> None:
 
 
 def options_of_wandb(logger: WandbLogger) -> dict[str, Any]:
-    """Return the options with which a logger will begin its run, to be changed."""
+    """Return the options with which a logger will start its run, as a dictionary that may be modified."""
     return logger._wandb_init

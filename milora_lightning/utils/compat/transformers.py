@@ -13,49 +13,49 @@ if TYPE_CHECKING:
 
 
 def attention_of(model: PreTrainedModel) -> str:
-    """Return the name of the attention that a model uses."""
+    """Return the name of a model's attention implementation."""
     return str(model.config._attn_implementation)
 
 
 def takes_sdpa(kind: type[PreTrainedModel]) -> bool:
-    """Whether a class of models computes attention by torch's function, or by one registered in its place."""
+    """Whether a model class can compute attention by torch's function, or by a registered replacement of it."""
     return bool(kind._supports_sdpa) and bool(kind._supports_attention_backend)
 
 
 def takes_flash_attention(kind: type[PreTrainedModel]) -> bool:
-    """Whether a class of models has been made for flash attention."""
+    """Whether a model class supports flash attention."""
     return bool(kind._supports_flash_attn)
 
 
 def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> Any:
-    """Return which weights a model keeps in float32 whatever dtype it is loaded in; nothing if there are none."""
+    """Return the weights that a model keeps in float32 whatever dtype it is loaded in; falsy if there are none."""
     return model._get_dtype_plan(dtype)
 
 
 def decoder_layer_names(model: PreTrainedModel) -> set[str]:
-    """Return the names of the classes of layers that are not to be split among devices."""
+    """Return the class names of layers that must not be split across devices."""
     return set(model._no_split_modules or ())
 
 
 def takes_dynamic_cache(model: PreTrainedModel) -> bool:
-    """Whether a model generates with transformers' own growing cache."""
+    """Whether a model generates with transformers' ``DynamicCache``."""
     return bool(model._supports_default_dynamic_cache())
 
 
 @contextmanager
 def written_as_it_is(model: Any) -> Iterator[None]:
-    """Within this context, ``save_pretrained`` writes a model that was dequantized while loading as if it never was.
+    """Within this context, ``save_pretrained`` writes a model that was dequantized on loading in its dequantized form.
 
-    A model remembers how its files' tensors became its own, and would take them back: to FP8 codes again, which lose
-    an update, or, as MXFP4 has no way back, to the names of codes without their format.
+    A model remembers how its parameters were converted from the files, and would reverse this: back to FP8 codes, which
+    lose an update, or, as the conversion from MXFP4 cannot be reversed, to the codes' names without their format.
     """
     conversions = getattr(model, "_weight_conversions", None) or ()
     operations = [operation for each in conversions for operation in getattr(each, "operations", None) or ()]
     of_quantizers = any(type(operation).__module__.startswith("transformers.integrations.") for operation in operations)
-    if not of_quantizers or any(parameter.element_size() < 2 for parameter in model.parameters()):  # codes are left
+    if not of_quantizers or any(parameter.element_size() < 2 for parameter in model.parameters()):  # some codes remain
         yield
         return
-    model._weight_conversions = None  # that of a model which was not loaded: experts become files' tensors as usual
+    model._weight_conversions = None  # as in a model that was not loaded: experts are still converted as usual
     try:
         yield
     finally:
