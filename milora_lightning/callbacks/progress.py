@@ -1,4 +1,4 @@
-"""Shows the progress of a run: live on a terminal, line by line in files and pipes."""
+"""Showing the progress of a run: live on a terminal, line by line in files and pipes."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import rich
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from torch import Tensor
 
 from milora_lightning.adapters.decomposing import Batch
 from milora_lightning.models.passes import ForwardPasses
 from milora_lightning.screen.figures import duration, peak_memory
 from milora_lightning.screen.pace import Pace, SmoothedLoss
 from milora_lightning.screen.state import RunState, Work
-from milora_lightning.screen.views import LineView, LiveView, View
-from milora_lightning.training.optimization import OptimizedModule
+from milora_lightning.screen.views import View, open_view
+from milora_lightning.training.optimization import loss_of_step
 from milora_lightning.training.remaining import seconds_left
 from milora_lightning.training.schedules import run_length
 from milora_lightning.utils.counting import counted
@@ -55,7 +53,7 @@ class RunProgress(ProgressBar):
         self._pace = Pace()
         self._read = 0.0
 
-    # Switches that Lightning uses
+    # Lightning's switches
 
     def disable(self) -> None:
         """Show nothing; Lightning calls this on all ranks but one."""
@@ -86,10 +84,7 @@ class RunProgress(ProgressBar):
         """
         work = self.state.work = Work(name, total, unit)
         if self._view is None and self._enabled:
-            console = rich.get_console()
-            live = console.is_terminal and not console.is_dumb_terminal
-            self._view = LiveView(console, self.state) if live else LineView(self.state)
-            self._view.start()
+            self._view = open_view(self.state)
         return work
 
     def stop(self) -> None:
@@ -127,7 +122,7 @@ class RunProgress(ProgressBar):
             self._tick()
             yield batch
             work.done += len(batch)
-        self.begin("Checking the adapters")  # once the last ones have been decomposed, which they are still being
+        self.begin("Checking the adapters")  # follows once the last ones have been decomposed
 
     def measuring(self, numbers: Sequence[int]) -> Iterator[int]:
         """Show the progress of a pass over data, before training."""
@@ -152,7 +147,7 @@ class RunProgress(ProgressBar):
         self._first_step = trainer.global_step
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say that a run was resumed that had nothing left to train, of which Lightning's own line is left out."""
+        """Report that a resumed run had nothing left to train; Lightning's own message is suppressed."""
         stopped = trainer.should_stop or not trainer.limit_train_batches
         if trainer.ckpt_path and not self._has_trained and not stopped:
             self.print(
@@ -161,15 +156,16 @@ class RunProgress(ProgressBar):
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Start the clock, unless it is running since the last batch: loading data is part of a step."""
+        """Start the clock, unless it has been running since the last batch: loading data is part of a step."""
         self._has_trained = True
         self._pace.start()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Update the figures, if it is time to."""
-        self._add_loss(trainer, pl_module, outputs)
+        """Update the figures if an update is due."""
+        if (loss := loss_of_step(trainer, pl_module, outputs)) is not None:
+            self._loss.add(loss)
         training = self.state.training
         if training is None:
             return
@@ -182,14 +178,6 @@ class RunProgress(ProgressBar):
             self._read = now
             self._take_figures(trainer)
         self._tick()
-
-    def _add_loss(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> None:
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(pl_module, OptimizedModule) and pl_module.step_loss.begun:  # whose batches do not count alike
-            if pl_module.step_loss.ended:
-                self._loss.add(pl_module.step_loss.mean)
-        elif isinstance(loss, Tensor):  # Lightning has divided it by accumulate_grad_batches
-            self._loss.add(loss * trainer.accumulate_grad_batches)
 
     def _take_figures(self, trainer: Trainer) -> None:
         state = self.state

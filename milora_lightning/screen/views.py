@@ -1,4 +1,4 @@
-"""Two views of a run's state: live on a terminal, as printed lines everywhere else."""
+"""Two views of a run's state: live on a terminal, and as printed lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import time
 from typing import Any, Protocol
 
+import rich
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -33,6 +34,15 @@ class View(Protocol):
         """Stop showing it, and leave the terminal to other output."""
 
 
+def open_view(state: RunState) -> View:
+    """Start to show a run's state: live on a terminal, as printed lines everywhere else."""
+    console = rich.get_console()
+    live = console.is_terminal and not console.is_dumb_terminal
+    view: View = LiveView(console, state) if live else LineView(state)
+    view.start()
+    return view
+
+
 class LiveView:
     """Lines at the bottom of a terminal that update by themselves; other output appears above them.
 
@@ -50,7 +60,7 @@ class LiveView:
     def start(self) -> None:
         """Begin to draw."""
         before = _files(sys.stdout) | _files(sys.stderr)
-        self._live.start(refresh=True)  # before the thread draws, so that the first print finds what to erase
+        self._live.start(refresh=True)  # before the thread draws, so that the first print knows what to erase
         # Logging handlers still hold the original streams, and would write across the lines.
         self._handlers = [(h, h.stream) for h in _stream_handlers() if _files(h.stream) & before]
         for handler, _ in self._handlers:

@@ -1,13 +1,13 @@
-"""The optimizer and schedule of a module, and how its steps weight tokens."""
+"""The optimizer and schedule of a module, and the weighting of tokens in optimizer steps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -33,14 +33,14 @@ class OptimizedModule(LightningModule):
     """A module whose optimizer steps give every token the same weight, with one optimizer and a schedule.
 
     Attributes:
-        step_loss: The loss of the step under way, and of the last one when that has ended.
+        step_loss: The loss of the current optimizer step or, between steps, of the last one.
 
     Args:
-        optimizer: Makes the optimizer from the trainable parameters.
+        optimizer: Creates the optimizer from the trainable parameters.
         lr_scheduler: Name of a schedule of ``transformers.get_scheduler``.
         warmup_steps: Number of optimizer steps over which the rate rises from zero, or, below 1, a fraction of the run.
         lr_scheduler_kwargs: Arguments of the schedule.
-        learning_rate: The highest learning rate, in place of the optimizer's.
+        learning_rate: The peak learning rate, instead of the optimizer's.
 
     Raises:
         ValueError: If the schedule or its arguments are unknown; in ``setup`` or ``configure_optimizers`` if it needs
@@ -49,7 +49,7 @@ class OptimizedModule(LightningModule):
     """
 
     loraplus_lr_ratio: float | None = None
-    """Learning rate of B over that of A, as in LoRA+; None for one rate."""
+    """Ratio of B's learning rate to A's, as in LoRA+; None for one rate."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class OptimizedModule(LightningModule):
         self.learning_rate = learning_rate
         self.step_loss = StepLoss()
         self._window = TokenWindow()
-        self._counted: Tensor | None = None  # the number of tokens of the loss whose backward comes next
+        self._counted: Tensor | None = None  # number of tokens in the loss whose backward comes next
         self._length = math.inf
         self._given: list[dict[str, Any]] = []
         self._resumed: dict[str, Any] | None = None
@@ -81,7 +81,7 @@ class OptimizedModule(LightningModule):
     def mean_over_ranks(self, total: Tensor, tokens: Tensor) -> Tensor:
         """Return a loss whose gradient, averaged over ranks, is that of the mean over all ranks' tokens.
 
-        The losses of all ranks go into :attr:`step_loss`.
+        The losses of all ranks are added to :attr:`step_loss`.
 
         Args:
             total: The sum of the losses of this rank's tokens.
@@ -103,7 +103,7 @@ class OptimizedModule(LightningModule):
         """Compute gradients; when several batches are accumulated, weight each by its number of tokens."""
         counted, self._counted = self._counted, None
         accumulated = self.trainer.accumulate_grad_batches
-        if accumulated > 1 and counted is not None:  # the Trainer has divided by it already
+        if accumulated > 1 and counted is not None:  # the Trainer has already divided by it
             loss = loss * (accumulated * self._window.add(counted))
         super().backward(loss, *args, **kwargs)
 
@@ -134,7 +134,7 @@ class OptimizedModule(LightningModule):
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         self.log("grad_norm", gradient_norm(self.trainer.strategy, gradients))
         rate = optimizer.param_groups[0]["lr"]
-        if not isinstance(rate, Tensor):  # copying a number to the device would wait for backward
+        if not isinstance(rate, Tensor):  # copying a number to the device would wait for the backward pass
             rate = torch.full((), rate, device=self.device)
         self.log("lr", rate, prog_bar=True)
 
@@ -152,7 +152,7 @@ class OptimizedModule(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Make the optimizer of the trainable parameters and its schedule over the whole run."""
+        """Create the optimizer of the trainable parameters and its schedule for the whole run."""
         trained = [p for p in self.parameters() if p.requires_grad]
         if any(p.dtype == torch.float16 for p in trained):
             raise InvalidInputError(
@@ -185,9 +185,9 @@ class OptimizedModule(LightningModule):
         self._check_resumed()
 
     def on_train_start(self) -> None:
-        """Report what a checkpoint has changed, and apply a learning rate that was set or found."""
-        self.step_loss.end()  # of a run before that was interrupted
-        if not self._given:  # a subclass has its own configure_optimizers
+        """Report settings restored from a checkpoint, and apply a learning rate that was given or found."""
+        self.step_loss.end()  # in case an earlier run was interrupted
+        if not self._given:  # a subclass overrides configure_optimizers
             return
         optimizer, schedule = self._optimization()
         if follows_loss(schedule) and not sum(self.trainer.num_val_batches):
@@ -226,5 +226,23 @@ class OptimizedModule(LightningModule):
             check_same(self._resumed, *self._optimization())
 
     def _optimization(self) -> tuple[torch.optim.Optimizer, Any]:
-        schedules = self.trainer.lr_scheduler_configs  # empty when StochasticWeightAveraging brings its own on resuming
+        schedules = self.trainer.lr_scheduler_configs  # empty when StochasticWeightAveraging replaces it on resuming
         return self.trainer.optimizers[0], schedules[0].scheduler if schedules else None
+
+
+def loss_of_step(trainer: Trainer, module: LightningModule, outputs: Any) -> Tensor | None:
+    """Return the loss to show after a training batch: that of the optimizer step, if one has ended.
+
+    Args:
+        trainer: The Trainer.
+        module: The module; an :class:`OptimizedModule` weights the batches of a step by their tokens.
+        outputs: The result of its ``training_step``.
+
+    Returns:
+        The loss without gradient, on its device; that of the batch for other modules; None if there is none.
+    """
+    if isinstance(module, OptimizedModule) and module.step_loss.begun:
+        return module.step_loss.mean if module.step_loss.ended else None
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    # Lightning has divided it by accumulate_grad_batches.
+    return loss * trainer.accumulate_grad_batches if isinstance(loss, Tensor) else None
