@@ -1,4 +1,4 @@
-"""Loads models for inference: from a checkpoint, an exported folder or a bare model."""
+"""Loading models for inference: from a checkpoint, an exported folder or a bare model."""
 
 from __future__ import annotations
 
@@ -47,22 +47,22 @@ def load_for_inference(
     name_or_path: str | None = None,
     template: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model for inference, and a tokenizer that writes prompts as in training.
+    """Load a model for inference, and a tokenizer that formats prompts as in training.
 
-    ``tokenizer.apply_chat_template(messages, add_generation_prompt=True, ...)`` writes the prompts, and
-    ``model.generate`` stops at the token that ended answers in training.
+    ``tokenizer.apply_chat_template(messages, add_generation_prompt=True, ...)`` formats prompts, and ``model.generate``
+    stops at the token that ended answers in training.
 
     Args:
         path: A checkpoint of ``fit`` (a file, or the folder of a sharded run), a PEFT folder, a merged model's folder,
             or a model without adapters: a Hub name, a folder, a ``.gguf`` file or ``"embedded"``.
         merge: Add the adapters to the weights. Generation is faster and the model consists of transformers' classes
-            only, but the base model cannot be used any more. Warns if rounding to half precision loses much of them.
+            only, but the base model is no longer available. Warns if rounding to half precision loses much of them.
         device: The device of the model; by default the accelerator, if there is one.
         dtype: Dtype of the base weights, as for :class:`CausalLMModule`; by default the checkpoint's, otherwise
             ``"auto"``.
-        name_or_path: Where the base of a checkpoint or PEFT folder is now, if it has moved.
-        template: The prompt template, in place of that of training: ``"alpaca"``, ``"chat"``, ``"plain"`` or the path
-            of a Jinja file.
+        name_or_path: The current location of the base of a checkpoint or PEFT folder, if it has moved.
+        template: The prompt template, instead of that of training: ``"alpaca"``, ``"chat"``, ``"plain"`` or the path of
+            a Jinja file.
 
     Returns:
         The model in evaluation mode, with adapters if ``path`` has some (see
@@ -71,7 +71,7 @@ def load_for_inference(
 
     Raises:
         FileNotFoundError: If ``path`` or its base model does not exist.
-        ValueError: If it cannot be read, does not fit its base, or has another content, or there is no such device.
+        ValueError: If it cannot be read, does not fit its base, or has other contents, or there is no such device.
     """
     device = device_named(device)
     path, kind = str(path), kind_of(str(path))
@@ -109,7 +109,7 @@ def load_for_inference(
 
 
 def device_named(name: torch.device | str | None) -> torch.device:
-    """Return the device of that name; by default the accelerator, if there is one.
+    """Return the device with this name; by default the accelerator, if there is one.
 
     Raises:
         ValueError: If this machine has no such device.
@@ -135,7 +135,7 @@ def device_named(name: torch.device | str | None) -> torch.device:
 
 
 def kind_of(path: str) -> Kind:
-    """Tell whether a path is a checkpoint, a PEFT folder or a model.
+    """Return whether a path is a checkpoint, a PEFT folder or a model.
 
     Raises:
         UnusableModelError: If it is a folder with checkpoints in it.
@@ -166,7 +166,7 @@ def load_module(
 
     Args:
         ckpt_path: The checkpoint, a file or a folder.
-        name_or_path: Where the base is now; by default where it was in training.
+        name_or_path: The current location of the base; by default that of training.
         whole: Also accept a checkpoint of full fine-tuning, which holds no adapters.
         options: Options of :class:`CausalLMModule` that replace those of the checkpoint. With ``quantization=None``,
             adapters of a quantized base are loaded into the unquantized base.
@@ -185,7 +185,7 @@ def load_module(
         options["name_or_path"] = name_or_path
     if "quantization" in options and options["quantization"] is None:
         checkpoint = _on_unquantized_base(checkpoint)
-    file = io.BytesIO()  # also for a folder, which Lightning can only load in a sharded run
+    file = io.BytesIO()  # also for a folder, which Lightning could only load in a sharded run
     torch.save(checkpoint, file)
     file.seek(0)
     saved = options_in(checkpoint)
@@ -242,7 +242,7 @@ def format_named(template: str, tokenizer: PreTrainedTokenizerBase) -> PromptFor
 
     Args:
         template: As for :func:`load_for_inference`.
-        tokenizer: The tokenizer that writes the prompts.
+        tokenizer: The tokenizer that formats the prompts.
 
     Raises:
         ValueError: If there is no such template, or it cannot be used.
@@ -257,7 +257,7 @@ def _end_as_trained(
     if prompt_format is None and tokenizer.chat_template:
         try:
             prompt_format = PromptFormat.of(tokenizer, "chat")
-        except ChatTemplateError:  # the template cannot be used for training; keep the model's own stop tokens
+        except ChatTemplateError:  # the template cannot be used for training; keep the model's stop tokens
             prompt_format = None
     stop = stop_ids(model, tokenizer, None if prompt_format is None else prompt_format.end_of_turn)
     if stop and model.generation_config is not None:

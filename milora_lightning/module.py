@@ -44,47 +44,47 @@ class CausalLMModule(LoadedModule):
     :class:`milora_lightning.SFTDataModule`.
 
     To change one part, subclass it and override :meth:`load_model`, :meth:`loss`, :meth:`answer`,
-    :meth:`configure_metric` or Lightning's own hooks, such as :meth:`configure_optimizers`.
+    :meth:`configure_metric` or Lightning's hooks, such as :meth:`configure_optimizers`.
 
     Args:
         name_or_path: A Hub name, a folder, a ``.gguf`` file, or ``"embedded"``.
-        dtype: Dtype of the frozen weights: ``"auto"`` for that of the files, ``"fast"`` for bfloat16; both hold the
-            same numbers in float32 on CPUs that lack such products. The Trainer's ``precision`` stays ``32-true`` for a
-            bfloat16 base, and has to be ``16-mixed`` for a float16 one, whose gradients vanish unless they are scaled.
-            Adapters and optimizer state are float32 either way.
-        attn_implementation: Hugging Face's name of an attention implementation, ``"causal_blocks"``, which is faster
-            than those in training on CPUs, or None for Hugging Face's choice. ``"auto"`` is causal_blocks on CPUs,
-            flash attention on GPUs where it is installed and fits the model, and else Hugging Face's choice.
+        dtype: Dtype of the frozen weights: ``"auto"`` for that of the files, ``"fast"`` for bfloat16; with both, CPUs
+            without products in the dtype keep the same values in float32. The Trainer's ``precision`` stays ``32-true``
+            for a bfloat16 base, and must be ``16-mixed`` for a float16 one, whose gradients would vanish without loss
+            scaling. Adapters and optimizer state are float32 either way.
+        attn_implementation: An attention implementation of Hugging Face, ``"causal_blocks"`` (faster in training on
+            CPUs), or None for Hugging Face's default. ``"auto"`` is causal_blocks on CPUs, flash attention on GPUs if
+            it is installed and supports the model, and otherwise Hugging Face's default.
         gradient_checkpointing: Recompute activations in backward to save memory: of all decoder layers, or of a share
-            of them from 0 to 1. All take a third to a half more time, and 0.25 a quarter of that.
-        compile: Compile the decoder layers for training: it starts about a minute later, and every step is faster.
-            On GPUs dropout is compiled too, and draws other masks than without.
-        optimizer: Makes the optimizer from the trainable parameters; the paper's AdamW by default.
+            of them from 0 to 1. All layers take a third to a half more time, a share of 0.25 a quarter of that.
+        compile: Compile the decoder layers for training: it starts about a minute later, and every step is faster. On
+            GPUs dropout is compiled, too, and draws different masks.
+        optimizer: Creates the optimizer from the trainable parameters; by default the paper's AdamW.
         lr_scheduler: Name of a schedule of ``transformers.get_scheduler``. ``reduce_lr_on_plateau`` and ``greedy``
             follow ``val_loss`` after each validation.
-        warmup_steps: Number of optimizer steps over which the learning rate rises linearly from zero, or, below 1, that
-            number as a fraction of the run.
+        warmup_steps: Number of optimizer steps over which the learning rate rises linearly from zero, or, below 1, a
+            fraction of the run.
         max_new_tokens: Length limit of generated answers.
-        metric: Scores answers against references; by default the data's own metric. Its result is logged as
-            ``accuracy``, or, if it returns a dictionary, under the names in it.
+        metric: Scores answers against references; by default the data's metric. Its result is logged as ``accuracy``,
+            or, if it returns a dictionary, under the names in it.
         lr_scheduler_kwargs: Arguments of the schedule, such as ``min_lr_rate``, ``num_cycles`` or ``num_decay_steps``
             (numbers of steps may be fractions of the run, too).
-        learning_rate: The highest learning rate, in place of the optimizer's ``lr``; a ``LearningRateFinder`` sets it.
-            When training is resumed, this is the rate from there on.
-        quantization: ``nf4``, ``fp4`` or ``int8``: have bitsandbytes quantize the linear layers (all but the
-            language-model head) while the model is loaded. The adapters' factors are computed from the unquantized
-            weights; at the start of training the model computes exactly what the quantized model does.
+        learning_rate: The peak learning rate, instead of the optimizer's ``lr``; a ``LearningRateFinder`` sets it. When
+            training is resumed, this is the rate from there on.
+        quantization: ``nf4``, ``fp4`` or ``int8`` to quantize the linear layers (except the language-model head) with
+            bitsandbytes while the model is loaded. The adapters' factors are computed from the unquantized weights, and
+            training starts exactly at the quantized model.
         liger: Train with Liger's kernels for norms, rotary embeddings and gated activations, on GPUs; needs the
             package liger-kernel.
-        loss_agg_mode: What a training step follows: ``"token-mean"``, the mean loss of all its learned tokens, or
-            ``"seq-mean-token-mean"``, the mean over its examples of each one's mean, in which short answers count as
-            much as long ones. Validation and test report the mean over tokens either way.
+        loss_agg_mode: How the losses of a training step are averaged: ``"token-mean"`` over all learned tokens, or
+            ``"seq-mean-token-mean"`` first over the tokens of each example and then over examples, so that short
+            answers count as much as long ones. Validation and test always report the mean over tokens.
         num_beams: Width of the beam search that generates answers; 1 for greedy decoding.
-        loraplus_lr_ratio: Learning rate of the adapters' factor B over that of A (LoRA+, arXiv 2402.12354), such as 16.
-            Learning rates are those of A then.
+        loraplus_lr_ratio: Ratio of the learning rates of the adapters' factors B and A (LoRA+, arXiv 2402.12354), such
+            as 16. Other learning rates then refer to A.
 
     Raises:
-        FileNotFoundError: When the model is loaded, if there is no model of that name.
+        FileNotFoundError: When the model is loaded, if there is no model with this name.
         ValueError: If the schedule or its arguments are unknown, or ``max_new_tokens`` is below 1; in ``setup`` or
             ``configure_optimizers`` if the schedule needs the length of the run and the run has no end; when the model
             is loaded, if it is to be both compiled and sharded by FSDP1, Liger has no kernels for it, or it would train
@@ -93,7 +93,7 @@ class CausalLMModule(LoadedModule):
     """
 
     takes_one_row = True
-    """Whether it keeps apart the examples that share the only row of a batch."""
+    """Whether this module keeps apart examples that share the only row of a batch."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class CausalLMModule(LoadedModule):
         self._throughput = Throughput()
 
     def setup(self, stage: str) -> None:
-        """Ask questions in the data's prompt format."""
+        """Adopt the data's prompt format."""
         super().setup(stage)
         if self.sft_data is not None:
             trained, self.prompt_format = self.prompt_format, self.sft_data.prompt_format
@@ -147,7 +147,7 @@ class CausalLMModule(LoadedModule):
     # ---- Training ----
 
     def _call_batch_hook(self, hook_name: str, *args: Any) -> Any:
-        # Around the transfer alone: the hooks beside it are the user's, and Lightning warns of modules that have them.
+        # Only around the transfer: the other batch hooks are for users, and Lightning warns of modules that have them.
         if hook_name != "transfer_batch_to_device":
             return super()._call_batch_hook(hook_name, *args)
         batch, *others = args
@@ -157,9 +157,9 @@ class CausalLMModule(LoadedModule):
         """Compute the logits of the supervised tokens.
 
         Args:
-            batch: ``input_ids`` and ``labels`` (batch, length), padded on the right. No attention mask is needed:
-                with causal attention no token sees the padding behind it. Packed rows also have ``position_ids``, and
-                a single row of several examples ``cu_seq_lens`` and ``max_length``.
+            batch: ``input_ids`` and ``labels`` (batch, length), padded on the right. No attention mask is needed: with
+                causal attention no token sees the padding after it. Packed rows also have ``position_ids``, and a
+                single row of several examples ``cu_seq_lens`` and ``max_length``.
 
         Returns:
             Logits of shape (supervised tokens, vocabulary): those that predict a label other than the ignored one.
@@ -169,7 +169,7 @@ class CausalLMModule(LoadedModule):
         )
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Compute a sum of losses in nats, and what it is to be divided by.
+        """Compute a sum of losses in nats, and the number to divide it by.
 
         Returns:
             The sum of the next-token cross-entropies, and the number of tokens in that sum. In training with
@@ -220,7 +220,7 @@ class CausalLMModule(LoadedModule):
         return loss
 
     def on_validation_start(self) -> None:
-        """Keep the time that an evaluation takes out of the throughput."""
+        """Exclude the time of an evaluation from the throughput."""
         self._throughput.pause()
 
     # ---- Answering ----

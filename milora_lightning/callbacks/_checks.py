@@ -1,4 +1,4 @@
-"""Checks of a run with adapters: that all of it works with them, and that what should train does train."""
+"""Checks of a run with adapters: that all its parts support them, and that everything that should train does."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from milora_lightning.utils.names import unwrapped_name
 
 
 def check_run(trainer: Trainer, module: LightningModule) -> None:
-    """Refuse callbacks, plugins and strategies that adapters do not work with, and prepare the others for them.
+    """Refuse callbacks, plugins and strategies that do not support adapters, and prepare the others for them.
 
     Raises:
         ValueError: If there is one.
@@ -44,23 +44,29 @@ def check_run(trainer: Trainer, module: LightningModule) -> None:
 
 
 def check_model(trainer: Trainer, module: LightningModule, config: LoRAConfig, stage: str) -> None:
-    """Check a module that has its adapters, before the strategy's setup, and warn of what will not work at the end.
+    """Check a module with its adapters before the strategy's setup, and warn if its export will fail.
+
+    Args:
+        trainer: The Trainer.
+        module: The module with its adapters.
+        config: Their configuration.
+        stage: The stage of the run, such as ``"fit"``.
 
     Raises:
-        ValueError: If gradients would vanish in float16, the strategy cannot hold the module's parameters, or a start
-            takes statistics of a layer that has none.
+        ValueError: If gradients would vanish in float16, the strategy does not support the module's parameters, or a
+            start needs statistics of a layer that has none.
     """
     if stage == "fit":
         check_loss_scaling(trainer, module, is_float16(find_part(module, config.module)))
     finish(trainer, module)
     if stage == "fit":
-        layers_with_needs(module)  # which refuses what has no statistics, before any work
+        layers_with_needs(module)  # raises if a layer has no statistics, before any work
     if stage == "fit" and trainer.is_global_zero:
         warn_of_export(module)
 
 
 def check_callbacks(trainer: Trainer) -> None:
-    """Refuse callbacks that change weights which adapters stand on.
+    """Refuse callbacks that change the adapters' base weights.
 
     Raises:
         ValueError: If there is one.
@@ -73,7 +79,7 @@ def check_callbacks(trainer: Trainer) -> None:
 
 
 def check_quantizing(trainer: Trainer, module: LightningModule) -> None:
-    """Refuse Lightning's plugin that quantizes weights where it does so while the model is built.
+    """Refuse Lightning's quantization plugin if it would quantize while the model is being built.
 
     Raises:
         ValueError: If the plugin is used, and the module has a ``configure_model``.
@@ -87,7 +93,12 @@ def check_quantizing(trainer: Trainer, module: LightningModule) -> None:
 
 
 def check_optimizers(trainer: Trainer, module: LightningModule, config: LoRAConfig) -> None:
-    """Refuse optimizers that miss a parameter that is to train and has not been frozen since surgery.
+    """Refuse optimizers that lack a trainable parameter, unless it was frozen after surgery.
+
+    Args:
+        trainer: The Trainer, with its optimizers.
+        module: The module with its adapters.
+        config: Their configuration.
 
     Raises:
         ValueError: If adapters, or parameters in ``modules_to_save``, are in no optimizer.
@@ -96,7 +107,7 @@ def check_optimizers(trainer: Trainer, module: LightningModule, config: LoRAConf
     if not optimizers and not module.automatic_optimization:
         return  # the module has optimizers that Lightning does not know
     for child in module.modules():
-        if isinstance(child, FSDPModule):  # validation leaves the root's weights gathered, as other parameters
+        if isinstance(child, FSDPModule):  # validation leaves the root's weights gathered, as different parameters
             child.reshard()
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     factors = [p for layer in lora_layers(module).values() for p in (layer.lora_A, layer.lora_B)]
@@ -128,9 +139,9 @@ def say_without_gradient(module: LightningModule, optimizer: Optimizer) -> None:
 
 
 def _reached(layers: Sequence[Sequence[Tensor]]) -> list[bool]:
-    """Tell to which layers' factors a gradient has come; of shards all ranks must call this.
+    """Return whether each layer's factors have received a gradient; with shards, all ranks must call this.
 
-    A rank has zeros for what it has not used of a model in shards, and may have zeros alone of what others have.
+    In a sharded model, a rank has zero gradients for layers it has not used, and its own shard may be all zero.
     """
     gradients = [[p.grad for p in factors if p.grad is not None] for factors in layers]
     if not any(isinstance(p, DTensor) for factors in layers for p in factors):
@@ -142,7 +153,7 @@ def _reached(layers: Sequence[Sequence[Tensor]]) -> list[bool]:
 
 
 def warn_of_export(module: LightningModule) -> None:
-    """Warn before training, not after it, of adapters that cannot be exported for PEFT."""
+    """Warn before training rather than after it of adapters that cannot be exported for PEFT."""
     for model in outermost_models(module).values():
         if lora_layers(model) and (said := objection(model)):
             warn(

@@ -14,7 +14,7 @@ from milora_lightning.utils.compat.lightning import current_hook
 
 
 def builds_itself(pl_module: LightningModule) -> bool:
-    """Whether a module's class has a ``configure_model`` of its own."""
+    """Whether a module's class overrides ``configure_model``."""
     vars(pl_module).pop("configure_model", None)
     return is_overridden("configure_model", pl_module)
 
@@ -24,15 +24,15 @@ def after_configure_model(
 ) -> None:
     """Run ``action`` right after each call of the module's ``configure_model`` or, if it has none, after its ``setup``.
 
-    No callback hook lies between these and the strategy's wrapping of the model. Other callbacks may call
-    ``configure_model`` in their ``setup``. The last call is the Trainer's; ``after_setup`` runs after that one only.
-    A module without ``configure_model`` is not given one: Lightning would call it within contexts that are meant for
-    building a model, and some of its plugins refuse those.
+    There is no callback hook between these and the strategy's wrapping of the model. Other callbacks may call
+    ``configure_model`` in their ``setup``; the last call is the Trainer's, and ``after_setup`` runs only after that
+    one. A module without ``configure_model`` does not get one: Lightning would call it within contexts for building a
+    model, which some of its plugins refuse.
 
     Args:
         pl_module: The module, whose ``configure_model`` or ``setup`` is replaced until the Trainer has called it.
-        action: What to do; until the Trainer's call it may fail because targets do not exist yet.
-        after_setup: What to do at the end.
+        action: Called each time; before the Trainer's call it may fail because targets do not exist yet.
+        after_setup: Called once, after the Trainer's call.
     """
     name = "configure_model" if builds_itself(pl_module) else "setup"
     vars(pl_module).pop(name, None)

@@ -1,4 +1,4 @@
-"""What MiLoRAInit shows on the terminal."""
+"""MiLoRAInit's output on the terminal."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from milora_lightning.parallel.dtensor import full_tensor
 
 Piece = TypeVar("Piece")
 Track = Callable[[Sequence[Piece]], Iterable[Piece]]
-"""Passes on pieces of work, one after the other, and shows how far that is."""
+"""Wraps an iteration over pieces of work, and shows its progress."""
 
 
 def trackers(trainer: Trainer) -> tuple[Track[Batch], Track[int]]:
-    """Return what shows the progress of decompositions and of passes over data, on one rank.
+    """Return functions that show the progress of decompositions and of passes over data, on one rank.
 
-    The run's progress bar does if it can, by methods ``initializing`` and ``measuring``.
+    These are the methods ``initializing`` and ``measuring`` of the run's progress bar, if it has them.
     """
     if not trainer.is_global_zero:
         return iter, iter
@@ -55,12 +55,12 @@ def passes(numbers: Sequence[int]) -> Iterator[int]:
 
 
 def summary(module: LightningModule, config: LoRAConfig, number: int, seconds: float) -> Table:
-    """Summarize what was done to a module.
+    """Return a table that summarizes the adapters of a module.
 
     Args:
         module: The module, its adapters initialized.
         config: Their configuration.
-        number: How many were initialized.
+        number: How many matrices were initialized.
         seconds: How long that took.
     """
     adapters = lora_layers(module).values()
@@ -91,10 +91,10 @@ def _range(values: Sequence[float]) -> str:
 
 @torch.no_grad()
 def _largest_change(module: LightningModule) -> float:
-    """Return how far any adapted layer's output is from its base layer's, for normal random input; zero is right.
+    """Return the largest difference between outputs of adapted and base layers for random inputs, which should be zero.
 
-    This is the update's part, s (B A − B₀A₀) x, which needs the factors only: products with the weights are slow in
-    half precision on processors without instructions for it, and would gather shards.
+    Only the update s (B A − B₀A₀) x is computed, from the factors: products with the weights would gather shards, and
+    are slow on processors without half-precision instructions.
     """
     changes = []
     for layer in lora_layers(module).values():

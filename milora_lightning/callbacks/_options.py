@@ -1,4 +1,4 @@
-"""The options of MiLoRAInit as a configuration of adapters."""
+"""Conversion of MiLoRAInit's options to a configuration of adapters."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def adapter_config(
     fused_parts: Mapping[str, int | Sequence[int]] | None = None,
     **others: Any,
 ) -> LoRAConfig:
-    """Make a configuration of options as YAML files have them: lists, null, and ``"2r"`` for twice each rank.
+    """Create a configuration from options as in YAML files: lists, null, and ``"2r"`` for twice each rank.
 
     Args:
-        r: As in :class:`LoRAConfig`, as are all others.
-        lora_alpha: Likewise, or ``"2r"``.
-        rank_pattern: Likewise, or None for none.
-        alpha_pattern: Likewise.
-        modules_to_save: Likewise.
-        exclude_modules: Likewise.
-        target_parameters: Likewise.
-        fused_parts: Likewise.
-        **others: Options that are as in the configuration.
+        r: As in :class:`LoRAConfig`.
+        lora_alpha: As in :class:`LoRAConfig`, or ``"2r"``.
+        rank_pattern: As in :class:`LoRAConfig`; None for none, as in all of the following.
+        alpha_pattern: As in :class:`LoRAConfig`.
+        modules_to_save: As in :class:`LoRAConfig`.
+        exclude_modules: As in :class:`LoRAConfig`.
+        target_parameters: As in :class:`LoRAConfig`.
+        fused_parts: As in :class:`LoRAConfig`.
+        **others: Further arguments of :class:`LoRAConfig`.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -62,7 +62,7 @@ def check_start_from(
     statistics_batches: int | None = None,
     preserve: str | None = None,
 ) -> None:
-    """Refuse options that mean nothing in a run that starts from a PEFT folder.
+    """Refuse options that have no meaning in a run that starts from a PEFT folder.
 
     Raises:
         ValueError: If one of them is given.

@@ -1,4 +1,4 @@
-"""What the answers of validations cost in time, and what makes them fewer."""
+"""Remarks on the time that generated answers in validations take, and on how to reduce it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from milora_lightning.utils.messages import inform
 
 REMEDY = "data.num_generation_examples makes them fewer (0: none), model.max_new_tokens shorter"
 LONG = 30.0
-"""Seconds after which a validation's answers are remarked on."""
+"""Seconds of generating answers in a validation that cause a remark."""
 
 
 class Patience:
-    """Says before training how much is answered, and once that it takes long, each with what would take less."""
+    """Tells the user how many answers come before training and, once, that they take long; each with a remedy."""
 
     def __init__(self) -> None:
         self._ahead = 0
@@ -35,10 +35,10 @@ class Patience:
             )
 
     def answered(self, number: int) -> None:
-        """Count answers, and say it if they take long.
+        """Count answers, and remark on it if they take long.
 
         Args:
-            number: How many of this validation are there.
+            number: Number of answers so far in this validation.
         """
         seconds = time.monotonic() - self._started
         if number and self._ahead and seconds > LONG and not self._said:
@@ -50,7 +50,7 @@ class Patience:
 
 
 def answers_ahead(trainer: Trainer) -> int:
-    """Return how many prompts the validation that begins has this process generate answers to."""
+    """Return for how many prompts this process will generate answers in the validation that begins."""
     data = getattr(trainer, "datamodule", None)
     batches = list(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
     if not isinstance(data, SFTDataModule) or data.answer_by != "generation" or len(batches) < 2:

@@ -1,4 +1,4 @@
-"""Starts from data: which batches of a run they are taken from, without the run noticing."""
+"""Data for starts that depend on data: taken from a run's batches without affecting the run."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn
 
 MOMENT_BATCHES, GRADIENT_BATCHES = 64, 8
-"""How many batches are taken by default: moments of many features need many tokens, gradients are of the first step."""
+"""Default numbers of batches: second moments of many features need many tokens; gradients stand for the first step."""
 
 BLOCK, ROWS = 256, 8
-"""Tokens in a block of text, and blocks in a batch."""
+"""Tokens per block of text, and blocks per batch."""
 
 
 class StartingData:
-    """What a run's start takes from data.
+    """Statistics of data for the start of a run.
 
     Args:
         batches: Number of batches; None for the default.
-        preserve: Text of what is to be preserved, as :class:`milora_lightning.ForgettingMonitor` takes it.
+        preserve: Text that represents the knowledge to preserve, as for :class:`milora_lightning.ForgettingMonitor`.
         cache: Whether to keep statistics in the user's cache folder.
 
     Raises:
@@ -60,11 +60,11 @@ class StartingData:
         self._texts: list[str] | None = None
 
     def check(self, trainer: Trainer, module: LightningModule, config: LoRAConfig | None) -> None:
-        """Refuse what cannot work, and read the text, before the model is loaded.
+        """Refuse options that cannot work, and read the text, before the model is loaded.
 
         Raises:
-            ValueError: If the start does not take what is given, or lacks what it takes; if there is a strategy or a
-                module with which data cannot be run through the model before training.
+            ValueError: If the options do not fit the start, or if the strategy or the module does not allow running
+                data through the model before training.
             FileNotFoundError: If there is no such text.
         """
         start = None if config is None else find_start(config.init)
@@ -109,16 +109,16 @@ class StartingData:
                 )
 
     def groups(self, trainer: Trainer, module: LightningModule, track: Track) -> Iterator[dict[str, Statistics]]:
-        """Yield statistics of the layers that need them, some at a time; nothing if none does.
+        """Yield statistics of the layers that need them, a group of layers at a time; nothing if no layer does.
 
-        Training's order, its random states and its metrics stay as they are.
+        The order of training data, random states and metrics are not affected.
         """
         layers, needs = layers_with_needs(module)
         if not needs:
             return
         start = find_start(next(iter(layers.values())).init)  # type: ignore[arg-type]
         with isolate_rng(), _undisturbed(module):
-            torch.manual_seed(0)  # so that shuffled data are the same on all ranks and in all runs
+            torch.manual_seed(0)  # the same shuffled data on all ranks and in all runs
             learned, kept = self._data(trainer, module, start)
             share = data_rank(trainer)
             learned = _as_many_on_all_ranks(learned, share.size)
@@ -149,7 +149,7 @@ class StartingData:
             yield from with_cache(key, layers, collect, size_of(layers, needs), share.size)
 
     def _data(self, trainer: Trainer, module: LightningModule, start: Start) -> tuple[list[Any], list[Any] | None]:
-        """Return the batches of what is learned and of what is to be preserved, on the CPU."""
+        """Return training batches and, if needed, batches of the text to preserve, on the CPU."""
         number = self.batches or (GRADIENT_BATCHES if "gradient" in start.needs else MOMENT_BATCHES)
         text = None if self._texts is None else _text_batches(self._texts, module, number)
         if start.keeps and text is not None:
@@ -173,7 +173,7 @@ def _training_batches(trainer: Trainer, number: int) -> list[Any]:
 
 
 def _files_read_by(callback: Any) -> list[Any]:
-    text = getattr(callback, "text", None)  # ForgettingMonitor's, or that of a monitor of one's own
+    text = getattr(callback, "text", None)  # of ForgettingMonitor or a custom monitor
     texts = list(text.values()) if isinstance(text, dict) else [text]
     return [each for each in texts if isinstance(each, str) and Path(each).exists()]
 
@@ -184,7 +184,7 @@ def _code(instance: Any) -> str:
 
 
 def _as_many_on_all_ranks(batches: list[Any], ranks: int) -> list[Any]:
-    """Leave out the last batches of a rank that has more than another, as with a distributed sampler of one's own."""
+    """Drop surplus batches, so that all ranks have equally many; a custom sampler may give some ranks more."""
     if ranks == 1:
         return batches
     numbers: list[Any] = [None] * ranks
@@ -203,15 +203,15 @@ def _text_batches(texts: list[str], module: LightningModule, number: int) -> lis
 
 
 def _call(module: LightningModule) -> Callable[[Any], Any]:
-    if (own := getattr(module, "start_loss", None)) is not None:
-        return own  # type: ignore[no-any-return]
+    if (start_loss := getattr(module, "start_loss", None)) is not None:
+        return start_loss  # type: ignore[no-any-return]
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
     return lambda batch: module.training_step(batch, 0) if takes_index else module.training_step(batch)
 
 
 @contextmanager
 def _undisturbed(module: LightningModule) -> Iterator[None]:
-    """Within this context, a module's ``training_step`` logs nothing; metrics that were fresh are so again after it."""
+    """Within this context, a module's ``training_step`` logs nothing; unused metrics are reset afterwards."""
     fresh = [m for m in module.modules() if isinstance(m, Metric) and not m.update_called]
     before = {name: vars(module).get(name) for name in ("log", "log_dict")}
     vars(module).update(dict.fromkeys(before, lambda *_, **__: None))
@@ -229,7 +229,7 @@ def _undisturbed(module: LightningModule) -> Iterator[None]:
 
 @contextmanager
 def _generators_restored(source: Any) -> Iterator[None]:
-    """Within this context, loaders may be read; their own generators are as before afterwards."""
+    """Restore the state of loaders' generators after this context, within which loaders may be read."""
     loaders = source.flattened if isinstance(source, CombinedLoader) else [source]
     holders = [getattr(loader, name, None) for loader in loaders for name in ("sampler", "batch_sampler")] + loaders
     holders += [getattr(holder, "sampler", None) for holder in holders]

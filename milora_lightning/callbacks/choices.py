@@ -1,4 +1,4 @@
-"""Measures what a language model still knows of other tasks while it is fine-tuned."""
+"""Measures a language model's performance on other tasks while it is fine-tuned."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ class ChoiceMonitor(Callback):
 
     A question is asked as plain text, and each choice continues it. The model's answer is the choice with the largest
     log-likelihood per token. Logs ``forgetting_choice_accuracy``, and ``forgetting_choice_loss``: minus the
-    log-likelihood of the right choice, in nats per token, averaged over questions. Of several files, both are also
-    logged for each (``/NAME``), and without a name their means, in which all questions have the same weight. The values
-    before training are logged as step 0.
+    log-likelihood of the right choice, in nats per token, averaged over questions. With several files, both are also
+    logged for each (``/NAME``); the values without a name are then means over all questions. The values before training
+    are logged as step 0.
 
     Attributes:
-        examples: By the name of the measure, its value for each question in the latest measurement.
+        examples: Values for each question in the latest measurement, by name of the metric.
         results: The results of the latest measurement.
 
     Args:
-        questions: A file of questions, a list of files, or files by their names. What a file may hold is described at
+        questions: A file of questions, a list of files, or files by their names. For the format see
             :func:`milora_lightning.data.tasks.questions.read_questions`.
-        number: How many questions of each file are asked at most; they are drawn by ``seed``.
-        every: ``"validation"`` asks them at each validation; ``"end"`` before and after training alone. Each time takes
-            a forward pass over every choice of every question.
+        number: Maximum number of questions from each file; they are drawn with ``seed``.
+        every: ``"validation"`` asks them at each validation, ``"end"`` only before and after training. Each measurement
+            takes a forward pass over every choice of every question.
         batch_size: Number of rows (choices with their questions) in a batch, on each rank.
-        seed: Chooses the questions.
-        tokenizer: Name of the model whose tokenizer reads the text; by default the module's ``tokenizer``.
+        seed: Seed for drawing the questions.
+        tokenizer: Name of the model whose tokenizer is used; by default the module's ``tokenizer``.
 
     Raises:
         FileNotFoundError: In ``setup``, if there is no such file.
@@ -124,7 +124,7 @@ class ChoiceMonitor(Callback):
         return self.results
 
     def _keep(self, losses: Tensor) -> None:
-        """Keep the results, given the loss per token of every choice of every question."""
+        """Store the results, given the loss per token of every choice of every question."""
         questions = [question for each in self._questions.values() for question in each]
         choices = torch.split(losses, [len(question.choices) for question in questions])
         pairs = list(zip(questions, choices, strict=True))
@@ -142,7 +142,7 @@ class ChoiceMonitor(Callback):
                 self.results |= {f"{name}/{file}": part.mean().item() for file, part in parts}
 
     def _encoded(self, pl_module: LightningModule) -> list[tuple[int, list[int], int]]:
-        """Return the number of each row, its token ids, and where its choice begins; rows of similar length follow."""
+        """Return the index of each row, its token ids, and where its choice begins, sorted by length."""
         if not self._rows:
             tokenizer = tokenizer_of(pl_module, self.tokenizer, "ChoiceMonitor")
             questions = [question for each in self._questions.values() for question in each]
@@ -156,7 +156,7 @@ class ChoiceMonitor(Callback):
 
 
 def named_files(files: str | Sequence[str] | dict[str, str]) -> dict[str, str]:
-    """Name files by their stems where they have no names.
+    """Return files by name; files without names are named by their stems.
 
     >>> named_files(["data/piqa_test.json", "data/boolq.json"])
     {'piqa_test': 'data/piqa_test.json', 'boolq': 'data/boolq.json'}
@@ -183,7 +183,7 @@ def encode(question: Question, tokenizer: PreTrainedTokenizerBase) -> list[tuple
 
 
 def collate(rows: Sequence[tuple[int, list[int], int]]) -> tuple[Tensor, Tensor]:
-    """Pad rows on the right; return token ids and labels, of which those of the choices count."""
+    """Pad rows on the right; return token ids and labels, in which only the choices count."""
     width = max(len(ids) for _, ids, _ in rows)
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
     labels = torch.full_like(input_ids, IGNORE_INDEX)

@@ -23,8 +23,8 @@ class AdapterExport(Callback):
         output: Folder to create; it must not exist, or must be empty.
         format: ``"peft"`` for an adapter folder, ``"merged"`` for a whole Hugging Face model.
         rank: For ``"peft"``: compress each update to this rank.
-        dtype: For ``"merged"``: dtype of the whole model; by default each weight keeps its own.
-        shrink_intruders: Shrink intruder dimensions to this part of their singular values.
+        dtype: For ``"merged"``: dtype of the whole model; by default each weight keeps its dtype.
+        shrink_intruders: Shrink intruder dimensions to this fraction of their singular values.
 
     Raises:
         ValueError: If an option does not apply to the format.

@@ -25,35 +25,35 @@ from milora_lightning.utils.modes import eval_mode
 class ForgettingMonitor(Callback):
     """Measures at every validation how far the predictions on held-out text have moved from the base model's.
 
-    The base model is the same model with its adapters switched off, so there is no second model in memory. Other
-    weights that train (``modules_to_save``, or all weights in full fine-tuning) are copied before training. Logs
-    ``forgetting_kl``, the KL divergence from the base model's next-token distribution, and
-    ``forgetting_cross_entropy``, the MiLoRA paper's measure (arXiv 2406.09044, section 5.4), in nats per token over all
-    ranks. The values before training, where the KL divergence is 0, are logged as step 0.
+    The base model is the same model with its adapters disabled, so no second model is in memory. Other weights that
+    train (``modules_to_save``, or all weights in full fine-tuning) are copied before training. Logs ``forgetting_kl``,
+    the KL divergence from the base model's next-token distribution, and ``forgetting_cross_entropy``, the MiLoRA
+    paper's measure (arXiv 2406.09044, section 5.4), in nats per token over all ranks. The values before training, where
+    the KL divergence is 0, are logged as step 0.
 
-    Of texts that have names, both are also logged for each (``forgetting_kl/NAME``), and without a name their means, in
-    which all texts have the same weight.
+    If texts have names, both are also logged for each (``forgetting_kl/NAME``); the values without a name are then
+    means with equal weight for each text.
 
     Attributes:
-        examples: By the name of the measure, its value on each sequence in the latest measurement of this rank.
-        weights: By the same name, how much each sequence counts.
+        examples: Values for each sequence in the latest measurement of this rank, by name of the metric.
+        weights: The weight of each sequence, by the same names.
 
     Args:
-        text: Held-out text: a ``.txt`` file, a JSON, JSON lines or Parquet file, or a Hub name; or several of them by
-            their names.
-        field: Field that holds the text; not used for ``.txt`` files.
-        split: Which split of a Hub data set.
+        text: Held-out text: a ``.txt`` file, a JSON, JSON lines or Parquet file, or a Hub name; or a dictionary of
+            several by name.
+        field: Field that contains the text; not used for ``.txt`` files.
+        split: The split of a Hub data set.
         max_tokens: Maximum number of tokens of each text to measure on; each measurement takes two forward passes over
             them.
         block_length: Number of tokens in a sequence.
         batch_size: Number of sequences in a batch, on each rank.
-        tokenizer: Name of the model whose tokenizer reads the text; by default the module's ``tokenizer``.
+        tokenizer: Name of the model whose tokenizer is used; by default the module's ``tokenizer``.
 
     Raises:
         FileNotFoundError: In ``setup``, if the text does not exist.
         ValueError: In ``setup`` if the text cannot be used, if there is another ForgettingMonitor, or under FSDP1; when
             fitting starts if the module has no causal language model of Hugging Face; at the first measurement if
-            weights would have to be copied and are sharded, or have been trained already.
+            weights that must be copied are sharded or have already been trained.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class ForgettingMonitor(Callback):
         model: PreTrainedModel,
         base: dict[str, Tensor],
     ) -> Tensor:
-        """Add blocks of tokens to the metric, and return the mean KL divergence of each block of this rank."""
+        """Add blocks of tokens to the metric, and return the mean KL divergence of each block on this rank."""
         batches = torch.split(blocks, self.batch_size)
         each = [torch.empty(0, device=metric.device)]
         with torch.no_grad(), eval_mode(model), trainer.precision_plugin.forward_context():

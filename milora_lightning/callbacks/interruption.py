@@ -1,4 +1,4 @@
-"""Ctrl-C in training saves a checkpoint and says how to resume."""
+"""Saving a checkpoint when training is interrupted with Ctrl-C."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SaveOnInterrupt(Callback):
     ``log_every_n_steps`` steps, whether one of them has received Ctrl-C, and save then.
 
     Attributes:
-        go_on: How to resume, for the message; ``{path}`` in it stands for the checkpoint.
+        go_on: How to resume, for the message, with ``{path}`` in place of the checkpoint's path.
         interrupted: Whether there was a Ctrl-C.
     """
 
@@ -118,16 +118,16 @@ class SaveOnInterrupt(Callback):
 
 
 def _path(trainer: Trainer) -> str:
-    """Return the path for the checkpoint of an interrupted run: where ``last`` is looked for, and nothing is yet.
+    """Return an unused path for an interrupted run's checkpoint, where ``ckpt_path="last"`` finds it.
 
-    The ModelCheckpoint that writes ``last`` there is told, so that it replaces the file when the run is resumed.
+    The ModelCheckpoint that writes ``last`` is updated, so that it replaces this file when the run is resumed.
     """
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath:
             own = "best_model_path" if _calls_its_only_one_last(callback) else "last_model_path"
             path = callback.format_checkpoint_name({}, callback.CHECKPOINT_NAME_LAST)
             version = callback.STARTING_VERSION
-            # The callback itself looks for a free name in this way.
+            # The callback itself chooses an unused name in this way.
             while numbers_versions(callback) and path != getattr(callback, own):
                 if not callback.file_exists(path, trainer):
                     break

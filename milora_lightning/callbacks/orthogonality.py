@@ -1,4 +1,4 @@
-"""Keeps updates orthogonal to the principal singular directions of each weight."""
+"""Keeping updates orthogonal to the principal singular directions of each weight."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class PrincipalProjection(Callback):
     too: A is projected once at the start, where B = 0.
 
     Args:
-        p: Number of protected directions of each weight; at most k − r are used.
+        p: Number of protected directions per weight; at most k − r are used.
 
     Raises:
         ValueError: If p is not positive; in ``setup`` under a strategy that shards the factors; when fitting starts if
@@ -67,12 +67,12 @@ class PrincipalProjection(Callback):
         if trainer.is_global_zero:
             shown: Any = track(layers.items(), "Decomposing weights", transient=True)
             try:
-                with closing(shown):  # a bar that the collector of garbage closes can wait for itself
+                with closing(shown):  # a progress bar closed by the garbage collector may deadlock
                     bases = [_bases(name, layer, self.p) for name, layer in shown]
             except Exception as raised:  # any error, because the other ranks wait for this one
                 error = raised
         raise_on_all_ranks(error, trainer.world_size)
-        bases = trainer.strategy.broadcast(bases)  # the same on all ranks: rounding must not make their factors differ
+        bases = trainer.strategy.broadcast(bases)  # rounding must not make the ranks' factors differ
         self._protected = [
             ProtectedSubspace(layer, U.to(layer.lora_B.device), V.to(layer.lora_A.device))
             for layer, (U, V) in zip(layers.values(), bases, strict=True)
@@ -101,7 +101,7 @@ class ProtectedSubspace(NamedTuple):
 
     Attributes:
         layer: The adapter.
-        U: Protected left singular vectors, shape (out, p), or (experts, out, p) of a stack.
+        U: Protected left singular vectors, shape (out, p), or (experts, out, p) for a stack.
         V: Protected right singular vectors, shape (in, p), or (experts, in, p).
     """
 
@@ -123,7 +123,7 @@ class ProtectedSubspace(NamedTuple):
             )
 
     def project_initial(self) -> None:
-        """Project what starts outside the free subspace, as A with ``init="lora"``; the other is 0, so ΔW stays 0."""
+        """Project a factor that starts outside the free subspace (A with ``init="lora"``; B is 0, so ΔW stays 0)."""
         if self.layer.initial_A is None and not (self.layer.lora_A.any() and self.layer.lora_B.any()):
             self.project()
 
@@ -180,9 +180,9 @@ def _bases(name: str, layer: LoRALinear, p: int) -> tuple[Tensor, Tensor]:
         raise InvalidInputError(
             f"Layer {name!r} has no direction besides the r={layer.r} that are trained: use a smaller r."
         )
-    matrices = weight.reshape(-1, *weight.shape[-2:])  # several, of experts
+    matrices = weight.reshape(-1, *weight.shape[-2:])  # several for experts
     slices = [singular_slice(matrix, min(p, free), "principal") for matrix in matrices]
-    # On the CPU, because other ranks have other devices.
+    # On the CPU, because each rank has a different device.
     U = torch.stack([each.U.to("cpu", layer.lora_B.dtype) for each in slices])
     V = torch.stack([each.Vh.mT.to("cpu", layer.lora_A.dtype) for each in slices])
     return U.view(*weight.shape[:-2], *U.shape[1:]), V.view(*weight.shape[:-2], *V.shape[1:])

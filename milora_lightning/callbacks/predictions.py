@@ -20,16 +20,16 @@ from milora_lightning.utils.folders import check_file
 class PredictionWriter(BasePredictionWriter):
     """Writes prompt, instruction, generation, reference and task of every predicted example as JSON lines.
 
-    Lines are written batch by batch, so an interrupted run leaves the answers it has generated. With several processes,
-    each with another share of the data writes a file of its own with the number of the share before the suffix.
+    Lines are written batch by batch, so an interrupted run leaves the answers generated so far. With several processes,
+    each one writes a separate file for its share of the data, with the number of the share before the suffix.
 
     Args:
         output: The file to write. Its folder is created if necessary; an existing file is replaced.
-        alpaca_eval: A JSON file to write as well at the end, in the format that ``alpaca_eval --model_outputs`` reads:
-            the generations of all processes in the order of the data.
+        alpaca_eval: A JSON file that is also written at the end, in the format that ``alpaca_eval --model_outputs``
+            reads: the generations of all processes in the order of the data.
         generator: The name of the model in ``alpaca_eval``.
-        follow_bench: A folder to write as well at the end, with a file for each type of constraint as FollowBench's
-            evaluation reads them from ``api_output_vllm/MODEL``; for the source
+        follow_bench: A folder that is also written at the end, with a file for each type of constraint, as
+            FollowBench's evaluation expects in ``api_output_vllm/MODEL``. Requires the source
             :class:`milora_lightning.data.FollowBench`.
     """
 
@@ -92,7 +92,7 @@ class PredictionWriter(BasePredictionWriter):
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in prediction)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Collect the generations for ``alpaca_eval`` and ``follow_bench``, and say where the files are."""
+        """Collect the generations for ``alpaca_eval`` and ``follow_bench``, and report the files' locations."""
         trainer.strategy.barrier("predictions")
         if not trainer.is_global_zero:
             return

@@ -1,4 +1,4 @@
-"""Logs where updates lie in the spectra of their weights."""
+"""Logging where updates lie in the spectra of their weights."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class SubspaceMonitor(Callback):
 
     Args:
         every_n_steps: Number of optimizer steps between two measurements.
-        k: Number of principal directions for ρ_k; all but r are taken if there are no more.
-        intruders: Whether to count the intruder dimensions of W + ΔW, too, ``subspace/q_proj/intruders`` (arXiv
-            2410.21228): every measurement then decomposes each weight again.
+        k: Number of principal directions for ρ_k; at most all but r.
+        intruders: Whether to log the number of intruder dimensions of W + ΔW as well, ``subspace/q_proj/intruders``
+            (arXiv 2410.21228). Every measurement then decomposes each weight again.
 
     Raises:
         ValueError: If a number is not positive; in ``setup`` under a strategy that shards weights.

@@ -1,4 +1,4 @@
-"""Shows what training has changed, by a few figures and answers."""
+"""Showing what training has changed, with a few figures and answers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class EvaluationSummary(Callback):
         self._patience = Patience()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Discard the answers of the last evaluation, and say how many come before training."""
+        """Discard the answers of the last evaluation, and report how many will be generated before training."""
         self._answered = []
         if trainer.state.fn == "fit":
             self._patience.begin(trainer, pl_module)

@@ -1,4 +1,4 @@
-"""Logs how large the updates are, and what they do to the outputs of their layers."""
+"""Logging the size of updates and their effect on the outputs of their layers."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from milora_lightning.utils.messages import inform
 class UpdateMonitor(Callback):
     """Logs at every validation how far the updates have moved the weights, and the outputs of their layers.
 
-    ``update_size`` is ‖ΔW‖_F / ‖W‖_F, averaged over the adapted matrices. ``update_effect`` is ‖ΔW x‖ / ‖W x‖,
-    averaged over the inputs x that a layer sees in the first batches of the first validation set (of all ranks,
-    without padding), and then over layers. Both are 0 at the start and grow as the model moves away; the latter is
-    what later work finds forgetting to follow. Weights are read once, and updates never formed. It works under DDP and
-    FSDP2. Experts and tensor-parallel layers have a size alone.
+    ``update_size`` is ‖ΔW‖_F / ‖W‖_F, averaged over the adapted matrices. ``update_effect`` is ‖ΔW x‖ / ‖W x‖, averaged
+    over the inputs x that a layer sees in the first batches of the first validation set (of all ranks, without
+    padding), and then over layers. Both are 0 at the start and grow as the model moves away; later work finds that
+    forgetting follows the latter. Weights are read once, and the updates ΔW are never computed explicitly. It works
+    under DDP and FSDP2. For experts and tensor-parallel layers, only the size is logged.
 
     Args:
-        batches: Number of validation batches that each rank measures the effect on, at the price of the adapters'
-            part of their forward pass; 0 measures the size alone.
+        batches: Number of validation batches per rank on which the effect is measured, at the cost of the adapters'
+            part of a forward pass; 0 measures only the size.
 
     Raises:
         ValueError: If ``batches`` is negative; in ``setup`` under FSDP1.
@@ -64,7 +64,7 @@ class UpdateMonitor(Callback):
     ) -> None:
         """Watch the first batches."""
         if self._meter is not None and dataloader_idx == 0 and batch_idx < self.batches and self._meter.layers:
-            if "torch._dynamo" in sys.modules:  # code that has been compiled calls no new hooks
+            if "torch._dynamo" in sys.modules:  # code compiled earlier does not call new hooks
                 self._watching.enter_context(torch.compiler.set_stance("force_eager"))
             self._watching.enter_context(self._meter.watching(mask_of(batch)))
 

@@ -1,4 +1,4 @@
-"""Checkpoints of training: adapters and what else was trained, never the base."""
+"""Training checkpoints: adapters and other trained weights, never the base model."""
 
 from milora_lightning.checkpoint.adapter import load_adapter
 from milora_lightning.checkpoint.io import CheckpointError

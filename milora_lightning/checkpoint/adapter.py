@@ -50,9 +50,9 @@ class AdapterCheckpoint:
 
     def __init__(self, module: nn.Module, config: LoRAConfig) -> None:
         self.config = config
-        self.prefix = ""  # of the module's keys in the state dict that is being loaded
-        # Computed now, before a strategy casts or moves the weights, so that it is the same when loading. On the meta
-        # device there are no weights yet, and it is computed when it is first needed.
+        self.prefix = ""  # prefix of the module's keys in the state dict being loaded
+        # The fingerprint is computed now, before a strategy casts or moves the weights, so that it is the same when
+        # loading. On the meta device there are no weights yet; then it is computed when it is first needed.
         self.fingerprint = None if any(p.is_meta for p in module.parameters()) else fingerprint(module)
 
     def base(self, module: nn.Module) -> dict[str, str]:
@@ -63,13 +63,13 @@ class AdapterCheckpoint:
 
     @staticmethod
     def of(module: nn.Module | None) -> AdapterCheckpoint | None:
-        """Return the instance that is attached to a module, or None."""
+        """Return the instance attached to a module, or None."""
         attached = getattr(module, "_adapter_checkpoint", None)
         return attached if isinstance(attached, AdapterCheckpoint) else None
 
     @staticmethod
     def attach(module: nn.Module, config: LoRAConfig) -> AdapterCheckpoint:
-        """Attach an instance to a module, unless it has one, and return it."""
+        """Attach an instance to a module, unless it has one already, and return it."""
         attached = AdapterCheckpoint.of(module)
         if attached is not None:
             attached.config = config
@@ -87,7 +87,7 @@ class AdapterCheckpoint:
         for key in [key for key in state if key.startswith(prefix)]:
             if in_base(key.removeprefix(prefix)):
                 del state[key]
-        if not is_sharded(module):  # torch gathers and renames sharded weights by itself
+        if not is_sharded(module):  # for sharded weights, torch gathers and renames them itself
             rename_keys(state, prefix, unwrapped_name)
         state[prefix + KEY] = self.description(module)
 
@@ -115,8 +115,8 @@ class AdapterCheckpoint:
             return  # a full state dict, as saved without MiLoRAInit
         self.check_description(module, description)
         kept = {prefix + unwrapped_name(key): value for key, value in module.state_dict().items() if key != KEY}
-        own = {key: value for key, value in state.items() if key.startswith(prefix)}
-        check_tensors(own, {key: getattr(value, "shape", None) for key, value in kept.items()}, names)
+        entries = {key: value for key, value in state.items() if key.startswith(prefix)}
+        check_tensors(entries, {key: getattr(value, "shape", None) for key, value in kept.items()}, names)
         for name, initialized in told_initialized(description).items():
             state[f"{prefix}{name}.{INITIALIZED}"] = initialized
 
@@ -141,7 +141,9 @@ class AdapterCheckpoint:
     def _check_config(self, description: dict[str, Any], layers: dict[str, LoRALinear]) -> None:
         saved = LoRAConfig(**description["config"])
         adapters = {unwrapped_name(name) for name in description["adapters"]}
-        for layer in [name for name in layers if name in adapters]:  # in the model's order, the same in every run
+        for layer in [
+            name for name in layers if name in adapters
+        ]:  # in the model's order, which is the same in every run
             rows = layers[layer].out_features
             here, there = (configured_settings(config, layer, rows) for config in (self.config, saved))
             if key := first_difference(here, there, ignore=DROPOUT):
@@ -153,7 +155,7 @@ class AdapterCheckpoint:
         if missing or extra:
             same = _as_primitive(self.config.target_modules) == _as_primitive(saved.target_modules)
             remedy = f"Use those it was trained with: {saved.target_modules}."
-            if same and not extra:  # chosen by a version that knew fewer kinds of layers, or excluded
+            if same and not extra:  # selected by an older version with fewer kinds of layers, or excluded
                 remedy = f"They are those it was trained with, so name these layers in exclude_modules: {missing}."
             raise CheckpointError(
                 f"The checkpoint's adapters are on other layers: it has none for {first_of(missing)} and has some for "
@@ -181,7 +183,7 @@ def _ignore_missing_base(module: nn.Module, incompatible: Any) -> None:
 
 
 def load_adapter(module: nn.Module, path: str | Path) -> LoRAConfig:
-    """Inject the adapters of a checkpoint into a module, or load them into adapters that it has.
+    """Load the adapters of a checkpoint into a module, injecting them if necessary.
 
     Args:
         module: The LightningModule that the checkpoint was saved from, with its model built; changed in place.
@@ -211,9 +213,9 @@ def inject_as_in(module: nn.Module, state: dict[str, Any]) -> LoRAConfig:
 
 
 def _base_predicate(module: nn.Module) -> Callable[[str], bool]:
-    """Return a predicate for the keys of a state dict that belong to the base and are left out of checkpoints.
+    """Return a predicate for state dict keys that belong to the base and are omitted from checkpoints.
 
-    These are the frozen parameters, and entries that accompany them without being a parameter or buffer, such as the
+    These are the frozen parameters, and accompanying entries that are neither parameters nor buffers, such as the
     scales of a quantized weight. Adapters, other trained weights, buffers and extra states are kept.
     """
     base = {unwrapped_name(key) for key in base_keys(module)}

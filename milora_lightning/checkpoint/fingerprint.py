@@ -1,4 +1,4 @@
-"""The fingerprint by which a base model is recognized: a hash of each of its weights."""
+"""The fingerprint that identifies a base model: a hash of each of its weights."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def fingerprint(module: nn.Module, frozen_only: bool = True, like: Mapping[str, 
         module: Any module; weights on the meta device are skipped. If weights are sharded, all ranks must call this.
             They share the work, gathering one weight at a time, and the hashes are those of the full weights.
         frozen_only: Whether to leave out weights that train; otherwise only the adapters are left out.
-        like: Another fingerprint. A weight that it has in another floating-point dtype is described in that dtype, if
-            that dtype holds each of the weight's numbers exactly: a bfloat16 weight is the same when held in float32.
+        like: Another fingerprint. A weight that has another floating-point dtype there is hashed in that dtype, if this
+            represents all of its values exactly: a bfloat16 weight is still the same when stored in float32.
 
     Returns:
         ``"(shape) dtype hash"`` by parameter name, followed by the quantization, such as ``" as nf4"``, if there is
@@ -79,7 +79,7 @@ def _dtype_in(description: str) -> torch.dtype | None:
 
 
 def _as(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Convert a plain floating-point weight to a dtype if that changes no number in it; otherwise return it as it is.
+    """Convert a plain floating-point weight to a dtype if that changes no value; otherwise return it unchanged.
 
     >>> _as(torch.tensor([0.5]), torch.bfloat16).dtype, _as(torch.tensor([0.1]), torch.bfloat16).dtype
     (torch.bfloat16, torch.float32)
@@ -91,7 +91,7 @@ def _as(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def in_other_dtypes(saved: Mapping[str, str], here: Mapping[str, str]) -> bool:
-    """Tell whether some weight has different floating-point dtypes in two fingerprints.
+    """Return whether any weight has different floating-point dtypes in two fingerprints.
 
     >>> in_other_dtypes({"w": "(2,) torch.float32 1f"}, {"w": "(2,) torch.bfloat16 2e"})
     True
@@ -131,9 +131,9 @@ def check_base(saved: dict[str, str], here: dict[str, str], held: Mapping[str, s
     """Compare the fingerprint of the base that adapters were trained on with this model's.
 
     Args:
-        saved: The base that they were trained on.
-        here: This model, described in the dtypes of ``saved`` where these hold its numbers.
-        held: This model in the dtypes that it has, for the message.
+        saved: Fingerprint of the base they were trained on.
+        here: Fingerprint of this model, in the dtypes of ``saved`` where these represent its values.
+        held: Fingerprint of this model in its actual dtypes, for the message.
 
     Raises:
         CheckpointError: If they differ.

@@ -19,7 +19,7 @@ from milora_lightning.utils.compat.lightning import is_sharded_folder, metadata_
 from milora_lightning.utils.errors import InvalidInputError, MissingFileError
 
 KEY = "milora_lightning"
-"""The entry of a state dict that holds the description of its adapters."""
+"""State dict entry with the description of the adapters."""
 
 
 class CheckpointError(InvalidInputError):
@@ -132,7 +132,7 @@ def _needs_torchao(error: BaseException) -> bool:
 
 
 def _with_torchao(load: Callable[[], Any]) -> Any:
-    """Load a checkpoint; if it holds tensors of torchao, import it before, so that torch knows that they are safe."""
+    """Load a checkpoint; if it holds tensors of torchao, import it first, so that torch accepts them as safe."""
     try:
         return load()
     except pickle.UnpicklingError as error:

@@ -22,7 +22,7 @@ from milora_lightning.utils.errors import MissingFileError
 
 BASE = "model.name_or_path"
 KEYWORDS = ("last", "best", "hpc")
-"""Keywords for ``--ckpt_path``, for which Lightning looks for the checkpoint."""
+"""Keywords for ``--ckpt_path`` with which Lightning finds the checkpoint."""
 
 
 def options_in(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def differences(given: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]
 
 
 def find_checkpoint(trainer: Trainer, keyword: str, subcommand: str) -> str:
-    """Return the path of the checkpoint that a keyword means.
+    """Return the path of the checkpoint that a keyword refers to.
 
     Args:
         trainer: The Trainer whose callbacks know where checkpoints are.
@@ -113,10 +113,10 @@ def find_checkpoint(trainer: Trainer, keyword: str, subcommand: str) -> str:
 
 @contextmanager
 def base_may_have_moved(option: str, name_or_path: str | None) -> Iterator[None]:
-    """Within this context, explain a missing base model that was named by a checkpoint, and how to name another.
+    """Within this context, explain in the error if a base model named by a checkpoint is missing, and the remedy.
 
     Args:
-        option: The option that names another base.
+        option: The option for naming another base.
         name_or_path: The base according to the checkpoint; None if the user has named the base.
     """
     try:

@@ -70,7 +70,7 @@ def check_tensors(
     Args:
         state: The state dict.
         shapes: The shape of each required entry; None for entries that are not tensors.
-        optional: Entries that may be there as well.
+        optional: Further entries that are allowed.
 
     Raises:
         CheckpointError: If an entry is missing, unexpected, or has another shape.
@@ -88,5 +88,5 @@ def check_tensors(
 
 
 def first_of(names: list[str]) -> str:
-    """Name the first of some tensors or layers, and how many others there are."""
+    """Name the first of several tensors or layers, and the number of others."""
     return first_few(names, 1) or "nothing"

@@ -1,4 +1,4 @@
-"""What data tell about layers, for starts from data: second moments of inputs, and gradients of frozen weights."""
+"""Statistics for starts that depend on data: second moments of layers' inputs, and gradients of frozen weights."""
 
 from milora_lightning.starts import Statistics
 from milora_lightning.statistics.collecting import collect_statistics

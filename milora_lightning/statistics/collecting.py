@@ -1,4 +1,4 @@
-"""Collecting statistics of data for the layers of a module, in as many passes as memory asks for."""
+"""Collecting statistics for the layers of a module, in as many passes over the data as memory requires."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.memory import available
 
 SHARE = 0.4
-"""The largest share of a device's free memory that sums may take: what they are for takes some, too."""
+"""Maximum share of a device's free memory for the sums; the start computed from them needs memory, too."""
 
 
 def collect_statistics(
@@ -43,32 +43,32 @@ def collect_statistics(
     number: int = 0,
     size: int = 1,
 ) -> dict[str, Statistics]:
-    """Collect what the start of a module's adapters takes from data, for :func:`milora_lightning.initialize`.
+    """Collect the statistics that the start of a module's adapters needs, for :func:`milora_lightning.initialize`.
 
-    Adapters are off and the module is in eval mode meanwhile. Moments of inputs take a forward pass over each batch,
-    gradients a backward pass, too. Sums are float32. Tokens that a batch's ``attention_mask`` leaves out do not count;
-    prompts do. Layers that read the same tensor are measured once, and if sums of all layers do not fit into the
-    device's free memory, the batches are run through several times, for some layers each time.
+    During this, adapters are disabled and the module is in eval mode. Second moments of inputs take a forward pass over
+    each batch, gradients also a backward pass. Sums are float32. Tokens that are masked in a batch's ``attention_mask``
+    do not count; prompts do. Layers that read the same tensor are measured once. If the sums of all layers do not fit
+    into the device's free memory, there are several passes over the batches, each for some of the layers.
 
     Args:
         module: A module with injected adapters, or, with ``config``, one that could have them.
         batches: Batches: mappings, sequences or tensors, which are moved to the module's device.
-        call: Calls the module with a batch, and returns the loss as a scalar, or something with an attribute or entry
-            ``loss``, if the start takes gradients. By default the module's ``start_loss(batch)`` if it has that, else
-            the module itself: ``module(**batch)`` for mappings, ``module(*batch)`` for sequences.
-        preserve: Batches of what is to be preserved, which ``"sc_lora"`` weighs against ``batches``.
-        config: Whose targets and start to take, where no adapters are injected yet.
-        track: Wraps the numbers of the batches of each pass, to show progress.
-        device: Where sums are kept; by default the module's device.
-        number: Which share of the batches this process takes, where several share them.
-        size: Number of shares, of all processes of torch's default group. All have to call this with equal batches.
+        call: Calls the module with a batch. If the start needs gradients, it must return the loss: a scalar, or an
+            object with an attribute or entry ``loss``. By default the module's ``start_loss(batch)`` if it exists,
+            otherwise the module itself: ``module(**batch)`` for mappings, ``module(*batch)`` for sequences.
+        preserve: Batches of data to preserve, which ``"sc_lora"`` weighs against ``batches``.
+        config: Configuration with the targets and the start, if no adapters have been injected yet.
+        track: Wraps the iteration over the batches' indices in each pass, to show progress.
+        device: Device of the sums; by default the module's.
+        number: Index of this process's share of the batches, if several processes share them.
+        size: Number of shares. All processes of torch's default group must call this function with the same batches.
 
     Returns:
-        Statistics of each layer by name, on the CPU; of layers that share their inputs, the same tensors.
+        Statistics of each layer by name, on the CPU. Layers that share their inputs have the same tensors.
 
     Raises:
-        ValueError: If there are no batches, the start takes nothing from data, a layer is no linear one or is split by
-            tensor parallelism, or batches do not reach a layer.
+        ValueError: If there are no batches, the start does not depend on data, a layer is not linear or is split by
+            tensor parallelism, or no batch reaches a layer.
 
     >>> from milora_lightning import LoRAConfig, initialize, inject
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -103,10 +103,10 @@ def collect_statistics(
 
 
 def layers_with_needs(module: nn.Module) -> tuple[dict[str, nn.Module], tuple[Need, ...]]:
-    """Return the adapters that have no factors yet and start from data, and what their start takes.
+    """Return the adapters that have no factors yet and whose start depends on data, and the statistics they need.
 
     Raises:
-        ValueError: If one of them is of a kind whose statistics are not collected.
+        ValueError: If statistics are not supported for one of these layers.
     """
     pending = {name: layer for name, layer in lora_layers(module).items() if not layer.initialized}
     start = next((find_start(layer.init) for layer in pending.values()), None)
@@ -119,7 +119,7 @@ def layers_with_needs(module: nn.Module) -> tuple[dict[str, nn.Module], tuple[Ne
 
 
 def targets_with_needs(module: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], tuple[Need, ...]]:
-    """Return the layers that a configuration would adapt, and what its start takes."""
+    """Return the layers that a configuration would adapt, and the statistics that its start needs."""
     part = find_part(module, config.module)
     layers = select_layers(module, config, modules_inside(saved_modules(part, config))).layers
     for name, layer in layers.items():
@@ -142,7 +142,7 @@ def _check(name: str, layer: nn.Module) -> None:
 
 
 def size_of(layers: Mapping[str, nn.Module], needs: Sequence[Need]) -> int:
-    """Return an upper bound on the bytes that statistics of layers take."""
+    """Return an upper bound on the size of layers' statistics in bytes."""
     return sum(_sizes(layers, needs).values())
 
 
@@ -170,14 +170,14 @@ def in_groups(
     preserve: Sequence[Any] | None = None,
     room: int | None = None,
 ) -> Iterator[dict[str, Statistics]]:
-    """Collect statistics for some layers after the others, and yield them: those of one group have to fit.
+    """Collect and yield statistics for one group of layers at a time, such that each group fits into memory.
 
     Args:
         layers: The layers.
-        needs: What is asked for.
+        needs: The statistics to collect.
         over: The pass.
-        preserve: Batches of what is to be preserved.
-        room: Bytes for the sums of a group; by default a share of what is free.
+        preserve: Batches of data to preserve.
+        room: Bytes for the sums of a group; by default a share of the free memory.
 
     Raises:
         ValueError: If there are no batches, or they do not reach a layer.
@@ -210,7 +210,7 @@ def in_groups(
             )
             for name in names
         }
-        del gradients, sums, learned, kept  # before the next group needs the room
+        del gradients, sums, learned, kept  # free the memory for the next group
 
 
 def _means(moments: Mapping[str, Moments]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -219,13 +219,13 @@ def _means(moments: Mapping[str, Moments]) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def grouped(sizes: Mapping[str, int], owners: Mapping[str, str], room: int, together: bool = True) -> list[list[str]]:
-    """Share layers out among groups whose sums fit into a number of bytes; layers of equal inputs stay together.
+    """Divide layers into groups whose sums fit into a number of bytes; layers with the same inputs stay together.
 
     Args:
         sizes: Bytes of each layer's sums.
-        owners: For each layer the first one that reads the same inputs.
+        owners: For each layer, the first layer that reads the same inputs.
         room: The number of bytes.
-        together: Whether layers of equal inputs have one sum between them.
+        together: Whether layers with the same inputs share one sum.
 
     >>> grouped({"q": 4, "k": 4, "o": 4, "up": 9}, {"q": "q", "k": "q", "o": "o", "up": "up"}, 8)
     [['q', 'k', 'o'], ['up']]
@@ -244,7 +244,7 @@ def grouped(sizes: Mapping[str, int], owners: Mapping[str, str], room: int, toge
 
 
 def _room(over: Pass) -> int:
-    """Return how many bytes sums may take, the same on all ranks."""
+    """Return how many bytes the sums may take, the same on all ranks."""
     free = available(over.device.type)
     room = torch.tensor(2**62 if free is None else int(SHARE * free), device=over.device)
     if over.size > 1:

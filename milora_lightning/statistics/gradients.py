@@ -1,4 +1,4 @@
-"""Gradients of the loss with respect to frozen weights, layer by layer, without autograd holding any of them."""
+"""Gradients of the loss with respect to frozen weights, layer by layer, without storing them all."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from milora_lightning.statistics.passes import Pass, input_of, loss_of, recomput
 from milora_lightning.utils.errors import InvalidInputError
 
 SCALE = 2.0**10
-"""What the loss is multiplied by: gradients of outputs would vanish in float16; in other dtypes it changes no digit."""
+"""Factor of the loss: gradients of outputs would vanish in float16. In other dtypes it changes no digit."""
 
 Receive = Callable[[Tensor, Tensor], None]
-"""Takes the gradient of a layer's output (..., out), and its input (..., in)."""
+"""Receives the gradient of a layer's output (..., out), and its input (..., in)."""
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on a layer's output, whose backward hands on the output's gradient with the layer's input."""
+    """The identity on a layer's output; its backward passes the gradient and the layer's input to a function."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, anchor: Tensor, x: Tensor, receive: Receive) -> Tensor:
         ctx.save_for_backward(x)
         ctx.receive = receive
-        return output.clone()  # a view could not be changed in place, as ReLU(inplace=True) does
+        return output.clone()  # a view could not be modified in place, as by ReLU(inplace=True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -38,10 +38,10 @@ class _Tap(torch.autograd.Function):
 
 
 def weight_gradients(layers: Mapping[str, nn.Module], over: Pass) -> dict[str, Tensor]:
-    """Compute the mean over batches, of all ranks, of the loss's gradients with respect to layers' weights.
+    """Compute the mean, over the batches of all ranks, of the loss's gradients with respect to layers' weights.
 
-    The frozen weights need no gradient for autograd: each layer's is formed as g xᵀ from what reaches its output, added
-    to a sum in float32, and freed. Parameters that train get no ``grad``.
+    Autograd does not compute them: each layer's gradient is computed as g xᵀ from the gradient of its output, added to
+    a sum in float32, and freed. Trainable parameters get no ``grad``.
 
     Args:
         layers: The layers.
@@ -67,17 +67,17 @@ def weight_gradients(layers: Mapping[str, nn.Module], over: Pass) -> dict[str, T
 
     anchor = torch.zeros((), device=over.device, requires_grad=True)
     with _tapping(layers, anchor, receive), recomputing(over.module):
-        for batch, own in over.run(gradients=True):
-            counts = own
+        for batch, is_counted in over.run(gradients=True):
+            counts = is_counted
             loss = loss_of(over.call_with(batch))
             if loss is None or not loss.requires_grad:
                 raise InvalidInputError(
                     "This start takes gradients of a loss that depends on the adapted layers, and the module returns "
                     "none: give it a method start_loss(batch) that returns the loss of a batch as a scalar."
                 )
-            # Towards the anchor alone: what trains gets no gradient, and DDP hears of nothing.
+            # Only towards the anchor: trainable parameters get no gradients, and DDP's hooks do not run.
             torch.autograd.grad(loss * SCALE, anchor, allow_unused=True)
-    # After the sum: what no batch of one rank reaches, such as an expert, another's may.
+    # After the sum: a layer that no batch of this rank reaches, such as an expert, may be reached on another.
     over.sum_over_ranks([*sums.values(), found := torch.tensor([*reached.values()], device=over.device).int()])
     if missing := [name for name, ranks in zip(layers, found.tolist(), strict=True) if not ranks]:
         raise InvalidInputError(

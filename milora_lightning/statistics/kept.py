@@ -1,4 +1,4 @@
-"""A disk cache of statistics, by a hash of the data, the model's weights and all else that they depend on."""
+"""A disk cache of statistics, keyed by a hash of the data, the model's weights and everything else they depend on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from milora_lightning.utils.messages import inform, warn
 
 _VERSION = 1  # part of the key: increase it when the same data and weights should give other statistics
 LARGEST = 8 * 2**30
-"""Bytes of a model's statistics above which they are not kept: passes over the data cost less than such files."""
+"""Larger statistics (in bytes) are not cached: a pass over the data is cheaper than such files."""
 
 _PLAIN = (str, int, float, bool)
 _CONTENT, _CHECKSUM = "statistics", "xxh3_128"
@@ -35,10 +35,14 @@ Group = dict[str, Statistics]
 
 
 def key_of(batches: Iterable[Any], *others: object) -> str | None:
-    """Hash batches, by their numbers and texts, and a description of all else that statistics depend on.
+    """Hash the numbers and texts in batches, and descriptions of everything else that statistics depend on.
+
+    Args:
+        batches: The batches.
+        *others: Descriptions of everything else, with a stable ``str``.
 
     Returns:
-        The key; None if batches hold objects whose content cannot be told.
+        The key; None if batches hold objects whose content is unknown.
 
     >>> import torch
     >>> key_of([{"x": torch.zeros(2)}], "a") == key_of([{"x": torch.ones(2)}], "a")
@@ -56,12 +60,12 @@ def key_of(batches: Iterable[Any], *others: object) -> str | None:
 
 
 def computes_with(module: nn.Module) -> str:
-    """Describe what modules compute with beside parameters and buffers: classes, plain attributes, configurations."""
+    """Describe what modules depend on besides parameters and buffers: classes, plain attributes, configurations."""
 
     def told(name: str, value: Any) -> bool:
         return name[0] != "_" and name != "training" and isinstance(value, (*_PLAIN, type(None)))
 
-    modules = [(name, m) for name, m in module.named_modules() if not isinstance(m, LoRALinear)]  # switched off
+    modules = [(name, m) for name, m in module.named_modules() if not isinstance(m, LoRALinear)]  # disabled
     configs: dict[int, Any] = {id(c): c for _, m in modules if hasattr(c := getattr(m, "config", None), "to_dict")}
     return repr(
         [
@@ -88,21 +92,21 @@ def _parts(value: Any) -> Iterator[bytes | memoryview | None]:
         yield f"{len(value)} of ".encode()
         for each in value:
             yield from _parts(each)
-    else:  # of other objects, texts may leave out numbers, or name an address
+    else:  # for other objects, str may omit numbers or include an address
         yield repr(value).encode() if isinstance(value, (*_PLAIN, bytes, type(None))) else None
 
 
 def with_cache(
     key: str | None, layers: Collection[str], collect: Callable[[], Iterator[Group]], expected: int, ranks: int = 1
 ) -> Iterator[Group]:
-    """Yield what is kept under a key, or else what is collected, and keep that.
+    """Yield the statistics cached under a key or, if there are none, collect, cache and yield them.
 
     Args:
-        key: The key, the same on all ranks; None to keep nothing.
+        key: The key, the same on all ranks; None for no caching.
         layers: Names of the layers, of which there has to be an entry each.
         collect: Collects statistics, group by group.
-        expected: How many bytes they take. Where that is more than :data:`LARGEST`, they are not kept.
-        ranks: Number of ranks that all call this; they read only if all of them can.
+        expected: Their size in bytes. If it exceeds :data:`LARGEST`, they are not cached.
+        ranks: Number of ranks, which must all call this; they read the cache only if all of them can.
     """
     if key is None:
         yield from collect()
@@ -118,18 +122,18 @@ def with_cache(
             f"Statistics of these layers take {expected / 2**30:.0f} GB, which is too much to keep: the next run goes "
             "over the data again."
         )
-    if not writes or folder.is_dir():  # a damaged one is there to be deleted by the user, as the warning says
+    if not writes or folder.is_dir():  # a damaged entry stays until the user deletes it, as the warning says
         yield from collect()
         return
     with _Keeping(folder) as keeping:
         for group in collect():
             keeping.add(group)
             yield group
-            del group  # before the next one needs the room
+            del group  # free the memory for the next one
 
 
 class _Keeping:
-    """A new entry, which is there once all groups are in it. Where it cannot be written, a warning says so."""
+    """A new entry, which appears once all groups are written. If it cannot be written, there is a warning."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._stack, self._number = folder, ExitStack(), 0

@@ -19,7 +19,7 @@ from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn
 
 Calls = dict[str, tuple[int, ...]]
-"""For each layer, which of the tensors of a forward pass have been its input, by numbers."""
+"""For each layer, the numbers of its input tensors in a forward pass."""
 
 
 class Moments:
@@ -40,25 +40,25 @@ class Moments:
 
         Args:
             x: Inputs (..., features).
-            counted: Which of them count, of any shape with as many entries; None for all.
+            counted: Which of them count, in any shape with the same number of entries; None for all.
         """
         with torch.autocast(x.device.type, enabled=False), full_precision():
             rows = x.detach().reshape(-1, x.shape[-1]).float()
             if counted is None:
                 self.count += len(rows)
             else:
-                rows = torch.where(counted.reshape(-1, 1), rows, 0.0)  # padding may be anything, NaN included
+                rows = torch.where(counted.reshape(-1, 1), rows, 0.0)  # padding may hold anything, including NaN
                 self.count += counted.sum()
             self.products.addmm_(rows.mT, rows)
             self.sums += rows.sum(0)
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The sums, to be summed over ranks in place."""
+        """The sums, which may be summed over ranks in place."""
         return self.products, self.sums, self.count
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """Compute E[x xᵀ] (features, features) and E[x] (features,), in place of the sums."""
+        """Compute E[x xᵀ] (features, features) and E[x] (features,), overwriting the sums."""
         return self.products.div_(self.count), self.sums.div_(self.count)
 
 
@@ -67,8 +67,8 @@ def watching(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
     """Within this context, call ``see`` with the name and the input of each layer before it computes.
 
     Yields:
-        Which inputs each layer has had, to be emptied between forward passes: consecutive layers that read the same
-        tensor, as those of an attention block do, have the same number.
+        The numbers of each layer's inputs, to be cleared between forward passes. Consecutive layers that read the same
+        tensor, like those of an attention block, have the same number.
     """
     calls: Calls = {}
     last: list[Any] = [None, None, 0]
@@ -77,7 +77,7 @@ def watching(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             x = input_of(layer, args, kwargs)
             writes = None if x.is_inference() else x._version  # a tensor that is written to holds other inputs then
-            if x is not last[0] or writes != last[1]:  # which is kept alive, so that no other tensor can be it
+            if x is not last[0] or writes != last[1]:  # last keeps it alive, so its identity is unique
                 last[:] = x, writes, last[2] + 1
             calls[name] = (*calls.get(name, ()), last[2])
             see(name, x)
@@ -93,7 +93,7 @@ def watching(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
 
 
 def shared_inputs(layers: Mapping[str, nn.Module], over: Pass) -> dict[str, str]:
-    """Run a batch, and return for each layer the first of those that read the same tensors.
+    """Run a batch, and return for each layer the first layer that reads the same tensors.
 
     Raises:
         ValueError: If the module does not call a layer.
@@ -114,11 +114,11 @@ def input_moments(layers: Mapping[str, nn.Module], owners: Mapping[str, str], ov
 
     Args:
         layers: The layers.
-        owners: For each layer the one whose inputs it reads, too; see :func:`shared_inputs`.
+        owners: For each layer, the first layer that reads the same inputs; see :func:`shared_inputs`.
         over: The pass.
 
     Returns:
-        For each layer its moments, the same object for those that share their inputs.
+        The moments of each layer; layers with the same inputs have the same object.
 
     Raises:
         ValueError: If layers share inputs in some batches only, or no token counts.
@@ -138,8 +138,8 @@ def input_moments(layers: Mapping[str, nn.Module], owners: Mapping[str, str], ov
         moments[name].add(x, mask if counts else x.new_zeros(x.shape[:-1], dtype=torch.bool))
 
     with watching(layers, see) as calls:
-        for batch, own in over.run():
-            counts = own
+        for batch, is_counted in over.run():
+            counts = is_counted
             counted = counted_rows(batch)
             calls.clear()
             over.call_with(batch)

@@ -1,4 +1,4 @@
-"""Passes over batches: how a module is called, which batches a rank takes, and who measures while it runs."""
+"""Passes over batches: how a module is called, and which batches a rank runs."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from milora_lightning.parallel.work import in_step
 from milora_lightning.utils.modes import eval_mode
 
 Track = Callable[[Sequence[int]], Iterable[int]]
-"""Wraps the numbers of the batches of a pass, to show progress."""
+"""Wraps the iteration over the batches' indices in a pass, to show progress."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """How a module runs over batches.
+    """A pass of a module over batches.
 
     Attributes:
-        module: The module; adapters are off and it is in eval mode while it runs.
-        batches: All batches, the same on each rank, which takes every ``size``-th.
-        call: Calls the module for a batch on its device, and returns the loss, where one is asked for.
+        module: The module. During the pass, adapters are disabled and it is in eval mode.
+        batches: All batches, the same on each rank, which runs every ``size``-th of them.
+        call: Calls the module with a batch on its device, and returns the loss if gradients are needed.
         place: Moves a batch to the device.
-        device: Where sums are kept.
-        number: Which share of the batches this rank takes.
+        device: Device of the sums.
+        number: Index of this rank's share of the batches.
         size: Number of shares. With more than one, sums are over all ranks of torch's default process group.
-        context: Makes a context for calls, such as autocast's.
+        context: Creates a context for calls, such as autocast's.
         track: Shows progress.
     """
 
@@ -50,13 +50,13 @@ class Pass:
     track: Track = iter
 
     def run(self, gradients: bool = False) -> Iterator[tuple[Any, bool]]:
-        """Yield each of this rank's batches, placed, and whether it counts; what follows has to call the module."""
+        """Yield each of this rank's batches, on the device, and whether it counts; the caller must run it."""
         with torch.set_grad_enabled(gradients), self._prepared():
             for batch, counts in in_step(self.batches, self.number, self.size, self.track):
                 yield self.place(batch), counts
 
     def first(self) -> None:
-        """Run the first batch alone."""
+        """Run only the first batch."""
         with torch.no_grad(), self._prepared():
             self.call_with(self.place(self.batches[0]))
 
@@ -73,7 +73,7 @@ class Pass:
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
-        # Compiled code knows nothing of hooks that come and go.
+        # Compiled code ignores hooks that are added and removed.
         with adapters_disabled(self.module), eval_mode(self.module), torch.compiler.set_stance("force_eager"):
             yield
 
@@ -108,9 +108,9 @@ def _recomputed(layer: Any, forward: Callable[..., Any], *args: Any, **kwargs: A
 
 
 def default_call(module: nn.Module) -> Callable[[Any], Any]:
-    """Return how to call a module with a batch: by its ``start_loss`` if it has one, else with what the batch holds."""
-    if (own := getattr(module, "start_loss", None)) is not None:
-        return own  # type: ignore[no-any-return]
+    """Return a function that calls a module with a batch: its ``start_loss`` if it exists, otherwise the module."""
+    if (start_loss := getattr(module, "start_loss", None)) is not None:
+        return start_loss  # type: ignore[no-any-return]
 
     def call(batch: Any) -> Any:
         if isinstance(batch, Mapping):
@@ -121,7 +121,7 @@ def default_call(module: nn.Module) -> Callable[[Any], Any]:
 
 
 def counted_rows(batch: Any) -> Tensor | None:
-    """Return which tokens of a batch count (rows, tokens): not its padding; None if there is no mask that tells.
+    """Return which tokens of a batch count, i.e. are not padding, (rows, tokens); None if the batch has no mask.
 
     >>> counted_rows({"attention_mask": torch.tensor([[1, 1, 0]])})
     tensor([[ True,  True, False]])
@@ -131,7 +131,7 @@ def counted_rows(batch: Any) -> Tensor | None:
 
 
 def tells_of(mask: Tensor, positions: torch.Size) -> bool:
-    """Whether a mask of tokens is one of a layer's inputs: they have its shape, or are in one row of as many.
+    """Whether a mask of tokens fits a layer's inputs: these have its shape, or are in one row of the same length.
 
     >>> mask = torch.ones(2, 3)
     >>> [tells_of(mask, torch.Size(shape)) for shape in ([2, 3], [6], [3, 2], [5])]
@@ -141,7 +141,7 @@ def tells_of(mask: Tensor, positions: torch.Size) -> bool:
 
 
 def loss_of(result: Any) -> Tensor | None:
-    """Return the loss in what a module returns: a scalar, or an entry ``loss``; None if there is none."""
+    """Return the loss in a module's result, which is a scalar or has an entry ``loss``; None if there is none."""
     if isinstance(result, Mapping):
         result = result.get("loss")
     elif not isinstance(result, Tensor):

@@ -1,4 +1,4 @@
-"""Ranks by how much of the variance of its inputs each component of a layer explains, as EVA shares them out."""
+"""Ranks by the explained variance of layers' inputs, distributed as in EVA."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from milora_lightning.utils.errors import InvalidInputError
 
 
 def ranks_by_variance(statistics: Mapping[str, Statistics], r: int, rho: float = 2.0) -> dict[str, int]:
-    """Share r times the number of layers out among them, by explained variance (EVA, arXiv 2410.07170).
+    """Distribute a total rank of r times the number of layers by explained variance (EVA, arXiv 2410.07170).
 
-    The principal components of all layers' inputs are sorted by the share of their layer's variance that each explains;
-    a layer gets a rank for each that is among the first. Unlike in PEFT, no layer is left without any.
+    The principal components of all layers' inputs are sorted by the share of their layer's variance that they explain.
+    A layer's rank is the number of its components among the first. Unlike in PEFT, every layer gets at least rank 1.
 
     Args:
         statistics: Second moments of inputs by layer, from :func:`milora_lightning.collect_statistics`.
         r: Mean rank.
-        rho: No layer gets more than ρ r, and with ρ = 1 each gets r.
+        rho: No layer gets more than rank ρ r; with ρ = 1 each gets rank r.
 
     Returns:
-        A ``rank_pattern`` with an entry for each layer. Leave ``lora_alpha`` out with it, so that it follows the ranks
-        and all scales are equal.
+        A ``rank_pattern`` with an entry for each layer. Do not set ``lora_alpha`` with it: by default it equals the
+        rank, so that all scales are equal.
 
     Raises:
         ValueError: If r or ρ is below 1, or there are no statistics of inputs.

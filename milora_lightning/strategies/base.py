@@ -1,4 +1,4 @@
-"""What MiLoRA needs from each of Lightning's strategies: the only module that distinguishes between them."""
+"""Support for Lightning's strategies; this is the only module that distinguishes between them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ REASONS = {
     "DeepSpeedStrategy": ", which nobody has tried: its engine partitions the weights that factors are computed from, "
     "and writes checkpoints of its own, with the base in them",
 }
-"""Why strategies are refused, by the names of their classes."""
+"""Reasons for refusing strategies, by class name."""
 
 for _strategy in SHARDING.values():
     _strategy.register_strategies(StrategyRegistry)
@@ -64,7 +64,7 @@ def prepare(trainer: Trainer) -> None:
     """Prepare a Trainer's strategy for adapters, after its processes have been connected.
 
     Raises:
-        ValueError: If adapters do not work under the strategy, or not with its settings.
+        ValueError: If the strategy, or one of its settings, does not support adapters.
     """
     strategy = trainer.strategy
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
@@ -86,8 +86,8 @@ def _become(strategy: Strategy, kind: type[Strategy], ours: type[Strategy]) -> N
     """Turn an instance of Lightning's strategy, or of a subclass of it, into one of ours by changing its class.
 
     Lightning's strategy would require the base weights in each checkpoint, assume that the optimizer has all parameters
-    of the model, and overwrite a checkpoint folder in place. Projects and YAML files name Lightning's class, however,
-    and the Trainer has created the object by now. The methods of a user's subclass stay, with ours as their
+    of the model, and overwrite a checkpoint folder in place. However, projects and YAML files name Lightning's class,
+    and the Trainer has already created the object. Methods of a user's subclass are kept, with ours as their
     ``super()``.
     """
     given = type(strategy)
@@ -100,7 +100,7 @@ def finish(trainer: Trainer, module: nn.Module) -> None:
     """Let a strategy check a module, after the model is built and before the strategy's setup.
 
     Raises:
-        ValueError: If the strategy cannot hold the module's parameters.
+        ValueError: If the strategy does not support the module's parameters.
     """
     if isinstance(trainer.strategy, MiLoRAFSDPStrategy):
         trainer.strategy.check_module(module)
@@ -130,7 +130,7 @@ def sharding_of(strategy: Strategy) -> Sharding:
 
 
 def shard_model(strategy: Strategy, model: PreTrainedModel) -> None:
-    """Shard a language model as a strategy says, also where it is Lightning's own: without adapters it stays so."""
+    """Shard a language model according to a strategy, which may be Lightning's: without adapters it is not replaced."""
     if isinstance(strategy, MiLoRAModelParallelStrategy):
         strategy.shard(model)
     elif isinstance(strategy, ModelParallelStrategy):
@@ -159,10 +159,10 @@ them: use one device, or strategy: ddp.
 
 
 class DataRank(NamedTuple):
-    """Which share of the data a process has.
+    """The share of the data that a process gets.
 
     Attributes:
-        number: Number of the share.
+        number: Index of the share.
         size: Number of shares.
         first: Whether this is the first process with this share; under tensor parallelism several have the same.
     """
@@ -173,22 +173,26 @@ class DataRank(NamedTuple):
 
 
 def data_rank(trainer: Trainer) -> DataRank:
-    """Return which share of the data this process has."""
+    """Return the share of the data that this process gets."""
     share: dict[str, Any] = getattr(trainer, "distributed_sampler_kwargs", None) or {}
     number, size = share.get("rank", trainer.global_rank), share.get("num_replicas", trainer.world_size)
     return DataRank(number, size, trainer.global_rank == number * (trainer.world_size // size))
 
 
 def calls_parts(strategy: Strategy) -> bool:
-    """Whether parts of the module can be called; FSDP1 gathers weights only in calls of the whole module."""
+    """Whether submodules can be called separately; FSDP1 gathers weights only in calls of the whole module."""
     return not isinstance(strategy, FSDPStrategy)
 
 
 def refuse_flat_shards(strategy: Strategy, what: str) -> None:
-    """Refuse FSDP1 for what cannot be done with its flat shards, in a sentence that begins with ``what``.
+    """Refuse FSDP1 where its flat shards are not supported.
+
+    Args:
+        strategy: The Trainer's strategy.
+        what: What does not support them; the beginning of the message.
 
     Raises:
-        ValueError: If it is the strategy.
+        ValueError: If the strategy is FSDP1.
     """
     if not calls_parts(strategy):
         raise InvalidInputError(
@@ -210,5 +214,5 @@ def gradient_norm(strategy: Strategy, gradients: list[Tensor]) -> Tensor:
 
 
 def clips_itself(strategy: Strategy) -> FullyShardedDataParallel | None:
-    """Return the model under FSDP1, whose gradients only it can clip by norm; None under other strategies."""
+    """Return the model under FSDP1, the only one that can clip its gradients by norm; None under other strategies."""
     return strategy.model if isinstance(strategy.model, FullyShardedDataParallel) else None

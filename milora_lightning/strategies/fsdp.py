@@ -34,8 +34,8 @@ from milora_lightning.utils.names import unwrapped_name
 class MiLoRAFSDPStrategy(FSDPStrategy):
     """Lightning's strategy for FSDP1, ``milora_fsdp1``, whose checkpoints hold adapters and other trained weights.
 
-    It wraps each decoder layer unless another policy is given, and leaves casting to autocast. For a module without
-    adapters it does what Lightning's strategy does.
+    It wraps each decoder layer unless another policy is given, and leaves casting to autocast. Modules without adapters
+    are handled as by Lightning's strategy.
     """
 
     @classmethod
@@ -46,7 +46,7 @@ class MiLoRAFSDPStrategy(FSDPStrategy):
 
     @property
     def mixed_precision_config(self) -> MixedPrecision | None:
-        """No casting by FSDP1: it would round away small updates of the factors. Autocast casts the products."""
+        """None: casting by FSDP1 would round away small updates of the factors. Autocast casts the products instead."""
         if self.mixed_precision is None and self._attached is not None:
             return MixedPrecision()
         return super().mixed_precision_config
@@ -121,7 +121,7 @@ class MiLoRAFSDPStrategy(FSDPStrategy):
         return state
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint as :func:`load_adapters` does; Lightning loads that of a module without adapters."""
+        """Load a checkpoint of adapters by :func:`load_adapters`, any other checkpoint by Lightning's method."""
         module, attached = self.lightning_module, self._attached
         if module is None or attached is None:
             return super().load_checkpoint(checkpoint_path, weights_only)
@@ -151,7 +151,7 @@ def _load_module(strategy: FSDPStrategy, attached: AdapterCheckpoint, module: nn
 
 
 def _kept_tensors(strategy: FSDPStrategy, writeback: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Yield, unit by unit, the full tensors that checkpoints hold; they are sharded again at the next iteration."""
+    """Yield, unit by unit, the full tensors for checkpoints; they are sharded again at the next iteration."""
     assert strategy.model is not None
     for name, unit in strategy.model.named_modules():
         if isinstance(unit, FullyShardedDataParallel):

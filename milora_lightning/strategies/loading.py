@@ -1,4 +1,4 @@
-"""Loading a checkpoint of adapters on several ranks, each of which keeps its shards."""
+"""Loading a checkpoint of adapters on several ranks, each of which keeps only its shards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load_adapters(
 ) -> dict[str, Any]:
     """Load a checkpoint, a file or a folder, written by any number of ranks; all ranks must call this.
 
-    Every rank reads the whole checkpoint, which holds little more than the adapters.
+    Every rank reads the whole checkpoint, which is little larger than the adapters.
 
     Args:
         strategy: The strategy, connected to a module with adapters.
@@ -34,7 +34,7 @@ def load_adapters(
         The content of the checkpoint.
 
     Raises:
-        CheckpointError: If it cannot be read or does not fit the module; nothing is loaded then.
+        CheckpointError: If it cannot be read or does not fit the module. Nothing is loaded then.
         ValueError: If this happens on another rank.
     """
     module = strategy.lightning_module
@@ -48,7 +48,7 @@ def load_adapters(
 
 
 def _read_together(strategy: ParallelStrategy, checkpoint_path: str | Path) -> dict[str, Any]:
-    """Read the checkpoint that the first rank names on all ranks; all of them fail if one does."""
+    """Read the first rank's checkpoint path on all ranks; if one fails, all of them do."""
     path = strategy.broadcast(checkpoint_path)
     checkpoint, error = {}, None
     try:

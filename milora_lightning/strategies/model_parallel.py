@@ -1,4 +1,4 @@
-"""FSDP2: checkpoints of sharded adapters, as one file or one folder, that any number of ranks can load."""
+"""FSDP2: checkpoints of sharded adapters, as a file or a folder, which any number of ranks can load."""
 
 from __future__ import annotations
 
@@ -29,35 +29,37 @@ from milora_lightning.utils.folders import replace_by
 from milora_lightning.utils.names import unwrapped_name
 
 REPLICATE, SHARD = "data_parallel_replicate", "data_parallel_shard"
-"""Names of the mesh's first dimensions where shards are replicated; otherwise it has one, ``data_parallel``."""
+"""Names of the mesh's data-parallel dimensions if shards are replicated; otherwise there is only ``data_parallel``."""
 
 
 class MiLoRAModelParallelStrategy(ModelParallelStrategy):
     """Lightning's strategy for FSDP2, ``milora_fsdp2``, whose checkpoints hold adapters and other trained weights.
 
     Args:
-        data_parallel_size: Number of devices to share the batches out to; ``"auto"`` for all of them.
-        tensor_parallel_size: Number of devices that split each layer and compute it together, on the same batches;
-            ``"auto"`` for those of a node. For frozen language models with adapters that transformers has a plan for.
-        save_distributed_checkpoint: Whether each rank writes its shards, into a folder; otherwise one file is written.
-        data_parallel_replicate_size: Number of groups of devices that each hold the whole model in shards (HSDP), such
-            as the nodes: weights are then gathered within a group, and only gradients cross its border.
-        reshard_after_forward: Whether a decoder layer's gathered weights are freed after its forward, and gathered
-            again for its backward. By default all but the last layer's are, whose backward comes next. ``true`` frees
-            those as well, ``false`` keeps all (faster, and each device needs memory for the whole model), and a number
-            keeps shards among that many ranks, such as those of a node.
+        data_parallel_size: Number of devices over which batches are distributed; ``"auto"`` for all of them.
+        tensor_parallel_size: Number of devices that split each layer and compute it together on the same batches;
+            ``"auto"`` for those of a node. Requires a frozen language model with adapters and a tensor-parallel plan in
+            transformers.
+        save_distributed_checkpoint: Whether each rank writes its shards into a folder; otherwise one file is written.
+        data_parallel_replicate_size: Number of groups of devices, such as nodes, that each hold the whole model in
+            shards (HSDP). Weights are then gathered within a group, and only gradients are communicated between groups.
+        reshard_after_forward: Whether a decoder layer's gathered weights are freed after its forward and gathered again
+            for its backward. By default this applies to all layers but the last, whose backward comes next. ``true``
+            includes the last layer, ``false`` keeps all weights (faster, but each device needs memory for the whole
+            model), and a number reshards to groups of that many ranks, such as those of a node.
         param_dtype: Dtype in which weights are gathered and computed with, in full fine-tuning; adapters stay float32.
-        reduce_dtype: Dtype in which gradients are summed over ranks; by default their own.
-        cpu_offload: Whether shards, gradients and optimizer state are kept, and the optimizer runs, on the CPU.
-        activation_checkpointing: Which activations are recomputed in backward: ``full`` those of every decoder layer,
-            ``selective`` likewise but for attention, a number n those of every n-th layer.
+        reduce_dtype: Dtype in which gradients are summed over ranks; by default that of the gradients.
+        cpu_offload: Whether shards, gradients and optimizer state are kept on the CPU, where the optimizer then runs.
+        activation_checkpointing: Which activations are recomputed in backward: ``full`` for those of every decoder
+            layer, ``selective`` for the same without attention, a number n for those of every n-th layer.
         **kwargs: Further arguments of ``ModelParallelStrategy``.
 
     Raises:
-        ValueError: If a number is out of range; when the processes are connected, if it does not divide their number.
+        ValueError: If a number is out of range; when the processes are connected, if it does not divide the number of
+            processes.
     """
 
-    sharding = Sharding()  # of Lightning's own objects that become instances of this class, too
+    sharding = Sharding()  # also for Lightning's objects that become instances of this class
     replicate_size = 1
     _shards = False  # whether the model has been sharded by this strategy
 
@@ -92,10 +94,10 @@ class MiLoRAModelParallelStrategy(ModelParallelStrategy):
             ValueError: If the sizes of groups do not divide the number of processes.
         """
         if self._data_parallel_size == "auto" and self._tensor_parallel_size != "auto":
-            # Lightning's default is one for each node
+            # Lightning's default is one per node
             self._data_parallel_size = self.num_nodes * self.num_processes // self._tensor_parallel_size
         if self.sharding.cpu_offload and self._process_group_backend is None and self.root_device.type == "cuda":
-            self._process_group_backend = "cpu:gloo,cuda:nccl"  # norms of gradients on the CPU are summed there
+            self._process_group_backend = "cpu:gloo,cuda:nccl"  # gloo sums norms of gradients on the CPU
         super().setup_environment()
         data, replicas = self.device_mesh["data_parallel"].size(), self.replicate_size
         if replicas < 1 or data % replicas:
@@ -124,7 +126,7 @@ class MiLoRAModelParallelStrategy(ModelParallelStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Which share of the batches this rank gets; all ranks of a tensor-parallel group get the same."""
+        """Arguments for this rank's sampler; all ranks of a tensor-parallel group get the same batches."""
         size = self.device_mesh[TENSOR].size()
         return {"num_replicas": self.world_size // size, "rank": self.global_rank // size}
 
@@ -135,7 +137,7 @@ class MiLoRAModelParallelStrategy(ModelParallelStrategy):
             model: The model, with its adapters, on this rank's device (the CPU, if it is offloaded) or without weights.
 
         Raises:
-            ValueError: If it cannot be sharded or split so.
+            ValueError: If the model cannot be sharded or split like this.
         """
         tensor_parallel = self.device_mesh[TENSOR]
         if tensor_parallel.size() > 1:
@@ -171,7 +173,7 @@ class MiLoRAModelParallelStrategy(ModelParallelStrategy):
         """Set up optimizers.
 
         Raises:
-            ValueError: If the strategy has options that the module has not used.
+            ValueError: If the module has ignored options of the strategy.
         """
         if self.sharding != Sharding() and not self._shards:
             given = [name for name, value in vars(self.sharding).items() if value != getattr(Sharding(), name)]
@@ -192,16 +194,16 @@ class MiLoRAModelParallelStrategy(ModelParallelStrategy):
         reduce_unused(self.model)
 
     def on_train_start(self) -> None:
-        """Have the ranks that compute a layer together draw the same dropout masks."""
+        """Make the ranks of a tensor-parallel group draw the same dropout masks."""
         same_random_state(self.device_mesh[TENSOR], self.root_device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Check in an epoch's first batch that the ranks that compute a layer together have the same data."""
+        """Check in an epoch's first batch that the ranks of a tensor-parallel group have the same data."""
         if batch_idx == 0:
             check_same_batch(self.device_mesh[TENSOR], batch)
 
     def model_to_device(self) -> None:
-        """Move the model to this rank's device, but for shards: they are there, or kept on the CPU on purpose."""
+        """Move the model to this rank's device, except shards, which are already there or offloaded to the CPU."""
         assert self.model is not None
         device = self.root_device
         self.model._apply(lambda t: t if isinstance(t, DTensor) else t.to(device))  # type: ignore[no-untyped-call]
@@ -217,7 +219,7 @@ class MiLoRAModelParallelStrategy(ModelParallelStrategy):
             storage_options: Not supported by the strategy.
         """
         if not self._save_distributed_checkpoint:
-            super().save_checkpoint(checkpoint, filepath, storage_options)  # which replaces a file atomically
+            super().save_checkpoint(checkpoint, filepath, storage_options)  # replaces the file atomically
             return
         path = Path(self.broadcast(filepath))
         unfinished = path.with_name(f".{path.name}.unfinished")
@@ -234,7 +236,7 @@ class MiLoRAModelParallelStrategy(ModelParallelStrategy):
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint as :func:`load_adapters` does; Lightning loads that of a module without adapters."""
+        """Load a checkpoint of adapters by :func:`load_adapters`, any other checkpoint by Lightning's method."""
         module = self.lightning_module
         assert module is not None
         if AdapterCheckpoint.of(module) is None:
@@ -254,7 +256,7 @@ def _load_module(module: nn.Module, state: dict[str, Any], strict: bool) -> None
 def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Shard the state of each parameter like the parameter itself.
 
-    Saved parameters have numbers or names, depending on the strategy that saved them; their order is always the same.
+    Saved parameters are identified by numbers or names, depending on the strategy; their order is always the same.
     """
     saved = [key for group in state["param_groups"] for key in group["params"]]
     here = [parameter for group in optimizer.param_groups for parameter in group["params"]]

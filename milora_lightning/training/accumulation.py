@@ -15,7 +15,7 @@ from milora_lightning.utils.compat.torch import multiply_together
 
 
 def accumulates(trainer: Trainer) -> bool:
-    """Tell whether a run accumulates the gradients of several batches, be it in later epochs alone."""
+    """Return whether a run accumulates the gradients of several batches, even if only in later epochs."""
     schedules = (c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler))  # type: ignore[attr-defined]
     return trainer.accumulate_grad_batches > 1 or any(each.going_to_accumulate_grad_batches() for each in schedules)
 
@@ -23,7 +23,7 @@ def accumulates(trainer: Trainer) -> bool:
 class TokenWindow:
     """The micro-batches of one optimizer step. The i-th has n_i tokens, over which its mean loss is L_i.
 
-    Where losses are averaged over examples, these take the tokens' place in all that follows.
+    If losses are averaged over examples, read "examples" for "tokens" below.
 
     The mean over all tokens is Σ n_i L_i / T with T = Σ n_i, which is known only after the last micro-batch. Therefore
     gradients are accumulated relative to the first micro-batch, Σ (n_i / n_1) ∇L_i, and scaled by n_1 / T at the end.
@@ -59,7 +59,7 @@ class TokenWindow:
         first = tokens.clamp(min=1)
         if self._unit is None or self._total is None:
             self._unit, self._total = first, tokens
-        else:  # without a token so far there is no gradient either, so the unit can still change
+        else:  # no tokens and so no gradient yet: the reference can still change
             self._unit = torch.where(self._total == 0, first, self._unit)
             self._total = self._total + tokens
         self._batches += 1
@@ -81,13 +81,13 @@ class TokenWindow:
 
 
 class StepLoss:
-    """The loss that an optimizer step follows: the mean over the tokens of all its micro-batches and ranks.
+    """The loss of an optimizer step: the mean over the tokens of all its micro-batches and ranks.
 
-    It stays on its device, and is never waited for.
+    It stays on its device, and the host never waits for it.
 
     Attributes:
         begun: Whether anything has been added.
-        ended: Whether what is added next begins another step.
+        ended: Whether the next addition begins another step.
 
     >>> loss = StepLoss()
     >>> loss.add(torch.tensor(2.0), torch.tensor(1)), loss.add(torch.tensor(45.0), torch.tensor(9))
@@ -124,5 +124,5 @@ class StepLoss:
         return self._total / self._tokens.clamp(min=1)
 
     def end(self) -> None:
-        """End the step: what is added next begins another."""
+        """End the step: the next addition begins another one."""
         self.ended = True

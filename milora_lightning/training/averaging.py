@@ -1,4 +1,4 @@
-"""Makes Lightning's callbacks for weight averaging average the adapters and leave the base model alone.
+"""Making Lightning's weight-averaging callbacks average only the adapters, not the base model.
 
 ``WeightAveraging``, its subclasses and ``StochasticWeightAveraging`` copy the whole module in their ``setup``, before
 all adapters are injected. They average every parameter, which would take the memory of a second base model and change
@@ -75,7 +75,7 @@ def _spare_frozen_statistics(callback: StochasticWeightAveraging) -> None:
 
 
 def start_averages(trainer: Trainer, module: nn.Module) -> None:
-    """Copy the factors to averages that were made before the factors were computed."""
+    """Copy the factors to averages created before the factors were computed."""
     layers = lora_layers(module)
     for callback in _averaging(trainer):
         average = averaged_model(callback)
@@ -151,7 +151,7 @@ def _update(average: AveragedModel, model: nn.Module) -> None:
 
 
 def _exact(average: Average) -> Average:
-    """Make the average of two equal numbers that number, so that constants such as rotary frequencies do not change.
+    """Make the average of equal numbers exact, so that constants such as rotary frequencies do not change.
 
     >>> ema = lambda averaged, now, number: 0.9 * averaged + (1 - 0.9) * now
     >>> tenth = torch.tensor(0.1)

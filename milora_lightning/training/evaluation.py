@@ -1,4 +1,4 @@
-"""How a module is evaluated: its loss per token, and its answers scored against references."""
+"""Evaluation of a module: its loss per token, and the score of its answers against references."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class EvaluatedModule(OptimizedModule):
     Subclasses define :meth:`loss` and :meth:`answer`.
 
     Args:
-        optimizer: As for :class:`OptimizedModule`, and so are the four arguments that follow.
-        lr_scheduler: See there.
-        warmup_steps: See there.
-        lr_scheduler_kwargs: See there.
-        learning_rate: See there.
-        metric: Scores answers against references; by default what :meth:`configure_metric` returns.
+        optimizer: See :class:`OptimizedModule`.
+        lr_scheduler: See :class:`OptimizedModule`.
+        warmup_steps: See :class:`OptimizedModule`.
+        lr_scheduler_kwargs: See :class:`OptimizedModule`.
+        learning_rate: See :class:`OptimizedModule`.
+        metric: Scores answers against references; by default the result of :meth:`configure_metric`.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class EvaluatedModule(OptimizedModule):
             self.metric = self.configure_metric()
 
     def configure_metric(self) -> Metric | None:
-        """Return the metric to use when none was given: the data's own. Override it to score answers differently."""
+        """Return the default metric, that of the data. Override this to score answers differently."""
         return AnswerAccuracy() if self.sft_data is None else self.sft_data.metric()
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ class EvaluatedModule(OptimizedModule):
         return self._evaluation_step(batch)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Answers | None:
-        """Do what :meth:`validation_step` does, for the test."""
+        """Do the same as :meth:`validation_step`, for the test set."""
         return self._evaluation_step(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
@@ -135,14 +135,14 @@ class EvaluatedModule(OptimizedModule):
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self.follow(loss)
         self.log_dict({f"{stage}_loss": loss, f"{stage}_perplexity": loss.exp()}, prog_bar=True)
-        if self._answered and self.metric is not None:  # the same on all ranks, even on one without examples
+        if self._answered and self.metric is not None:  # the same on all ranks, even those without examples
             result = self.metric.compute()
             results = result if isinstance(result, dict) else {"accuracy": result}
             self.log_dict({f"{stage}_{name}": value for name, value in results.items()}, prog_bar=True)
 
 
 def _records(batch: Batch, answers: list[str]) -> list[dict[str, str]]:
-    """Combine answers with the texts of their batch, leaving out examples that only pad the batch."""
+    """Combine answers with the texts of their batch, without examples that only pad the batch."""
     columns = {"generation": answers, **{column: batch[column] for column in TEXT_COLUMNS}}
     records = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
     return [record for record in records if record["reference"] is not None]

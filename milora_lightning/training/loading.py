@@ -1,4 +1,4 @@
-"""How a module gets its causal language model: what is refused before, and how it is loaded, whole or into shards."""
+"""How a module loads its causal language model: checks beforehand, then loading, whole or into shards."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from milora_lightning.utils.messages import inform
 
 
 class LoadedModule(EvaluatedModule):
-    """A module that loads a causal language model in ``configure_model``, as the run and its strategy need it.
+    """A module that loads a causal language model in ``configure_model``, as required by the run and its strategy.
 
     Attributes:
         model: The model; None before it is loaded.
@@ -58,7 +58,7 @@ class LoadedModule(EvaluatedModule):
         quantization: Quantization | None,
         liger: bool,
     ) -> None:
-        """Say what will be loaded, and how; for the arguments see :class:`milora_lightning.CausalLMModule`."""
+        """Set which model to load, and how; for the arguments see :class:`milora_lightning.CausalLMModule`."""
         check_share(gradient_checkpointing)
         self.name_or_path = name_or_path
         self.dtype_name = dtype
@@ -70,7 +70,7 @@ class LoadedModule(EvaluatedModule):
         self.model: PreTrainedModel | None = None
 
     def setup(self, stage: str) -> None:
-        """Refuse a model that the run cannot use as it is to be loaded."""
+        """Refuse options of loading that the run does not support."""
         super().setup(stage)
         if self.quantization is not None:
             self._check_quantized(stage)
@@ -78,7 +78,7 @@ class LoadedModule(EvaluatedModule):
             check_loss_scaling(self.trainer, self, self.dtype_name == "float16")
 
     def prepare_data(self) -> None:
-        """Refuse what is no causal language model, or cannot be trained as it is, before data is tokenized for it."""
+        """Before tokenizing, refuse a model that is not a causal language model or cannot be trained as configured."""
         if self.model is None and type(self).configure_model is LoadedModule.configure_model:
             config, device = load_config(self.name_or_path), self.trainer.strategy.root_device
             if self._is_fitting:
@@ -95,7 +95,7 @@ class LoadedModule(EvaluatedModule):
                 check_takes_positions(self._built(), remedy)
 
     def load_model(self) -> PreTrainedModel:
-        """Load the model, or, where it will be sharded, create it without weights. Override it to load another way."""
+        """Load the model or, if it will be sharded, create it without weights. Override this to load it differently."""
         origin = self.name_or_path, loaded_as(self.dtype_name), self._attention()
         if self.device_mesh is not None:
             return empty_causal_lm(*origin)
@@ -144,10 +144,10 @@ class LoadedModule(EvaluatedModule):
         stream_weights(model, self.name_or_path, strategy.root_device, sharding_of(strategy).cpu_offload)
 
     def _suit_processor(self, model: PreTrainedModel, device: torch.device) -> None:
-        """On a CPU without products in the model's dtype, hold it in float32, or warn if that was not left to us."""
-        # Weights that train in full would be saved in float32 then, and rounded where they are loaded.
+        """On a CPU without products in the model's dtype, use float32, or warn if the user has fixed the dtype."""
+        # Fully trained weights would then be saved in float32, and rounded when they are loaded.
         adapters = self.milora_config is not None or not self._is_fitting
-        # Rounding is the loader's; shards are read as they are in the files.
+        # Rounding is done by the loader; shards are read unchanged from the files.
         rounds = self.dtype_name == "fast" and self.device_mesh is not None
         if self.dtype_name in CHOSEN and adapters and not rounds and not getattr(model, "is_quantized", False):
             hold_in_float32(model, device)
@@ -167,7 +167,7 @@ class LoadedModule(EvaluatedModule):
             )
 
     def _check_strategy(self, mesh: DeviceMesh | None) -> None:
-        """Refuse options that do not work with the strategy's shards."""
+        """Refuse options that do not work with sharding."""
         if self._trainer is None:
             return
         strategy = self._trainer.strategy

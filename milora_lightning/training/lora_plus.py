@@ -1,4 +1,4 @@
-"""LoRA+: a learning rate of its own for B."""
+"""LoRA+: a separate learning rate for B."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.utils.errors import InvalidInputError
 
 RATIO = "lr_ratio"
-"""Key in an optimizer's groups: the group's learning rate as a multiple of the first one's."""
+"""Key in an optimizer's parameter groups: the ratio of the group's learning rate to that of the first group."""
 
 
 def make_optimizer(make: Callable[..., Optimizer], module: nn.Module, ratio: float | None) -> Optimizer:
-    """Make the optimizer of what trains in a module; B may have a multiple of the learning rate (arXiv 2402.12354).
+    """Create the optimizer of a module; B may have a multiple of the learning rate (LoRA+, arXiv 2402.12354).
 
     Args:
-        make: Makes an optimizer from parameters, or from groups of them.
+        make: Creates an optimizer from parameters or parameter groups.
         module: The module.
-        ratio: Learning rate of B over that of everything else; None, or 1, for one group with one rate.
+        ratio: Ratio of B's learning rate to that of all others; None or 1 for one group with one rate.
 
     Returns:
-        The optimizer; with a ratio, its second group is B.
+        The optimizer; with a ratio, its second group holds B.
 
     Raises:
-        ValueError: If the ratio is not positive, no B trains, or the optimizer takes one group only.
+        ValueError: If the ratio is not positive, no B trains, or the optimizer accepts only one group.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
     if ratio in (None, 1):
@@ -54,7 +54,7 @@ def make_optimizer(make: Callable[..., Optimizer], module: nn.Module, ratio: flo
 
 
 def set_rates(optimizer: Optimizer, rate: Any) -> None:
-    """Set the learning rate of an optimizer's groups, each by its ratio.
+    """Set the learning rate of an optimizer; each group gets its multiple of it.
 
     >>> one, other = nn.Linear(1, 1), nn.Linear(1, 1)
     >>> groups = [{"params": one.parameters()}, {"params": other.parameters(), "lr_ratio": 4.0}]

@@ -1,4 +1,4 @@
-"""Gradients in float16, which vanish where the loss is not scaled."""
+"""A check of float16 runs: gradients vanish if the loss is not scaled."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ from torch import nn
 from milora_lightning.utils.errors import InvalidInputError
 
 _HALF = ("16-true", "transformer-engine-float16")
-_BFLOAT16 = ("bf16-mixed", "bf16-true")  # whose products, and their gradients, are in bfloat16 whatever the weights are
+_BFLOAT16 = (
+    "bf16-mixed",
+    "bf16-true",
+)  # products and their gradients are in bfloat16, whatever the dtype of the weights
 
 
 def check_loss_scaling(trainer: Trainer, module: LightningModule, computes_in_float16: bool) -> None:
     """Refuse to train in float16 without loss scaling.
 
-    Its smallest number is 6e-8, and gradients of adapters with small initial factors are partly below: without scaling,
-    some factors would train on gradients that are mostly zero, with no sign of it but a worse result.
+    The smallest float16 number is 6e-8, and some gradients of adapters with small initial factors are below it. Without
+    scaling, some factors would train on gradients that are mostly zero, with no sign of it but a worse result.
 
     Args:
         trainer: The Trainer, whose precision plugin may scale the loss.
         module: The module; with manual optimization it may scale the loss itself.
-        computes_in_float16: Whether the model does; the Trainer's precision may make it so, too.
+        computes_in_float16: Whether the model computes in float16; the Trainer's precision may cause that, too.
 
     Raises:
-        ValueError: If it does, and nothing scales the loss.
+        ValueError: If the run computes in float16 and nothing scales the loss.
     """
     plugin = trainer.precision_plugin
     scaled = getattr(plugin, "scaler", None) is not None or not module.automatic_optimization

@@ -18,14 +18,14 @@ EXTRAS = {"bitsandbytes": "quantization", "torchao": "torchao"}
 def full_path(name: str) -> str:
     """Return the class path of an optimizer.
 
-    A name that several libraries have means torch's optimizer, or that of bitsandbytes. A name that ends in ``bit`` or
-    ``Fp8``, or begins with ``Paged``, is looked up in the library that has such names, which is imported for it.
+    If several libraries have the name, it means torch's optimizer, or else that of bitsandbytes. A name that ends in
+    ``bit`` or ``Fp8`` or begins with ``Paged`` is looked up in the library with such names, which is then imported.
 
     Args:
         name: A class name or a class path. A path, or a name that no library has, is returned unchanged.
 
     Raises:
-        ValueError: If the optimizer is one of a library that is not installed.
+        ValueError: If the optimizer belongs to a library that is not installed.
 
     >>> full_path("AdamW"), full_path("my.own.AdamW8bit"), full_path("AdanW")
     ('torch.optim.AdamW', 'my.own.AdamW8bit', 'AdanW')
@@ -43,12 +43,12 @@ def full_path(name: str) -> str:
 
 
 def missing(library: str, optimizer: str) -> str:
-    """Say that a library is not installed, and how to install it."""
+    """Return a message: a library is not installed, and how to install it."""
     return f'The optimizer {optimizer} needs the package {library}: pip install "milora-lightning[{EXTRAS[library]}]"'
 
 
 def _library_of(short: str) -> str | None:
-    """Return the library in which to look for an optimizer of that name.
+    """Return the library in which to look up an optimizer of this name.
 
     >>> _library_of("AdamW8bit"), _library_of("PagedAdamW"), _library_of("AdamW4bit"), _library_of("AdamW")
     ('bitsandbytes', 'bitsandbytes', 'torchao', None)
@@ -73,6 +73,6 @@ def _resolve_with_optimizers(cls: Any, name: str) -> str:
 def know_short_names() -> None:
     """Make jsonargparse resolve the names of optimizers by :func:`full_path`.
 
-    By itself it only knows classes that have been imported, and refuses a name that two of them share.
+    By itself it knows only imported classes, and refuses ambiguous names.
     """
     set_class_resolver(_resolve_with_optimizers)

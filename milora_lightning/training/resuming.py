@@ -1,4 +1,4 @@
-"""What a resumed run takes over from a checkpoint, and what it refuses."""
+"""Resuming from a checkpoint: what a run takes over from it, and what it refuses."""
 
 from __future__ import annotations
 
@@ -19,13 +19,19 @@ _SPEED = {"foreach", "fused", "capturable"}
 
 
 def describe(optimizer: Optimizer, name: str, length: float) -> dict[str, Any]:
-    """Describe the optimizer, the schedule and the length of the run in primitive types."""
+    """Describe the optimizer, the schedule and the length of the run in primitive types.
+
+    Args:
+        optimizer: The optimizer.
+        name: Name of the schedule.
+        length: Length of the run in optimizer steps.
+    """
     length_known = length if length != float("inf") else None
     return {"optimizer": _name(optimizer), "lr_scheduler": name, "steps": length_known}
 
 
 def options(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return an optimizer's options as given, for each group, with the highest learning rate as ``lr``."""
+    """Return an optimizer's options for each group as given, with the peak learning rate as ``lr``."""
     return [
         {**{k: v for k, v in group.items() if k not in _UNSEEN}, "lr": group.get("initial_lr", group["lr"])}
         for group in optimizer.param_groups
@@ -53,7 +59,7 @@ def check_same(checkpoint: Mapping[str, Any], optimizer: Optimizer, schedule: ob
     Args:
         checkpoint: A checkpoint that has passed :func:`check_whole`.
         optimizer: The optimizer of the run.
-        schedule: The schedule of the run; None if a callback brings it.
+        schedule: The schedule of the run; None if a callback provides it.
 
     Raises:
         ValueError: If the state does not fit.

@@ -56,14 +56,14 @@ reduce_lr_on_plateau, cosine_with_min_lr, cosine_warmup_with_min_lr, warmup_stab
             f"warmup_steps must be a whole number of steps or, below 1, a fraction of the run, not {warmup_steps}."
         )
     takes = _parameters(name)
-    own = [parameter for parameter in takes if parameter not in _GIVEN]
-    unknown = [argument for argument in arguments if argument not in own]
+    accepted = [parameter for parameter in takes if parameter not in _GIVEN]
+    unknown = [argument for argument in arguments if argument not in accepted]
     if unknown:
         raise InvalidInputError(
             f"lr_scheduler {name!r} does not take {', '.join(unknown)}: its lr_scheduler_kwargs are "
-            f"{', '.join(own) or 'none'}."
+            f"{', '.join(accepted) or 'none'}."
         )
-    missing = [p for p in own if takes[p].default is inspect.Parameter.empty and p not in arguments]
+    missing = [p for p in accepted if takes[p].default is inspect.Parameter.empty and p not in arguments]
     if missing:
         raise InvalidInputError(f"lr_scheduler {name!r} needs lr_scheduler_kwargs with {', '.join(missing)}.")
 
@@ -118,7 +118,7 @@ def make_schedule(
         length: Length of the run in optimizer steps; infinite if it is not known.
 
     Returns:
-        The schedule; :func:`follows_loss` tells which kind it is.
+        The schedule, of one of the kinds that :func:`follows_loss` distinguishes.
 
     Raises:
         ValueError: If the schedule does not work with its arguments, the optimizer or the length.
@@ -182,7 +182,13 @@ def run_length(trainer: Trainer) -> float:
 
 
 def set_rate(optimizer: Optimizer, schedule: object, rate: float) -> None:
-    """Change the highest learning rate of a schedule, possibly in the middle of a run; groups keep their ratios."""
+    """Change the peak learning rate of a schedule, possibly during a run; groups keep their ratios.
+
+    Args:
+        optimizer: The optimizer.
+        schedule: Its schedule.
+        rate: The new peak learning rate.
+    """
     rates = [rate * group.get(RATIO, 1) for group in optimizer.param_groups]
     if isinstance(schedule, LambdaLR):
         factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
@@ -199,7 +205,7 @@ def _parameters(name: str) -> dict[str, inspect.Parameter]:
 
 
 def _steps(value: float, length: float) -> int:
-    """Return a number of steps that is given as a number, or as a fraction of the run.
+    """Return a number of steps, given as a number or, below 1, as a fraction of the run.
 
     >>> _steps(100, 50), _steps(0.03, 1000), _steps(0.03, 6)
     (100, 30, 0)

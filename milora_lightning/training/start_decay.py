@@ -1,7 +1,7 @@
-"""Decay of adapters towards their start, where an optimizer's weight decay would draw them towards zero.
+"""Decay of adapters towards their initial values, unlike an optimizer's weight decay, which is towards zero.
 
-MiLoRA's factors are a part of the model: shrinking them takes that part out of it. After each step of an optimizer with
-learning rate η, decay towards the start does A ← A − η λ (A − A₀) and B ← B − η λ (B − B₀), which draws ΔW to zero.
+MiLoRA's factors are a part of the model, and shrinking them removes that part. After each step of an optimizer with
+learning rate η, decay to the start sets A ← A − η λ (A − A₀) and B ← B − η λ (B − B₀), so that ΔW decays to zero.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn_once
 
 Starts = dict[nn.Parameter, Tensor | None]
-"""What each factor decays to; None for zero."""
+"""The value that each factor decays to; None for zero."""
 
 
 def decaying_factors(module: nn.Module) -> Starts:
-    """Return what the trained factors of a module decay to.
+    """Return the values that the trained factors of a module decay to.
 
-    Where B₀A₀ is zero, no copies of the start are held: the factor that starts at zero decays to zero, B as in LoRA, or
-    A where B is frozen, and ΔW decays with it.
+    If B₀A₀ is zero, no initial values are stored. Then the factor that starts at zero decays to zero (B as in LoRA, or
+    A if B is frozen), and ΔW with it.
     """
     starts: Starts = {}
     for layer in lora_layers(module).values():
@@ -42,21 +42,21 @@ def decaying_factors(module: nn.Module) -> Starts:
 
 
 def decay_to_start(module: nn.Module, optimizers: Sequence[Any], rate: float) -> list[RemovableHandle]:
-    """Have factors decay towards their start after each step of their optimizers.
+    """Make factors decay towards their start after each step of their optimizers.
 
-    It is a part of the step: where gradient scaling skips one because of infinite gradients, nothing decays, and
-    factors without a gradient do not either. Shards decay each on their rank.
+    The decay is a part of the step: if gradient scaling skips a step because of infinite gradients, nothing decays, and
+    neither do factors without a gradient. Each rank decays its shards.
 
     Args:
         module: The module with its adapters.
         optimizers: Its optimizers.
-        rate: The decay λ per step and unit of the learning rate, as AdamW's ``weight_decay``.
+        rate: The decay λ per step and unit of learning rate, like AdamW's ``weight_decay``.
 
     Returns:
-        Handles to remove it.
+        Handles that remove the decay.
 
     Raises:
-        ValueError: If no optimizer holds the factors, or one is none of torch's.
+        ValueError: If no optimizer has the factors, or an optimizer is not torch's.
     """
     starts = decaying_factors(module)
     held = [o for o in optimizers if any(p in starts for group in o.param_groups for p in group["params"])]
@@ -70,7 +70,7 @@ def decay_to_start(module: nn.Module, optimizers: Sequence[Any], rate: float) ->
 
 
 class StartDecay:
-    """The decay of a run, from the beginning of its training to the end.
+    """Applies the decay from the beginning to the end of a run's training.
 
     Args:
         rate: The decay λ; 0 for none.
@@ -88,10 +88,10 @@ class StartDecay:
         self._handles: list[RemovableHandle] = []
 
     def check(self, trainer: Trainer) -> None:
-        """Refuse a strategy that does not let factors be told apart.
+        """Refuse a strategy under which factors are not separate tensors.
 
         Raises:
-            ValueError: If there is a decay, and the Trainer has such a strategy.
+            ValueError: If there is a decay and the Trainer has such a strategy.
         """
         if self.rate and not calls_parts(trainer.strategy):
             raise InvalidInputError(
@@ -100,14 +100,14 @@ class StartDecay:
             )
 
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
-        """Have the Trainer's optimizers decay to the start, or warn if they decay to zero by themselves."""
-        self.end()  # a tuner may have begun to train before
+        """Add the decay to the Trainer's optimizers, or warn if their weight decay would be towards zero."""
+        self.end()  # a tuner may have trained before
         warn_of_weight_decay(module, trainer.optimizers)
         if self.rate:
             self._handles = decay_to_start(module, trainer.optimizers, self.rate)
 
     def end(self) -> None:
-        """Remove what has been added to the optimizers."""
+        """Remove the decay from the optimizers."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -115,7 +115,7 @@ class StartDecay:
 
 @torch.no_grad()
 def _decay(optimizer: Any, starts: Mapping[Any, Tensor | None], rate: float) -> None:
-    skipped = getattr(optimizer, "found_inf", None)  # for fused optimizers, which skip a step within it
+    skipped = getattr(optimizer, "found_inf", None)  # fused optimizers skip such steps internally
     for group in optimizer.param_groups:
         factors = [p for p in group["params"] if p in starts and p.grad is not None]
         if not factors:
@@ -135,7 +135,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def warn_of_weight_decay(module: nn.Module, optimizers: Sequence[Any]) -> None:
-    """Warn where an optimizer's weight decay draws factors towards zero that have not started there."""
+    """Warn if an optimizer's weight decay pulls factors towards zero that did not start there."""
     decomposed = {factor for factor, start in decaying_factors(module).items() if start is not None}
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         decay = group.get("weight_decay") or 0.0

@@ -1,4 +1,4 @@
-"""How fast a run trains."""
+"""Training throughput."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Throughput:
             tokens: Its number of tokens, without padding.
 
         Returns:
-            The tokens per second since the batch before it; None for the first one, and after a pause.
+            The tokens per second since the previous batch; None for the first one, and after a pause.
         """
         now, last = time.perf_counter(), self._last
         self._last = now, tokens
         return None if last is None else last[1] / (now - last[0])
 
     def pause(self) -> None:
-        """Leave out the time until the next batch, which something other than training takes."""
+        """Exclude the time until the next batch, which is not spent on training."""
         self._last = None
