@@ -1,4 +1,4 @@
-"""What updates do to the outputs of their layers on data, ‖ΔW x‖ beside ‖W x‖, seen by hooks in a forward pass."""
+"""The effect of updates on their layers' outputs, ‖ΔW x‖ relative to ‖W x‖, measured by hooks in a forward pass."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from milora_lightning.adapters.linear_layers import is_convolution, is_embedding
 from milora_lightning.statistics.passes import tells_of
 
 NUMBERS = 2**24
-"""Largest number of outputs that are looked at together."""
+"""Maximum number of outputs processed at once."""
 
 
 def is_measurable(layer: LoRALinear) -> bool:
-    """Whether an adapter sees whole inputs in calls of its own: not those of experts, nor under tensor parallelism."""
+    """Whether an adapter is called with whole inputs, unlike those of experts or under tensor parallelism."""
     return not isinstance(layer, LoRAExperts) and layer.part is None
 
 
@@ -29,11 +29,11 @@ class EffectMeter:
 
     Args:
         layers: The adapters by name.
-        device: Where to add up.
+        device: Device of the sums.
 
     Attributes:
         sums: For each layer, the sum of the ratios over all inputs and their number, shape (layers, 2), which may be
-            added up over ranks.
+            summed over ranks.
     """
 
     def __init__(self, layers: Mapping[str, LoRALinear], device: torch.device) -> None:
@@ -45,11 +45,11 @@ class EffectMeter:
         """Within this context, forward passes are measured.
 
         Args:
-            mask: Which positions of the inputs count, such as a batch's ``attention_mask`` (batch, length); layers
-                whose inputs have other positions count all of them.
+            mask: Which positions of the inputs count, such as a batch's ``attention_mask`` (batch, length). In layers
+                whose inputs have other positions, all count.
         """
         hooks = [
-            # Before other hooks: FSDP2 has the parameters in shards again after its own.
+            # Before other hooks: after FSDP2's hook the parameters are sharded again.
             layer.register_forward_hook(partial(self._add, row, mask), prepend=True)
             for row, layer in enumerate(self.layers.values())
         ]
@@ -75,13 +75,13 @@ class EffectMeter:
 def relative_effect(
     layer: LoRALinear, x: Tensor, y: Tensor, mask: Tensor | None = None, rows: slice = slice(None)
 ) -> Tensor:
-    """Compute ‖ΔW x‖ / ‖W x‖ for each position of a layer's input, and add up.
+    """Compute ‖ΔW x‖ / ‖W x‖ for each position of a layer's input, and sum up.
 
     Args:
         layer: The adapter.
         x: Its input.
         y: Its output for x, W x + bias + ΔW x.
-        mask: Which positions count, if it has their shape, or they are in one row of as many.
+        mask: Which positions count, if its shape fits them, or they are in one row of the same length.
         rows: Which features of the whole output y has.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Intruder dimensions: directions that fine-tuning has put among a weight's largest, and that it did not have.
+"""Intruder dimensions: new directions that fine-tuning has added among a weight's largest singular vectors.
 
-A singular vector of W + ΔW among its largest that resembles none of W's own (arXiv 2410.21228). Models with more of
-them forget more, and shrinking them gives back some of what was forgotten.
+An intruder is one of the largest singular vectors of W + ΔW that is similar to none of W's (arXiv 2410.21228). Models
+with more intruders forget more, and shrinking them restores some of what was forgotten.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Intruders:
-    """Which dimensions count as intruders, and what becomes of them. The defaults are PEFT's.
+    """Which dimensions count as intruders, and how they are shrunk. The defaults are PEFT's.
 
     Args:
-        keep: The part of an intruder's singular value in W + ΔW that is kept where it is shrunk: the paper's λ.
-        top_k: How many of the largest singular vectors of W + ΔW are looked at.
+        keep: The fraction of an intruder's singular value in W + ΔW that is kept when it is shrunk: the paper's λ.
+        top_k: How many of the largest singular vectors of W + ΔW are examined.
         threshold: A vector is an intruder if its cosine with each of W's left singular vectors is below this.
 
     Raises:
@@ -62,7 +62,7 @@ def find_intruders(weight: Tensor, tuned: Tensor, left: Tensor, rule: Intruders)
         rule: What counts as an intruder.
 
     Returns:
-        Their singular triplets in W + ΔW, in descending order; none at all if there are none.
+        Their singular triplets in W + ΔW, in descending order; r is 0 if there are none.
     """
     top = singular_slice(tuned, min(rule.top_k, *weight.shape), "principal")
     strangers = (in_double(left).mT @ in_double(top.U)).abs().amax(0) < rule.threshold
@@ -70,7 +70,7 @@ def find_intruders(weight: Tensor, tuned: Tensor, left: Tensor, rule: Intruders)
 
 
 def shrinking(intruders: SingularSlice, keep: float) -> Pair:
-    """Return factors (out, n) and (n, in) of what has to be added to shrink intruders, (keep − 1) U S Vᵀ."""
+    """Return factors (out, n) and (n, in) of the correction that shrinks intruders, (keep − 1) U S Vᵀ."""
     U, S, Vh = intruders
     return (keep - 1) * U * S.sqrt(), S.sqrt()[:, None] * Vh
 
@@ -100,7 +100,7 @@ def corrections(layers: Mapping[str, LoRALinear], rule: Intruders) -> dict[LoRAL
         A, B = stack_factors(*layer.factors, layer.scaling)
         weight = dense_weight(layer)
         matrices = zip(*(x.reshape(-1, *x.shape[-2:]) for x in (weight, B, A)), strict=True)
-        pairs = [shrinking(_intruders_of(own, own_B, own_A, rule), rule.keep) for own, own_B, own_A in matrices]
+        pairs = [shrinking(_intruders_of(each, each_B, each_A, rule), rule.keep) for each, each_B, each_A in matrices]
         most = max(len(right) for _, right in pairs)
         if most:
             left = torch.stack([torch.nn.functional.pad(each, (0, most - each.shape[1])) for each, _ in pairs])

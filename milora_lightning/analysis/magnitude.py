@@ -38,7 +38,7 @@ def product_norm(B: Tensor, A: Tensor) -> Tensor:
 def update_norms(layer: LoRALinear) -> Tensor:
     """Compute ‖ΔW‖_F of an adapter, shape (), or of each expert's, shape (experts,), in float64.
 
-    Shards are gathered, so that all ranks must call this.
+    Shards are gathered, so all ranks must call this.
     """
     A, B, *initial = layer.factors
     A0, B0 = (None if factor is None else full_tensor(factor) for factor in initial)
@@ -59,11 +59,11 @@ def weight_norms(layer: LoRALinear) -> Tensor:
 
 
 def update_size(layers: Iterable[LoRALinear], norms: Iterable[Tensor]) -> Tensor:
-    """Compute the mean of ‖ΔW‖_F / ‖W‖_F over the matrices of all layers, but for weights that are zero.
+    """Compute the mean of ‖ΔW‖_F / ‖W‖_F over the matrices of all layers, without weights that are zero.
 
     Args:
         layers: The adapters; at least one.
-        norms: What :func:`weight_norms` gives for each of them.
+        norms: The result of :func:`weight_norms` for each adapter.
 
     Returns:
         The mean, a scalar in float64: 0 at the start, and larger the further the weights have moved.

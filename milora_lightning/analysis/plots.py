@@ -64,7 +64,7 @@ def _draw_sizes(axes: Any, group: list[MatrixAnalysis]) -> None:
 def _draw_energy(axes: Any, group: list[MatrixAnalysis]) -> None:
     for name, color in (("left", "tab:blue"), ("right", "tab:orange")):
         each = [getattr(m, f"{name}_energy").cpu() for m in group]
-        bins = max(map(len, each))  # layers of one name may have other sizes, small ones fewer bins
+        bins = max(map(len, each))  # layers with the same name may have different sizes; small ones have fewer bins
         shares = torch.stack([rebinned(energy, bins) for energy in each]).mean(0)
         edges = [i / len(shares) for i in range(len(shares) + 1)]
         axes.stairs(shares, edges, color=color, label=f"{name} singular vectors")

@@ -1,7 +1,7 @@
-"""Ranks by energy: where all adapters have the same rank, the slices that train hold very different shares of a weight.
+"""Ranks by energy: with equal ranks, the trained slices hold very different shares of their weights.
 
-Ranks are chosen so that each slice holds the same share of its ‖W‖²_F, as nearly as whole numbers allow, and that they
-add up to what equal ranks would.
+Here ranks are chosen such that each slice holds the same share of its ‖W‖²_F, as nearly as integers allow, and that
+they have the same sum as equal ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from milora_lightning.utils.errors import InvalidInputError
 Which = Literal["minor", "principal"]
 
 MOST = 4
-"""Largest rank that is given, in multiples of ``r``: a weight of low rank could take all of the others' otherwise."""
+"""Maximum rank in multiples of ``r``; otherwise a weight of low rank could take the ranks of all others."""
 
 
 @torch.no_grad()
@@ -53,13 +53,13 @@ def ranks_by_share(layers: Mapping[str, Tensor], r: int, most: int | None = None
     """Choose ranks whose slices hold the same share of each weight, and whose mean is r.
 
     Args:
-        layers: For each layer, what :func:`shares` gives.
+        layers: The result of :func:`shares` for each layer.
         r: The mean of the ranks.
         most: The largest rank; by default ``MOST`` times r.
 
     Returns:
-        The rank of each layer, from 1 to ``most`` and to the number of its singular values. They add up to r times the
-        number of layers, unless the layers do not allow as much.
+        The rank of each layer, from 1 to ``most`` and to the number of its singular values. Their sum is r times the
+        number of layers, unless the layers do not allow that much.
 
     >>> ranks_by_share({"even": torch.tensor([0.25, 0.5, 0.75, 1.0]), "steep": torch.tensor([0.0, 0.1, 0.2, 1.0])}, 2)
     {'even': 1, 'steep': 3}
@@ -72,7 +72,7 @@ def ranks_by_share(layers: Mapping[str, Tensor], r: int, most: int | None = None
         if rank > 1
     )
     ranks = dict.fromkeys(layers, 1)
-    for _, _, name in steps[: r * len(layers) - len(layers)]:  # a layer's come in order, since its shares ascend
+    for _, _, name in steps[: r * len(layers) - len(layers)]:  # in order for each layer, since its shares ascend
         ranks[name] += 1
     return ranks
 
@@ -83,7 +83,7 @@ def rank_pattern(
     """Choose the ranks of a module's adapters by energy, with a progress bar.
 
     Args:
-        module: A module with adapters, initialized or not, whose weights are there.
+        module: A module with adapters, initialized or not, and with weights.
         r: The mean rank.
         which: Whether adapters start at the smallest or the largest singular triplets.
         most: The largest rank; by default ``MOST`` times r.
@@ -91,7 +91,7 @@ def rank_pattern(
 
     Returns:
         ``rank_pattern`` for :class:`milora_lightning.LoRAConfig`: each layer's name as a regular expression, with its
-        rank. Convolutions of several groups and layers of several parts are left out, and so keep r.
+        rank. Grouped convolutions and fused projections are left out, so they keep r.
 
     Raises:
         ValueError: If there are no adapters.
@@ -108,7 +108,7 @@ def rank_pattern(
 
 
 def default_slice(config: LoRAConfig) -> Which:
-    """Return the slice that a start is about: the largest for ``pissa`` and what starts with it, else the smallest.
+    """Return the slice of a start: the largest triplets for ``pissa`` and ``principal …``, otherwise the smallest.
 
     >>> default_slice(LoRAConfig()), default_slice(LoRAConfig(init="principal x minor"))
     ('minor', 'principal')

@@ -28,7 +28,7 @@ BINS = 24
 """Number of bins for an update's energy along a spectrum."""
 
 PRINCIPAL = 128
-"""Number of singular directions that ρ_k is about: as many as PrincipalProjection protects."""
+"""Default number k of singular directions for ρ_k, the same as PrincipalProjection's default."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class MatrixAnalysis:
         relative_norm: ‖ΔW‖_F / ‖W‖_F.
         left_energy: Share of ‖ΔW‖² along bins of W's left singular vectors, starting with the largest singular value.
         right_energy: The same for the right singular vectors.
-        k: Number of principal directions that ``interference`` is about.
+        k: Number of principal directions for ``interference``.
         interference: ρ_k, the share of ‖ΔW‖² between the first k left and right singular vectors of W.
         intruders: Number of intruder dimensions; see :func:`milora_lightning.analysis.intruders.find_intruders`.
         effect: ‖ΔW x‖ / ‖W x‖ on data, or None if it has not been measured.
@@ -99,7 +99,7 @@ def block_number(layer: str) -> int:
 @torch.no_grad()
 def update_of(layer: LoRALinear) -> Update:
     """Decompose the update of an adapter, ΔW = s (B A − B₀A₀)."""
-    if groups_of(layer.base_layer) > 1:  # the groups' updates below one another, as their weights are
+    if groups_of(layer.base_layer) > 1:  # the groups' updates are stacked along the rows, like their weights
         delta = layer.delta_weight()
         return Update.of(delta, torch.eye(delta.shape[1]).to(delta))
     A, B = stack_factors(*layer.factors)
@@ -135,15 +135,15 @@ def updates_of(layer: LoRALinear) -> Iterator[Update]:
 
 
 def subspace_generator(name: str) -> torch.Generator:
-    """Return the generator of a layer's random subspace, seeded by the layer's name alone."""
+    """Return the generator of a layer's random subspace, seeded with the layer's name only."""
     return torch.Generator().manual_seed(zlib.crc32(name.encode()))
 
 
 class Reference(NamedTuple):
-    """Singular vectors of a weight (out, in) that its update is compared with.
+    """Singular vectors of a weight (out, in) to compare its update with.
 
     Attributes:
-        subspaces: Left singular vectors, each (out, r), as :func:`reference_subspaces` chooses them.
+        subspaces: Left singular vectors, each (out, r), chosen by :func:`reference_subspaces`.
         left: The first k left singular vectors, (out, k).
         right: The first k right singular vectors, (in, k).
     """
@@ -159,10 +159,10 @@ class Reference(NamedTuple):
 
 
 def reference_vectors(name: str, weight: Tensor, r: int, k: int) -> Reference:
-    """Return what the update of rank r of a layer's weight is compared with; k as for :func:`analyze_matrix`.
+    """Return the singular vectors to compare a rank-r update of a layer's weight with.
 
     Args:
-        name: The layer's name, from which random subspaces derive.
+        name: The layer's name, the seed of random subspaces.
         weight: Its weight (out, in).
         r: Rank of the update.
         k: Number of principal directions, as for :func:`analyze_matrix`.
@@ -205,7 +205,7 @@ def analyze_matrix(
         update: The update of the weight.
         r: Number of singular vectors to compare.
         bins: Number of bins along the spectrum.
-        k: Number of principal directions for ρ_k; all but r are taken if there are no more.
+        k: Number of principal directions for ρ_k; at most all but r.
         rule: What counts as an intruder dimension.
 
     Returns:
@@ -248,13 +248,13 @@ def analyze_model(
         description: Label of the progress bar.
         k: Number of principal directions for ρ_k.
         rule: What counts as an intruder dimension.
-        effects: ‖ΔW x‖ / ‖W x‖ of layers by name, where they have been measured.
+        effects: ‖ΔW x‖ / ‖W x‖ by layer name, if measured.
 
     Returns:
         One analysis for each adapter whose update is not zero.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no such adapter.
     """
     layers = lora_layers(module).items()
     analyses = [

@@ -63,7 +63,7 @@ class Update:
 
     @staticmethod
     def of(B: Tensor, A: Tensor) -> Update:
-        """Decompose ΔW = B A, of factors (out, n) and (n, in), without forming it."""
+        """Decompose ΔW = B A with factors (out, n) and (n, in), without computing the product."""
         U, S, Vh = product_svd(B, A)
         # Relative to the factors, not only to S, so that an update whose terms cancel counts as zero.
         scale = torch.linalg.matrix_norm(in_double(B)) * torch.linalg.matrix_norm(in_double(A))
@@ -82,8 +82,8 @@ class Update:
     def interference(self, left: Tensor, right: Tensor) -> float:
         """Compute ρ_k = ‖UᵀΔWV‖²_F / ‖ΔW‖²_F, the share of the update between principal singular vectors.
 
-        It is 0 for an update that leaves them alone, as those of OPLoRA (arXiv 2510.13003) do on either side, and 1
-        for one that changes nothing else; a random one has k² / (out · in) on average.
+        It is 0 for an update that avoids these directions on either side, as in OPLoRA (arXiv 2510.13003), and 1 for
+        one that changes nothing else; for random updates it is k² / (out · in) on average.
 
         Args:
             left: The first k left singular vectors U of the weight, shape (out, k).

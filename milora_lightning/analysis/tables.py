@@ -26,7 +26,7 @@ def by_type(matrices: Iterable[MatrixAnalysis]) -> dict[str, list[MatrixAnalysis
 
 
 def measures(matrix: MatrixAnalysis) -> dict[str, float]:
-    """Return the numbers that describe one matrix, by the names that they have in files."""
+    """Return the numbers that describe one matrix, by their names in files."""
     effect = {} if matrix.effect is None else {"update_effect": matrix.effect}
     return {
         **matrix.similarity,
@@ -39,7 +39,7 @@ def measures(matrix: MatrixAnalysis) -> dict[str, float]:
 
 
 def averages(matrices: Sequence[MatrixAnalysis]) -> dict[str, float]:
-    """Average what :func:`measures` gives over matrices; an effect over those where it has been measured."""
+    """Average the :func:`measures` of matrices; the effect only over those where it was measured."""
     values = defaultdict(list)
     for matrix in matrices:
         for name, value in measures(matrix).items():
@@ -55,7 +55,7 @@ SIZE = {
     "intruders": "intruders",
 }
 COLUMNS = {**PLACE, **SIZE}
-"""Headings of what is measured."""
+"""Column headings."""
 
 
 def summary(matrices: Sequence[MatrixAnalysis]) -> Group:

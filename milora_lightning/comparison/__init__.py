@@ -1,1 +1,1 @@
-"""What runs of several methods say about these methods: statistics, findings, and reports."""
+"""Comparing methods by their runs: statistics, findings and reports."""

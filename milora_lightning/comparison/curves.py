@@ -1,4 +1,4 @@
-"""Trajectories compared at the same place: at equal loss, at equal size, and by what is best at any rate."""
+"""Comparing trajectories at the same point: at equal loss, at equal size, and by the best over all learning rates."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 from milora_lightning.comparison.statistics import Array
 
 SHARES = (0.5, 0.75, 0.95)
-"""At which shares of the way that all runs go trajectories are compared."""
+"""Fractions of the range common to all runs at which trajectories are compared."""
 
 
 def common_levels(courses: Sequence[Array], shares: Sequence[float] = SHARES) -> Array:
-    """Choose values that all courses pass on their way down: shares of the way that the shortest one goes.
+    """Choose values that all courses reach on their way down: fractions of the range of the shortest one.
 
     Args:
-        courses: What falls in the course of each run, such as its loss: shape (..., validations), the first from before
+        courses: For each run a decreasing quantity, such as its loss: shape (..., validations), the first before
             training.
-        shares: Which shares.
+        shares: The fractions.
 
     Returns:
         The values, shape (shares, ...); NaN if a course never falls below the lowest start.
@@ -36,11 +36,11 @@ def at_level(course: Array, values: Array, level: float | Array, logarithmic: bo
     """Interpolate values where a course first falls to a level.
 
     Args:
-        course: What falls, shape (..., validations).
-        values: What is interpolated, linearly in the course; same shape.
-        level: The level, for all of them or of shape (...). Where a course does not reach it, the value at its lowest
-            point is taken.
-        logarithmic: Whether the logarithm of the values is interpolated, where both of them are positive.
+        course: The decreasing quantity, shape (..., validations).
+        values: The values to interpolate, linearly in the course; same shape.
+        level: The level, one for all or of shape (...). If a course does not reach it, the value at its lowest point is
+            used.
+        logarithmic: Whether to interpolate the logarithm of the values, where both are positive.
 
     Returns:
         The values, shape (...).
@@ -68,16 +68,16 @@ def at_level(course: Array, values: Array, level: float | Array, logarithmic: bo
 
 
 def lowest_at(costs: Sequence[Array], losses: Sequence[Array], budgets: Array) -> Array:
-    """Return the lowest loss on any of the trajectories at which no more than a budget has been spent.
+    """Return the lowest loss on any of the trajectories at a cost within the budget.
 
     Args:
-        costs: What is to be kept low beside the loss, such as forgetting: shape (validations,) for each trajectory.
-        losses: The losses at the same places.
+        costs: The other quantity to keep low, such as forgetting: shape (validations,) for each trajectory.
+        losses: The losses at the same points.
         budgets: Positive budgets, shape (budgets,).
 
     Returns:
-        Losses, shape (budgets,). Between two places of a trajectory, the loss is linear in the logarithm of the cost,
-        or in the cost where that starts at zero. NaN where nothing is affordable.
+        Losses, shape (budgets,). Between two points of a trajectory, the loss is linear in the logarithm of the cost,
+        or in the cost itself if that starts at zero. NaN if no point is within the budget.
 
     >>> lowest_at([np.array([0.1, 1.0])], [np.array([2.0, 1.0])], np.array([0.05, 0.1, 0.1**0.5, 2.0]))
     array([nan, 2. , 1.5, 1. ])
@@ -98,7 +98,7 @@ def lowest_at(costs: Sequence[Array], losses: Sequence[Array], budgets: Array) -
 
 
 def envelope_bounds(costs: Sequence[Sequence[Array]]) -> tuple[float, float] | None:
-    """Return the budgets between which the trajectories of all methods say something; None if there are none.
+    """Return the range of budgets covered by the trajectories of all methods; None if there is none.
 
     The lower one is the largest of the methods' smallest positive costs, the upper one the smallest of their largest.
 
@@ -118,7 +118,7 @@ def mean_lowest(costs: Sequence[Array], losses: Sequence[Array], bounds: tuple[f
 
     Args:
         costs: As for :func:`lowest_at`.
-        losses: Likewise.
+        losses: As for :func:`lowest_at`.
         bounds: The smallest and the largest budget.
 
     >>> round(mean_lowest([np.array([0.1, 1.0])], [np.array([2.0, 1.0])], (0.1, 1.0)), 6)

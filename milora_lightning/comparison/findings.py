@@ -1,4 +1,4 @@
-"""What the runs of a comparison show: each method's differences from the reference, at several places."""
+"""Findings of a comparison: each method's differences from the reference, at several points of the trajectories."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from milora_lightning.comparison.selection import LOSS, SELECTION_LOSS
 from milora_lightning.comparison.statistics import Array, Estimate, Judgement, estimate, judge
 
 Values = dict[str, dict[int, tuple[float, Array | None]]]
-"""By method and seed: a value, and what it is on draws of examples."""
+"""By method and seed: a value, and its values on draws of examples."""
 
 
 @dataclass(frozen=True)
 class Margins:
-    """What counts as no difference: for losses and accuracies, and, as a ratio, for what is relative."""
+    """Differences that count as none: for losses and accuracies, and, as a ratio, for relative measures."""
 
     absolute: float
     ratio: float
 
     def of(self, measure: Measure) -> float:
-        """Return the margin of a measure's differences, which are of logarithms if it is relative."""
+        """Return the margin for a measure's differences, which are differences of logarithms if it is relative."""
         return float(np.log1p(self.ratio)) if measure.relative else self.absolute
 
 
 @dataclass(frozen=True)
 class Finding:
-    """How the methods differ from the reference in one measure at one place.
+    """The methods' differences from the reference in one measure at one point.
 
     Attributes:
-        measure: The measure; of relative ones, differences are of logarithms.
-        place: Where it was taken: ``None`` for the end of training, else the name of what is equal, and its value.
+        measure: The measure; for relative ones, differences are of logarithms.
+        place: The point: ``None`` for the end of training, otherwise the name and value of the quantity that is equal.
         values: By method, the value for each seed.
-        estimates: By method, without the reference, its difference.
-        judgements: Likewise, what may be said of it.
+        estimates: The difference of each method other than the reference.
+        judgements: The judgement of each difference.
     """
 
     measure: Measure
@@ -50,11 +50,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Envelope:
-    """The mean of the lowest loss at each amount of forgetting, over all rates of a method.
+    """The mean over amounts of forgetting of the lowest loss at any learning rate of a method.
 
     Attributes:
         bounds: The smallest and largest amount.
-        finding: The means, and how they differ.
+        finding: The means and their differences.
     """
 
     bounds: tuple[float, float]
@@ -65,27 +65,27 @@ def compare_values(measure: Measure, values: Values, reference: str, margins: Ma
     """Compare the values of the methods with those of the reference, paired by seed.
 
     Args:
-        measure: What the values are of.
-        values: Values by method and seed; seeds that the reference lacks are left out.
+        measure: The measure of the values.
+        values: Values by method and seed; seeds missing in the reference are ignored.
         reference: The method to compare with.
         margins: What counts as no difference.
-        examples: Number of examples that draws are made of; 0 if there are none.
+        examples: Number of examples from which draws are made; 0 if there are none.
     """
     estimates = {}
-    for method, own in values.items():
+    for method, by_seed in values.items():
         if method != reference:
-            pairs = [(own[seed], values[reference][seed]) for seed in own if seed in values[reference]]
+            pairs = [(by_seed[seed], values[reference][seed]) for seed in by_seed if seed in values[reference]]
             difference = np.array([_minus(measure, a, b) for (a, _), (b, _) in pairs])
             drawn = [_minus(measure, a, b) for (_, a), (_, b) in pairs if a is not None and b is not None]
             whole = len(drawn) == len(pairs) and len(drawn) > 0
             estimates[method] = estimate(difference, np.stack(drawn, 1) if whole else None, examples)
     judged = judge(list(estimates.values()), margins.of(measure), measure.lower_is_better)
-    plain = {method: [value for value, _ in own.values()] for method, own in values.items()}
+    plain = {method: [value for value, _ in by_seed.values()] for method, by_seed in values.items()}
     return Finding(measure, None, plain, estimates, dict(zip(estimates, judged, strict=True)))
 
 
 def at_the_end(runs: Sequence[Run], reference: str, margins: Margins) -> list[Finding]:
-    """Compare all measures that all runs have at the end of training."""
+    """Compare the methods in all measures that every run has at the end of training."""
     return [
         compare_values(measure, _values(runs, measure.name, _last), reference, margins, _examples(runs, measure.name))
         for measure in JUDGED
@@ -97,14 +97,14 @@ def at_equal(place: str, runs: Sequence[Run], reference: str, margins: Margins) 
     """Compare trajectories where they first have the same loss, or the same size of their updates.
 
     Args:
-        place: The name of what is equal, one of :data:`PLACES`; levels are chosen by
+        place: The quantity that is equal, one of :data:`PLACES`; its levels are chosen by
             :func:`milora_lightning.comparison.curves.common_levels`.
         runs: The runs. Methods with one that goes no step of the way, as if it diverged at once, are left out.
         reference: The method to compare with.
         margins: What counts as no difference.
 
     Returns:
-        A finding for each level of each measure that was taken at every validation; none if there are no levels.
+        A finding for each level and each measure that was taken at every validation; none if there are no levels.
     """
     sign = -1.0 if place in (SIZE, EFFECT) else 1.0  # sizes grow, and levels are passed on the way down
     if not all(_is_whole(run, place) for run in runs):
@@ -114,7 +114,7 @@ def at_equal(place: str, runs: Sequence[Run], reference: str, margins: Margins) 
     if reference in lost or len({run.method for run in runs}) < 2:
         return []
     levels = common_levels([sign * run.course(place) for run in runs])
-    # On a draw of examples the same rule gives other levels: harder examples have larger losses throughout.
+    # On a draw of examples, the same rule gives other levels: harder examples have larger losses throughout.
     drawn_levels = common_levels([sign * run.draws(place) for run in runs])
     measured = [m for m in JUDGED if m.name != place and (m.is_forgetting or m.name == LOSS)]
     found = []
@@ -143,7 +143,7 @@ def envelope(runs: Sequence[Run], sweep: Sequence[Run], reference: str, margins:
     They are compared seed by seed.
 
     Returns:
-        None if forgetting was not measured, or nothing of it is common to all methods.
+        None if forgetting was not measured, or the methods have no amounts of it in common.
     """
     trajectories, name = (sweep, SELECTION_LOSS) if sweep else (runs, LOSS)
     if not all(_is_whole(run, KL) and _is_whole(run, name) for run in trajectories):
@@ -155,15 +155,15 @@ def envelope(runs: Sequence[Run], sweep: Sequence[Run], reference: str, margins:
     values: Values = {}
     for method, of in groups.items():
         for seed in dict.fromkeys(run.seed for run in of):
-            own = [run for run in of if run.seed == seed]
-            area = mean_lowest([run.course(KL) for run in own], [run.course(name) for run in own], bounds)
+            of_seed = [run for run in of if run.seed == seed]
+            area = mean_lowest([run.course(KL) for run in of_seed], [run.course(name) for run in of_seed], bounds)
             values.setdefault(method, {})[seed] = (area, None)
     measure = Measure(name, "lowest loss at equal KL")
     return Envelope(bounds, compare_values(measure, values, reference, margins, 0))
 
 
 def places(runs: Sequence[Run], reference: str, margins: Margins) -> dict[str, list[Finding]]:
-    """Compare trajectories at every place at which they can be; see :func:`at_equal`."""
+    """Compare trajectories at every possible point; see :func:`at_equal`."""
     return {place: found for place in PLACES if (found := at_equal(place, runs, reference, margins))}
 
 
@@ -188,12 +188,12 @@ def _values(
 
 
 def _examples(runs: Sequence[Run], name: str) -> int:
-    """Return the number of examples that a result is the average of; 0 if they are not kept."""
+    """Return the number of examples that a result averages over; 0 if they are not stored."""
     return min((len(run.examples[name].index) for run in runs if name in run.examples), default=0)
 
 
 def _is_whole(run: Run, name: str) -> bool:
-    """Tell whether a result was measured at every validation, and is finite until the end of a run that diverged."""
+    """Return whether a result was measured at every validation, and is finite up to where a run may have diverged."""
     return bool(np.isfinite(run.course(name)[0])) and not any(name not in row for row in run.rows)
 
 

@@ -1,4 +1,4 @@
-"""What runs are judged by."""
+"""The measures by which runs are judged."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Measure:
 
     Attributes:
         name: The name of the result.
-        title: What the report calls it.
-        lower_is_better: Whether little of it is an advantage.
-        relative: Whether it is compared by ratios, since it spans orders of magnitude.
+        title: Its title in the report.
+        lower_is_better: Whether lower values are better.
+        relative: Whether it is compared by ratios, because it spans orders of magnitude.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Measure:
 
     @property
     def is_forgetting(self) -> bool:
-        """Whether it tells what is forgotten."""
+        """Whether it measures forgetting."""
         return self.name.startswith("forgetting_")
 
 
@@ -40,7 +40,7 @@ JUDGED = (
     Measure("forgetting_choice_loss", "loss of right choices"),
     Measure("forgetting_choice_accuracy", "accuracy on other tasks", lower_is_better=False),
 )
-"""What methods are judged by."""
+"""The measures by which methods are judged."""
 
 TOLD = (
     *JUDGED,
@@ -48,14 +48,14 @@ TOLD = (
     Measure(SIZE, "‖ΔW‖/‖W‖"),
     Measure(EFFECT, "‖ΔWx‖/‖Wx‖"),
 )
-"""What the report tells of each run: also what is neither good nor bad in itself, and what follows from the others."""
+"""The measures that the report lists for each run, including neutral ones and those that follow from others."""
 
 PLACES = {LOSS: "loss", SIZE: "size of the update, ‖ΔW‖/‖W‖", EFFECT: "effect of the update, ‖ΔWx‖/‖Wx‖"}
-"""What trajectories are compared at equal values of."""
+"""The quantities at whose equal values trajectories are compared."""
 
 
 def title_of(name: str) -> str:
-    """Return what the report calls a result; one of several texts or files has their name behind a slash.
+    """Return the title of a result in the report; results for one text or file have its name after a slash.
 
     >>> title_of("forgetting_kl/code"), title_of("val_perplexity")
     ('KL from the base, code', 'val_perplexity')
@@ -66,6 +66,6 @@ def title_of(name: str) -> str:
 
 
 def parts(names: Iterable[str]) -> list[str]:
-    """Return the names of what is forgotten of single texts and files."""
+    """Return the names of results that measure forgetting of single texts and files."""
     told = {measure.name for measure in TOLD if measure.is_forgetting and measure.name != "forgetting_cross_entropy"}
     return [name for name in names if "/" in name and name.partition("/")[0] in told]

@@ -1,4 +1,4 @@
-"""The report as one HTML file, whose pictures are interactive."""
+"""The report as one HTML file with interactive plots."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from milora_lightning.comparison.selection import SELECTION_LOSS
 
 TEMPLATE = Path(__file__).with_name("report.html")
 DATA = "/*DATA*/null"
-"""Where the template takes what it shows."""
+"""Placeholder of the data in the template."""
 
 
 def write_page(path: Path, report: Report) -> None:
-    """Write a report as a page that needs nothing beside itself."""
+    """Write a report as a self-contained page."""
     template = TEMPLATE.read_text(encoding="utf-8")
     path.write_text(template.replace(DATA, script_text(page_data(report)), 1), encoding="utf-8")
 
 
 def page_data(report: Report) -> dict[str, Any]:
-    """Return what the page shows, as plain lists and numbers."""
+    """Return the data of the page as plain lists and numbers."""
     runs = [*((run, True) for run in report.runs), *((run, False) for run in report.sweep)]
     there = dict.fromkeys(name for run, _ in runs for row in run.rows for name in row)
     titles = {"step": "optimizer step", SELECTION_LOSS: "loss on the selection set"}
@@ -40,7 +40,7 @@ def page_data(report: Report) -> dict[str, Any]:
 
 
 def script_text(data: Any) -> str:
-    r"""Write data for a script in HTML, in which no text of theirs can end the script.
+    r"""Write data as JSON for a script in HTML, such that no text in them can end the script.
 
     >>> script_text({"name": "</script>"})
     '{"name":"\\u003c/script>"}'
@@ -55,7 +55,7 @@ def _run(run: Run, reported: bool, names: list[str]) -> dict[str, Any]:
 
 
 def _number(value: float | None) -> float | None:
-    """Round to what a screen can show; None for what is no number.
+    """Round to the precision of a plot; None for NaN and infinity.
 
     >>> _number(0.123456789), _number(float("nan"))
     (0.123457, None)

@@ -1,4 +1,4 @@
-"""Writes the report of finished runs: Markdown, HTML, pictures and a table of all numbers."""
+"""Writing the report of finished runs: Markdown, HTML, plots and a table of all numbers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_report(
         config: Configuration of one of the runs.
         reference: The method that the others are compared with.
         margins: What counts as no difference.
-        given: The learning rates that were asked for.
+        given: The learning rates that the user gave.
     """
     stages = [*(("comparison", run) for run in runs), *(("sweep", run) for run in sweep)]
     write_rows(
@@ -61,7 +61,7 @@ def write_report(
 def make_report(
     runs: Sequence[Run], sweep: Sequence[Run], setting: str, reference: str, margins: Margins, given: Sequence[float]
 ) -> Report:
-    """Find what the runs show, and put it into words."""
+    """Derive the findings from the runs, and describe them."""
     groups = by_method(runs)
     parts = [sections.results(runs), *filter(None, [sections.by_part(runs)])]
     if len(groups) > 1:
@@ -79,7 +79,7 @@ def make_report(
 
 
 def markdown(report: Report) -> str:
-    """Write a report in Markdown, with the pictures beside it."""
+    """Write a report in Markdown that refers to the plots next to it."""
     parts = [f"# {report.title}", report.setting]
     for section in report.sections:
         parts += [f"## {section.title}", section.text]

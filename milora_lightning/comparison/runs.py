@@ -19,20 +19,20 @@ from milora_lightning.utils.errors import InvalidInputError
 Row = dict[str, float]
 
 TRAJECTORY, EXAMPLES = "trajectory.csv", "examples.npz"
-"""Files in the folder of a run: the results of every validation, and what they are averages of."""
+"""Files in a run's folder: the results of every validation, and their values for each example."""
 
 PARTS = ("values", "weights", "steps", "index")
 
 
 @dataclass(frozen=True)
 class Examples:
-    """What a measure is the average of.
+    """The values on single examples that a result averages over.
 
     Attributes:
         values: Value of each example at each validation, shape (validations, examples).
-        weights: How much each example counts, such as its number of tokens, shape (examples,).
-        steps: Optimizer steps at which it was measured, shape (validations,).
-        index: Numbers of the examples in their data, ascending, shape (examples,).
+        weights: Weight of each example, such as its number of tokens, shape (examples,).
+        steps: Optimizer steps of the validations, shape (validations,).
+        index: Indices of the examples in their data set, ascending, shape (examples,).
     """
 
     values: Array
@@ -45,7 +45,7 @@ class Examples:
         return weighted_means(self.values, self.weights, counts)
 
     def only(self, members: npt.NDArray[np.int64]) -> Examples:
-        """Return those examples whose numbers are given."""
+        """Return only the examples with these indices."""
         chosen = np.isin(self.index, members)
         return Examples(self.values[:, chosen], self.weights[chosen], self.steps, self.index[chosen])
 
@@ -56,10 +56,10 @@ class Run:
 
     Attributes:
         method: Name of the method.
-        learning_rate: The highest learning rate.
+        learning_rate: The peak learning rate.
         seed: Seed of random factors, dropout and the order of the data.
         rows: The results of every validation; empty before the run.
-        examples: By the name of a result, what it is the average of, where that is kept.
+        examples: By name of a result, its values on single examples, if they are stored.
     """
 
     method: str
@@ -86,24 +86,25 @@ class Run:
     def draws(self, name: str) -> Array:
         """Return a result at every validation on draws of its examples, shape (draws, validations).
 
-        The draws are the same for all runs. Of results whose examples are not kept, shape (1, validations).
+        The draws are the same for all runs. For results whose examples are not stored, the shape is (1, validations).
         """
         if name not in self.examples:
             return self.course(name)[None]
         if name not in self._draws:
-            own = self.examples[name]
-            self._draws[name] = own.means(draw_counts(len(own.index), DRAWS, zlib.crc32(name.encode())))
+            examples = self.examples[name]
+            counts = draw_counts(len(examples.index), DRAWS, zlib.crc32(name.encode()))
+            self._draws[name] = examples.means(counts)
         return self._draws[name]
 
     def has(self, name: str) -> bool:
-        """Tell whether a result was measured at the end."""
+        """Return whether a result was measured at the end."""
         return name in self.last
 
     def read(self, folder: Path) -> None:
         """Read the results of a finished run from its folder.
 
         Raises:
-            ValueError: If it is from a version that kept too little.
+            ValueError: If it is from a version that stored too little.
         """
         if not (folder / EXAMPLES).is_file():
             raise InvalidInputError(
@@ -131,7 +132,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows as CSV; those that lack a column leave it empty."""
+    """Write rows as CSV; missing entries stay empty."""
     columns = dict.fromkeys(key for row in rows for key in row)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
@@ -140,7 +141,7 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def write_examples(path: Path, examples: Mapping[str, Examples]) -> None:
-    """Write what results are averages of, in float32."""
+    """Write the values of results on single examples, in float32."""
     arrays = {f"{name}:{part}": getattr(each, part) for name, each in examples.items() for part in PARTS}
     halved = {name: array.astype(np.float32) if array.dtype == np.float64 else array for name, array in arrays.items()}
     np.savez_compressed(path, **halved)

@@ -1,4 +1,4 @@
-"""The sections of a report, from which its Markdown and its HTML are made."""
+"""The sections of a report, from which its Markdown and its HTML are generated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from milora_lightning.comparison.statistics import DRAWS, Estimate, Judgement
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, what is said below it, and a table.
+    """A heading, a text and a table.
 
     Attributes:
         title: The heading.
@@ -39,7 +39,7 @@ def in_short(
     """Return the verdicts on all methods."""
     named = {f.measure.title: f for f in ends}
     for place, findings in at.items():
-        named |= {f"{f.measure.title} at equal {_short(place)}": f for f in findings}  # the last level of each stays
+        named |= {f"{f.measure.title} at equal {_short(place)}": f for f in findings}  # the last level of each is kept
     if area is not None:
         named[area.finding.measure.title] = area.finding
     found = verdicts(named)
@@ -73,7 +73,7 @@ def results(runs: Sequence[Run]) -> Section:
 
 
 def by_part(runs: Sequence[Run]) -> Section | None:
-    """Return what is forgotten of each text and of each file of questions; None if there is one of each at most."""
+    """Return the section on forgetting by text and by file of questions; None if there is at most one of each."""
     names = [name for name in parts(runs[0].last) if all(run.has(name) for run in runs)]
     if not names:
         return None
@@ -86,7 +86,7 @@ def by_part(runs: Sequence[Run]) -> Section | None:
 
 
 def differences(reference: str, ends: Sequence[Finding], margins: Margins, seeds: int) -> Section:
-    """Return the differences from the reference at the end of training, and how they are judged."""
+    """Return the differences from the reference at the end of training, with their judgements."""
     relative = [f.measure.title for f in ends if f.measure.relative]
     ratios = f" ({' and '.join(relative)}: ratios)" if relative else ""
     alone = " One seed tells nothing of the spread between seeds, so that nothing can be decided." * (seeds == 1)
@@ -104,15 +104,15 @@ def differences(reference: str, ends: Sequence[Finding], margins: Margins, seeds
 
 
 def equal_places(place: str, findings: Sequence[Finding], reference: str, methods: Sequence[str]) -> list[Section]:
-    """Return, for each measure, its values and differences at each level of what is equal."""
+    """Return a section for each measure, with values and differences at each level of the quantity that is equal."""
     sections = []
     for measure in dict.fromkeys(f.measure for f in findings):
-        own = [f for f in findings if f.measure == measure]
-        levels = [f"{f.place[1]:.4g}" for f in own if f.place is not None]
+        of_measure = [f for f in findings if f.measure == measure]
+        levels = [f"{f.place[1]:.4g}" for f in of_measure if f.place is not None]
         rows = []
-        lost = [method for method in methods if method not in own[0].values]
-        for method in own[0].values:
-            cells = [_valued(f, method) for f in own]
+        lost = [method for method in methods if method not in of_measure[0].values]
+        for method in of_measure[0].values:
+            cells = [_valued(f, method) for f in of_measure]
             rows.append((method, *cells))
         sections.append(
             Section(
@@ -130,7 +130,7 @@ def equal_places(place: str, findings: Sequence[Finding], reference: str, method
 
 
 def lower_envelope(area: Envelope, reference: str, from_sweep: bool) -> Section:
-    """Return the mean of the lowest loss at equal forgetting, over all rates."""
+    """Return the section on the mean lowest loss at equal forgetting, over all learning rates."""
     low, high = area.bounds
     finding = area.finding
     origin = "the sweep's runs, with the loss on the selection set" if from_sweep else "the reported runs"
@@ -146,7 +146,7 @@ def lower_envelope(area: Envelope, reference: str, from_sweep: bool) -> Section:
 
 
 def sweeps(sweep: Sequence[Run], given: Sequence[float]) -> Section:
-    """Return the losses of the learning-rate sweep, and how its grid grew."""
+    """Return the section on the learning-rate sweep: its losses, and the growth of its grid."""
     groups = by_method(sweep)
     rates = sorted({run.learning_rate for run in sweep})
     rows, edges, added = [], [], []
@@ -226,12 +226,12 @@ def _short(place: str) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """What a report says.
+    """The content of a report.
 
     Attributes:
         title: Its title.
-        setting: Under which conditions the runs were made.
-        sections: The tables and what they mean.
+        setting: The settings of the runs, as a sentence.
+        sections: The tables with their explanations.
         runs: The reported runs.
         sweep: The runs of the learning-rate sweep.
     """

@@ -1,4 +1,4 @@
-"""How learning rates are chosen: on examples and seeds that are not reported, on a grid that grows at its edge."""
+"""Choosing learning rates: on examples and seeds that are not reported, on a grid that grows at its edge."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from milora_lightning.comparison.runs import Run
 from milora_lightning.utils.errors import InvalidInputError
 
 MEASURED = "val_"
-"""What the names of results on the validation data begin with."""
+"""Prefix of the names of results on the validation data."""
 SELECTION, REPORTED = "selection_", "reported_"
-"""Likewise for the part of it that rates are chosen on, and for the part that is reported."""
+"""The same for the selection set, on which rates are chosen, and for the reported part."""
 LOSS = f"{REPORTED}loss"
 SELECTION_LOSS = f"{SELECTION}loss"
 
 
 def set_apart(run: Run, share: float | None, seed: int = 0) -> None:
-    """Split what a run was measured on into what rates are chosen on and what is reported, and add both results.
+    """Split a run's validation examples into a selection set and a reported set, and add the results on both.
 
     Args:
-        run: A finished run; its validation examples are replaced by those of the two parts, unless they have been.
-        share: The share of the examples that rates are chosen on; None if all are reported, 1 if none is.
-        seed: Chooses the examples.
+        run: A finished run; its validation examples are replaced by those of the two sets, unless that has been done.
+        share: The share of examples in the selection set; None to report all examples, 1 to report none.
+        seed: Seed of the split.
 
     Raises:
-        ValueError: If too few examples are left for one of the two.
+        ValueError: If too few examples are left in one of the two sets.
     """
     whole = {name: each for name, each in run.examples.items() if name.startswith(MEASURED)}
     if not whole:
@@ -77,12 +77,12 @@ def best_rate(sweep: Sequence[Run]) -> float | None:
 
 
 def next_rate(sweep: Sequence[Run], given: Sequence[float], limit: int) -> float | None:
-    """Return the rate by which a method's grid grows: a step beyond the edge at which its best rate lies.
+    """Return the next rate of a method's grid: one step beyond the edge, if the best rate is at the edge.
 
     Args:
         sweep: The method's runs so far.
-        given: The rates that were asked for; the step is the ratio of the two at the edge.
-        limit: How many rates may be added.
+        given: The rates that the user gave; the step is the ratio of the two at the edge.
+        limit: Maximum number of added rates.
 
     Returns:
         The rate, rounded to three digits; None if the best is within the grid, or the limit is reached.
@@ -98,6 +98,6 @@ def next_rate(sweep: Sequence[Run], given: Sequence[float], limit: int) -> float
 
 
 def at_edge(sweep: Sequence[Run]) -> bool:
-    """Tell whether a method's best rate is the smallest or the largest that was tried."""
+    """Return whether a method's best rate is the smallest or the largest one tried."""
     rates = sorted({run.learning_rate for run in sweep})
     return len(rates) > 1 and best_rate(sweep) in (rates[0], rates[-1])

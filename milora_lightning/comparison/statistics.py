@@ -1,6 +1,6 @@
-"""Differences between methods: their standard errors, tests, and what may be said of them.
+"""Differences between methods: standard errors, tests and verdicts.
 
-These functions take arrays and return numbers; they know nothing of runs and files.
+These functions take arrays and return numbers, independently of runs and files.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Array = npt.NDArray[np.float64]
 Verdict = Literal["better", "worse", "equal", "undecided"]
 
 LEVEL = 0.05
-"""The chance of a claim that is wrong: of tests after Holm's correction, and of what intervals leave out."""
+"""The probability of a wrong claim: the level of tests after Holm's correction, and 1 minus that of intervals."""
 
 LEAST = 1e-12
-"""The smallest p-value that is told apart from zero."""
+"""The smallest p-value that is distinguished from zero."""
 
 DRAWS = 1000
 """Draws of examples for each standard error."""
@@ -32,16 +32,16 @@ DRAWS = 1000
 class Estimate:
     """A difference, with its standard errors over seeds and over examples.
 
-    Each has a Student's t distribution of its own. An interval reaches as far as the root of the sum of both squared
-    reaches, which holds the truth at least as often as it says also where two or three seeds tell little of their
-    spread; adding up degrees of freedom (Satterthwaite) would promise too much there.
+    Each error has a separate Student's t distribution. The half-width of an interval is the root of the sum of both
+    squared half-widths. This covers the true value at least as often as claimed, even if two or three seeds give a poor
+    estimate of the spread; combined degrees of freedom (Satterthwaite) would claim too much there.
 
     Attributes:
-        value: The difference; of several seeds their mean.
-        error: Its standard error over seeds; NaN if a single seed leaves it unknown.
-        freedom: Degrees of freedom of that: the number of seeds less one.
-        drawn: Its standard error over examples; 0 if they are not kept.
-        drawn_freedom: Degrees of freedom of that.
+        value: The difference, as the mean over seeds.
+        error: Its standard error over seeds; NaN if there is only one seed.
+        freedom: Degrees of freedom of ``error``: the number of seeds minus one.
+        drawn: Its standard error over examples; 0 if they are not stored.
+        drawn_freedom: Degrees of freedom of ``drawn``.
     """
 
     value: float
@@ -51,7 +51,7 @@ class Estimate:
     drawn_freedom: float = 1.0
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
-        """Return the interval that holds the true difference but for a chance of ``level``; NaN if that is unknown.
+        """Return the confidence interval at confidence 1 − ``level``; NaN if that is unknown.
 
         >>> low, high = Estimate(1.0, 0.5, 10).interval()
         >>> round(low, 3), round(high, 3)
@@ -61,7 +61,7 @@ class Estimate:
         return self.value - reach, self.value + reach
 
     def p_different(self) -> float:
-        """Return the chance of a difference as large as this one, in either direction, if there were none."""
+        """Return the two-sided p-value for the hypothesis of no difference."""
         return min(1.0, 2 * self._beyond(abs(self.value)))
 
     def p_equal(self, margin: float) -> float:
@@ -69,7 +69,7 @@ class Estimate:
         return max(self._beyond(margin - self.value), self._beyond(margin + self.value))
 
     def _reach(self, p: float) -> float:
-        """Return the distance that a true value lies beyond, on one side, with a chance of ``p``."""
+        """Return the distance that the true value exceeds, on one side, with probability ``p``."""
         of_seeds = self.error * float(stats.t.isf(p, self.freedom))
         return math.hypot(of_seeds, self.drawn * float(stats.t.isf(p, self.drawn_freedom)))
 
@@ -88,15 +88,14 @@ class Estimate:
 def estimate(differences: Array, resampled: Array | None = None, examples: int = 0) -> Estimate:
     """Estimate the mean of differences between two methods that are paired by seed.
 
-    Its variance over seeds is s²/n of the differences: drawing seeds again and again would come to the same, but for a
-    factor of (n − 1)/n by which it is too small, which matters for three seeds. Its variance over examples is that on
-    examples drawn anew with replacement: the same draw for all methods and seeds, as all runs are measured on the same
-    examples.
+    The variance over seeds is s²/n of the differences. (A bootstrap over seeds would give the same times (n − 1)/n,
+    which is too small and matters for three seeds.) The variance over examples comes from a bootstrap, with the same
+    draws for all methods and seeds, because all runs are measured on the same examples.
 
     Args:
         differences: The difference for each seed, shape (seeds,).
-        resampled: The differences on each draw of examples, shape (draws, seeds); None if examples are not kept.
-        examples: The number of examples of which draws are made.
+        resampled: The differences on each draw of examples, shape (draws, seeds); None if examples are not stored.
+        examples: The number of examples from which draws are made.
     """
     values = np.asarray(differences, dtype=np.float64)
     n = len(values)
@@ -113,7 +112,7 @@ def estimate(differences: Array, resampled: Array | None = None, examples: int =
 def draw_counts(examples: int, draws: int, seed: int = 0) -> Array:
     """Draw examples with replacement: how often each is in a draw, shape (draws, examples).
 
-    The same arguments give the same draws, so that all methods are measured on the same ones.
+    The same arguments give the same draws, so all methods are measured on the same ones.
 
     >>> draw_counts(5, 2).sum(1)
     array([5., 5.])
@@ -127,8 +126,8 @@ def weighted_means(values: Array, weights: Array, counts: Array | None = None) -
 
     Args:
         values: Value of each example, shape (validations, examples).
-        weights: How much each example counts, such as its number of tokens, shape (examples,).
-        counts: How often each example is in a draw, shape (draws, examples); None for once, and no axis of draws.
+        weights: Weight of each example, such as its number of tokens, shape (examples,).
+        counts: How often each example is in a draw, shape (draws, examples); None for no draws.
 
     Returns:
         The averages, shape (draws, validations) or (validations,).
@@ -139,7 +138,7 @@ def weighted_means(values: Array, weights: Array, counts: Array | None = None) -
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p-values for their number, as Holm does: stepwise, and not less powerful than Bonferroni's correction.
+    """Correct p-values for multiple tests with Holm's stepwise method, which is at least as powerful as Bonferroni's.
 
     >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
     [0.03, 0.06, 0.06]
@@ -155,7 +154,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What may be said of a method: the verdict, with both p-values after Holm's correction over the methods."""
+    """The verdict on a method, with both p-values after Holm's correction over the methods."""
 
     verdict: Verdict
     p_different: float
@@ -165,14 +164,14 @@ class Judgement:
 def judge(estimates: Sequence[Estimate], margin: float, lower_is_better: bool, level: float = LEVEL) -> list[Judgement]:
     """Judge the differences of several methods from one reference.
 
-    A method is ``equal`` if its difference is shown to lie within the margin, even one that is surely not zero; else
-    ``better`` or ``worse`` if the difference is shown not to be zero; else ``undecided``.
+    A method is ``equal`` if its difference is shown to lie within the margin, even if it is certainly not zero;
+    otherwise ``better`` or ``worse`` if the difference is shown to be nonzero; otherwise ``undecided``.
 
     Args:
         estimates: The difference of each method from the reference.
-        margin: What counts as no difference, fixed before the results were seen.
+        margin: Differences up to this count as none; fixed before the results are seen.
         lower_is_better: Whether a negative difference is an advantage.
-        level: The chance of a wrong claim about any of the methods, of each of the two kinds.
+        level: The probability of a wrong claim about any of the methods, for each of the two kinds.
     """
     different = holm([e.p_different() for e in estimates])
     equal = holm([e.p_equal(margin) for e in estimates])

@@ -1,4 +1,4 @@
-"""Exports to folders that other tools open, and imports from PEFT's folders."""
+"""Exports to folders for other tools, and imports of PEFT folders."""
 
 from milora_lightning.export.folders import export_merged, export_peft
 from milora_lightning.export.peft_import import load_peft

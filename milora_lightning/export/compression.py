@@ -1,4 +1,4 @@
-"""Compresses factors to a lower rank."""
+"""Compressing factors to a lower rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def compress(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, float, fl
 
     Returns:
         A (rank, in) and B (out, rank), each scaled by the square roots of the singular values; the energy ‖·‖²_F that
-        is lost; and the energy of B A.
+        is lost; the energy of B A.
 
     Raises:
         ValueError: If ``rank`` exceeds k.

@@ -1,4 +1,4 @@
-"""Exports adapters to folders that other tools open: PEFT's format, or a merged Hugging Face model."""
+"""Exporting adapters to folders for other tools: in PEFT's format, or as a merged Hugging Face model."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def export_peft(
 
     ΔW = s (B A − B₀A₀) is exactly a LoRA of rank 2r with the same scale on the unchanged weight; adapters with
     ``init="lora"`` keep their rank r. Modules that were trained in full (``modules_to_save``), and the head of a
-    classifier, become PEFT's ``modules_to_save``. The folder is created only after PEFT has opened it, on a copy of the
-    model without weights, and the result was as intended.
+    classifier, become PEFT's ``modules_to_save``. The folder is created only after PEFT has opened it, with a copy of
+    the model without weights, and the result was correct.
 
     Args:
         module: A Hugging Face model with adapters, or a module with one such model inside.
@@ -76,8 +76,8 @@ def export_peft(
         metrics: Results for the model card.
         data: A description of the training data, for the model card.
         prompt_format: The prompt format of training; the exported chat template and the model card use it.
-        shrink_intruders: Shrink the intruder dimensions of W + ΔW to this part of their singular values, as PEFT's
-            ``reduce_intruder_dimension``, but without cutting what results to rank r: each adds one to the rank.
+        shrink_intruders: Shrink the intruder dimensions of W + ΔW to this fraction of their singular values, as PEFT's
+            ``reduce_intruder_dimension`` does, but without truncating the result to rank r: each adds one to the rank.
 
     Returns:
         The fraction of ‖ΔW‖²_F, over all matrices, that compression to ``rank`` has lost; 0 without ``rank``.
@@ -155,12 +155,12 @@ def export_merged(
         tokenizer: The tokenizer to save with the model.
         metrics: Results for the model card.
         data: A description of the training data, for the model card.
-        dtype: Dtype of the whole model, ``torch.float32`` or ``"float32"``. By default each weight keeps its own (a
-            half-precision model that a CPU has held in float32, that of its files), and half-precision weights lose
-            the parts of ΔW that are smaller than their last digit.
+        dtype: Dtype of the whole model, ``torch.float32`` or ``"float32"``. By default each weight keeps its dtype (or
+            that of the files, if a CPU has kept a half-precision model in float32), and half-precision weights lose the
+            parts of ΔW that are smaller than their last digit.
         prompt_format: The prompt format of training; the exported chat template and the model card use it.
-        shrink_intruders: Shrink the intruder dimensions of W + ΔW to this part of their singular values, as PEFT's
-            ``reduce_intruder_dimension``.
+        shrink_intruders: Shrink the intruder dimensions of W + ΔW to this fraction of their singular values, as PEFT's
+            ``reduce_intruder_dimension`` does.
 
     Returns:
         The relative rounding error of ΔW: ‖round(W + ΔW) − W − ΔW‖_F / ‖ΔW‖_F over all matrices.
@@ -217,7 +217,7 @@ def _check_rank(rank: int | None, layers: Mapping[str, LoRALinear], may_grow: bo
 
 
 def _kept_whole(model: PreTrainedModel, layers: Mapping[str, LoRALinear]) -> list[str]:
-    """Names of the modules that a PEFT folder saves in full: those that train besides the adapters, and task heads."""
+    """Return the names of the modules that a PEFT folder stores in full: other trained modules, and task heads."""
     endings = HEADS.get(task_type(model) or "", ())
     modules = dict.fromkeys(unwrapped_name(n) for n, _ in model.named_modules())
     heads = [n for n in modules if n.endswith(endings)] if endings else []
@@ -267,5 +267,5 @@ def _finish(
 def _save_processor(folder: Path, base: str) -> None:
     try:
         load_processor(base).save_pretrained(folder)
-    except MiLoRAError as error:  # everything else is there already
+    except MiLoRAError as error:  # everything else has been saved
         warn(f"The processor of images is not exported, so copy its files from the base model to {folder}: {error}")

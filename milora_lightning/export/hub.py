@@ -1,4 +1,4 @@
-"""Uploads exported folders to the Hugging Face Hub."""
+"""Uploading exported folders to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class HubError(InvalidInputError):
 
 
 def check_upload(name: str, private: bool) -> None:
-    """Refuse, before any work, an upload that would fail, or that would be public although private is asked for.
+    """Refuse, before any work, an upload that would fail, or that would be public although it should be private.
 
     Args:
-        name: Name of the repository, ``"user/name"``, or ``"name"`` for one of the user's own.
+        name: Name of the repository, ``"user/name"``, or ``"name"`` in the user's namespace.
         private: Whether the repository must be private.
 
     Raises:
@@ -61,7 +61,7 @@ def upload(folder: str | Path, name: str, private: bool) -> str:
         The address of the repository.
 
     Raises:
-        HubError: If the upload fails; the message says how to try again.
+        HubError: If the upload fails; the message says how to retry.
     """
     api = HfApi()
     again = f" {str(folder)!r} is complete; upload it with: hf upload {name} {folder}"

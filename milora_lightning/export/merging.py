@@ -1,4 +1,4 @@
-"""Merges updates into the weights, and measures what rounding loses."""
+"""Merging updates into the weights, and measuring the rounding error."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def merged_state(
 
     Args:
         model: The model; it is not changed.
-        dtype: Dtype of all floating-point tensors; by default each keeps its own.
-        only: Prefixes of the names of the tensors to return.
-        corrections: Factors (out, n) and (n, in) of what is added to the ΔW of some adapters.
+        dtype: Dtype of all floating-point tensors; by default each keeps its dtype.
+        only: Return only tensors whose names have one of these prefixes.
+        corrections: Factors (out, n) and (n, in) of corrections that are added to the ΔW of some adapters.
 
     Returns:
         The state dict, and the relative rounding error of ΔW: ‖round(W + ΔW) − W − ΔW‖_F / ‖ΔW‖_F.
@@ -42,7 +42,7 @@ def merged_state(
     Raises:
         ValueError: If a number is too large for the dtype.
     """
-    places, own = registrations(model), compute_dtypes(model)  # modules trained in full are held in float32
+    places, trained = registrations(model), compute_dtypes(model)  # modules trained in full are held in float32
     state: dict[str, Any] = {}
     casts: dict[tuple[Any, ...], Tensor] = {}  # tied weights stay tied
     errors = energies = 0.0
@@ -55,16 +55,18 @@ def merged_state(
             state[key], error, energy = _merge(packed, places[packed], dtype, corrections)
             errors, energies = errors + error, energies + energy
             continue
-        adapter = name if name in places else f"{name}.{leaf}"  # a layer's, or that of a stack of experts' weights
+        adapter = name if name in places else f"{name}.{leaf}"  # of a layer, or of a stack of experts' weights
         if name and adapter in places and (adapter != name or leaf == "weight"):
             state[f"{name}.{leaf}"], error, energy = _merge(adapter, places[adapter], dtype, corrections)
             errors, energies = errors + error, energies + energy
-        elif name:  # a layer in several places is saved in each, because transformers does not know that it is shared
+        elif (
+            name
+        ):  # a shared layer is saved in each of its places, because transformers does not know that it is shared
             state[f"{name}.{leaf}"] = _cast(key, value, dtype).clone()
         else:
             identity = (value.data_ptr(), value.shape, value.stride()) if isinstance(value, Tensor) else (key,)
             if identity not in casts:
-                casts[identity] = _cast(key, value, dtype or own.get(key))
+                casts[identity] = _cast(key, value, dtype or trained.get(key))
             state[key] = casts[identity]
     return state, (errors / energies) ** 0.5 if energies else 0.0
 
@@ -105,7 +107,7 @@ def _merge(
     dtype: torch.dtype | None,
     corrections: Mapping[LoRALinear, tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, float, float]:
-    """W + ΔW, added in the factors' precision and rounded once; and ‖·‖²_F of the rounding error and of ΔW."""
+    """Return W + ΔW, added in the factors' precision and rounded once, and ‖·‖²_F of the rounding error and of ΔW."""
     weight = layer.base_layer.weight.detach()
     delta = layer.delta_weight()
     if corrections and layer in corrections:
@@ -131,7 +133,7 @@ def _cast(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def is_factor(name: str, layers: Mapping[str, LoRALinear]) -> bool:
-    """Whether a parameter of that name is one of the adapters'."""
+    """Whether a parameter's name belongs to an adapter's factor."""
     layer, _, factor = name.rpartition(".")
     return layer in layers and factor in FACTORS
 
@@ -140,7 +142,7 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """Return a dtype given by name, or the dtype itself; None stays None.
 
     Raises:
-        ValueError: If a model cannot be saved in that dtype.
+        ValueError: If a model cannot be saved in this dtype.
 
     >>> as_dtype("bfloat16")
     torch.bfloat16

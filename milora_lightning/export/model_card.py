@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, how to load it, what it was trained on."""
+"""The model card of an export: its content, how to load it, and its training data."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def model_card(
         notes: Further paragraphs.
 
     Returns:
-        Markdown with YAML front matter, which names the base model if that is on the Hub.
+        Markdown with YAML front matter, which names the base model if it is on the Hub.
     """
     base = base_name(model)
     front = {"base_model": base} if _is_hub_name(base) else {}
@@ -62,7 +62,7 @@ def model_card(
 
 
 def _is_hub_name(name: str) -> bool:
-    """Whether a base is named as on the Hub, rather than by a path."""
+    """Whether a base is given by a Hub name rather than a path."""
     try:
         validate_repo_id(name)
     except HFValidationError:

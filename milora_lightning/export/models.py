@@ -1,4 +1,4 @@
-"""The models in a module that can be exported, and their adapters by all of their names."""
+"""Finding exportable models in a module, and their adapters under all of their names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def outermost_models(module: nn.Module) -> dict[str, PreTrainedModel]:
 
 
 def registrations(model: nn.Module) -> dict[str, LoRALinear]:
-    """Return adapters by all of their names; an adapter that is used in several places has several names."""
+    """Return adapters under all of their names; an adapter that is registered in several places has several names."""
     modules = model.named_modules(remove_duplicate=False)
     return {unwrapped_name(name): layer for name, layer in modules if isinstance(layer, LoRALinear)}
 
@@ -37,7 +37,7 @@ def find_model(
         choice: How to choose one of several.
 
     Raises:
-        ValueError: If there is none, or it is not clear which of several is meant.
+        ValueError: If there is none, or several and no unique choice.
     """
     models = outermost_models(module)
     if not models:
@@ -56,5 +56,5 @@ def find_model(
 
 
 def is_in(name: str, outer: str) -> bool:
-    """Whether a name is that of something inside the module of another name; everything is inside ``""``."""
+    """Whether a name is inside the module with another name; everything is inside ``""``."""
     return not outer or name.startswith(f"{outer}.")

@@ -1,7 +1,8 @@
-"""How PEFT adapts ``nn.MultiheadAttention``: as one layer, whose two projections have the same rank and scale.
+"""PEFT's format for ``nn.MultiheadAttention``: one layer, whose two projections have the same rank and scale.
 
-Its factors of ``in_proj`` are the attention module's, and those of ``out_proj`` belong to a layer inside it. Here
-both are adapters of their own. A projection without one has zeros in PEFT, and the lower of two ranks is filled up.
+In PEFT, the factors of ``in_proj`` belong to the attention module, and those of ``out_proj`` to a layer inside it. In
+this package both are separate adapters. A projection without an adapter gets zeros in PEFT, and the lower of two ranks
+is padded.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ Pair = tuple[Tensor, Tensor]
 
 
 def attentions(model: nn.Module, names: Iterable[str]) -> dict[str, nn.MultiheadAttention]:
-    """Return the attention modules that own adapters of these names, by their own names."""
+    """Return the attention modules, by name, to which adapters with these names belong."""
     owners, modules = dict.fromkeys(name.rpartition(".")[0] for name in names), modules_by_name(model)
     return {n: m for n in owners if isinstance(m := modules.get(n), nn.MultiheadAttention)}
 
 
 def objection_to_attention(attention: nn.Module, name: str) -> str | None:
-    """Say why PEFT cannot have an adapter of a projection; None if it can."""
+    """Return the reason why PEFT does not support an adapter of a projection; None if it does."""
     if not isinstance(attention, nn.MultiheadAttention):
         return None
     if attention._parameters.get(f"{IN}_weight") is None:
@@ -44,7 +45,7 @@ def objection_to_attention(attention: nn.Module, name: str) -> str | None:
 
 @cache
 def counts_twice() -> bool:
-    """Whether the installed PEFT adds the update of ``out_proj`` twice, as 0.21 does: tried on a small module."""
+    """Whether the installed PEFT adds the update of ``out_proj`` twice, as 0.21 does; tested on a small module."""
     from peft import LoraConfig, inject_adapter_in_model
 
     with torch.random.fork_rng(devices=()), torch.no_grad():
@@ -61,13 +62,13 @@ def counts_twice() -> bool:
 
 
 def target_of(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Return the name by which PEFT's configuration means each layer: of projections, that of their attention."""
+    """Return the name of each layer in PEFT's configuration: for projections, the name of their attention."""
     found = attentions(model, names := list(names))
     return {name: owner if (owner := name.rpartition(".")[0]) in found else name for name in names}
 
 
 def with_partners(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Return names together with those of the projections that PEFT adapts as well."""
+    """Return names and those of the other projections that PEFT adapts together with them."""
     found = attentions(model, names := list(names))
     both = {f"{name}.{projection}" for name in found for projection in (IN, OUT)}
     return [*names, *sorted(both - set(names))]
@@ -84,12 +85,12 @@ def complete(model: nn.Module, pairs: dict[str, Pair], ranks: dict[str, int], al
         alphas: ``lora_alpha`` of each.
     """
     for name, module in attentions(model, pairs).items():
-        own = [key for key in (f"{name}.{IN}", f"{name}.{OUT}") if key in pairs]
-        rank, scale = max(ranks[key] for key in own), alphas[own[0]] / ranks[own[0]]
+        present = [key for key in (f"{name}.{IN}", f"{name}.{OUT}") if key in pairs]
+        rank, scale = max(ranks[key] for key in present), alphas[present[0]] / ranks[present[0]]
         for key, outputs in ((f"{name}.{IN}", 3 * module.embed_dim), (f"{name}.{OUT}", module.embed_dim)):
-            like = pairs[own[0]][0]
+            like = pairs[present[0]][0]
             A, B = pairs.get(key, (like.new_zeros(0, module.embed_dim), like.new_zeros(outputs, 0)))
-            factor = alphas[key] / ranks[key] / scale if key in own else 1.0
+            factor = alphas[key] / ranks[key] / scale if key in present else 1.0
             more = rank - len(A)
             pairs[key] = nn.functional.pad(A, (0, 0, 0, more)), nn.functional.pad(factor * B, (0, more))
             ranks[key], alphas[key] = rank, scale * rank
@@ -108,7 +109,7 @@ def place_in_peft(name: str, owners: Collection[str]) -> str:
 
 
 def own_names(places: Iterable[str]) -> dict[str, str]:
-    """Return the names of adapters here by those of PEFT's layers; an attention module is known by what is inside it.
+    """Map names of PEFT's layers to those of adapters here; attention modules are recognized by the layers inside.
 
     >>> own_names(["attn", "attn.base_layer.out_proj", "fc"])
     {'attn': 'attn.in_proj', 'attn.base_layer.out_proj': 'attn.out_proj', 'fc': 'fc'}

@@ -1,4 +1,4 @@
-"""The layout in which PEFT keeps the factors of experts, as those of two long linear layers."""
+"""PEFT's layout of the factors of experts: those of two long linear layers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from milora_lightning.adapters.experts import LoRAExperts, is_stack
 
 
 def side_by_side(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Put experts' A (experts, n, in) one below the other, and their B (experts, out, n) side by side.
+    """Concatenate experts' A (experts, n, in) along the rows and their B (experts, out, n) along the columns.
 
-    Of B, the first columns of all experts come first, then the second ones.
+    In B, the first columns of all experts come first, then the second columns.
 
     >>> import torch
     >>> A, B = torch.randn(3, 2, 4), torch.randn(3, 5, 2)
@@ -28,10 +28,10 @@ def one_by_one(A: Tensor, B: Tensor, matrices: int) -> tuple[Tensor, Tensor]:
 
 
 def as_peft_sees(layer: LoRAExperts, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Exchange experts' A and B where PEFT takes the other dimension of their matrices for the input."""
+    """Exchange experts' A and B if PEFT takes the other dimension of their matrices for the input."""
     return (A, B) if input_first(layer.base_layer) == layer.transposed else (B.mT, A.mT)
 
 
 def input_first(stack: object) -> bool:
-    """Whether PEFT takes the matrices of a stack for (in, out)."""
+    """Whether PEFT regards the matrices of a stack as (in, out)."""
     return is_stack(stack) and bool(getattr(stack.experts, "is_transposed", False))

@@ -1,4 +1,4 @@
-"""Reading a PEFT LoRA folder: its configuration as one of this package, and its tensors."""
+"""Reading a PEFT LoRA folder: its tensors, and its configuration converted to this package's."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ UNSUPPORTED = (
 )
 
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
-"""Initializations that do not change the base weights. Others do, and the folder does not say how."""
+"""Initializations that do not change the base weights. Others do, in a way that the folder does not specify."""
 
 FACTORS = (".lora_A.weight", ".lora_B.weight")
-"""Ends of the names of factors; those of nested wrappers contain a ``base_layer`` before."""
+"""Endings of the names of factors; in nested wrappers, these are preceded by ``base_layer``."""
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def read_folder(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str, str]]:
-    """Read configuration, tensors and metadata of a folder; refuse what plain LoRA layers cannot represent."""
+    """Read configuration, tensors and metadata of a folder; refuse adapters that plain LoRA layers cannot represent."""
     from peft import LoraConfig, PeftConfig
 
     try:
@@ -80,7 +80,7 @@ def read_folder(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor], dict
 
 
 def as_ours(config: LoraConfig, tensors: dict[str, Tensor]) -> LoRAConfig:
-    """Return the configuration of a folder as one of this package.
+    """Convert the configuration of a folder to this package's.
 
     Raises:
         CheckpointError: If it has no factors.
@@ -89,7 +89,7 @@ def as_ours(config: LoraConfig, tensors: dict[str, Tensor]) -> LoRAConfig:
 
     if config.target_parameters:
         return _with_parameters(config, tensors)
-    places = {own: place for place, own in own_names(layer_names(tensors)).items()}
+    places = {name: place for place, name in own_names(layer_names(tensors)).items()}
     names = sorted(places)
     ranks = {name: tensors[factor_key(places[name], "lora_A")].shape[0] for name in names}
     alphas = {}
@@ -106,7 +106,7 @@ def as_ours(config: LoraConfig, tensors: dict[str, Tensor]) -> LoRAConfig:
         lora_alpha=alpha,
         lora_dropout=config.lora_dropout,
         target_modules=names,
-        init="mica" if config.init_lora_weights == "mica" else "lora",  # in PEFT, too, MiCA's B stays as it is
+        init="mica" if config.init_lora_weights == "mica" else "lora",  # in PEFT, too, MiCA's B is frozen
         modules_to_save=tuple(sorted(whole)),
         rank_pattern=deviations(ranks, r),
         alpha_pattern=deviations(alphas, alpha),
@@ -114,7 +114,7 @@ def as_ours(config: LoraConfig, tensors: dict[str, Tensor]) -> LoRAConfig:
 
 
 def _with_parameters(config: LoraConfig, tensors: dict[str, Tensor]) -> LoRAConfig:
-    """Return the configuration of a folder that adapts parameters, whose names only a model tells."""
+    """Convert the configuration of a folder that adapts parameters; their names depend on the model."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     linear = [name for name in layer_names(tensors) if check_target_module_exists(config, name)]
@@ -132,23 +132,23 @@ def _with_parameters(config: LoraConfig, tensors: dict[str, Tensor]) -> LoRAConf
 
 
 def _of_layer_or_weight(pattern: str) -> str:
-    """Let a pattern for a layer's weight match the layer's name as well, by which its adapter is known here."""
+    """Make a pattern for a layer's weight also match the layer's name, which is the name of its adapter here."""
     return f"{pattern.removesuffix('.weight')}(\\.weight)?" if pattern.endswith(".weight") else pattern
 
 
 def _target(place: str) -> str:
-    """Return the name of the layer that a pattern of PEFT's has to match, for what is inside it, too."""
+    """Return the name that PEFT's patterns must match, which for layers inside an attention is the attention's."""
     return place.removesuffix(INSIDE)
 
 
 def layer_names(tensors: dict[str, Tensor]) -> list[str]:
-    """Return the names of the layers whose factors a folder holds, as PEFT calls them."""
+    """Return PEFT's names of the layers whose factors a folder contains."""
     end = ".lora_A.weight"
     return sorted(key.removeprefix(PEFT_PREFIX).removesuffix(end) for key in tensors if key.endswith(end))
 
 
 def in_full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of modules that a folder holds in full, by their names in the model."""
+    """Return the tensors of modules that a folder stores in full, by their names in the model."""
     inside = ".base_layer."
     return {k.removeprefix(PEFT_PREFIX): v for k, v in tensors.items() if not k.endswith(FACTORS) and inside not in k}
 

@@ -1,4 +1,4 @@
-"""PEFT's view of an export: its task type, its target layers, and whether it loads as it was trained."""
+"""PEFT's description of an export: its task type, configuration and names of layers."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 BASE = "base_layer"
-"""Name under which a layer of PEFT, as of this package, holds what it wraps."""
+"""Attribute of the wrapped layer, both in PEFT's layers and in this package's."""
 
 
 BASE_KEY = "milora_lightning.base"
-"""The metadata entry of an exported file that holds the fingerprint of its base."""
+"""Metadata entry of an exported file with the fingerprint of its base."""
 
 PEFT_PREFIX = "base_model.model."
-"""What PEFT puts before a layer's name."""
+"""Prefix of layer names in PEFT."""
 
 TASKS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "CAUSAL_LM": ("AutoModelForCausalLM", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -44,7 +44,7 @@ TASKS: dict[str, tuple[str, Mapping[str, Any]]] = {
 """PEFT's task types, and the class of transformers that loads the base model of each."""
 
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-"""Endings of the names of modules that PEFT always saves in full for a task."""
+"""Endings of the names of modules that PEFT always stores in full for a task."""
 
 MERGED = "Use the merged format (export_merged, --format merged), which works for every model."
 
@@ -89,8 +89,8 @@ def lora_config(
         model: The model with its adapters.
         ranks: Rank of each adapter in the folder.
         alphas: ``lora_alpha`` of each; its scale is ``lora_alpha`` over its rank.
-        kept: Names of modules that the folder holds in full.
-        by_weight: Layers that are named by their weight, a parameter, as :func:`tried` says.
+        kept: Names of modules that the folder stores in full.
+        by_weight: Layers that must be named by their weight, as a parameter; see :func:`tried`.
 
     Returns:
         The configuration, with patterns for the layers that differ from most others.
@@ -113,7 +113,7 @@ def lora_config(
         lora_alpha=whole(alpha),  # type: ignore[arg-type]
         rank_pattern={patterns[n]: value for n, value in deviations(ranks, r).items()},
         alpha_pattern={patterns[n]: whole(value) for n, value in deviations(alphas, alpha).items()},
-        lora_dropout=0.0 if parameters else first.lora_dropout,  # which PEFT does not have for parameters
+        lora_dropout=0.0 if parameters else first.lora_dropout,  # PEFT does not support it for parameters
         target_modules=target_modules(model, linear) if linear else None,
         target_parameters=target_parameters(model, list(parameters.values())) if parameters else None,
         modules_to_save=kept or None,
@@ -128,7 +128,7 @@ def lora_config(
 
 
 def base_name(model: PreTrainedModel) -> str:
-    """Return the Hub name or the absolute path of the base, so that it is found from every working directory."""
+    """Return the Hub name or the absolute path of the base, so that it is found from any working directory."""
     name = str(model.config.name_or_path)
     path = Path(name).expanduser()
     return str(path.absolute()) if name and path.exists() else name
@@ -163,7 +163,7 @@ def _is_parameter(layer: nn.Module) -> bool:
 def peft_module_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Return the name of the module in which PEFT keeps each adapter's factors.
 
-    For parameters of a module PEFT puts one wrapper around another, the innermost for the first of the parameters.
+    For parameters of one module, PEFT nests wrappers, the innermost for the first parameter.
 
     Args:
         model: The model, with or without adapters.
@@ -195,7 +195,7 @@ def deviations(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
 
 
 def whole(value: float) -> float:
-    """Return a number as an integer if it is one, as configurations are written.
+    """Return a number as an integer if it is one, as is usual in configurations.
 
     >>> whole(16.0), whole(2.5)
     (16, 2.5)

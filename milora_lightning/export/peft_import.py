@@ -1,4 +1,4 @@
-"""Loads adapters that PEFT, or this package, has exported."""
+"""Loading adapters exported by PEFT or this package."""
 
 from __future__ import annotations
 
@@ -36,10 +36,9 @@ def peft_config(folder: str | Path) -> LoRAConfig:
         folder: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or the older ``.bin``.
 
     Returns:
-        The configuration, with ``init="lora"`` (or ``"mica"``, of which B stays as it is), because the product of the
-        folder's factors is the update itself. It
-        has the layers for which the folder has factors, each with its rank and scale; an rsLoRA scale is converted to
-        LoRA's.
+        The configuration, with ``init="lora"`` (or ``"mica"``, where B is frozen), because the product of the folder's
+        factors is the update itself. It names the layers for which the folder has factors, each with its rank and
+        scale; an rsLoRA scale is converted to LoRA's.
 
     Raises:
         CheckpointError: If it is not such a folder, or plain LoRA layers cannot represent its adapter.
@@ -51,7 +50,7 @@ def peft_config(folder: str | Path) -> LoRAConfig:
 def load_peft(module: nn.Module, folder: str | Path) -> LoRAConfig:
     """Load the adapters of a PEFT LoRA folder into a model, to evaluate, export or continue training.
 
-    Modules that the folder holds in full (``modules_to_save``) are loaded too, and remain trainable.
+    Modules that the folder stores in full (``modules_to_save``) are loaded too, and remain trainable.
 
     Args:
         module: A Hugging Face model, or a module with one inside, without adapters or with adapters of this
@@ -91,10 +90,10 @@ def load_peft(module: nn.Module, folder: str | Path) -> LoRAConfig:
 
 
 def _by_adapter(model: nn.Module, config: LoRAConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Name the factors of experts by the parameters that they adapt, in place of PEFT's wrappers."""
+    """Rename the factors of experts from PEFT's wrappers to the parameters that they adapt."""
     renamed = {}
-    for place, own in own_names(layer_names(tensors)).items():
-        renamed.update({factor_key(place, factor): factor_key(own, factor) for factor in ("lora_A", "lora_B")})
+    for place, name in own_names(layer_names(tensors)).items():
+        renamed.update({factor_key(place, factor): factor_key(name, factor) for factor in ("lora_A", "lora_B")})
     tensors = {renamed.get(key, key): value for key, value in tensors.items()}
     if not config.target_parameters:
         return tensors
@@ -150,8 +149,8 @@ def _without_base(model: PreTrainedModel, tensors: dict[str, Tensor], folder: st
         if ".base_layer." not in name or name.endswith(FACTORS):
             kept[key] = value
             continue
-        own = _places(model)
-        weight = own.get(name, own.get(name.replace(".base_layer.", ".")))
+        plain = _places(model)
+        weight = plain.get(name, plain.get(name.replace(".base_layer.", ".")))
         own_value = None if weight is None else full_tensor(weight.detach()).cpu()
         if own_value is None or own_value.shape != value.shape or not torch.equal(value.to(own_value.dtype), own_value):
             raise CheckpointError(
@@ -162,7 +161,7 @@ def _without_base(model: PreTrainedModel, tensors: dict[str, Tensor], folder: st
 
 
 def _places(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by the plain model's names; tied ones under each of their names."""
+    """Return all parameters and buffers by their names without adapters; tied ones under each of their names."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
     return {unwrapped_name(name): tensor for name, tensor in named}
 

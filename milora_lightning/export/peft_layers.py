@@ -1,4 +1,4 @@
-"""The shapes in which PEFT keeps the factors of each kind of layer, and what its layers cannot do."""
+"""PEFT's shapes of the factors for each kind of layer, and limits of its layers."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from milora_lightning.utils.errors import InvalidInputError
 def update_factors(
     layer: LoRALinear, rank: int | None = None, correction: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, float, float]:
-    """Write an adapter's update as two factors, of all of its rank or of a lower one.
+    """Write an adapter's update as two factors, of full or lower rank.
 
     Args:
         layer: The adapter.
         rank: The rank to compress to; the factors include the scale only if this makes them smaller.
-        correction: Factors (out, m) and (m, in) of what is added to ΔW.
+        correction: Factors (out, m) and (m, in) of a correction that is added to ΔW.
 
     Returns:
         A (n, in) and B (out, n / groups), the rows of A sorted by group; the energy ‖·‖²_F that is lost, and that of
@@ -70,7 +70,7 @@ def _factors(
 
 
 def in_peft(layer: LoRALinear, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return factors as PEFT keeps them: those of a convolution as filters, each of which reads all of its input.
+    """Convert factors to PEFT's layout: those of a convolution become filters that read all input channels.
 
     Args:
         layer: The adapter.
@@ -90,7 +90,7 @@ def in_peft(layer: LoRALinear, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def peft_shapes(layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes in which PEFT keeps the factors of a layer, given without its adapter."""
+    """Return PEFT's shapes of the factors of a layer, given without its adapter."""
     of_A, of_B = factor_shapes(layer, r)
     if is_stack(layer):
         matrices, rows, columns = layer.weight.shape
@@ -102,10 +102,10 @@ def peft_shapes(layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, .
 
 
 def from_peft(layer: LoRALinear, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return factors that PEFT has kept as A (r, in) and B (out, r / groups).
+    """Convert factors from PEFT's layout to A (r, in) and B (out, r / groups).
 
     Raises:
-        ValueError: If a group's filters read more of the input than the group does, as those that PEFT has trained do.
+        ValueError: If a group's filters read input channels of other groups, as filters trained by PEFT do.
     """
     if isinstance(layer, LoRAExperts):
         return as_peft_sees(layer, *one_by_one(A, B, layer.matrices))
@@ -123,7 +123,7 @@ def from_peft(layer: LoRALinear, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def as_written(tensors: Mapping[str, Tensor], embeddings: Collection[str]) -> dict[str, Tensor]:
-    """Return tensors under the names that PEFT writes, in which factors of embeddings are no layers.
+    """Rename tensors as PEFT writes them, where factors of embeddings are parameters rather than layers.
 
     >>> list(as_written({"a.lora_A.weight": torch.ones(1), "b.lora_A.weight": torch.ones(1)}, ["a"]))
     ['a.lora_embedding_A', 'b.lora_A.weight']
@@ -137,7 +137,7 @@ def as_written(tensors: Mapping[str, Tensor], embeddings: Collection[str]) -> di
 
 
 def as_read(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors under the names that they would have if factors of embeddings were those of linear layers.
+    """Undo :func:`as_written`: name factors of embeddings like those of linear layers.
 
     >>> list(as_read({"a.lora_embedding_A": torch.ones(1)}))
     ['a.lora_A.weight']
@@ -146,7 +146,7 @@ def as_read(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def objection_to_layers(model: nn.Module) -> str | None:
-    """Return what PEFT's adapters in a model would compute otherwise than the ones here; None if there is nothing."""
+    """Return how PEFT's adapters of a model would compute something different from those here; None if they do not."""
     for parent in model.modules():
         for name, layer in parent.named_children():
             if isinstance(layer, LoRALinear) and (said := objection_to_attention(parent, name)):
@@ -163,10 +163,10 @@ def objection_to_layers(model: nn.Module) -> str | None:
 
 
 def _unread(parent: nn.Module, name: str) -> str | None:
-    """Say which setting of a convolution its owner's code reads, as Whisper's does: PEFT's layers do not have it."""
+    """Return a setting of a convolution that its parent's code reads, as in Whisper, and that PEFT's layers lack."""
     try:
         source = inspect.getsource(type(parent))
-    except (OSError, TypeError):  # there is none to be found
+    except (OSError, TypeError):  # no source is available
         return None
     read = re.search(rf"self\.{re.escape(name)}\.({'|'.join(READ_BY_MODELS)})\b", source)
     return f"the model reads {name}.{read[1]}, which its adapters of convolutions do not have" if read else None

@@ -1,9 +1,9 @@
-"""Fills the LoRA layers of a model that has gone through PEFT's ``get_peft_model`` with this package's starts.
+"""Applying this package's starts to the LoRA layers of a model from PEFT's ``get_peft_model``.
 
 PEFT's layer computes W x + s B A x and cannot subtract s B₀A₀. But s (B A − B₀A₀) is the product of two factors of
 twice the rank, s [B − B₀, B₀] [A; A − A₀], which is exactly zero at the start. So a layer of rank r becomes one of rank
-2r, whose two factors are computed from A, B, A₀ and B₀. W is not written, PEFT's own code computes, merges and saves,
-and what it saves opens as a plain adapter of rank 2r.
+2r, whose two factors are computed from A, B, A₀ and B₀. W is not modified; PEFT's code computes, merges and saves; and
+the saved adapter opens as a plain one of rank 2r.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.precision import without_rounding
 
 STARTED = "started"
-"""Under which the base layer of a layer of PEFT holds A, B, A₀ and B₀. What is in a base layer, and has no "lora_" in
-its name, no version of PEFT takes for a part of the adapter that it saves."""
+"""Attribute of a PEFT layer's base layer with A, B, A₀ and B₀. It is inside the base layer and without "lora_" in its
+name so that no version of PEFT saves it as a part of the adapter."""
 
 
 class StartedFactors(nn.Module):
@@ -55,7 +55,7 @@ class StartedFactors(nn.Module):
         return self
 
     def train_factor(self, factor: str, trains: bool = True) -> None:
-        """Let a factor train, if it does so by its start, or freeze it."""
+        """Make a factor trainable, unless its start freezes it, or freeze it."""
         getattr(self, factor).requires_grad_(trains and self.frozen != f"lora_{factor}")
 
     def stacked(self, factor: str) -> Tensor:
@@ -66,10 +66,10 @@ class StartedFactors(nn.Module):
 
 
 class StackedLinear(nn.Module):
-    """What takes the place of one of PEFT's two linear layers; it has no parameters of its own.
+    """A replacement of one of PEFT's two linear layers, without parameters.
 
     Args:
-        factors: Of which its weight is computed.
+        factors: The factors that its weight is computed from.
         factor: ``"A"`` or ``"B"``.
     """
 
@@ -77,7 +77,10 @@ class StackedLinear(nn.Module):
 
     def __init__(self, factors: StartedFactors, factor: str) -> None:
         super().__init__()
-        self._factors, self._factor = (factors,), factor  # in a tuple, as it belongs to PEFT's layer
+        self._factors, self._factor = (
+            (factors,),
+            factor,
+        )  # in a tuple, so as not to be registered: it belongs to PEFT's layer
         self.out_features, self.in_features = self.weight.shape
 
     @property
@@ -94,16 +97,16 @@ class StackedLinear(nn.Module):
         destination[f"{prefix}weight"] = weight if keep_vars else weight.detach()
 
     def _load_from_state_dict(self, *_: Any) -> None:
-        """Load nothing: what the weight is computed from is loaded."""
+        """Load nothing: the factors are loaded instead."""
 
 
 class StartedLayer(Derived):
-    """Mixin of PEFT's layers with such an adapter: what it is computed from goes when the adapter goes."""
+    """Mixin of PEFT's layers with such an adapter: the factors are removed together with the adapter."""
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Return the base layer, with the update if it is to be merged."""
+        """Return the base layer, with the update merged if requested."""
         layer = cast(Any, self)
         if merge:
             layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -112,7 +115,7 @@ class StartedLayer(Derived):
         return base
 
     def set_adapter(self, adapter_names: str | list[str], **options: Any) -> None:
-        """Make adapters active, whose factors train then, and no other's."""
+        """Activate adapters, and make their factors trainable and no others."""
         super().set_adapter(adapter_names, **options)  # type: ignore[misc]
         active = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         factors = cast(Any, self).get_base_layer()._modules.get(STARTED)
@@ -122,7 +125,9 @@ class StartedLayer(Derived):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter."""
         super().delete_adapter(adapter_name)  # type: ignore[misc]
-        if _started_adapter(self) is None:  # an empty module stays: PEFT 0.18 looks up all modules that there were
+        if (
+            _started_adapter(self) is None
+        ):  # an empty module remains, because PEFT 0.18 looks up all modules from before
             cast(Any, self).get_base_layer()._modules[STARTED] = nn.Module()
 
 
@@ -131,7 +136,7 @@ def _started_adapter(layer: Any) -> str | None:
 
 
 def _check_state(layer: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Refuse adapters that have been saved by PEFT, from which A and B cannot be told. Others beside it may be such."""
+    """Refuse an adapter in PEFT's saved form, from which A and B cannot be recovered; other adapters may have it."""
     key = f"{prefix}lora_A.{_started_adapter(layer)}.weight"
     if key in state and f"{prefix}base_layer.{STARTED}.A" not in state:
         args[-1].append(f"{key} is of a saved adapter: open it in a model without initialize_peft.")
@@ -140,34 +145,35 @@ def _check_state(layer: nn.Module, state: dict[str, Any], prefix: str, *args: An
 def initialize_peft(
     model: nn.Module, init: str = "milora", seed: int = 0, device: torch.device | None = None, cache: bool = True
 ) -> int:
-    """Fill the LoRA layers of a PEFT model, as ``get_peft_model`` returns it, with one of this package's starts.
+    """Apply one of this package's starts to the LoRA layers of a PEFT model, as returned by ``get_peft_model``.
 
-    The base weights are not written, and the model computes what it did before. Where B₀A₀ is zero (``init="lora"``),
-    PEFT's factors get their values in place. For all other starts each layer gets twice its rank, and its factors are
-    computed from A and B, which train as by :class:`milora_lightning.MiLoRAInit`, and from their initial values.
-    ``save_pretrained`` writes adapters that open in a fresh PEFT model; ``merge_and_unload`` and ``disable_adapter``
-    work as well. Call this before the optimizer is made, because the parameters are new ones, and before a checkpoint
-    is loaded. Weight decay has to be zero for all starts but that one: it would take B₀A₀ out of the model.
+    The base weights are not modified, and the model still computes the same function. If B₀A₀ is zero
+    (``init="lora"``), PEFT's factors are filled in place. For all other starts, each layer gets twice its rank, and its
+    factors are computed from A and B, which train as with :class:`milora_lightning.MiLoRAInit`, and from their initial
+    values. ``save_pretrained`` writes adapters that open in a fresh PEFT model; ``merge_and_unload`` and
+    ``disable_adapter`` work as well. Call this before creating the optimizer, because the parameters are new, and
+    before loading a checkpoint. Weight decay must be zero except with ``init="lora"``: it would remove B₀A₀ from the
+    model.
 
     Args:
         model: A PEFT model, or a module with one inside, with new adapters for linear layers; changed in place.
-        init: The start, as in :class:`milora_lightning.LoRAConfig`.
-        seed: What the random starts derive from.
-        device: Where to decompose; by default on the weights' device.
-        cache: Whether to read decompositions from the user's cache folder, and to write new ones to it.
+        init: The start; see :class:`milora_lightning.LoRAConfig`.
+        seed: Seed of random starts.
+        device: Device for the decompositions; by default the weights'.
+        cache: Whether to read decompositions from the user's cache folder and write new ones to it.
 
     Returns:
         The number of layers.
 
     Raises:
-        ValueError: If there are no such layers, they have been trained, or are of a kind that this does not fit.
-            Nothing is changed then.
+        ValueError: If there are no such layers, or they have been trained or are of an unsupported kind. Nothing is
+            changed then.
     """
     layers, start, holder = _layers(model, init), find_start(init), nn.Module()
     for name, (layer, adapter) in layers.items():
         r = layer.r[adapter]
-        own = name.replace(PEFT_PREFIX, "", 1)  # by which random starts are drawn
-        holder._modules[own] = LoRALinear(layer.get_base_layer(), r, layer.scaling[adapter] * r, init=init)
+        plain_name = name.replace(PEFT_PREFIX, "", 1)  # the seed of random starts
+        holder._modules[plain_name] = LoRALinear(layer.get_base_layer(), r, layer.scaling[adapter] * r, init=init)
     initialize(holder, seed, device=device, cache=cache)
     for ours, (layer, adapter) in zip(holder.children(), layers.values(), strict=True):
         _fill(layer, adapter, cast(LoRALinear, ours))
@@ -178,11 +184,11 @@ def initialize_peft(
 
 @torch.no_grad()
 def _fill(layer: Any, adapter: str, ours: LoRALinear) -> None:
-    own = layer.lora_A[adapter], layer.lora_B[adapter]
-    pairs = zip((ours.lora_A, ours.lora_B), (linear.weight for linear in own), strict=True)
+    linears = layer.lora_A[adapter], layer.lora_B[adapter]
+    pairs = zip((ours.lora_A, ours.lora_B), (linear.weight for linear in linears), strict=True)
     A, B = (x.detach().to(like.device, torch.promote_types(x.dtype, like.dtype)) for x, like in pairs)
     if ours.initial_A is None:
-        for linear, value, factor in zip(own, (A, B), ("lora_A", "lora_B"), strict=True):
+        for linear, value, factor in zip(linears, (A, B), ("lora_A", "lora_B"), strict=True):
             linear.weight.copy_(value)
             linear.weight.requires_grad_(ours.frozen != factor)
         return
@@ -194,15 +200,15 @@ def _fill(layer: Any, adapter: str, ours: LoRALinear) -> None:
 
 
 def _double_ranks(model: nn.Module, layers: Mapping[str, tuple[Any, str]]) -> None:
-    """Say in layers and in PEFT's configuration that ranks are twice what they were, and scales the same."""
+    """Double the ranks in layers and in PEFT's configuration, leaving the scales unchanged."""
     for layer, adapter in layers.values():
         layer.r[adapter] *= 2
         layer.lora_alpha[adapter] = whole(layer.scaling[adapter] * layer.r[adapter])
         layer.use_rslora[adapter] = False
     for adapter, config in _configs(model).items():
-        own = {name.rpartition(PEFT_PREFIX)[2]: layer for name, (layer, of) in layers.items() if of == adapter}
-        ranks = {name: layer.r[adapter] for name, layer in own.items()}
-        alphas = {name: layer.lora_alpha[adapter] for name, layer in own.items()}
+        adapted = {name.rpartition(PEFT_PREFIX)[2]: layer for name, (layer, of) in layers.items() if of == adapter}
+        ranks = {name: layer.r[adapter] for name, layer in adapted.items()}
+        alphas = {name: layer.lora_alpha[adapter] for name, layer in adapted.items()}
         config.r, config.lora_alpha = most_common(ranks), most_common(alphas)
         config.rank_pattern, config.alpha_pattern = deviations(ranks, config.r), deviations(alphas, config.lora_alpha)
         config.use_rslora, config.init_lora_weights = False, True
@@ -219,7 +225,7 @@ def _layers(model: nn.Module, init: str) -> dict[str, tuple[Any, str]]:
     """Return PEFT's layers and the names of their adapters, by the layers' names.
 
     Raises:
-        ValueError: If one of them cannot be filled, or there are none.
+        ValueError: If one of them is not supported, or there are none.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -253,7 +259,7 @@ def _layers(model: nn.Module, init: str) -> dict[str, tuple[Any, str]]:
 
 @torch.no_grad()
 def _objection(layer: Any, init: str) -> str | None:
-    """Say why a layer of PEFT cannot be filled; None if it can."""
+    """Return the reason why a PEFT layer is not supported; None if it is."""
     adapters = list(getattr(layer, "r", ()))
     if len(adapters) != 1:
         return f"has {len(adapters)} LoRA adapters, and one is to be filled"
@@ -267,7 +273,7 @@ def _objection(layer: Any, init: str) -> str | None:
         return "computes more than W x + s B A x (DoRA, a bias, or another variant)"
     if layer.merged:
         return "is merged"
-    if bool(B.weight.any()) and bool((B.weight @ A.weight).abs().max() > 1e-5):  # the orthogonal start's is nearly zero
+    if bool(B.weight.any()) and bool((B.weight @ A.weight).abs().max() > 1e-5):  # nearly zero for the orthogonal start
         return "has been trained, and filling it would lose that"
     r, most = layer.r[adapters[0]], largest_rank(layer.get_base_layer())
     return (

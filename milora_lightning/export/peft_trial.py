@@ -1,4 +1,4 @@
-"""Trying out PEFT on a copy of a model without weights: whether it opens an export as it was trained."""
+"""Testing with PEFT, on a copy of a model without weights, whether it opens an export correctly."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ EXPERTS_BEFORE = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
 def objection(model: PreTrainedModel) -> str | None:
-    """Return the reason why PEFT cannot put adapters on the same layers; None if it can."""
+    """Return the reason why PEFT cannot inject adapters into the same layers; None if it can."""
     return tried(model)[0]
 
 
 def tried(model: PreTrainedModel) -> tuple[str | None, frozenset[str]]:
-    """Inject adapters by PEFT into a copy of the model without weights.
+    """Inject adapters with PEFT into a copy of the model without weights.
 
-    In models with stacked experts, PEFT may take the names of other layers (``shared_expert.down_proj``) for those that
-    experts had in transformers 4. It still finds these layers as parameters, by the names of their weights.
+    In models with stacked experts, PEFT may mistake other layers (``shared_expert.down_proj``) for experts of
+    transformers 4 with the same names. It still finds these layers as parameters, by the names of their weights.
 
     Returns:
-        The reason why PEFT cannot put adapters on the same layers, None if it can; and the layers that have to be named
-        by their weights.
+        The reason why PEFT cannot inject adapters into the same layers, None if it can; and the layers that must be
+        named by their weights.
     """
     said = _objection(model, frozenset())
     if said is None or not _has_stacks(model):
@@ -72,16 +72,16 @@ def _objection(model: PreTrainedModel, by_weight: frozenset[str]) -> str | None:
 def opens_otherwise(
     folder: Path, model: PreTrainedModel, tensors: Mapping[str, Tensor], scales: Mapping[str, float]
 ) -> str | None:
-    """Load a folder by PEFT into a copy of the model without weights, and say how it differs from what is intended.
+    """Load a folder with PEFT into a copy of the model without weights, and return how the result differs.
 
     Args:
         folder: The complete folder.
         model: The model, with or without adapters.
-        tensors: The tensors in the file: factors, and those of modules that are saved in full.
+        tensors: The tensors in the file: factors, and those of modules stored in full.
         scales: The scale of each adapter by name.
 
     Returns:
-        The difference: PEFT refuses the folder, or finds other layers, tensors or scales. None if there is none.
+        The difference (PEFT refuses the folder, or finds other layers, tensors or scales), or None.
     """
     from peft import PeftModel
 
@@ -137,10 +137,10 @@ def _peft_layers(opened: nn.Module) -> dict[str, Any]:
     """Return PEFT's layers by the names that their adapters have here."""
     layers = {}
     for name, module in _modules_of_peft(opened).items():
-        parameter = getattr(module, "parameter_name", None)  # of a ParamWrapper; they are nested
+        parameter = getattr(module, "parameter_name", None)  # of a ParamWrapper, which may be nested
         by_weight = parameter == "weight" and is_adaptable(module.get_base_layer())
         layers[name if parameter is None or by_weight else f"{_without_wrappers(name)}.{parameter}"] = module
-    return {own: layers[place] for place, own in own_names(layers).items()}
+    return {name: layers[place] for place, name in own_names(layers).items()}
 
 
 def _modules_of_peft(opened: nn.Module) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Exports the prompt format of training, so that servers write prompts in it."""
+"""Exporting the prompt format of training, so that servers use it."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ print(tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_t
 def save_tokenizer(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat | None
 ) -> str:
-    """Save a tokenizer whose chat template writes the prompts of training, and describe how to use it.
+    """Save a tokenizer whose chat template produces the prompts of training, and describe its use.
 
-    If the folder has a generation config, the stop tokens are written into it.
+    If the folder has a generation config, the stop tokens are added to it.
 
     Args:
         folder: The folder of the model.

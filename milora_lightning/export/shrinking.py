@@ -1,4 +1,4 @@
-"""Shrinks intruder dimensions in what is exported."""
+"""Shrinking intruder dimensions in exports."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from milora_lightning.utils.messages import inform
 
 
 def shrunk(layers: Mapping[str, LoRALinear], rule: Intruders | float | None) -> dict[LoRALinear, tuple[Tensor, Tensor]]:
-    """Compute what shrinks the intruders of adapters, and say how many there are.
+    """Compute corrections that shrink the intruders of adapters, and report their number.
 
     Args:
         layers: The adapters by name.
-        rule: What counts as an intruder and how much of it is kept; that part alone; or None to shrink none.
+        rule: What counts as an intruder and which fraction is kept; only this fraction; or None to shrink none.
 
     Returns:
-        What :func:`milora_lightning.analysis.intruders.corrections` returns; nothing without a rule.
+        The result of :func:`milora_lightning.analysis.intruders.corrections`; empty without a rule.
     """
     if rule is None:
         return {}

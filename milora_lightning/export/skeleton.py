@@ -1,4 +1,4 @@
-"""Copies of models without their weights, on which PEFT can be tried without using memory."""
+"""Copies of models without their weights, for testing PEFT without using memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from milora_lightning.utils.names import WRAPPERS
 
 
 def skeleton(module: nn.Module) -> Any:
-    """Copy a module without adapters, with zeros that take no memory as its weights.
+    """Copy a module without its adapters, with weights of zeros that take no memory.
 
     The copy shares nothing with the module that PEFT could change. It must not be called.
     """
@@ -47,11 +47,11 @@ def _skeleton(module: nn.Module, copies: dict[int, Any]) -> Any:
         plain.bias = None if module.bias is None else nn.Parameter(_weightless(plain.bias), requires_grad=False)
         copies[id(module)] = plain
         return plain
-    # fully_shard and adapters give a module a subclass of its own; take the original class
+    # fully_shard and adapters change a module's class to a subclass; take the original class
     cls = next(each for each in type(module).__mro__ if not issubclass(each, (FSDPModule, Derived)))
     shell = cast(nn.Module, object.__new__(cls))
     copies[id(module)] = shell
-    vars(shell).update({**vars(module), **vars(nn.Module())})  # the latter resets hooks and registered members
+    vars(shell).update({**vars(module), **vars(nn.Module())})  # resets hooks and registered members
     vars(shell).pop("hf_device_map", None)  # PEFT would move weights to these devices
     for key, parameter in module._parameters.items():
         if parameter is not None and id(parameter) not in copies:

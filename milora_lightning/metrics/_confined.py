@@ -1,6 +1,7 @@
 """Run by :mod:`milora_lightning.metrics.sandbox` as a script: executes a program under limits.
 
-Standard input holds the program, the seconds and the bytes of memory as JSON. The exit status says how it ended.
+Standard input holds the program, the seconds and the bytes of memory as JSON. The exit status tells how the program
+ended.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ IN_FOLDER = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.sy
 
 
 def main() -> None:
-    """Execute the program in a child process, and exit as it has ended."""
+    """Execute the program in a child process, and exit with its status."""
     task = json.load(sys.stdin)
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
@@ -45,14 +46,14 @@ def main() -> None:
 
 
 def _isolate() -> None:
-    """Cut the network off and put the child into a space of processes of its own, where the system allows it."""
+    """Cut off the network and give the child a separate process namespace, if the system allows it."""
     unshare = getattr(ctypes.CDLL(None), "unshare", None)
     if unshare is not None and unshare(USERS | PROCESSES | NETWORKS) != 0:
-        unshare(PROCESSES | NETWORKS)  # root may do this where nobody may make a space of users
+        unshare(PROCESSES | NETWORKS)  # root may do this even where nobody may create a user namespace
 
 
 def _run(program: str, seconds: float, memory: int) -> int:
-    import resource  # here, since this file is imported where there are no such limits, too
+    import resource  # here, because this file is also imported on systems without such limits
 
     if hasattr(libc := ctypes.CDLL(None), "prctl"):
         libc.prctl(DIE_WITH_PARENT, signal.SIGKILL)
@@ -75,7 +76,7 @@ def _run(program: str, seconds: float, memory: int) -> int:
 
 
 def _forbid(event: str, arguments: tuple[Any, ...]) -> None:
-    """Refuse what a solution has no need of: other processes, the network, and files outside its folder."""
+    """Refuse what no solution needs: other processes, the network, and files outside its folder."""
     if event == "open":
         path, _, flags = arguments
         if isinstance(flags, int) and flags & WRITING and not _inside(path):

@@ -27,8 +27,8 @@ def extract_answer(text: str, pattern: str = MARKER, strict: bool = False) -> st
 
     Args:
         text: The text.
-        pattern: Regular expression (case-insensitive) for the marker before the answer. The last match counts, and the
-            answer is the first line after it, or what LaTeX's environment there encloses.
+        pattern: Regular expression (case-insensitive) for the marker before the answer. The last match counts; the
+            answer is the first line after it, or the LaTeX environment that begins there.
         strict: Whether a text without the marker has no answer; otherwise its answer is the last number in the text.
 
     Returns:
@@ -51,7 +51,7 @@ def extract_answer(text: str, pattern: str = MARKER, strict: bool = False) -> st
 def same_answer(answer: str, reference: str) -> bool:
     """Compare two answers: numbers by exact value, ignoring format and unit; other texts case-insensitively.
 
-    How a number is read is described at :func:`milora_lightning.metrics.numbers.read_number`.
+    For the reading of numbers see :func:`milora_lightning.metrics.numbers.read_number`.
 
     >>> same_answer("$1,234.00 in total.", "1234"), same_answer("0.75", "3/4"), same_answer("-5", "5")
     (True, True, False)
@@ -68,7 +68,7 @@ def same_answer(answer: str, reference: str) -> bool:
 
 
 def right_answer(generation: str, reference: str, pattern: str = MARKER, strict: bool = False) -> bool:
-    """Tell whether a generated text ends in the right answer.
+    """Return whether a generated text ends in the right answer.
 
     Args:
         generation: The text.
@@ -99,7 +99,7 @@ def _strip_markup(answer: str) -> str:
 
 
 def _first_line(text: str) -> str | None:
-    r"""Return the first line that is more than the delimiter of a formula, with the rest of an environment.
+    r"""Return the first line that is more than a formula's delimiter; if it begins an environment, all of that.
 
     >>> _first_line("\\[\n5\n\\]"), _first_line("\\begin{pmatrix}\n1\n\\end{pmatrix}\nBye.")
     ('5', '\\begin{pmatrix}\n1\n\\end{pmatrix}')

@@ -13,7 +13,7 @@ CHOICES = ("true|false", "answer[1-5]", "solution[12]", "ending[1-4]", "option[1
 def extract_choice(text: str, reference: str) -> str | None:
     """Extract the first choice from a text, among the choices for the kind of question that ``reference`` answers.
 
-    As in the benchmark's own evaluation, matching is case-sensitive and also finds choices inside longer words.
+    As in the benchmark's official evaluation, matching is case-sensitive and also finds choices inside longer words.
 
     Args:
         text: The text.
@@ -40,7 +40,7 @@ def extract_choice(text: str, reference: str) -> str | None:
 
 
 def right_choice(generation: str, reference: str) -> bool:
-    """Tell whether a generated text names the right choice.
+    """Return whether a generated text names the right choice.
 
     >>> right_choice("the correct answer is true", "true"), right_choice("True.", "true")
     (True, False)

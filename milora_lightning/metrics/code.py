@@ -22,7 +22,7 @@ from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.machine import cores
 
 ENDS = re.compile(r"\n(?=class\b|def\b|#|if\b|print\b|```)")
-"""Where a continuation of a function goes on to something else, as in HumanEval's paper."""
+"""The beginnings of lines that end a function's body, as in HumanEval's paper."""
 
 
 class Problem(NamedTuple):
@@ -59,10 +59,10 @@ class Problem(NamedTuple):
 
 
 def program_of(answer: str, problem: Problem) -> str:
-    r"""Make a program of an answer to a problem, with the problem's tests at its end.
+    r"""Build a program from an answer to a problem, followed by the problem's tests.
 
-    The answer is a block of code in Markdown that defines the function, with those that define something for it, or
-    else is the function's body, up to where something else begins.
+    If the answer has a Markdown code block that defines the function, this and other blocks of definitions are used.
+    Otherwise the answer is taken as the function's body, up to where something else begins.
 
     >>> problem = Problem('def one():\n    "Return 1."\n', "one", "def check(f):\n    assert f() == 1")
     >>> print(program_of("    return 1\n\nprint(one())", problem))
@@ -80,7 +80,7 @@ def program_of(answer: str, problem: Problem) -> str:
     blocks = re.findall(r"```[^\n`]*\n(.*?)(?:\n```|\Z)", answer, re.DOTALL)
     code = next((block for block in blocks if defines.search(block)), blocks[0] if blocks else answer)
     prompt = problem.prompt.rstrip()
-    if defines.search(code):  # behind the prompt, whose imports and helpers it may use
+    if defines.search(code):  # after the prompt, whose imports and helpers it may use
         prompt = prompt if _parses(prompt) else f"{prompt}\n    pass"
         others = [textwrap.dedent(block) for block in blocks if not defines.search(block) and _only_defines(block)]
         code = "\n\n".join([prompt, *others, _without_prose(textwrap.dedent(code))])
@@ -91,7 +91,7 @@ def program_of(answer: str, problem: Problem) -> str:
 
 
 def _only_defines(block: str) -> bool:
-    r"""Tell whether a block of code is imports and definitions alone: a helper, and no example of its use.
+    r"""Return whether a block of code has only imports and definitions, like a helper, unlike an example of its use.
 
     >>> _only_defines("import math\n\ndef half(x):\n    return x / 2"), _only_defines("print(half(2))")
     (True, False)
@@ -106,7 +106,7 @@ def _only_defines(block: str) -> bool:
 
 
 def _with_body(prompt: str, body: str) -> str:
-    r"""Put a function's body behind its beginning; decoding takes spaces from the first line of what is generated.
+    r"""Append a function's body to its beginning; decoding may have removed spaces from its first line.
 
     >>> print(_with_body("def one():", "if True:\n        return 1\n    return 2"))
     def one():
@@ -120,7 +120,7 @@ def _with_body(prompt: str, body: str) -> str:
 
 
 def _without_prose(code: str) -> str:
-    r"""Cut off what stands before and behind a program.
+    r"""Remove prose before and after a program.
 
     >>> _without_prose("Here it is:\n\ndef one():\n    return 1\n\nIt returns 1.")
     'def one():\n    return 1'
@@ -144,12 +144,12 @@ def _parses(code: str) -> bool:
 
 
 def passes(answer: str, reference: str, limits: Limits = Limits()) -> bool:  # noqa: B008  (immutable)
-    """Tell whether an answer passes the tests of its problem. This runs the answer as a program.
+    """Return whether an answer passes the tests of its problem. This runs the answer as a program.
 
     Args:
         answer: What a model wrote.
         reference: The problem, as :meth:`Problem.written` returns it.
-        limits: What the program may use.
+        limits: Limits of the program.
     """
     return runs(program_of(answer, Problem.read(reference)), limits)
 
@@ -160,7 +160,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     Args:
         samples: Number n of samples of a problem.
         right: Number c of them that are right.
-        k: Number of samples that one may choose from.
+        k: Number of samples to choose from.
 
     Raises:
         ValueError: If there are fewer than k samples.
@@ -195,7 +195,7 @@ class PassRate(Metric):
     """Fraction of answers that pass the tests of their problems. Its updates run the answers as programs.
 
     Args:
-        limits: What a program may use.
+        limits: Limits of each program.
 
     ``compute`` returns it as ``pass@1``. For several samples of each problem, see :func:`pass_rates`.
     """

@@ -1,4 +1,4 @@
-"""What a sequence of tasks leaves of each of them: averages over the matrix of results after each task."""
+"""Measures of continual learning: averages over the matrix of results after each task of a sequence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Continual(NamedTuple):
     Attributes:
         average: The mean of all tasks at the end.
         backward_transfer: How much better earlier tasks are at the end than right after they were learned, on average
-            (arXiv 1706.08840): negative where they have been forgotten. None for a single task.
+            (arXiv 1706.08840): negative if they have been forgotten. None for a single task.
         forgetting: How much worse they are at the end than at their best since they were learned, on average (arXiv
             1801.10112). Zero or more.
         forward_transfer: How much better later tasks are right before they are learned than before all training.

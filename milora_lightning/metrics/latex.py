@@ -1,4 +1,4 @@
-"""Extraction and comparison of the mathematical expressions that solutions end in."""
+"""Extraction and comparison of the mathematical expressions at the end of solutions."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def extract_solution(text: str) -> str | None:
 def same_latex(answer: str, reference: str) -> bool:
     r"""Compare the values of two expressions in LaTeX or plain text, with ``math-verify``.
 
-    Three things are compared otherwise. A reference in words, ``\text{even}``, is compared as a text. A numeral with a
-    base is another than the same digits without it or with another base. If only one of the two is named, as in
-    "x = 5", its value is compared with the other; "y = 5" is not "x = 5".
+    There are three exceptions. A reference in words, ``\text{even}``, is compared as text. A numeral with a base
+    differs from the same digits without it or with another base. If only one of the two has a name, as in "x = 5", its
+    value is compared with the other; "y = 5" is not "x = 5".
 
     Raises:
         ModuleNotFoundError: If math-verify is not installed.
@@ -71,7 +71,7 @@ def _written(text: str) -> str:
 
 
 def _same_numeral(answer: str, reference: str) -> bool:
-    """Compare two answers, one of which at least is a numeral with a base."""
+    """Compare two answers, at least one of which is a numeral with a base."""
     found, expected = numeral(answer), numeral(reference)
     if expected is not None:
         return found == expected
@@ -100,7 +100,7 @@ def require_math_verify() -> None:
 
 
 def right_solution(generation: str, reference: str) -> bool:
-    r"""Tell whether a generated solution ends in the right expression; one without an answer is wrong.
+    r"""Return whether a generated solution ends in the right expression; one without an answer is wrong.
 
     Args:
         generation: The text.

@@ -1,4 +1,4 @@
-"""Rewriting of final answers, from how people and models write them to what ``math-verify`` reads rightly."""
+"""Rewriting of final answers from common notations to forms that ``math-verify`` reads correctly."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,|\\[,;: ]|[ ~\u00a0\u2009\u20
 
 
 def tidy(text: str) -> str:
-    r"""Rewrite an answer so that ``math-verify`` reads it as it is meant.
+    r"""Rewrite an answer so that ``math-verify`` reads it as intended.
 
-    Removes the delimiters of formulas, words around a number, units in words and separators of thousands; writes signs
-    of Unicode, mixed numbers, powers of ten and angles in degrees in LaTeX.
+    Removes formula delimiters, words around a number, units in words and thousands separators; converts Unicode signs,
+    mixed numbers, powers of ten and degrees to LaTeX.
 
     >>> [tidy(text) for text in ("$x = 58,500$.", "1 1/2", "about 5 dollars", "5 (five)", "−2 ≤ x", "(1,000)")]
     ['x = 58500', '1\\frac{1}{2}', '5', '5', '-2 \\le  x', '(1,000)']
@@ -99,7 +99,7 @@ def _as_fraction(decimal: re.Match[str]) -> str:
 
 
 def _without_delimiters(text: str) -> str:
-    r"""Remove the delimiters around a formula that is all there is.
+    r"""Remove the delimiters of a text that consists of one formula.
 
     >>> _without_delimiters("$$x$$"), _without_delimiters(r"\(x\)"), _without_delimiters("$x$ or $y$")
     ('x', 'x', '$x$ or $y$')
@@ -113,11 +113,11 @@ def _without_delimiters(text: str) -> str:
 
 
 class Assigned(NamedTuple):
-    """An answer split into what is named and its value.
+    """An answer split into a name and its value.
 
     Attributes:
-        name: What stands before "=", without spaces; empty if the answer is a value alone.
-        value: What stands behind.
+        name: The part before "=", without spaces; empty if the answer is just a value.
+        value: The part after it.
     """
 
     name: str
@@ -125,7 +125,7 @@ class Assigned(NamedTuple):
 
 
 def assigned(text: str) -> Assigned:
-    r"""Split "x = 5" or "x \in [0, 1]" into name and value; a left side with numbers or operations is no name.
+    r"""Split "x = 5" or "x \in [0, 1]" into name and value; a left side with numbers or operations is not a name.
 
     >>> assigned("x = 5"), assigned("f(x) = x + 1").name, assigned(r"x \in [0, 1]").value, assigned("2x = 5").name
     (Assigned(name='x', value='5'), 'f(x)', '[0, 1]', '')
@@ -212,7 +212,7 @@ def words(text: str) -> str | None:
 
 
 def bare(text: str) -> str:
-    r"""Return a text in lower case, without commands of LaTeX, brackets and spaces around it.
+    r"""Return a text in lower case, without LaTeX commands, brackets and surrounding spaces.
 
     >>> bare(r"\textbf{(A)}"), bare("  Not  even. ")
     ('a', 'not even')

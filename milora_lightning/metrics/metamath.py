@@ -1,17 +1,17 @@
-r"""The rules by which the MiLoRA paper's own scripts score GSM8K and MATH.
+r"""The rules by which the MiLoRA paper's scripts score GSM8K and MATH.
 
-They are described here from what those scripts do, so that figures can stand beside the paper's. They are neither
-stricter nor more lenient than the rules of :mod:`milora_lightning.metrics.answers` and
-:mod:`milora_lightning.metrics.latex`, but other ones; what they accept and refuse wrongly is kept:
+This reimplements the behavior of those scripts, so that results can be compared with the paper's. The rules are neither
+stricter nor more lenient than those of :mod:`milora_lightning.metrics.answers` and
+:mod:`milora_lightning.metrics.latex`, just different; what they wrongly accept and refuse is kept:
 
 - Only the exact text "The answer is: " marks an answer.
 - A number is right within 1e-4 of the reference, or of a hundred times or a hundredth of it. GSM8K's are rounded first.
-- A number in GSM8K has one comma, dot or slash at most: 1,450,000 is read as 1450.
+- A number in GSM8K has at most one comma, dot or slash: 1,450,000 is read as 1450.
 - Expressions are compared as strings after some rewriting, without brackets; 1/2 is \frac{1}{2}, but 0.25 is not
   \frac{1}{4}. Plain arithmetic is computed, and is right within 1e-3.
-- What the rewriting fails on is right whatever the reference is: x/2, or "\text{ " twice.
+- An answer on which the rewriting fails counts as right for any reference: x/2, or "\text{ " twice.
 
-The scripts let sympy evaluate the model's text as Python. Here only sums and products are read.
+The scripts let sympy evaluate the model's text as Python. Here, only sums and products are evaluated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LONGEST = 200  # characters of arithmetic that is computed
 
 
 def right_number(generation: str, reference: str) -> bool:
-    """Tell whether a generated solution of GSM8K is right by the paper's rule.
+    """Return whether a generated solution of GSM8K is right by the paper's rule.
 
     Args:
         generation: The solution.
@@ -48,7 +48,7 @@ def right_number(generation: str, reference: str) -> bool:
 
 
 def right_expression(generation: str, reference: str) -> bool:
-    r"""Tell whether a generated solution of MATH is right by the paper's rule.
+    r"""Return whether a generated solution of MATH is right by the paper's rule.
 
     Args:
         generation: The solution.
@@ -104,11 +104,11 @@ def _near(value: float, reference: float) -> bool:
 
 
 class _FailedError(Exception):
-    """The rewriting fails, which the scripts take for a right answer."""
+    """The rewriting fails, which the scripts count as a right answer."""
 
 
 def _rewritten(text: str) -> str:
-    """Bring an expression into the form that is compared."""
+    """Rewrite an expression to the form that is compared."""
     for old, new in (
         *(("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), ("\\left", "")),
         *(("\\right", ""), ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", "")),
@@ -204,12 +204,12 @@ def _computed(text: str) -> Any:
         raise UnreadableError("too long")
     text = re.sub(r"(\d{1,3})!(?!=)", lambda number: str(math.factorial(int(number[1]))), text)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what is no good Python, such as "1or 2"
+        warnings.simplefilter("ignore")  # about questionable Python such as "1or 2"
         return _value(ast.parse(text, mode="eval").body)
 
 
 def _value(node: ast.expr) -> Any:
-    """Compute what a syntax tree of numbers, names, + - * and / stands for, with sympy; nothing is executed."""
+    """Evaluate a syntax tree of numbers, names, + - * and / with sympy; no code is executed."""
     from sympy import Float, Integer, Symbol
 
     match node:

@@ -1,4 +1,4 @@
-"""Reading the number that a short answer in words, arithmetic or LaTeX states."""
+"""Reading the number stated by a short answer in words, arithmetic or LaTeX."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _SCALES = {"thousand": 10**3, "k": 10**3, "million": 10**6, "billion": 10**9, "t
 _SCALE = re.compile(rf"\s*({'|'.join(_SCALES)})\b")
 _MIXED = re.compile(r"\s+(?:and\s+)?(\d+)\s?/\s?(\d+)(?![\d/.,])")  # what follows the 1 in "1 1/2"
 _SIGN = re.compile(r"(?<![\w.)])[-+]\s?$")
-# Behind a number: digits that belong to it in no known way (1,5; 3:30; 1.2.3), or another candidate (5 or 6, 3 to 4,
-# 5 and 6). A second number of something else is none: 18 apples and 5 pears.
+# After a number: digits that continue it in an unknown way (1,5; 3:30; 1.2.3), or another candidate (5 or 6, 3 to 4, 5
+# and 6). A second number of something else is not a candidate: 18 apples and 5 pears.
 _MORE = re.compile(r",\s?[-+]?\d|[.:]\d|_\s*\d|\s*(?:[^\W\d]+\s+)?(?:or|to)\s+[-+]?\d|\s*(?:;|&|\band\b)\s*[-+]?\d")
 _FACTOR = r"\s*(?=[-+]?(?:\d|\.\d|\(\s*[-+]?[\d.]))"
 _TIMES, _OVER = re.compile(rf"\s*(?:\*|[xX]){_FACTOR}"), re.compile(rf"\s*/{_FACTOR}")
@@ -26,21 +26,22 @@ _POWER = re.compile(r"\s*\^\s*\(?\s*(-?\d{1,4})\s*\)?")
 
 
 class UnreadableError(ValueError):
-    """A text is not what a reader of numbers expects; caught in this room."""
+    """A text is not a number as expected; only used in this room."""
 
 
 def read_number(text: str, whole: bool = False) -> Fraction | None:
     r"""Read the number that an answer states.
 
-    What counts is what follows the last "=", or the last colon of a label ("Day 3: 18"). There the first number is read
-    together with the arithmetic that it begins (17 + 1, 36/2, 1.5 × 10^3). Units, currencies and words do not count.
+    Only the part after the last "=", or after the last colon of a label ("Day 3: 18"), counts. The first number there
+    is read together with the arithmetic that it begins (17 + 1, 36/2, 1.5 × 10^3). Units, currencies and words do not
+    count.
 
     Args:
         text: The answer.
-        whole: Whether the number has to begin the answer, as in a reference.
+        whole: Whether the answer must begin with the number, as in a reference.
 
     Returns:
-        The exact value; None if there is none, or not a single one (5 or 6, 3:30, 1/0).
+        The exact value; None if there is none, or it is ambiguous or undefined (5 or 6, 3:30, 1/0).
 
     >>> [str(read_number(text)) for text in ("17 + 1 = 18", r"\frac{36}{2}", "70 000 people", "1 1/2", "$1.5e3$")]
     ['18', '18', '70000', '3/2', '1500']
@@ -71,7 +72,7 @@ def read_number(text: str, whole: bool = False) -> Fraction | None:
 
 
 def is_number(text: str) -> bool:
-    """Tell whether a text consists of one number.
+    """Return whether a text consists of one number.
 
     >>> [is_number(text) for text in ("1,234.5", "1 1/2", "-3", "10 - 3", "2 apples")]
     [True, True, True, False, False]
@@ -124,7 +125,7 @@ _REWRITES = [
 
 
 class _Reader:
-    """Reads sums of products of numbers from a place in a text on, as far as they go."""
+    """Parses a sum of products of numbers from a position in a text, as far as it goes."""
 
     def __init__(self, text: str, position: int) -> None:
         self.text = text

@@ -1,4 +1,4 @@
-"""Which logged metrics count as results of training."""
+"""The logged metrics that count as results of training."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Running of generated programs in a process of their own, with limits of time and memory.
+"""Running generated programs in separate processes, with limits of time and memory.
 
-This guards against accidents: endless loops, all of memory, files deleted or written elsewhere, other processes, the
-network. It is no prison for a program that means harm. Run what you do not trust in a container or virtual machine.
+This protects from accidents: endless loops, exhausted memory, files deleted or written elsewhere, other processes,
+network access. It does not stop malicious programs: run what you do not trust in a container or virtual machine.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from milora_lightning.metrics._confined import PASSED
 from milora_lightning.utils.errors import MissingPackageError
 
 SCRIPT = Path(__file__).with_name("_confined.py")
-STARTING = 60  # seconds in which an interpreter must have started, on a busy machine
+STARTING = 60  # seconds for an interpreter to start on a busy machine
 
 
 class Limits(NamedTuple):
-    """What a program may use.
+    """Limits of a program.
 
     Attributes:
-        seconds: Time until it is ended.
-        memory_gb: Address space.
+        seconds: Time limit.
+        memory_gb: Address space in GB.
     """
 
     seconds: float = 10.0
@@ -40,7 +40,7 @@ def require_sandbox() -> None:
     """Check that programs can be confined on this system.
 
     Raises:
-        ModuleNotFoundError: If they cannot, as on Windows.
+        ModuleNotFoundError: If they cannot, for example on Windows.
     """
     if importlib.util.find_spec("resource") is None or not hasattr(os, "fork"):
         raise MissingPackageError(
@@ -52,15 +52,15 @@ def require_sandbox() -> None:
 def runs(program: str, limits: Limits = Limits()) -> bool:  # noqa: B008  (immutable)
     """Run a Python program to its end.
 
-    Its standard input, output and error are empty; it sees none of this process's environment variables, may write
-    only in an empty folder that is deleted afterwards, start no processes, and use no network.
+    Its standard input, output and error are empty; it sees none of this process's environment variables, can write only
+    in an empty folder that is deleted afterwards, and cannot start processes or use the network.
 
     Args:
         program: The program's text.
-        limits: What it may use.
+        limits: Its limits.
 
     Returns:
-        Whether it came to its end without an exception and within its limits.
+        Whether it ended without an exception and within its limits.
 
     >>> runs("assert 1 + 1 == 2"), runs("assert 1 + 1 == 3"), runs("import sys; sys.exit(0)")
     (True, False, False)
@@ -82,6 +82,6 @@ def runs(program: str, limits: Limits = Limits()) -> bool:  # noqa: B008  (immut
             return False
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # with whatever it has left running
+                os.killpg(process.pid, signal.SIGKILL)  # together with anything it has left running
             process.wait()
     return process.returncode == PASSED

@@ -11,15 +11,15 @@ from torchmetrics import Metric
 from milora_lightning.utils.errors import InvalidInputError
 
 Judge = Callable[[str, str], bool]
-"""Tells whether a generated text is right, given the reference."""
+"""Returns whether a generated text is right, given the reference."""
 
 
 class TaskAccuracy(Metric):
     """Fraction of right texts for each task, and the mean over tasks with equal weights.
 
     Args:
-        judges: By task name, the function that tells whether a text is right; ``""`` is the unnamed task.
-        other_rules: Further judges of the same tasks, by the name of their rule: each rule is reported beside the
+        judges: For each task name, the function that decides whether a text is right; ``""`` is the unnamed task.
+        other_rules: Further judges of the same tasks, by name of the rule. Each rule is reported in addition to the
             first, as ``accuracy_RULE`` and ``accuracy_RULE/NAME``.
 
     Raises:
@@ -50,7 +50,7 @@ class TaskAccuracy(Metric):
         for rule, others in self.other_rules.items():
             if others.keys() != self.judges.keys():
                 raise InvalidInputError(f"The rule {rule!r} judges {list(others)}, but has to judge {list(judges)}.")
-        # Every rank has a count for every task, even one that it has not seen, so that sums over ranks line up.
+        # Every rank has a count for every task, even for unseen tasks, so that sums over ranks are aligned.
         for name in ("correct", "total", *map(_state, self.other_rules)):
             self.add_state(name, torch.zeros(len(self.judges), dtype=torch.long), dist_reduce_fx="sum")
 

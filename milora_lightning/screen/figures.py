@@ -54,7 +54,7 @@ def progress(done: float, total: float | None) -> str:
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """Return the peak memory so far in GB: that of a CUDA device, else the resident memory of the process.
+    """Return the peak memory so far in GB: that of a CUDA device, otherwise the resident memory of the process.
 
     None if the system does not report it. Does not synchronize with the device.
     """

@@ -15,7 +15,7 @@ SMOOTHING = 0.05
 class Pace:
     """Average duration of the last steps.
 
-    The very first step includes warm-up and perhaps compilation: it is dropped as soon as there is another one.
+    The very first step includes warm-up and perhaps compilation: it is discarded as soon as there is another one.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Pace:
         self._first = True
 
     def start(self) -> None:
-        """Begin a lap, unless one is under way."""
+        """Begin a lap, unless one is running."""
         if self._since is None:
             self._since = time.monotonic()
 
@@ -52,7 +52,7 @@ class Pace:
 class SmoothedLoss:
     """Exponential moving average of the losses, kept on their device until it is read.
 
-    While the last loss is not finite, it is the value; it does not enter the average.
+    A loss that is not finite is returned as the value until the next one, but does not enter the average.
 
     >>> loss = SmoothedLoss()
     >>> for value in (3.0, float("nan")):
@@ -75,7 +75,7 @@ class SmoothedLoss:
         finite = loss.isfinite()
         if self._sum is None:
             self._sum = self._weight = torch.zeros_like(loss)
-        # Dividing by the sum of the weights makes early values plain averages, without a bias to an initial value.
+        # Dividing by the sum of the weights removes the bias towards an initial value.
         self._sum = torch.where(finite, self._sum * (1 - SMOOTHING) + loss, self._sum)
         self._weight = torch.where(finite, self._weight * (1 - SMOOTHING) + 1, self._weight)
 

@@ -25,7 +25,7 @@ LABELS = {"instruction": "prompt", "reference": "reference"}
 
 
 def choose(samples: Iterable[Sample], number: int) -> list[Sample]:
-    """Choose a few samples by a hash of their prompts: always the same ones, independent of their order and length.
+    """Choose a few samples by a hash of their prompts: always the same ones, whatever their order and number.
 
     >>> samples = [{"prompt": f"What is 1 plus {i}?"} for i in range(9)]
     >>> choose(samples, 2) == choose(samples[::-1], 2)
@@ -48,7 +48,7 @@ def shorten(text: str, length: int = MAX_CHARS) -> str:
 
 
 def table(samples: Sequence[Sample], answers: Sequence[str], title: str) -> RenderableType:
-    """Show prompts, references and answers one below the other.
+    """Show prompts, references and answers below each other.
 
     Args:
         samples: At least one sample.
@@ -89,10 +89,10 @@ def log_samples(logger: Logger, samples: Sequence[Sample], step: int, stage: str
         experiment = logger.experiment
         experiment.add_text(name, markdown(columns, rows), step)
     elif isinstance(logger, CSVLogger):
-        files = get_filesystem(logger.log_dir)  # which may be elsewhere, as that of the logger's own files
+        files = get_filesystem(logger.log_dir)  # possibly remote, like the logger's files
         files.makedirs(logger.log_dir, exist_ok=True)
         path = os.path.join(logger.log_dir, "samples.jsonl")
-        mode = "a" if files.exists(path) else "w"  # some file systems append to nothing but a file
+        mode = "a" if files.exists(path) else "w"  # some file systems can append only to existing files
         with files.open(path, mode, encoding="utf-8") as file:
             for row in rows:
                 record: Mapping[str, Any] = {"step": step, "stage": stage, **dict(zip(columns, row, strict=True))}

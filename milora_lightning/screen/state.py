@@ -1,4 +1,4 @@
-"""The state of a run as the screen shows it."""
+"""The state of a run, as displayed."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ class Work:
 
 @dataclass
 class RunState:
-    """Everything that the screen shows.
+    """Everything that the display shows.
 
     Attributes:
         training: The optimizer steps; None before the first step and outside training.
-        work: Other work under way: loading, initializing, evaluating.
+        work: Other work in progress: loading, initializing, evaluating.
         loss: The smoothed training loss.
         rate: The learning rate.
         tokens: Tokens per second; None if they are not counted.
