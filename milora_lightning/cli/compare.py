@@ -1,4 +1,4 @@
-"""``compare``: trains several methods under the same conditions, and reports how they compare."""
+"""``compare``: trains several methods under the same conditions and reports the differences."""
 
 from __future__ import annotations
 
@@ -49,32 +49,33 @@ def compare(
 
     Args:
         fit: Options of ``fit`` that all runs share.
-        methods: Names of shipped overlays (milora, pissa, lora, mica, milora-strict ...), paths of your own, or starts
-            as adapter.init takes them ("gaussian x minor").
+        methods: Names of shipped overlays (milora, pissa, lora, mica, milora-strict ...), paths of your own overlays,
+            or starts as for adapter.init ("gaussian x minor").
         output: Folder for results.csv, report.md, report.html, the plots and a folder for each run.
         learning_rates: Learning rates to choose from, for every method.
         seeds: Seeds of the reported runs.
-        sweep_seeds: Seeds of the learning-rate sweep, none of which is reported; by default the two that follow the
-            largest reported one.
-        sweep_seed: A single one of them.
-        selection: Data on which rates are chosen, as data.source.validation takes them; by default a part of the
-            validation data, which is then not reported.
-        selection_size: The share of the validation data that makes this part; a fixed seed chooses it.
-        extend: How many rates at most a method's grid grows by, while its best rate lies at the edge of it.
-        reference: The method that the others are compared with; by default lora if it is among them, else the first.
+        sweep_seeds: Seeds of the learning-rate sweep, none of which is reported; by default the two after the largest
+            reported seed.
+        sweep_seed: A single seed of the sweep, instead of sweep_seeds.
+        selection: Data on which rates are chosen, as for data.source.validation; by default a part of the validation
+            data, which is then not reported.
+        selection_size: The size of this part, as a fraction of the validation data; a fixed seed chooses it.
+        extend: Maximum number of rates added to a method's grid while its best rate lies at the edge.
+        reference: The method that the others are compared with; by default lora if it is among them, otherwise the
+            first.
         margin: The largest difference in loss (nats per token) or accuracy (1 is 100 %) that counts as none.
         margin_ratio: The largest relative difference in forgetting (KL) or size of updates that counts as none.
         text: Held-out text on which forgetting is measured: a .txt, JSON, JSON lines or Parquet file, or a Hub name; or
-            several, as a list or by names.
-        text_field: Field that holds the text; not used for .txt files.
+            several, as a list or by name.
+        text_field: Field that contains the text; not used for .txt files.
         text_tokens: Maximum number of tokens of each text to measure on.
-        questions: Files of multiple-choice questions of other tasks, on which the reported runs are measured as well:
-            as LLM-Adapters has them, or with the fields question, choices and answer.
-        questions_number: How many questions of each file are asked at most.
-        questions_every: Ask them at each validation, or at the end alone (and once before training), which takes less
+        questions: Files of multiple-choice questions from other tasks, on which the reported runs are also measured: in
+            the format of LLM-Adapters, or with the fields question, choices and answer.
+        questions_number: Maximum number of questions from each file.
+        questions_every: Ask them at each validation, or only at the end (and once before training), which takes less
             time.
-        parallel: How many runs go side by side, each in a process of its own, shared out among the GPUs; by default one
-            on each GPU. On CPUs they share the cores.
+        parallel: Number of runs at a time, each in a separate process, distributed over the GPUs; by default one per
+            GPU. On CPUs they share the cores.
 
     Raises:
         ValueError: If a list is empty or has duplicates, or finished runs had other settings.
@@ -103,7 +104,7 @@ def compare(
         [] if questions is None else _monitor("ChoiceMonitor", _questions(questions, questions_number, questions_every))
     )
     comparison = Comparison([*fit, *asks], overlays, folder)
-    # Rates are chosen by the loss alone, so that the sweep answers nothing.
+    # Rates are chosen by the loss only, so the sweep generates no answers.
     sweeping = Comparison([*fit, *_validation(selection), "--data.num_generation_examples=0"], overlays, folder)
     sweeps = len(learning_rates) > 1
     share = selection_size if sweeps and selection is None else None

@@ -1,7 +1,7 @@
-"""``continual``: learns tasks one after the other, and measures all of them after each.
+"""``continual``: learns a sequence of tasks, and measures all of them after each.
 
-After each task its adapters are folded into the weights. The folded model is what the next task decomposes and
-starts at, exactly, as any adapters here start at their model.
+After each task its adapters are merged into the weights. The next task decomposes the merged model and, like any
+adapters here, starts exactly at it.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from milora_lightning.utils.messages import each_said_once
 
 RESULTS, CONFIG, MODEL, FOLDING = "results.json", "config.yaml", "model", "folding.json"
 Results = dict[str, dict[str, float]]
-"""The results of each task's validation, by the task's name."""
+"""Validation results by task name."""
 
 
 class TaskCLI(MiLoRACLI):
-    """The command line of one task, parsed immediately; the classes are instantiated when it is its turn.
+    """The command line of one task, parsed immediately; the classes are instantiated when the task begins.
 
     Loggers and checkpoint callbacks of the configs are left out.
     """
@@ -54,7 +54,7 @@ class TaskCLI(MiLoRACLI):
         """Do nothing; :meth:`begin` instantiates the classes."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Create the Trainer; for an evaluation, without callbacks that look at training."""
+        """Create the Trainer; for an evaluation, without callbacks that observe training."""
         given = [] if self.evaluates else self.config_init.trainer.callbacks or []
         kwargs.update(callbacks=[c for c in given if not isinstance(c, Checkpoint)], logger=False)
         trainer = super().instantiate_trainer(**kwargs, enable_checkpointing=False, enable_model_summary=False)
@@ -65,7 +65,7 @@ class TaskCLI(MiLoRACLI):
         return trainer
 
     def _set_seed(self) -> None:
-        """Choose 0 where no seed is given: with a random one, no command could be continued."""
+        """Use seed 0 if none is given: with a random one, an interrupted command could not be continued."""
         if self.config.seed_everything is True:
             self.config.seed_everything = 0
 
@@ -81,7 +81,7 @@ class TaskCLI(MiLoRACLI):
 
 
 class TaskSequence:
-    """Tasks in their order, each in a folder that appears when it is finished.
+    """Tasks in order, each with a folder that appears when the task is finished.
 
     Args:
         fit: Options of ``fit`` that all tasks share.
@@ -93,7 +93,7 @@ class TaskSequence:
         self.fit, self.tasks, self.output = list(fit), tasks, output
 
     def folder(self, number: int) -> Path:
-        """Return the folder of what is known after a number of tasks."""
+        """Return the folder of the results after a number of tasks."""
         return self.output / f"{number}-{[*self.tasks][number - 1] if number else 'before'}"
 
     def parse(self, task: str, after: int, evaluates: bool = False) -> TaskCLI:
@@ -106,7 +106,7 @@ class TaskSequence:
         """Parse the configuration of each task.
 
         Raises:
-            ValueError: If it cannot be folded, or a finished one had other settings.
+            ValueError: If its adapters cannot be merged, or a finished task had other settings.
         """
         for number, task in enumerate(self.tasks):
             cli = self.parse(task, 0)
@@ -129,7 +129,7 @@ class TaskSequence:
                 )
 
     def evaluate(self, after: int) -> Results:
-        """Validate the model after a number of tasks, folded, on each task that it has not been validated on before."""
+        """Validate the merged model after a number of tasks on each task, unless that has been done before."""
         path = self.folder(after) / RESULTS
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         known = {}
@@ -157,7 +157,7 @@ class TaskSequence:
         return found
 
     def learn(self, number: int) -> None:
-        """Train the task with this number, counted from 1, and fold it."""
+        """Train the task with this number, counted from 1, and merge its adapters."""
         cli = self.parse([*self.tasks][number - 1], number - 1)
         cli.begin()
         cli.trainer.fit(cli.model, cli.datamodule)
@@ -165,13 +165,13 @@ class TaskSequence:
             raise KeyboardInterrupt
         with new_folder(self.folder(number)) as folder:
             cli.trainer.save_checkpoint(folder / "last.ckpt", weights_only=True)
-            # Without a chat template of the prompt format: the next task would take it for the model's own.
+            # Without a chat template for the prompt format: the next task would take it for the model's chat template.
             lost = export_merged(cli.model, folder / MODEL, cli.model.tokenizer)
             (folder / CONFIG).write_text(cli.settings(), encoding="utf-8")
             write_json(folder / FOLDING, {"lost_by_rounding": lost})
 
     def run(self, keep_models: Literal["all", "last"]) -> tuple[list[Results], list[float]]:
-        """Learn and measure what is not finished; return the results before training and after each task."""
+        """Learn and measure the unfinished tasks; return the results before training and after each task."""
         rows, lost = [], []
         for number in range(len(self.tasks) + 1):
             folder = self.folder(number)
@@ -187,24 +187,24 @@ class TaskSequence:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a JSON file atomically."""
     with replaced_file(path) as unfinished:
         unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def continual(fit: Sequence[str], tasks: list[str], output: str, keep_models: Literal["all", "last"] = "all") -> None:
-    """Learn tasks one after the other, and measure all of them before training and after each.
+    """Learn a sequence of tasks, and measure all of them before training and after each.
 
-    Takes the options of fit. Each task is a config of its own, such as one with another data.source. After each, its
-    adapters are folded into the weights (output/1-NAME/model), and the next task decomposes these. Writes
-    results.csv and report.md with the matrix of results, averages, backward transfer and forgetting. An interrupted
-    sequence continues with the task that was not finished, and tasks may be added at its end.
+    Takes the options of fit. Each task is a separate config, for example with another data.source. After each task, its
+    adapters are merged into the weights (output/1-NAME/model), which the next task decomposes. Writes results.csv and
+    report.md with the matrix of results, averages, backward transfer and forgetting. An interrupted sequence continues
+    with the unfinished task, and tasks may be appended.
 
     Args:
         fit: Options of ``fit`` that all tasks share.
-        tasks: YAML files, one for each task, in their order.
+        tasks: YAML files, one for each task, in order.
         output: Folder for the models and the report.
-        keep_models: Whether to keep the folded model of each task, or of the last one alone.
+        keep_models: Whether to keep the merged model after each task, or only after the last one.
     """
     names = {Path(task).stem: task for task in tasks}
     if not tasks or len(names) < len(tasks):

@@ -1,4 +1,4 @@
-"""The report of ``continual``: the matrix of results, and what it says about learning and forgetting."""
+"""The report of ``continual``: the matrix of results, and measures of learning and forgetting."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from milora_lightning.screen.figures import number
 from milora_lightning.utils.markdown import table
 
 METRICS = {"val_loss": ("validation loss, nats per token", False), "val_accuracy": ("accuracy", True)}
-"""The results that make a matrix, by name: what they are called, and whether higher is better."""
+"""The results that are shown as matrices, by name: their title, and whether higher is better."""
 
 Results = dict[str, dict[str, float]]
 
 
 def matrices(tasks: Sequence[str], rows: Sequence[Results]) -> Iterator[tuple[str, bool, list[list[float]]]]:
-    """Yield each metric that all tasks have: what it is called, whether higher is better, and its matrix."""
+    """Yield the title of each metric that all tasks have, whether higher is better, and its matrix."""
     for name, (title, higher) in METRICS.items():
         if all(name in row[task] for row in rows for task in tasks):
             yield title, higher, [[row[task][name] for task in tasks] for row in rows]
 
 
 def labels(tasks: Sequence[str]) -> list[str]:
-    """Return what the rows of a matrix are called."""
+    """Return the names of a matrix's rows."""
     return ["before training", *(f"after {task}" for task in tasks)]
 
 
@@ -44,7 +44,7 @@ def show(tasks: Sequence[str], rows: Sequence[Results]) -> Group:
 
 
 def sentence(matrix: Sequence[Sequence[float]], higher: bool) -> str:
-    """Say what a matrix amounts to.
+    """Summarize a matrix in a sentence.
 
     >>> sentence([[0.0, 0.0], [0.8, 0.1], [0.6, 0.9]], higher=True)
     'At the end 0.75 on average; backward transfer -0.2, forgetting 0.2, forward transfer 0.1.'
@@ -63,9 +63,9 @@ def write_report(folder: Path, tasks: Sequence[str], rows: Sequence[Results], lo
 
     Args:
         folder: The folder to write to.
-        tasks: Names of the tasks in their order.
+        tasks: Names of the tasks in order.
         rows: The results of all tasks before training and after each.
-        lost: The part of each task's update that rounding has lost when it was folded.
+        lost: The fraction of each task's update that was lost to rounding when it was merged.
     """
     write_rows(
         folder / "results.csv",

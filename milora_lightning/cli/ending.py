@@ -36,7 +36,7 @@ def resumption(args: Sequence[str]) -> str:
 
 
 def why_stopped(trainer: Trainer) -> list[str]:
-    """Say why training ended early, in one line for each callback that stopped it."""
+    """Return why training ended early, one line for each callback that stopped it."""
     lines = []
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EarlyStopping) and trainer.should_stop and callback.stopping_reason_message:

@@ -1,4 +1,4 @@
-"""Optimizer options given together with a checkpoint, whose optimizer state has options as well."""
+"""Optimizer options given together with a checkpoint whose optimizer state also has options."""
 
 from __future__ import annotations
 

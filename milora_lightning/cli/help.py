@@ -23,7 +23,7 @@ class Group:
     """The options of a class.
 
     Attributes:
-        title: Title, with what applies to all of them.
+        title: Title, including remarks on all of them.
         prefix: Prefix of their names.
         place: Where the class is defined, ``module:name``.
         rare: Options that only ``--help_all`` shows.
@@ -142,13 +142,13 @@ def program() -> str:
 
 
 def help_text(args: Sequence[str]) -> str | None:
-    """Return the help that the arguments ask for.
+    """Return the help that the arguments request.
 
     Args:
         args: Command-line arguments.
 
     Returns:
-        The text; None if no help is asked for, or only the parser can give it.
+        The text; None if no help is requested, or only the parser can provide it.
 
     Raises:
         SystemExit: If the command does not exist.

@@ -19,11 +19,11 @@ from milora_lightning.utils.errors import InvalidInputError, MiLoRAError, Missin
 LoggerName = Literal["tensorboard", "wandb", "mlflow", "csv", "none"]
 
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
-"""The packages of each logger that needs one; any of them is enough."""
+"""The packages for each logger that needs one; any of them is enough."""
 
 
 def make_logger(name: LoggerName, given: Any, folder: str | None) -> Logger | Literal[False]:
-    """Create a logger by name, which logs where the config's own logger would have.
+    """Create a logger by name that logs to the same place as the config's logger would.
 
     Args:
         name: Name of the logger.
@@ -77,10 +77,10 @@ def start(logger: Logger) -> None:
 
 @contextmanager
 def no_logs_of_refused_runs(trainer: Trainer) -> Iterator[None]:
-    """Remove the folders that loggers have made for a run which is refused before its first step.
+    """Remove the folders that loggers have created for a run that is refused before its first step.
 
-    Lightning makes them before the model is built. They hold the configuration at most, and the next run would be
-    ``version_1`` for no reason.
+    Lightning creates them before the model is built. They contain at most the configuration, and the next run would
+    needlessly be ``version_1``.
     """
     kinds = (CSVLogger, TensorBoardLogger)
     folders = [Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, kinds)]
@@ -94,7 +94,7 @@ def no_logs_of_refused_runs(trainer: Trainer) -> Iterator[None]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder of logs and the one around it, unless there is something else in them."""
+    """Remove a folder of logs and its parent, unless they contain anything else."""
     for path in folder.glob("*"):
         if path.name in ("config.yaml", "hparams.yaml") or path.name.startswith("events.out.tfevents"):
             path.unlink()

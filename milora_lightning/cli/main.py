@@ -43,7 +43,7 @@ from milora_lightning.utils.errors import InvalidInputError, sentence
 from milora_lightning.utils.messages import inform
 from milora_lightning.utils.notices import leave_out, leave_out_bars
 
-INTERRUPTED = 130  # the exit status of a program that Ctrl-C has ended, by the convention of shells
+INTERRUPTED = 130  # exit status after Ctrl-C, by the convention of shells
 
 CLI = TypeVar("CLI", bound="MiLoRACLI")
 
@@ -56,7 +56,7 @@ class MiLoRACLI(LightningCLI):
     """
 
     command: str | None = None
-    """The command that takes these options, where it is another than theirs: errors point to its help."""
+    """The command that takes these options, if it is not the subcommand itself: errors refer to its help."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Create the parser, whose errors are single sentences."""
@@ -135,7 +135,7 @@ class MiLoRACLI(LightningCLI):
         full = self._given.get("adapter.init") == "full"
         checkpoint = read_for_options(path, adapters=not full)
         saved = options_in(checkpoint)
-        if self._given_to != "fit":  # which decides for itself how to train
+        if self._given_to != "fit":  # fit has its own options for training
             state = data_state(checkpoint)
             self._trained_with = PromptFormat.found_in(checkpoint)
             saved.update({f"data.{name}": state[name] for name in (TRAIN_ON, TRAIN_ON_INPUTS) if name in state})
@@ -180,7 +180,7 @@ class MiLoRACLI(LightningCLI):
             options["logger"] = make_logger(name, given.get("logger"), given.get("default_root_dir"))
         try:
             trainer = super().instantiate_trainer(**{**kwargs, **options})
-        except (ValueError, ModuleNotFoundError) as error:  # options that conflict, or a missing package
+        except (ValueError, ModuleNotFoundError) as error:  # conflicting options, or a missing package
             raise InvalidInputError(f"The Trainer's options: {error}") from error
         leave_out_bars()
         if trainer.strategy.root_device.type == "cpu":
@@ -220,12 +220,12 @@ class MiLoRACLI(LightningCLI):
         return options
 
     def before_fit(self) -> None:
-        """Say what happens to the checkpoints of an earlier run."""
+        """Tell the user what happens to the checkpoints of an earlier run."""
         for line in earlier_checkpoints(self.trainer, self._get(self.config, "ckpt_path")):
             inform(line)
 
     def after_fit(self) -> None:
-        """Say where the checkpoints are and how to use them."""
+        """Tell the user where the checkpoints are and how to use them."""
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             print(*ending(self.trainer), sep="\n")
 
@@ -279,7 +279,7 @@ def main(args: ArgsType = None) -> Any:
         return command_line(MiLoRACLI, args)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except MisconfigurationException as error:  # Lightning's own message to the user
+    except MisconfigurationException as error:  # a message from Lightning to the user
         sys.exit(f"error: {error}")
     except Exception as error:
         if message := sentence(error) or missing_package(error):

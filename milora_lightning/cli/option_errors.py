@@ -1,4 +1,4 @@
-"""Turns the parser's long errors into one sentence that says what is wrong with an option."""
+"""Converting the parser's long errors to one sentence that says what is wrong with an option."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def known_options(parser: Any) -> list[str]:
 
 
 def in_a_sentence(message: str, options: Iterable[str] = ()) -> str:
-    r"""Say what is wrong in one sentence.
+    r"""Describe an error in one sentence.
 
     Args:
         message: The parser's message.
@@ -155,7 +155,7 @@ def _unrecognized(arguments: list[str], options: Iterable[str]) -> str:
 
 
 def _of_a_class(key: str, message: str) -> str | None:
-    """Say what is wrong with a class given by name, or with its options."""
+    """Describe an error in a class given by name, or in its options."""
     if match := re.search(r"The optimizer \w+ needs the package .*", message):
         return f"--{key}: {match[0]}"
     given = re.search(r"given class_path '([\w.]+)'", message)
@@ -179,7 +179,7 @@ def _of_a_class(key: str, message: str) -> str | None:
 
 
 def _of_a_value(key: str, message: str) -> str | None:
-    """Say what a value should be."""
+    """Describe the expected value."""
     value = re.search(r"(?:Given|Got) value: (.*?)(?:\. Got value: .*)?$", message, re.MULTILINE)
     types = re.findall(r"Expected an? (.*?)(?:\. Got.*)?$", message, re.MULTILINE)
     wanted = [words for words in dict.fromkeys(map(_in_words, types)) if words]

@@ -1,4 +1,4 @@
-"""Lines that a user types on a terminal, with history, and answers that Ctrl-C interrupts."""
+"""Reading lines that a user types on a terminal, with history, and interrupting answers with Ctrl-C."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def typed_lines() -> Iterator[str]:
 
 
 def _following(terminal: bool) -> str:
-    """Read the line that a line goes on in; none where the input ends."""
+    """Read the next line of a continued line; empty at the end of the input."""
     try:
         return _line(". " if terminal else "")
     except EOFError:

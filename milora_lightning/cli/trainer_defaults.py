@@ -23,7 +23,7 @@ def missing_options(given: Mapping[str, Any], trains: bool) -> tuple[dict[str, A
 
     Args:
         given: The Trainer's options, with callbacks instantiated.
-        trains: Whether the Trainer will train; if not, the options only tell where to find checkpoints.
+        trains: Whether the Trainer will train; if not, the options are only needed to find checkpoints.
 
     Returns:
         The options, and lines that say what was chosen and how to change it.
@@ -62,12 +62,12 @@ def missing_options(given: Mapping[str, Any], trains: bool) -> tuple[dict[str, A
 
 
 def with_screen(given: Mapping[str, Any], go_on: str, trains: bool) -> list[Callback]:
-    """Return the callbacks, with those for the screen and for Ctrl-C added unless there are others.
+    """Return the callbacks, adding those for the display and for Ctrl-C unless there are others of the kind.
 
     Args:
         given: The Trainer's options.
         go_on: The command that resumes the run.
-        trains: Whether Ctrl-C is to save a checkpoint.
+        trains: Whether Ctrl-C saves a checkpoint.
     """
     callbacks = given.get("callbacks") or []
     callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
@@ -81,7 +81,7 @@ def with_screen(given: Mapping[str, Any], go_on: str, trains: bool) -> list[Call
 
 
 def earlier_checkpoints(trainer: Trainer, ckpt_path: str | None) -> list[str]:
-    """Say which folders hold checkpoints of an earlier run and what happens to them, unless this run resumes from one.
+    """Describe folders with checkpoints of an earlier run, and what happens to them, unless this run resumes from one.
 
     Args:
         trainer: The Trainer whose callbacks know where checkpoints go, and whether they replace others.
@@ -94,7 +94,7 @@ def earlier_checkpoints(trainer: Trainer, ckpt_path: str | None) -> list[str]:
         if not isinstance(callback, ModelCheckpoint):
             continue
         folder = callback.dirpath or (None if trainer.loggers else Path(trainer.default_root_dir) / "checkpoints")
-        if folder is None or not any(Path(folder).glob("*.ckpt")):  # a logger gives each run a folder of its own
+        if folder is None or not any(Path(folder).glob("*.ckpt")):  # a logger creates a separate folder for each run
             continue
         lines[str(folder)] = f"{folder} holds checkpoints of an earlier run, " + (
             "which are kept: checkpoints of this run get other names if necessary, and --ckpt_path last is the newest."

@@ -1,4 +1,4 @@
-"""Keeps options as typed: the parser reads values as YAML, where ``#`` begins a comment and yields None."""
+"""Keeping options as typed: the parser reads values as YAML, where ``#`` begins a comment and yields None."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def code_key(*functions: Any) -> str:
         A hexadecimal key, the same in every process.
     """
     homes = {PACKAGE, *(_package(_module(function)) for function in functions)} - {"", "builtins"}
-    digest = hashlib.sha256(repr(sys.version_info[:2]).encode())  # another Python compiles to other code
+    digest = hashlib.sha256(repr(sys.version_info[:2]).encode())  # other Python versions compile to different code
     for part in _parts(functions, {}, homes):
         digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()
@@ -140,7 +140,7 @@ def _package(module: str) -> str:
 
 
 def _followed(module: str, homes: set[str]) -> bool:
-    """Tell whether a module belongs to this package, to the package of a given function, or is not installed."""
+    """Return whether a module belongs to this package or to the package of a given function, or is not installed."""
     return _package(module) in homes or not _is_installed(module)
 
 

@@ -15,7 +15,7 @@ AT_ONCE = 10_000  # number of rows compared at a time
 
 
 def trained_copies(dataset: datasets.Dataset, held_out: Sequence[int]) -> int:
-    """Count the held-out rows of which a copy remains in the training data.
+    """Count the held-out rows that have a copy in the training data.
 
     Args:
         dataset: The rows.

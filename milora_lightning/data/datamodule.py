@@ -18,10 +18,10 @@ from milora_lightning.data.training_loading import TrainingLoaders
 from milora_lightning.utils.errors import InvalidInputError
 
 TRAIN_ON = "train_on"
-"""The entry of the state, and of a checkpoint, that says which turns were learned."""
+"""Entry of the state, and of a checkpoint, that records which turns were learned."""
 
 TRAIN_ON_INPUTS = "train_on_inputs"
-"""Likewise, whether prompts were."""
+"""The same for whether prompts were learned."""
 
 # The split that each stage needs.
 NEEDED: dict[str | None, Split] = {"fit": "train", "validate": "validation", "test": "test", "predict": "test"}
@@ -40,15 +40,15 @@ class SFTDataModule(TrainingLoaders):
     Args:
         source: Where examples come from.
         tokenizer: The model's name (see :func:`milora_lightning.models.pretrained.load_tokenizer`), or its tokenizer.
-        template: How prompts and conversations are written: ``"alpaca"``, ``"chat"`` for the tokenizer's own chat
+        template: How prompts and conversations are formatted: ``"alpaca"``, ``"chat"`` for the tokenizer's chat
             template, ``"plain"`` for the bare prompt and a line break, ``"vicuna"`` for the chat template of LLaVA-1.5,
             or the path of a Jinja file with a chat template; ``"auto"`` is ``"chat"`` if there are conversations, and
-            ``"alpaca"`` if not. ``"metamath"``, ``"llm-adapters"`` and ``"tulu"`` write and tokenize as the code of
-            these names does.
+            ``"alpaca"`` if not. ``"metamath"``, ``"llm-adapters"`` and ``"tulu"`` format and tokenize like the code
+            bases with these names.
         prompt_suffix: Text added unchanged after every prompt and its template, for example
             ``"Let's think step by step.\n"``. With ``"chat"``, it is the beginning of the assistant's answer.
-        generation_prompt_suffix: Another suffix for prompts that the model is to answer, which it then was not trained
-            on; None for ``prompt_suffix``.
+        generation_prompt_suffix: A different suffix for prompts to answer, with which the model was not trained; None
+            for ``prompt_suffix``.
         max_length: Maximum number of tokens in an example. A prompt that is too long loses its beginning (in chats, the
             beginning of the user's text), a response that is too long its end.
         batch_size: Training examples per device and batch. None for 16, or fewer with a smaller ``global_batch_size``.
@@ -64,28 +64,28 @@ class SFTDataModule(TrainingLoaders):
         num_workers: Number of processes that load batches.
         seed: Seed of the training order.
         train_on: Which turns of conversations are learned: ``"assistant"`` for all turns of the assistant, ``"last"``
-            for its last turn, or a list of roles. A message's own field ``weight``, ``loss`` or ``train`` (0 or 1,
-            false or true) decides for that message. In a ``text`` every token is learned.
-        train_on_inputs: Whether the prompts of prompts with responses are learned as well. Evaluations then report the
-            loss over all tokens, too.
-        group_by_length: Whether the examples of a training batch have similar lengths, for little padding. If not, the
-            order is a uniformly random one.
+            for its last turn, or a list of roles. A field ``weight``, ``loss`` or ``train`` (0 or 1, false or true) in
+            a message decides for that message. In a ``text`` every token is learned.
+        train_on_inputs: Whether to learn the prompts as well, in data with prompts and responses. Evaluations then
+            report the loss over all tokens, too.
+        group_by_length: Whether the examples of a training batch have similar lengths, to reduce padding. If not, the
+            order is uniformly random.
         packing: Put several training examples into each row of up to ``max_length`` tokens, so that there is almost no
             padding; ``batch_size`` then counts rows. The model keeps the examples apart by ``position_ids``, which
             replace the attention mask in these batches. The same examples share a row in each epoch.
-        padding_free: Lay the examples of each training batch out in one row, without padding between them. ``"auto"``
-            does so if the model's attention then skips what lies between examples (flash and flex attention). With
-            other implementations it is right too, but seldom faster than padding.
+        padding_free: Put the examples of each training batch into one row, without padding between them. ``"auto"``
+            does so if the model's attention then skips pairs of tokens from different examples (flash and flex
+            attention). With other implementations it is also correct, but rarely faster than padding.
         max_tokens_per_batch: Tokens per rank and training batch, padding included, instead of ``batch_size`` examples.
-            It gets examples of similar length, or with ``padding_free`` any that fill it.
+            A batch gets examples of similar length or, with ``padding_free``, any that fill it.
         streaming: Read and tokenize the training data during training, so that they may be larger than memory and
             disk. Needs the Trainer's ``max_steps``, since the length of a stream is not known; a stream that ends is
             read again. Validation data are the first ``validation_size`` rows, or separate data.
         shuffle_buffer: With ``streaming``, the number of records in memory at a time, which are shuffled, grouped by
             length and packed together.
-        global_batch_size: Training examples in an optimizer step, on any number of devices. They share them, and
-            accumulate gradients where ``batch_size`` is less than their share. ``val_check_interval`` and
-            ``limit_train_batches`` then count steps. None for one batch of each device, times the Trainer's
+        global_batch_size: Training examples in an optimizer step, whatever the number of devices. These share the
+            examples, and accumulate gradients if ``batch_size`` is smaller than their share. ``val_check_interval`` and
+            ``limit_train_batches`` then count steps. None for one batch per device, times the Trainer's
             ``accumulate_grad_batches``.
 
     Raises:
@@ -206,7 +206,7 @@ class SFTDataModule(TrainingLoaders):
                 check_trainer(self.trainer)
             self.accumulate()
         for split in SPLITS[stage]:
-            predicts = stage == "predict"  # which also answers prompts without a response; an evaluation drops these
+            predicts = stage == "predict"  # predict also answers prompts without a response; an evaluation drops these
             if split not in self._splits or (split == "test" and self._unanswered not in (None, predicts)):
                 self._splits[split] = self._tokenized(split, predicts)
                 self._prompts.pop(split, None)
@@ -219,13 +219,13 @@ class SFTDataModule(TrainingLoaders):
             self._places.forget()
 
     def teardown(self, stage: str) -> None:
-        """Leave the Trainer as it was to its next run."""
+        """Restore the Trainer's options for its next run."""
         self._resumption.count_from_start()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what goes into the checkpoint: the position in the data, their description and the prompt format."""
-        # Lightning's own handling of stateful loaders would skip a loader that was created before the loops are
-        # restored, as happens when the length of the learning-rate schedule is computed.
+        """Return the state for checkpoints: the position in the data, their description and the prompt format."""
+        # Lightning's handling of stateful loaders would skip a loader that was created before the loops are restored,
+        # as happens when the length of the learning-rate schedule is computed.
         position, prompt_format = self._resumption.state_dict(), self.prompt_format
         record = None if prompt_format is None else prompt_format.record()
         stream = self._places.state_dict() if self.streaming else None

@@ -29,7 +29,7 @@ class EvaluationLoaders(TokenizedSplits):
         pad_to_multiple_of: Batch lengths are rounded up to a multiple of this.
         num_workers: Number of processes that load batches.
         seed: Seed of the training order.
-        planned_devices: Number of devices without a Trainer, for a look at the batches of a run that is planned.
+        planned_devices: Number of devices if there is no Trainer, to preview the batches of a planned run.
     """
 
     planned_devices = 1
@@ -50,7 +50,7 @@ class EvaluationLoaders(TokenizedSplits):
         return self._evaluation_loaders("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Return generation batches of all test examples in their order."""
+        """Return generation batches of all test examples in order."""
         with_prompt = [i for i, length in enumerate(self.prompts("test")["prompt_length"][:]) if length]
         if not with_prompt:
             raise InvalidInputError(
@@ -114,7 +114,7 @@ class EvaluationLoaders(TokenizedSplits):
         )
 
     def _overfits(self) -> bool:
-        """Tell whether ``overfit_batches`` is set: then the first batches are those of the data in the given order."""
+        """Return whether ``overfit_batches`` is set; then the first batches are the data in the given order."""
         return bool(getattr(self.trainer, "overfit_batches", 0))
 
     def _rank(self) -> dict[str, int]:
@@ -124,7 +124,7 @@ class EvaluationLoaders(TokenizedSplits):
 
 
 def _longest_first(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    """Sort examples by length, for little padding and so that running out of memory happens at once.
+    """Sort examples by length, to reduce padding and so that running out of memory happens immediately.
 
     >>> _longest_first([0, 1, 3], [5, 7, 9, 6])
     [1, 3, 0]

@@ -34,8 +34,8 @@ class Files(Source):
 
     - a file: ``.json`` (an array of objects, or one object per line), ``.jsonl``, ``.csv``, ``.tsv`` or ``.txt``,
       also compressed (followed by ``.gz``, ``.bz2``, ``.xz`` or ``.zst``), ``.parquet`` or ``.arrow``;
-    - a folder of such files, whose names tell their splits if there are several (``train``, ``validation``, ``test``
-      and other common words), or a glob such as ``data/*.jsonl``;
+    - a folder of such files, whose names indicate their splits if there are several (``train``, ``validation``,
+      ``test`` and other common words), or a glob such as ``data/*.jsonl``;
     - a folder that ``save_to_disk`` wrote;
     - a Hub name, ``org/name`` or ``org/name:config``: anything that is not a file and has none of these suffixes;
     - a list of any of these.
@@ -54,7 +54,7 @@ class Files(Source):
       conversation, and also if prompt and response are messages;
     - a text of which every token is learned: ``text``, if there is nothing else.
 
-    A logged line says what was recognised. Ambiguous fields, and files with rows of several formats, are refused.
+    A logged line reports what was recognised. Ambiguous fields, and files with rows of several formats, are refused.
 
     Every row is checked when it is read. Numbers are converted to text; any other value that is not a string is
     refused with its file and row. Non-empty fields that are not read are reported. Rows that have been read are kept
@@ -70,7 +70,7 @@ class Files(Source):
         input_field: Field with further context, which may be empty or absent in some rows; None for none.
         reference_field: Field that generated text is scored against; None for the response.
         train_split: Name of the training split in a data set. A slice, such as ``"train[:1000]"`` or ``"train[:90%]"``,
-            takes a part of it, of files as well.
+            takes a part of it, also for files.
         validation_split: The same for validation.
         test_split: The same for test.
         validation_size: How much of ``train`` to hold out if ``validation`` is None: a number of examples, or a
@@ -89,7 +89,7 @@ class Files(Source):
     """
 
     takes_splits_beside = True
-    """Whether missing splits are looked for next to the training data; tasks know their own splits."""
+    """Whether to look for missing splits next to the training data; tasks define their splits themselves."""
 
     def __init__(
         self,
@@ -205,7 +205,7 @@ class Files(Source):
         return prompt_lines(names) if names and all(kind_of(name) == ".txt" for name in names) else None
 
     def metric(self) -> Metric | None:
-        """Make the metric of generated answers, with a separate accuracy for each named test set."""
+        """Return the metric of generated answers, with a separate accuracy for each named test set."""
         return TaskAccuracy(dict.fromkeys(["", *self.test_sets], right_answer)) if self.test_sets else AnswerAccuracy()
 
     @staticmethod
@@ -235,7 +235,7 @@ class Files(Source):
         return dataset.select_columns(columns)
 
     def _reading(self, split: Split, task: str) -> dict[str, Any]:
-        """Return the options for making rows of records."""
+        """Return the options for converting records to rows."""
         return {
             "fields": self.fields,
             "convert": type(self).convert,

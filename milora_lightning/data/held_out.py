@@ -18,7 +18,7 @@ class _Texts(Files):
     """A source of texts that does not report which fields were read."""
 
     def say_read(self, location: str, formats: list[tuple[Format, int]], unread: list[str]) -> None:
-        """Say nothing."""
+        """Report nothing."""
 
 
 def read_texts(location: str, field: str = "text", split: str = "test") -> list[str]:

@@ -1,4 +1,4 @@
-"""What kinds of rows a data set has."""
+"""The kinds of rows in a data set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def holds_questions(dataset: datasets.Dataset) -> bool:
 
 
 def kinds_of(dataset: datasets.Dataset) -> tuple[bool, bool]:
-    """Say whether there are conversations among the rows, and whether all rows are plain texts."""
+    """Return whether there are conversations among the rows, and whether all rows are plain texts."""
     return holds(dataset, "messages"), holds(dataset, "text", all_rows=True)
 
 

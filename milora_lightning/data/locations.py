@@ -26,18 +26,18 @@ SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes
 
 
 def is_hub_name(name: str) -> bool:
-    """Tell whether a location is a Hub name: it does not exist as a path, and has no suffix of a data file."""
+    """Return whether a location is a Hub name: it does not exist as a path, and has no data file's suffix."""
     return not (Path(name).expanduser().exists() or name.lower().endswith(SUFFIXES) or glob.has_magic(name))
 
 
 def is_saved(name: str) -> bool:
-    """Tell whether a location is what ``save_to_disk`` wrote."""
+    """Return whether a location was written by ``save_to_disk``."""
     folder = Path(name).expanduser()
     return any((folder / file).is_file() for file in SAVED)
 
 
 def saved_dataset(name: str, split: Split, split_name: str, needed: bool) -> datasets.Dataset | None:
-    """Open what ``save_to_disk`` wrote.
+    """Open a data set written by ``save_to_disk``.
 
     Args:
         name: The folder.
@@ -54,7 +54,7 @@ def saved_dataset(name: str, split: Split, split_name: str, needed: bool) -> dat
     folder = Path(name).expanduser().absolute()
     try:
         data = datasets.load_from_disk(str(folder))
-    except Exception as error:  # damaged files raise errors of many kinds
+    except Exception as error:  # damaged files raise many kinds of errors
         raise InvalidInputError(
             f"{folder} cannot be opened as a saved data set ({type(error).__name__}: {error}). Save it again."
         ) from error
@@ -77,7 +77,8 @@ def files_at(name: str, split: Split, needed: bool) -> list[Path]:
     Args:
         name: The location.
         split: Which split to find in a folder that has several.
-        needed: Whether a missing split is an error. If so, all files of a folder whose names tell no split are used.
+        needed: Whether a missing split is an error. If so and no file name in a folder indicates a split, all files are
+            used.
 
     Returns:
         The files in the order of their names; an empty list if there are none and ``needed`` is false.
@@ -110,7 +111,7 @@ def _matching_files(name: str, path: Path) -> list[Path]:
 
 
 def _files_in(folder: Path, split: Split, needed: bool) -> list[Path]:
-    """Return the files of a split in a folder; if no name tells a split, all files belong to the needed one."""
+    """Return the files of a split in a folder; if no name indicates a split, all files belong to the needed one."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and _is_data(file.relative_to(folder))]
     if not files:
         raise InvalidInputError(f"There is no data file in the folder {folder}: {_suffix_rule()}.")
@@ -139,10 +140,10 @@ def _is_data(path: Path) -> bool:
 
 
 def _split_of(path: Path) -> Split | None:
-    """Return the split that the name of a file tells, or else the name of the innermost folder that tells one.
+    """Return the split indicated by the name of a file or, failing that, of its innermost folder that indicates one.
 
     Raises:
-        ValueError: If a name tells several splits.
+        ValueError: If a name indicates several splits.
     """
     for part in (path.name, *reversed(path.parent.parts)):
         words = set(re.split(r"[^a-z]+", part.lower()))

@@ -100,7 +100,7 @@ class Mixture(Source):
         return MixedStream(found, self.weights)
 
     def metric(self) -> Metric | None:
-        """Make the metric of generated answers; None unless all sources use :class:`AnswerAccuracy`."""
+        """Return the metric of generated answers; None unless all sources use :class:`AnswerAccuracy`."""
         metrics = [source.metric() if isinstance(source, Task) else AnswerAccuracy() for source in self.sources]
         return AnswerAccuracy() if all(type(metric) is AnswerAccuracy for metric in metrics) else None
 

@@ -88,7 +88,7 @@ def rows_at(
         split_name: Name of the split in a data set.
         needed: Whether a missing split is an error.
         columns: Columns of every row; empty strings where a row has nothing.
-        reading: How to make rows of records, see :func:`milora_lightning.data.reading.rows.rows_after`.
+        reading: Options for converting records to rows, see :func:`milora_lightning.data.reading.rows.rows_after`.
 
     Returns:
         One opener for each file or data set; an empty list if there is no such split and ``needed`` is false.

@@ -1,4 +1,4 @@
-"""How many examples an optimizer step has, and a device's batch, in a data module."""
+"""The number of examples in optimizer steps and in each device's batches."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import inform, warn
 
 STEP = "step"
-"""The entry of the state that says how many examples an optimizer step has, and how many of them a batch."""
+"""Entry of the state with the number of examples in an optimizer step and in a batch."""
 
 BATCH = 16
-"""Training examples per device and batch where nothing else is said."""
+"""Default number of training examples per device and batch."""
 
 
 class SharedSteps(EvaluationLoaders):
     """Data module base class whose devices share the examples of each optimizer step.
 
     Attributes:
-        batch_size: Training examples per device and batch, at most if ``global_batch_size`` is given.
+        batch_size: Training examples per device and batch; the maximum if ``global_batch_size`` is given.
         global_batch_size: Training examples in an optimizer step on all devices together, or None.
         max_tokens_per_batch: Tokens per device and batch instead of a number of examples, or None.
         streaming: Whether the training data are a stream.
@@ -36,7 +36,7 @@ class SharedSteps(EvaluationLoaders):
         """Set the sizes of batches and steps.
 
         Raises:
-            ValueError: If they do not fit each other.
+            ValueError: If they conflict.
         """
         self.batch_size = min(BATCH, global_batch_size or BATCH) if batch_size is None else batch_size
         self.global_batch_size = global_batch_size
@@ -56,7 +56,7 @@ class SharedSteps(EvaluationLoaders):
             )
 
     def step_batch(self) -> StepBatch:
-        """Return how the examples of an optimizer step are shared out.
+        """Return how the examples of an optimizer step are distributed.
 
         Raises:
             ValueError: If the devices cannot share ``global_batch_size``.
@@ -67,7 +67,7 @@ class SharedSteps(EvaluationLoaders):
         return share_out(self.global_batch_size, self.batch_size, devices)
 
     def accumulate(self) -> StepBatch:
-        """Have the Trainer accumulate the batches of a step, say what it consists of, and return it."""
+        """Make the Trainer accumulate the batches of a step, report its composition, and return it."""
         step = self.step_batch()
         if self.global_batch_size is not None:
             if self.trainer is not None:
@@ -83,7 +83,7 @@ class SharedSteps(EvaluationLoaders):
         return step
 
     def check_accumulated(self) -> None:
-        """Warn if batches are taken by other than a Trainer that has this data module, and are parts of steps."""
+        """Warn if batches are parts of steps but are read by something other than a Trainer with this data module."""
         step = self.step_batch()
         if self.trainer is None and self.global_batch_size is not None and step.accumulated > 1:
             warn(
@@ -93,7 +93,7 @@ class SharedSteps(EvaluationLoaders):
             )
 
     def counted_step(self, rows: int | None) -> StepBatch:
-        """Return what a step consists of, and have the Trainer's options count steps if their size is given.
+        """Return the composition of a step, and make the Trainer's options count steps if their size is given.
 
         Args:
             rows: Number of examples in an epoch; None if it is not known.
@@ -105,21 +105,21 @@ class SharedSteps(EvaluationLoaders):
         return step
 
     def state_of_steps(self) -> dict[str, Any]:
-        """Return the entry of the state that describes steps; none if they vary."""
+        """Return the entry of the state that describes steps; empty if they vary."""
         if self.max_tokens_per_batch is not None:
             return {}
         step = self.step_batch()
         return {STEP: {"examples": step.total, "batch": step.batch, UNDONE: batches_since_step(self.trainer)}}
 
     def continue_steps(self, state: Mapping[str, Any]) -> None:
-        """Continue a run with that entry of its state, if this one trains by numbers of examples, too."""
+        """Continue a run with this entry of its state, if steps are counted in examples here, too."""
         if self.trainer is None or self.trainer.state.fn != "fit" or self.max_tokens_per_batch is not None:
             return
         if STEP in state:
             continue_with(self.trainer, state[STEP], self.step_batch(), self.streaming)
 
     def say(self, text: str) -> None:
-        """Tell the user, once."""
+        """Inform the user, once."""
         if text not in self._said:
             self._said.add(text)
             inform(text)

@@ -19,16 +19,16 @@ def without_slice(split_name: str) -> str:
 
 
 def sliced(split_name: str, rows: int) -> range:
-    """Return the numbers of the rows that a name of a split stands for.
+    """Return the range of rows that a split name with a slice refers to.
 
-    As in a slice of Python, a part that goes beyond the end ends there.
+    As in Python, a slice beyond the end is cut off there.
 
     Args:
         split_name: Name of the split; rows or percentages may follow it: ``train[:100000]``, ``train[-10%:]``.
         rows: Number of rows of the whole split.
 
     Raises:
-        ValueError: If it is no slice, or no row is left.
+        ValueError: If the slice is invalid or empty.
 
     >>> sliced("train", 5), sliced("train[:3]", 5), sliced("train[-40%:]", 5), sliced("train[2:100_000]", 5)
     (range(0, 5), range(0, 3), range(3, 5), range(2, 5))

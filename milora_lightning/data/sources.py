@@ -1,4 +1,4 @@
-"""The protocols for sources of examples, and the cache that sources keep their rows in."""
+"""Protocols for sources of examples, and the cache of their rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ columns of the other two kinds are empty. ``image`` is the path of the image tha
 class Source(Protocol):
     """Anything that loads examples, such as :class:`Files` and :class:`WordProblems`.
 
-    A source of your own is a class with this one method.
+    A custom source is a class with this one method.
     """
 
     def load(self, split: Split) -> datasets.Dataset | None:
@@ -49,10 +49,10 @@ class Source(Protocol):
 
 @runtime_checkable
 class Task(Source, Protocol):
-    """A source that also says how answers are scored."""
+    """A source that also defines how answers are scored."""
 
     def metric(self) -> Metric | None:
-        """Make the metric of generated answers; None if an answer is neither right nor wrong."""
+        """Return the metric of generated answers; None if answers are neither right nor wrong."""
         ...
 
 
@@ -67,7 +67,7 @@ class MultipleChoice(Task, Protocol):
 
 @runtime_checkable
 class ChecksTest(Task, Protocol):
-    """A task that may refuse to be tested, for a reason that the user has to know of."""
+    """A task that may refuse to be tested, for a reason that concerns the user."""
 
     def check_test(self) -> None:
         """Raise an error if answers to the test data cannot be scored."""
@@ -76,7 +76,7 @@ class ChecksTest(Task, Protocol):
 
 @runtime_checkable
 class ShowsImages(Source, Protocol):
-    """A source whose rows may have an ``image``, for which the text has one placeholder of the model."""
+    """A source whose rows may have an ``image``; the text then contains one image placeholder of the model."""
 
     shows_images: bool
 
@@ -99,7 +99,7 @@ def cached_dataset(
         rows: Module-level generator function of rows with the keys ``prompt``, ``input``, ``response``,
             ``reference``, and ``task`` if there are several.
         columns: Names of the columns, all of them text.
-        arguments: Arguments of ``rows``. The cache's key is made of them, of the code of ``rows``, and of the code of
+        arguments: Arguments of ``rows``. The cache's key consists of them, the code of ``rows``, and the code of
             functions among them.
 
     Returns:
@@ -120,12 +120,12 @@ def cached_dataset(
                 features=datasets.Features({name: datasets.Value("large_string") for name in columns}),
             )
         except DatasetGenerationError as error:
-            # The cause says what went wrong; "An error occurred while generating" only hides it.
+            # The cause explains the failure; "An error occurred while generating" only hides it.
             raise (error.__cause__ or error) from None
 
 
 class _Rows:
-    """A generator of rows that pickles to its key alone: ``datasets`` hashes the pickle as the cache's key.
+    """A generator of rows that is pickled as just its key, because ``datasets`` hashes the pickle as the cache's key.
 
     Pickled functions would not change when a module is edited, and some in notebooks cannot be pickled.
     """

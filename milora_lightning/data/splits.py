@@ -41,8 +41,8 @@ class TokenizedSplits(LightningDataModule):
         source: Where examples come from; for details of all arguments see :class:`milora_lightning.SFTDataModule`.
         tokenizer: The model's name, or its tokenizer.
         template: How prompts and conversations are written.
-        prompt_suffix: What every prompt ends in.
-        generation_prompt_suffix: What prompts to answer end in instead; None for the same.
+        prompt_suffix: Text at the end of every prompt.
+        generation_prompt_suffix: Text at the end of prompts to answer; None for ``prompt_suffix``.
         max_length: Maximum number of tokens in an example.
         num_proc: Number of processes that tokenize.
         train_on: Which turns of conversations are learned.
@@ -85,13 +85,13 @@ class TokenizedSplits(LightningDataModule):
         self.num_test_generation_examples = num_test_generation_examples
         self.answer_by = answer_by
         self._splits: dict[Split, datasets.Dataset | None] = {}
-        self._prompts: dict[Split, datasets.Dataset] = {}  # where they are written otherwise than in training
+        self._prompts: dict[Split, datasets.Dataset] = {}  # if they are formatted differently from training
         self._processor: ProcessorMixin | None = None
         self._unanswered: bool | None = None  # whether prompts without a response are in test; None without any
         self.kinds_of: tuple[bool, bool] | None = None  # whether there are conversations, and nothing but plain texts
 
     def metric(self) -> Metric | None:
-        """Make the metric that scores answers, by default :class:`AnswerAccuracy`; None if the source scores none."""
+        """Return the metric that scores answers, by default :class:`AnswerAccuracy`; None if the source scores none."""
         return self.source.metric() if isinstance(self.source, Task) else AnswerAccuracy()
 
     @property
@@ -101,7 +101,7 @@ class TokenizedSplits(LightningDataModule):
 
     @property
     def prompt_format(self) -> PromptFormat | None:
-        """How prompts are written; None if all data are plain texts."""
+        """The format of prompts; None if all data are plain texts."""
         _, only_texts = self._kinds_of_rows()
         return None if only_texts else PromptFormat.of(self.tokenizer_object, self.template_name, *self._suffixes)
 
@@ -121,12 +121,12 @@ class TokenizedSplits(LightningDataModule):
 
     @property
     def template_name(self) -> TemplateName:
-        """Name of the template, decided by the data where it is ``"auto"``."""
+        """Name of the template, determined by the data if it is ``"auto"``."""
         return name_of(self.template, self._kinds_of_rows()[0] if self.template == AUTO else False)
 
     @property
     def template_in_words(self) -> str:
-        """Name of the template for messages, with its origin if the name alone does not tell."""
+        """Name of the template for messages, with its origin if that is not clear from the name."""
         _, only_texts = self._kinds_of_rows()
         if only_texts:
             return "none, texts are learned unchanged"
@@ -156,7 +156,7 @@ class TokenizedSplits(LightningDataModule):
 
     @property
     def processor(self) -> ProcessorMixin:
-        """The model's processor of images and texts, beside its tokenizer."""
+        """The model's processor for images and texts."""
         if self._processor is None:
             from milora_lightning.models.pretrained import load_processor
 
@@ -173,7 +173,7 @@ class TokenizedSplits(LightningDataModule):
         if self.metric() is None or number == 0:
             return []
         examples = self.prompts(split)
-        asked = [i for i, length in enumerate(examples["prompt_length"][:]) if length]  # plain texts ask nothing
+        asked = [i for i, length in enumerate(examples["prompt_length"][:]) if length]  # plain texts have no prompt
         if number is None:
             return asked
         return [asked[i] for i in first_of_each([examples["task"][i] for i in asked], number)]
@@ -193,13 +193,13 @@ class TokenizedSplits(LightningDataModule):
         return examples
 
     def prompts(self, split: Split) -> datasets.Dataset:
-        """Return the tokenized examples of a split with their prompts as a model is to answer them.
+        """Return the tokenized examples of a split with prompts in the format for answering.
 
-        They are those of :meth:`examples`, in the same order; a template may ask otherwise than it trains, and
-        ``generation_prompt_suffix`` does.
+        They are the same as those of :meth:`examples`, in the same order; but some templates, and
+        ``generation_prompt_suffix``, format prompts to answer differently from training.
 
         Raises:
-            ValueError: As :meth:`examples`.
+            ValueError: As for :meth:`examples`.
         """
         examples = self.examples(split)
         if not self._asks_otherwise:
@@ -211,7 +211,7 @@ class TokenizedSplits(LightningDataModule):
 
     @property
     def _asks_otherwise(self) -> bool:
-        """Whether prompts to answer have other tokens than those of training."""
+        """Whether prompts to answer have different tokens from those of training."""
         return asking_suffix(*self._suffixes) != self.prompt_suffix or asks_otherwise(self.template_name)
 
     @property
@@ -265,7 +265,7 @@ class TokenizedSplits(LightningDataModule):
         return with_their_images(encoded, self.processor, split) if self.shows_images else encoded
 
     def _kinds_of_rows(self) -> tuple[bool, bool]:
-        """Return the kinds of rows in the first split loaded; if none has been loaded, load the first one there is."""
+        """Return the kinds of rows in the first loaded split; if none has been loaded, load the first available one."""
         if self.kinds_of is None:
             data = ((split, self._load(split)) for split in SPLITS[None])
             found = next(((split, dataset) for split, dataset in data if dataset is not None), None)

@@ -24,7 +24,7 @@ from milora_lightning.utils.messages import warn
 
 __all__ = ["check_end", "holds", "join", "padding_id", "tokenize_dataset"]
 
-LONG = 20_000  # examples from which on tokenizing takes long enough for a progress bar
+LONG = 20_000  # number of examples from which tokenizing takes long enough for a progress bar
 
 
 def tokenize_dataset(
@@ -42,22 +42,22 @@ def tokenize_dataset(
 ) -> datasets.Dataset:
     """Tokenize a source's dataset, or read it from the cache of ``datasets`` if it was tokenized before.
 
-    Warns if examples were dropped or truncated, and says how many.
+    Warns of dropped and truncated examples, with their numbers.
 
     Args:
-        dataset: What :meth:`milora_lightning.data.Source.load` returns.
+        dataset: A result of :meth:`milora_lightning.data.Source.load`.
         tokenizer: Tokenizer with an EOS token, or with a chat template that ends its turns.
         template: Name of the prompt template; ``"auto"`` for the tokenizer's chat template if there are conversations
             and ``"alpaca"`` if not; or the path of a Jinja file with a chat template.
-        prompt_suffix: What every prompt ends in, after the template.
+        prompt_suffix: Text at the end of every prompt, after the template.
         max_length: Maximum number of tokens in an example.
         num_proc: Number of processes; None or 0 for only this one.
         split: Name of the data, for messages.
         train_on: Which turns of conversations are learned: ``"assistant"`` for all turns of the assistant, ``"last"``
             for its last turn, or a list of roles.
         unanswered: Whether prompts without a response are kept, to be answered.
-        asks: Whether to write prompts as a model is to answer them, for templates that differ in this from training.
-            Nothing is reported then.
+        asks: Whether to format prompts for answering, which some templates do differently from training. Nothing is
+            reported then.
         train_on_inputs: Whether prompts are learned as well as responses; not for conversations.
 
     Returns:
@@ -79,7 +79,7 @@ def tokenize_dataset(
     arguments = {"template": name, "prompt_suffix": prompt_suffix, "max_length": max_length, "train_on": train_on}
     options = {"unanswered": unanswered, "asks": asks, "train_on_inputs": train_on_inputs}
     arguments.update({option: True for option, given in options.items() if given})
-    # Not the tokenizer's own hash, which changes with use (it stores padding and truncation) and would miss the cache.
+    # Not the hash of the tokenizer, which changes with use (it stores padding and truncation) and would miss the cache.
     key = [fingerprint_of(dataset), _content(tokenizer), arguments, code_key(encode)]
     with progress_bars(len(dataset) >= LONG):
         encoded = dataset.map(
@@ -119,7 +119,7 @@ def check_end(tokenizer: PreTrainedTokenizerBase, template: TemplateName) -> Non
 
 
 def holds(dataset: datasets.Dataset, column: str, all_rows: bool = False) -> bool:
-    """Tell whether a column is not empty, in any row or in all rows."""
+    """Return whether a column is not empty, in any row or in all rows."""
     return column in dataset.column_names and (all if all_rows else any)(map(bool, dataset[column]))
 
 
@@ -155,13 +155,13 @@ def _report(size: int, encoded: datasets.Dataset, max_length: int, split: str) -
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the padding token; any will do if there is none, since it is masked in labels and attention."""
+    """Return the padding token; if there is none, any token serves, since it is masked in labels and attention."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(i for i in ids if i is not None)
 
 
 def _content(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash what determines a tokenizer's output, without the state that its use leaves behind."""
+    """Hash everything that determines a tokenizer's output, but not state that changes with use."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a tokenizer in pure Python
         return cast(str, Hasher.hash(tokenizer))

@@ -31,7 +31,7 @@ class TrainingLoaders(SharedSteps):
 
     Attributes:
         packing: Whether several examples share each row of a batch.
-        padding_free: Whether all examples of a batch are in one row; ``"auto"`` where the model's attention gains.
+        padding_free: Whether all examples of a batch are in one row; ``"auto"`` if the model's attention benefits.
         shuffle_buffer: Number of records of a stream in memory at a time.
         group_by_length: Whether the examples of a batch have similar lengths.
     """
@@ -50,9 +50,9 @@ class TrainingLoaders(SharedSteps):
         return self._stream_loader() if self.streaming else self.epoch()
 
     def epoch(self) -> DataLoader[Any]:
-        """Return batches of the loaded training examples, which for a stream are those of its beginning."""
+        """Return batches of the loaded training examples; for a stream, these are from its beginning."""
         examples = self.examples("train")
-        # Without the text columns, which only generation needs.
+        # Without the text columns, which are needed only for generation.
         rows: Any = examples.select_columns(["input_ids", "spans", *(["image"] if self.shows_images else [])])
         lengths = examples["length"][:]
         if self.packing:
@@ -73,17 +73,19 @@ class TrainingLoaders(SharedSteps):
         return self._loader(rows, sampler, step.examples, collator, ResumableDataLoader)
 
     def sample_batches(self, number: int) -> list[Any]:
-        """Return padded batches of randomly chosen training examples, apart from the order of training.
+        """Return padded batches of randomly chosen training examples, without affecting the order of training.
 
-        They are the same on every rank and in every run, whatever its seed. Of a stream, they are from its beginning.
+        They are the same on every rank and in every run, whatever its seed. For a stream, they are from its beginning.
 
         Args:
-            number: How many batches, of ``batch_size`` examples each; fewer if there are not so many examples.
+            number: Number of batches of ``batch_size`` examples; fewer if there are not enough examples.
         """
         examples = self.examples("train")
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))
         lengths = examples["length"][:]
-        chosen = sorted(order[: number * self.batch_size].tolist(), key=lambda index: lengths[index])  # little padding
+        chosen = sorted(
+            order[: number * self.batch_size].tolist(), key=lambda index: lengths[index]
+        )  # for little padding
         rows: Any = examples.select_columns(["input_ids", "spans", *(["image"] if self.shows_images else [])])
         collate = self._collator(Collator)
         starts = range(0, len(chosen), self.batch_size)
@@ -127,7 +129,7 @@ class TrainingLoaders(SharedSteps):
     # ---- Rows that examples share ----
 
     def has_one_row(self) -> bool:
-        """Tell whether all examples of a training batch are in one row."""
+        """Return whether all examples of a training batch are in one row."""
         if self.padding_free != "auto":
             return self.padding_free
         if self.shows_images:
@@ -137,10 +139,10 @@ class TrainingLoaders(SharedSteps):
         return model is not None and skips_other_examples(model) and reason_to_mix(model) is None
 
     def remedy_for_shared_rows(self, auto: bool = True) -> str | None:
-        """Return what to do if the model cannot keep the examples of a row apart; None if they share none.
+        """Return the remedy if the model cannot keep the examples of a row apart; None if examples do not share rows.
 
         Args:
-            auto: Whether that counts which ``padding_free: auto`` has chosen.
+            auto: Whether rows shared because of ``padding_free: auto`` count.
         """
         if self.packing:
             return "set data.packing to false"

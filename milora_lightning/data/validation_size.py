@@ -1,4 +1,4 @@
-"""How many training examples are held out for validation."""
+"""The number of training examples held out for validation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 from milora_lightning.utils.errors import InvalidInputError
 
 AUTO_SHARE, AUTO_MAXIMUM = 0.05, 500
-AUTO_LEAST_DATA = 20  # of fewer examples, only one or none would be held out, which tells nothing
+AUTO_LEAST_DATA = 20  # of fewer examples, at most one would be held out, which is meaningless
 
 
 def held_out_examples(validation_size: int | float | Literal["auto"], size: int) -> int:

@@ -1,7 +1,7 @@
-"""The commands: those of Lightning's CLI, and one file for each other, loaded when it is asked for.
+"""The commands: those of Lightning's CLI, and one file for each other command, which is imported when needed.
 
 A command is a function whose arguments are its options, described in its docstring. If the first is called ``fit``, the
-command also takes the options of ``fit``: those that are not its own are handed on as a list.
+command also takes the options of ``fit``: all options that it does not define are passed on as a list.
 """
 
 LIGHTNING = {

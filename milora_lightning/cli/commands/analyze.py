@@ -1,4 +1,4 @@
-"""``analyze``: shows where updates lie in the spectra of the weights, how large they are, and what they do."""
+"""``analyze``: shows where updates lie in the spectra of the weights, their size and their effect."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def analyze(
     text_field: str = "text",
     text_tokens: int = 2048,
 ) -> None:
-    """Show where the updates of a checkpoint lie in the spectra of the weights, how large they are, and what they do.
+    """Show where the updates of a checkpoint lie in the spectra of the weights, their size and their effect.
 
     Writes analysis.json, similarity.csv, spectra.csv, energy.csv and plots of them, and prints averages.
 
     Args:
         ckpt_path: Checkpoint written by ``fit``.
         output: Folder to create.
-        name_or_path: Where the base model is now; by default where it was in training.
-        k: Number of principal singular directions for ρ_k, the share of the update that lies between them.
+        name_or_path: The current location of the base model; by default that of training.
+        k: Number of principal singular directions for ρ_k, the share of the update between them.
         intruder_top_k: How many of the largest singular vectors of W + ΔW may be intruder dimensions.
-        intruder_threshold: They are if their cosine with each of W's is below this.
+        intruder_threshold: They are intruders if their cosine with each singular vector of W is below this.
         text: Text to measure ‖ΔW x‖ / ‖W x‖ on: a .txt, JSON, JSON lines or Parquet file, or a Hub name.
-        text_field: Field that holds the text; not used for .txt files.
+        text_field: Field that contains the text; not used for .txt files.
         text_tokens: Maximum number of tokens to measure on.
     """
     from milora_lightning.analysis.plots import (

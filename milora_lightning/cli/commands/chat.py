@@ -56,7 +56,7 @@ def chat(
     dtype: DtypeName | None = None,
     device: str | None = None,
 ) -> None:
-    """Talk to a model in the prompt template that it was trained with; answers appear as they are generated.
+    """Talk to a model with the prompt template of its training; answers appear as they are generated.
 
     /help lists the commands, such as /both for the answers with and without adapters. In a pipe, each line of standard
     input is a question, and standard output holds only the answers.
@@ -73,9 +73,9 @@ def chat(
         seed: Seed for sampling.
         earlier_turns: Whether the model sees the conversation so far; by default it does, unless its template
             (``alpaca``, ``plain``) only has room for a single question.
-        template: Prompt template, in place of that of training: ``alpaca``, ``chat``, ``plain`` or the path of a Jinja
+        template: Prompt template, instead of that of training: ``alpaca``, ``chat``, ``plain`` or the path of a Jinja
             file.
-        name_or_path: Where the base model is now; by default where it was in training.
+        name_or_path: The current location of the base model; by default that of training.
         dtype: Dtype of the base weights, as for model.dtype; by default that of training.
         device: Device to compute on, such as ``cpu`` or ``cuda:1``; by default the accelerator, if there is one.
     """
@@ -96,7 +96,7 @@ def chat(
             with interruptible() as cut:
                 if not talk.take(line):
                     break
-            if cut:  # before an answer had begun
+            if cut:  # before the answer had begun
                 talk.note("(stopped)")
 
 
@@ -109,7 +109,7 @@ class Talk:
         sampling: How tokens are chosen.
         max_new_tokens: Length limit of answers.
         system: System message; may be empty.
-        one_question: Whether the model sees each question by itself.
+        one_question: Whether the model sees each question without the earlier ones.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Talk:
         }
 
     def take(self, line: str) -> bool:
-        """Execute a command or answer a question; return False if the command is to exit."""
+        """Execute a command or answer a question; return False for the command to exit."""
         if not line.startswith("/"):
             if line.strip():
                 self.ask(line.strip())

@@ -1,4 +1,4 @@
-"""``env``: what a run would run on, for bug reports."""
+"""``env``: the environment of runs, for bug reports."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ PACKAGES = (
     *("safetensors", "torchmetrics", "jsonargparse", "numpy", "scipy", "triton", "bitsandbytes", "torchao"),
     *("liger-kernel", "flash-attn", "trl", "deepspeed", "lm-eval"),
 )
-"""What a run imports, or may."""
+"""Packages that a run imports or may import."""
 
 VARIABLES = (
     *("CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "OMP_NUM_THREADS", "MKL_NUM_THREADS"),
     *("TOKENIZERS_PARALLELISM", "MILORA_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "NCCL_DEBUG", "NCCL_P2P_DISABLE"),
     *("NCCL_IB_DISABLE", "NCCL_SOCKET_IFNAME", "WORLD_SIZE", "SLURM_NTASKS", "MALLOC_MMAP_MAX_"),
 )
-"""Environment variables that change how a run runs; none of them is secret."""
+"""Environment variables that affect runs; none of them is secret."""
 
 Section = dict[str, str]
 
@@ -41,8 +41,8 @@ Section = dict[str, str]
 def env(all_packages: bool = False, as_json: bool = False) -> None:
     """Show versions, devices and settings, for a bug report.
 
-    Shows what a run would use on this machine: packages, GPUs and driver, which dtypes are fast, which attention
-    implementations there are, memory, cores and environment variables. Nothing secret is among it.
+    Shows what a run would use on this machine: packages, GPUs and driver, fast dtypes, available attention
+    implementations, memory, cores and environment variables. Nothing secret is shown.
 
     Args:
         all_packages: Whether to list all installed packages.
@@ -53,7 +53,7 @@ def env(all_packages: bool = False, as_json: bool = False) -> None:
 
 
 def environment(all_packages: bool = False) -> dict[str, Section]:
-    """Return what ``env`` shows, section by section."""
+    """Return the contents of ``env`` by section."""
     return {
         "versions": _versions(all_packages),
         "devices": _devices(),
@@ -97,7 +97,7 @@ def _versions(all_packages: bool) -> Section:
 
 
 def _commit() -> str | None:
-    """Return the commit of the clone that runs, with a + if files differ from it; None outside of one."""
+    """Return the commit of the running clone, with a + if files differ from it; None outside of a clone."""
     folder = Path(__file__).parents[3]
     if not (folder / ".git").exists() or shutil.which("git") is None:
         return None

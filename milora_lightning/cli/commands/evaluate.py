@@ -54,10 +54,10 @@ def evaluate(
         limit: Number of examples of each task, for a quick test; by default all.
         num_fewshot: Number of examples in the prompt; by default that of each task.
         batch_size: Number of prompts in a batch.
-        apply_chat_template: Write prompts in the template that the model was trained with; by default they are used as
-            the tasks define them.
+        apply_chat_template: Use the prompt template of the model's training; by default prompts are used as the tasks
+            define them.
         include_path: Folder with YAML files of your own tasks.
-        name_or_path: Where the base model is now; by default where it was in training.
+        name_or_path: The current location of the base model; by default that of training.
         dtype: Dtype of the base weights, as for model.dtype; by default that of training.
         device: Device to compute on; by default the accelerator, if there is one.
     """
@@ -127,10 +127,10 @@ def find_tasks(tasks: str, include_path: str | None) -> tuple[Any, list[str]]:
     include: Any = list(folders) or None
     known: list[str] = []
     if folders:
-        own = TaskManager(include_path=include, include_defaults=False)
-        known = list(own.all_subtasks)
-        if set(wanted) <= set(known):  # reading the thousands of files of the harness's own tasks is slow
-            return own, list(dict.fromkeys(wanted))
+        manager = TaskManager(include_path=include, include_defaults=False)
+        known = list(manager.all_subtasks)
+        if set(wanted) <= set(known):  # reading the thousands of files of the harness's tasks is slow
+            return manager, list(dict.fromkeys(wanted))
     manager = TaskManager(include_path=include)
     found: list[str] = []
     for name in wanted:
@@ -164,13 +164,13 @@ def score(
     without_adapters: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Score a model in memory by the harness.
+    """Score a model in memory with the harness.
 
     Args:
         model: The model, in evaluation mode.
         tokenizer: Its tokenizer.
         batch_size: Number of prompts in a batch.
-        without_adapters: Whether to switch the adapters off.
+        without_adapters: Whether to disable the adapters.
         options: Options of the harness's ``simple_evaluate``.
 
     Returns:

@@ -35,15 +35,15 @@ def export(
         output: Folder to create.
         format: ``peft`` for an adapter folder that every PEFT tool can load, ``merged`` for a whole model.
         rank: For ``peft``: compress each update to this rank; prints how much of the updates is lost.
-        name_or_path: Where the base model is now; by default where it was in training.
-        dtype: For ``merged``: dtype of the whole model. By default each weight keeps its own; prints how much of the
-            updates is lost by rounding.
+        name_or_path: The current location of the base model; by default that of training.
+        dtype: For ``merged``: dtype of the whole model. By default each weight keeps its dtype; prints how much of the
+            updates is lost to rounding.
         push_to_hub: Repository on the Hugging Face Hub to upload the folder to, ``user/name``; created if necessary.
         private: Make that repository private.
-        shrink_intruders: Shrink intruder dimensions to this part of their singular values, such as 0.75: it takes
-            back some forgetting. Each adds one to the rank of an adapter; rank cuts it again.
+        shrink_intruders: Shrink intruder dimensions to this fraction of their singular values, such as 0.75, to undo
+            some forgetting. Each adds one to the rank of an adapter; rank truncates it again.
         intruder_top_k: How many of the largest singular vectors of W + ΔW may be intruder dimensions.
-        intruder_threshold: They are if their cosine with each of W's is below this.
+        intruder_threshold: They are intruders if their cosine with each singular vector of W is below this.
     """
     if private and push_to_hub is None:
         raise InvalidInputError(

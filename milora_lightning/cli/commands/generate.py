@@ -32,7 +32,7 @@ from milora_lightning.utils.folders import check_file
 from milora_lightning.utils.messages import inform
 from milora_lightning.utils.printable import printable
 
-WINDOW = 16  # number of batches within which prompts are sorted by length; then their answers are written
+WINDOW = 16  # number of batches within which prompts are sorted by length, before their answers are written
 
 
 def generate(
@@ -55,7 +55,7 @@ def generate(
     dtype: DtypeName | None = None,
     device: str | None = None,
 ) -> None:
-    """Answer prompts in the prompt template that the model was trained with.
+    """Answer prompts with the prompt template of the model's training.
 
     Args:
         ckpt_path: Checkpoint written by ``fit``: a file, or the folder of a sharded run.
@@ -65,9 +65,9 @@ def generate(
         input: Or a file of prompts, ``-`` for standard input: one in each line, or JSON lines with ``prompt``,
             ``instruction`` (and ``input``), ``question`` or ``messages`` (and ``tools``).
         output: File to write; by default standard output.
-        format: ``text`` for the answers alone, an empty line between them; ``jsonl`` for the fields of each prompt with
-            its answer as ``generation``. By default ``jsonl`` where ``output`` ends in ``.jsonl``.
-        system: System message of each conversation that has none.
+        format: ``text`` for just the answers, separated by empty lines; ``jsonl`` for the fields of each prompt with
+            its answer as ``generation``. By default ``jsonl`` if ``output`` ends in ``.jsonl``.
+        system: System message for conversations that have none.
         max_new_tokens: Length limit of answers.
         temperature: Sampling temperature; 0 always takes the likeliest token.
         top_p: Sample from the smallest set of likeliest tokens whose probabilities sum to this.
@@ -75,9 +75,9 @@ def generate(
         num_return_sequences: Number of answers to each prompt.
         seed: Seed for sampling.
         batch_size: Number of prompts answered together; prompts of similar length are grouped.
-        template: Prompt template, in place of that of training: ``alpaca``, ``chat``, ``plain`` or the path of a Jinja
+        template: Prompt template, instead of that of training: ``alpaca``, ``chat``, ``plain`` or the path of a Jinja
             file.
-        name_or_path: Where the base model is now; by default where it was in training.
+        name_or_path: The current location of the base model; by default that of training.
         dtype: Dtype of the base weights, as for model.dtype; by default that of training.
         device: Device to compute on, such as ``cpu`` or ``cuda:1``; by default the accelerator, if there is one.
     """

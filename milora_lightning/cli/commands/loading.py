@@ -1,4 +1,4 @@
-"""Loading a model, for all commands that need one."""
+"""Loading a model for commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from milora_lightning.utils.notices import leave_out_bars
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Within this context, show on a terminal that a model is being loaded, and nothing in a file or a pipe.
+    """Within this context, show on a terminal (not in a file or a pipe) that a model is being loaded.
 
     This replaces progress bars of other libraries, which stay on the terminal and write control characters to files.
     """
@@ -35,7 +35,7 @@ def load_to_ask(
     dtype: DtypeName | None,
     device: str | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model that one of two options names; see :func:`milora_lightning.load_for_inference`.
+    """Load the model named by one of two options; see :func:`milora_lightning.load_for_inference`.
 
     Raises:
         ValueError: If none or both of the options are given, or no prompt template is known.

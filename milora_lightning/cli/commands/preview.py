@@ -87,7 +87,7 @@ def planned(cli: MiLoRACLI) -> Any:
 
 
 def shown(example: dict[str, Any], tokenizer: Any, most: int, colours: bool) -> Text:
-    """Format an example as text, with learned tokens in colour or between marks.
+    """Format an example as text, with learned tokens in colour or between marks «».
 
     Args:
         example: A tokenized example.
@@ -112,7 +112,7 @@ def shown(example: dict[str, Any], tokenizer: Any, most: int, colours: bool) -> 
 
 
 def has_colours(console: Console) -> bool:
-    """Tell whether a console shows colours: a terminal need not, as with ``NO_COLOR`` or ``TERM=dumb``."""
+    """Return whether a console shows colours; terminals may not, for example with ``NO_COLOR`` or ``TERM=dumb``."""
     return console.is_terminal and console.color_system is not None and not console.no_color
 
 
@@ -157,12 +157,12 @@ def epoch(data: SFTDataModule) -> list[list[int]]:
     loader = data.epoch()
     rows = loader.dataset.source if isinstance(loader.dataset, Batches) else loader.dataset
     lengths = getattr(rows, "lengths", None) or data.examples("train")["length"][:]
-    batches: Any = loader.batch_sampler or loader.sampler  # by number of examples, or by number of tokens
+    batches: Any = loader.batch_sampler or loader.sampler  # batches by number of examples, or by number of tokens
     return [[lengths[i] for i in batch] for batch in batches]
 
 
 def shape(data: SFTDataModule, batch: Sequence[int]) -> tuple[int, int]:
-    """Return the number of rows and the padded length of a batch, given the lengths of its rows before."""
+    """Return the number of rows and the padded length of a batch, given the lengths of its rows before padding."""
     rows = [sum(batch)] if data.has_one_row() else batch
     return len(rows), round_up(max(rows), data.pad_to_multiple_of)
 

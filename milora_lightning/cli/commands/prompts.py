@@ -1,4 +1,4 @@
-"""The prompts that ``generate`` answers: lines of text, or rows as training data have them."""
+"""The prompts for ``generate``: lines of text, or rows in the formats of training data."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from milora_lightning.data.reading.values import as_text
 from milora_lightning.utils.errors import InvalidInputError, MissingFileError
 
 PROMPTS = ("prompt", "instruction", "question", "query", "problem")
-"""Fields of a row that may hold the prompt, in any case; the first that is there does."""
+"""Fields of a row that may contain the prompt, case-insensitively; the first one present is used."""
 
 
 def read_prompts(name: str) -> Iterator[dict[str, Any]]:
     """Read the prompts of a file, or of standard input.
 
     Args:
-        name: A file of data as ``fit`` reads them, but for texts; or another file or ``-``, which hold a prompt in
-            each line, JSON lines, or a JSON array of objects.
+        name: A data file in a format of ``fit`` other than plain text; or another file or ``-`` with a prompt in each
+            line, JSON lines, or a JSON array of objects.
 
     Yields:
         Rows, with a ``prompt`` for a line of text.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If there is no prompt, or a line is no JSON object where the first is one.
+        ValueError: If there is no prompt, or a line is not a JSON object although the first one is.
     """
     path = Path(name).expanduser()
     number = 0
@@ -68,7 +68,7 @@ def _rows_of_text(text: str, name: str) -> Iterator[dict[str, Any]]:
     if isinstance(array, list) and array and all(isinstance(row, dict) for row in array):
         yield from array
         return
-    # Not splitlines, which breaks lines at characters that JSON and texts may hold.
+    # Not splitlines, which also splits at characters that JSON and texts may contain.
     lines = [line for line in text.split("\n") if line.strip()]
     as_json = bool(lines) and isinstance(_parsed(lines[0]), dict)
     for number, line in enumerate(lines, 1):
@@ -81,13 +81,13 @@ def _rows_of_text(text: str, name: str) -> Iterator[dict[str, Any]]:
 
 
 def conversation(row: dict[str, Any], system: str, tokenizer: PreTrainedTokenizerBase) -> list[Message]:
-    """Return the conversation that a row asks to go on.
+    """Return the conversation of a row that is to be continued.
 
     Args:
-        row: With ``messages`` or ``conversations``, whose last answer is left out, or with one of ``PROMPTS``, and
-            ``input`` or not; with ``system`` or not.
-        system: System message where the row has none; may be empty.
-        tokenizer: What writes the messages.
+        row: A row with ``messages`` or ``conversations``, without its last answer, or with one of ``PROMPTS`` and
+            optionally ``input``; optionally with ``system``.
+        system: System message if the row has none; may be empty.
+        tokenizer: The tokenizer that formats the messages.
 
     Raises:
         ValueError: If there is nothing to ask.
@@ -114,14 +114,14 @@ def conversation(row: dict[str, Any], system: str, tokenizer: PreTrainedTokenize
 
 
 def tools_of(row: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Return the tools of a row, descriptions of functions; None if it has none."""
+    """Return the tools of a row (descriptions of functions); None if it has none."""
     field = _field(row, OTHERS["tools"])
     written = read_tools(row[field], field) if field else ""
     return json.loads(written) if written else None
 
 
 def _field(row: dict[str, Any], names: tuple[str, ...]) -> str | None:
-    """Return the first of some fields that holds something."""
+    """Return the first of several fields that is not empty."""
     filled = {key.lower(): key for key in row if is_filled(row[key])}
     return next((filled[name] for name in names if name in filled), None)
 

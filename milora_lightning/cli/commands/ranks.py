@@ -1,4 +1,4 @@
-"""``ranks``: chooses the rank of each layer by the energy of what it would train, and writes an overlay."""
+"""``ranks``: chooses the rank of each layer by the energy of the slice it would train, and writes an overlay."""
 
 from __future__ import annotations
 
@@ -32,15 +32,16 @@ class RanksCLI(MiLoRACLI):
 
 
 def ranks(fit: Sequence[str], output: str, slice: Which | None = None, most: int | None = None) -> None:
-    """Choose the rank of each layer, so that what trains holds the same share of ‖W‖² in all of them.
+    """Choose the rank of each layer such that the trained slice has the same share of ‖W‖² in all of them.
 
-    Takes the options of fit. The ranks add up to what equal ranks, adapter.r, would. Writes adapter.rank_pattern to a
-    YAML file, an overlay: fit --config mine.yaml --config ranks.yaml.
+    Takes the options of fit. The ranks have the same sum as equal ranks adapter.r. Writes adapter.rank_pattern to a
+    YAML file that is used as an overlay: fit --config mine.yaml --config ranks.yaml.
 
     Args:
         fit: Options of ``fit``.
         output: The YAML file to write.
-        slice: Whether adapters start at the minor or the principal singular triplets; by default as adapter.init says.
+        slice: Whether adapters start at the minor or the principal singular triplets; by default according to
+            adapter.init.
         most: The largest rank; by default four times adapter.r.
     """
     path = Path(output).expanduser()
@@ -59,7 +60,7 @@ def ranks(fit: Sequence[str], output: str, slice: Which | None = None, most: int
         raise InvalidInputError(f"most={most} is less than the mean rank, adapter.r={config.r}: raise it.")
     with loading():
         model: Any = cli.model.load_model()
-    inject(model, replace(config, init="lora", alpha_pattern={}))  # the cheapest: nothing is decomposed
+    inject(model, replace(config, init="lora", alpha_pattern={}))  # the cheapest start: nothing is decomposed
     found = rank_pattern(model, config.r, slice or default_slice(config), most)
     overlay: dict[str, Any] = {"rank_pattern": found}
     if (config.lora_alpha is not None or config.alpha_pattern) and not config.use_rslora:

@@ -1,4 +1,4 @@
-"""Calls the function of a command with the options on the command line."""
+"""Calling the function of a command with the options on the command line."""
 
 from __future__ import annotations
 

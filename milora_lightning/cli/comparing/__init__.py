@@ -1,1 +1,1 @@
-"""Runs the runs of a comparison, one after the other or side by side."""
+"""Training the runs of a comparison, one after the other or in parallel."""

@@ -1,4 +1,4 @@
-"""What is recorded in a run of a comparison: results at every validation, and what they are averages of."""
+"""Recording the results of a run of a comparison at every validation, averaged and for single examples."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class MeasuredModule(CausalLMModule):
     _validates = False  # other evaluations of the loss, such as for the statistics of a start, need its gradient
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the previous validation."""
+        """Discard the previous validation."""
         super().on_validation_epoch_start()
         self.losses, self.scores = [], []
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Compute the loss as in any run; in validation, example by example."""
+        """Compute the loss as usual; in validation, separately for each example."""
         if not self._validates:
             return super().loss(batch)
         losses, tokens = row_losses(self._built(), batch["input_ids"], batch["labels"], **batch.get(IMAGES, {}))
@@ -45,7 +45,7 @@ class MeasuredModule(CausalLMModule):
         return losses.sum(), tokens.sum()
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Answers | None:
-        """Do what any run does, and judge every answer by itself."""
+        """Do the usual validation step, and judge each answer separately."""
         self._validates = True
         try:
             answers = super().validation_step(batch, batch_idx, dataloader_idx)
@@ -73,7 +73,7 @@ class Trajectory(Callback):
 
     Attributes:
         rows: The results.
-        kept: By the name of a result, what it is the average of.
+        kept: By name of a result, its values on single examples.
     """
 
     def __init__(self) -> None:
@@ -113,7 +113,7 @@ class Trajectory(Callback):
 
     @property
     def kept(self) -> dict[str, Examples]:
-        """What results are averages of, in the order of the data."""
+        """The values of results on single examples, in the order of the data."""
         return {name: self._collected(name) for name in self._measured}
 
     def _keep_validation(self, trainer: Trainer, module: MeasuredModule) -> None:

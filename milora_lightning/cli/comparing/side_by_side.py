@@ -1,4 +1,4 @@
-"""Trains runs of a comparison side by side, in processes that each have a device."""
+"""Training runs of a comparison in parallel, in processes that each have a device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from milora_lightning.utils.errors import InvalidInputError
 
 WORKER = [sys.executable, "-m", "milora_lightning.cli.comparing.worker"]
 LOGS, LOG = "logs", "log.txt"
-"""The folder of what unfinished runs print, and its name in the folder of a finished run."""
+"""The folder for the output of unfinished runs, and the name of that output in a finished run's folder."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Worker:
     process: subprocess.Popen[str] | None = None
 
     def train(self, job: dict[str, Any]) -> str | None:
-        """Have a run trained; return why it failed, or None."""
+        """Train a run in this process; return the reason if it failed, or None."""
         if self.process is None or self.process.poll() is not None:
             self.process = subprocess.Popen(
                 WORKER,
@@ -43,7 +43,7 @@ class Worker:
                 stderr=subprocess.DEVNULL,
                 text=True,
                 env={**os.environ, **self.environment},
-                start_new_session=True,  # Ctrl-C reaches the comparison alone, which ends its workers
+                start_new_session=True,  # Ctrl-C reaches only the comparison, which ends its workers
             )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -74,11 +74,11 @@ class Worker:
 
 
 def environments(parallel: int, gpus: Sequence[str], cores: int) -> list[dict[str, str]]:
-    """Share GPUs, or CPU cores, out among processes.
+    """Distribute GPUs or CPU cores over processes.
 
     Args:
         parallel: The number of processes.
-        gpus: The GPUs, as CUDA_VISIBLE_DEVICES names them.
+        gpus: The GPUs, named as in CUDA_VISIBLE_DEVICES.
         cores: The number of CPU cores.
 
     Returns:
@@ -95,7 +95,7 @@ def environments(parallel: int, gpus: Sequence[str], cores: int) -> list[dict[st
 
 
 def visible_gpus() -> list[str]:
-    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs that this process may use, named as in CUDA_VISIBLE_DEVICES."""
     count = torch.cuda.device_count()
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return named[:count] if named else [str(number) for number in range(count)]
@@ -104,7 +104,7 @@ def visible_gpus() -> list[str]:
 def train_side_by_side(comparison: Comparison, runs: Sequence[Run], what: str, save: bool, parallel: int) -> None:
     """Train runs, several at a time.
 
-    A line is printed for each run when it is finished. What a run prints itself goes to ``log.txt`` in its folder.
+    A line is printed for each finished run. The output of a run goes to ``log.txt`` in its folder.
 
     Raises:
         ValueError: If runs failed, once all others are finished.
@@ -147,7 +147,7 @@ def train_side_by_side(comparison: Comparison, runs: Sequence[Run], what: str, s
         for thread in threads:
             thread.start()
         for thread in threads:
-            while thread.is_alive():  # with a timeout, as Ctrl-C would not be heard otherwise
+            while thread.is_alive():  # with a timeout, as otherwise Ctrl-C would not be handled
                 thread.join(0.2)
     finally:
         while not left.empty():
@@ -182,7 +182,7 @@ def _work(
                 collect(run)
         except (OSError, InvalidInputError) as error:
             reason = str(error)
-        except Exception as error:  # a thread that ended here would leave its run out without a word
+        except Exception as error:  # otherwise the thread would end and silently skip its run
             reason = f"{type(error).__name__}: {error}"
         finish(run, reason)
 

@@ -1,4 +1,4 @@
-"""One run of a comparison: its command line, and its folder."""
+"""A single run of a comparison: its command line and its folder."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class RunCLI(MiLoRACLI):
         return trainer
 
     def fit(self) -> Trajectory:
-        """Train, and return what has been measured; the last row is from the end of training."""
+        """Train, and return the measurements; the last row is from the end of training."""
         seed_everything(self.config.seed_everything, workers=True, verbose=False)
         super().instantiate_classes()
         self.trainer.fit(self.model, self.datamodule)
@@ -70,7 +70,7 @@ class Comparison:
 
     Args:
         fit: Options of ``fit`` that all runs share.
-        methods: The options that make each method, by its name.
+        methods: The options of each method, by its name.
         output: Folder in which each run gets a folder.
     """
 
@@ -86,7 +86,7 @@ class Comparison:
             f"--seed_everything={run.seed}",
             f"--data.seed={run.seed}",
             f"--model.optimizer.lr={run.learning_rate}",
-            "--model.learning_rate=null",  # it would override the optimizer's
+            "--model.learning_rate=null",  # it would override the optimizer's rate
             "--trainer.num_sanity_val_steps=-1",
         ]
         return RunCLI([*self.fit, *own])
@@ -101,10 +101,10 @@ class Comparison:
         for run in runs:
             folder = self.output / run.name
             if run.method in parsed and not folder.is_dir():
-                continue  # it differs only by two numbers from one that has been parsed
+                continue  # it differs only in two numbers from one that has been parsed
             cli = self.parse(run)
             if (init := cli.config.adapter.init) != "full":
-                find_start(init)  # now, and not when this run begins
+                find_start(init)  # fail now rather than when this run begins
             settings = _settings(cli)
             parsed.add(run.method)
             if folder.is_dir():
@@ -116,7 +116,7 @@ class Comparison:
                     )
 
     def train(self, run: Run, save: bool) -> None:
-        """Train a run and write its folder; with ``save``, keep its adapters."""
+        """Train a run and write its folder, including its adapters if ``save`` is set."""
         cli = self.parse(run)
         with new_folder(self.output / run.name) as folder:
             trajectory = cli.fit()
@@ -130,7 +130,7 @@ class Comparison:
 
 
 def method_options(method: str) -> list[str]:
-    """Return the options that make a method: an overlay, or a start.
+    """Return the options of a method, which is an overlay or a start.
 
     >>> method_options("pissa"), method_options("mine.yaml"), method_options("gaussian x minor")
     (['--config', 'method/pissa.yaml'], ['--config', 'mine.yaml'], ['--adapter.init', 'gaussian x minor'])

@@ -1,4 +1,4 @@
-"""Trains the runs of one stage of a comparison."""
+"""Training the runs of one stage of a comparison."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def train_all(comparison: Comparison, runs: Sequence[Run], what: str, save: bool
 
     Args:
         comparison: Trains a run.
-        runs: Runs; those that have results are left out.
+        runs: Runs; those that have results are skipped.
         what: The name of the stage.
         save: Whether to keep adapters.
-        parallel: How many runs go side by side; None for one on each GPU.
+        parallel: Number of runs at a time; None for one per GPU.
     """
     pending = [run for run in runs if not run.rows]
     at_once = max(1, torch.cuda.device_count()) if parallel is None else parallel

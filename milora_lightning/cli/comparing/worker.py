@@ -1,6 +1,6 @@
 """A process that trains runs of a comparison: it reads jobs from its standard input, and answers on standard output.
 
-Both are lines of JSON. Whatever a run prints goes to a file of its own.
+Both are lines of JSON. The output of each run goes to a separate file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 
 def main() -> None:
-    """Train runs until there are no more jobs; end at once if the comparison that gives them ends."""
+    """Train runs until there are no more jobs; exit at once if the comparison ends."""
     answers = os.fdopen(os.dup(1), "w")
     jobs: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_receive, args=(jobs,), daemon=True).start()
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def _train(job: dict[str, Any]) -> str | None:
-    """Train one run; return the sentence that says why it failed, or None."""
+    """Train one run; return a sentence with the reason if it failed, or None."""
     from milora_lightning.cli.comparing.single import Comparison
     from milora_lightning.comparison.runs import Run
     from milora_lightning.utils.errors import sentence

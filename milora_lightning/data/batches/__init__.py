@@ -1,1 +1,1 @@
-"""Which examples make a batch, in which order, on which rank, and as which tensors."""
+"""Batches: choosing, ordering and distributing examples, and collating them to tensors."""

@@ -39,7 +39,7 @@ class PaddedDataset(Dataset[Example]):
 
 
 class Collator:
-    """Makes batches to compute the loss on.
+    """Collates examples to batches for computing the loss.
 
     Args:
         pad_token_id: Id of the padding token.
@@ -80,7 +80,7 @@ class Collator:
 
 
 class PromptCollator:
-    """Makes batches of prompts to generate from; the key ``reference`` distinguishes them from loss batches.
+    """Collates prompts for generation; the key ``reference`` distinguishes these batches from loss batches.
 
     Args:
         pad_token_id: Id of the padding token.

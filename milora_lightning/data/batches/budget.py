@@ -1,4 +1,4 @@
-"""Batches by a budget of tokens: as many examples in each as fit."""
+"""Batches by a token budget: each has as many examples as fit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from milora_lightning.utils.errors import InvalidInputError
 
 
 class Batches(Dataset[list[Any]]):
-    """The rows of a data set, a list of them at a time.
+    """The rows of a data set, accessed by lists of indices.
 
     Args:
         rows: The data set.
@@ -35,16 +35,16 @@ class Batches(Dataset[list[Any]]):
 
 
 def places_of_batches(sizes: Sequence[int], max_tokens: int, padded: bool) -> list[list[int]]:
-    """Divide rows into batches of at most so many tokens.
+    """Divide rows into batches of at most ``max_tokens`` tokens.
 
     Args:
         sizes: Number of tokens of each row, longest first; at most ``max_tokens`` each.
         max_tokens: Maximum number of tokens in a batch.
-        padded: Whether rows are padded to the longest of their batch. Then each batch has neighbours in length;
-            otherwise a batch of any rows, chosen to fill it.
+        padded: Whether rows are padded to the longest of their batch. Then a batch consists of rows of similar length;
+            otherwise of any rows that fill it.
 
     Returns:
-        For each batch the places of its rows among the sizes.
+        For each batch the indices of its rows in ``sizes``.
 
     >>> places_of_batches([5, 3, 2, 2, 1], 6, padded=True), places_of_batches([5, 3, 2, 2, 1], 6, padded=False)
     ([[0], [1, 2], [3, 4]], [[0], [1, 2, 4], [3]])
@@ -60,12 +60,12 @@ def places_of_batches(sizes: Sequence[int], max_tokens: int, padded: bool) -> li
 
 
 class TokenBudgetSampler(ResumableSampler):
-    """Batches of at most so many tokens on each rank, in another order in each epoch, and every example once.
+    """Batches with at most ``max_tokens`` tokens per rank, in a different order in each epoch, with every example once.
 
-    Each epoch has the same number of batches, of the same lengths; which of the examples of a length are in which of
-    them changes. An epoch is resumed where it was, with any number of ranks, because its position is counted in
-    batches, and the batches do not depend on the ranks. If their number is not a multiple of the ranks, the last ones
-    are divided; only where fewer examples than ranks are left, some come twice.
+    Each epoch has the same number of batches with the same lengths, but examples of equal length are distributed over
+    them differently. An epoch can be resumed at its position with any number of ranks, because the position is counted
+    in batches, and batches do not depend on the ranks. If their number is not a multiple of the ranks, the last ones
+    are split; only if fewer examples than ranks are left, some are repeated.
 
     Args:
         resumption: Keeps the position to start from.
@@ -76,7 +76,7 @@ class TokenBudgetSampler(ResumableSampler):
         options: As for :class:`LengthGroupedSampler`.
 
     Raises:
-        ValueError: If an example is longer than a batch may be.
+        ValueError: If an example is longer than a batch.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class TokenBudgetSampler(ResumableSampler):
         order = super().order(start)
         ranks = start.global_batch
         if ranks > 1 and len(order) % ranks:
-            # What the ranks have to divide at the end holds an example for each of them.
+            # The batches to be split at the end have an example for each rank.
             counts = np.asarray([len(self.places[index]) for index in order])
             enough = np.flatnonzero(counts >= min(ranks, counts.max()))
             chosen = np.random.default_rng((start.seed, start.epoch, 2)).choice(enough)
@@ -139,7 +139,7 @@ class OverfittingBudgetSampler(TokenBudgetSampler, SequentialSampler):
 
 
 def _divided(batches: list[list[int]], number: int) -> list[list[int]]:
-    """Divide batches into so many, unless there are none; a batch of one example is repeated.
+    """Split batches until there are ``number`` of them, unless there are none; a batch of one example is repeated.
 
     >>> _divided([[1, 2, 3], [4]], 3), _divided([[4]], 2)
     ([[4], [1, 2], [3]], [[4], [4]])

@@ -13,13 +13,13 @@ from milora_lightning.data.tokenizing import padding_id
 
 
 class ChoiceCollator:
-    """Makes batches of prompts with every choice as a response, to choose answers by their likelihood.
+    """Collates prompts with every choice as a response, to choose answers by their likelihood.
 
     Args:
         tokenizer: The tokenizer of the prompts.
         choices: Returns the possible responses to a prompt.
         pad_to_multiple_of: Lengths are rounded up to a multiple of this.
-        chat: The chat template that the prompts are written in; None for a prompt template such as ``"alpaca"``.
+        chat: The chat template of the prompts; None for a prompt template such as ``"alpaca"``.
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class ChoiceCollator:
             examples: As for :class:`PromptCollator`.
 
         Returns:
-            What :class:`PromptCollator` returns, ``choices`` (a list for each example), and ``responses``: what
-            :class:`Collator` returns, with one row for each choice of each example.
+            The batch of :class:`PromptCollator`, ``choices`` (a list for each example), and ``responses``, a batch of
+            :class:`Collator` with one row for each choice of each example.
         """
         batch = self.prompts(examples)
         choices = [self.choices(example["instruction"]) for example in examples]

@@ -1,4 +1,4 @@
-"""Images in batches: where a text has one placeholder, the model reads as many as the image has features."""
+"""Images in batches: the one placeholder in a text is repeated for each feature of the image."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn
 
 IMAGES = "images"
-"""Key of a batch for what the model takes besides tokens; absent from a batch without images."""
+"""Key of a batch for model inputs other than tokens; absent from a batch without images."""
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
 class ImageCollator:
-    """Makes batches of examples with and without images.
+    """Collates examples with and without images.
 
-    The images of a batch are read when it is made, by the workers that load data. Each example has one image at most.
+    Images are read when a batch is collated, by the workers that load data. Each example has at most one image.
 
     Args:
-        collator: Makes the batch of tokens.
+        collator: Collates the tokens.
         processor: The model's processor.
     """
 
@@ -38,7 +38,7 @@ class ImageCollator:
         """Collate examples.
 
         Args:
-            examples: As the collator of tokens takes them, with the path of an ``image``, which may be empty.
+            examples: As for the collator of tokens, with the path of an ``image``, which may be empty.
 
         Returns:
             Its batch, whose rows have a placeholder for each feature of their image; and ``images``, a dict with
@@ -91,7 +91,7 @@ def with_placeholders(example: Example, placeholder: int, number: int) -> Exampl
 
 
 def with_their_images(encoded: datasets.Dataset, processor: ProcessorMixin, split: str) -> datasets.Dataset:
-    """Leave out examples that have lost their image by being truncated, with a warning.
+    """Drop examples that have lost their image by truncation, with a warning.
 
     Args:
         encoded: Tokenized examples.

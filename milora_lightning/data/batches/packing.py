@@ -1,4 +1,4 @@
-"""Packing of several examples into one row, kept apart in attention by positions that restart at 0."""
+"""Packing several examples into one row; positions that restart at 0 keep them apart in attention."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def pack_sorted(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     """Pack sizes that come in descending order; see :func:`pack`.
 
     Returns:
-        For each row the places of its members among the sizes.
+        For each row the indices of its members in ``sizes``.
 
     >>> pack_sorted([5, 4, 3, 2, 1], 6)
     [[0, 4], [1, 3], [2]]
@@ -92,14 +92,14 @@ class PackedDataset(Dataset[list[Example]]):
 
 
 class PackingCollator:
-    """Makes training batches of rows that several examples share.
+    """Collates training batches of rows that several examples share.
 
     There is no attention mask: with one, models of transformers would treat a row as a single example.
 
     Args:
         pad_token_id: Id of the padding token.
         pad_to_multiple_of: Lengths are rounded up to a multiple of this.
-        one_row: Lay the examples of a whole batch out in a single row, which has no padding but at its end.
+        one_row: Put the examples of a whole batch into a single row, with padding only at its end.
 
     >>> row = [{"input_ids": [5, 6, 7], "spans": [0, 3]}, {"input_ids": [8, 9], "spans": [1, 2]}]
     >>> batch = PackingCollator(pad_token_id=0)([row])
@@ -127,7 +127,7 @@ class PackingCollator:
             ``input_ids``, ``labels`` and ``position_ids``, int64 of shape (batch, length), and ``lengths`` (batch,),
             the number of tokens in each row without padding. Positions restart at 0 with each example and with the
             padding. The first token of an example has no label, since no token in the row should predict it. A single
-            row also comes with ``cu_seq_lens``, int32, the places where examples and padding begin, and where the row
+            row also comes with ``cu_seq_lens``, int32, the positions where examples and padding begin and where the row
             ends; and with ``max_length``, the length of the longest of them.
         """
         grouped: list[Sequence[Example]] = [[row] if isinstance(row, Mapping) else row for row in rows]

@@ -25,20 +25,20 @@ from milora_lightning.utils.compat.lightning import checkpoint_being_loaded
 from milora_lightning.utils.messages import warn
 
 UNDONE = "undone"
-"""The entry of the state that says how many batches have been accumulated since the last step."""
+"""Entry of the state with the number of batches accumulated since the last step."""
 
 
 class AccumulatedFrom(int):
-    """A number of batches to accumulate in an epoch whose steps are counted from one of its batches on.
+    """A number of batches to accumulate, in an epoch whose steps are counted from one of its batches.
 
-    Lightning steps where the batches so far, divided by this number, leave no rest.
+    Lightning makes a step if the number of batches so far is divisible by this number.
 
     >>> [batch for batch in range(5, 12) if batch % AccumulatedFrom(3, 4) == 0]
     [7, 10]
     """
 
     def __new__(cls, batches: int, start: int) -> AccumulatedFrom:
-        """Count from a number of batches on."""
+        """Count from the batch with index ``start``."""
         number = super().__new__(cls, batches)
         number._start = start
         return number
@@ -46,7 +46,7 @@ class AccumulatedFrom(int):
     _start: int
 
     def __rmod__(self, count: int) -> int:
-        """Return how many batches have come after the last step."""
+        """Return the number of batches since the last step."""
         return (count - self._start) % int(self)
 
 
@@ -56,7 +56,7 @@ def epoch_loop(trainer: Any) -> Any:
 
 
 def batches_since_step(trainer: Any) -> int:
-    """Return how many batches a Trainer has accumulated, in fit, since its last step; 0 if there is none."""
+    """Return the number of batches accumulated by a Trainer in ``fit`` since its last step; 0 without a Trainer."""
     if (loop := epoch_loop(trainer)) is None:
         return 0
     count = loop.batch_progress
@@ -85,7 +85,7 @@ class Resumption:
         """Start a run that is not resumed, unless a state is loaded afterwards."""
         self._saved: dict[str, Any] | None = None
         self._continues = False  # whether Lightning continues in the middle of its current epoch
-        self._shift = 0  # from Lightning's epoch to that of the order; some restarts increment Lightning's
+        self._shift = 0  # from Lightning's epoch number to that of the order; some restarts increment Lightning's
         self._begun: tuple[ResumableSampler, int, Position, int] | None = None
 
     def state_dict(self) -> dict[str, Any] | None:
@@ -125,7 +125,7 @@ class Resumption:
         if loop is None or not loop.restarting or self._begun is not None:
             return
         count, batches = loop.batch_progress, loop.trainer.num_training_batches
-        if self._saved is None:  # a checkpoint that counts batches alone
+        if self._saved is None:  # a checkpoint that counts only batches
             left = 0 if count.is_last_batch else (batches - count.current.processed) * sampler.global_batch
             self._continues = count.current.processed > 0 and left > 0
         else:
@@ -166,7 +166,7 @@ class Resumption:
         return start
 
     def count_from_start(self) -> None:
-        """Have the Trainer count the batches of a step from the start of an epoch again, where it does not."""
+        """Make the Trainer count the batches of a step from the start of an epoch again."""
         trainer = self._owner.trainer
         if isinstance(getattr(trainer, "accumulate_grad_batches", None), AccumulatedFrom):
             trainer.accumulate_grad_batches = int(trainer.accumulate_grad_batches)  # type: ignore[union-attr]
@@ -236,7 +236,7 @@ def position(state: dict[str, Any]) -> Position:
 
 
 def _digest(lengths: Sequence[int] | Indices) -> str:
-    """Hash what the order of the data depends on: the number and lengths of the examples."""
+    """Hash the number and lengths of the examples, on which the order depends."""
     return hashlib.sha256(np.asarray(lengths, dtype=np.int64).tobytes()).hexdigest()[:16]
 
 

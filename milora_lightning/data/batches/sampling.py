@@ -23,8 +23,8 @@ class Position:
     Attributes:
         epoch: Epoch of the order.
         seed: Seed of the order.
-        global_batch: Examples by which the order is grouped: those of a batch over all ranks, or of an optimizer step
-            where their number is given.
+        global_batch: Group size of the order: the examples of a batch over all ranks, or of an optimizer step if their
+            number is given.
         consumed: Number of examples of the order that have been trained on.
         end: Number of examples after which the epoch ends; None if it covers all data.
         group_by_length: Whether the examples of a batch have similar lengths.
@@ -79,12 +79,12 @@ def training_order(
     shuffle: bool = True,
     group_by_length: bool = True,
 ) -> Indices:
-    """Order examples as :func:`grouped_order` does, or, if not grouped, uniformly at random.
+    """Order examples as :func:`grouped_order` or, if not grouped, uniformly at random.
 
     Args:
         lengths: Length of each example in tokens.
         seed: Seed of the order.
-        epoch: Number of the epoch; each has another order.
+        epoch: Number of the epoch; each has a different order.
         global_batch: Number of examples in a batch over all ranks.
         shuffle: Whether the order is random.
         group_by_length: Whether examples of similar lengths share a batch.
@@ -92,7 +92,7 @@ def training_order(
     >>> [sorted(training_order([3, 1, 2], 0, epoch, 1, group_by_length=False).tolist()) for epoch in (0, 1)]
     [[0, 1, 2], [0, 1, 2]]
     """
-    # Sorting is stable: examples that are all alike keep the order in which they were drawn.
+    # Sorting is stable: with equal lengths, examples keep the order in which they were drawn.
     return grouped_order(
         lengths if group_by_length else np.zeros(len(lengths), np.int64), seed, epoch, global_batch, shuffle
     )

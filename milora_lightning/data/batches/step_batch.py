@@ -1,4 +1,4 @@
-"""The examples of an optimizer step, shared out among devices and accumulated batches."""
+"""The examples of an optimizer step, distributed over devices and accumulated batches."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class StepBatch:
 
     @property
     def in_words(self) -> str:
-        """What a step consists of.
+        """The composition of a step.
 
         >>> StepBatch(8, 4, 2).in_words, StepBatch(1, 16, 1).in_words
         ('64 examples a step = 8 devices x 4 examples x 2 accumulated batches', '16 examples a step')
@@ -54,15 +54,15 @@ class StepBatch:
 
 
 def share_out(examples: int, most: int, devices: int) -> StepBatch:
-    """Share out the examples of an optimizer step, in as few batches as fit on a device.
+    """Distribute the examples of an optimizer step over devices, in as few batches as possible.
 
     Args:
         examples: Examples in a step.
-        most: Most examples in a batch of one device.
+        most: Maximum number of examples in a batch of one device.
         devices: Number of devices.
 
     Raises:
-        ValueError: If the devices cannot all get equally many.
+        ValueError: If the devices cannot get equally many.
 
     >>> share_out(64, 4, 8), share_out(12, 8, 1)
     (StepBatch(devices=8, examples=4, accumulated=2), StepBatch(devices=1, examples=6, accumulated=2))
@@ -86,35 +86,35 @@ use 4 devices (trainer.devices), or a multiple of 6, such as 12 or 18.
 
 @dataclass
 class _Record:
-    """Values of a Trainer's options by name: what the user asked for, and what took its place."""
+    """Values of a Trainer's options by name: the user's, and those that replace them."""
 
     asked: dict[str, Any] = field(default_factory=dict)
     set: dict[str, Any] = field(default_factory=dict)
 
 
 _KEPT = "milora_step_options"
-"""The attribute of a Trainer that holds its record."""
+"""Attribute of a Trainer with its record."""
 
 
 class StepOptions:
-    """A Trainer's options that count batches, where the number of examples in an optimizer step is given.
+    """Conversion of a Trainer's options that count batches, if the number of examples in an optimizer step is given.
 
-    The Trainer accumulates as many batches as a step has. Its options that count batches, ``val_check_interval`` and
-    ``limit_train_batches``, then count steps: those of a batch as large as the step, so that they mean the same on any
-    number of devices. What was asked for is kept, because a Trainer may fit several times, with other data as well.
+    The Trainer accumulates as many batches as a step has. The options ``val_check_interval`` and
+    ``limit_train_batches`` then count steps instead of batches, so that they mean the same on any number of devices.
+    The user's values are remembered, because a Trainer may fit several times, possibly with other data.
     """
 
     def restore(self, trainer: Trainer) -> None:
-        """Give a Trainer the options that it was asked for, where an earlier run has changed them."""
+        """Restore the user's options of a Trainer if an earlier run has changed them."""
         for name in _record(trainer).set:
             setattr(trainer, name, self._asked_for(trainer, name))
         vars(trainer).pop(_KEPT, None)
 
     def accumulate(self, trainer: Trainer, step: StepBatch) -> None:
-        """Have a Trainer accumulate the batches of a step.
+        """Make a Trainer accumulate the batches of a step.
 
         Raises:
-            ValueError: If it cannot, or other options say otherwise.
+            ValueError: If it cannot, or other options conflict with this.
         """
         asked = self._asked_for(trainer, "accumulate_grad_batches")
         if asked not in (1, step.accumulated):
@@ -140,7 +140,7 @@ class StepOptions:
 
         Args:
             trainer: The Trainer.
-            step: What an optimizer step consists of.
+            step: The composition of an optimizer step.
             rows: Number of examples in an epoch; None if it is not known.
         """
         batches = None if rows is None else math.ceil(rows / step.batch)
@@ -174,7 +174,7 @@ def _record(trainer: Trainer) -> _Record:
 
 
 def in_batches(value: Any, accumulated: int, batches: int | None) -> Any:
-    """Convert a number of optimizer steps, or a fraction of an epoch, to one of batches, in whole steps, at least one.
+    """Convert a number of optimizer steps, or a fraction of an epoch, to batches: whole steps, at least one.
 
     Args:
         value: A number of steps, or as a float a fraction of an epoch; anything else (a time) stays as it is.
@@ -195,17 +195,17 @@ def in_batches(value: Any, accumulated: int, batches: int | None) -> Any:
 
 
 class StepInterval(int):
-    """A number of optimizer steps as the number of their batches, where the last step of an epoch may have fewer.
+    """An interval in optimizer steps, as a number of batches; the last step of an epoch may have fewer batches.
 
-    Lightning validates where the batches so far, divided by the interval, leave no rest. The rest is that of steps: at
-    the end of an epoch the last step counts as a whole one.
+    Lightning validates if the number of batches so far is divisible by the interval. The remainder is computed in steps
+    here, so that an incomplete last step of an epoch counts as a whole one.
 
     >>> [batch for batch in range(1, 7) if batch % StepInterval(1, 4, 6) == 0]
     [4, 6]
     """
 
     def __new__(cls, steps: int, accumulated: int, batches: int | None) -> StepInterval:
-        """Count the batches, which are at most those of an epoch if the steps are."""
+        """Compute the number of batches, limited to an epoch if the steps are."""
         whole = steps * accumulated
         ends = batches is not None and batches < whole < batches + accumulated
         interval = super().__new__(cls, batches if ends and batches is not None else whole)
@@ -217,27 +217,27 @@ class StepInterval(int):
     _batches: int | None
 
     def __rmod__(self, count: int) -> int:
-        """Return how many batches, in whole steps, come after the last multiple of the interval."""
+        """Return the number of batches, in whole steps, since the last multiple of the interval."""
         epochs, rest = divmod(count, self._batches) if self._batches else (0, count)
         steps = math.ceil((self._batches or 0) / self._accumulated)
         return (epochs * steps * self._accumulated + rest) % self._whole
 
     def __deepcopy__(self, memo: Any) -> StepInterval:
-        """Return itself, which does not change."""
+        """Return itself, because it is immutable."""
         return self
 
 
 def continue_with(trainer: Trainer, before: Mapping[str, int], now: StepBatch, streaming: bool) -> None:
     """Continue a run whose steps may have consisted of other batches.
 
-    Warns where a step has another number of examples now. Lightning's counts of batches in the checkpoint that is being
-    loaded are converted to batches of the size that they have now. (That of the current epoch is left to
+    Warns if a step now has a different number of examples. Lightning's counts of batches in the checkpoint being loaded
+    are converted to the present batch size. (The count within the current epoch is left to
     :class:`milora_lightning.data.batches.resuming.Resumption`, unless the data are a stream.)
 
     Args:
         trainer: The Trainer that restores the checkpoint.
         before: ``examples`` of a step, and of a ``batch`` over all devices, when the checkpoint was written.
-        now: What a step consists of now.
+        now: The composition of a step now.
         streaming: Whether the data are a stream.
     """
     if before["examples"] != now.total and not _is_scheduled(trainer):
@@ -248,9 +248,9 @@ def continue_with(trainer: Trainer, before: Mapping[str, int], now: StepBatch, s
     loop = checkpoint_being_loaded(trainer).get("loops", {}).get("fit_loop", {})
     progress = loop.get("epoch_loop.batch_progress", {})
     for counts in (progress.get(part) for part in (("total", "current") if streaming else ("total",))):
-        if counts:  # all by the same number: from their differences Lightning tells when the checkpoint was saved
+        if counts:  # all by the same number: Lightning infers from their differences when the checkpoint was saved
             processed = counts["processed"]
-            if streaming:  # whose batches are as many as the run's steps need, the first of which have been done
+            if streaming:  # a stream has as many batches as the run's steps need, including those already done
                 batches = processed - before.get("undone", 0)
                 if (before["batch"], before["examples"]) != (now.batch, now.total):
                     batches = batches * before["batch"] // before["examples"] * now.accumulated

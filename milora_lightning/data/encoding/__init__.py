@@ -1,1 +1,1 @@
-"""Rows as token ids, in a model's template, with what is to be learned of them."""
+"""Encoding rows as token ids with a prompt or chat template, and marking the tokens to learn."""

@@ -23,7 +23,7 @@ class NotAskableError(InvalidInputError):
 
 
 def check_askable(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that it is known how a model wants to be asked.
+    """Check that the prompt format of a model is known.
 
     Raises:
         NotAskableError: If its tokenizer has no chat template.
@@ -38,12 +38,13 @@ def check_askable(tokenizer: PreTrainedTokenizerBase) -> None:
 def prompt_ids(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]] | None = None
 ) -> list[int]:
-    """Write a conversation in a tokenizer's chat template, up to where the assistant begins.
+    """Format a conversation with a tokenizer's chat template, up to where the assistant begins.
 
     Args:
-        messages: With ``role`` and ``content``. A system message goes before the first user's text where the template
-            refuses it or leaves it out.
-        tokenizer: As :func:`milora_lightning.load_for_inference` returns it: its chat template asks as in training.
+        messages: Messages with ``role`` and ``content``. A system message is put before the first user's text if the
+            template refuses or ignores it.
+        tokenizer: A tokenizer whose chat template is that of training, as :func:`milora_lightning.load_for_inference`
+            returns it.
         tools: Descriptions of functions that the model may call.
 
     Returns:
@@ -69,7 +70,7 @@ def prompt_ids(
 
 
 def _check_is_written(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the templates of prompts, which take whatever is no question for an answer, are given nothing else."""
+    """Check that a prompt template gets only questions and answers; it would take anything else for an answer."""
     others = [m["role"] for m in messages if m["role"] not in ("system", "user", "assistant") or m.get("tool_calls")]
     if others and reads_one_question(str(tokenizer.chat_template)):
         raise NotAskableError("The template of training has no place for tools, their calls and their results.")
@@ -84,19 +85,19 @@ def _write(
                 list(messages), tools=tools and list(tools), tokenize=False, add_generation_prompt=True
             )
         )
-    except Exception as error:  # a template is a program, which raises whatever its expressions do
+    except Exception as error:  # a template is a program, and may raise any error
         roles = ", ".join(message["role"] for message in messages)
         raise NotAskableError(f"The chat template refuses a conversation of the roles {roles}: {error}") from error
 
 
 def messages_for(prompt: str, input: str, system: str, tokenizer: PreTrainedTokenizerBase) -> list[Message]:
-    """Make messages of a prompt, and of an input to it, so that the template writes them as in training.
+    """Convert a prompt and its input to messages that the template formats as in training.
 
     Args:
         prompt: Question or instruction.
         input: Further context; may be empty.
         system: A system message; may be empty.
-        tokenizer: What writes the messages.
+        tokenizer: The tokenizer that formats the messages.
     """
     if input and not system and tokenizer.chat_template and reads_one_question(str(tokenizer.chat_template)):
         return [{"role": "system", "content": prompt}, {"role": "user", "content": input}]
@@ -105,7 +106,7 @@ def messages_for(prompt: str, input: str, system: str, tokenizer: PreTrainedToke
 
 
 def padded(prompts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device) -> dict[str, Tensor]:
-    """Make a batch of prompts: ``input_ids`` and ``attention_mask`` (batch, length), padded on the left."""
+    """Collate prompts to a batch: ``input_ids`` and ``attention_mask`` (batch, length), padded on the left."""
     width = max(map(len, prompts))
     input_ids = torch.tensor([[padding_id(tokenizer)] * (width - len(ids)) + ids for ids in prompts])
     attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
@@ -115,34 +116,34 @@ def padded(prompts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, dev
 def question_batch(
     questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> dict[str, Tensor]:
-    """Make a batch of questions, each asked by itself; see :func:`padded`.
+    """Collate separate questions to a batch; see :func:`padded`.
 
     Raises:
-        NotAskableError: As :func:`prompt_ids`.
+        NotAskableError: As for :func:`prompt_ids`.
     """
     prompts = [prompt_ids([{"role": "user", "content": question}], tokenizer) for question in questions]
     return padded(prompts, tokenizer, device)
 
 
 def room(model: PreTrainedModel, prompt: int, max_new_tokens: int) -> tuple[int, str]:
-    """Return how many tokens an answer may have, and what is to be said of it.
+    """Return how many tokens an answer may have, and a message about it.
 
     Args:
         model: The model.
-        prompt: How many tokens the prompt has.
-        max_new_tokens: How many the answer is to have at most.
+        prompt: Number of tokens of the prompt.
+        max_new_tokens: Maximum number of tokens of the answer.
 
     Returns:
-        A number that is lower where the model has a fixed number of positions, 0 if none is left; and a sentence,
-        empty if there are enough positions.
+        The number of tokens, which is lower if the model has a fixed number of positions, and 0 if none is left; and a
+        sentence, empty if there are enough positions.
     """
     limit = position_limit(model)
-    if limit is None or prompt + max_new_tokens - 1 <= limit.number:  # the last token is not read again
+    if limit is None or prompt + max_new_tokens - 1 <= limit.number:  # the model never reads the last token
         return max_new_tokens, ""
     if limit.fixed:
         left = max(limit.number - prompt + 1, 0)
         return left, f"The model has {limit.number} positions, and the prompt takes {prompt}: {left} are left."
-    if prompt <= limit.number:  # perhaps the answer ends before that
+    if prompt <= limit.number:  # the answer may end before that
         return max_new_tokens, ""
     return (
         max_new_tokens,
@@ -151,15 +152,14 @@ def room(model: PreTrainedModel, prompt: int, max_new_tokens: int) -> tuple[int,
 
 
 class TextStream(BaseStreamer):  # type: ignore[misc]
-    """Passes an answer on piece by piece while it is generated.
+    """Passes on an answer piece by piece while it is generated.
 
-    The pieces together are what decoding the whole answer gives: characters of several tokens come when they are
-    complete.
+    The pieces concatenate to the decoded answer: characters that consist of several tokens are passed on when complete.
 
     Args:
         tokenizer: The tokenizer.
-        stop: Tokens that end an answer, and are no part of it.
-        write: Takes each piece.
+        stop: Tokens that end an answer and are not part of it.
+        write: Called with each piece.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Collection[int], write: Callable[[str], Any]) -> None:
@@ -167,10 +167,10 @@ class TextStream(BaseStreamer):  # type: ignore[misc]
         self.stop = frozenset(stop)
         self.write = write
         self.text = ""
-        self._ids: list[int] | None = None  # not before the prompt has come
+        self._ids: list[int] | None = None  # None until the prompt has been received
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt, and then one token after the other."""
+        """Receive the prompt, and then one token at a time."""
         if self._ids is None:
             self._ids = []
             return
@@ -180,7 +180,7 @@ class TextStream(BaseStreamer):  # type: ignore[misc]
             self._pass_on(text)
 
     def end(self) -> None:
-        """Pass on what is left."""
+        """Pass on the rest."""
         self._pass_on(self.tokenizer.decode(self._ids or [], skip_special_tokens=True))
 
     def _pass_on(self, text: str) -> None:

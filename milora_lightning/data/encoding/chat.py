@@ -1,4 +1,4 @@
-"""Chats written in a tokenizer's chat template, and the spans of their tokens that a model learns."""
+"""Chats formatted with a tokenizer's chat template, and the spans of their tokens to learn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SYSTEM, USER, ANSWER = (f"milora {role} probe" for role in ("system", "user", "a
 
 
 class ChatTemplateError(InvalidInputError):
-    """A chat template cannot write a chat, or writes it so that the tokens to learn cannot be located."""
+    """A chat template cannot format a chat, or the tokens to learn cannot be located in the result."""
 
 
 class Span(NamedTuple):
@@ -28,7 +28,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """What the chat template of a tokenizer puts around the texts of a chat.
+    """The parts that a tokenizer's chat template adds around the texts of a chat.
 
     Args:
         tokenizer: The tokenizer.
@@ -113,7 +113,7 @@ class ChatTemplate:
         """Tokenize chats.
 
         The ids are those of the whole text. If a token would span the boundary between prompt and answer, the two are
-        tokenized separately, because generation starts from the tokens of the prompt alone.
+        tokenized separately, because generation starts from the tokens of the prompt only.
 
         Args:
             chats: What :meth:`write` returned.
@@ -161,7 +161,7 @@ def token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list
     """Tokenize texts without adding special tokens."""
     if not texts:
         return []
-    # verbose=False: no warning about the tokenizer's own maximal length, since too long examples are truncated.
+    # verbose=False: no warning about the tokenizer's maximum length, since examples that are too long are truncated.
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return cast("list[list[int]]", encoded["input_ids"])
 
@@ -189,11 +189,11 @@ def write(
     generates: bool,
     tools: Sequence[dict[str, Any]] | None = None,
 ) -> str:
-    """Write messages in a tokenizer's chat template, with the generation prompt if ``generates``.
+    """Format messages with a tokenizer's chat template, with the generation prompt if ``generates``.
 
     Args:
         messages: The messages, with ``role`` and ``content``.
-        tokenizer: The tokenizer, which has the template.
+        tokenizer: The tokenizer with the template.
         generates: Whether the text ends where an answer is to begin.
         tools: Descriptions of functions that the model may call.
 
@@ -247,7 +247,7 @@ def _takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _unknown(tokenizer: PreTrainedTokenizerBase) -> set[int | None]:
-    return {tokenizer.unk_token_id} - {tokenizer.eos_token_id}  # GPT-2's are the same
+    return {tokenizer.unk_token_id} - {tokenizer.eos_token_id}  # in GPT-2 they are the same
 
 
 def dense(text: str) -> str:

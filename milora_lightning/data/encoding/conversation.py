@@ -1,4 +1,4 @@
-"""Conversations: their messages, what of them is learned, and where turns stand in the text that a template writes."""
+"""Conversations: their messages, which of them are learned, and the position of turns in the formatted text."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Conversation:
 
 
 class Turn(NamedTuple):
-    """The range of a message's own text in a written conversation, in characters, including its end of turn."""
+    """The range of a message's text in a formatted conversation, in characters, including its end of turn."""
 
     message: int
     start: int
@@ -64,14 +64,14 @@ class Turn(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A conversation as its template writes it.
+    """A conversation as formatted by its template.
 
     Attributes:
         text: The whole text, with all special tokens.
         turns: The turns to learn, in order.
         answer: The assistant's last turn whose prompt has a definite end; None if there is none.
-        unlearned: Number of turns that should be learned, but are written differently in the whole text than the model
-            would have to generate them.
+        unlearned: Number of turns that should be learned, but are formatted differently in the whole text than the
+            model would have to generate them.
     """
 
     text: str
@@ -86,7 +86,7 @@ class Written(NamedTuple):
 
 
 def shown_text(message: Message) -> str:
-    """Return what a message says, as text: its content, or the texts in it where it is a list of parts."""
+    """Return a message's text: its content, or the texts in it if it is a list of parts."""
     content = message.get("content")
     if isinstance(content, list):
         return "\n".join(str(part["text"]) for part in content if isinstance(part, dict) and "text" in part)

@@ -1,4 +1,4 @@
-"""Encoding of rows as token ids, with an exact boundary between prompt and response."""
+"""Encoding rows as token ids, with an exact boundary between prompt and response."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ FEATURES = datasets.Features(
 
 
 class Style(NamedTuple):
-    """How prompts are written: the template, what they end in, and whether a model is to answer them."""
+    """The format of prompts: the template, the suffix, and whether they are prompts to answer."""
 
     template: TemplateName
     prompt_suffix: str
@@ -61,7 +61,7 @@ class Encoded(NamedTuple):
     text: str  # the prompt
     prompt: list[int]
     response: list[int]
-    learned: int  # number of first response tokens to learn, without what a template adds after the end of turn
+    learned: int  # number of response tokens to learn, without those that a template adds after the end of turn
     head: int = 0  # number of first prompt tokens to keep if the prompt is truncated
 
 
@@ -86,13 +86,13 @@ def encode(
         indices: Indices of these rows in the data, for messages.
         tokenizer: Tokenizer with an EOS token.
         template: Name of the prompt template.
-        prompt_suffix: What every prompt ends in, after the template.
+        prompt_suffix: Text at the end of every prompt, after the template.
         max_length: Maximum number of tokens in an example.
         train_on: Which turns of conversations are learned, see :func:`choose_turns`.
         split: Name of the data, for messages.
         unanswered: Whether to keep prompts without a response, with nothing to learn. A conversation that ends in a
             question is then a prompt as a whole.
-        asks: Whether to write prompts as a model is to answer them, where that differs from training.
+        asks: Whether to format prompts for answering, if that differs from training.
         train_on_inputs: Whether prompts are learned as well as responses; not for conversations.
 
     Returns:
@@ -245,7 +245,7 @@ def _as_texts(rows: list[tuple[str, str, str]], tokenizer: PreTrainedTokenizerBa
     responses = [response for _, _, response in rows]
     prompt_ids = token_ids(prompts, tokenizer)
     if style.template in TOGETHER and not style.asks:
-        # A token may span the border: as many as the prompt has by itself are taken for the prompt's.
+        # A token may span the border: as many tokens as the prompt has alone count as the prompt's.
         whole = token_ids([prompt + response for prompt, response in zip(prompts, responses, strict=True)], tokenizer)
         lengths = list(map(len, prompt_ids))
         prompt_ids = [ids[:length] for ids, length in zip(whole, lengths, strict=True)]
@@ -259,7 +259,7 @@ def _as_texts(rows: list[tuple[str, str, str]], tokenizer: PreTrainedTokenizerBa
 
 
 def _messages(prompt: str, input: str, response: str, role: str) -> list[Message]:
-    """Make a chat of a row; with the role ``"system"``, the prompt is the system message and the input the user's."""
+    """Convert a row to a chat. With the role ``"system"``, the prompt is the system message, the input the user's."""
     asked = [("system", prompt), ("user", input)] if role == "system" else [("user", question(prompt, input))]
     return [{"role": role, "content": text} for role, text in [*asked, ("assistant", response)]]
 
@@ -279,7 +279,7 @@ def _as_chats(
     encoded = []
     for messages, (prompt, _), (ids, (span,)) in zip(rows.values(), chats, template.tokenize(chats), strict=True):
         head = 0
-        if len(ids) > max_length:  # keep what the template has before the question, which loses its beginning
+        if len(ids) > max_length:  # keep the template's beginning; the question loses its beginning
             before = prompt[: prompt.rfind(messages[-2]["content"].strip())]
             head = common_length(token_ids([before], tokenizer)[0], ids[: span.start])
         encoded.append(Encoded(prompt, ids[: span.start], ids[span.start :], span.stop - span.start, head))

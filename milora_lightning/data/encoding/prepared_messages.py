@@ -1,4 +1,4 @@
-"""Conversion of messages into the form that a chat template takes."""
+"""Converting messages to the form that a chat template expects."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from milora_lightning.data.encoding.chat import ChatTemplate, ChatTemplateError,
 
 
 def prepared(messages: Sequence[Message], template: ChatTemplate, prefill: str) -> list[Message]:
-    """Convert messages into the form that a template takes.
+    """Convert messages to the form that a template expects.
 
     Args:
         messages: The messages of a conversation.

@@ -1,4 +1,4 @@
-"""How a model was asked in training, as a record from which whatever generates later asks alike."""
+"""The prompt format of training, as a record for using the same format in later generation."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn
 
 KEY = "prompt_format"
-"""The entry of a checkpoint, among the data's, that holds the record."""
+"""Entry of the data's state in a checkpoint with the record."""
 
 ONE_QUESTION = "{% set asked = namespace(instruction='') %}"
-"""What chat templates begin with that write the prompts of ``alpaca``, ``plain`` and their kin."""
+"""Beginning of chat templates that produce the prompts of ``alpaca``, ``plain`` and similar templates."""
 
 
 def asking_suffix(prompt_suffix: str, generation_prompt_suffix: str | None) -> str:
-    """Return what prompts to answer end in: as those of training, unless another suffix is given.
+    """Return the suffix of prompts to answer: that of training, unless another one is given.
 
     >>> asking_suffix("Think.", None), asking_suffix("Think.", "")
     ('Think.', '')
@@ -33,15 +33,15 @@ def asking_suffix(prompt_suffix: str, generation_prompt_suffix: str | None) -> s
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """What stands around a prompt, and what ends an answer.
+    """The format of prompts, and the end of answers.
 
     Args:
         template: Name of the prompt template.
         prompt_suffix: What every prompt ends in, after the template.
-        chat_template: A Jinja template that writes a user's message as the same prompt, token by token; a system
-            message stands for the instruction, if the user's is an input to it. None if no template can.
+        chat_template: A Jinja template that formats a user's message as the same prompt, token by token; if the user's
+            message is an input, a system message is the instruction. None if no template can.
         end_of_turn: The token that ends an answer.
-        generation_prompt_suffix: What prompts to answer end in, in place of ``prompt_suffix``; None for the same.
+        generation_prompt_suffix: Suffix of prompts to answer, instead of ``prompt_suffix``; None for the same.
     """
 
     template: TemplateName
@@ -59,14 +59,14 @@ class PromptFormat:
         generation_prompt_suffix: str | None = None,
         asks: bool = True,
     ) -> PromptFormat:
-        """Describe how :func:`milora_lightning.data.tokenize_dataset` writes prompts with these arguments.
+        """Describe how :func:`milora_lightning.data.tokenize_dataset` formats prompts with these arguments.
 
         Args:
             tokenizer: The tokenizer.
             template: Name of the prompt template.
-            prompt_suffix: What prompts end in.
-            generation_prompt_suffix: What prompts to answer end in; None for the same.
-            asks: Whether the chat template is to write prompts to answer, not those of training.
+            prompt_suffix: Suffix of prompts.
+            generation_prompt_suffix: Suffix of prompts to answer; None for the same.
+            asks: Whether the chat template should format prompts to answer rather than those of training.
         """
         suffix = asking_suffix(prompt_suffix, generation_prompt_suffix) if asks else prompt_suffix
         if template == "chat":
@@ -85,22 +85,22 @@ class PromptFormat:
 
     @property
     def asking_suffix(self) -> str:
-        """What prompts to answer end in, after the template."""
+        """Suffix of prompts to answer, after the template."""
         return asking_suffix(self.prompt_suffix, self.generation_prompt_suffix)
 
     @property
     def tokenizers_template(self) -> str | None:
-        """The chat template that the tokenizer had in training, where prompts were written by that."""
+        """The chat template that the tokenizer had in training, if it formatted the prompts."""
         if self.template != "chat" or self.chat_template is None:
             return None
         return self.chat_template.removesuffix(_suffix_in_jinja(self.asking_suffix))
 
     def record(self) -> dict[str, Any]:
-        """Return what :meth:`found_in` reads, of primitives alone."""
+        """Return the record that :meth:`found_in` reads, in primitive types."""
         return asdict(self)
 
     def difference(self, other: PromptFormat) -> str:
-        """Say in what another format differs.
+        """Describe the difference from another format.
 
         >>> PromptFormat("plain", "", None, "</s>").difference(PromptFormat("alpaca", "", None, "</s>"))
         "template='plain', here it is 'alpaca'"
@@ -112,9 +112,9 @@ class PromptFormat:
         return ""
 
     def applied_to(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-        """Return a tokenizer whose chat template asks as in training, a copy if that is not its own."""
-        own = tokenizer.get_chat_template() if tokenizer.chat_template else None
-        if own == self.chat_template:
+        """Return a tokenizer with the chat template of training; a copy if the tokenizer has a different one."""
+        present = tokenizer.get_chat_template() if tokenizer.chat_template else None
+        if present == self.chat_template:
             return tokenizer
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = self.chat_template
@@ -122,13 +122,13 @@ class PromptFormat:
 
 
 def data_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what the data of a run left in its checkpoint; nothing if there is none, or it is of another module."""
+    """Return the data module's state in a checkpoint; empty if there is none, or it is from another data module."""
     states = (state for state in checkpoint.values() if isinstance(state, dict))
     return next((state for state in states if KEY in state), {})
 
 
 def warn_of_another(trained: PromptFormat, now: PromptFormat) -> None:
-    """Say it where a model is asked in another format than it was trained in, and how to ask as in training."""
+    """Warn if prompts have a different format from training, with the remedy."""
     if trained == now:
         return
     remedy = (
@@ -140,16 +140,16 @@ def warn_of_another(trained: PromptFormat, now: PromptFormat) -> None:
 def for_conversations(
     tokenizer: PreTrainedTokenizerBase, template: TemplateName, prompt_suffix: str, asks: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Return a tokenizer whose chat template writes conversations as a template writes prompts.
+    """Return a tokenizer whose chat template formats conversations like a prompt template.
 
     Args:
         tokenizer: The tokenizer.
         template: Name of the template.
-        prompt_suffix: What every prompt ends in.
-        asks: Whether as it writes prompts to answer, not those of training.
+        prompt_suffix: Suffix of every prompt.
+        asks: Whether to format prompts to answer rather than those of training.
 
     Raises:
-        ValueError: If no chat template does with this tokenizer.
+        ValueError: If this is not possible with this tokenizer.
     """
     if template == "chat":
         return tokenizer
@@ -163,16 +163,16 @@ def for_conversations(
 
 
 def reads_one_question(chat_template: str) -> bool:
-    """Tell whether a chat template writes the prompts of ``alpaca`` or its kin, which hold one question each."""
+    """Return whether a chat template produces prompts of ``alpaca`` or similar templates, with one question each."""
     return ONE_QUESTION in chat_template
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase, template: TemplateName, suffix: str, asks: bool) -> str | None:
-    """Return the chat template that writes prompts as a template does, down to their tokens; None if there is none."""
+    """Return a chat template that produces the same prompts as a template, token by token; None if there is none."""
     probe = "What is 1 plus 2?"
     want = bos_prefix(tokenizer) + token_ids([renders(template, asks)(probe, "", tokenizer) + suffix], tokenizer)[0]
     bos = "{{ bos_token }}" if bos_prefix(tokenizer) else ""
-    # Some tokenizers put a space before a text that stands alone, and none behind a BOS token.
+    # Some tokenizers put a space before a text on its own, but not after a BOS token.
     for beginning in (bos, bos + "{{ ' ' }}"):
         jinja = beginning + _as_jinja(template, suffix, asks)
         text = tokenizer.apply_chat_template(
@@ -188,7 +188,7 @@ def _as_jinja(template: TemplateName, suffix: str, asks: bool) -> str:
     render = cast(Any, renders(template, asks))
     before, after = render("\0", "").split("\0")
     before_instruction, between, after_input = render("\0", "\1").replace("\1", "\0").split("\0")
-    assert after == after_input  # what is between a question and its answer
+    assert after == after_input  # the text between a question and its answer
     question = f"{_literal(before)} + message['content']"
     with_input = f"{_literal(before_instruction)} + asked.instruction + {_literal(between)} + message['content']"
     answer = _literal(after + suffix)
@@ -204,10 +204,10 @@ def _as_jinja(template: TemplateName, suffix: str, asks: bool) -> str:
 
 
 def _suffix_in_jinja(suffix: str) -> str:
-    """Write what chat templates end in for prompts to end in a suffix."""
+    """Write the end of a chat template that adds a suffix to prompts."""
     return f"{{% if add_generation_prompt %}}{{{{ {_literal(suffix)} }}}}{{% endif %}}" if suffix else ""
 
 
 def _literal(text: str) -> str:
-    """Write a text as a string of Jinja, whose escapes are those of JSON but for surrogates."""
+    """Write a text as a Jinja string, whose escapes are those of JSON except for surrogates."""
     return json.dumps(text, ensure_ascii=False)

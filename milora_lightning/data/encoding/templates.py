@@ -1,4 +1,4 @@
-"""Prompt templates: pure functions from an example's texts to what the model reads before it answers."""
+"""Prompt templates: pure functions from an example's texts to the text that the model reads before it answers."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def alpaca(prompt: str, input: str, tokenizer: PreTrainedTokenizerBase | None = 
 
 
 def chat(prompt: str, input: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Write one user message in the tokenizer's chat template, up to where the assistant begins.
+    """Format one user message with the tokenizer's chat template, up to where the assistant begins.
 
-    The text already holds all special tokens: tokenize it without adding any.
+    The text already contains all special tokens: tokenize it without adding any.
 
     Raises:
         ValueError: If the tokenizer has no chat template.
@@ -83,7 +83,7 @@ def metamath(prompt: str, input: str, tokenizer: PreTrainedTokenizerBase | None 
     return alpaca(prompt, input).removesuffix("\n")
 
 
-# LLM-Adapters writes its prompts in an indented string: each line of the template has this before it.
+# LLM-Adapters writes its prompts as an indented string: this precedes each line of the template.
 _INDENT = " " * 16
 
 
@@ -111,8 +111,8 @@ def _indented(prompt: str, input: str, after_request: str, between: str) -> str:
     Args:
         prompt: Question or instruction.
         input: Further context; may be empty.
-        after_request: What follows the first line.
-        between: What the empty lines between sections hold.
+        after_request: Text after the first line.
+        between: Content of the empty lines between sections.
     """
     first_line = (ALPACA_WITH_INPUT if input else ALPACA).partition("\n")[0]
     sections = [("Instruction", prompt), *([("Input", input)] if input else []), ("Response", "")]
@@ -138,33 +138,33 @@ TEMPLATES: dict[TemplateName, Render] = {
     "llm-adapters": llm_adapters,
     "tulu": tulu,
 }
-"""What writes a prompt with its further input, by the name of the template."""
+"""The function that formats a prompt with its input, by name of the template."""
 
 ASKED: dict[TemplateName, Render] = {"llm-adapters": llm_adapters_asked}
-"""Templates that ask otherwise in tests than in training, as the code does that they come from."""
+"""Templates whose prompts differ between training and tests, as in the code they come from."""
 
 TOGETHER: frozenset[TemplateName] = frozenset({"metamath", "llm-adapters", "tulu"})
-"""Templates whose training texts are tokenized whole, as the code does that they come from. In all others prompt and
-answer are tokenized one by one, so that a model is asked with the very tokens that it was trained on."""
+"""Templates whose training texts are tokenized as a whole, as in the code they come from. In all others, prompt and
+answer are tokenized separately, so that a model is prompted with exactly the tokens of its training."""
 
 
 def renders(template: TemplateName, asks: bool) -> Render:
-    """Return what writes a template's prompts.
+    """Return the function that formats a template's prompts.
 
     Args:
         template: Name of the template.
-        asks: Whether to write prompts that a model is to answer, not those that it is trained on.
+        asks: Whether to format prompts to answer rather than those of training.
     """
     return ASKED.get(template, TEMPLATES[template]) if asks else TEMPLATES[template]
 
 
 def asks_otherwise(template: TemplateName) -> bool:
-    """Tell whether a template's prompts may have other tokens where a model is to answer them than in training."""
+    """Return whether a template's prompts to answer may have different tokens from those of training."""
     return template in TOGETHER or template in ASKED
 
 
 def name_of(template: str, conversations: bool) -> TemplateName:
-    """Return the name of the template that an option stands for.
+    """Return the name of the template that an option refers to.
 
     Args:
         template: ``"auto"``, the name of a template, or the name of a chat template or path of a Jinja file, which
@@ -190,10 +190,10 @@ def name_of(template: str, conversations: bool) -> TemplateName:
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerBase:
-    """Return a copy of a tokenizer with a named chat template or that of a Jinja file; else the tokenizer itself.
+    """Return a copy of a tokenizer with a named chat template or that of a Jinja file; otherwise the tokenizer itself.
 
     Raises:
-        ValueError: As :func:`name_of`.
+        ValueError: As for :func:`name_of`.
     """
     name_of(template, False)
     if template == AUTO or template in TEMPLATES:

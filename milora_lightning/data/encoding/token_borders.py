@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from milora_lightning.data.encoding.chat import ChatTemplateError, token_ids
 
 Located = tuple[list[int], list[int]]
-"""Token ids of a text, and how many of them stand before each border in it."""
+"""Token ids of a text, and the number of them before each border in it."""
 
 
 def locate_all(
@@ -36,8 +36,8 @@ def locate_all(
 def locate(text: str, borders: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Located:
     """Tokenize a text with token boundaries at given borders.
 
-    The ids are those of the whole text. If a token would span a border, the parts of the text are tokenized
-    separately, because generation starts from the tokens of the prompt alone.
+    The ids are those of the whole text. If a token would span a border, the parts of the text are tokenized separately,
+    because generation starts from the tokens of the prompt only.
 
     Raises:
         ChatTemplateError: If the tokens of the parts do not decode to the text.

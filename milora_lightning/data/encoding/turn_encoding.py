@@ -1,4 +1,4 @@
-"""Encoding of conversations: which turns are learned, and how long conversations are truncated."""
+"""Encoding conversations: the turns to learn, and the truncation of long conversations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from milora_lightning.utils.errors import InvalidInputError
 
 TrainOn = str | list[str]
 ASSISTANT, LAST = "assistant", "last"
-LOSS_FIELDS = ("weight", "loss", "train", "training")  # fields of a message that say whether it is learned
+LOSS_FIELDS = ("weight", "loss", "train", "training")  # fields of a message that determine whether it is learned
 
 
 class EncodedConversation(NamedTuple):
@@ -45,7 +45,7 @@ class EncodedConversation(NamedTuple):
     unlearned: int
 
     def asked(self) -> EncodedConversation:
-        """Return it without the assistant's last turn, as a prompt to answer."""
+        """Return the conversation without the assistant's last turn, as a prompt to answer."""
         length = self.prompt_length
         return self._replace(ids=self.ids[:length], spans=[Span(length, length)], reference="", unlearned=0)
 
@@ -57,10 +57,10 @@ def choose_turns(messages: Any, tools: Any, train_on: TrainOn = ASSISTANT) -> Co
         messages: A list of messages, or its JSON text.
         tools: A list of functions, or its JSON text; may be empty.
         train_on: ``"assistant"`` for all turns of the assistant, ``"last"`` for its last turn, or a list of roles. A
-            message's own field ``weight``, ``loss`` or ``train`` (0 or 1, false or true) decides for that message.
+            field ``weight``, ``loss`` or ``train`` (0 or 1, false or true) in a message decides for that message.
 
     Raises:
-        ValueError: If they are not messages, or a field says neither yes nor no.
+        ValueError: If they are not messages, or such a field is neither true nor false.
     """
     messages, tools = (_parsed(value, name) for value, name in ((messages, "messages"), (tools, "tools")))
     for i, message in enumerate(messages, 1):
@@ -81,7 +81,7 @@ def check_roles(conversation: Conversation, template: str) -> None:
     """Check that a prompt template can write every message.
 
     Raises:
-        ValueError: If it cannot: it can write questions, answers, and a system message before a question.
+        ValueError: If it cannot: it supports questions, answers, and a system message before a question.
     """
     roles = [message["role"] for message in conversation.messages]
     misplaced = [
@@ -107,9 +107,9 @@ def encode_conversation(
 ) -> EncodedConversation | None:
     """Tokenize a conversation.
 
-    A conversation that is too long loses what follows its last turn to learn, then as many of its earliest exchanges
-    (a user message with what follows it) as necessary; system message and tools stay. If the last exchange is too long
-    by itself, its prompt loses its beginning, and an answer that is still too long its end.
+    A conversation that is too long loses everything after its last turn to learn, then as many of its earliest
+    exchanges (a user message and its replies) as necessary; system message and tools are kept. If the last exchange is
+    too long by itself, its prompt loses its beginning, and an answer that is still too long its end.
 
     Args:
         conversation: The conversation.
@@ -161,7 +161,7 @@ def _tokenized(
         tokens[answer.stop] = len(ids)
     spans = [Span(tokens[turn.start], tokens[turn.stop]) for turn in written.turns]
     last = conversation.last(ASSISTANT)
-    if answer is None or last is None:  # nothing of the assistant's is learned
+    if answer is None or last is None:  # no turn of the assistant is learned
         return EncodedConversation(ids, spans, len(ids), written.text, "", "", False, written.unlearned)
     end = "" if template.end_of_turn is None else str(tokenizer.convert_ids_to_tokens(template.end_of_turn))
     said = shown_text(conversation.messages[last]) or written.text[answer.start : answer.stop].removesuffix(end).strip()
@@ -173,7 +173,7 @@ def _tokenized(
 def _cut(
     encoded: EncodedConversation, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> EncodedConversation:
-    """Truncate a single exchange, keeping what the template has before the question."""
+    """Truncate a single exchange, keeping the template's text before the question."""
     if not encoded.spans:
         return encoded
     start, stop = encoded.spans[-1]
@@ -198,7 +198,7 @@ def _parsed(value: Any, name: str) -> list[Any]:
 
 
 def _loss_flag(message: Message, number: int) -> bool | None:
-    """Return what a message's own fields say about whether it is learned; None if they say nothing."""
+    """Return whether a message is learned according to its fields; None if they do not say."""
     given = {name: message[name] for name in LOSS_FIELDS if message.get(name) is not None}
     for name, value in given.items():
         if value not in (0, 1):

@@ -1,4 +1,4 @@
-"""Multi-turn conversations written in a chat template, and the places of the turns to learn in the text."""
+"""Multi-turn conversations formatted with a chat template, and the positions of the turns to learn in the text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def write_conversation(conversation: Conversation, template: ChatTemplate, prefill: str = "") -> Written:
-    """Write a conversation, and find the turns to learn in it.
+    """Format a conversation, and find the turns to learn in it.
 
     If the template marks what the model generates (``{% generation %}``), its marks are used. Otherwise, a turn of the
     assistant begins where the conversation before it, with the generation prompt, ends, and extends to the end of turn.
@@ -46,7 +46,7 @@ def write_conversation(conversation: Conversation, template: ChatTemplate, prefi
 
 
 class _Pen:
-    """Writes one conversation, whole and in parts."""
+    """Formats one conversation, as a whole and in parts."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class _Pen:
         self.whole = self.beginning(len(messages))
 
     def beginning(self, stop: int, generates: bool = False) -> str:
-        """Write the first messages, once."""
+        """Format the first messages, once."""
         if (stop, generates) not in self._beginnings:
             self._beginnings[stop, generates] = self.write(self.messages[:stop], generates)
         return self._beginnings[stop, generates]
@@ -74,7 +74,7 @@ class _Pen:
         return write(messages, self.tokenizer, generates, self.tools)
 
     def written(self) -> Written:
-        """Write the conversation, without what follows the last turn to learn if only so that one can be learned."""
+        """Format the conversation, up to the last turn to learn if that can be learned only without later messages."""
         self._check_nothing_is_left_out()
         marked = self._marked()
         answers = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
@@ -95,8 +95,8 @@ class _Pen:
         return Written(self.whole, turns, answer, unlearned)
 
     def _turn(self, i: int) -> Turn | None:
-        """Find a message in the whole; None if it stands there otherwise than in the conversation up to it."""
-        if self.messages[i]["role"] != "assistant" or i == 0:  # a greeting answers nothing that could be written
+        """Find a message in the whole text; None if it is formatted differently than without later messages."""
+        if self.messages[i]["role"] != "assistant" or i == 0:  # a greeting at the beginning answers no prompt
             return self._content(i)
         until, prompt = self.beginning(i + 1), self.beginning(i, True) + self.prefill
         stop = self._end_of_turn(until, len(prompt))
@@ -105,7 +105,7 @@ class _Pen:
         return None
 
     def _content(self, i: int) -> Turn:
-        """Find what somebody else than the assistant says, by having something else said in its place."""
+        """Find the text of a message that is not the assistant's, by replacing it with another text."""
         text = shown_text(self.messages[i]).strip()
         other = self.write([*self.messages[:i], {**self.messages[i], "content": PROBE}, *self.messages[i + 1 :]])
         start = other.find(PROBE)
@@ -148,7 +148,7 @@ class _Pen:
         for i, (start, stop) in zip(answers, marks[0], strict=True):
             start += len(self.prefill) * self.whole.startswith(self.prefill, start)
             if end and not self.whole[start:stop].rstrip().endswith(end) and self.whole.startswith(end, stop):
-                stop += len(end)  # else the model would not learn to stop
+                stop += len(end)  # otherwise the model would not learn to stop
             turns[i] = Turn(i, start, stop)
         return turns
 
@@ -157,13 +157,13 @@ class _Pen:
         return None if end is None else cast(str, self.tokenizer.convert_ids_to_tokens(end))
 
     def _end_of_turn(self, text: str, start: int) -> int:
-        """Return where the last turn of a text ends, which begins at ``start``."""
+        """Return the end of a text's last turn, which begins at ``start``."""
         end = self._end()
         if end is None:
             return len(text)
         if (position := text.rfind(end, start)) >= 0:
             return position + len(end)
-        others = (str(token) for token in self.tokenizer.all_special_tokens)  # a call may end otherwise
+        others = (str(token) for token in self.tokenizer.all_special_tokens)  # a call may end differently
         ends = (text.rfind(other, start) + len(other) for other in others if other in text[start:])
         return max(ends, default=len(text))
 
@@ -172,7 +172,7 @@ class _Pen:
         check_prefix(prompt, self.beginning(i + 1), self.tokenizer, self.prefill)
 
     def _check_says(self, turn: Turn) -> None:
-        """Check that a turn holds all of its message."""
+        """Check that a turn contains all of its message."""
         message, text = self.messages[turn.message], self.whole[turn.start : turn.stop]
         content = shown_text(message).removeprefix(self.prefill if message["role"] == "assistant" else "")
         for said in (content, *(str(message[field]) for field in REASONING if message.get(field))):
@@ -183,7 +183,7 @@ class _Pen:
                 )
 
     def _check_nothing_is_left_out(self) -> None:
-        """Check that every message but earlier thoughts, every call and the tools have come into the text."""
+        """Check that the text contains every message except earlier thoughts, every call, and the tools."""
         text = dense(self.whole)
         for i, message in enumerate(self.messages):
             said = shown_text(message)
@@ -199,9 +199,9 @@ class _Pen:
         return self.write([*self.messages[:i], {**self.messages[i], **changes}, *self.messages[i + 1 :]]) == self.whole
 
     def _ignores_call(self, i: int, k: int) -> bool:
-        """Tell whether the text does not show which function a call calls, or with which arguments.
+        """Return whether the text omits the function of a call or its arguments.
 
-        That the function's name stands in it shows nothing: it is among the tools, too.
+        That the text contains the function's name proves nothing, because it is also among the tools.
         """
         calls = list(self.messages[i]["tool_calls"])
         call, function = calls[k], calls[k].get("function", calls[k])

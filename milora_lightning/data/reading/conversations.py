@@ -14,7 +14,7 @@ ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response"), "tool"),
-    **dict.fromkeys(("function_call", "tool_call"), "tool_call"),  # an assistant's message that is a call alone
+    **dict.fromkeys(("function_call", "tool_call"), "tool_call"),  # an assistant's message that is just a call
     **{role: role for role in ("system", "developer", "ipython")},
 }
 TURNS = {"prompt": "user", "response": "assistant"}
@@ -22,7 +22,7 @@ FORM = "a list of messages, each with role and content, or from and value"
 
 
 def is_conversation(value: Any) -> bool:
-    """Tell whether a value looks like messages, or like a text in JSON that holds them."""
+    """Return whether a value looks like messages, or like a JSON text with messages."""
     if isinstance(value, str):
         return value.lstrip()[:1] == "["
     if isinstance(value, dict):
@@ -58,7 +58,7 @@ def read_conversation(value: Any, field: str) -> list[Message]:
 
 
 def _by_message(value: dict[str, Any]) -> list[Message]:
-    """Convert an object of lists, into which ``datasets`` turns lists of objects, back; any other object gives [].
+    """Convert an object of lists, as ``datasets`` stores lists of objects, back to messages; any other object gives [].
 
     >>> _by_message({"role": ["user"], "content": ["Hi"]})
     [{'role': 'user', 'content': 'Hi'}]
@@ -70,7 +70,7 @@ def _by_message(value: dict[str, Any]) -> list[Message]:
 
 
 def conversation_of(record: dict[str, Any], fields: dict[str, str | None]) -> list[Message]:
-    """Make a conversation of a record.
+    """Convert a record to a conversation.
 
     Args:
         record: The record.
@@ -134,7 +134,7 @@ def as_json(value: Any, what: str) -> str:
     """Write messages or tools as JSON.
 
     Raises:
-        ValueError: If they hold something that JSON has no form of.
+        ValueError: If they contain something that JSON cannot represent.
     """
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
@@ -151,7 +151,7 @@ def read_tools(value: Any, field: str) -> str:
         field: Name of the field, for error messages.
 
     Returns:
-        The tools as JSON; empty where there are none.
+        The tools as JSON; empty if there are none.
 
     Raises:
         ValueError: If it is something else.
@@ -168,7 +168,7 @@ def read_tools(value: Any, field: str) -> str:
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """Bring a bare function into the form of chat templates."""
+    """Convert a bare function to the form that chat templates expect."""
     return {"type": "function", "function": tool} if isinstance(tool.get("name"), str) and "type" not in tool else tool
 
 
@@ -177,7 +177,9 @@ def _message(message: Any, what: str) -> Message:
         raise InvalidInputError(
             f"{what} is {shown(message)} ({type(message).__name__}), but has to have role and content."
         )
-    message = {key: value for key, value in message.items() if value is not None}  # tables have every field in each
+    message = {
+        key: value for key, value in message.items() if value is not None
+    }  # tables have every field in each message
     speaker = next((key for key in ("role", "from") if key in message), None)
     body = next((key for key in ("content", "value") if key in message), None)
     calls = [key for key in ("tool_calls", "function_call") if message.get(key)]
@@ -200,7 +202,7 @@ def _message(message: Any, what: str) -> Message:
 
 
 def _content(value: Any, what: str) -> str:
-    """Return a message's text, also of one in parts."""
+    """Return a message's text, which may be in parts."""
     if not isinstance(value, list):
         return as_text(value, what)
     parts = []
@@ -212,7 +214,7 @@ def _content(value: Any, what: str) -> str:
 
 
 def _call(call: Any, what: str) -> dict[str, Any]:
-    """Bring a call into the form of chat templates, with the arguments as an object."""
+    """Convert a call to the form that chat templates expect, with the arguments as an object."""
     if isinstance(call, dict):
         call = {key: value for key, value in call.items() if value is not None}
         function = dict(call["function"]) if isinstance(call.get("function"), dict) else call

@@ -1,4 +1,4 @@
-"""Which fields of a record hold an example: as named by the user, or recognised by common field names."""
+"""The fields of a record that contain an example: named by the user, or recognised by common names."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Format:
         return [field for column in ("messages", TEXT, "prompt", "response") if (field := self.fields.get(column))]
 
     def fits(self, record: dict[str, Any]) -> bool:
-        """Tell whether a record has something in every needed field."""
+        """Return whether every needed field of a record is not empty."""
         return all(dict.get(record, field) is not None for field in self.needed)
 
     @classmethod
@@ -77,7 +77,7 @@ class Format:
 
 
 def settled(named: dict[str, str | None]) -> Fields:
-    """Leave unnamed fields to be recognised, except those of other kinds than the named ones.
+    """Mark unnamed fields as to be recognised, except those of kinds other than the named ones.
 
     Raises:
         ValueError: If fields of different kinds are named.
@@ -91,14 +91,14 @@ def settled(named: dict[str, str | None]) -> Fields:
 
 
 def recognise(naming: Fields, records: list[dict[str, Any]]) -> Format | None:
-    """Recognise the format of the first of some records, with what the others hold beside it.
+    """Recognise the format of the first of several records, including further fields of the others.
 
     Args:
         naming: The field of each column, ``"auto"`` where it is to be recognised.
         records: Records, at least one.
 
     Returns:
-        The format; None if there is none of those known.
+        The format; None if no known format fits.
 
     Raises:
         ValueError: If there are several.
@@ -118,10 +118,10 @@ def recognise(naming: Fields, records: list[dict[str, Any]]) -> Format | None:
         return Format("conversations", {"messages": messages[0], **around, **task})
     if pairs:
         return _pair_format(naming, *pairs[0], others, first, every)
-    if prompts := _prompts(naming, first):  # the lack of a response will be said
+    if prompts := _prompts(naming, first):  # the missing response is reported later
         response = PARTNERS.get(prompts[0].lower(), "response")
         return _pair_format(naming, prompts[0], response, others, first, every)
-    if naming.get("messages") == AUTO and (empty := first.holds(*CONVERSATIONS)):  # what it holds will be said
+    if naming.get("messages") == AUTO and (empty := first.holds(*CONVERSATIONS)):  # its content is reported later
         return Format("conversations", {"messages": empty[0], **task})
     if naming.get(TEXT) != AUTO or not (texts := first.holds(TEXT)):
         return None
@@ -135,7 +135,7 @@ def recognise(naming: Fields, records: list[dict[str, Any]]) -> Format | None:
 
 
 def with_response(record: dict[str, Any], naming: Fields) -> dict[str, Any]:
-    """Give a record that asks, and has no field of an answer, an empty one: it can be answered, though not learned.
+    """Add an empty response to a record with a prompt only: it can be answered, though not learned.
 
     Args:
         record: The record; changed in place.
@@ -163,7 +163,7 @@ def _conversations(naming: Fields, first: _Holding) -> list[str]:
     named = naming.get("messages")
     if named != AUTO:
         return [] if named is None else [named]
-    # A preference need not have a prompt beside its chats.
+    # Preference data need not have a prompt in addition to chats.
     return first.conversations(CONVERSATIONS) or ([] if first.holds(*PROMPTS) else first.conversations(["chosen"]))
 
 
@@ -181,7 +181,7 @@ def _pairs(naming: Fields, first: _Holding) -> list[tuple[str, str]]:
     """Return the pairs of prompt and response that a record may hold."""
     prompts, named = _prompts(naming, first), _named(naming, "response")
     responses = [named] if named else first.holds(*RESPONSES)
-    if not named and "instruction" in (prompt.lower() for prompt in prompts):  # Alpaca's own, whatever else there is
+    if not named and "instruction" in (prompt.lower() for prompt in prompts):  # Alpaca's format, whatever else there is
         responses = [field for field in responses if field.lower() == "output"] or responses
     return [(prompt, response) for prompt in prompts for response in responses]
 
@@ -203,7 +203,7 @@ def _pair_format(
 
 
 class _Holding:
-    """What some records hold something in, of the fields that have no other use."""
+    """The nonempty fields of several records, without fields that have another use."""
 
     def __init__(self, records: list[dict[str, Any]], naming: Fields) -> None:
         used = {naming.get(column) for column in ("reference", "task", "prompt_role")}
@@ -215,19 +215,19 @@ class _Holding:
                     self.fields.setdefault(key.lower(), {})[key] = None
 
     def filled(self, *names: str) -> list[str]:
-        """Return those of some fields that hold something."""
+        """Return the given fields that are not empty."""
         return [field for field in self._there(names) if any(is_filled(dict.get(r, field)) for r in self.records)]
 
     def holds(self, *names: str) -> list[str]:
-        """Return those of some fields that hold something; if none does, those that there are."""
+        """Return the given fields that are not empty or, if all are empty, those that exist."""
         return self.filled(*names) or self._there(names)
 
     def conversations(self, names: Iterable[str]) -> list[str]:
-        """Return those of some fields that hold messages."""
+        """Return the given fields that contain messages."""
         return [field for field in self._there(names) if any(is_conversation(dict.get(r, field)) for r in self.records)]
 
     def in_turns(self, *fields: str) -> bool:
-        """Tell whether one of some fields holds messages, other than as a text in JSON."""
+        """Return whether one of the given fields contains messages, other than as a JSON text."""
         values = [dict.get(record, field) for record in self.records for field in fields]
         return any(is_conversation(value) and not isinstance(value, str) for value in values)
 
@@ -236,7 +236,7 @@ class _Holding:
 
 
 def is_filled(value: Any) -> bool:
-    """Tell whether a value is something."""
+    """Return whether a value is not empty."""
     return value is not None and value not in ("", [], {})
 
 

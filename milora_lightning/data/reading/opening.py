@@ -33,7 +33,7 @@ MAGIC = {
 
 
 def kind_of(name: str | Path) -> str:
-    """Return the suffix of a file's name that tells its format, ignoring a suffix of compression.
+    """Return the suffix of a file's name that indicates its format, ignoring a compression suffix.
 
     >>> kind_of("a/b.JSONL.gz"), kind_of("a.csv"), kind_of("a.gz"), kind_of("b")
     ('.jsonl', '.csv', '', '')
@@ -45,7 +45,7 @@ def kind_of(name: str | Path) -> str:
 
 
 def is_compressed(name: str | Path) -> bool:
-    """Tell whether a file's name has a suffix of compression."""
+    """Return whether a file's name has a compression suffix."""
     return Path(name).suffix.lower() in COMPRESSED
 
 

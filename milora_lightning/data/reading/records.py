@@ -26,7 +26,7 @@ def read_records(name: str) -> Iterator[tuple[int, Any]]:
     """Read a file.
 
     Args:
-        name: Its path; :func:`is_data_file` of it.
+        name: Its path, for which :func:`is_data_file` is true.
 
     Yields:
         The number of a row and its content, which is a dict if the file is in order. In JSON lines, rows are lines.
@@ -41,7 +41,7 @@ def read_records(name: str) -> Iterator[tuple[int, Any]]:
 
 
 def is_data_file(name: str | Path) -> bool:
-    """Tell whether a name is that of a file that can be read."""
+    """Return whether a name has the suffix of a file that can be read."""
     kind = kind_of(name)
     return kind in (TEXT_SUFFIXES if is_compressed(name) else READERS)
 
@@ -99,12 +99,12 @@ READERS: dict[str, Callable[[str], Iterator[tuple[int, Any]]]] = {
     ".arrow": arrow_records,
 }
 TEXT_SUFFIXES = tuple(suffix for suffix, reader in READERS.items() if reader is not arrow_records)
-"""The ends of names of files that may also be compressed."""
+"""Suffixes of files that may also be compressed."""
 SUFFIXES = (*READERS, *(f"{suffix}{end}" for suffix in TEXT_SUFFIXES for end in COMPRESSED))
 
 
 def _first_character(file: IO[str]) -> str:
-    """Return the first character that is no white space."""
+    """Return the first character that is not white space."""
     first = ""
     while not first and (text := file.read(1 << 16)):
         first = text.lstrip()[:1]

@@ -29,7 +29,7 @@ Row = dict[str, str]
 Convert = Callable[[dict[str, Any]], dict[str, Any]]
 OPTIONAL = ("input", "task", "prompt_role")
 TABLE = re.compile(r"\.[ct]sv(\.\w+)?$", re.IGNORECASE)
-BEGINNING = 1000  # number of first rows by whose fields the format is recognised
+BEGINNING = 1000  # number of first rows whose fields determine the format
 FORMAT = "format"
 """Column with the recognised format as JSON: its kind and the field of each column."""
 UNREAD = "unread"
@@ -84,7 +84,7 @@ class Watched(dict[str, Any]):
 def checked_rows(
     records: Iterable[tuple[int, Any]], name: str, fields: Fields, convert: Convert, task: str, unanswered: bool = False
 ) -> Iterator[Row]:
-    """Make rows of records, all of them; see :func:`rows_after`.
+    """Convert all records to rows; see :func:`rows_after`.
 
     Args:
         records: Row numbers and contents.
@@ -106,7 +106,7 @@ def rows_after(
     task: str,
     unanswered: bool = False,
 ) -> Iterator[Row | None]:
-    """Make rows of records, skipping the first ones.
+    """Convert records to rows, skipping the first ones.
 
     Args:
         passed: Number of first records to skip: they are read, and count for recognising the format, but are not
@@ -214,7 +214,7 @@ def _late(unread: str) -> list[tuple[str, str]]:
 
 
 def _refuse_late(fields: Fields, format: Format, unread: str, early: set[str], where: str) -> None:
-    """Refuse a field that belongs to the example, but is empty in all rows by which the format was recognised."""
+    """Refuse a field that belongs to the example, but is empty in all rows that determined the format."""
     for column, field in _late(unread) if unread != "[]" else ():
         around = ("system", "tools") if "messages" in format.fields else ("input", *OTHERS)
         if field not in early and fields.get(column) == AUTO and column in around and format.kind != "texts":
@@ -281,4 +281,4 @@ READERS: dict[Kind, Callable[[dict[str, Any], Fields, str], Row]] = {
     "conversations": _conversation,
     "texts": _checked,
 }
-"""By kind, the function that makes a row of a record."""
+"""The function that converts a record to a row, by kind."""

@@ -12,14 +12,14 @@ import pyarrow.parquet
 from milora_lightning.data.reading.opening import open_text
 from milora_lightning.utils.errors import InvalidInputError
 
-AT_ONCE = 1000  # rows that become Python objects together
+AT_ONCE = 1000  # rows converted to Python objects together
 
 
 def arrow_records(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Read a Parquet file, or an Arrow file or stream.
 
     Yields:
-        The number of a row, and what is in it.
+        The number of a row and its content.
 
     Raises:
         ValueError: If the file is damaged; says after which row.
@@ -35,7 +35,7 @@ def arrow_records(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     while True:
         try:
             batch = next(batches, None)
-        # Besides damaged pages: texts that are not UTF-8, times out of range, types that Python has no counterpart of.
+        # Besides damaged pages: texts that are not UTF-8, times out of range, types without a counterpart in Python.
         except DAMAGES as error:
             raise _damaged(name, row, error) from error
         if batch is None:
@@ -67,7 +67,7 @@ def _arrow_batches(name: str) -> Iterator[pa.RecordBatch]:
 
 
 def without_nulls(record: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what is null within the lists and objects of a record: tables have every field in each of them.
+    """Remove nulls from nested lists and objects of a record: in tables, each of these has every field.
 
     >>> without_nulls({"a": None, "b": [{"role": "user", "name": None}]})
     {'a': None, 'b': [{'role': 'user'}]}
@@ -86,10 +86,10 @@ def csv_records(name: str, delimiters: str) -> Iterator[tuple[int, dict[str, Any
 
     Args:
         name: Its path.
-        delimiters: What may stand between cells; the first of these in the row of names is taken.
+        delimiters: Possible delimiters of cells; the first one that occurs in the header row is used.
 
     Yields:
-        The number of a row, counted without the row of names, and what is in it.
+        The number of a row, not counting the header row, and its content.
 
     Raises:
         ValueError: If the file is malformed; says where.

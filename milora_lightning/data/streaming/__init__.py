@@ -1,1 +1,1 @@
-"""Data larger than memory and disk, read as it is asked for."""
+"""Data larger than memory and disk, read on demand."""

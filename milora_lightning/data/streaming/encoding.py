@@ -21,16 +21,16 @@ from milora_lightning.utils.errors import InvalidInputError
 
 @dataclass(frozen=True)
 class StreamEncoder:
-    """Encodes training rows as :func:`milora_lightning.data.tokenize_dataset` does.
+    """Encodes training rows in the same way as :func:`milora_lightning.data.tokenize_dataset`.
 
     Args:
         tokenizer: The tokenizer; for details of the first six arguments see that function.
         template: Name of the prompt template.
-        prompt_suffix: What every prompt ends in.
+        prompt_suffix: Suffix of every prompt.
         max_length: Maximum number of tokens in an example.
         train_on: Which turns of conversations are learned.
         train_on_inputs: Whether prompts are learned as well.
-        conversations: Whether the template, which may be chosen by the first rows, takes conversations.
+        conversations: Whether the template, which may have been chosen by the first rows, supports conversations.
         only_texts: Whether all of the first rows are plain texts.
         passed: Number of rows of the data before the stream, for messages.
         embeddings: Number of token ids that the model has embeddings for; None if it is not known.
@@ -58,7 +58,7 @@ class StreamEncoder:
             Examples with ``input_ids`` and ``spans``; rows with nothing to learn are dropped.
 
         Raises:
-            ValueError: If a row cannot be encoded, or is of a kind that is not among the first rows.
+            ValueError: If a row cannot be encoded, or is of a kind that does not occur in the first rows.
         """
         indices = [index + self.passed for index in indices]
         columns = as_columns(rows, indices, "train")

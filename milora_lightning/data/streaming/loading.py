@@ -45,8 +45,8 @@ class StreamedBatches(IterableDataset[Any]):
 
     Args:
         stream: The stream.
-        encode: Makes examples of rows and their places in the stream.
-        collate: Makes a batch of rows.
+        encode: Encodes rows, given with their indices in the stream.
+        collate: Collates rows to a batch.
         buffer: Number of records in the blocks of all workers together.
         batch_size: Rows in a batch of one rank.
         capacity: Maximum number of tokens in a packed row; None for one example per row.
@@ -177,7 +177,7 @@ class StreamedBatches(IterableDataset[Any]):
 
 
 class StreamLoader:
-    """Loader of as many batches of a stream as a run takes.
+    """Loader of as many batches of a stream as a run needs.
 
     Args:
         batches: The batches.

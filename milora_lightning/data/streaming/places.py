@@ -11,7 +11,7 @@ from milora_lightning.data.batches.resuming import HasTrainer, batches_since_ste
 from milora_lightning.utils.errors import InvalidInputError
 
 BEFORE = {"group_by_length": True}
-"""What settings stood at in checkpoints that do not name them."""
+"""Values of settings in older checkpoints that do not name them."""
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,9 @@ def programming(record: dict[str, Any]) -> dict[str, Any]:
 class Code(Files):
     """Code-Feedback and HumanEval.
 
-    A test asks for each function and scores the answer by running it with HumanEval's tests. **This runs programs that
-    a model has written**: it has to be allowed by ``run_generated_code``. They run in processes of their own, with
-    limits (:mod:`milora_lightning.metrics.sandbox`), but programs that mean harm need a container around the whole run.
+    The test asks for each function and scores the answer by running it with HumanEval's tests. **This runs programs
+    written by a model** and must be allowed by ``run_generated_code``. They run in separate processes with limits
+    (:mod:`milora_lightning.metrics.sandbox`), but to be safe from malicious programs, run everything in a container.
     The result is ``pass@1``; :func:`milora_lightning.metrics.pass_rates` estimates pass@k from several samples.
 
     Args:
@@ -63,12 +63,12 @@ class Code(Files):
         test: HumanEval, or problems in its format: ``prompt``, ``entry_point`` and ``test``.
         validation: Validation data, in the format of training data.
         run_generated_code: Whether the test may run what the model writes.
-        seconds: How long a program may run.
-        memory_gb: How much memory it may use.
-        train_split: Which split to train on, or which part of it, of files as well: ``"train[:100000]"``.
-        validation_size: How much of ``train`` to hold out where ``validation`` is None: a number of examples, or
-            a fraction below 1.
-        seed: Chooses the examples held out.
+        seconds: Time limit of a program.
+        memory_gb: Memory limit of a program in GB.
+        train_split: The split to train on, or a part of it, also for files: ``"train[:100000]"``.
+        validation_size: How much of ``train`` to hold out if ``validation`` is None: a number of examples, or a
+            fraction below 1.
+        seed: Seed for choosing the examples held out.
 
     Raises:
         ValueError: When loading, as for :class:`Files`; in ``check_test``, if ``run_generated_code`` is false.
@@ -105,7 +105,7 @@ class Code(Files):
         self.limits = Limits(seconds, memory_gb)
 
     def metric(self) -> Metric | None:
-        """Make the metric, pass@1; None if generated programs are not to be run."""
+        """Return the metric, pass@1; None if running generated programs is not allowed."""
         return PassRate(self.limits) if self.run_generated_code else None
 
     def check_test(self) -> None:

@@ -11,27 +11,27 @@ from milora_lightning.metrics import TaskAccuracy, right_choice
 from milora_lightning.utils.errors import InvalidInputError
 
 TASKS = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa")
-RESPONSE = "the correct answer is {}"  # what the benchmark's data answers
+RESPONSE = "the correct answer is {}"  # the form of answers in the benchmark's data
 
 
 class Commonsense(Files):
     """Commonsense170K and BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC-Easy, ARC-Challenge and OpenBookQA.
 
-    Records have the fields ``instruction``, ``output`` ("the correct answer is answer2") and ``answer`` ("answer2").
-    As in the benchmark's own evaluation, an answer is right if the first choice that it names is the right one. The
+    Records have the fields ``instruction``, ``output`` ("the correct answer is answer2") and ``answer`` ("answer2"). As
+    in the benchmark's official evaluation, an answer is right if the first choice that it names is the right one. The
     accuracy is the mean over the test sets.
 
     Args:
         train: The training mix: files or a Hub name, as for :class:`Files`.
-        test: Location of the test sets, with ``{task}`` where the name of the set belongs: in a clone of LLM-Adapters
-            ``dataset/{task}/test.json``. None for no test.
+        test: Location of the test sets, with ``{task}`` in place of the name of the set: ``dataset/{task}/test.json``
+            in a clone of LLM-Adapters. None for no test.
         tasks: Names of the test sets.
         validation: Validation data; None to hold ``validation_size`` examples out of ``train``.
         validation_size: How much to hold out, a number of examples or a fraction below 1; the benchmark holds out 120.
-        seed: Chooses the examples held out.
+        seed: Seed for choosing the examples held out.
 
     Raises:
-        ValueError: If ``test`` does not say where the task's name belongs, or when loading as in :class:`Files`.
+        ValueError: If ``test`` does not contain ``{task}``; when loading, as for :class:`Files`.
     """
 
     takes_splits_beside = False
@@ -63,14 +63,14 @@ class Commonsense(Files):
         )
 
     def metric(self) -> Metric:
-        """Make the metric: accuracies of the test sets and their mean; validation is scored as one set."""
+        """Return the metric: accuracies of the test sets and their mean; validation is scored as one set."""
         return TaskAccuracy(dict.fromkeys(["", *self.test_sets], right_choice))
 
     def choices(self, prompt: str) -> list[str]:
         r"""Return the possible answers to a question.
 
         Raises:
-            ValueError: If the prompt does not say.
+            ValueError: If the prompt does not name them.
 
         >>> Commonsense().choices("Is water wet?\n\nAnswer format: true/false")
         ['the correct answer is true', 'the correct answer is false']

@@ -1,4 +1,4 @@
-"""FollowBench: instructions with one to five constraints, answered in the format of its own evaluation."""
+"""FollowBench: instructions with one to five constraints, answered in the format of its official evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INITIAL = "0"
 
 
 def constrained(record: dict[str, Any]) -> dict[str, Any]:
-    """Convert a record of FollowBench, whose ``target`` is only for some of the rules, to a question with its level.
+    """Convert a record of FollowBench to a question with its level; ``target`` is not used, as only some rules need it.
 
     Raises:
         ValueError: If the record is of another format.
@@ -32,15 +32,15 @@ def constrained(record: dict[str, Any]) -> dict[str, Any]:
 class FollowBench(Files):
     """FollowBench's instructions, for ``predict``; its judges are rules and GPT-4.
 
-    :class:`milora_lightning.PredictionWriter` writes the answers as FollowBench's evaluation reads them.
+    :class:`milora_lightning.PredictionWriter` writes the answers in the format of FollowBench's evaluation.
 
     Args:
-        test: Location of the files, with ``{task}`` for the type of constraint: in a clone of FollowBench
-            ``data/{task}_constraints.json``.
+        test: Location of the files, with ``{task}`` in place of the type of constraint:
+            ``data/{task}_constraints.json`` in a clone of FollowBench.
         tasks: Types of constraint; by default all six.
 
     Raises:
-        ValueError: If ``test`` does not say where the type belongs, or when loading as in :class:`Files`.
+        ValueError: If ``test`` does not contain ``{task}``; when loading, as for :class:`Files`.
     """
 
     takes_splits_beside = False
@@ -67,4 +67,4 @@ class FollowBench(Files):
         return dataset.select([i for i, level in enumerate(dataset["reference"]) if level != INITIAL])
 
     def metric(self) -> None:
-        """Make no metric: FollowBench's own evaluation judges the answers."""
+        """Return no metric: FollowBench's evaluation judges the answers."""

@@ -57,7 +57,7 @@ def _chat(messages: Any, field: str) -> list[Any]:
 
 
 def _turn(message: Any, what: str) -> tuple[str, str]:
-    """Return who says what."""
+    """Return the role and the text of a message."""
     if not isinstance(message, dict):
         raise InvalidInputError(
             f"{what} is {shown(message)} ({type(message).__name__}), but has to have role and content."
@@ -77,18 +77,18 @@ def _text(value: Any, what: str) -> str:
 class Instructions(Files):
     """Instructions to follow: UltraFeedback's chosen answers, Alpaca's, or chats of one question and one answer.
 
-    An answer is neither right nor wrong, so evaluations report the loss alone. What ``predict`` generates can be
-    written for ``alpaca_eval``, see :class:`milora_lightning.PredictionWriter`.
+    Answers are neither right nor wrong, so evaluations report only the loss. What ``predict`` generates can be written
+    for ``alpaca_eval``, see :class:`milora_lightning.PredictionWriter`.
 
     Args:
         train: Training data: files or a Hub name, as for :class:`Files`; see :func:`instruction` for the formats.
         validation: Validation data.
         test: Instructions to answer, with reference answers: AlpacaEval's are the file ``alpaca_eval.json``.
-        train_split: Which split of a Hub data set to train on; UltraFeedback's is ``train_sft``.
-        validation_split: Likewise for validation.
-        validation_size: How much of ``train`` to hold out where ``validation`` is None: a number of examples, or
-            a fraction below 1.
-        seed: Chooses the examples held out.
+        train_split: The split of a Hub data set to train on; UltraFeedback's is ``train_sft``.
+        validation_split: The same for validation.
+        validation_size: How much of ``train`` to hold out if ``validation`` is None: a number of examples, or a
+            fraction below 1.
+        seed: Seed for choosing the examples held out.
 
     Raises:
         ValueError: When loading, as for :class:`Files`.
@@ -119,8 +119,8 @@ class Instructions(Files):
             validation_size=validation_size,
             seed=seed,
         )
-        self.fields["prompt_role"] = "prompt_role"  # which tells a chat's system message from an instruction
-        self.fields["task"] = "dataset"  # AlpacaEval's, which its results are broken down by
+        self.fields["prompt_role"] = "prompt_role"  # distinguishes a chat's system message from an instruction
+        self.fields["task"] = "dataset"  # AlpacaEval's field, by which its results are broken down
 
     def metric(self) -> None:
-        """Make no metric: nothing is generated in evaluations."""
+        """Return no metric: nothing is generated in evaluations."""

@@ -15,7 +15,7 @@ from milora_lightning.metrics.metamath import right_expression, right_number
 from milora_lightning.utils.errors import InvalidInputError
 
 # Fields of question and solution in MetaMathQA, GSM8K, MATH, and the test files that MetaMath ships.
-UNCHANGED = ("query", "response")  # MetaMathQA's, which are learned as they are
+UNCHANGED = ("query", "response")  # MetaMathQA's fields, which are learned unchanged
 FORMATS = (UNCHANGED, ("question", "answer"), ("problem", "solution"), ("instruction", "output"))
 MARKER = "The answer is: "
 METAMATH = "metamath"
@@ -25,7 +25,7 @@ METAMATH = "metamath"
 def worked_solution(record: dict[str, Any]) -> dict[str, Any]:
     r"""Convert a record of GSM8K or MATH to MetaMathQA's form: solutions end with "The answer is: ...".
 
-    MetaMathQA's own solutions stay as they are, and so does any other that says its answer in this form.
+    MetaMathQA's solutions are not changed, nor are others that state their answer in this form.
 
     Raises:
         ValueError: If the record has none of the known pairs of fields.
@@ -48,7 +48,7 @@ def worked_solution(record: dict[str, Any]) -> dict[str, Any]:
         )
     converts = (question, solution) != UNCHANGED and MARKER.strip() not in text
     if converts:
-        text = re.sub(r"<<[^<>]*>>", "", text)  # what GSM8K's calculator was told
+        text = re.sub(r"<<[^<>]*>>", "", text)  # GSM8K's calculator annotations
         text = re.sub(r"####\s*(?=[^#]*$)", MARKER, text)
     answer = extract_solution(text)
     if converts and answer is not None and MARKER.strip() not in text:
@@ -64,18 +64,18 @@ class Math(Files):
     converted to MetaMathQA's form, in which a solution ends with "The answer is: ...". The answer is extracted from
     there, and a text without one is wrong. Answers to GSM8K are compared as numbers, answers to MATH as expressions.
 
-    Accuracies are reported by two rules: the package's own, which compares values, and under ``accuracy_metamath`` that
-    of the paper's scripts (:mod:`milora_lightning.metrics.metamath`), to be put beside the paper's figures.
+    Accuracies are reported by two rules: this package's, which compares values, and, as ``accuracy_metamath``, that of
+    the paper's scripts (:mod:`milora_lightning.metrics.metamath`), for comparison with the paper's results.
 
     Args:
         train: Training data: files or a Hub name, as for :class:`Files`.
         gsm8k: GSM8K's test data; None to leave it out.
         math: MATH's test data; None to leave it out.
-        validation: Validation data, scored as MATH is if that is tested, else as GSM8K is.
-        train_split: Which split to train on, or which part of it, of files as well: ``"train[:100000]"``.
-        validation_size: How much of ``train`` to hold out where ``validation`` is None: a number of examples, or
-            a fraction below 1.
-        seed: Chooses the examples held out.
+        validation: Validation data, scored like MATH if that is tested, otherwise like GSM8K.
+        train_split: The split to train on, or a part of it, also for files: ``"train[:100000]"``.
+        validation_size: How much of ``train`` to hold out if ``validation`` is None: a number of examples, or a
+            fraction below 1.
+        seed: Seed for choosing the examples held out.
 
     Raises:
         ModuleNotFoundError: In ``metric``, if MATH is tested and math-verify is not installed.
@@ -110,11 +110,11 @@ class Math(Files):
         )
 
     def metric(self) -> Metric:
-        """Make the metric: the accuracy on each test, and their mean, by the two rules."""
+        """Return the metric: the accuracy on each test, and their mean, by the two rules."""
         number = partial(right_answer, strict=True)
         if "math" not in self.test_sets:
             return TaskAccuracy({"": number, "gsm8k": number}, {METAMATH: {"": right_number, "gsm8k": right_number}})
-        require_math_verify()  # now, not after the first answers
+        require_math_verify()  # fail now, not after the first answers
         return TaskAccuracy(
             {"": right_solution, "gsm8k": number, "math": right_solution},
             {METAMATH: {"": right_expression, "gsm8k": right_number, "math": right_expression}},

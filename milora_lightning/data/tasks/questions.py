@@ -26,9 +26,9 @@ class Question:
     """A question.
 
     Attributes:
-        prompt: What comes before a choice.
-        choices: The choices as they continue the prompt, with the space before them.
-        right: The number of the right one.
+        prompt: The text before a choice.
+        choices: The choices as continuations of the prompt, including the space before them.
+        right: The index of the right one.
     """
 
     prompt: str
@@ -44,8 +44,8 @@ def read_questions(location: str, number: int, seed: int = 0) -> list[Question]:
             ``choices`` (a list of texts) and ``answer`` (the number of the right one, from 0, or its text); or it is
             one of the files of LLM-Adapters, with ``instruction`` and ``answer``, of any of the tasks of
             :class:`milora_lightning.data.Commonsense`.
-        number: How many to draw at most.
-        seed: Chooses which.
+        number: Maximum number of questions.
+        seed: Seed of the draw.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -80,7 +80,7 @@ def read_question(record: dict[str, Any]) -> Question:
     Question(prompt='Question: Is it?\nAnswer:', choices=(' Yes', ' No'), right=1)
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the record is not a question.
     """
     if "choices" in record:
         choices, answer = [str(choice) for choice in record["choices"]], record["answer"]
@@ -97,7 +97,7 @@ def read_question(record: dict[str, Any]) -> Question:
         before, after = question.split("_")
         choices = [f"{choice}{after}" for choice in choices]
         return _checked(Question(before.rstrip(), tuple(f" {choice}" for choice in choices), right))
-    if answer.startswith("ending"):  # the choices go on with the sentence
+    if answer.startswith("ending"):  # the choices continue the sentence
         return _checked(Question(question, tuple(f" {choice}" for choice in choices), right))
     return _question(question, choices, right)
 

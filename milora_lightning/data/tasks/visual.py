@@ -22,14 +22,14 @@ COLUMNS = ("messages", "image", "reference", "task")
 
 
 class VisualInstructions:
-    """Conversations about images, in JSON as LLaVA has them.
+    """Conversations about images, in LLaVA's JSON format.
 
     Each row has ``conversations`` (turns with ``from``, human or gpt, and ``value``), and ``image``, the path of an
     image in the folder ``images``; rows without it are conversations in text. The placeholder ``<image>`` stands in a
-    question; as in LLaVA, it is moved to the beginning of that question. For ``predict``, rows may also be questions
-    as LLaVA's benchmarks have them: ``text`` with ``image`` and ``question_id``.
+    question; as in LLaVA, it is moved to the beginning of that question. For ``predict``, rows may also be questions in
+    the format of LLaVA's benchmarks: ``text`` with ``image`` and ``question_id``.
 
-    An answer is neither right nor wrong here, so evaluations report the loss alone; ``predict`` writes answers.
+    Answers are neither right nor wrong here, so evaluations report only the loss; ``predict`` writes answers.
 
     Args:
         train: Training data: a JSON or JSONL file, or several.
@@ -37,7 +37,7 @@ class VisualInstructions:
         validation: Validation data; None to hold ``validation_size`` examples out of ``train``.
         test: Questions to answer, or conversations.
         validation_size: How much to hold out: a number of examples, or a fraction below 1.
-        seed: Chooses the examples held out.
+        seed: Seed for choosing the examples held out.
 
     Raises:
         FileNotFoundError: When loading, if a file or an image does not exist.
@@ -82,7 +82,7 @@ class VisualInstructions:
         return dataset.select(sorted(chosen.tolist()))
 
     def metric(self) -> None:
-        """Make no metric: nothing is generated in evaluations."""
+        """Return no metric: nothing is generated in evaluations."""
 
 
 def visual_rows(files: tuple[tuple[str, int, int], ...], images: str) -> Iterator[Row]:
