@@ -91,6 +91,13 @@ class PrincipalProjection(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the hooks and release the bases."""
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Do so after an interruption, too: gradients of a later run without protection would be projected."""
+        self._release()
+
+    def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles, self._protected = [], []

@@ -12,7 +12,8 @@ from helpers.modules import data, module
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from milora_lightning import (
     CausalLMModule,
@@ -65,6 +66,30 @@ def inside(lm: LightningModule, p: int) -> float:
 def test_updates_stay_out_of_the_principal_subspace(optimizer: str, llama: Path, tmp_path: Path) -> None:
     assert inside(fit(tmp_path, llama, PrincipalProjection(P), optimizer=optimizer), P) < 1e-5
     assert inside(fit(tmp_path, llama, optimizer=optimizer), P) > 0.1  # without protection
+
+
+def test_a_run_that_breaks_off_leaves_no_protection_behind(tmp_path: Path) -> None:
+    class Breaking(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(12, 12)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            assert self.net.lora_A._backward_hooks
+            raise OSError("a file of the user's")
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+        def train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(torch.zeros(1))
+
+    broken, callbacks = Breaking(), [MiLoRAInit(r=2), PrincipalProjection(4)]
+    with pytest.raises(OSError, match="of the user's"):
+        quiet_trainer(tmp_path, max_steps=1, callbacks=callbacks).fit(broken)
+    (layer,) = lora_layers(broken).values()
+    assert not layer.lora_A._backward_hooks
+    assert not layer.lora_B._backward_hooks
 
 
 def test_everything_but_the_trained_slice_can_be_protected(llama: Path, tmp_path: Path) -> None:
