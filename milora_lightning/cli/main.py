@@ -58,6 +58,23 @@ class MiLoRACLI(LightningCLI):
     command: str | None = None
     """The command that takes these options, if it is not the subcommand itself: errors refer to its help."""
 
+    def __init__(self, *classes: Any, **options: Any) -> None:
+        given = sys.argv[1:] if options.get("args") is None else options["args"]
+        self._first_argument = given[0] if isinstance(given, list) and given else None
+        self._with_parser = LightningCLI.subcommands()
+        super().__init__(*classes, **options)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the subcommands that have a parser."""
+        return self._with_parser  # Lightning's own function is static, but called on the object
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """Set up the parser, which is made for the one subcommand that the arguments begin with: four take long."""
+        name = self._first_argument
+        if name in self._with_parser:
+            self._with_parser = {name: self._with_parser[name]}
+        super().setup_parser(*args, **kwargs)
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Create the parser, whose errors are single sentences."""
         self.parser_class = Parser

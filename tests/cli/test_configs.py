@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers.models import save_tiny_model
 
 from milora_lightning import MiLoRAInit, lora_layers
@@ -205,3 +206,20 @@ def test_commands_in_comments_name_configs_that_exist() -> None:
             words = shlex.split(command.rstrip("\\"))
             for option, name in itertools.pairwise(words):
                 assert option != "--config" or (CONFIGS / name).is_file(), command
+
+
+def test_a_config_of_several_commands_comes_before_the_command_which_alone_is_made_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = []
+    monkeypatch.setattr(MiLoRACLI, "_run_subcommand", lambda cli, name: None)
+    monkeypatch.setattr(MiLoRACLI, "instantiate_classes", lambda cli: made.append([*cli._subcommand_parsers]))
+    config = tmp_path / "both.yaml"
+    of_each = {name: {"model": {"name_or_path": f"to-{name}"}} for name in ("fit", "validate")}
+    config.write_text(yaml.safe_dump(of_each))
+    with pytest.raises(SystemExit):
+        main(["--config", str(config), "validate", "--print_config"])
+    assert "to-validate" in capsys.readouterr().out
+    main(["fit", "--model.name_or_path=x", "--data.source.train=x"])
+    main(["--config", str(config), "fit", "--data.source.train=x"])
+    assert made == [["fit"], ["fit", "validate", "test", "predict"]]
