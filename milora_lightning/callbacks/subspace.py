@@ -23,6 +23,7 @@ from milora_lightning.analysis.spectra import (
 )
 from milora_lightning.linalg.singular import singular_slice
 from milora_lightning.strategies.base import check_whole
+from milora_lightning.utils.compat.lightning import logged_step
 from milora_lightning.utils.errors import InvalidInputError
 
 
@@ -74,7 +75,10 @@ class SubspaceMonitor(Callback):
         """Measure and log every ``every_n_steps`` steps."""
         step = trainer.global_step
         if step != self._last_step and step % self.every_n_steps == 0 and trainer.is_global_zero:
-            pl_module.log_dict(self.measure(pl_module), rank_zero_only=True)
+            found = self.measure(pl_module)
+            pl_module.log_dict(found, logger=False, rank_zero_only=True)
+            for logger in trainer.loggers:  # Lightning would log it at its own steps, and at each until the next
+                logger.log_metrics(found, step=logged_step(trainer))
         self._last_step = step
 
     @torch.no_grad()

@@ -14,6 +14,8 @@ from transformers import PretrainedConfig
 
 from milora_lightning.models.files import takes_images
 from milora_lightning.screen.figures import number
+from milora_lightning.utils.compat.lightning import step_of_last_save
+from milora_lightning.utils.counting import counted
 
 
 def program() -> str:
@@ -53,8 +55,9 @@ def checkpoints(trainer: Trainer) -> tuple[str | None, list[str]]:
 
     The checkpoint to use is the best one if a metric is monitored, and the last one otherwise.
     """
-    last, best = "", ""
+    best = ""
     lines = []
+    saved: list[tuple[int, str]] = []
     for callback in trainer.checkpoint_callbacks:
         if not isinstance(callback, ModelCheckpoint):
             continue
@@ -62,9 +65,13 @@ def checkpoints(trainer: Trainer) -> tuple[str | None, list[str]]:
             best = _short(callback.best_model_path)
             score = number(float(callback.best_model_score))
             lines.append(f"Best checkpoint ({callback.monitor} {score}): {best}")
-        last = callback.last_model_path or last or ("" if callback.monitor else callback.best_model_path)
+        if path := callback.last_model_path or ("" if callback.monitor else callback.best_model_path):
+            saved.insert(0, (step_of_last_save(callback), path))
+    step, last = max(saved, key=lambda each: each[0], default=(0, ""))
     if last:
-        lines.insert(0, f"Last checkpoint (step {trainer.global_step}): {_short(last)}")
+        behind = trainer.global_step - step
+        lost = f"; the last {counted(behind, 'step')} of the run are in no checkpoint" if behind > 0 else ""
+        lines.insert(0, f"Last checkpoint{f' (step {step}{lost})' if step else ''}: {_short(last)}")
     return best or (_short(last) if last else None), lines
 
 

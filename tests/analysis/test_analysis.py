@@ -12,6 +12,7 @@ from helpers.layers import adapted
 from helpers.models import quiet_trainer, save_tiny_model
 from helpers.modules import data, module
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from milora_lightning import MiLoRAInit, SubspaceMonitor
@@ -216,3 +217,16 @@ def test_monitor_logs_what_the_analysis_finds(tmp_path: Path) -> None:
     assert not logged
     with pytest.raises(ValueError, match="every_n_steps"):
         SubspaceMonitor(0)
+
+
+def test_a_measurement_is_logged_under_its_own_step_and_once(tmp_path: Path) -> None:
+    """Whatever the steps are at which Lightning logs, which would repeat it until the next one."""
+    model = save_tiny_model(tmp_path / "llama", "llama")
+    logger = CSVLogger(tmp_path / "logs", flush_logs_every_n_steps=1)
+    options = {"max_steps": 8, "num_sanity_val_steps": 0, "limit_val_batches": 0, "log_every_n_steps": 2}
+    callbacks = [MiLoRAInit(r=4), SubspaceMonitor(every_n_steps=3)]
+    trainer = quiet_trainer(tmp_path, logger=logger, callbacks=callbacks, **options)
+    trainer.fit(module(model), data(tmp_path, model, num_generation_examples=0))
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open()))
+    measured = [int(row["step"]) for row in rows if row["subspace/q_proj/top"]]
+    assert measured == [2, 5]  # Lightning counts from 0

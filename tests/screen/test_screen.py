@@ -296,6 +296,31 @@ def test_the_newest_run_is_what_last_means_and_no_earlier_file_is_written_over(
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.parametrize(
+    ("saving", "said"),
+    [
+        (
+            [{"save_last": True}],
+            "Last checkpoint (step 6; the last 2 steps of the run are in no checkpoint): last.ckpt",
+        ),
+        ([{"save_last": True}, {"filename": "end", "every_n_train_steps": None}], "Last checkpoint (step 8): end.ckpt"),
+    ],
+    ids=["ends between two checkpoints", "another one keeps the end"],
+)
+def test_the_last_line_names_the_step_of_the_checkpoint_and_not_of_the_run(
+    saving: list[dict[str, Any]], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    saves: Any = [ModelCheckpoint(tmp_path, **{"every_n_train_steps": 3, **options}) for options in saving]
+    limits = {"limit_train_batches": 8, "limit_val_batches": 0, "max_epochs": 1, "enable_checkpointing": True}
+    trainer = quiet_trainer(tmp_path, callbacks=saves, **limits)
+    trainer.fit(BoringModel())
+    line, *_ = ending(trainer)
+    assert line == said
+    step, _, path = line.removeprefix("Last checkpoint (step ").partition("): ")
+    assert torch.load(path, weights_only=False)["global_step"] == int(step.partition(";")[0])
+
+
 @pytest.mark.parametrize(("batches", "epoch"), [(1, 2), (4, 1)])
 def test_early_stopping_says_why(tmp_path: Path, batches: int, epoch: int) -> None:
     stop = EarlyStopping("x", patience=1, check_on_train_epoch_end=False)

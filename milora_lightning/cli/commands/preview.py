@@ -14,6 +14,7 @@ from rich.text import Text
 from milora_lightning.cli.main import MiLoRACLI, command_line
 from milora_lightning.data.batches.batching import learned_spans, round_up
 from milora_lightning.data.batches.budget import Batches
+from milora_lightning.data.batches.step_batch import in_batches
 from milora_lightning.data.datamodule import SFTDataModule
 from milora_lightning.data.model_check import check_fits
 from milora_lightning.data.streaming.encoding import check_trainer
@@ -191,6 +192,8 @@ def of_the_run(cli: MiLoRACLI, model: Any, batches: int, lengths: list[list[int]
     step, epochs = data.step_batch(), trainer.max_epochs or -1
     if data.global_batch_size is None:
         step = replace(step, accumulated=trainer.accumulate_grad_batches)
+    counts_steps = data.global_batch_size is not None
+    batches = limited(trainer.limit_train_batches, batches, step.accumulated, counts_steps)
     steps = math.ceil(batches / step.accumulated)
     limits = [limit for limit in (trainer.max_steps, 0 if data.streaming else steps * epochs) if limit > 0]
     most = data.max_tokens_per_batch
@@ -216,6 +219,22 @@ def of_the_run(cli: MiLoRACLI, model: Any, batches: int, lengths: list[list[int]
         *(f"  {_bytes(part.size):>9}  {part.name} ({part.reason})" for part in [*held, *expected.parts]),
     ]
     return lines if fits else [*lines, f"What takes less: {REMEDIES}."]
+
+
+def limited(asked: int | float, batches: int, accumulated: int, counts_steps: bool) -> int:
+    """Return how many of the batches of an epoch ``limit_train_batches`` leaves.
+
+    Args:
+        asked: A number, or as a float a fraction of the epoch.
+        batches: Number of batches in an epoch.
+        accumulated: Number of batches in an optimizer step.
+        counts_steps: Whether the number is one of steps, as with ``data.global_batch_size``.
+
+    >>> limited(1.0, 42, 4, False), limited(10, 42, 4, False), limited(10, 42, 4, True), limited(0.5, 42, 4, True)
+    (42, 10, 40, 20)
+    """
+    limit = in_batches(asked, accumulated, batches) if counts_steps else asked
+    return min(batches, int(limit)) if isinstance(limit, int) else int(batches * limit)
 
 
 def of_memory(cli: MiLoRACLI, model: Any, lengths: list[list[int]]) -> Estimate:

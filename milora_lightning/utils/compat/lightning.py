@@ -130,6 +130,11 @@ def numbers_versions(callback: ModelCheckpoint) -> bool:
     return callback._enable_version_counter
 
 
+def step_of_last_save(callback: ModelCheckpoint) -> int:
+    """Return the step at which a ModelCheckpoint has saved last in this run; 0 if it has not."""
+    return callback._last_global_step_saved
+
+
 def expect_processes_to_end() -> None:
     """Keep Lightning from treating the end of processes it has started as a failure, for which it would kill this one.
 
