@@ -361,3 +361,50 @@ def test_tables_say_what_was_measured() -> None:
     for edge in (sweep[:2], sweep[1:]):  # the highest rate, and the lowest
         assert "For a the best is at the edge" in table(edge)
     assert "The grid was extended where the best rate lay at its edge: a by 0.1." in table(sweep, [1e-3, 1e-2])
+
+
+def test_options_reach_what_they_are_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Recorded] = []
+    written: list[Any] = []
+    parts: list[tuple[int, float | None]] = []
+
+    class Kept(Recorded):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(comparing, "Comparison", Kept)
+    monkeypatch.setattr(report, "write_report", lambda *arguments: written.append(arguments))
+    monkeypatch.setattr(comparing, "set_apart", lambda run, share: parts.append((run.seed, share)))
+
+    def run(rates: list[float], **options: Any) -> tuple[str, str]:
+        for of in (made, written, parts):
+            of.clear()
+        comparing.compare(["--trainer.max_steps=9"], ["lora", "milora"], str(tmp_path), rates, [3], **options)
+        return " ".join(made[0].fit), " ".join(made[1].fit)
+
+    named = {"text": {"a": "a.txt"}, "text_field": "body", "text_tokens": 99, "questions": {"q": "q.json"}}
+    named |= {"questions_number": 7, "questions_every": "validation", "reference": "milora", "sweep_seed": 8}
+    reported, swept = run([1e-3, 1e-2], margin=0.02, margin_ratio=0.3, selection_size=0.4, **named)
+    for words in ("max_steps=9", "UpdateMonitor", "text={'a': 'a.txt'}", "field=body", "max_tokens=99"):
+        assert words in reported
+        assert words in swept
+    for words in ("ChoiceMonitor", "questions={'q': 'q.json'}", "number=7", "every=validation"):
+        assert words in reported
+    assert "ChoiceMonitor" not in swept
+    assert "num_generation_examples=0" in swept
+    assert "num_generation_examples" not in reported
+    assert written[0][4:] == ("milora", Margins(0.02, 0.3), [1e-3, 1e-2])
+    assert set(parts) == {(8, 0.4), (3, 0.4)}
+
+    _, swept = run([1e-3, 1e-2], selection="chosen.jsonl", sweep_seed=8)
+    assert "validation=chosen.jsonl" in swept
+    assert "validation=chosen.jsonl" not in " ".join(made[0].fit)
+    assert set(parts) == {(8, 1.0), (3, None)}  # of other data nothing has to be kept back
+    assert written[0][4] == "lora"
+
+    run([1e-3])
+    assert set(parts) == {(3, None)}  # nothing is chosen
+    for wrong in ({"selection_size": 1.0}, {"margin": 0.0}, {"margin_ratio": 0.0}, {"extend": -1}, {"parallel": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+            run([1e-3], **wrong)
