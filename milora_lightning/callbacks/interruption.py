@@ -80,8 +80,9 @@ class SaveOnInterrupt(Callback):
             raise KeyboardInterrupt
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say which checkpoint the run can be resumed from."""
+        """Say which checkpoint the run can be resumed from; after another error, leave Ctrl-C to what comes."""
         if not isinstance(exception, KeyboardInterrupt):
+            self.teardown(trainer, pl_module, "fit")
             return
         expect_processes_to_end()
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once

@@ -255,6 +255,19 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path, where:
     assert (tmp_path / "interrupted-v1.ckpt").is_file()
 
 
+def test_a_run_that_ends_in_an_error_leaves_ctrl_c_as_it_was(tmp_path: Path) -> None:
+    """Else the first Ctrl-C after it, in a notebook, would be taken for one in a step, and change nothing."""
+
+    class Failing(Model):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            raise OSError("a file of the user's")
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(OSError, match="of the user's"):
+        quiet_trainer(tmp_path, max_steps=1, callbacks=[SaveOnInterrupt()]).fit(Failing())
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 @pytest.mark.parametrize("saving", [{"filename": "last"}, {"save_last": True}, {"save_last": True, "monitor": "x"}])
 def test_the_newest_run_is_what_last_means_and_no_earlier_file_is_written_over(
     tmp_path: Path, saving: dict[str, Any]
