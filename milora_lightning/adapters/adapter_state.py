@@ -53,6 +53,10 @@ def factors_tell(state: Mapping[str, Any], prefix: str) -> bool:
 
     If all factors are zero, they may still have been initialized.
 
+    Args:
+        state: A state dict.
+        prefix: Prefix of the adapter's keys in it.
+
     >>> import torch
     >>> factors_tell({"0.lora_A": torch.zeros(1, 2), "0.lora_B": torch.ones(2, 1)}, "0.")
     True

@@ -221,7 +221,12 @@ def objection_to(stack: StackedWeight) -> str | None:
 
 
 def is_of_experts(name: str, stack: StackedWeight) -> bool:
-    """Whether a stack holds the experts of a mixture, judging by its name or class."""
+    """Whether a stack holds the experts of a mixture, judging by its name or class.
+
+    Args:
+        name: The stack's name in the model.
+        stack: The stack.
+    """
     return len(stack.weight) > 1 and ("expert" in name or "Experts" in type(stack.experts).__name__)
 
 

@@ -54,7 +54,12 @@ def anything_trains(module: nn.Module, kept: Collection[nn.Module]) -> bool:
 
 
 def base_keys(module: nn.Module, frozen_only: bool = True) -> set[str]:
-    """Return the names, wrappers included, of all parameters that are not adapters' factors; by default frozen ones."""
+    """Return the names, wrappers included, of all parameters that are not adapters' factors; by default frozen ones.
+
+    Args:
+        module: A module with adapters.
+        frozen_only: Whether to leave out parameters that train.
+    """
     factors = {
         f"{prefix}.{name}"
         for prefix, layer in module.named_modules()

@@ -98,6 +98,11 @@ def factor_shapes(layer: nn.Module, r: int, parts: int = 1) -> tuple[tuple[int, 
     projection has r rows of A for each part: (parts · r, in).
 
     A stack of experts has factors for each matrix: (experts, r, in) and (experts, out, r).
+
+    Args:
+        layer: The base layer.
+        r: Rank of the factors.
+        parts: Number of parts of a fused projection.
     """
     out_features, in_features = linear_shape(layer)
     of_A, of_B = (parts * r, in_features), (out_features, r // groups_of(layer))

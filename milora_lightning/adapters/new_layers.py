@@ -32,6 +32,10 @@ def saved_names(part: nn.Module, config: LoRAConfig) -> list[str]:
 
     The result is remembered, because weights no longer look new once training has changed them.
 
+    Args:
+        part: The module, or the part of it that is adapted.
+        config: The configuration of the adapters.
+
     >>> saved_names(nn.ModuleDict({"head": nn.Linear(8, 3)}), LoRAConfig(modules_to_save="auto"))
     ['head']
     """
@@ -44,7 +48,12 @@ def saved_names(part: nn.Module, config: LoRAConfig) -> list[str]:
 
 
 def saved_modules(part: nn.Module, config: LoRAConfig) -> list[nn.Module]:
-    """Return the modules that train in full."""
+    """Return the modules that train in full.
+
+    Args:
+        part: The module, or the part of it that is adapted.
+        config: The configuration of the adapters.
+    """
     names = saved_names(part, config)
     if config.modules_to_save != AUTO:
         return find_modules(part, names)

@@ -44,6 +44,10 @@ def held_weights(module: nn.Module) -> dict[str, nn.Module]:
 def ends_with(name: str, target: str) -> bool:
     """Whether a name equals another, or ends in it after a dot.
 
+    Args:
+        name: The full name.
+        target: The ending.
+
     >>> [ends_with("layers.0.q_proj", target) for target in ("q_proj", "proj")]
     [True, False]
     """
@@ -79,6 +83,10 @@ def modules_inside(modules: Sequence[nn.Module]) -> set[nn.Module]:
 def find_part(module: nn.Module, name: str | None) -> nn.Module:
     """Return the submodule with this name, or the whole module if the name is None.
 
+    Args:
+        module: The whole module.
+        name: Name of the submodule, or None.
+
     Raises:
         TargetNotFoundError: If there is no such submodule.
     """
@@ -113,6 +121,10 @@ def excluded_names(module: nn.Module, exclude_modules: str | Sequence[str]) -> s
 
 def first_few(names: Sequence[str], most: int = 3) -> str:
     """List names, the first few of many.
+
+    Args:
+        names: The names.
+        most: How many of them to list.
 
     >>> first_few(["a", "b"]), first_few(["a", "b", "c"], 1)
     ("'a', 'b'", "'a' and 2 more")

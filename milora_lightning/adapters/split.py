@@ -97,7 +97,12 @@ def local(parameter: Tensor) -> Tensor:
 
 
 def split_linear(layer: nn.Module, part: Part) -> None:
-    """Split a frozen linear layer without an adapter; its weights may be on the meta device."""
+    """Split a frozen linear layer without an adapter; its weights may be on the meta device.
+
+    Args:
+        layer: The layer; changed in place.
+        part: This rank's part of it.
+    """
     split_parameters(layer, part)
     layer.forward = partial(_without_update, layer, part)
 
@@ -107,7 +112,12 @@ def _without_update(layer: nn.Module, part: Part, x: Tensor) -> Tensor:
 
 
 def split_parameters(module: nn.Module, part: Part) -> None:
-    """Replace each parameter of a module, but not of its submodules, by this rank's part of it."""
+    """Replace each parameter of a module, but not of its submodules, by this rank's part of it.
+
+    Args:
+        module: The module; changed in place.
+        part: This rank's part of it.
+    """
     for name, parameter in list(module._parameters.items()):
         if parameter is None:
             continue

@@ -60,7 +60,13 @@ def inject(module: nn.Module, config: LoRAConfig, layers: Sequence[str] | None =
 
 
 def inject_quietly(module: nn.Module, config: LoRAConfig, layers: Sequence[str] | None = None) -> dict[str, LoRALinear]:
-    """Do the same as :func:`inject`, without remarks on layers left out: parts of the module may not exist yet."""
+    """Do the same as :func:`inject`, without remarks on layers left out: parts of the module may not exist yet.
+
+    Args:
+        module: Any module; changed in place.
+        config: The configuration of the adapters.
+        layers: As for :func:`inject`.
+    """
     check_no_peft(module)
     part = find_part(module, config.module)
     saved = saved_modules(part, config)
@@ -78,6 +84,11 @@ def inject_quietly(module: nn.Module, config: LoRAConfig, layers: Sequence[str] 
 
 
 def freeze_again(module: nn.Module, config: LoRAConfig) -> None:
-    """Freeze the statistics of layers that were replaced after surgery."""
+    """Freeze the statistics of layers that were replaced after surgery.
+
+    Args:
+        module: A module with adapters; changed in place.
+        config: The configuration they were injected with.
+    """
     part = find_part(module, config.module)
     freeze_statistics(part, modules_inside(saved_modules(part, config)))

@@ -22,7 +22,12 @@ Draw = Callable[[Any, list[MatrixAnalysis]], None]
 
 
 def plot_analysis(folder: Path, matrices: Sequence[MatrixAnalysis]) -> None:
-    """Draw spectra.png, similarity.png, sizes.png and energy.png, each with one panel for every module type."""
+    """Draw spectra.png, similarity.png, sizes.png and energy.png, each with one panel for every module type.
+
+    Args:
+        folder: The folder to write to.
+        matrices: The analyses.
+    """
     groups = by_type(matrices)
     _panels(folder / "spectra.png", groups, "singular values of W and ΔW, a line for each layer", _draw_spectra)
     _panels(folder / "similarity.png", groups, "similarity φ of ΔW with parts of W's spectrum", _draw_similarity)
@@ -97,7 +102,13 @@ def _panels(path: Path, groups: dict[str, list[MatrixAnalysis]], title: str, dra
 
 @contextmanager
 def new_figure(path: Path, width: float, height: float) -> Iterator[Any]:
-    """Yield a new figure and save it to ``path`` afterwards; width and height are in inches."""
+    """Yield a new figure and save it to ``path`` afterwards; width and height are in inches.
+
+    Args:
+        path: The file to write.
+        width: Width in inches.
+        height: Height in inches.
+    """
     figure = Figure(figsize=(width, height), layout="constrained")
     yield figure
     figure.savefig(path, dpi=130)

@@ -110,6 +110,10 @@ def weights_of(name: str, layer: LoRALinear) -> Iterator[tuple[str, Tensor]]:
     """Yield each matrix (out, in) that an adapter changes, with its name.
 
     The matrices of experts are called ``name[number]``, those of the parts of a fused projection ``name:number``.
+
+    Args:
+        name: The adapter's name.
+        layer: The adapter.
     """
     weight = dense_weight(layer)
     if layer.parts:
@@ -182,7 +186,14 @@ def _triplets(weight: Tensor) -> SingularSlice:
 
 
 def number_of_intruders(weight: Tensor, update: Update, left: Tensor, rule: Intruders) -> int:
-    """Count the intruder dimensions of W + ΔW, given all left singular vectors (out, k) of W."""
+    """Count the intruder dimensions of W + ΔW, given all left singular vectors (out, k) of W.
+
+    Args:
+        weight: The frozen weight W (out, in).
+        update: The update ΔW.
+        left: All left singular vectors of W (out, k).
+        rule: What counts as an intruder.
+    """
     tuned = in_double(weight) + in_double(update.U) * update.S @ update.Vh
     return len(find_intruders(weight, tuned, left, rule).S)
 

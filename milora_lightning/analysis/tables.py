@@ -81,7 +81,13 @@ def _table(title: str, matrices: Sequence[MatrixAnalysis], columns: dict[str, st
 
 
 def write_json(path: Path, matrices: Sequence[MatrixAnalysis], settings: dict[str, Any]) -> None:
-    """Write the settings, the averages over all matrices and over each module type, and each matrix's numbers."""
+    """Write the settings, the averages over all matrices and over each module type, and each matrix's numbers.
+
+    Args:
+        path: The file to write.
+        matrices: The analyses.
+        settings: The settings of the analysis.
+    """
     content = {
         "settings": settings,
         "mean": averages(matrices),
@@ -92,7 +98,12 @@ def write_json(path: Path, matrices: Sequence[MatrixAnalysis], settings: dict[st
 
 
 def write_tables(folder: Path, matrices: Sequence[MatrixAnalysis]) -> None:
-    """Write analyses to similarity.csv, spectra.csv and energy.csv in a folder."""
+    """Write analyses to similarity.csv, spectra.csv and energy.csv in a folder.
+
+    Args:
+        folder: The folder to write to.
+        matrices: The analyses.
+    """
     names = [name for name in COLUMNS if name in averages(matrices)]
     _write_csv(
         folder / "similarity.csv",

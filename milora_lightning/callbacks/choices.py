@@ -105,7 +105,12 @@ class ChoiceMonitor(Callback):
             self._log(trainer, self.measure(trainer, pl_module), trainer.global_step)
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        """Ask all questions, and return the results over all ranks."""
+        """Ask all questions, and return the results over all ranks.
+
+        Args:
+            trainer: The Trainer; all ranks must call this.
+            pl_module: The module with the model.
+        """
         model = language_model_of(pl_module, "ChoiceMonitor")
         if self._of is not (mark := mark_of(pl_module)):  # a monitor may measure several models, one after the other
             self._of, self._rows = mark, []

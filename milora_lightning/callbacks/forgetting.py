@@ -112,7 +112,12 @@ class ForgettingMonitor(Callback):
                 logger.log_metrics(before, step=0)
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        """Compute ``forgetting_kl`` and ``forgetting_cross_entropy``, in nats per token over all ranks."""
+        """Compute ``forgetting_kl`` and ``forgetting_cross_entropy``, in nats per token over all ranks.
+
+        Args:
+            trainer: The Trainer; all ranks must call this.
+            pl_module: The module with the model.
+        """
         model = language_model_of(pl_module, "ForgettingMonitor")
         if self._of is not (mark := mark_of(pl_module)):  # a monitor may measure several models, one after the other
             self._of, self._blocks, self._base = mark, {}, None

@@ -69,7 +69,12 @@ class AdapterCheckpoint:
 
     @staticmethod
     def attach(module: nn.Module, config: LoRAConfig) -> AdapterCheckpoint:
-        """Attach an instance to a module, unless it has one already, and return it."""
+        """Attach an instance to a module, unless it has one already, and return it.
+
+        Args:
+            module: A module with adapters.
+            config: The configuration of its adapters.
+        """
         attached = AdapterCheckpoint.of(module)
         if attached is not None:
             attached.config = config
@@ -82,7 +87,13 @@ class AdapterCheckpoint:
         return attached
 
     def trim(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
-        """Remove the base from a state dict and add the description of the adapters."""
+        """Remove the base from a state dict and add the description of the adapters.
+
+        Args:
+            module: The module.
+            state: Its state dict; changed in place.
+            prefix: Prefix of the module's keys.
+        """
         in_base = _base_predicate(module)
         for key in [key for key in state if key.startswith(prefix)]:
             if in_base(key.removeprefix(prefix)):
@@ -107,7 +118,13 @@ class AdapterCheckpoint:
         }
 
     def check(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
-        """Refuse a state dict that does not fit the module; otherwise remove the description from it."""
+        """Refuse a state dict that does not fit the module; otherwise remove the description from it.
+
+        Args:
+            module: The module.
+            state: The state dict to load; changed in place.
+            prefix: Prefix of the module's keys.
+        """
         self.prefix = prefix
         description = state.pop(prefix + KEY, None)
         names = {prefix + unwrapped_name(name) for name, _ in module.named_parameters(remove_duplicate=False)}
@@ -122,6 +139,10 @@ class AdapterCheckpoint:
 
     def check_description(self, module: nn.Module, description: dict[str, Any] | None) -> None:
         """Refuse adapters with another configuration or base, and checkpoints without adapters.
+
+        Args:
+            module: The module.
+            description: The description of the adapters in a checkpoint, or None.
 
         Raises:
             CheckpointError: If the description does not fit the module, or is None.
@@ -203,7 +224,12 @@ def load_adapter(module: nn.Module, path: str | Path) -> LoRAConfig:
 
 
 def inject_as_in(module: nn.Module, state: dict[str, Any]) -> LoRAConfig:
-    """Inject adapters as described in a state dict, without loading their values."""
+    """Inject adapters as described in a state dict, without loading their values.
+
+    Args:
+        module: The module; changed in place.
+        state: A state dict with a description of adapters.
+    """
     check_format(state[KEY])
     # Exactly the layers that had adapters, rather than those that the saved target_modules would select now.
     config = replace(LoRAConfig(**state[KEY]["config"]), target_modules=state[KEY]["adapters"])

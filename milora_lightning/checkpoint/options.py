@@ -66,6 +66,10 @@ def read_for_options(path: str | Path, adapters: bool = True) -> dict[str, Any]:
 def differences(given: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """Describe each given option that differs from the checkpoint's, in one line.
 
+    Args:
+        given: The given options by name.
+        saved: The checkpoint's options by name.
+
     >>> differences({"model.max_new_tokens": 9, "model.dtype": "auto"}, {"model.max_new_tokens": 4})
     ['model.max_new_tokens: 9 here, 4 in the checkpoint']
     """

@@ -132,7 +132,12 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows as CSV; missing entries stay empty."""
+    """Write rows as CSV; missing entries stay empty.
+
+    Args:
+        path: The file to write.
+        rows: The rows, by column.
+    """
     columns = dict.fromkeys(key for row in rows for key in row)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)

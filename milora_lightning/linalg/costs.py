@@ -41,6 +41,10 @@ def in_double(k: int, n: int) -> Operations:
     The reduction to a tridiagonal matrix takes 4/3 k³, its eigenvectors by divide and conquer at most 8/3 k³, and their
     transformation back 2 k³.
 
+    Args:
+        k: Length of the short side.
+        n: Length of the long side.
+
     >>> in_double(1000, 2000).double / 1e9
     10.0
     """

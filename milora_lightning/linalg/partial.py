@@ -22,6 +22,10 @@ SQUARE = 1.5
 def suits_krylov(k: int, n: int) -> bool:
     """Whether the Krylov method finds the smallest triplets of a weight with sides k ≤ n faster than LAPACK.
 
+    Args:
+        k: Length of the short side.
+        n: Length of the long side.
+
     >>> suits_krylov(4096, 4096), suits_krylov(4096, 11008)
     (True, False)
     """
@@ -30,6 +34,10 @@ def suits_krylov(k: int, n: int) -> bool:
 
 def takes_all(k: int, r: int) -> bool:
     """Whether computing all k triplets costs no more than computing r of them.
+
+    Args:
+        k: Number of all triplets.
+        r: Number of wanted triplets.
 
     >>> takes_all(576, 32), takes_all(576, 575)
     (False, True)

@@ -42,6 +42,10 @@ def extract_choice(text: str, reference: str) -> str | None:
 def right_choice(generation: str, reference: str) -> bool:
     """Return whether a generated text names the right choice.
 
+    Args:
+        generation: The text.
+        reference: The right answer.
+
     >>> right_choice("the correct answer is true", "true"), right_choice("True.", "true")
     (True, False)
     """

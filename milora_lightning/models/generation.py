@@ -128,7 +128,13 @@ class Sampling:
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_of_turn: str | None = None) -> list[int]:
-    """Return the ids that end an answer: all EOS tokens of the model, the tokenizer's, and ``end_of_turn``."""
+    """Return the ids that end an answer: all EOS tokens of the model, the tokenizer's, and ``end_of_turn``.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        end_of_turn: A further token that ends an answer.
+    """
     eos = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]
     if end_of_turn is not None:
@@ -138,6 +144,10 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_of_
 
 def cut_at_stop(tokens: Tensor, stop: list[int]) -> list[list[int]]:
     """Cut each row of generated tokens before the first one that ends an answer.
+
+    Args:
+        tokens: Generated token ids (batch, length).
+        stop: Ids of the tokens that end an answer.
 
     >>> import torch
     >>> cut_at_stop(torch.tensor([[5, 2, 0], [5, 6, 7]]), [2, 3])
@@ -149,7 +159,12 @@ def cut_at_stop(tokens: Tensor, stop: list[int]) -> list[list[int]]:
 
 @contextmanager
 def use_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Replace a model's config within this context: ``generate`` would take sampling options and lengths from it."""
+    """Replace a model's config within this context: ``generate`` would take sampling options and lengths from it.
+
+    Args:
+        model: The model.
+        config: The config to use instead.
+    """
     original = model.generation_config
     model.generation_config = config
     try:

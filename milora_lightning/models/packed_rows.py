@@ -37,6 +37,10 @@ def reason_to_mix(model: PreTrainedModel) -> str | None:
 def check_takes_positions(model: PreTrainedModel, remedy: str = REMEDY) -> None:
     """Refuse a model whose architecture cannot keep the examples of a row apart.
 
+    Args:
+        model: The model.
+        remedy: What to do, for the error message.
+
     Raises:
         ValueError: If its forward takes no positions, or it has layers other than attention.
     """

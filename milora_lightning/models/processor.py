@@ -135,7 +135,12 @@ def _install(version: str) -> str:
 def warn_of_slow_products(
     dtype: torch.dtype, remedy: str = "set model.dtype: float32 (--model.dtype float32) to train on this CPU"
 ) -> None:
-    """Warn if computing on the CPU in a dtype takes many times as long as in float32."""
+    """Warn if computing on the CPU in a dtype takes many times as long as in float32.
+
+    Args:
+        dtype: The dtype of the model.
+        remedy: What to do, for the warning.
+    """
     if not has_fast_products(dtype):
         name = name_of_dtype(dtype)
         warn(

@@ -38,6 +38,10 @@ def same_random_state(mesh: DeviceMesh, device: torch.device) -> None:
 def check_same_batch(mesh: DeviceMesh, batch: Any) -> None:
     """Refuse batches that differ among the ranks of a one-dimensional mesh.
 
+    Args:
+        mesh: The ranks.
+        batch: This rank's batch: tensors, possibly in mappings and sequences.
+
     Raises:
         ValueError: On all ranks, if the batches differ.
     """

@@ -15,12 +15,22 @@ from torch import Tensor
 
 
 def sum_gradients(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return a tensor that is the same on all ranks of a group, and sum its gradient over them in backward."""
+    """Return a tensor that is the same on all ranks of a group, and sum its gradient over them in backward.
+
+    Args:
+        tensor: The tensor.
+        group: The group of ranks.
+    """
     return _SumGradients.apply(tensor, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def sum_parts(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum a tensor over the ranks of a group, in place; its gradient is the same on all of them."""
+    """Sum a tensor over the ranks of a group, in place; its gradient is the same on all of them.
+
+    Args:
+        tensor: This rank's partial sum; overwritten.
+        group: The group of ranks.
+    """
     return _SumParts.apply(tensor, group)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -133,7 +133,12 @@ def local_slices(tensor: Tensor) -> tuple[slice, ...]:
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """Return this rank's shard of a tensor that every rank has, placed like another tensor of the same shape."""
+    """Return this rank's shard of a tensor that every rank has, placed like another tensor of the same shape.
+
+    Args:
+        value: The whole tensor.
+        like: A tensor of the same shape, sharded or not.
+    """
     if not isinstance(like, DTensor):
         return value
     return _of_local(value[local_slices(like)].to(like.device, copy=True), like)
@@ -147,7 +152,12 @@ def _of_local(local: Tensor, like: DTensor) -> DTensor:
 
 @torch.no_grad()
 def copy_into(parameter: Tensor, value: Tensor) -> None:
-    """Copy a tensor that every rank has into a parameter that may be sharded."""
+    """Copy a tensor that every rank has into a parameter that may be sharded.
+
+    Args:
+        parameter: The parameter; changed in place.
+        value: The whole tensor.
+    """
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     local.copy_(value[local_slices(parameter)])
 

@@ -27,6 +27,10 @@ LABELS = {"instruction": "prompt", "reference": "reference"}
 def choose(samples: Iterable[Sample], number: int) -> list[Sample]:
     """Choose a few samples by a hash of their prompts: always the same ones, whatever their order and number.
 
+    Args:
+        samples: The samples.
+        number: How many to choose.
+
     >>> samples = [{"prompt": f"What is 1 plus {i}?"} for i in range(9)]
     >>> choose(samples, 2) == choose(samples[::-1], 2)
     True

@@ -77,7 +77,12 @@ def eva(weight: Tensor, r: int, statistics: Statistics | None = None, generator:
 
 
 def covariance(statistics: Statistics | None, weight: Tensor) -> Tensor:
-    """Compute the covariance of a layer's inputs (in, in), in float64; if the mean is unknown, their second moments."""
+    """Compute the covariance of a layer's inputs (in, in), in float64; if the mean is unknown, their second moments.
+
+    Args:
+        statistics: The layer's statistics.
+        weight: Its weight (out, in), which determines the device.
+    """
     C = wanted(statistics, "inputs", weight)
     if statistics is None or statistics.mean is None:
         return C

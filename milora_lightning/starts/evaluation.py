@@ -72,6 +72,12 @@ def _check(start: Start, parts: list[Tensor], shape: torch.Size, r: int) -> None
 
 
 def part_shapes(number: int, shape: torch.Size, r: int) -> list[tuple[int, ...]]:
-    """Return the shapes of A₀ and B₀, or, if a start returns three tensors, of U, S and Vᵀ."""
+    """Return the shapes of A₀ and B₀, or, if a start returns three tensors, of U, S and Vᵀ.
+
+    Args:
+        number: Number of tensors that a start returns, 2 or 3.
+        shape: Shape of the weight (out, in).
+        r: Rank of the factors.
+    """
     out_features, in_features = shape
     return [(out_features, r), (r,), (r, in_features)] if number == 3 else [(r, in_features), (out_features, r)]

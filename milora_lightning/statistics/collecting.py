@@ -142,7 +142,12 @@ def _check(name: str, layer: nn.Module) -> None:
 
 
 def size_of(layers: Mapping[str, nn.Module], needs: Sequence[Need]) -> int:
-    """Return an upper bound on the size of layers' statistics in bytes."""
+    """Return an upper bound on the size of layers' statistics in bytes.
+
+    Args:
+        layers: The layers by name.
+        needs: The statistics to collect.
+    """
     return sum(_sizes(layers, needs).values())
 
 

@@ -133,6 +133,10 @@ def counted_rows(batch: Any) -> Tensor | None:
 def tells_of(mask: Tensor, positions: torch.Size) -> bool:
     """Whether a mask of tokens fits a layer's inputs: these have its shape, or are in one row of the same length.
 
+    Args:
+        mask: A mask of tokens.
+        positions: Shape of the inputs without the features.
+
     >>> mask = torch.ones(2, 3)
     >>> [tells_of(mask, torch.Size(shape)) for shape in ([2, 3], [6], [3, 2], [5])]
     [True, True, False, False]

@@ -99,6 +99,10 @@ def _become(strategy: Strategy, kind: type[Strategy], ours: type[Strategy]) -> N
 def finish(trainer: Trainer, module: nn.Module) -> None:
     """Let a strategy check a module, after the model is built and before the strategy's setup.
 
+    Args:
+        trainer: The Trainer.
+        module: The module with its model.
+
     Raises:
         ValueError: If the strategy does not support the module's parameters.
     """
@@ -130,7 +134,12 @@ def sharding_of(strategy: Strategy) -> Sharding:
 
 
 def shard_model(strategy: Strategy, model: PreTrainedModel) -> None:
-    """Shard a language model according to a strategy, which may be Lightning's: without adapters it is not replaced."""
+    """Shard a language model according to a strategy, which may be Lightning's: without adapters it is not replaced.
+
+    Args:
+        strategy: The Trainer's strategy.
+        model: The model; changed in place.
+    """
     if isinstance(strategy, MiLoRAModelParallelStrategy):
         strategy.shard(model)
     elif isinstance(strategy, ModelParallelStrategy):
@@ -206,7 +215,12 @@ def restores_late(strategy: Strategy) -> bool:
 
 
 def gradient_norm(strategy: Strategy, gradients: list[Tensor]) -> Tensor:
-    """Compute the norm of a gradient over all shards; all ranks must call this."""
+    """Compute the norm of a gradient over all shards; all ranks must call this.
+
+    Args:
+        strategy: The Trainer's strategy.
+        gradients: This rank's gradients.
+    """
     norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
     if isinstance(strategy, FSDPStrategy):  # FSDP1's shards are plain tensors
         norm = strategy.reduce(norm.to(strategy.root_device).square(), reduce_op="sum").sqrt()

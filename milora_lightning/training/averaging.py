@@ -75,7 +75,12 @@ def _spare_frozen_statistics(callback: StochasticWeightAveraging) -> None:
 
 
 def start_averages(trainer: Trainer, module: nn.Module) -> None:
-    """Copy the factors to averages created before the factors were computed."""
+    """Copy the factors to averages created before the factors were computed.
+
+    Args:
+        trainer: The Trainer with the callbacks.
+        module: The module whose factors have been computed.
+    """
     layers = lora_layers(module)
     for callback in _averaging(trainer):
         average = averaged_model(callback)

@@ -43,7 +43,12 @@ def full_path(name: str) -> str:
 
 
 def missing(library: str, optimizer: str) -> str:
-    """Return a message: a library is not installed, and how to install it."""
+    """Return a message: a library is not installed, and how to install it.
+
+    Args:
+        library: The library.
+        optimizer: The optimizer that needs it.
+    """
     return f'The optimizer {optimizer} needs the package {library}: pip install "milora-lightning[{EXTRAS[library]}]"'
 
 

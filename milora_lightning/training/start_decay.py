@@ -100,7 +100,12 @@ class StartDecay:
             )
 
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
-        """Add the decay to the Trainer's optimizers, or warn if their weight decay would be towards zero."""
+        """Add the decay to the Trainer's optimizers, or warn if their weight decay would be towards zero.
+
+        Args:
+            trainer: The Trainer with its optimizers.
+            module: The module with its adapters.
+        """
         self.end()  # a tuner may have trained before
         warn_of_weight_decay(module, trainer.optimizers)
         if self.rate:

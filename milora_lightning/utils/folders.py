@@ -128,7 +128,12 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 
 def replace_by(path: Path, unfinished: Path) -> None:
-    """Replace a folder, a file or a link by a complete folder, even where a killed process has left the one before."""
+    """Replace a folder, a file or a link by a complete folder, even where a killed process has left the one before.
+
+    Args:
+        path: The folder or file to replace.
+        unfinished: The complete folder that takes its name.
+    """
     previous = path.with_name(f".{path.name}.previous")
     if path.exists() or path.is_symlink():
         _remove(previous)

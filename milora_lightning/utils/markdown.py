@@ -8,6 +8,10 @@ from collections.abc import Iterable, Sequence
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     r"""Write a table in Markdown.
 
+    Args:
+        columns: Column headings.
+        rows: The cells of each row.
+
     >>> print(table(["a", "b"], [["1", "2\n|"]]))
     | a | b |
     | --- | --- |

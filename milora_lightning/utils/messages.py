@@ -94,7 +94,12 @@ def each_said_once() -> Iterator[None]:
 
 
 def inform_once(owner: object, text: str) -> None:
-    """Tell the user something about an object, once for each object and text."""
+    """Tell the user something about an object, once for each object and text.
+
+    Args:
+        owner: The object, such as a model.
+        text: The message.
+    """
     said: set[str] = vars(owner).setdefault("_warned_of", set())
     if text not in said:
         said.add(text)

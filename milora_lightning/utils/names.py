@@ -56,7 +56,13 @@ def key_in(module: nn.Module) -> Callable[[str], str]:
 
 
 def rename_keys(state: dict[str, Any], prefix: str, rename: Callable[[str], str]) -> None:
-    """Rename the entries of a state dict that begin with a prefix; the prefix stays."""
+    """Rename the entries of a state dict that begin with a prefix; the prefix stays.
+
+    Args:
+        state: The state dict; changed in place.
+        prefix: The prefix.
+        rename: Maps the rest of a key to its new form.
+    """
     for key in [key for key in state if key.startswith(prefix)]:
         renamed = prefix + rename(key.removeprefix(prefix))
         if renamed != key:

@@ -14,6 +14,10 @@ Value = TypeVar("Value")
 def ends_in(name: str, pattern: str) -> bool:
     r"""Whether a regular expression matches the end of a layer's name, starting after a dot.
 
+    Args:
+        name: The layer's name.
+        pattern: The regular expression.
+
     >>> [ends_in("layers.0.q_proj", pattern) for pattern in ("q_proj", "[qk]_proj", "proj", r"layers\.0.*")]
     [True, True, False, True]
     """
@@ -22,6 +26,11 @@ def ends_in(name: str, pattern: str) -> bool:
 
 def first_match(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
     """Return the value of the first pattern that matches the end of a layer's name.
+
+    Args:
+        patterns: Values by pattern.
+        name: The layer's name.
+        default: Value of a layer that no pattern matches.
 
     >>> first_match({"down_proj": 4, ".*": 8}, "layers.0.down_proj", 16)
     4

@@ -76,6 +76,10 @@ def suggest(option: str, known: Iterable[str]) -> list[str]:
 def closest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that is most similar to another name, or None if none is.
 
+    Args:
+        name: The name to look for.
+        known: Names to choose from.
+
     >>> closest("EarlyStoping", ["EarlyStopping", "Timer"]), closest("x", ["abc"])
     ('EarlyStopping', None)
     """

@@ -129,5 +129,10 @@ def learned_spans(example: Example) -> list[tuple[int, int]]:
 
 
 def round_up(length: int, multiple: int) -> int:
-    """Round a length up to a multiple."""
+    """Round a length up to a multiple.
+
+    Args:
+        length: The length.
+        multiple: The number that the result is a multiple of.
+    """
     return -(-length // multiple) * multiple

@@ -106,7 +106,13 @@ def messages_for(prompt: str, input: str, system: str, tokenizer: PreTrainedToke
 
 
 def padded(prompts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device) -> dict[str, Tensor]:
-    """Collate prompts to a batch: ``input_ids`` and ``attention_mask`` (batch, length), padded on the left."""
+    """Collate prompts to a batch: ``input_ids`` and ``attention_mask`` (batch, length), padded on the left.
+
+    Args:
+        prompts: Token ids of each prompt.
+        tokenizer: The tokenizer, for its padding token.
+        device: Device of the batch.
+    """
     width = max(map(len, prompts))
     input_ids = torch.tensor([[padding_id(tokenizer)] * (width - len(ids)) + ids for ids in prompts])
     attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
@@ -117,6 +123,11 @@ def question_batch(
     questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> dict[str, Tensor]:
     """Collate separate questions to a batch; see :func:`padded`.
+
+    Args:
+        questions: The questions.
+        tokenizer: As for :func:`prompt_ids`.
+        device: Device of the batch.
 
     Raises:
         NotAskableError: As for :func:`prompt_ids`.

@@ -128,7 +128,12 @@ def data_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def warn_of_another(trained: PromptFormat, now: PromptFormat) -> None:
-    """Warn if prompts have a different format from training, with the remedy."""
+    """Warn if prompts have a different format from training, with the remedy.
+
+    Args:
+        trained: The format of training.
+        now: The present format.
+    """
     if trained == now:
         return
     remedy = (

@@ -192,6 +192,10 @@ def name_of(template: str, conversations: bool) -> TemplateName:
 def with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerBase:
     """Return a copy of a tokenizer with a named chat template or that of a Jinja file; otherwise the tokenizer itself.
 
+    Args:
+        tokenizer: The tokenizer; not modified.
+        template: As for :func:`name_of`.
+
     Raises:
         ValueError: As for :func:`name_of`.
     """

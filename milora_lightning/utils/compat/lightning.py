@@ -42,7 +42,12 @@ def read_sharded_folder(folder: Path) -> dict[str, Any]:
 
 
 def whole_optimizer_states(model: nn.Module, world_size: int) -> AbstractContextManager[None]:
-    """Within this context, FSDP1 loads and returns full optimizer states on all ranks."""
+    """Within this context, FSDP1 loads and returns full optimizer states on all ranks.
+
+    Args:
+        model: The model under FSDP1.
+        world_size: Number of ranks.
+    """
     from lightning.fabric.strategies.fsdp import _get_full_state_dict_context
 
     context: Any = _get_full_state_dict_context(model, world_size=world_size, rank0_only=False)
@@ -68,6 +73,11 @@ def logged_step(trainer: Trainer) -> int:
 
 def find_by_keyword(trainer: Trainer, keyword: str, function: TrainerFn) -> Any:
     """Resolve a keyword for ``ckpt_path``, such as ``"last"``, to a checkpoint's path, or None.
+
+    Args:
+        trainer: The Trainer.
+        keyword: The keyword.
+        function: The function of the Trainer that uses the checkpoint.
 
     Raises:
         ValueError: If there is none.
@@ -104,7 +114,12 @@ def _apart(source: Any) -> Any:
 
 
 def placed_for_training(trainer: Trainer, batch: Any) -> Any:
-    """Convert and move a batch as before a training step."""
+    """Convert and move a batch as before a training step.
+
+    Args:
+        trainer: The Trainer.
+        batch: The batch.
+    """
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -121,7 +136,12 @@ def averaged_model(callback: Any) -> Any:
 
 
 def change_average(callback: Any, change: Any) -> None:
-    """Replace StochasticWeightAveraging's averaging function by the result of ``change`` for it."""
+    """Replace StochasticWeightAveraging's averaging function by the result of ``change`` for it.
+
+    Args:
+        callback: The StochasticWeightAveraging callback.
+        change: Function from the averaging function to its replacement.
+    """
     callback._avg_fn = change(callback._avg_fn)
 
 

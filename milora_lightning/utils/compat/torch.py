@@ -56,7 +56,13 @@ def own_convolution(module: Any) -> bool:
 
 
 def convolve(module: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Convolve x with other filters but a convolution's settings: padding, stride, groups."""
+    """Convolve x with other filters but a convolution's settings: padding, stride, groups.
+
+    Args:
+        module: The convolution, for its settings.
+        x: Input (batch, in, *size).
+        weight: The filters.
+    """
     output: torch.Tensor = module._conv_forward(x, weight, None)
     return output
 
@@ -125,7 +131,12 @@ def flat_weights(rnn: Any) -> list[Any]:
 
 
 def set_last_lr(schedule: LRScheduler, rates: list[float]) -> None:
-    """Make a schedule's ``get_last_lr`` return these rates until its next step."""
+    """Make a schedule's ``get_last_lr`` return these rates until its next step.
+
+    Args:
+        schedule: The schedule.
+        rates: The learning rate of each group.
+    """
     schedule._last_lr = [*rates]
 
 

@@ -28,7 +28,12 @@ def takes_flash_attention(kind: type[PreTrainedModel]) -> bool:
 
 
 def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> Any:
-    """Return the weights that a model keeps in float32 whatever dtype it is loaded in; falsy if there are none."""
+    """Return the weights that a model keeps in float32 whatever dtype it is loaded in; falsy if there are none.
+
+    Args:
+        model: The model.
+        dtype: The dtype in which it is loaded.
+    """
     return model._get_dtype_plan(dtype)
 
 
