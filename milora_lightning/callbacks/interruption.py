@@ -38,7 +38,8 @@ class SaveOnInterrupt(Callback):
     def __init__(self, go_on: str = "trainer.fit(..., ckpt_path='{path}')") -> None:
         self.go_on = go_on
         self.interrupted = False
-        self._before: Any = None
+        self._before: Any = None  # the handler of Ctrl-C that a run has replaced
+        self._ended: Any = None  # that of the last run that has ended
         self._in_step = False
         self._step = 0  # the global step before the current one
         self._trainer: Trainer | None = None
@@ -55,7 +56,7 @@ class SaveOnInterrupt(Callback):
         """Restore the previous handler of Ctrl-C."""
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
-            self._before = self._trainer = None
+            self._ended, self._before, self._trainer = self._before, None, None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note that a step has begun; it may take several batches whose gradients are accumulated."""
@@ -105,6 +106,10 @@ class SaveOnInterrupt(Callback):
         self._saved = trainer.global_step, os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._before is None:  # after an error, Lightning gives a run's handlers back to what comes later
+            signal.signal(signal.SIGINT, self._ended)
+            os.kill(os.getpid(), signal.SIGINT)
+            return
         if self.interrupted:
             if sys.stdout.isatty():
                 os.write(1, SHOW_CURSOR)  # live displays hide it; written directly, because they may hold locks now
