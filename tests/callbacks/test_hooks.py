@@ -33,7 +33,8 @@ def adapted(init: str = "milora") -> Any:
 
 def one_process(**options: Any) -> Any:
     strategy = SimpleNamespace(broadcast=lambda value: value)
-    return SimpleNamespace(is_global_zero=True, world_size=1, strategy=strategy, optimizers=[], **options)
+    always = {"is_global_zero": True, "world_size": 1, "strategy": strategy, "optimizers": [], "loggers": []}
+    return SimpleNamespace(**{**always, **options})
 
 
 @torch.no_grad()
@@ -99,7 +100,7 @@ class Runs:
         loop = SimpleNamespace(verbose=False)
         loops = {"validate_loop": loop, "test_loop": loop}
         fit = SimpleNamespace(epoch_loop=SimpleNamespace(val_loop=loop))
-        self.summary, self.trainer = summary, one_process(global_step=4, loggers=[], fit_loop=fit, **loops)
+        self.summary, self.trainer = summary, one_process(global_step=4, fit_loop=fit, **loops)
         vars(self.trainer).update(num_sanity_val_batches=[1], num_val_batches=[1], sanity_checking=False)
 
     def evaluate(self, fn: str, outputs: Any, loss: float, sanity: bool = False) -> None:
@@ -123,6 +124,8 @@ def test_what_comes_before_training_is_no_result_of_it(capsys: pytest.CaptureFix
     runs.evaluate("fit", records("1?", "2?", generation="later"), 2.0)
     assert (summary.before, summary.after) == ({"val_loss": 3.0}, {"val_loss": 2.0})
     assert [(sample["before"], sample["after"]) for sample in summary.shown] == [("first", "later")] * 2
+    runs.evaluate("validate", records("1?", "2?", generation="of a checkpoint"), 1.0)
+    assert {sample["after"] for sample in summary.shown} == {"later"}
     restored = EvaluationSummary()
     restored.load_state_dict(summary.state_dict())
     assert restored.state_dict() == summary.state_dict()

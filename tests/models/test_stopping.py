@@ -63,3 +63,11 @@ def test_likelihoods_are_summed_over_an_answers_tokens_not_averaged() -> None:
     assert choose_likeliest(logits, labels, [["long", "short"], ["a", "b"]]) == ["short", "b"]
     swapped = labels[[1, 0, 2, 3]]
     assert choose_likeliest(logits[[2, 0, 1, 3, 4]], swapped, [["short", "long"], ["a", "b"]]) == ["short", "b"]
+
+
+def test_questions_may_have_different_numbers_of_choices() -> None:
+    certain = 10 * torch.eye(5)
+    labels = torch.tensor([[-100, answer] for answer in (0, 4, 2, 0, 1)])
+    logits = certain[[2, 2, 2, 1, 1]]
+    assert choose_likeliest(logits, labels, [["a", "b", "c"], ["a", "b"]]) == ["c", "b"]
+    assert choose_likeliest(logits, labels, [["a"], ["a", "b", "c", "d"]]) == ["a", "b"]

@@ -10,14 +10,14 @@ import pytest
 import torch
 from helpers.models import tiny_model
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.precision import FSDPPrecision
-from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision, FSDPPrecision, Precision
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, StrategyRegistry
 from torch import nn
 
 from milora_lightning import AdapterExport, LoRAConfig, MiLoRAFSDPStrategy, MiLoRAModelParallelStrategy, inject
 from milora_lightning.checkpoint.adapter import AdapterCheckpoint
 from milora_lightning.parallel.dtensor import copy_into, gather_to_rank, local_slices, shard_like
-from milora_lightning.strategies.base import finish, prepare
+from milora_lightning.strategies.base import finish, gradient_norm, needs_early_start, prepare
 from milora_lightning.strategies.fsdp import decoder_policy
 
 
@@ -129,3 +129,25 @@ def test_tensors_that_are_not_sharded_are_what_they_are() -> None:
     copy_into(target, tensor)
     assert torch.equal(target, tensor)
     assert torch.equal(tensor[local_slices(tensor)], tensor)
+
+
+def test_the_norm_of_a_gradient_in_flat_shards_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this rank's part of norm 3 and another's of norm 4."""
+    gradients = [torch.tensor([1.0, 2.0]), torch.tensor([2.0])]
+    assert gradient_norm(SingleDeviceStrategy(), gradients) == 3
+    strategy = FSDPStrategy()
+    monkeypatch.setattr(FSDPStrategy, "root_device", torch.device("cpu"))
+    monkeypatch.setattr(strategy, "reduce", lambda square, reduce_op: square + {"sum": 16}[reduce_op])
+    assert gradient_norm(strategy, gradients) == 5
+
+
+def test_factors_are_computed_before_weights_are_sharded_or_quantized() -> None:
+    quantizes = BitsandbytesPrecision.__new__(BitsandbytesPrecision)
+    for strategy, plugin, early in (
+        (SingleDeviceStrategy(), Precision(), False),
+        (SingleDeviceStrategy(), quantizes, True),
+        (FSDPStrategy(), Precision(), True),
+        (ModelParallelStrategy(), Precision(), False),
+    ):
+        trainer: Any = SimpleNamespace(strategy=strategy, precision_plugin=plugin)
+        assert needs_early_start(trainer) is early

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from milora_lightning.training.remaining import seconds_left
+from milora_lightning.training.remaining import evaluations, seconds_left
 
 
 def left_after_each_step(folder: Path, step: float, **options: Any) -> list[float | None]:
@@ -46,3 +49,30 @@ def test_the_sooner_end_counts(tmp_path: Path) -> None:
 
 def test_a_run_without_an_end_has_no_time_left(tmp_path: Path) -> None:
     assert left_after_each_step(tmp_path, 1.0, max_epochs=-1, limit_val_batches=0) == [None] * 4
+
+
+def counted(batches: int, epoch: int, every: int, epochs: int | None) -> int:
+    """Evaluations within the first batches of a run, one by one."""
+    found = 0
+    for batch in range(1, batches + 1):
+        place, past = (batch, 0) if epochs is None else ((batch - 1) % epoch + 1, (batch - 1) // epoch)
+        found += place % every == 0 and (epochs is None or (past + 1) % epochs == 0)
+    return found
+
+
+def test_evaluations_are_counted_as_they_come() -> None:
+    for case in product(range(13), (4, 5), (1, 2, 3, 4), (1, 2, 3, None)):
+        assert evaluations(*case) == counted(*case), case
+    assert evaluations(12, 4, math.inf, 1) == evaluations(math.inf, 4, 2, 1) == 0
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_evaluations_that_have_been_take_no_more_time(accumulated: int) -> None:
+    loop = SimpleNamespace(max_batches=40, epoch_loop=SimpleNamespace(total_batch_idx=24 * accumulated - 1))
+    trainer: Any = SimpleNamespace(
+        limit_train_batches=1.0, estimated_stepping_batches=40, max_epochs=1, max_steps=-1, callbacks=[], fit_loop=loop
+    )
+    vars(trainer).update(num_training_batches=40 * accumulated, accumulate_grad_batches=accumulated, global_step=24)
+    vars(trainer).update(val_check_batch=10 * accumulated, check_val_every_n_epoch=1, enable_validation=True)
+    trainer.num_val_batches = [3]
+    assert seconds_left(trainer, step=1.0, evaluation=100.0) == 16 + 200
