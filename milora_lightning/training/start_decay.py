@@ -20,7 +20,10 @@ from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.strategies.base import calls_parts
 from milora_lightning.utils.compat.torch import multiply_together, subtract_together
 from milora_lightning.utils.errors import InvalidInputError
-from milora_lightning.utils.messages import warn_once
+from milora_lightning.utils.messages import warn, warn_once
+
+RATE = "decay_to_start"
+"""Key in an optimizer's groups, by which a checkpoint tells a resumed run its rate."""
 
 Starts = dict[nn.Parameter, Tensor | None]
 """The value that each factor decays to; None for zero."""
@@ -110,6 +113,15 @@ class StartDecay:
         warn_of_weight_decay(module, trainer.optimizers)
         if self.rate:
             self._handles = decay_to_start(module, trainer.optimizers, self.rate)
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        before = {group[RATE] for group in groups if RATE in group}
+        if other := before - {self.rate}:
+            warn(
+                f"The checkpoint was trained with decay_to_start={max(other):g}, and this run goes on with "
+                f"{self.rate:g}: to train as before, give MiLoRAInit that rate (--adapter.decay_to_start)."
+            )
+        for group in groups if self.rate or before else ():
+            group[RATE] = self.rate
 
     def end(self) -> None:
         """Remove the decay from the optimizers."""

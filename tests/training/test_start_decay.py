@@ -177,6 +177,22 @@ def test_a_ratio_that_cannot_be_is_refused(llama: Path, tmp_path: Path) -> None:
         make_optimizer(torch.optim.LBFGS, model, 4.0)
 
 
+def test_a_resumed_run_says_that_it_decays_otherwise(tmp_path: Path) -> None:
+    def resumed(epochs: int, ckpt: str | None, **adapter: Any) -> list[str]:
+        trainer = quiet_trainer(tmp_path, max_epochs=epochs, callbacks=[MiLoRAInit(r=4, seed=0, **adapter)])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(Small(0.0), ckpt_path=ckpt)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return [str(w.message) for w in caught if "decay_to_start" in str(w.message)]
+
+    assert resumed(1, None, decay_to_start=0.5) == []
+    assert resumed(2, str(tmp_path / "1.ckpt"), decay_to_start=0.5) == []
+    (said,) = resumed(3, str(tmp_path / "2.ckpt"))
+    assert "was trained with decay_to_start=0.5, and this run goes on with 0" in said
+    assert resumed(4, str(tmp_path / "3.ckpt")) == []
+
+
 def test_b_has_a_rate_of_its_own_also_in_a_resumed_run(llama: Path, tmp_path: Path) -> None:
     assert len(make_optimizer(OPTIMIZERS["sgd"], moved()[0], 1.0).param_groups) == 1
     lm = module(llama, loraplus_lr_ratio=4.0, learning_rate=0.01)
