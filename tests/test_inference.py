@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from helpers.chats import ids_of
 from helpers.models import tiny_tokenizer
 from helpers.trained import fit, train
 from torch.distributed.checkpoint import FileSystemWriter
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from milora_lightning import (
     CausalLMModule,
@@ -24,7 +26,7 @@ from milora_lightning import (
 )
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.checkpoint.io import KEY
-from milora_lightning.inference import kind_of
+from milora_lightning.inference import _end_as_trained, device_named, kind_of
 
 QUESTION = [{"role": "user", "content": "What is 1 plus 2?"}]
 TEMPLATES = ["alpaca", "chat"]
@@ -152,3 +154,33 @@ def test_the_folder_of_a_sharded_run_is_loaded(trained: Path, tmp_path: Path) ->
     assert kind_of(str(tmp_path)) == "checkpoint"
     here, there = (logits(*load_for_inference(path, device="cpu")) for path in (tmp_path, trained / "a.ckpt"))
     assert torch.equal(here, there)
+
+
+def test_paths_tell_what_they_are(tmp_path: Path) -> None:
+    for name, kind in (("a.ckpt", "checkpoint"), ("A.CKPT", "checkpoint"), ("m.gguf", "model"), ("M.GGUF", "model")):
+        (tmp_path / name).touch()
+        assert kind_of(str(tmp_path / name)) == kind
+    (tmp_path / "model").mkdir()
+    assert kind_of(str(tmp_path / "model")) == "model"
+    for age, name in enumerate(("new.ckpt", "old.ckpt")):
+        (tmp_path / "model" / name).touch()
+        os.utime(tmp_path / "model" / name, (1000 - age, 1000 - age))
+    with pytest.raises(ValueError, match=r"folder of checkpoints: give one of them, such as .*new\.ckpt"):
+        kind_of(str(tmp_path / "model"))
+    (tmp_path / "model" / "config.json").touch()
+    assert kind_of(str(tmp_path / "model")) == "model"  # beside which checkpoints may lie
+    for absent in ("cuda:9", "gpu"):
+        with pytest.raises(ValueError, match="There is no device"):
+            device_named(absent)
+
+
+@pytest.mark.parametrize("padding", [None, 5])
+def test_answers_end_as_in_training_and_are_padded_as_the_tokenizer_says(padding: int | None) -> None:
+    tokenizer: Any = SimpleNamespace(
+        eos_token_id=7, pad_token_id=padding, chat_template=None, convert_tokens_to_ids={"<end>": 9}.get
+    )
+    for own in (None, 3):
+        model: Any = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=4, pad_token_id=own))
+        _end_as_trained(model, tokenizer, SimpleNamespace(end_of_turn="<end>"))  # type: ignore[arg-type]
+        assert model.generation_config.eos_token_id == [4, 7, 9]
+        assert model.generation_config.pad_token_id == (own or padding or 4)
