@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# What is offered, each in a room that is imported when one of its names is asked for: singular_slice takes torch and
-# scipy, a callback Lightning and transformers, help neither. Type checkers read the same above.
+# The public names by room. A room is imported when one of its names is first used: singular_slice needs torch and
+# scipy, a callback Lightning and transformers, help neither. Type checkers read the imports above.
 _OFFERED = {
     "adapters": ["LoRALinear", "adapters_disabled", "adapters_merged", "initialize", "inject", "lora_layers"],
     "callbacks": [

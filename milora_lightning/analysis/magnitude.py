@@ -1,4 +1,4 @@
-"""How large updates are beside their weights, from the factors alone: no update is formed."""
+"""The size of updates relative to their weights, computed from the factors without the full updates."""
 
 from __future__ import annotations
 

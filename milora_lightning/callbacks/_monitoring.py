@@ -1,4 +1,4 @@
-"""What monitors of language models share: which model and tokenizer they take, and what they refuse."""
+"""Shared parts of monitors of language models: finding the model and tokenizer, and checks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from milora_lightning.utils.errors import InvalidInputError
 
 
 def check_alone(trainer: Trainer, monitor: Callback, remedy: str) -> None:
-    """Refuse a second monitor of a kind: both would log under the same names, of which Lightning logs the mean.
+    """Refuse a second monitor of a kind: both would log under the same names, and Lightning would log the means.
 
     Args:
         trainer: The Trainer.
         monitor: The monitor, one of its callbacks.
-        remedy: What one monitor takes instead.
+        remedy: How to use a single monitor instead, for the message.
 
     Raises:
         ValueError: If the Trainer has another one.
@@ -29,13 +29,17 @@ def check_alone(trainer: Trainer, monitor: Callback, remedy: str) -> None:
 
 
 def mark_of(module: LightningModule) -> object:
-    """Return an object that a module keeps and no other one has, by which what was read for it is told apart."""
+    """Return a unique object that a module keeps, which identifies data read for this module."""
     mark: object = vars(module).setdefault("_measured_as", object())
     return mark
 
 
 def language_model_of(module: LightningModule, monitor: str) -> PreTrainedModel:
     """Return the causal language model in a module, for a monitor.
+
+    Args:
+        module: The module.
+        monitor: Name of the monitor, for error messages.
 
     Raises:
         ValueError: If there is none, or it is not clear which of several is meant.
@@ -53,7 +57,12 @@ def language_model_of(module: LightningModule, monitor: str) -> PreTrainedModel:
 
 
 def tokenizer_of(module: LightningModule, name: str | None, monitor: str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of the model of that name, or the module's own, for a monitor.
+    """Return the tokenizer of the named model or of the module, for a monitor.
+
+    Args:
+        module: The module, whose ``tokenizer`` is the default.
+        name: Name of a model, or None.
+        monitor: Name of the monitor, for the error message.
 
     Raises:
         ValueError: If there is neither.

@@ -218,11 +218,11 @@ def _undisturbed(module: LightningModule) -> Iterator[None]:
     try:
         yield
     finally:
-        for name, own in before.items():
-            if own is None:
+        for name, method in before.items():
+            if method is None:
                 del vars(module)[name]
             else:
-                vars(module)[name] = own
+                vars(module)[name] = method
         for metric in fresh:
             metric.reset()
 

@@ -130,16 +130,16 @@ def _path(trainer: Trainer) -> str:
     """
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath:
-            own = "best_model_path" if _calls_its_only_one_last(callback) else "last_model_path"
+            attribute = "best_model_path" if _calls_its_only_one_last(callback) else "last_model_path"
             path = callback.format_checkpoint_name({}, callback.CHECKPOINT_NAME_LAST)
             version = callback.STARTING_VERSION
             # The callback itself chooses an unused name in this way.
-            while numbers_versions(callback) and path != getattr(callback, own):
+            while numbers_versions(callback) and path != getattr(callback, attribute):
                 if not callback.file_exists(path, trainer):
                     break
                 path = callback.format_checkpoint_name({}, callback.CHECKPOINT_NAME_LAST, ver=version)
                 version += 1
-            setattr(callback, own, path)
+            setattr(callback, attribute, path)
             return path
     folder = Path(trainer.default_root_dir)
     names = ("interrupted.ckpt", *(f"interrupted-v{number}.ckpt" for number in range(1, 10_000)))

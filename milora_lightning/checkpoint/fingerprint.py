@@ -114,7 +114,7 @@ def unquantized(base: Mapping[str, str]) -> dict[str, str]:
 
 
 def only_codes(base: Mapping[str, str]) -> str | None:
-    """Return the name of a weight of which a fingerprint holds only quantized codes; None if there is none."""
+    """Return the name of a weight for which a fingerprint has only quantized codes; None if there is none."""
     return next((name for name, value in base.items() if " torch.uint8 " in value or " torch.int8 " in value), None)
 
 

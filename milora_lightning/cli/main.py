@@ -210,14 +210,14 @@ class MiLoRACLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         name = self._from_checkpoint.get(BASE)
-        own = name if name == self._get(self.config, BASE) else None
+        base = name if name == self._get(self.config, BASE) else None
         for logger in self.trainer.loggers:
             start(logger)
         bar = self.trainer.progress_bar_callback
         if isinstance(bar, RunProgress) and self.trainer.is_global_zero:
             bar.begin("Preparing the data")
         try:
-            with base_may_have_moved(f"--{BASE}", own), no_logs_of_refused_runs(self.trainer):
+            with base_may_have_moved(f"--{BASE}", base), no_logs_of_refused_runs(self.trainer):
                 if self._trained_with is not None:
                     self.datamodule.ask_as(self._trained_with)
                 super()._run_subcommand(subcommand)

@@ -67,5 +67,7 @@ def title_of(name: str) -> str:
 
 def parts(names: Iterable[str]) -> list[str]:
     """Return the names of results that measure forgetting of single texts and files."""
-    told = {measure.name for measure in TOLD if measure.is_forgetting and measure.name != "forgetting_cross_entropy"}
-    return [name for name in names if "/" in name and name.partition("/")[0] in told]
+    reported = {
+        measure.name for measure in TOLD if measure.is_forgetting and measure.name != "forgetting_cross_entropy"
+    }
+    return [name for name in names if "/" in name and name.partition("/")[0] in reported]

@@ -84,8 +84,8 @@ def in_peft(layer: LoRALinear, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         return A, B
     filters, groups = layer.as_weight(A), layer.groups
     whole = filters.new_zeros(len(A), groups, *filters.shape[1:])
-    for group, (part, own) in enumerate(zip(whole.chunk(groups), filters.chunk(groups), strict=True)):
-        part[:, group] = own
+    for group, (part, rows) in enumerate(zip(whole.chunk(groups), filters.chunk(groups), strict=True)):
+        part[:, group] = rows
     return whole.flatten(1, 2), B.reshape(*B.shape, *[1] * len(layer.kernel_size))
 
 
@@ -113,13 +113,13 @@ def from_peft(layer: LoRALinear, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         return A, B
     groups = layer.groups
     parts = A.reshape(len(A), groups, -1, *A.shape[2:]).chunk(groups)
-    own = torch.cat([part[:, group] for group, part in enumerate(parts)])
-    if not math.isclose(own.double().norm(), A.double().norm(), rel_tol=1e-9):
+    filters = torch.cat([part[:, group] for group, part in enumerate(parts)])
+    if not math.isclose(filters.double().norm(), A.double().norm(), rel_tol=1e-9):
         raise InvalidInputError(
             f"it adapts a convolution of {groups} groups by filters that read all of its input, which is no change of "
             "the convolution's weight, and PEFT cannot merge it either"
         )
-    return own.flatten(1), B.flatten(1)
+    return filters.flatten(1), B.flatten(1)
 
 
 def as_written(tensors: Mapping[str, Tensor], embeddings: Collection[str]) -> dict[str, Tensor]:

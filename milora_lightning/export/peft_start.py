@@ -33,7 +33,7 @@ name so that no version of PEFT saves it as a part of the adapter."""
 class StartedFactors(nn.Module):
     """A and B, which train, and their initial values; in float32 at least, whatever the model is cast to.
 
-    Half precision would lose steps of them that are small beside the factors themselves.
+    Half precision would lose steps that are small compared with the factors.
 
     Args:
         A: Initial factor (r, in).

@@ -53,8 +53,8 @@ def same_latex(answer: str, reference: str) -> bool:
     named, wanted = assigned(found), assigned(expected)
     if wanted.name and named.name and named.name != wanted.name:
         return _verified(found, expected)
-    if (told := words(wanted.value)) is not None:
-        return bare(named.value) == told
+    if (in_words := words(wanted.value)) is not None:
+        return bare(named.value) == in_words
     if numeral(wanted.value) or numeral(named.value):
         return _same_numeral(named.value, wanted.value)
     if _written(named.value) == _written(wanted.value) != "" or _verified(named.value, wanted.value):

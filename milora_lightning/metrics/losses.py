@@ -10,7 +10,7 @@ from torchmetrics import Metric
 class MeanLoss(Metric):
     """Mean loss over the tokens of all batches and ranks, in nats.
 
-    No loss is left out that is not finite, as ``torchmetrics.MeanMetric`` leaves NaN out: the mean is not finite then.
+    If a loss is not finite, neither is the mean; ``torchmetrics.MeanMetric`` would ignore NaN.
 
     >>> metric = MeanLoss()
     >>> metric.update(torch.tensor(10.0), torch.tensor(1))

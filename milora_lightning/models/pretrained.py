@@ -42,7 +42,7 @@ from milora_lightning.utils.folders import cache_folder, new_cache_folder
 from milora_lightning.utils.messages import inform
 from milora_lightning.utils.precision import dtype_of, name_of_dtype
 
-# Newer releases of transformers keep GGUF weights packed unless told otherwise; older ones always unpack them.
+# Newer releases of transformers keep GGUF weights packed unless configured otherwise; older ones always unpack them.
 GgufConfig = getattr(transformers, "GgufConfig", None)
 
 

@@ -80,7 +80,7 @@ def raise_on_all_ranks(error: BaseException | None, world_size: int) -> None:
         world_size: Number of ranks.
 
     Raises:
-        Exception: This rank's own error.
+        Exception: This rank's error, if it has one.
         ValueError: With the message of another rank's error.
     """
     if world_size > 1:

@@ -103,7 +103,7 @@ def with_cache(
 
     Args:
         key: The key, the same on all ranks; None for no caching.
-        layers: Names of the layers, of which there has to be an entry each.
+        layers: Names of the layers, each of which must have an entry.
         collect: Collects statistics, group by group.
         expected: Their size in bytes. If it exceeds :data:`LARGEST`, they are not cached.
         ranks: Number of ranks, which must all call this; they read the cache only if all of them can.

@@ -93,10 +93,10 @@ def recomputing(module: nn.Module) -> Iterator[None]:
             layer.forward = partial(_recomputed, layer, layer.forward)
         yield
     finally:
-        for layer, own in zip(layers, before, strict=True):
+        for layer, forward in zip(layers, before, strict=True):
             del vars(layer)["forward"]
-            if own is not None:
-                layer.forward = own
+            if forward is not None:
+                layer.forward = forward
 
 
 def _recomputed(layer: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -64,7 +64,7 @@ def ranks(fit: Sequence[str], output: str, slice: Which | None = None, most: int
     found = rank_pattern(model, config.r, slice or default_slice(config), most)
     overlay: dict[str, Any] = {"rank_pattern": found}
     if (config.lora_alpha is not None or config.alpha_pattern) and not config.use_rslora:
-        # So that each layer keeps its scale; a pattern that was given stays for what is left out.
+        # So that each layer keeps its scale. A given pattern stays in force for layers that are left out.
         alphas = {name: config.scale(name.replace("\\", "")) * rank for name, rank in found.items()}
         overlay["alpha_pattern"] = {**alphas, **config.alpha_pattern}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -37,8 +37,8 @@ def run_command(name: str, args: Sequence[str]) -> Any:
     parser = CommandParser(prog=prog)
     parser.add_function_arguments(function, as_group=False, skip={FIT})
     names = option_strings(parser)
-    own, fit = split_arguments(args, names)
-    return function(fit, **parser.parse_args(own).as_dict())
+    options, fit = split_arguments(args, names)
+    return function(fit, **parser.parse_args(options).as_dict())
 
 
 def split_arguments(args: Sequence[str], names: set[str]) -> tuple[list[str], list[str]]:
@@ -47,14 +47,14 @@ def split_arguments(args: Sequence[str], names: set[str]) -> tuple[list[str], li
     >>> split_arguments(["--seeds", "[0]", "--config", "a.yaml", "--output=x"], {"--seeds", "--output"})
     (['--seeds', '[0]', '--output=x'], ['--config', 'a.yaml'])
     """
-    own: list[str] = []
+    named: list[str] = []
     fit: list[str] = []
     rest: Iterator[str] = iter(args)
     for argument in rest:
         if argument.partition("=")[0] not in names:
             fit.append(argument)
             continue
-        own.append(argument)
+        named.append(argument)
         if "=" not in argument and argument not in ("-h", "--help"):
-            own += [value for value in [next(rest, None)] if value is not None]
-    return own, fit
+            named += [value for value in [next(rest, None)] if value is not None]
+    return named, fit

@@ -21,7 +21,7 @@ from milora_lightning.utils.errors import InvalidInputError
 
 LOSS, ACCURACY = "val_loss", "val_accuracy"
 SCORES = ("accuracy", "pass@1")
-"""What a metric with several results calls the one that tells of a single answer whether it is right."""
+"""Names that metrics with several results use for the one that scores a single answer."""
 
 
 class MeasuredModule(CausalLMModule):
@@ -57,7 +57,7 @@ class MeasuredModule(CausalLMModule):
         return answers
 
     def _score(self, record: dict[str, str]) -> float | None:
-        """Return what the metric makes of one answer, 1 for a right one; None if none of its results tells that."""
+        """Return the metric's score of one answer, 1 if it is right; None if none of its results is such a score."""
         metric = self.metric.clone()  # type: ignore[union-attr]
         metric.reset()
         task = [[record["task"]]] if hasattr(metric, "judges") else []

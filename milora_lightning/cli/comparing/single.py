@@ -81,7 +81,7 @@ class Comparison:
 
     def parse(self, run: Run) -> RunCLI:
         """Parse the configuration of a run."""
-        own = [
+        options = [
             *self.methods[run.method],
             f"--seed_everything={run.seed}",
             f"--data.seed={run.seed}",
@@ -89,7 +89,7 @@ class Comparison:
             "--model.learning_rate=null",  # it would override the optimizer's rate
             "--trainer.num_sanity_val_steps=-1",
         ]
-        return RunCLI([*self.fit, *own])
+        return RunCLI([*self.fit, *options])
 
     def check(self, runs: Sequence[Run]) -> None:
         """Parse the configuration of each method, and read the results of finished runs.
