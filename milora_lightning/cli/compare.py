@@ -11,7 +11,7 @@ from milora_lightning.callbacks.choices import named_files
 from milora_lightning.cli.comparing.single import Comparison, method_options
 from milora_lightning.cli.comparing.stages import train_all
 from milora_lightning.comparison.findings import Margins
-from milora_lightning.comparison.runs import Run
+from milora_lightning.comparison.runs import Run, check_same_examples
 from milora_lightning.comparison.selection import best_rate, next_rate, set_apart
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.folders import check_file
@@ -115,6 +115,7 @@ def compare(
     with each_said_once():
         comparison.check(list(possible.values()))
         sweeping.check(sweep)
+        check_same_examples([*possible.values(), *sweep])
         pending = sweep
         while pending:
             train_all(sweeping, pending, "Learning-rate sweep", False, parallel)
@@ -135,6 +136,7 @@ def compare(
         train_all(comparison, runs, "Comparison", True, parallel)
         for run in runs:
             set_apart(run, share)
+        check_same_examples([*runs, *sweep])
     margins = Margins(margin, margin_ratio)
     write_report(folder, runs, sweep, comparison.parse(runs[0]).config, reference, margins, learning_rates)
     print(f"The report is in {folder / 'report.html'} and {folder / 'report.md'}")

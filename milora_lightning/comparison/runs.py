@@ -120,6 +120,24 @@ class Run:
         write_examples(folder / EXAMPLES, self.examples)
 
 
+def check_same_examples(runs: Sequence[Run]) -> None:
+    """Refuse runs of a method that were measured on other examples, as if the data had changed between them.
+
+    Raises:
+        ValueError: If there are such runs.
+    """
+    for own in by_method(runs).values():
+        first: dict[str, Run] = {}
+        for run in own:
+            for name, each in run.examples.items():
+                other = first.setdefault(name, run).examples[name]
+                if not (np.array_equal(each.index, other.index) and np.array_equal(each.weights, other.weights)):
+                    raise InvalidInputError(
+                        f"{first[name].name} and {run.name} were measured on other examples ({name}): their data have "
+                        "changed in between. Choose another output, or remove the folders of the earlier runs."
+                    )
+
+
 def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Group runs by method, in the order of their first run."""
     return {name: [run for run in runs if run.method == name] for name in dict.fromkeys(r.method for r in runs)}

@@ -74,6 +74,12 @@ def test_a_changed_model_answers_otherwise(questions: dict[str, str], tmp_path: 
     assert monitor.measure(trainer, lm) != before
 
 
+def test_a_line_of_json_may_hold_a_line_separator(tmp_path: Path) -> None:
+    record = {"question": "One\u2028two\x85?", "choices": ["a", "b"], "answer": 1}
+    (tmp_path / "q.jsonl").write_text((json.dumps(record, ensure_ascii=False) + "\r\n") * 2, encoding="utf-8")
+    assert len(read_questions(str(tmp_path / "q.jsonl"), 5)) == 2
+
+
 def test_what_is_no_number_is_no_right_answer(questions: dict[str, str], tmp_path: Path) -> None:
     """A model that has diverged would otherwise be right wherever the right choice is the first."""
     lm, trainer = model(), quiet_trainer(tmp_path)

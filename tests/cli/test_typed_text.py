@@ -93,6 +93,9 @@ def test_devices_and_outputs_that_there_are_not_are_named_before_any_work(tmp_pa
             main(["generate", "--model=nowhere", "--prompt=Hi", f"--device={odd}"])
     with pytest.raises(SystemExit, match="is a folder"):
         main(["generate", "--model=nowhere", "--prompt=Hi", f"--output={tmp_path}"])
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi"}')
+    with pytest.raises(SystemExit, match="from which the prompts come"):
+        main(["generate", "--model=nowhere", *(f"--{name}={tmp_path}/prompts.jsonl" for name in ("input", "output"))])
 
 
 def test_whole_numbers_are_ints_whatever_the_order_of_a_union() -> None:

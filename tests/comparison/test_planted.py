@@ -12,7 +12,14 @@ import pytest
 from milora_lightning.comparison.findings import Margins, at_equal, at_the_end, envelope
 from milora_lightning.comparison.page import page_data, script_text
 from milora_lightning.comparison.report import make_report, markdown, plot_curves
-from milora_lightning.comparison.runs import Examples, Run, by_method, read_examples, write_examples
+from milora_lightning.comparison.runs import (
+    Examples,
+    Run,
+    by_method,
+    check_same_examples,
+    read_examples,
+    write_examples,
+)
 from milora_lightning.comparison.sections import equal_places, lower_envelope
 from milora_lightning.comparison.selection import best_rate, set_apart
 
@@ -230,3 +237,12 @@ def test_runs_that_end_at_other_steps_are_drawn_at_those_that_they_share(tmp_pat
     del runs[0].rows[-1]
     plot_curves(tmp_path / "curves.png", by_method(runs))
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_of_a_method_on_other_examples_are_not_mixed() -> None:
+    """A comparison that was continued after its data had changed."""
+    same = [planted("a", 1e-3, seed, 20, 0.0, 1.0, 0.1) for seed in (0, 1)]
+    check_same_examples([*same, planted("b", 1e-3, 0, 21, 0.0, 1.0, 0.1)])  # an overlay may bring other data
+    same[1].examples["val_loss"].weights[3] += 1  # a token more
+    with pytest.raises(ValueError, match=r"a-lr0.001-seed0 and a-lr0.001-seed1 were measured on other examples"):
+        check_same_examples(same)

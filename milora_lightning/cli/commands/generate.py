@@ -95,6 +95,14 @@ def generate(
         raise InvalidInputError(f"output must be a file, and {output!r} is a folder.")
     if output is not None:
         check_file(output, "Answers")
+        if (
+            input is not None
+            and input != "-"
+            and Path(input).expanduser().resolve() == Path(output).expanduser().resolve()
+        ):
+            raise InvalidInputError(
+                f"output would replace {input!r}, from which the prompts come: choose another file."
+            )
     rows = [{"prompt": prompt}] if input is None else list(read_prompts(input))
     loaded, tokenizer = load_to_ask(ckpt_path, model, name_or_path, template, dtype, device)
     asker = Asker(loaded, tokenizer, sampling, max_new_tokens, num_return_sequences)

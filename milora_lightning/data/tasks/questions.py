@@ -117,6 +117,7 @@ def _records(path: Path) -> list[Any]:
         text = path.read_text(encoding="utf-8").strip()
         if text.startswith("["):
             return list(json.loads(text))
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        # Not splitlines, which breaks lines at characters that JSON may hold.
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     except ValueError as error:
         raise InvalidInputError(f"{path} is neither a list in JSON nor JSON lines ({error}). Convert it.") from error
