@@ -46,8 +46,9 @@ def test_random_directions_are_those_of_the_layers_name() -> None:
     assert torch.equal(one["random"], again["random"])
     assert not torch.equal(one["random"], other["random"])
     assert torch.equal(one["top"], other["top"])
-    gram = one["random"].mT @ one["random"]
-    torch.testing.assert_close(gram, torch.eye(3, dtype=gram.dtype))  # drawn without replacement
+    drawn = reference_vectors("a.q", weight, 7, 2).subspaces["random"]
+    gram = drawn.mT @ drawn
+    torch.testing.assert_close(gram, torch.eye(7, dtype=gram.dtype))  # drawn without replacement
 
 
 def test_adapters_that_are_off_have_no_effect_to_measure() -> None:
