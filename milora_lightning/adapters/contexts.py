@@ -16,6 +16,9 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
 
     Modules that train in full, such as those in ``modules_to_save``, keep their current values.
 
+    Args:
+        module: A module with or without adapters.
+
     >>> model = nn.Sequential(nn.Linear(8, 8))
     >>> with adapters_disabled(model):
     ...     pass
@@ -37,6 +40,9 @@ def adapters_merged(module: nn.Module) -> Iterator[None]:
 
     For generation. The base weights are not modified, outputs stay the same up to float32 rounding (bit for bit on a
     half-precision base), and training, checkpoints and :func:`adapters_disabled` work as before.
+
+    Args:
+        module: A module with or without adapters.
 
     >>> model = nn.Sequential(nn.Linear(8, 8))
     >>> with adapters_merged(model):

@@ -53,6 +53,13 @@ def same_answer(answer: str, reference: str) -> bool:
 
     For the reading of numbers see :func:`milora_lightning.metrics.numbers.read_number`.
 
+    Args:
+        answer: The answer to judge.
+        reference: The right answer.
+
+    Returns:
+        Whether they are the same.
+
     >>> same_answer("$1,234.00 in total.", "1234"), same_answer("0.75", "3/4"), same_answer("-5", "5")
     (True, True, False)
     >>> same_answer("17 + 1 = 18", "18"), same_answer("10 1/2", "10.5"), same_answer("5 or 6", "5")

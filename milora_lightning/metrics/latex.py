@@ -19,6 +19,9 @@ def extract_solution(text: str) -> str | None:
 
     Boxes are ``\boxed{2}``, ``\fbox{2}`` and ``\boxed 2``.
 
+    Args:
+        text: The solution.
+
     Returns:
         The answer as it is written, or None if there is none.
 
@@ -39,6 +42,13 @@ def same_latex(answer: str, reference: str) -> bool:
     There are three exceptions. A reference in words, ``\text{even}``, is compared as text. A numeral with a base
     differs from the same digits without it or with another base. If only one of the two has a name, as in "x = 5", its
     value is compared with the other; "y = 5" is not "x = 5".
+
+    Args:
+        answer: The answer to judge.
+        reference: The right answer.
+
+    Returns:
+        Whether their values are the same.
 
     Raises:
         ModuleNotFoundError: If math-verify is not installed.
