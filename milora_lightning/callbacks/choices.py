@@ -99,8 +99,8 @@ class ChoiceMonitor(Callback):
         if trainer.global_step == 0:
             self._log(trainer, self.results or self.measure(trainer, pl_module), step=0)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure at the end."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure at the end, when WeightAveraging has given the module its average."""
         if self.every == "end":
             self._log(trainer, self.measure(trainer, pl_module), trainer.global_step)
 

@@ -29,7 +29,7 @@ from milora_lightning.checkpoint.adapter import AdapterCheckpoint
 from milora_lightning.config import DropoutOn, LoRAConfig
 from milora_lightning.export.peft_import import load_peft, peft_config
 from milora_lightning.strategies.base import calls_parts, needs_early_start, restores_late, shards
-from milora_lightning.training.averaging import copy_adapted, start_averages
+from milora_lightning.training.averaging import behind_others, copy_adapted, start_averages
 from milora_lightning.training.start_decay import StartDecay
 
 
@@ -158,7 +158,8 @@ class MiLoRAInit(Callback):
         check_run(trainer, pl_module)
         # Move this callback to the front: tuners, which Lightning sorts first, already train in their on_fit_start and
         # need the factors. Use a new list, because Lightning is iterating over the old one.
-        trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
+        others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = [self, *behind_others(others)]  # type: ignore[attr-defined]
         # Inject now, because configure_model may shard the model, after which no parameters can be added. Missing
         # targets may still be built by setup or configure_model; only the second call requires them. If nothing is
         # trainable yet, wait: that a part is frozen means something only if another part is trainable.

@@ -8,15 +8,15 @@ frozen weights by rounding. Here they copy the module again after injection, and
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -72,6 +72,17 @@ def _spare_frozen_statistics(callback: StochasticWeightAveraging) -> None:
     patched.reset_batch_norm_and_save_state = lambda module: cls.reset_batch_norm_and_save_state(
         callback, measured(module)
     )
+
+
+def behind_others(callbacks: Sequence[Callback]) -> list[Callback]:
+    """Put WeightAveraging behind all callbacks but checkpoints.
+
+    At the end of a validation it gives the module back the weights that are training. Monitors, which measure then,
+    would measure these where they stand behind it, beside a loss of the average.
+    """
+    averaging = [c for c in callbacks if isinstance(c, WeightAveraging)]
+    saving = [c for c in callbacks if isinstance(c, Checkpoint)]
+    return [*(c for c in callbacks if c not in averaging and c not in saving), *averaging, *saving]
 
 
 def start_averages(trainer: Trainer, module: nn.Module) -> None:

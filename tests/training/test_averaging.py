@@ -226,6 +226,29 @@ def test_validation_before_the_first_average_is_of_the_pretrained_model(tmp_path
     assert torch.allclose(torch.stack(module.losses), torch.stack(reference), atol=1e-5)
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["averaging before the monitor", "behind it"])
+def test_monitors_measure_the_weights_whose_loss_is_logged(first: bool, tmp_path: Path) -> None:
+    """The average, and not the weights that are training."""
+
+    class Monitor(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *_: Any) -> None:
+            self.training = trained(pl_module)
+
+        def on_validation_batch_end(self, trainer: Any, pl_module: LightningModule, *_: Any) -> None:
+            self.validated = trained(pl_module)
+
+        def on_validation_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
+            self.measured = trained(pl_module)
+
+    monitor, ema = Monitor(), EMAWeightAveraging(decay=DECAY)
+    both = [ema, monitor] if first else [monitor, ema]
+    callbacks = [MiLoRAInit(r=2, cache=False), *both]
+    quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=1, num_sanity_val_steps=0).fit(WithoutNorm())
+    for name, value in monitor.measured.items():
+        assert torch.equal(value, monitor.validated[name])
+        assert not torch.equal(value, monitor.training[name])
+
+
 def test_sharded_weights_cannot_be_averaged(tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, callbacks=[WeightAveraging()], strategy=ModelParallelStrategy())
     with pytest.raises(ValueError, match="WeightAveraging needs whole weights"):
