@@ -78,7 +78,8 @@ def compare_values(measure: Measure, values: Values, reference: str, margins: Ma
             difference = np.array([_minus(measure, a, b) for (a, _), (b, _) in pairs])
             drawn = [_minus(measure, a, b) for (_, a), (_, b) in pairs if a is not None and b is not None]
             whole = len(drawn) == len(pairs) and len(drawn) > 0
-            estimates[method] = estimate(difference, np.stack(drawn, 1) if whole else None, examples)
+            resampled = np.stack(drawn, 1) if whole else None
+            estimates[method] = estimate(difference, resampled, examples, measure.is_share)
     judged = judge(list(estimates.values()), margins.of(measure), measure.lower_is_better)
     plain = {method: [value for value, _ in by_seed.values()] for method, by_seed in values.items()}
     return Finding(measure, None, plain, estimates, dict(zip(estimates, judged, strict=True)))

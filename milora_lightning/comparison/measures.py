@@ -28,6 +28,11 @@ class Measure:
     relative: bool = False
 
     @property
+    def is_share(self) -> bool:
+        """Whether it is a share of examples that are right."""
+        return self.name.endswith("accuracy")
+
+    @property
     def is_forgetting(self) -> bool:
         """Whether it measures forgetting."""
         return self.name.startswith("forgetting_")

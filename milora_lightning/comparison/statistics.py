@@ -85,7 +85,9 @@ class Estimate:
         return float(optimize.brentq(lambda p: self._reach(p) - distance, LEAST, 0.5))
 
 
-def estimate(differences: Array, resampled: Array | None = None, examples: int = 0) -> Estimate:
+def estimate(
+    differences: Array, resampled: Array | None = None, examples: int = 0, are_shares: bool = False
+) -> Estimate:
     """Estimate the mean of differences between two methods that are paired by seed.
 
     The variance over seeds is s²/n of the differences. (A bootstrap over seeds would give the same times (n − 1)/n,
@@ -96,6 +98,9 @@ def estimate(differences: Array, resampled: Array | None = None, examples: int =
         differences: The difference for each seed, shape (seeds,).
         resampled: The differences on each draw of examples, shape (draws, seeds); None if examples are not stored.
         examples: The number of examples from which draws are made.
+        are_shares: Whether the values are shares of examples that are right. Two examples are then added, of which each
+            method gets one right (Bonett & Price, 2012). Without them, a few examples that all methods get wrong would
+            prove these equal, because all draws are alike.
     """
     values = np.asarray(differences, dtype=np.float64)
     n = len(values)
@@ -105,7 +110,8 @@ def estimate(differences: Array, resampled: Array | None = None, examples: int =
     error = float(values.std(ddof=1)) / math.sqrt(n)
     if resampled is None:
         return Estimate(value, error, n - 1.0)
-    return Estimate(value, error, n - 1.0, float(resampled.mean(1).std(ddof=1)), max(1.0, examples - 1.0))
+    drawn = math.hypot(float(resampled.mean(1).std(ddof=1)), math.sqrt(2) / (examples + 2) if are_shares else 0.0)
+    return Estimate(value, error, n - 1.0, drawn, max(1.0, examples - 1.0))
 
 
 @functools.lru_cache(maxsize=16)

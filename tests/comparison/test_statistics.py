@@ -123,3 +123,13 @@ def test_one_seed_decides_nothing_and_identical_runs_are_equal() -> None:
     assert judge([estimate(np.array([-3.0]))], 0.01, True)[0].verdict == "undecided"
     assert judge([estimate(np.zeros(3))], 0.01, True)[0].verdict == "equal"
     assert judge([estimate(np.array([0.1, np.nan, 0.1]))], 0.01, True)[0].verdict == "undecided"
+
+
+@pytest.mark.parametrize(("examples", "verdict"), [(20, "undecided"), (2000, "equal")])
+def test_answers_that_are_all_wrong_show_equality_only_if_there_are_many(examples: int, verdict: str) -> None:
+    """Of 20 wrong ones, a method may still answer 14 % of all others rightly."""
+    right = weighted_means(np.zeros((3, examples)), np.ones(examples), draw_counts(examples, 50))
+    found = estimate(np.zeros(3), right, examples, are_shares=True)
+    assert judge([found], 0.01, lower_is_better=False)[0].verdict == verdict
+    assert found.interval()[1] * examples == pytest.approx(2.8, abs=0.2)  # exactly, 3.7 of many
+    assert judge([estimate(np.zeros(3), right, examples)], 0.01, False)[0].verdict == "equal"  # as losses would be
