@@ -149,20 +149,23 @@ def test_places_are_levels_that_all_runs_pass_with_draws_of_their_own(place: str
     for method, kl in (("a", 0.5), ("b", 0.25)):
         for seed in range(3):
             run = falling(method, seed, 1e-3, 1.0, kl * (1 + 0.01 * seed))
+            for row in run.rows:
+                row["forgetting_choice_loss"] = row["forgetting_kl"]
             losses = run.course("reported_loss")[:, None] + np.linspace(-0.1, 0.1, 12)
             run.examples = {"reported_loss": Examples(losses, np.ones(12), run.course("step"), np.arange(12))}
             runs.append(run)
-    found = {
-        f.place[1]: f for f in at_equal(place, runs, "a", MARGINS) if f.place and f.measure.name == "forgetting_kl"
-    }
-    levels = [0.5, 0.75, 0.95] if place == "update_effect" else [1.5, 1.25, 1.05]
-    assert sorted(found) == pytest.approx(sorted(levels))
-    for finding in found.values():
-        assert finding.estimates["b"].value == pytest.approx(math.log(0.5))
-        assert finding.judgements["b"].verdict == "better"
-        # Losses of examples that are harder or easier throughout have other levels: nothing varies with the draw.
-        assert finding.estimates["b"].drawn == pytest.approx(0, abs=1e-6)
-        assert finding.estimates["b"].drawn_freedom == (11 if place == "reported_loss" else 1)
+    shares = [0.5, 0.75, 0.95]
+    levels = shares if place == "update_effect" else [2 - share for share in shares]
+    for name in ("forgetting_kl", "forgetting_choice_loss"):
+        found = [f for f in at_equal(place, runs, "a", MARGINS) if f.measure.name == name]
+        assert [f.place[1] for f in found if f.place] == pytest.approx(levels)
+        for share, finding in zip(shares, found, strict=True):
+            difference = math.log(0.5) if name == "forgetting_kl" else -0.2525 * share
+            assert finding.estimates["b"].value == pytest.approx(difference)
+            assert finding.judgements["b"].verdict == "better"
+            # Losses of examples that are harder or easier throughout have other levels: nothing varies with the draw.
+            assert finding.estimates["b"].drawn == pytest.approx(0, abs=1e-6)
+            assert finding.estimates["b"].drawn_freedom == (11 if place == "reported_loss" else 1)
 
 
 def test_the_report_names_the_last_level_the_verdicts_p_value_and_each_rates_own_numbers() -> None:

@@ -232,3 +232,17 @@ def test_a_run_is_resumed_and_the_callback_names_both_ways(tmp_path: Path) -> No
     assert not lora_layers(whole)
     with pytest.raises(ValueError, match=r"leave out get_peft_model.*or leave out MiLoRAInit.*initialize_peft"):
         quiet_trainer(tmp_path, max_steps=1, callbacks=[MiLoRAInit(r=2)]).fit(Tuned())
+
+
+def test_random_starts_are_drawn_by_their_seed_and_the_layers_names_as_ours_are() -> None:
+    def of_peft(seed: int) -> list[Tensor]:
+        model = get_peft_model(tiny_model(), LoraConfig(r=4, lora_alpha=6, target_modules=NAMES))
+        initialize_peft(model, "gaussian x unit", seed=seed, cache=False)
+        return [m.A.detach() for m in model.modules() if hasattr(m, "initial_A") and hasattr(m, "A")]
+
+    mine = tiny_model()
+    inject(mine, LoRAConfig(r=4, lora_alpha=6, target_modules=NAMES, init="gaussian x unit"))
+    initialize(mine, seed=5, cache=False)
+    expected = [layer.lora_A.detach() for layer in lora_layers(mine).values()]
+    assert all(torch.equal(x, y) for x, y in zip(of_peft(5), expected, strict=True))
+    assert not any(torch.equal(x, y) for x, y in zip(of_peft(0), expected, strict=True))
