@@ -196,6 +196,9 @@ class Alone:
 
 
 @few
+@example([3, 1, 2, 5, 4, 1, 7], 2, 1, 0, 0, False, True)
+@example([3, 1, 2, 5, 4, 1, 7], 3, 2, 1, 2, False, False)
+@example([*range(1, 30)], 4, 2, 1, 1, True, True)
 @given(
     lengths, st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.integers(0, 60), st.booleans(), st.booleans()
 )
@@ -216,7 +219,7 @@ def test_every_example_comes_once_on_any_ranks_from_any_point_on(
     group = ranks if budgeted else batch * ranks
     begin = Position(epoch, 3, group, group_by_length=grouped)
     (order,) = [list(sampler(0, 1).share(begin))]
-    consumed = min(consumed, len(order))
+    consumed %= len(order) + 1
     start = Position(epoch, 3, group, consumed, group_by_length=grouped)
     shares = [list(sampler(rank, ranks).share(start)) for rank in range(ranks)]
     assert len({len(share) for share in shares}) == 1
@@ -225,6 +228,21 @@ def test_every_example_comes_once_on_any_ranks_from_any_point_on(
     assert rest <= found
     assert (found - rest).total() < ranks
     assert Counter(i for share in examples([order]) for i in share) == Counter(range(len(sizes)))
+
+
+@pytest.mark.parametrize("end", [None, 7, 11, 20])
+@pytest.mark.parametrize("consumed", [0, 3, 7, 11])
+def test_an_epoch_that_ends_early_has_what_comes_before_its_end(consumed: int, end: int | None) -> None:
+    sizes = [5, 1, 9, 3, 3, 8, 2, 7, 4, 6, 1]
+    samplers = [LengthGroupedSampler(sizes, 2, seed=3, num_replicas=3, rank=rank) for rank in range(3)]
+    start = Position(1, 3, 6, consumed, end)
+    rest = samplers[0].order(start)[consumed:end].tolist()
+    shares = [list(sampler.share(start)) for sampler in samplers]
+    assert start.remaining(len(sizes)) == len(rest)
+    assert [share[: len(rest[rank::3])] for rank, share in enumerate(shares)] == [rest[rank::3] for rank in range(3)]
+    assert {len(share) for share in shares} == {math.ceil(len(rest) / 3)}
+    other = Position(1, 3, 6, consumed, end, group_by_length=False)  # as the run began
+    assert samplers[0].order(other).tolist() != samplers[0].order(start).tolist()
 
 
 @few
