@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from helpers.chat_templates import chat_tokenizer
+from helpers.conversations import LONG
 
-from milora_lightning.data.encoding.turn_encoding import choose_turns
+from milora_lightning.data.encoding.chat import ChatTemplate
+from milora_lightning.data.encoding.turn_encoding import choose_turns, encode_conversation
 
 
 def talk(*roles: str, **fields: Any) -> list[dict[str, Any]]:
@@ -41,3 +44,19 @@ def test_turns_are_learned_by_role_unless_a_field_says_otherwise(
 
 def test_without_a_turn_of_the_assistants_there_is_no_last_one() -> None:
     assert choose_turns(talk("user", "user"), "", "last").learned == [False, False]
+
+
+def test_no_more_is_dropped_than_the_length_asks_for_to_the_token() -> None:
+    template, conversation = ChatTemplate.of(chat_tokenizer("qwen")), choose_turns(LONG, "")
+
+    def length(most: int) -> int:
+        encoded = encode_conversation(conversation, template, most)
+        assert encoded is not None
+        return len(encoded.ids)
+
+    fits = length(10**6)
+    for _ in range(4):
+        assert length(fits) == fits
+        less = length(fits - 1)
+        assert less < fits - 1  # an exchange is dropped as a whole
+        fits = less
