@@ -49,6 +49,8 @@ TOKENIZER = make_tokenizer()
 @few
 @given(ids, ids, st.integers(2, 20), st.sampled_from([None, 1]), st.integers(0, 6))
 @example([5, 6, 7, 8], [9], 3, None, 2)  # a head that would leave no room
+@example([5, 6, 7, 8], [9], 3, 1, 0)  # none, beside a BOS token
+@example([5, 6, 7, 8], [9], 4, 1, 2)
 def test_what_is_joined_keeps_the_response_and_the_ends_of_the_prompt(
     prompt: list[int], response: list[int], most: int, bos: int | None, head: int
 ) -> None:

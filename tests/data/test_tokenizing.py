@@ -6,7 +6,7 @@ from helpers.data_fixtures import isolate_cache, make_tokenizer
 from transformers import AutoTokenizer
 
 from milora_lightning.data import TEMPLATES, tokenize_dataset
-from milora_lightning.data.encoding.templates import ALPACA
+from milora_lightning.data.encoding.templates import ALPACA, TOGETHER
 from milora_lightning.data.sources import cached_dataset
 from milora_lightning.data.tokenizing import join
 
@@ -169,3 +169,15 @@ def test_processes_change_nothing(tmp_path, monkeypatch):
     alone = tokenize_dataset(dataset(*some_rows()), make_tokenizer())
     shared = tokenize_dataset(cached_dataset(some_rows), make_tokenizer(), num_proc=2)
     assert shared[:] == alone[:]
+
+
+@pytest.mark.parametrize("template", sorted(TOGETHER))
+def test_the_border_is_where_the_prompt_by_itself_ends(template):
+    """Of templates whose prompt and response are tokenized together, as their authors did."""
+    tokenizer = make_tokenizer()
+    for response in ("The sum is 3.", "t", " task"):
+        example = tokenize_dataset(dataset({**ROW, "response": response}), tokenizer, template)[0]
+        alone = tokenizer(example["prompt"], add_special_tokens=False)["input_ids"]
+        whole = tokenizer(example["prompt"] + response, add_special_tokens=False)["input_ids"]
+        assert example["input_ids"] == [tokenizer.bos_token_id, *whole, tokenizer.eos_token_id]
+        assert example["prompt_length"] == 1 + len(alone)
