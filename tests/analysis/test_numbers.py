@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from helpers.layers import IN, adapted
+from torch import Tensor, nn
 
 from milora_lightning import LoRAConfig
 from milora_lightning.adapters.contexts import adapters_disabled
+from milora_lightning.analysis import intruders
 from milora_lightning.analysis.effect import EffectMeter
-from milora_lightning.analysis.intruders import Intruders
+from milora_lightning.analysis.intruders import Intruders, corrections, find_intruders
 from milora_lightning.analysis.ranks import default_slice, ranks_by_share, shares
 from milora_lightning.analysis.spectra import MatrixAnalysis, analyze_matrix, reference_vectors
 from milora_lightning.analysis.subspace import Update
@@ -97,3 +100,37 @@ def test_blocks_are_in_the_order_of_their_numbers_and_an_effect_of_zero_counts()
 def test_intruders_may_be_kept_not_at_all_or_whole() -> None:
     assert [Intruders(keep).keep for keep in (0, 1)] == [0, 1]
     assert Intruders(threshold=1.0).threshold == 1
+
+
+class Stack:
+    """Stands for the adapter of a stack of experts."""
+
+    base_layer = nn.Linear(1, 1)
+    scaling = 1.5
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        self.factors = A, B, None, None
+
+
+@pytest.mark.parametrize("larger", [0, 2])
+def test_experts_with_different_numbers_of_intruders_have_each_its_own(
+    larger: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, A, B = (torch.randn(*shape, generator=generator) for shape in ((3, 9, 7), (3, 2, 7), (3, 9, 2)))
+    B *= torch.tensor([0.0, 3.0, 3.0] if larger else [3.0, 3.0, 0.0])[:, None, None]  # one expert has not changed
+    B[1, :, 1] = 0
+    monkeypatch.setattr(intruders, "dense_weight", lambda layer: weight)
+    layer: Any = Stack(A, B)
+    rule = Intruders(keep=0.25, top_k=3, threshold=0.9)
+    left, right = corrections({"experts": layer}, rule)[layer]
+    numbers = []
+    for expert in range(3):
+        tuned = weight[expert] + 1.5 * B[expert] @ A[expert]
+        vectors = torch.linalg.svd(weight[expert], full_matrices=False)[0]
+        found = find_intruders(weight[expert], tuned, vectors, rule)
+        expected = -0.75 * (found.U * found.S @ found.Vh)
+        torch.testing.assert_close((left[expert] @ right[expert]).double(), expected.double(), rtol=1e-4, atol=1e-4)
+        numbers.append(len(found.S))
+    assert len(set(numbers)) > 1
+    assert left.shape[-1] == right.shape[-2] == max(numbers)

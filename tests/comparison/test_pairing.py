@@ -174,6 +174,7 @@ def test_the_report_names_the_last_level_the_verdicts_p_value_and_each_rates_own
     text = markdown(make_report(runs, sweep, "", "a", MARGINS, [1e-3, 1e-2]))
     assert "| b | +0 (+0 to +0), p < 0.0001: equal |" in text  # of equality; that of a difference is 1
     assert "| a | [2.0000, 0.04] | 2.5000, 0.4 |" in text
+    assert "| before training |  | 2 | 0 |" in text
     assert "extended" not in text
     for given, alone in ((runs, False), ([run for run in runs if run.seed == 0], True)):
         sections = {each.title: each.text for each in make_report(given, [], "", "a", MARGINS, []).sections}

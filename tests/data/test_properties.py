@@ -124,6 +124,8 @@ def test_long_texts_are_cut_without_losing_a_token_or_leaving_one_alone(text: st
     columns = encode({"text": [text]}, [0], TOKENIZER, "plain", "", most)
     whole = encode({"text": [text]}, [0], TOKENIZER, "plain", "", 1000)["input_ids"][0]
     assert [token for piece in columns["input_ids"] for token in piece] == whole
+    bare = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    assert whole == [TOKENIZER.bos_token_id, *bare, TOKENIZER.eos_token_id]
     assert all(2 <= len(piece) <= most for piece in columns["input_ids"])
     assert columns["piece"] == list(range(len(columns["piece"])))
     assert columns["spans"] == [[0, len(piece)] for piece in columns["input_ids"]]
