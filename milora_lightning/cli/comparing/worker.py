@@ -14,9 +14,12 @@ import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
+from milora_lightning.utils.notices import leave_out
+
 
 def main() -> None:
     """Train runs until there are no more jobs; exit at once if the comparison ends."""
+    leave_out()
     answers = os.fdopen(os.dup(1), "w")
     jobs: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_receive, args=(jobs,), daemon=True).start()
