@@ -49,6 +49,7 @@ def test_weights_are_shares_of_an_epoch(weights: list[float], size: int | None, 
     assert prompts(mixture) == read
     assert mixture.load("train")._fingerprint == mixture.load("train")._fingerprint  # type: ignore[union-attr]
     assert prompts(Mixture(mixture.sources, weights, size, seed=1)) != read
+    assert prompts(mixture, "test") == ["a test", "b test"]  # evaluations are of all examples
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10, 999])

@@ -22,3 +22,7 @@ def test_something_is_left_to_train_on() -> None:
     assert held_out_rows(7) == 7
     with pytest.raises(ValueError, match="whose length is not known"):
         held_out_rows(0.5)
+
+
+def test_one_is_a_number_of_examples_and_less_a_share() -> None:
+    assert [held_out_examples(size, 10) for size in (0, 0.01, 0.5, 0.85, 1, 1.0, 9)] == [0, 1, 5, 9, 1, 1, 9]
