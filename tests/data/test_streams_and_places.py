@@ -1,4 +1,4 @@
-"""Streams without their first rows are the rest of them, and places are those of the worker whose batch is next."""
+"""Streams without their first rows are the rest of them, and places in data are those after the last step."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from milora_lightning.data.batches.resuming import ResumableSampler, Resumption
 from milora_lightning.data.streaming.places import Place, StreamPlaces
 from milora_lightning.data.streaming.rows import MixedStream, RowStream, weighted_turns
 
@@ -122,3 +123,34 @@ def test_only_settings_that_the_order_depends_on_have_to_be_the_same() -> None:
         (name,) = changed
         with pytest.raises(ValueError, match=f"written with data.{name}="):
             places(**changed).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("before", "batches", "consumed", "end"), [(0, 10, 12, None), (0, 8, 12, 16), (2, 12, 8, None), (2, 10, 8, 16)]
+)
+def test_a_position_is_that_after_the_last_step_and_knows_where_its_epoch_ends(
+    before: int, batches: int, consumed: int, end: int | None
+) -> None:
+    """Of twenty examples in batches of two: nine batches are fetched, seven processed, one since the last step.
+
+    Batches that Lightning has counted before the iteration began are not of it.
+    """
+    progress = SimpleNamespace(current=SimpleNamespace(ready=before, processed=before), is_last_batch=False)
+    trainer: Any = SimpleNamespace(accumulate_grad_batches=3, num_training_batches=batches)
+    trainer.fit_loop = SimpleNamespace(
+        epoch_loop=SimpleNamespace(batch_progress=progress, trainer=trainer, restarting=False)
+    )
+    resumption = Resumption(SimpleNamespace(trainer=trainer))
+    assert resumption.state_dict() is None
+    sampler = ResumableSampler(resumption, range(1, 21), 2, seed=3)
+    order = list(sampler)
+    progress.current.ready, progress.current.processed = 9, 7
+    state = resumption.state_dict()
+    assert state is not None
+    assert {name: state[name] for name in ("consumed", "end", "undone", "run_batch", "size")} == {
+        "consumed": consumed, "end": end, "undone": 1, "run_batch": 2, "size": 20
+    }  # fmt: skip
+    again = Resumption(SimpleNamespace(trainer=None))
+    again.load_state_dict(state)
+    assert again.state_dict() == state
+    assert sorted(order) == list(range(20))
