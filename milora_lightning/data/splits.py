@@ -176,7 +176,8 @@ class TokenizedSplits(LightningDataModule):
         asked = [i for i, length in enumerate(examples["prompt_length"][:]) if length]  # plain texts have no prompt
         if number is None:
             return asked
-        return [asked[i] for i in first_of_each([examples["task"][i] for i in asked], number)]
+        tasks = examples["task"][:]  # at once: each look at a column sets up a dataset
+        return [asked[i] for i in first_of_each([tasks[i] for i in asked], number)]
 
     def examples(self, split: Split) -> datasets.Dataset:
         """Return the tokenized examples of a split.
