@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,9 +85,26 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(tmp_path: Path, monk
         evaluate("sums", model="nowhere")
 
 
+def made_once(kind: Callable[..., Any]) -> Callable[..., Any]:
+    """Give back what was made before for the same arguments: reading the harness's tasks takes ten seconds."""
+    made: dict[str, Any] = {}
+
+    def make(**options: Any) -> Any:
+        key = repr(options)
+        if key not in made:
+            made[key] = kind(**options)
+        return made[key]
+
+    return make
+
+
 @pytest.mark.slow  # reads the harness's own tasks
-def test_tasks_are_found_by_patterns_and_those_that_are_not_are_named(tmp_path: Path) -> None:
+def test_tasks_are_found_by_patterns_and_those_that_are_not_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     local_task(tmp_path)
+    harness = importlib.import_module("lm_eval.tasks")
+    monkeypatch.setattr(harness, "TaskManager", made_once(harness.TaskManager))
     with pytest.raises(ValueError, match="has no task 'sums_'; 'sums' is one"):
         find_tasks("arc_eas?, sums, sums_", str(tmp_path))
     with pytest.raises(ValueError, match="has no task 'sum'; 'sums' is one, 'xsum'"):  # the user's own first
