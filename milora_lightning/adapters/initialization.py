@@ -22,6 +22,7 @@ from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import matrices_in
 from milora_lightning.adapters.matrices import factors_by_matrix
 from milora_lightning.parallel.dtensor import home, is_sharded
+from milora_lightning.parallel.gathering import free_gathered
 from milora_lightning.starts import Statistics
 from milora_lightning.starts.methods import Pair
 from milora_lightning.utils.memory import return_memory
@@ -74,6 +75,7 @@ def initialize(
     >>> initialize(model), initialize(model)
     (1, 0)
     """
+    free_gathered(module)
     if is_sharded(module):
         rank, world_size = dist.get_rank(), dist.get_world_size()
 
@@ -89,8 +91,7 @@ def initialize(
     def decompose(name: str, layer: LoRALinear, weight: Tensor) -> Pair:
         return factors_by_matrix(name, layer, weight, partial(start, layer))
 
-    wanted = {name: layer for name, layer in lora_layers(module).items() if only is None or name in only}
-    pending = [(name, layer) for name, layer in wanted.items() if not layer.initialized]
+    pending = [(n, m) for n, m in lora_layers(module).items() if (only is None or n in only) and not m.initialized]
     for layer, (lora_A, lora_B) in decompose_all(pending, decompose, track, rank, world_size, device):
         layer.set_initial_factors(lora_A, lora_B)
     if pending:

@@ -10,7 +10,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -21,6 +20,7 @@ from milora_lightning.callbacks._configure_model import builds_itself
 from milora_lightning.config import LoRAConfig
 from milora_lightning.export.models import outermost_models
 from milora_lightning.export.peft_trial import objection
+from milora_lightning.parallel.gathering import free_gathered
 from milora_lightning.statistics.collecting import layers_with_needs
 from milora_lightning.strategies.base import finish, prepare
 from milora_lightning.training.averaging import check_averaging
@@ -106,9 +106,7 @@ def check_optimizers(trainer: Trainer, module: LightningModule, config: LoRAConf
     optimizers = [optimizer for optimizer in trainer.optimizers if not is_placeholder(optimizer)]
     if not optimizers and not module.automatic_optimization:
         return  # the module has optimizers that Lightning does not know
-    for child in module.modules():
-        if isinstance(child, FSDPModule):  # validation leaves the root's weights gathered, as different parameters
-            child.reshard()
+    free_gathered(module)  # which validation leaves behind
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     factors = [p for layer in lora_layers(module).values() for p in (layer.lora_A, layer.lora_B)]
     saved = saved_modules(find_part(module, config.module), config)

@@ -50,6 +50,18 @@ def weights_gathered(module: nn.Module) -> Iterator[None]:
             unit.reshard()
 
 
+def free_gathered(module: nn.Module) -> None:
+    """Have FSDP2 free what forward passes have left gathered, in which a module has other parameters than its shards.
+
+    What is written to those is lost, and an optimizer does not know them.
+
+    >>> free_gathered(nn.Linear(2, 2))
+    """
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            child.reshard()
+
+
 def _fit(module: nn.Module) -> bool:
     """Whether a module's gathered weights fit on the devices of all ranks."""
     sharded = [p for p in module.parameters() if isinstance(p, DTensor)]

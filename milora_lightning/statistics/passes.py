@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from milora_lightning.adapters.contexts import adapters_disabled
+from milora_lightning.parallel.gathering import free_gathered
 from milora_lightning.parallel.work import in_step
 from milora_lightning.utils.modes import eval_mode
 
@@ -75,7 +76,10 @@ class Pass:
     def _prepared(self) -> Iterator[None]:
         # Compiled code ignores hooks that are added and removed.
         with adapters_disabled(self.module), eval_mode(self.module), torch.compiler.set_stance("force_eager"):
-            yield
+            try:
+                yield
+            finally:
+                free_gathered(self.module)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from milora_lightning.models.compile import compile_layers
 from milora_lightning.models.sharding import shard
 from milora_lightning.models.tensor_parallel import parallelize
 from milora_lightning.parallel.dtensor import full_tensor, is_sharded
-from milora_lightning.parallel.gathering import TENSOR
+from milora_lightning.parallel.gathering import TENSOR, free_gathered
 
 IDS = torch.arange(20).view(2, 10) + 5
 
@@ -211,6 +211,7 @@ def statistics_run() -> dict[str, Any]:
             share = {} if way == "alone" else {"number": dist.get_rank(), "size": 2}
             statistics = collect_statistics(model, token_batches(3), **share)
             initialize(model, statistics=statistics, cache=False)
+            free_gathered(model)
             told = [each.inputs if each.gradient is None else each.gradient for each in statistics.values()]
             layers = lora_layers(model).values()
             starts = [(full_tensor(layer.lora_B) @ full_tensor(layer.lora_A)).detach().flatten() for layer in layers]
