@@ -106,6 +106,7 @@ def test_questions_are_asked_before_training_and_then_as_often_as_is_wished(
         run.trainer.global_step = 9
         monitor.on_validation_epoch_end(*at)
         monitor.on_train_end(*at)
+        monitor.on_fit_end(*at)
         assert [step for step, _ in run.logged] == (steps if sanity else steps[1:])
         values = [found["loss"] for _, found in run.logged]
         assert values == ([0, 0, 1] if sanity else [2, 3])

@@ -31,6 +31,7 @@ ROLES = ("user", "assistant", "user", "assistant", "tool", "user")
         ("assistant", {"weight": 0}, [3]),
         ("last", {"weight": 1}, [1, 3]),
         ("last", {"train": True}, [1, 3]),
+        ("assistant", {"training": 0}, [3]),
         ("assistant", {"loss": False, "training": 0}, [3]),
         ("assistant", {"weight": None}, [1, 3]),
     ],
