@@ -29,7 +29,7 @@ class Measure:
 
     @property
     def is_share(self) -> bool:
-        """Whether it is a share of examples that are right."""
+        """Whether it is the fraction of examples that are right."""
         return self.name.endswith("accuracy")
 
     @property

@@ -51,9 +51,10 @@ def weights_gathered(module: nn.Module) -> Iterator[None]:
 
 
 def free_gathered(module: nn.Module) -> None:
-    """Have FSDP2 free what forward passes have left gathered, in which a module has other parameters than its shards.
+    """Make FSDP2 free weights that forward passes have left gathered.
 
-    What is written to those is lost, and an optimizer does not know them.
+    While they are gathered, a module's parameters are not its shards: writes to them are lost, and optimizers do not
+    have them.
 
     >>> free_gathered(nn.Linear(2, 2))
     """

@@ -75,10 +75,10 @@ def _spare_frozen_statistics(callback: StochasticWeightAveraging) -> None:
 
 
 def behind_others(callbacks: Sequence[Callback]) -> list[Callback]:
-    """Put WeightAveraging behind all callbacks but checkpoints.
+    """Move WeightAveraging after all other callbacks except checkpoints.
 
-    At the end of a validation it gives the module back the weights that are training. Monitors, which measure then,
-    would measure these where they stand behind it, beside a loss of the average.
+    At the end of a validation, it gives the module its training weights back. Monitors after it would then measure
+    those weights, although the logged loss is that of the average.
     """
     averaging = [c for c in callbacks if isinstance(c, WeightAveraging)]
     saving = [c for c in callbacks if isinstance(c, Checkpoint)]
