@@ -54,6 +54,14 @@ def test_a_step_of_several_batches_is_finished_before_it_is_saved(tmp_path: Path
     assert run.saved == [(1, "interrupted-v1.ckpt")]  # no earlier file is written over
 
 
+def test_batches_after_which_a_module_takes_no_step_are_interrupted_too(tmp_path: Path) -> None:
+    run, callback = Run(tmp_path), SaveOnInterrupt()
+    callback.interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        run.batch(callback, 0)
+    assert run.saved == [(0, "interrupted.ckpt")]
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_processes_stop_together_when_one_of_them_is_interrupted(own: bool, tmp_path: Path) -> None:
     run, callback = Run(tmp_path, world=2, other=not own), SaveOnInterrupt()
