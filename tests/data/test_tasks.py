@@ -267,3 +267,4 @@ def test_predictions_of_ranks_are_joined_in_the_order_of_the_data(tmp_path: Path
     for trainer in ranks:
         writer.on_predict_end(trainer, None)
     assert [record["instruction"] for record in json.loads((tmp_path / "all.json").read_text())] == list("01234")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.json", "p.0.jsonl", "p.1.jsonl"]
