@@ -144,7 +144,7 @@ def test_factors_on_every_kind_of_target_of_the_embedded_model() -> None:
 def test_embedded_model_in_bfloat16_starts_exactly_and_keeps_its_weights() -> None:
     """Bit for bit at the start, dropout on or off; first updates survive the rounding; 20 steps spare the base."""
     model = embedded_model("bfloat16").train()
-    del model.model.layers[10:]  # a third of it shows the same
+    del model.model.layers[5:]  # a part of it shows the same
     ids = torch.randint(0, 49152, (1, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = model(ids).logits
