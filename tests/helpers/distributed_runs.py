@@ -155,7 +155,8 @@ def fit(folder: Path, name: str, kind: str = "auto", model: str = "llama", **opt
     )
     torch.manual_seed(100 + trainer.global_rank)  # deliberately different
     lm = module(folder / model, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2), **lm_options)
-    files = folder / f"{name}.data{trainer.global_rank}"
+    # All runs of a rank have the same data, which are then read and tokenized once; other processes write their own.
+    files = folder / (f"data-of-rank{trainer.global_rank}" if devices > 1 else f"{name}.data")
     files.mkdir(exist_ok=True)
     with patch.object(initialization, "cached_factors", counted):
         trainer.fit(lm, data(files, folder / model, batch_size=4 // shares, **rows), **resume)

@@ -131,11 +131,13 @@ def save_tiny_model(folder: Path, kind: str) -> Path:
 
 
 def write_examples(path: Path, number: int) -> Path:
-    """Write additions of one or two digits, of different lengths."""
+    """Write additions of one or two digits, of different lengths; a file that has them keeps its time."""
     sums = [(7 * i % 30, 11 * i % 25) for i in range(number)]
     rows = [
         {"instruction": f"What is {a} plus {b}?" + " 1 plus 2?" * (i % 3), "output": f"The answer is: {a + b}"}
         for i, (a, b) in enumerate(sums)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
     return path
