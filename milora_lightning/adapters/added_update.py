@@ -14,13 +14,13 @@ class AddedUpdate(LoRALinear):
     (``as_weight``). Arguments and attributes are those of :class:`LoRALinear`.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Compute the base layer's output plus the update, s (B A − B₀A₀) x."""
-        y: Tensor = self.base_layer(x)
+        y: Tensor = self.base_layer(input)
         if not self.enabled:
             return y
         self._check_can_train()
-        return y + self.update(x).to(y.dtype)
+        return y + self.update(input).to(y.dtype)
 
     def merge(self) -> None:
         """Do nothing: the sum W + ΔW would take much memory, and save little time in these layers."""

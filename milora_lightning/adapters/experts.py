@@ -101,7 +101,7 @@ class LoRAExperts(AddedUpdate):
         """The number of matrices."""
         return len(self.lora_A)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Raise an error: only the experts' module can compute with this adapter."""
         raise NotImplementedError("An adapter of experts has no input of its own: call the module that holds it.")
 

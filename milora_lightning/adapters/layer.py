@@ -126,9 +126,9 @@ class LoRALinear(MergeableLayer, AdapterState):
             # Parameters, not buffers: DDP would broadcast buffers at every step.
             self.initial_A, self.initial_B = factor(*of_A, trainable=False), factor(*of_B, trainable=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute the layer's output of shape (..., out) for an input of shape (..., in)."""
-        base = self.base_layer
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute the layer's output of shape (..., out) for an input, named as torch names it, of shape (..., in)."""
+        base, x = self.base_layer, input
         if self.part is not None:
             return self._part_of_output(x)
         if not self.enabled:

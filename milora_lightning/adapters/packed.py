@@ -63,9 +63,9 @@ class LoRAPacked(LoRALinear):
     fits = staticmethod(is_packed)
     _ADAPTS = "weights of nn.MultiheadAttention"
 
-    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+    def forward(self, input: Tensor, rows: slice = slice(None)) -> Tensor:
         """Compute the projection's output (..., out), or only the features of the given rows of the weight."""
-        weight, bias = self.base_layer.weight, self.bias
+        weight, bias, x = self.base_layer.weight, self.bias, input
         A, B, initial_A, initial_B = self.factors
         if rows != slice(None):
             weight, bias, B = weight[rows], None if bias is None else bias[rows], B[rows]

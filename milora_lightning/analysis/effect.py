@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -50,7 +51,7 @@ class EffectMeter:
         """
         hooks = [
             # Before other hooks: after FSDP2's hook the parameters are sharded again.
-            layer.register_forward_hook(partial(self._add, row, mask), prepend=True)
+            layer.register_forward_hook(partial(self._add, row, mask), prepend=True, with_kwargs=True)
             for row, layer in enumerate(self.layers.values())
         ]
         try:
@@ -66,10 +67,14 @@ class EffectMeter:
         return {name: mean for name, mean, was in zip(self.layers, means, seen, strict=True) if was}
 
     @torch.no_grad()
-    def _add(self, row: int, mask: Tensor | None, layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+    def _add(
+        self, row: int, mask: Tensor | None, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
+    ) -> None:
         assert isinstance(layer, LoRALinear)
-        if layer.enabled and args:  # attention calls projections of several parts with the rows that it wants
-            self.sums[row] += relative_effect(layer, args[0], y, mask, *args[1:]).to(self.sums.device)
+        if layer.enabled:
+            given = inspect.signature(layer.forward).bind(*args, **kwargs)
+            x, *rows = given.args  # attention calls projections of several parts with the rows that it wants
+            self.sums[row] += relative_effect(layer, x, y, mask, *rows).to(self.sums.device)
 
 
 def relative_effect(

@@ -254,3 +254,12 @@ def test_training_before_initialization_is_refused() -> None:
 def test_only_linear_layers() -> None:
     with pytest.raises(TypeError, match="Embedding"):
         LoRALinear(nn.Embedding(3, 4), r=1)
+
+
+def test_layers_are_called_by_keyword_as_those_of_torch() -> None:
+    images, ids = torch.randn(2, 3, 8, 8), torch.randint(9, (2, 5))
+    model = nn.ModuleDict({"linear": nn.Linear(8, 6), "conv": nn.Conv2d(3, 4, 3), "embed": nn.Embedding(9, 6)})
+    inject(model, LoRAConfig(r=2, target_modules=["linear", "conv", "embed"]))
+    initialize(model)
+    for name, x in (("linear", images), ("conv", images), ("embed", ids)):
+        assert torch.equal(model[name](input=x), model[name](x))

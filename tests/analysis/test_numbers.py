@@ -62,7 +62,8 @@ def test_adapters_that_are_off_have_no_effect_to_measure() -> None:
             layer(torch.randn(3, IN))
         assert meter.effects() == {}
         layer(torch.randn(5, IN))
-    assert meter.sums[0, 1] == 5
+        layer(input=torch.randn(4, IN))
+    assert meter.sums[0, 1] == 9
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (3, 6, 9)])
