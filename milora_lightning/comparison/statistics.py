@@ -82,6 +82,8 @@ class Estimate:
             return 0.0 if distance > 0 else 1.0
         if distance >= self._reach(LEAST):
             return LEAST
+        if distance <= self._reach(0.5):  # none but for rounding
+            return 0.5
         return float(optimize.brentq(lambda p: self._reach(p) - distance, LEAST, 0.5))
 
 
