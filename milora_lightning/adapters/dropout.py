@@ -102,7 +102,9 @@ def draw_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
     """
     bits = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 3) // 4,), device=x.device)
     kept = bits.view(torch.int16)[: x.numel()] >= _threshold(p) - 2**15
-    return kept.view(torch.uint8).view(x.shape), 1 - _threshold(p) / 2**16
+    # A view costs nothing, but inductor of torch 2.10 has none of booleans; it fuses the conversion.
+    kept = kept.to(torch.uint8) if torch.compiler.is_compiling() else kept.view(torch.uint8)
+    return kept.view(x.shape), 1 - _threshold(p) / 2**16
 
 
 def _draws_integers(device: torch.device) -> bool:

@@ -39,6 +39,8 @@ def choose_attention(config: PretrainedConfig, dtype: torch.dtype, device: torch
     kind: type[PreTrainedModel] | None = kinds[0] if isinstance(kinds, tuple) else kinds
     if kind is None or not takes_sdpa(kind) or hasattr(config, "vision_config"):
         return Choice(None, f"transformers' choice for models of type {config.model_type}")
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return Choice("eager", "the only one that caps attention scores")  # older transformers would take sdpa
     if device.type == "cpu":
         return Choice(CAUSAL_BLOCKS, "the fastest in training on CPUs")
     if device.type != "cuda":

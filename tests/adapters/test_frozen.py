@@ -13,6 +13,7 @@ from helpers.frozen import Judged, X, fit, mlp
 from helpers.models import quiet_trainer
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from packaging import version
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -192,6 +193,8 @@ def test_statistics_of_frozen_layers_stand_still_and_those_that_train_move(tmp_p
     with torch.no_grad():
         module.net(x)  # a pretrained one has statistics
     before = copy.deepcopy(module).eval()
+    # The kernel of InstanceNorm of torch 2.10 (2.13 does not) rounds the statistics that it only reads.
+    exact = {"rtol": 0.0, "atol": 0.0 if version.parse(torch.__version__) >= version.parse("2.13") else 1e-6}
 
     class Mode(MiLoRAInit):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
@@ -200,11 +203,11 @@ def test_statistics_of_frozen_layers_stand_still_and_those_that_train_move(tmp_p
 
     quiet_trainer(tmp_path, callbacks=[Mode(4, cache=False)], max_epochs=3).fit(module)
     with torch.no_grad(), adapters_disabled(module.eval()):
-        assert torch.equal(module.net(x), before.net(x))
+        torch.testing.assert_close(module.net(x), before.net(x), **exact)
         with adapters_disabled(module):
             pass
-        assert torch.equal(module.net(x), before.net(x))
-    assert not torch.equal(module.net(x), before.net(x))
+        torch.testing.assert_close(module.net(x), before.net(x), **exact)
+    assert not torch.allclose(module.net(x), before.net(x))
     for clone in (copy.deepcopy(module.net[1]), pickle.loads(pickle.dumps(module.net[1]))):
         assert torch.equal(clone.train()(x), before.net[1](x))
         assert type(clone).__name__ == "BatchNorm1d"

@@ -63,11 +63,12 @@ def save(case: str, folder: Path) -> Path:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CASES)
 def test_what_was_dequantized_is_merged_and_written_without_codes(
-    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Transformers would write FP8 codes again, without saying so in the configuration, or MXFP4's names."""
     model = load_causal_lm(str(save(case, tmp_path / "base")), "float32")
-    assert ("MXFP4 codes, which cannot be trained with: dequantized to float32" in caplog.text) == ("mxfp4" in case)
+    said = caplog.text + capsys.readouterr().err
+    assert ("MXFP4 codes, which cannot be trained with: dequantized to float32" in said) == ("mxfp4" in case)
     start = logits(model)
     inject(model, LoRAConfig(r=2))
     initialize(model, cache=False)

@@ -70,6 +70,8 @@ def logits(model: nn.Module) -> Tensor:
 @pytest.mark.filterwarnings("ignore")
 def test_adapters_of_experts(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
+    if f"{name}Config" not in CLASSES and sys.version_info < (3, 11):
+        pytest.skip("newer than the last transformers for Python 3.10")
     base = AutoModelForCausalLM.from_config(small_config(CLASSES[f"{name}Config"], **SIZES.get(name, {}))).eval()
     with torch.no_grad():
         start = logits(base)

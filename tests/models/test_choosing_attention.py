@@ -45,7 +45,7 @@ def test_models_that_need_another_keep_theirs(name: str) -> None:
     """They cap scores, add sinks or biases, or compute attention in their own way."""
     config = TINY_CONFIGS[name] if name in TINY_CONFIGS else small_config(getattr(transformers, name))
     for device in (CPU, CUDA) if torch.cuda.is_available() else (CPU,):
-        assert choose_attention(config, HALF, device).name is None
+        assert choose_attention(config, HALF, device).name in {None, "eager"}
 
 
 @pytest.mark.parametrize(
