@@ -86,7 +86,8 @@ class SaveOnInterrupt(Callback):
             self.teardown(trainer, pl_module, "fit")
             return
         expect_processes_to_end()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
+        self.interrupted = True  # a second Ctrl-C ends at once, with the cursor shown again
+        signal.signal(signal.SIGINT, signal.SIG_DFL if self._before is None else self._on_signal)
         trained = trainer.global_step > 0
         if trained and self._saved is None and trainer.world_size == 1 and not self._in_step:
             self._save(trainer)  # between two steps: in an evaluation

@@ -144,6 +144,8 @@ def load_causal_lm(
         )
     check_complete(name_or_path, model, loading)
     if dequantized:
+        if model.dtype == torch.float32:
+            model.float()  # transformers 5.20 leaves experts in bfloat16, whatever it is asked for
         inform(
             f"The files hold MXFP4 codes, which cannot be trained with: dequantized to {name_of_dtype(model.dtype)}."
         )

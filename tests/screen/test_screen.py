@@ -165,7 +165,7 @@ def test_lines_of_loggers_go_above_what_moves() -> None:
 
     recording = run_in_terminal(run, 80)
     assert recording.last.split() == ["a", "line", "another"]
-    assert any(re.search(r"a line\s+\S Validating", "\n".join(lines)) for _, lines in recording.screens)
+    assert any(re.search(r"a line\s+\S\s+Validating", "\n".join(lines)) for _, lines in recording.screens)
 
 
 def test_nothing_of_what_moves_is_left_behind() -> None:
