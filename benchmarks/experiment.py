@@ -104,8 +104,8 @@ def main() -> None:
     if given.questions is not None:
         places = {task: [given.questions / f"{task}_test.json", given.questions / task / "test.json"] for task in TASKS}
         found = {task: str(path) for task, paths in places.items() for path in paths if path.is_file()}
-        if not found:
-            parser.error(f"{given.questions} has no test file of {', '.join(TASKS)}: point to the folder that does.")
+        if missing := sorted(places.keys() - found):
+            parser.error(f"{given.questions} has no test file of {', '.join(missing)}: point to the folder that does.")
         options["questions"] = str(found)
     else:
         options.pop("questions_number")
