@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
-import threading
 
 from milora_lightning.metrics.answers import extract_answer
 from milora_lightning.metrics.latex_forms import assigned, bare, both_signs, numeral, tidy, words
 from milora_lightning.utils.errors import MissingPackageError
+from milora_lightning.utils.time_limit import TimeIsUp, time_limit
 
 _PERCENT = re.compile(r"\s*\\?%$")
-SECONDS = 5  # time limit for parsing or comparing one expression: 9^{9^{9^9}} would take forever
+SECONDS = 10  # time limit for comparing two expressions: 9^{9^{9^9}} would take forever
 
 
 def extract_solution(text: str) -> str | None:
@@ -91,10 +92,14 @@ def _same_numeral(answer: str, reference: str) -> bool:
 def _verified(answer: str, reference: str) -> bool:
     from math_verify import parse, verify
 
-    # math-verify enforces its time limit with an alarm signal, which only the main thread can set.
-    seconds = SECONDS if threading.current_thread() is threading.main_thread() else None
-    expected, found = (parse(_as_formula(text), parsing_timeout=seconds) for text in (reference, answer))
-    return bool(verify(expected, found, allow_set_relation_comp=True, timeout_seconds=seconds))
+    # Its own time limit raises once, and is lost where that happens in a destructor.
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it would warn of that, and of each failure
+    try:
+        with time_limit(SECONDS):
+            expected, found = (parse(_as_formula(text), parsing_timeout=None) for text in (reference, answer))
+            return bool(verify(expected, found, allow_set_relation_comp=True, timeout_seconds=None))
+    except TimeIsUp:
+        return False
 
 
 def require_math_verify() -> None:
