@@ -244,9 +244,8 @@ def _matrix(weight: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
 def cast_stacks(factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Compute the same as :func:`stack_factors`, bit for bit, in three operations and without gradients."""
     lora_A, lora_B, initial_A, initial_B = factors
-    plain = (
-        type(lora_A) in PLAIN_TENSORS and not torch.compiler.is_compiling()
-    )  # compilers fuse the operations themselves
+    # Compilers fuse the operations themselves.
+    plain = type(lora_A) in PLAIN_TENSORS and not torch.compiler.is_compiling()
     if initial_A is None or initial_B is None or not plain:
         return stack_factors(*factors, dtype=dtype)
     r, features = lora_A.shape

@@ -162,9 +162,8 @@ class AdapterCheckpoint:
     def _check_config(self, description: dict[str, Any], layers: dict[str, LoRALinear]) -> None:
         saved = LoRAConfig(**description["config"])
         adapters = {unwrapped_name(name) for name in description["adapters"]}
-        for layer in [
-            name for name in layers if name in adapters
-        ]:  # in the model's order, which is the same in every run
+        # In the model's order, which is the same in every run.
+        for layer in [name for name in layers if name in adapters]:
             rows = layers[layer].out_features
             here, there = (configured_settings(config, layer, rows) for config in (self.config, saved))
             if key := first_difference(here, there, ignore=DROPOUT):

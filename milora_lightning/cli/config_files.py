@@ -26,9 +26,8 @@ class SaveConfig(SaveConfigCallback):
         path = Path(folder or trainer.default_root_dir) / self.config_filename
         if stage != "fit" and trainer.strategy.broadcast(path.is_file()):
             return
-        if (
-            folder is None and self.save_to_log_dir
-        ):  # the logger does not write to a folder, such as MLflow's with a server
+        # The logger does not write to a folder, such as MLflow's with a server.
+        if folder is None and self.save_to_log_dir:
             self.save_to_log_dir = False
             if trainer.is_global_zero:
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -83,9 +83,8 @@ class TrainingLoaders(SharedSteps):
         examples = self.examples("train")
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))
         lengths = examples["length"][:]
-        chosen = sorted(
-            order[: number * self.batch_size].tolist(), key=lambda index: lengths[index]
-        )  # for little padding
+        # For little padding.
+        chosen = sorted(order[: number * self.batch_size].tolist(), key=lambda index: lengths[index])
         rows: Any = examples.select_columns(["input_ids", "spans", *(["image"] if self.shows_images else [])])
         collate = self._collator(Collator)
         starts = range(0, len(chosen), self.batch_size)

@@ -77,10 +77,8 @@ class StackedLinear(nn.Module):
 
     def __init__(self, factors: StartedFactors, factor: str) -> None:
         super().__init__()
-        self._factors, self._factor = (
-            (factors,),
-            factor,
-        )  # in a tuple, so as not to be registered: it belongs to PEFT's layer
+        # In a tuple, so as not to be registered: it belongs to PEFT's layer.
+        self._factors, self._factor = (factors,), factor
         self.out_features, self.in_features = self.weight.shape
 
     @property
@@ -125,9 +123,8 @@ class StartedLayer(Derived):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter."""
         super().delete_adapter(adapter_name)  # type: ignore[misc]
-        if (
-            _started_adapter(self) is None
-        ):  # an empty module remains, because PEFT 0.18 looks up all modules from before
+        # An empty module remains, because PEFT 0.18 looks up all modules from before.
+        if _started_adapter(self) is None:
             cast(Any, self).get_base_layer()._modules[STARTED] = nn.Module()
 
 

@@ -83,9 +83,8 @@ def singular_slice(
 
 def _triplets(weight: Tensor, index: Tensor, which: Slice | float, way: Way) -> SingularSlice:
     """Compute the triplets at ``index``; the indices are consecutive unless ``which`` is ``"random"``."""
-    W = weight.to(way.device).to(
-        torch.float64
-    )  # in this order: fewer bytes to move, and no float64 copy on the first device
+    # In this order: fewer bytes to move, and no float64 copy on the first device.
+    W = weight.to(way.device).to(torch.float64)
     energy = torch.linalg.matrix_norm(W).square()
     if not energy.isfinite() and (bad := int(W.numel() - torch.isfinite(W).sum())):
         raise InvalidInputError(f"{bad} of the weight's {W.numel()} entries are NaN or infinite: check the checkpoint")

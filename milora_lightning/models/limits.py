@@ -13,9 +13,8 @@ from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn_once
 
 POSITION_TABLES = ("pos", "wpe")  # parts of the names of position embeddings, in every architecture that has them
-FIXED_LENGTHS = {
-    "mpt": "max_seq_len"
-}  # by model type: configuration entries that fix the length without a table of positions
+# By model type: configuration entries that fix the length without a table of positions.
+FIXED_LENGTHS = {"mpt": "max_seq_len"}
 
 
 class PositionLimit(NamedTuple):

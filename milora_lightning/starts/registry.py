@@ -181,9 +181,8 @@ def register_start(
 
     def register(function: StartFunction) -> StartFunction:
         other = None if present is None else present.compute
-        if other is not None and _origin(other) != _origin(
-            function
-        ):  # the same origin when a notebook cell or module runs again
+        # The same origin when a notebook cell or module runs again.
+        if other is not None and _origin(other) != _origin(function):
             raise InvalidInputError(f"{_origin(other)} is registered as {name!r} already: give yours another name.")
         key = None if version is None else f"{_origin(function)} {name} {version}"
         options = frozen, zero_product, any_rank, True, tuple(needs)

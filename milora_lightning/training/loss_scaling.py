@@ -9,10 +9,8 @@ from torch import nn
 from milora_lightning.utils.errors import InvalidInputError
 
 _HALF = ("16-true", "transformer-engine-float16")
-_BFLOAT16 = (
-    "bf16-mixed",
-    "bf16-true",
-)  # products and their gradients are in bfloat16, whatever the dtype of the weights
+# Products and their gradients are in bfloat16, whatever the dtype of the weights.
+_BFLOAT16 = ("bf16-mixed", "bf16-true")
 
 
 def check_loss_scaling(trainer: Trainer, module: LightningModule, computes_in_float16: bool) -> None:

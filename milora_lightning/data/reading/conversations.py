@@ -177,9 +177,8 @@ def _message(message: Any, what: str) -> Message:
         raise InvalidInputError(
             f"{what} is {shown(message)} ({type(message).__name__}), but has to have role and content."
         )
-    message = {
-        key: value for key, value in message.items() if value is not None
-    }  # tables have every field in each message
+    # Tables have every field in each message.
+    message = {key: value for key, value in message.items() if value is not None}
     speaker = next((key for key in ("role", "from") if key in message), None)
     body = next((key for key in ("content", "value") if key in message), None)
     calls = [key for key in ("tool_calls", "function_call") if message.get(key)]

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd import forward_ad
-from torch.distributed.tensor.placement_types import (
-    _StridedShard as StridedShard,
-)  # FSDP2's placement of tensors that are already split
+
+# FSDP2's placement of tensors that are already split.
+from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 from torch.nn.modules import module as module_tables
 from torch.nn.modules.batchnorm import _NormBase as NormBase  # batch and instance norms, synchronized ones too
 from torch.nn.modules.conv import _ConvNd as ConvNd  # all convolutions, lazy and transposed ones too
