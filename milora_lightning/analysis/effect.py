@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from milora_lightning.adapters.experts import LoRAExperts
 from milora_lightning.adapters.layer import LoRALinear
 from milora_lightning.adapters.linear_layers import is_convolution, is_embedding
-from milora_lightning.statistics.passes import tells_of
+from milora_lightning.statistics.passes import arguments_of, tells_of
 
 NUMBERS = 2**24
 """Maximum number of outputs processed at once."""
@@ -72,8 +71,8 @@ class EffectMeter:
     ) -> None:
         assert isinstance(layer, LoRALinear)
         if layer.enabled:
-            given = inspect.signature(layer.forward).bind(*args, **kwargs)
-            x, *rows = given.args  # attention calls projections of several parts with the rows that it wants
+            # Attention calls projections of several parts with the rows that it wants.
+            x, *rows = arguments_of(layer, args, kwargs)
             self.sums[row] += relative_effect(layer, x, y, mask, *rows).to(self.sums.device)
 
 

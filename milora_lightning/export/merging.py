@@ -59,8 +59,8 @@ def merged_state(
         if name and adapter in places and (adapter != name or leaf == "weight"):
             state[f"{name}.{leaf}"], error, energy = _merge(adapter, places[adapter], dtype, corrections)
             errors, energies = errors + error, energies + energy
-        # A shared layer is saved in each of its places, because transformers does not know that it is shared.
         elif name:
+            # A shared layer is saved in each of its places, because transformers does not know that it is shared.
             state[f"{name}.{leaf}"] = _cast(key, value, dtype).clone()
         else:
             identity = (value.data_ptr(), value.shape, value.stride()) if isinstance(value, Tensor) else (key,)

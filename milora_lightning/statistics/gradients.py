@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from milora_lightning.adapters.candidates import base_of
 from milora_lightning.adapters.linear_layers import linear_shape
 from milora_lightning.linalg.single import full_precision
-from milora_lightning.statistics.passes import Pass, input_of, loss_of, recomputing
+from milora_lightning.statistics.passes import Pass, arguments_of, loss_of, recomputing
 from milora_lightning.utils.errors import InvalidInputError
 
 SCALE = 2.0**10
@@ -93,7 +93,7 @@ def _tapping(
 ) -> Iterator[None]:
     def hook_of(name: str) -> Callable[..., Tensor]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
-            x = input_of(layer, args, kwargs)
+            x = arguments_of(layer, args, kwargs)[0]
             tapped: Tensor = _Tap.apply(output, anchor, x, lambda g, x: receive(name, g, x))  # type: ignore[no-untyped-call]
             return tapped
 

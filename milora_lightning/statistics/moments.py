@@ -14,7 +14,7 @@ from milora_lightning.adapters.candidates import base_of
 from milora_lightning.adapters.linear_layers import linear_shape
 from milora_lightning.linalg.single import full_precision
 from milora_lightning.parallel.work import raise_on_all_ranks
-from milora_lightning.statistics.passes import Pass, counted_rows, input_of, tells_of
+from milora_lightning.statistics.passes import Pass, arguments_of, counted_rows, tells_of
 from milora_lightning.utils.errors import InvalidInputError
 from milora_lightning.utils.messages import warn
 
@@ -75,7 +75,7 @@ def watching(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
 
     def hook_of(name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            x = input_of(layer, args, kwargs)
+            x = arguments_of(layer, args, kwargs)[0]
             writes = None if x.is_inference() else x._version  # a tensor that is written to holds other inputs then
             if x is not last[0] or writes != last[1]:  # last keeps it alive, so its identity is unique
                 last[:] = x, writes, last[2] + 1

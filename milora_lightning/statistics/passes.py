@@ -157,8 +157,10 @@ def loss_of(result: Any) -> Tensor | None:
     return result if isinstance(result, Tensor) and result.ndim == 0 else None
 
 
-def input_of(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return a layer's input, which is its first argument."""
-    first = next(iter(inspect.signature(layer.forward).parameters)) if not args else ""
-    x: Tensor = args[0] if args else kwargs[first]
-    return x
+def arguments_of(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the arguments of a call of a layer in the order of its parameters; the first one is its input.
+
+    >>> arguments_of(nn.Linear(2, 2), (), {"input": 1}), arguments_of(nn.Linear(2, 2), (1,), {})
+    ((1,), (1,))
+    """
+    return inspect.signature(layer.forward).bind(*args, **kwargs).args if kwargs else args
