@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from pathlib import Path
@@ -259,7 +258,6 @@ def command_line(folder: Path, overlay: str | None, *options: str) -> dict[str, 
 
 def on_two_ranks(folder: Path) -> dict[str, Any]:
     """Make all runs of test_distributed.py that need two processes."""
-    gc.disable()  # which would end earlier process groups at another moment in each rank: gloo may wait for ever
     runs = {name: fit(folder, name, kind, **options) for name, (kind, options) in RUNS.items()}
     half = {"module": {"dtype": "bfloat16"}, "adapter": {"lora_dropout": 0.1}}
     runs["fsdp2-half"] = fit(folder, "fsdp2-half", "fsdp2", **half)

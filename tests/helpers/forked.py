@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -82,6 +83,10 @@ def _wait(pids: list[int], limit: float, grace: float = 20) -> list[int]:
 
 def _child(function: Callable[[], object], folder: Path, output: str, environment: dict[str, object]) -> None:
     with the_end_of_the_process():
+        if environment:
+            # Of several runs, the collector would end a process group while the other rank waits in a later one, and
+            # gloo has waited for ever then.
+            gc.disable()
         torch.set_num_threads(1)  # a fork has none of its parent's other threads, and would wait for them
         os.environ.update({name: str(value) for name, value in environment.items()})
         os.chdir(folder)
