@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.callback_modules import LanguageModel, Regression
-from helpers.models import quiet_trainer, tiny_tokenizer
+from helpers.callback_modules import Regression, adapted_language_model
+from helpers.models import quiet_trainer
 
-from milora_lightning import ChoiceMonitor, LoRAConfig, initialize, inject, lora_layers
+from milora_lightning import ChoiceMonitor, lora_layers
 from milora_lightning.callbacks.choices import named_files
 from milora_lightning.data.tasks.questions import read_questions
 
@@ -28,17 +28,8 @@ def questions(tmp_path: Path) -> dict[str, str]:
     return files
 
 
-def model() -> LanguageModel:
-    lm = LanguageModel()
-    lm.configure_model()
-    lm.tokenizer = tiny_tokenizer()
-    inject(lm, LoRAConfig(r=2))
-    initialize(lm)
-    return lm
-
-
 def test_results_are_the_definition_question_by_question(questions: dict[str, str], tmp_path: Path) -> None:
-    lm, trainer = model(), quiet_trainer(tmp_path)
+    lm, trainer = adapted_language_model(), quiet_trainer(tmp_path)
     monitor = ChoiceMonitor(questions, batch_size=4)
     monitor.setup(trainer, lm, "validate")
     found = monitor.measure(trainer, lm)
@@ -63,7 +54,7 @@ def test_results_are_the_definition_question_by_question(questions: dict[str, st
 
 
 def test_a_changed_model_answers_otherwise(questions: dict[str, str], tmp_path: Path) -> None:
-    lm, trainer = model(), quiet_trainer(tmp_path)
+    lm, trainer = adapted_language_model(), quiet_trainer(tmp_path)
     monitor = ChoiceMonitor(questions["sums"])
     monitor.setup(trainer, lm, "validate")
     before = monitor.measure(trainer, lm)
@@ -82,7 +73,7 @@ def test_a_line_of_json_may_hold_a_line_separator(tmp_path: Path) -> None:
 
 def test_what_is_no_number_is_no_right_answer(questions: dict[str, str], tmp_path: Path) -> None:
     """A model that has diverged would otherwise be right wherever the right choice is the first."""
-    lm, trainer = model(), quiet_trainer(tmp_path)
+    lm, trainer = adapted_language_model(), quiet_trainer(tmp_path)
     monitor = ChoiceMonitor(questions["sums"])
     monitor.setup(trainer, lm, "validate")
     with torch.no_grad():
@@ -99,9 +90,9 @@ def test_mistakes_are_named(questions: dict[str, str], tmp_path: Path) -> None:
         named_files(["a/test.json", "b/test.json"])
     monitor = ChoiceMonitor(str(tmp_path / "absent.json"))
     with pytest.raises(FileNotFoundError, match=r"absent\.json"):
-        monitor.setup(quiet_trainer(tmp_path), model(), "validate")
+        monitor.setup(quiet_trainer(tmp_path), adapted_language_model(), "validate")
     with pytest.raises(ValueError, match="no Hugging Face model, and ChoiceMonitor measures language models of"):
         ChoiceMonitor(questions).on_fit_start(quiet_trainer(tmp_path), Regression())
     two = [ChoiceMonitor(questions), ChoiceMonitor(questions)]
     with pytest.raises(ValueError, match="two callbacks ChoiceMonitor"):
-        two[0].setup(quiet_trainer(tmp_path, callbacks=two), model(), "fit")
+        two[0].setup(quiet_trainer(tmp_path, callbacks=two), adapted_language_model(), "fit")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.callback_modules import LanguageModel, Regression
+from helpers.callback_modules import LanguageModel, Regression, adapted_language_model
 from helpers.data_fixtures import make_tokenizer
 from helpers.distributed_runs import FSDP1OnCPU
 from helpers.models import quiet_trainer, save_tiny_model, tiny_model, tiny_tokenizer
@@ -124,14 +124,7 @@ def test_dropout_is_off_while_it_is_measured_and_on_afterwards(text: Path, tmp_p
 
 
 def test_several_texts_count_alike_and_each_is_told(text: Path, tmp_path: Path) -> None:
-    lm = LanguageModel()
-    lm.configure_model()
-    lm.tokenizer = tiny_tokenizer()
-    inject(lm, LoRAConfig(r=2))
-    initialize(lm)
-    with torch.no_grad():
-        for layer in lora_layers(lm).values():
-            layer.lora_B.add_(0.1)
+    lm = adapted_language_model(moved=True)
     (tmp_path / "other.txt").write_text("Below is an instruction. " * 2)
     trainer = quiet_trainer(tmp_path)
     places = {"sums": str(text), "other": str(tmp_path / "other.txt")}

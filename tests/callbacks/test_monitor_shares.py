@@ -7,26 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.callback_modules import LanguageModel
-from helpers.models import quiet_trainer, tiny_tokenizer
+from helpers.callback_modules import LanguageModel, adapted_language_model
+from helpers.models import quiet_trainer
 from torch import Tensor
 
-from milora_lightning import ChoiceMonitor, ForgettingMonitor, LoRAConfig, initialize, inject, lora_layers
+from milora_lightning import ChoiceMonitor, ForgettingMonitor
 from milora_lightning.callbacks import choices, forgetting
 from milora_lightning.strategies.base import DataRank
 
 
 @pytest.fixture
 def model() -> LanguageModel:
-    lm = LanguageModel()
-    lm.configure_model()
-    lm.tokenizer = tiny_tokenizer()
-    inject(lm, LoRAConfig(r=2))
-    initialize(lm)
-    with torch.no_grad():
-        for layer in lora_layers(lm).values():
-            layer.lora_B.add_(0.1)
-    return lm
+    return adapted_language_model(moved=True)
 
 
 def test_blocks_of_text_are_shared_out(model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

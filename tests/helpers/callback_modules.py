@@ -9,7 +9,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from helpers.models import tiny_model
+from helpers.models import tiny_model, tiny_tokenizer
+from milora_lightning import LoRAConfig, initialize, inject, lora_layers
 
 
 class Regression(LightningModule):
@@ -68,3 +69,17 @@ class LanguageModel(LightningModule):
     def train_dataloader(self) -> DataLoader[Any]:
         ids = torch.randint(0, 128, (48, 10), generator=torch.Generator().manual_seed(0))
         return DataLoader(TensorDataset(ids), batch_size=4)
+
+
+def adapted_language_model(moved: bool = False) -> LanguageModel:
+    """Make a language model with a tokenizer and adapters, at their start or moved away from it."""
+    module = LanguageModel()
+    module.configure_model()
+    module.tokenizer = tiny_tokenizer()
+    inject(module, LoRAConfig(r=2))
+    initialize(module)
+    if moved:
+        with torch.no_grad():
+            for layer in lora_layers(module).values():
+                layer.lora_B.add_(0.1)
+    return module
