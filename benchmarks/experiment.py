@@ -3,7 +3,7 @@
 Any directions are combined with any singular values, as the exact layer allows: if `gaussian x minor` does as `milora`,
 and `minor x principal` as `pissa`, magnitude decides. The task is generated word problems with exact answers;
 forgetting is measured on two kinds of text and, with `--questions FOLDER`, on multiple-choice files of LLM-Adapters.
-The whole design is for a GPU; `--small` is for two cores, for about five hours. It goes on where it stopped.
+The whole design is for a GPU; `--small` is for two cores, for two to four hours. It goes on where it stopped.
 
     python benchmarks/experiment.py --small --questions FOLDER --output runs/experiment
 
@@ -34,18 +34,18 @@ SMALL = {
     "sweep_seeds": "[3]",
     "extend": "1",
     "text_tokens": "1024",
-    "questions_number": "25",
+    "questions_number": "20",
     "parallel": "2",
     "model.dtype": "float32",
-    "data.global_batch_size": "4",
-    "data.source.train_size": "800",
-    "data.source.validation_size": "64",
+    "data.global_batch_size": "2",
+    "data.source.train_size": "400",
+    "data.source.validation_size": "48",
     "data.source.max_chars": "240",
     "data.num_generation_examples": "32",
     "trainer.max_steps": "200",
     "trainer.val_check_interval": "50",
 }
-"""Options of the design for two cores: 200 steps of 4 problems, 36 runs and at most 6 for grids that grow."""
+"""Options of the design for two cores: 200 steps of 2 problems, 36 runs and at most 6 for grids that grow."""
 
 WHOLE = {
     "methods": "[lora,rslora,milora,milora-strict,pissa,random,middle,slice 0.25,slice 0.75,gaussian x minor,"
