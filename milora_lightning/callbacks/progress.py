@@ -277,8 +277,10 @@ class RunProgress(ProgressBar):
         self._tick()
 
     def _end_batch(self) -> None:
+        self._answering = False  # forward passes that follow are a monitor's
         if self.state.work is not None:
             self.state.work.done += 1
+            self.state.work.note = ""
         self._tick()
 
     def _finish_evaluation(self) -> None:

@@ -50,7 +50,7 @@ def updates() -> UpdateMonitor:
     return UpdateMonitor(2 // int(os.environ.get("WORLD_SIZE", "1")))
 
 
-STEPS = 10
+STEPS = 6
 EXPERT_KINDS = ("ddp", "fsdp2-folder", "fsdp1")
 ORIGINS = ("single", "fsdp2", "fsdp2-folder")
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {  # the strategy, and what else is set, also on one process
@@ -159,7 +159,8 @@ def fit(folder: Path, name: str, kind: str = "auto", model: str = "llama", **opt
     files = folder / (f"data-of-rank{trainer.global_rank}" if devices > 1 else f"{name}.data")
     files.mkdir(exist_ok=True)
     with patch.object(initialization, "cached_factors", counted):
-        trainer.fit(lm, data(files, folder / model, batch_size=4 // shares, **rows), **resume)
+        examples = data(files, folder / model, batch_size=4 // shares, eval_batch_size=3, **rows)
+        trainer.fit(lm, examples, **resume)
     ended = {
         "losses": record.losses,
         "norms": record.norms,
@@ -170,8 +171,7 @@ def fit(folder: Path, name: str, kind: str = "auto", model: str = "llama", **opt
     restored = {}
     if isinstance(trainer.strategy, FSDPStrategy):  # a module that has been wrapped cannot be wrapped again
         lm, restored = module(folder / model, **lm_options), {"ckpt_path": saving.best_model_path}
-    held_out = data(files, folder / model, eval_batch_size=3)
-    return {**ended, "results": trainer.validate(lm, held_out, verbose=False, **restored)}
+    return {**ended, "results": trainer.validate(lm, examples, verbose=False, **restored)}
 
 
 def refusal(folder: Path, kind: str, **options: Any) -> str:

@@ -135,11 +135,11 @@ def test_many_threads_decompose_small_weights_side_by_side_and_large_ones_alone(
 
 @pytest.fixture(scope="module")
 def peaks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The peaks of four runs, in a folder; see ``helpers/peak_memory.py``."""
+    """The peaks of three runs, in a folder; see ``helpers/peak_memory.py``."""
     if sys.platform != "linux":
         pytest.skip("what a process has is read from Linux's /proc")
     folder = tmp_path_factory.mktemp("peaks")
-    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 4}
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "num_key_value_heads": 4}
     config = LlamaConfig(**sizes, num_hidden_layers=4, vocab_size=128, max_position_embeddings=1024)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -152,10 +152,9 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_peak_of_a_run_is_estimated_within_15_percent(peaks: Path, checkpointing: bool) -> None:
-    estimated, measured = json.loads((peaks / f"loop-{checkpointing}.json").read_text())
-    assert estimated == pytest.approx(measured, rel=0.15)
+def test_the_peak_of_a_loop_is_estimated_within_10_percent(peaks: Path) -> None:
+    estimated, measured = json.loads((peaks / "loop.json").read_text())
+    assert estimated == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
@@ -174,9 +173,9 @@ def test_what_preview_says_is_what_fit_takes(peaks: Path, checkpointing: bool) -
     said, peak = json.loads((peaks / f"command-{checkpointing}.json").read_text())
     measured = peak / 1e9
     (estimated,) = (float(x) for x in re.findall(r"estimated: ([\d.]+) GB", said))
-    assert estimated == pytest.approx(measured, rel=0.15)
+    assert estimated == pytest.approx(measured, rel=0.1)
     if checkpointing:
         return
     # negative control: without the activations it would be another number
     ((size, unit),) = re.findall(r"([\d.]+) (GB|MB)  activations kept", said)
-    assert estimated - float(size) * {"GB": 1, "MB": 1e-3}[unit] < 0.85 * measured
+    assert estimated - float(size) * {"GB": 1, "MB": 1e-3}[unit] < 0.88 * measured
