@@ -82,6 +82,7 @@ def test_a_step_waits_for_nothing_and_launches_no_more_than_it_may(kind: str, ba
     assert launches.total() <= BUDGET["launches"][kind], launches.most_common()
 
 
+@pytest.mark.parametrize("kind", ["llama"], indirect=True)
 def test_labels_that_change_on_the_way_are_looked_at_again_which_waits(base: Path) -> None:
     class Masks(CausalLMModule):
         def loss(self, batch: Any) -> Any:
