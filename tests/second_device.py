@@ -147,7 +147,7 @@ def test_a_default_device_is_not_needed_and_does_not_harm(default: bool) -> None
             expected = singular_slice(weight, 4, which, torch.Generator().manual_seed(0))
             assert all(isinstance(x, OnDevice) for x in found)
             torch.testing.assert_close(found.S.cpu(), expected.S)
-        for init in ("milora", "pissa", "middle", "random", "lora"):
+        for init in ("milora", "pissa", "middle", "random", "lora", "mica", "olora", "orthogonal", "gaussian x minor"):
             model = nn.Sequential(nn.Linear(40, 48), nn.Linear(48, 40)).to(DEVICE)
             inject(model, LoRAConfig(r=4, init=init))
             initialize(model, cache=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 import torch
@@ -284,6 +285,10 @@ def test_names_are_taken_once(own: None) -> None:
     register_start("other")(other)  # as when a notebook's cell runs again
     with pytest.raises(ValueError, match="registered as 'other' already"):
         register_start("other")(bad)  # type: ignore[arg-type]
+    elsewhere = FunctionType(other.__code__, globals())  # the same name in another module
+    elsewhere.__qualname__, elsewhere.__module__ = other.__qualname__, "elsewhere"
+    with pytest.raises(ValueError, match="registered as 'other' already"):
+        register_start("other")(elsewhere)
     with pytest.raises(ValueError, match="as in @register_start"):
         register_start(other)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="init=None is no start"):

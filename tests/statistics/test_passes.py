@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
 from milora_lightning import LoRAConfig, collect_statistics, initialize, inject, lora_layers
 from milora_lightning.starts import Statistics
@@ -147,6 +148,15 @@ def test_what_modules_compute_with_is_described_and_their_mode_is_not() -> None:
     assert kept.computes_with(model) == kept.computes_with(nn.Sequential(nn.LeakyReLU(0.1)).eval())
     model[0].beta = 3.0
     assert kept.computes_with(model) != kept.computes_with(nn.Sequential(nn.LeakyReLU(0.1)))
+
+
+def test_a_models_configuration_is_part_of_what_it_computes_with() -> None:
+    """Attention reads its scale, say, from there alone, and has no attribute of its own for it."""
+    models = [nn.Sequential(nn.Identity()) for _ in range(3)]
+    for model, scale in zip(models, (1.0, 1.0, 2.0), strict=True):
+        model.config = LlamaConfig(attention_multiplier=scale)
+    first, same, other = map(kept.computes_with, models)
+    assert first == same != other
 
 
 def statistics(number: int) -> list[dict[str, Statistics]]:

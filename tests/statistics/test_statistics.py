@@ -76,6 +76,13 @@ def test_moments_are_those_of_the_tokens_that_count() -> None:
     assert (with_padding["q"].inputs - found["q"].inputs).norm() > 0.01
 
 
+def test_tokens_are_counted_beyond_what_float32_can() -> None:
+    moments = Moments(2, torch.device("cpu"))
+    moments.count += 2**24
+    moments.add(torch.ones(1, 2))
+    assert moments.count.item() == 2**24 + 1
+
+
 def test_gradients_are_autograds_and_nothing_gets_a_grad() -> None:
     data, reference = batches(), Attention()
     for batch in data:
@@ -201,7 +208,7 @@ class Loose(Attention):
         (Attention(), "sc_lora", batches(), "say which text"),
         (Attention(), "lora_ga", [{"x": torch.randn(2, 6)}], "method start_loss"),
         (Attention(), "eva", [{**batches(1)[0], "attention_mask": torch.zeros(2, 5)}], "No token"),
-        (nn.Sequential(nn.Conv1d(6, 6, 2)), "eva", batches(), "no linear layer"),
+        (nn.Sequential(nn.Conv1d(6, 6, 2)), "eva", batches(), r"Layer '0' \(Conv1d\) is no linear layer"),
         (nn.Sequential(nn.Linear(6, 3)), "lora_ga", batches(), "set its rank to 1 at most"),
     ],
 )
