@@ -77,7 +77,8 @@ def test_the_plane_has_every_run_from_its_start_to_its_marked_end(figures: dict[
     writing.plot_plane(Path("plane.png"), by_method(runs))
     (axes,) = figures["plane"].axes
     drawn = [np.column_stack(line.get_data()) for line in axes.lines]
-    courses = [(run.course("forgetting_kl"), run.course("reported_loss")) for m in by_method(runs).values() for run in m]
+    ordered = [run for those in by_method(runs).values() for run in those]
+    courses = [(run.course("forgetting_kl"), run.course("reported_loss")) for run in ordered]
     for (kl, loss), path, end in zip(courses, drawn[::2], drawn[1::2], strict=True):
         np.testing.assert_allclose(path, np.column_stack([kl, loss]))
         np.testing.assert_allclose(end, [[kl[-1], loss[-1]]])
