@@ -12,7 +12,7 @@ import pytest
 
 from milora_lightning.metrics import PassRate, pass_at_k, pass_rates
 from milora_lightning.metrics.code import Problem, passes
-from milora_lightning.metrics.sandbox import Limits, runs
+from milora_lightning.metrics.sandbox import Limits, require_sandbox, runs
 
 PROBLEM = Problem(
     "import math\n\ndef helper(x):\n    return x + 1\n\ndef area(r: float) -> float:\n    '''Area of a circle.'''\n",
@@ -118,3 +118,10 @@ def test_estimates_need_enough_samples() -> None:
     assert pass_rates({}) == {}
     with pytest.raises(ValueError, match="pass@3 cannot be estimated from 1 right ones of 2"):
         pass_at_k(2, 1, 3)
+
+
+def test_systems_without_forks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_sandbox()
+    monkeypatch.delattr(os, "fork")
+    with pytest.raises(ModuleNotFoundError, match="score them on Linux or macOS"):
+        require_sandbox()

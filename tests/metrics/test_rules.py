@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from milora_lightning.data import Math
-from milora_lightning.metrics import right_expression, right_number
+from milora_lightning.metrics import right_expression, right_number, same_latex
 
 
 class Pair(NamedTuple):
@@ -85,3 +85,14 @@ def test_any_answer_gets_a_verdict(answer: str, monkeypatch: pytest.MonkeyPatch)
     metric = Math().metric()
     metric.update([f"The answer is: {answer}"] * 2, ["3", "3"], ["gsm8k", "math"])
     assert metric.compute()["accuracy"] == 0
+
+
+@pytest.mark.parametrize("answer", ["(1/2, 6/2)", "[0.5,3]"])
+def test_members_are_compared_by_value_in_the_papers_rule(answer: str) -> None:
+    assert right_expression(f"The answer is: {answer}", answer[0] + "0.5,3.0" + answer[-1])
+    assert not right_expression(f"The answer is: {answer}", answer[0] + "0.5,4.0" + answer[-1])
+
+
+@pytest.mark.parametrize(("answer", "right"), [("$X$", True), ("$ X. $", True), ("$$X.$$", True), ("$ $", False)])
+def test_a_formulas_delimiters_and_full_stop_are_no_part_of_it(answer: str, right: bool) -> None:
+    assert same_latex(answer, "X") == right

@@ -50,13 +50,15 @@ def test_all_ranks_draw_what_the_first_draws(monkeypatch: pytest.MonkeyPatch) ->
     expected = torch.rand(4)
     monkeypatch.setattr(torch.distributed, "get_process_group_ranks", lambda group: [5, 7])
 
-    def broadcast(state: Tensor, src: int, group: object) -> None:
-        assert src == 5
+    group = object()  # not all ranks there are
+
+    def broadcast(state: Tensor, src: int, group: object = None, among: object = group) -> None:
+        assert (src, group) == (5, among)
         state.copy_(first)
 
     monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
     torch.manual_seed(9)
-    same_random_state(TWO, torch.device("cpu"))
+    same_random_state(SimpleNamespace(size=lambda: 2, get_group=lambda: group), torch.device("cpu"))  # type: ignore
     assert torch.equal(torch.rand(4), expected)
 
 

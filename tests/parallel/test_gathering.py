@@ -1,0 +1,55 @@
+"""Tensors that two processes share come together whole, for any sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.forked import run_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+from milora_lightning.parallel.dtensor import copy_into, full_tensor, gather_to_rank, local_slices, shard_like
+
+SHAPES = ((4, 3), (5, 3), (1, 6), (3,))
+"""Of the second and third, one rank has less than the other, or nothing."""
+
+
+def gathered_on_each_rank() -> None:
+    dist.init_process_group("gloo")
+    mesh, me = init_device_mesh("cpu", (2,)), dist.get_rank()
+    for shape in SHAPES:
+        for dim in range(len(shape)):
+            whole = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
+            shared = distribute_tensor(whole, mesh, [Shard(dim)])
+            assert torch.equal(full_tensor(shared), whole)
+            for rank in range(2):
+                found = gather_to_rank(shared, rank)
+                assert (found is None) == (me != rank)
+                if found is not None:
+                    assert torch.equal(found, whole)
+                    assert found.is_contiguous()
+            assert torch.equal(whole[local_slices(shared)], shared.to_local())
+            copy_into(shared, whole + 1)
+            assert torch.equal(full_tensor(shared), whole + 1)
+            again = shard_like(whole, shared)
+            assert isinstance(again, DTensor)
+            assert torch.equal(full_tensor(again), whole)
+    everywhere = distribute_tensor(whole, mesh, [Replicate()])
+    assert gather_to_rank(everywhere, 1) is None or me == 1
+    with pytest.raises(ValueError, match="each rank holds a summand"):
+        gather_to_rank(DTensor.from_local(whole, mesh, [Partial()], run_check=False), 0)
+
+
+def test_shards_come_together_on_all_ranks_and_on_one(tmp_path: Path) -> None:
+    statuses = run_ranks(gathered_on_each_rank, tmp_path, limit=120)
+    assert statuses == [0, 0], [(tmp_path / f"output{rank}.txt").read_text()[-2000:] for rank in range(2)]
+
+
+def test_tensors_that_nobody_shares_stay_as_they_are() -> None:
+    whole = torch.ones(2, 3)
+    assert full_tensor(whole) is whole
+    assert gather_to_rank(whole, 1) is whole
+    assert shard_like(whole, whole) is whole
