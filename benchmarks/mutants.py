@@ -1,8 +1,8 @@
 """Mistakes put into the code one at a time by mutmut: how many of them a room's own fast tests notice.
 
 The tree is copied to build/mutants/ROOM, and results are kept there: a run that was broken off goes on, and what has
-changed since is made again. A sample is drawn at random, the same one each time. Mutants that change nothing but the
-words of a sentence are left out: only a test that repeats the sentence would notice them.
+changed since is made again. A sample is drawn at random; each number of `--draw` gives another one, the same each time.
+Mutants that change nothing but the words of a sentence are left out: only a test that repeats it would notice them.
 
     make mutants ROOM=linalg
     make mutants ROOM=adapters MUTANTS="--files layer.py injection.py --sample 200"
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--files", nargs="+", default=["*"], help="only these of the room")
     parser.add_argument("--tests", nargs="+", help="what has to notice; by default tests/ROOM")
     parser.add_argument("--sample", type=int, help="how many mutants, drawn at random; by default all")
+    parser.add_argument("--draw", type=int, default=0, help="which sample: a new one shows what was gained")
     parser.add_argument("--again", action="store_true", help="survivors only, after tests were added")
     parser.add_argument("--mutmut", default=str(Path(sys.executable).with_name("mutmut")), help="the program")
     args = parser.parse_args()
@@ -66,7 +67,7 @@ def main() -> None:
         sys.exit(f"mutmut makes no mutants of {', '.join(folder)}: check the names, and that mutmut is installed.")
     chosen = sorted(mutants)
     if args.sample and args.sample < len(chosen):
-        chosen = sorted(random.Random(0).sample(chosen, args.sample))
+        chosen = sorted(random.Random(args.draw).sample(chosen, args.sample))
     results = read_results(tree)
     pending = [name for name in chosen if results.get(name) is None or (args.again and lives(results[name]))]
     for start in range(0, len(pending), PIECE):
