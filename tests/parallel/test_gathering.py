@@ -17,15 +17,14 @@ SHAPES = ((4, 3), (5, 3), (1, 6), (3,))
 """Of the second and third, one rank has less than the other, or nothing."""
 
 
-def gathered_on_each_rank() -> None:
-    dist.init_process_group("gloo")
-    mesh, me = init_device_mesh("cpu", (2,)), dist.get_rank()
+def gathered(ranks: int) -> None:
+    mesh, me = init_device_mesh("cpu", (ranks,)), dist.get_rank()
     for shape in SHAPES:
         for dim in range(len(shape)):
             whole = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
             shared = distribute_tensor(whole, mesh, [Shard(dim)])
             assert torch.equal(full_tensor(shared), whole)
-            for rank in range(2):
+            for rank in range(ranks):
                 found = gather_to_rank(shared, rank)
                 assert (found is None) == (me != rank)
                 if found is not None:
@@ -38,14 +37,24 @@ def gathered_on_each_rank() -> None:
             assert isinstance(again, DTensor)
             assert torch.equal(full_tensor(again), whole)
     everywhere = distribute_tensor(whole, mesh, [Replicate()])
-    assert gather_to_rank(everywhere, 1) is None or me == 1
+    assert (gather_to_rank(everywhere, ranks - 1) is None) == (me != ranks - 1)
     with pytest.raises(ValueError, match="each rank holds a summand"):
         gather_to_rank(DTensor.from_local(whole, mesh, [Partial()], run_check=False), 0)
 
 
+def on_two_ranks() -> None:
+    dist.init_process_group("gloo")
+    gathered(2)
+
+
 def test_shards_come_together_on_all_ranks_and_on_one(tmp_path: Path) -> None:
-    statuses = run_ranks(gathered_on_each_rank, tmp_path, limit=120)
+    statuses = run_ranks(on_two_ranks, tmp_path, limit=120)
     assert statuses == [0, 0], [(tmp_path / f"output{rank}.txt").read_text()[-2000:] for rank in range(2)]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        gathered(1)  # in this process, where one has the whole
+    finally:
+        dist.destroy_process_group()
 
 
 def test_tensors_that_nobody_shares_stay_as_they_are() -> None:
