@@ -104,7 +104,7 @@ def test_values_by_pattern_are_checked(patterns: dict[str, float], whole: bool, 
 def test_parts_of_a_layer_are_at_least_two(value: Any) -> None:
     for right in (2, 3, [8, 4], (1, 1, 1)):
         check_parts("option", {"qkv": right})
-    with pytest.raises(ValueError, match="option must have a number of equal parts .* as for 'qkv'"):
+    with pytest.raises(ValueError, match=r"option must have a number of equal parts .* as for 'qkv'"):
         check_parts("option", {"other": 2, "qkv": value})
     with pytest.raises(ValueError, match="no regular expression"):
         check_parts("option", {"(": 2})
