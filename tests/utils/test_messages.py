@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from milora_lightning.utils import messages
-from milora_lightning.utils.messages import inform, is_first_rank, warn
+from milora_lightning.utils.messages import each_said_once, inform, inform_once, is_first_rank, warn, warn_once
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +73,56 @@ def test_warnings_can_be_filtered() -> None:
         warn("The cached decomposition is unusable.")
         with pytest.raises(UserWarning, match="longer"):
             warn("2 examples are longer than max_length.")
+
+
+class Owner:
+    """Any object that something is said of."""
+
+
+@pytest.mark.usefixtures("fresh_logger")
+def test_each_object_is_spoken_of_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each text, and of another object again; by the first rank alone."""
+    one, other = Owner(), Owner()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for owner, text in ((one, "a"), (one, "a"), (one, "b"), (other, "a")):
+            warn_once(owner, text)
+        for owner, text in ((one, "c"), (one, "c"), (one, "d"), (other, "c"), (one, "a")):
+            inform_once(owner, text)
+        monkeypatch.setenv("RANK", "1")
+        warn_once(Owner(), "a")
+        inform_once(Owner(), "c")
+    assert [str(each.message) for each in seen] == ["a", "b", "a"]
+    assert all(each.filename == __file__ for each in seen)  # where the caller is, for filters by module
+    assert capsys.readouterr().err.split() == ["c", "d", "c"]
+
+
+@pytest.mark.usefixtures("fresh_logger")
+def test_within_a_context_each_thing_is_said_once_and_afterwards_as_before(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        shown = warnings.showwarning
+        with each_said_once():
+            for _ in range(2):
+                warnings.warn("one", stacklevel=1)
+                inform("told")
+                inform("one")  # which has been said, as a warning
+            warnings.warn("two", DeprecationWarning, stacklevel=1)
+        assert warnings.showwarning is shown
+        warnings.warn("one", stacklevel=1)
+        inform("told")
+    assert [(str(each.message), each.category) for each in seen] == [
+        ("one", UserWarning),
+        ("two", DeprecationWarning),
+        ("one", UserWarning),
+    ]
+    assert capsys.readouterr().err.split() == ["told", "told"]
+
+
+def test_once_ranks_know_of_each_other_their_number_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment says: a job within another one's task, say."""
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setattr(messages.dist, "is_initialized", lambda: True)
+    for rank in (0, 1):
+        monkeypatch.setattr(messages.dist, "get_rank", lambda rank=rank: rank)
+        assert is_first_rank() == (rank == 0)
