@@ -218,3 +218,72 @@ def test_names_of_layers_are_no_patterns_in_ranks() -> None:
     found = ranks_by_variance({"a.b": Statistics(steep), "a-b": Statistics(flat)}, r=2)
     config = LoRAConfig(r=2, rank_pattern=found)
     assert (config.rank("a.b"), config.rank("a-b"), config.rank("a+b")) == (1, 3, 2)
+
+
+def test_what_is_damaged_is_collected_again_with_a_warning_and_stays(cache: Path) -> None:
+    """Until the user deletes it, as the warning says."""
+    groups = statistics(3)
+    through_cache(groups)
+    file = cache / "key" / "0.safetensors"
+    whole = file.read_bytes()
+    for damaged in (whole[:-5], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        file.write_bytes(damaged)
+        with pytest.warns(UserWarning, match=r"unusable, and collected anew \(.+\): delete this folder"):
+            found, collected = through_cache(groups)
+        assert collected
+        assert found.keys() == {"layer0", "layer1", "layer2", "last"}
+        assert file.read_bytes() == damaged
+    file.unlink()  # by somebody who cleans up old files
+    with pytest.warns(UserWarning, match="there are none of layer 'layer0'"):
+        assert through_cache(groups)[1]
+
+
+def test_what_is_too_large_is_not_kept_and_that_is_said(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kept, "LARGEST", 99)
+    for _ in range(2):
+        assert through_cache(statistics(1))[1]
+    assert not cache.exists()
+    assert "is too much to keep" in capsys.readouterr().err
+    monkeypatch.setattr(kept, "LARGEST", 100)
+    assert [through_cache(statistics(1))[1] for _ in range(2)] == [True, False]
+
+
+@pytest.mark.parametrize("when", ["at the beginning", "later", "at the end"])
+def test_a_run_goes_on_where_nothing_can_be_kept(when: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    if when == "at the beginning":
+        monkeypatch.setattr(kept, "new_cache_folder", full)
+    elif when == "later":
+        monkeypatch.setattr(kept, "save_file", full)
+    else:
+        monkeypatch.setattr(Path, "rename", full)
+    with pytest.warns(
+        UserWarning, match=r"cannot be kept in .*statistics' \(.*No space left.*Set MILORA_CACHE"
+    ) as said:
+        found, _ = through_cache(statistics(3))
+    assert len(said) == 1
+    assert found.keys() == {"layer0", "layer1", "layer2", "last"}
+    monkeypatch.undo()
+    assert not list(cache.glob("*"))
+
+
+def test_an_error_of_the_data_is_not_taken_for_one_of_the_disk(cache: Path) -> None:
+    def collect() -> Any:
+        yield statistics(1)[0]
+        raise FileNotFoundError("the data's file")
+
+    with pytest.raises(FileNotFoundError, match="the data's file"):
+        list(kept.with_cache("key", ["layer0"], collect, 100))
+    assert not list(cache.iterdir())
+
+
+def test_without_a_key_nothing_is_kept(cache: Path) -> None:
+    def collect() -> Any:
+        yield from statistics(1)
+
+    assert len(list(kept.with_cache(None, ["layer0"], collect, 100))) == 2
+    assert not cache.exists()
