@@ -50,7 +50,7 @@ def updates() -> UpdateMonitor:
     return UpdateMonitor(2 // int(os.environ.get("WORLD_SIZE", "1")))
 
 
-STEPS = 6
+STEPS = 4
 EXPERT_KINDS = ("ddp", "fsdp2-folder", "fsdp1")
 ORIGINS = ("single", "fsdp2", "fsdp2-folder")
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {  # the strategy, and what else is set, also on one process

@@ -82,12 +82,12 @@ def test_lines_in_a_pipe_have_no_control_characters(project: Path, capfd: pytest
     assert not [notice for notice in NOTICES if notice in said.out + said.err]
 
 
-@pytest.mark.parametrize("columns", [80, 120, 220])
+@pytest.mark.parametrize("columns", [80, 220])
 def test_the_last_screen_shows_before_and_after_and_what_comes_next(project: Path, columns: int) -> None:
     answer = CausalLMModule.answer
 
     def slow(self: CausalLMModule, batch: Any) -> list[str]:
-        time.sleep(2.5)
+        time.sleep(1.7)
         return answer(self, batch)
 
     def run() -> None:
