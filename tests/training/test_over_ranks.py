@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -125,3 +126,16 @@ def test_optimizers_of_libraries_that_are_missing_are_named_with_them(monkeypatc
     for name in ("PagedAdamW", "AdamW8bit"):
         with pytest.raises(ValueError, match=f"{name} needs the package bitsandbytes"):
             full_path(name)
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_results_have_the_name_of_their_stage(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, logged = CausalLMModule("embedded"), dict[str, Any]()
+    monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
+    module.trainer = SimpleNamespace(state=SimpleNamespace(fn="testing"))  # type: ignore
+    module.eval_loss.update(torch.tensor(6.0), torch.tensor(3))
+    {"val": module.on_validation_epoch_end, "test": module.on_test_epoch_end}[stage]()
+    assert {name: value.item() for name, value in logged.items()} == {
+        f"{stage}_loss": 2,
+        f"{stage}_perplexity": pytest.approx(math.exp(2)),
+    }
