@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.layers import IN, OUT, adapted
-from torch import Tensor, nn
+from helpers.layers import IN, OUT, adapted, relative_effects
+from torch import nn
 
 from milora_lightning import LoRAConfig, initialize, inject
 from milora_lightning.adapters.layer import LoRALinear
@@ -28,13 +28,6 @@ def in_module(base: nn.Module, r: int = 4, **options: Any) -> LoRALinear:
     (layer,) = inject(model, LoRAConfig(r=r, lora_alpha=6, target_modules=["0"], **options)).values()
     initialize(model)
     return moved(layer)
-
-
-def expected(layer: LoRALinear, x: Tensor) -> Tensor:
-    """‖ΔW x‖ / ‖W x‖ of a linear layer's inputs, in float64."""
-    x, delta, weight = (t.detach().double() for t in (x, layer.delta_weight(), layer.base_layer.weight))
-    weight = weight.T if layer.transposed else weight
-    return (x @ delta.T).norm(dim=-1) / (x @ weight.T).norm(dim=-1)
 
 
 @pytest.mark.parametrize("init", ["milora", "lora", "mica", "olora", "orthogonal", "gaussian x minor"])
@@ -74,7 +67,7 @@ def test_effect_is_the_mean_over_what_the_mask_leaves(dtype: torch.dtype, conv: 
     x = torch.randn(3, 5, IN).to(dtype)
     x[0, 0] *= 100  # one of the very large activations that some layers have weighs as much as the others
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
-    ratios = expected(layer, x)
+    ratios = relative_effects(layer, x)
     for seen, kept in ((None, ratios), (mask, ratios[mask.bool()]), (torch.ones(3, 4), ratios)):
         total, count = relative_effect(layer, x, layer(x), seen).tolist()
         assert count == kept.numel()
@@ -125,6 +118,6 @@ def test_meter_adds_up_calls_and_sees_none_elsewhere(monkeypatch: pytest.MonkeyP
         layer(x[5:])
     layer(2 * x)
     assert {name: value.item() for name, value in meter.effects().items()} == {
-        "a": pytest.approx(expected(layer, x).mean().item(), rel=1e-4)
+        "a": pytest.approx(relative_effects(layer, x).mean().item(), rel=1e-4)
     }
     assert not layer._forward_hooks

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from analysis.test_analysis import Planted
+from helpers.planted_updates import Planted
+from helpers.plots import kept_figures
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -37,14 +36,7 @@ def matrices() -> list[MatrixAnalysis]:
 
 @pytest.fixture
 def figures(matrices: list[MatrixAnalysis], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Figure]:
-    made: dict[str, Figure] = {}
-
-    @contextmanager
-    def keep(path: Path, width: float, height: float) -> Iterator[Figure]:
-        made[path.name] = Figure(figsize=(width, height))
-        yield made[path.name]
-
-    monkeypatch.setattr(plots, "new_figure", keep)
+    made = kept_figures(monkeypatch, plots)
     plots.plot_analysis(tmp_path, matrices)
     return made
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from analysis.test_magnitude import expected
+from helpers.layers import relative_effects
 from helpers.models import quiet_trainer, save_tiny_model
 from helpers.modules import data, module
 from torch import Tensor
@@ -42,7 +42,7 @@ def test_monitor_logs_size_and_effect_of_the_first_batches(tmp_path: Path) -> No
     masks = torch.cat([batch["attention_mask"].flatten() for batch in batches]).bool()
     assert not masks.all()
     effects = [
-        expected(layer, torch.cat([x.flatten(0, 1) for x in inputs[name]]))[masks].mean()
+        relative_effects(layer, torch.cat([x.flatten(0, 1) for x in inputs[name]]))[masks].mean()
         for name, layer in layers.items()
     ]
     assert logged["update_effect"] == pytest.approx(torch.stack(effects).mean().item(), rel=1e-4)

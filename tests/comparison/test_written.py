@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
-from comparison.test_planted import MARGINS, RATES, comparison
+from helpers.planted_runs import MARGINS, RATES, comparison
+from helpers.plots import kept_figures
+from jsonargparse import Namespace
 from matplotlib.figure import Figure
 
 from milora_lightning.comparison import report as writing
@@ -20,33 +18,16 @@ from milora_lightning.comparison.findings import envelope
 from milora_lightning.comparison.runs import by_method
 from milora_lightning.comparison.sections import sweeps
 
-
-class Source(SimpleNamespace):
-    """A section of a configuration."""
-
-    def get(self, name: str) -> Any:
-        return getattr(self, name, None)
-
-
-CONFIG = Source(
-    model=Source(name_or_path="some/model", dtype="bfloat16"),
-    data=Source(source=Source(class_path="milora_lightning.data.WordProblems"), global_batch_size=6),
-    adapter=Source(r=8),
+CONFIG = Namespace(
+    model=Namespace(name_or_path="some/model", dtype="bfloat16"),
+    data=Namespace(source=Namespace(class_path="milora_lightning.data.WordProblems"), global_batch_size=6),
+    adapter=Namespace(r=8),
 )
 
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
-    """The plots that are made, by the names of their files."""
-    made: dict[str, Figure] = {}
-
-    @contextmanager
-    def keep(path: Path, width: float, height: float) -> Iterator[Figure]:
-        made[path.stem] = Figure(figsize=(width, height))
-        yield made[path.stem]
-
-    monkeypatch.setattr(writing, "new_figure", keep)
-    return made
+    return kept_figures(monkeypatch, writing)
 
 
 def test_a_report_is_a_table_a_page_and_plots_of_all_runs(tmp_path: Path, figures: dict[str, Figure]) -> None:
@@ -69,13 +50,13 @@ def test_a_report_is_a_table_a_page_and_plots_of_all_runs(tmp_path: Path, figure
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert all(json.dumps(run.name) in page for run in [*runs, *sweep])
     assert '"step":"optimizer step"' in page
-    assert set(figures) == {"learning_curves", "learning_forgetting"}
+    assert set(figures) == {"learning_curves.png", "learning_forgetting.png"}
 
 
 def test_the_plane_has_every_run_from_its_start_to_its_marked_end(figures: dict[str, Figure]) -> None:
     runs, _ = comparison(2, examples=20)
     writing.plot_plane(Path("plane.png"), by_method(runs))
-    (axes,) = figures["plane"].axes
+    (axes,) = figures["plane.png"].axes
     drawn = [np.column_stack(line.get_data()) for line in axes.lines]
     ordered = [run for those in by_method(runs).values() for run in those]
     courses = [(run.course("forgetting_kl"), run.course("reported_loss")) for run in ordered]

@@ -34,3 +34,10 @@ def plain(layer: LoRALinear, x: Tensor, mask: Tensor | None = None, keep: float 
         delta = delta - layer.initial_B @ layer.initial_A
     dropped = x if mask is None else x * mask / keep
     return layer.base_layer(x) + layer.scaling * F.linear(dropped, delta.to(x.dtype))
+
+
+def relative_effects(layer: LoRALinear, x: Tensor) -> Tensor:
+    """‖ΔW x‖ / ‖W x‖ of a linear layer's inputs, in float64."""
+    x, delta, weight = (t.detach().double() for t in (x, layer.delta_weight(), layer.base_layer.weight))
+    weight = weight.T if layer.transposed else weight
+    return (x @ delta.T).norm(dim=-1) / (x @ weight.T).norm(dim=-1)

@@ -49,7 +49,6 @@ def test_all_ranks_draw_what_the_first_draws(monkeypatch: pytest.MonkeyPatch) ->
     first = torch.get_rng_state()
     expected = torch.rand(4)
     monkeypatch.setattr(torch.distributed, "get_process_group_ranks", lambda group: [5, 7])
-
     group = object()  # not all ranks there are
 
     def broadcast(state: Tensor, src: int, group: object = None, among: object = group) -> None:
@@ -58,7 +57,8 @@ def test_all_ranks_draw_what_the_first_draws(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
     torch.manual_seed(9)
-    same_random_state(SimpleNamespace(size=lambda: 2, get_group=lambda: group), torch.device("cpu"))  # type: ignore
+    mesh: Any = SimpleNamespace(size=lambda: 2, get_group=lambda: group)
+    same_random_state(mesh, torch.device("cpu"))
     assert torch.equal(torch.rand(4), expected)
 
 

@@ -145,9 +145,7 @@ def test_the_lines_are_as_many_whatever_goes_on_and_keep_the_times_on_any_termin
     assert "━" not in "".join(narrow)
 
 
-def test_handlers_of_logs_write_above_the_lines_and_afterwards_where_they_did(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_handlers_of_logs_write_above_the_lines_and_afterwards_where_they_did() -> None:
     handler, elsewhere = logging.StreamHandler(sys.stderr), logging.StreamHandler(io.StringIO())
     before, apart = handler.stream, elsewhere.stream
     logger = logging.getLogger("some.library")

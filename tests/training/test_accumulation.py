@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from milora_lightning import CausalLMModule, MiLoRAInit, lora_layers
 from milora_lightning.data.batches.batching import Collator
 from milora_lightning.training.accumulation import TokenWindow
+from milora_lightning.training.schedules import run_length
 
 # Answers of very different lengths, and one (the last) that is cut off: nothing of it is supervised.
 LENGTHS = (1, 40, 2, 25, 0)
@@ -205,3 +206,46 @@ def test_a_window_begins_anew_when_gradients_are_zeroed() -> None:
         (parameter * window.add(torch.tensor(tokens))).backward()
     window.average([parameter])
     assert parameter.grad == 1
+
+
+def test_the_mean_is_over_the_tokens_of_all_ranks() -> None:
+    """Averaged over both ranks, the gradients are those of the mean over three and nine tokens."""
+    sums, tokens = [torch.tensor(6.0), torch.tensor(9.0)], [torch.tensor(3), torch.tensor(9)]
+
+    def reduced(tensor: Tensor, reduce_op: str) -> Tensor:
+        assert reduce_op == "sum"
+        both = tokens if tensor.dtype == torch.int64 else sums
+        return torch.stack(both).sum()
+
+    losses = []
+    for rank in range(2):
+        module: Any = CausalLMModule("embedded")
+        module.trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=reduced), world_size=2)
+        losses.append(module.mean_over_ranks(sums[rank], tokens[rank]))
+        assert module.step_loss.mean == pytest.approx(15 / 12)
+    assert torch.stack(losses).mean() == pytest.approx(15 / 12)
+
+
+@pytest.mark.parametrize(
+    ("factors", "epochs", "most", "length"),
+    [
+        ({0: 2}, 3, -1, 12),  # 7 batches: 4 steps an epoch
+        ({0: 1, 2: 4}, 3, -1, 7 + 7 + 2),
+        ({0: 2}, 3, 5, 5),
+        ({0: 2}, 3, 99, 12),
+    ],
+)
+def test_a_run_is_as_long_as_its_accumulated_batches_and_no_longer_than_it_may(
+    factors: dict[int, int], epochs: int, most: int, length: int
+) -> None:
+    trainer: Any = SimpleNamespace(
+        limit_train_batches=1.0,
+        estimated_stepping_batches=21,
+        max_epochs=epochs,
+        max_steps=most,
+        num_training_batches=7,
+        callbacks=[GradientAccumulationScheduler(factors)],
+    )
+    assert run_length(trainer) == length
+    trainer.limit_train_batches = 0
+    assert run_length(trainer) == 0

@@ -136,3 +136,17 @@ def test_an_evaluation_that_answers_nothing_has_no_accuracy() -> None:
     logged = module.evaluate(of(6.0, 3))
     assert "val_accuracy" not in logged
     assert logged["val_perplexity"] == pytest.approx(math.exp(2))
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_results_have_the_name_of_their_stage(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = CausalLMModule("embedded")
+    logged: dict[str, Any] = {}
+    monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
+    module.trainer = SimpleNamespace(state=SimpleNamespace(fn="testing"))
+    module.eval_loss.update(torch.tensor(6.0), torch.tensor(3))
+    {"val": module.on_validation_epoch_end, "test": module.on_test_epoch_end}[stage]()
+    assert {name: value.item() for name, value in logged.items()} == {
+        f"{stage}_loss": 2,
+        f"{stage}_perplexity": pytest.approx(math.exp(2)),
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,3 +118,29 @@ def test_products_in_bfloat16_need_no_scaling_whatever_the_weights_are(precision
             check_loss_scaling(trainer, Regression(), computes_in_float16=True)
     else:
         check_loss_scaling(trainer, Regression(), computes_in_float16=True)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "computes", "said"),
+    [
+        ({"precision": "32-true"}, False, None),
+        ({"precision": "32-true"}, True, "The model is loaded to compute in float16"),
+        ({"precision": "16-true"}, False, "SimpleNamespace makes the model compute in float16"),
+        ({"precision": "own", "dtype": torch.float16}, False, "SimpleNamespace makes the model"),
+        ({"precision": "own", "dtype": torch.bfloat16}, False, None),
+        ({"precision": "16-mixed", "scaler": object()}, True, None),
+        ({"precision": "bf16-mixed"}, True, None),
+    ],
+)
+def test_float16_without_scaling_is_refused_whoever_asks_for_it(
+    plugin: dict[str, Any], computes: bool, said: str | None
+) -> None:
+    trainer: Any = SimpleNamespace(precision_plugin=SimpleNamespace(**plugin))
+    module: Any = SimpleNamespace(automatic_optimization=True)
+    if said is None:
+        check_loss_scaling(trainer, module, computes)
+        return
+    with pytest.raises(ValueError, match=said):
+        check_loss_scaling(trainer, module, computes)
+    module.automatic_optimization = False  # it may scale the loss itself
+    check_loss_scaling(trainer, module, computes)

@@ -97,3 +97,10 @@ def test_names_of_torchao(name: str, monkeypatch: pytest.MonkeyPatch, capsys: py
         find = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: name == "torchao" or find(name, *a))
     assert full_path(name) == f"torchao.optim.{short}"
+
+
+def test_optimizers_of_libraries_that_are_missing_are_named_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for name in ("PagedAdamW", "AdamW8bit"):
+        with pytest.raises(ValueError, match=f"{name} needs the package bitsandbytes"):
+            full_path(name)

@@ -148,6 +148,8 @@ def test_validation_beyond_the_epoch_is_counted_over_epochs_or_refused(llama: Pa
 
 
 def test_what_cannot_be_scheduled_is_refused_by_name(llama: Path) -> None:
+    with pytest.raises(ValueError, match=r"no lr_scheduler 'xyz'\. Known are: linear, cosine, "):  # like none there is
+        check_schedule("xyz", 0, {})
     with pytest.raises(ValueError, match=r"'cosin'; did you mean 'cosine'.*warmup_stable_decay"):
         module(llama, lr_scheduler="cosin")
     with pytest.raises(ValueError, match=r"'polynomial' does not take min_lr: .* lr_end, power"):
