@@ -117,13 +117,13 @@ class FSDP1OnCPU(FSDPStrategy):
         return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options, **self.kwargs)
 
 
-def strategy(name: str) -> Any:
+def strategy(name: str, devices: int = 2) -> Any:
     if name == "fsdp1":
         return FSDP1OnCPU()
     if name in STRATEGIES:
         return MiLoRAModelParallelStrategy(**STRATEGIES[name])
     if name.startswith("fsdp2"):
-        return ModelParallelStrategy(2, 1, save_distributed_checkpoint=name == "fsdp2-folder")
+        return ModelParallelStrategy(devices, 1, save_distributed_checkpoint=name == "fsdp2-folder")
     return name
 
 
@@ -134,9 +134,11 @@ def adapters_of(trainer: Trainer) -> dict[str, Any]:
     return {name: tensor.detach().clone() for unit in tensors for name, tensor in unit.items()}
 
 
-def fit(folder: Path, name: str, kind: str = "auto", model: str = "llama", **options: Any) -> dict[str, Any]:
+def fit(
+    folder: Path, name: str, kind: str = "auto", model: str = "llama", devices: int | None = None, **options: Any
+) -> dict[str, Any]:
     """Train with a global batch of 4, saving in the middle; return what this rank has at the end."""
-    devices = 1 if kind == "auto" else 2
+    devices = devices or (1 if kind == "auto" else 2)
     shares = 1 if kind == "tensor" else devices  # of the global batch
     resume, adapter, lm_options, rows = (
         options.pop(key, None) or {} for key in ("resume", "adapter", "module", "data")
@@ -148,7 +150,7 @@ def fit(folder: Path, name: str, kind: str = "auto", model: str = "llama", **opt
     settings = {"max_steps": STEPS, "max_epochs": 9, "gradient_clip_val": 0.01, "enable_checkpointing": True}
     trainer = quiet_trainer(
         folder,
-        strategy=strategy(kind),
+        strategy=strategy(kind, devices),
         devices=devices,
         callbacks=[MiLoRAInit(**{"r": 4, "seed": 5, **adapter}), *more, saving, record],
         **{**settings, **options},
