@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.clock import Clock
 
 from milora_lightning.starts import registry
 
@@ -41,3 +42,15 @@ def svd_shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(torch.linalg, "svd", record)
     return shapes
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Stop time; the test says when it is."""
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def set_to(seconds: float) -> None:
+        now[0] = 100.0 + seconds
+
+    return set_to

@@ -197,11 +197,12 @@ class RunProgress(ProgressBar):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print one line that sums up the training."""
-        training, self.state.training, self.state.end = self.state.training, None, None
+        training, self.state.training = self.state.training, None
         if training is not None and training.done > self._first_step:
             self._take_figures(trainer)
             figures = RunState(loss=self.state.loss, tokens=self.state.tokens, memory=self.state.memory).figures
             self.print(f"Trained {training.count} in {duration(training.seconds)}: {', '.join(figures)}")
+        self.state.end = None  # also what the figures have just foretold
 
     # Evaluation
 

@@ -27,7 +27,7 @@ class Work:
     unit: str = ""
     done: float = 0
     note: str = ""
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=lambda: time.monotonic())
 
     @property
     def seconds(self) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import signal
 import time
@@ -17,20 +16,15 @@ import torch
 import yaml
 from helpers.models import quiet_trainer, save_tiny_model
 from helpers.terminal import run_in_terminal
-from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from milora_lightning import CausalLMModule, RunProgress
-from milora_lightning.callbacks.interruption import SaveOnInterrupt
-from milora_lightning.checkpoint.options import find_checkpoint
+from milora_lightning import CausalLMModule
 from milora_lightning.cli.ending import ending
 from milora_lightning.cli.loggers import make_logger
 from milora_lightning.cli.main import main
-from milora_lightning.cli.trainer_defaults import earlier_checkpoints
 from milora_lightning.screen.state import RunState, Work
 from milora_lightning.screen.views import LiveView
-from milora_lightning.training.remaining import seconds_left
 
 NOTICES = (
     "Tip:",
@@ -203,119 +197,6 @@ def test_times_are_seen_however_long_the_words_are(columns: int) -> None:
     assert "Initializing adapters 12" in rows[2]
 
 
-class Interrupts(Callback):
-    """Presses Ctrl-C in a training step, or in an evaluation."""
-
-    def __init__(self, where: str) -> None:
-        self.where = where
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        if self.where == "step" and trainer.global_step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self.where == "evaluation" and trainer.global_step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-class Model(BoringModel):
-    """Trains with an optimizer that has a state."""
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=0.1)
-
-
-@pytest.mark.parametrize("where", ["step", "evaluation"])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path, where: str, accumulate: int) -> None:
-    def trainer(*callbacks: Callback) -> Trainer:
-        limits = {"limit_train_batches": 16, "limit_val_batches": 2, "val_check_interval": 4}
-        options = {"max_epochs": 1, "accumulate_grad_batches": accumulate, "num_sanity_val_steps": 0, **limits}
-        return quiet_trainer(tmp_path, callbacks=list(callbacks), **options)
-
-    # The same batch every time, because a plain loader begins anew in a resumed epoch.
-    loader = torch.utils.data.DataLoader([torch.linspace(-1, 1, 32)] * 16)
-    models = []
-    for _ in range(3):
-        torch.manual_seed(0)
-        models.append(Model())
-    whole, interrupted, resumed = models
-    trainer().fit(whole, loader, loader)
-    with pytest.raises(SystemExit):
-        trainer(SaveOnInterrupt(), Interrupts(where)).fit(interrupted, loader, loader)
-    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-    assert not torch.equal(interrupted.layer.weight, whole.layer.weight)
-    trainer().fit(resumed, loader, loader, ckpt_path=str(tmp_path / "interrupted.ckpt"))
-    assert torch.equal(resumed.layer.weight, whole.layer.weight)
-    # another run that is interrupted leaves the file of the first
-    saved = (tmp_path / "interrupted.ckpt").read_bytes()
-    with pytest.raises(SystemExit):
-        trainer(SaveOnInterrupt(), Interrupts(where)).fit(Model(), loader, loader)
-    assert (tmp_path / "interrupted.ckpt").read_bytes() == saved
-    assert (tmp_path / "interrupted-v1.ckpt").is_file()
-
-
-@pytest.mark.parametrize("ends", [OSError, KeyboardInterrupt])
-def test_ctrl_c_means_what_it_did_after_a_run_that_broke_off(ends: type[BaseException], tmp_path: Path) -> None:
-    """In a notebook, it was swallowed once after an error, and ended the process after an interruption."""
-
-    class Failing(Model):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            raise ends
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises((OSError, SystemExit)):
-            quiet_trainer(tmp_path, max_steps=1, callbacks=[SaveOnInterrupt()]).fit(Failing())
-        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.parametrize("saving", [{"filename": "last"}, {"save_last": True}, {"save_last": True, "monitor": "x"}])
-def test_the_newest_run_is_what_last_means_and_no_earlier_file_is_written_over(
-    tmp_path: Path, saving: dict[str, Any]
-) -> None:
-    """Of three runs into one folder, the second interrupted before its own first checkpoint, the third going on."""
-    loader = torch.utils.data.DataLoader([torch.linspace(-1, 1, 32)] * 8)
-    limits = {"limit_val_batches": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "enable_checkpointing": True}
-
-    def run(*callbacks: Callback, **options: Any) -> tuple[Trainer, list[str]]:
-        saves = ModelCheckpoint(tmp_path, **saving, save_on_train_epoch_end=True)
-        trainer = quiet_trainer(tmp_path, callbacks=[saves, *callbacks], **limits)
-        said = earlier_checkpoints(trainer, options.get("ckpt_path"))
-        model = Model()
-        model.on_train_epoch_end = lambda: model.log("x", torch.tensor(1.0))
-        trainer.fit(model, loader, **options)
-        return trainer, said
-
-    def step_of(path: str | Path) -> int:
-        return int(torch.load(path, weights_only=False)["global_step"])
-
-    first, said = run()
-    assert not said
-    assert (tmp_path / "last.ckpt").is_file()
-    before = {path: path.read_bytes() for path in tmp_path.glob("*.ckpt")}
-    with pytest.raises(SystemExit):
-        run(SaveOnInterrupt(), Interrupts("step"))
-    assert {path: path.read_bytes() for path in before} == before
-    newest = find_checkpoint(first, "last", "fit")
-    assert step_of(newest) == 5
-    resumed, said = run(ckpt_path="last")
-    assert not said  # the run goes on, and knows its files
-    assert {path: path.read_bytes() for path in before} == before
-    assert find_checkpoint(resumed, "last", "fit") == newest
-    assert step_of(newest) == 8
-    assert any("(step 8)" in line and Path(newest).name in line for line in ending(resumed))
-    again, (line,) = run()
-    assert "which are kept" in line
-    assert find_checkpoint(again, "last", "fit") != newest
-    assert {path: path.read_bytes() for path in before} == before
-
-
 @pytest.mark.parametrize(
     ("saving", "said"),
     [
@@ -384,52 +265,3 @@ def test_a_logger_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ModuleNotFoundError, match=r"--logger wandb needs the package wandb.*pip install wandb"):
         make_logger("wandb", True, None)
     assert make_logger("none", True, None) is False
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_time_left_counts_the_evaluations_to_come(tmp_path: Path, accumulate: int) -> None:
-    left: list[float | None] = []
-    due: list[int] = []
-
-    class Watch(Callback):
-        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-            left.append(seconds_left(trainer, step=1.0, evaluation=100.0))
-            due.append(0)
-
-        def on_validation_start(self, *_: Any) -> None:
-            due[-1] += 1
-
-    limits = {"limit_train_batches": 8, "limit_val_batches": 1, "val_check_interval": 3, "max_epochs": 2}
-    options = {"accumulate_grad_batches": accumulate, "num_sanity_val_steps": 0}
-    quiet_trainer(tmp_path, callbacks=[Watch()], **limits, **options).fit(BoringModel())
-    # What fell due after each batch but the one that has just ended, whose evaluation is going to be shown by itself.
-    for batch, seconds in enumerate(left):
-        steps = 16 // accumulate - (batch + 1) // accumulate
-        assert seconds == steps + 100 * sum(due[batch + 1 :])
-
-
-def test_any_module_has_its_progress_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bar = RunProgress()
-    options = {"max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 1, "enable_model_summary": False}
-    trainer = Trainer(callbacks=[bar], logger=False, default_root_dir=tmp_path, enable_checkpointing=False, **options)
-    trainer.fit(BoringModel())
-    assert re.search(r"Trained 4 of 4 steps in 0:00:\d\d: loss \S+, peak \S+ GB", capsys.readouterr().out)
-    assert bar.state.rate == pytest.approx(0.01)  # BoringModel's schedule has stepped
-    assert bar.state.steps is not None
-
-
-@pytest.mark.parametrize("more", [0, 1])
-def test_a_finished_run_that_is_resumed_says_that_nothing_was_left(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: int
-) -> None:
-    first = quiet_trainer(tmp_path, limit_train_batches=2, max_epochs=1)
-    first.fit(BoringModel())
-    first.save_checkpoint(tmp_path / "done.ckpt")
-    again = quiet_trainer(
-        tmp_path, limit_train_batches=2, max_epochs=1 + more, callbacks=[RunProgress()], enable_progress_bar=True
-    )
-    capsys.readouterr()
-    again.fit(BoringModel(), ckpt_path=str(tmp_path / "done.ckpt"))
-    said = capsys.readouterr().out
-    assert ("Nothing was left to train: the checkpoint is at step 2," in said) == (not more)
-    assert ("Trained 4 of 4 steps" in said) == bool(more)

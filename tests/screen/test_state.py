@@ -6,28 +6,15 @@ import io
 import logging
 import math
 import sys
-from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.clock import Clock
 from rich.console import Console
 
 from milora_lightning.screen import figures
 from milora_lightning.screen.state import RunState, Work
 from milora_lightning.screen.views import LineView, LiveView
-
-Clock = Callable[[float], None]
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    now = [100.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-
-    def set_to(seconds: float) -> None:
-        now[0] = 100.0 + seconds
-
-    return set_to
 
 
 @pytest.mark.parametrize(
