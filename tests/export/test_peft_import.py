@@ -125,7 +125,7 @@ def test_what_does_not_fit_the_model_is_refused_before_it_is_changed(tmp_path: P
     foreign(tmp_path / "head", tiny_model("qwen2"), modules_to_save=["lm_head"])
     model = tiny_model("qwen2")
     with pytest.raises(
-        CheckpointError, match=r"'lm_head.weight' in full, which is tied to 'model.embed_tokens.weight'"
+        CheckpointError, match=r"head' holds 'lm_head.weight' in full, which is tied to 'model.embed_tokens.weight'"
     ):
         load_peft(model, tmp_path / "head")
     foreign(tmp_path / "other", tiny_model("gpt2"), target_modules=["c_attn"], fan_in_fan_out=True)
