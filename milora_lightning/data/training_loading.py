@@ -137,16 +137,11 @@ class TrainingLoaders(SharedSteps):
         model = language_model(module) if module is not None and getattr(module, "takes_one_row", False) else None
         return model is not None and skips_other_examples(model) and reason_to_mix(model) is None
 
-    def remedy_for_shared_rows(self, auto: bool = True) -> str | None:
-        """Return the remedy if the model cannot keep the examples of a row apart; None if examples do not share rows.
-
-        Args:
-            auto: Whether rows shared because of ``padding_free: auto`` count.
-        """
+    def remedy_for_shared_rows(self) -> str | None:
+        """Return what to set if a model cannot keep the examples of a row apart; None if examples do not share rows."""
         if self.packing:
             return "set data.packing to false"
-        shares = self.has_one_row() if auto else self.padding_free is True
-        return "set data.padding_free to false" if shares else None
+        return "set data.padding_free to false" if self.has_one_row() else None
 
     def _training_collator(self) -> Any:
         one_row = self.has_one_row()

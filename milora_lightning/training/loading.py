@@ -91,7 +91,7 @@ class LoadedModule(EvaluatedModule):
             self._build()
         if self.sft_data is not None:
             check_model(self.sft_data, self, self.sft_data.pad_to_multiple_of)
-            if remedy := self.sft_data.remedy_for_shared_rows(auto=False):
+            if remedy := self.sft_data.remedy_for_shared_rows():
                 check_takes_positions(self._built(), remedy)
 
     def load_model(self) -> PreTrainedModel:
