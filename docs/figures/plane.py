@@ -12,7 +12,14 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 PAGE = Path(__file__).parents[2] / "benchmarks" / "results" / "two_cores.md"
-COLOURS = {"milora": "#e8833a", "pissa": "#3b5bdb", "lora": "#2f9e44", "random": "#868e96", "milora-strict": "#c2255c"}
+COLOURS = {
+    "lora": "#2f9e44",
+    "milora": "#e8833a",
+    "pissa": "#3b5bdb",
+    "random": "#868e96",
+    "gaussian x minor": "#0c8599",
+    "minor x principal": "#c2255c",
+}
 
 
 def main() -> None:
