@@ -133,4 +133,6 @@ def test_what_goes_on_beside_training_alone_shows_that_it_is_alive(clock: Clock)
     both = lines(RunState(training=training, loss=1.5, work=Work("Validating")))
     assert both[-3].startswith("  Training 3 of 10 steps ")
     assert both[-1][0] in frames
+    assert both[-1].rstrip().endswith(" 0:00:00")
+    assert len(both[-1].rstrip()) == 56  # times stand at the right without a bar, too
     assert len(alone) == len(both)

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import _typehints
 from torch import nn
 
 from milora_lightning.utils import notices, process_memory
+from milora_lightning.utils.compat.jsonargparse import try_int_before_float
 from milora_lightning.utils.compat.lightning import placed_for_training
 from milora_lightning.utils.compat.torch import kept_factors
 from milora_lightning.utils.derived_class import Derived, derive
@@ -108,3 +110,16 @@ def test_a_batch_is_converted_and_moved_as_before_a_step() -> None:
         strategy=SimpleNamespace(batch_to_device=lambda batch, dataloader_idx: [*batch, f"moved {dataloader_idx}"]),
     )
     assert placed_for_training(trainer, ["rows"]) == ["rows", "converted", "changed", "moved 0"]
+
+
+def test_floats_come_behind_whole_numbers_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rank(subtype: Any) -> float:
+        return {bool: 0.0, str: 1.0}.get(subtype, 0.25)
+
+    rank.__module__ = _typehints.__name__
+    monkeypatch.setattr(_typehints, "union_subtype_sort_key", rank)
+    try_int_before_float()
+    ours = _typehints.union_subtype_sort_key
+    assert sorted([str, float, int, bool], key=ours) == [bool, int, float, str]
+    try_int_before_float()
+    assert _typehints.union_subtype_sort_key is ours
