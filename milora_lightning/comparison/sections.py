@@ -119,7 +119,11 @@ def equal_places(place: str, findings: Sequence[Finding], reference: str, method
                 f"{measure.title} at equal {PLACES[place]}",
                 f"Interpolated on each run's trajectory where it first passes {levels[0]}, {levels[1]} and "
                 f"{levels[2]}: half, three quarters and 95 % of the way from the start that all runs go. "
-                + ("Its logarithm is linear in between. " if measure.relative else "")
+                + (
+                    "Its logarithm is linear in between, and it itself from 0 to the first validation. "
+                    if measure.relative
+                    else ""
+                )
                 + f"In brackets the {'ratio to' if measure.relative else 'difference from'} {reference}."
                 + (f" Left out: {', '.join(lost)}, of which a run goes no part of that way." if lost else ""),
                 ("method", *(f"{_short(place)} {level}" for level in levels)),
@@ -156,9 +160,14 @@ def sweeps(sweep: Sequence[Run], given: Sequence[float]) -> Section:
         edges += [method] if at_edge(runs) else []
         added += [f"{method} by {rate:g}" for rate in losses if rate not in given]
     seeds = sorted({run.seed for run in sweep})
+    of = (
+        f"seed {seeds[0]}, which is not"
+        if len(seeds) == 1
+        else f"mean over the seeds {', '.join(map(str, seeds))}, none of which is"
+    )
     text = (
-        f"Loss on the selection set at the end{', and KL from the base' if sweep[0].has(KL) else ''}: mean over the "
-        f"seeds {', '.join(map(str, seeds))}, none of which is reported, and on examples that are not reported either. "
+        f"Loss on the selection set at the end{', and KL from the base' if sweep[0].has(KL) else ''}: {of} "
+        "reported, and on examples that are not reported either. "
         "The rate in brackets is taken."
     )
     if added:

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 import milora_lightning.models.attention  # noqa: F401  (registers the attention function in transformers)
+from milora_lightning.adapters.quantization import keep_codes_in_place
 from milora_lightning.models.files import (
     EMBEDDED,
     ModelNotFoundError,
@@ -151,6 +152,7 @@ def load_causal_lm(
         )
     if quantization is not None:
         remember_stored_weights(model, location, quantization)
+        keep_codes_in_place(model)  # also where it evaluates before it has adapters
     return cast(PreTrainedModel, model)
 
 
