@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; a test never waits for a network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models, several test processes: more threads wait for each other
@@ -54,3 +56,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         now[0] = 100.0 + seconds
 
     return set_to
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Connect this process as the only rank of a group."""
+    monkeypatch.setenv("MASTER_PORT", "0")  # Lightning sets it; put back afterwards
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

@@ -15,6 +15,8 @@ from milora_lightning.comparison.runs import Run, by_method
 from milora_lightning.comparison.selection import at_edge, best_rate, mean_losses
 from milora_lightning.comparison.statistics import DRAWS, Estimate, Judgement
 
+_BETWEEN = "Its logarithm is linear in between, and it itself from 0 to the first validation. "
+
 
 @dataclass(frozen=True)
 class Section:
@@ -119,11 +121,7 @@ def equal_places(place: str, findings: Sequence[Finding], reference: str, method
                 f"{measure.title} at equal {PLACES[place]}",
                 f"Interpolated on each run's trajectory where it first passes {levels[0]}, {levels[1]} and "
                 f"{levels[2]}: half, three quarters and 95 % of the way from the start that all runs go. "
-                + (
-                    "Its logarithm is linear in between, and it itself from 0 to the first validation. "
-                    if measure.relative
-                    else ""
-                )
+                + (_BETWEEN if measure.relative else "")
                 + f"In brackets the {'ratio to' if measure.relative else 'difference from'} {reference}."
                 + (f" Left out: {', '.join(lost)}, of which a run goes no part of that way." if lost else ""),
                 ("method", *(f"{_short(place)} {level}" for level in levels)),
@@ -160,15 +158,11 @@ def sweeps(sweep: Sequence[Run], given: Sequence[float]) -> Section:
         edges += [method] if at_edge(runs) else []
         added += [f"{method} by {rate:g}" for rate in losses if rate not in given]
     seeds = sorted({run.seed for run in sweep})
-    of = (
-        f"seed {seeds[0]}, which is not"
-        if len(seeds) == 1
-        else f"mean over the seeds {', '.join(map(str, seeds))}, none of which is"
-    )
+    several = f"mean over the seeds {', '.join(map(str, seeds))}, none of which is reported"
+    origin = several if len(seeds) > 1 else f"seed {seeds[0]}, which is not reported"
     text = (
-        f"Loss on the selection set at the end{', and KL from the base' if sweep[0].has(KL) else ''}: {of} "
-        "reported, and on examples that are not reported either. "
-        "The rate in brackets is taken."
+        f"Loss on the selection set at the end{', and KL from the base' if sweep[0].has(KL) else ''}: {origin}, and on "
+        "examples that are not reported either. The rate in brackets is taken."
     )
     if added:
         text += f" The grid was extended where the best rate lay at its edge: {', '.join(added)}."

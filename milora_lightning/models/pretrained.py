@@ -152,7 +152,7 @@ def load_causal_lm(
         )
     if quantization is not None:
         remember_stored_weights(model, location, quantization)
-        keep_codes_in_place(model)  # also where it evaluates before it has adapters
+    keep_codes_in_place(model)  # also of files that are quantized, and where it evaluates before it has adapters
     return cast(PreTrainedModel, model)
 
 

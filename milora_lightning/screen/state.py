@@ -27,7 +27,7 @@ class Work:
     unit: str = ""
     done: float = 0
     note: str = ""
-    started: float = field(default_factory=lambda: time.monotonic())
+    started: float = field(default_factory=lambda: time.monotonic())  # looked up each time: tests stop it
 
     @property
     def seconds(self) -> float:

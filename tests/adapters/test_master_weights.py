@@ -148,30 +148,27 @@ def test_whole_networks_compute_as_in_half_precision_and_learn_in_full() -> None
         assert model.head.classes.weight is model.head.classes._parameters["weight"]  # nothing to cast any more
 
 
-def test_fsdp2_shards_the_float32_weights(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("one_rank")
+def test_fsdp2_shards_the_float32_weights() -> None:
     """One rank will do: FSDP2 exchanges the parameters in the same way, and its updates are those without it."""
     config = LoRAConfig(r=4, modules_to_save=["norm", "lm_head", "embed_tokens"])
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        losses = []
-        for shards in (False, True):
-            model = tiny_model("llama", torch.bfloat16)
+    losses = []
+    for shards in (False, True):
+        model = tiny_model("llama", torch.bfloat16)
+        inject(model, config)
+        if shards:
+            for layer in [*model.model.layers, model]:
+                fully_shard(layer)
             inject(model, config)
-            if shards:
-                for layer in [*model.model.layers, model]:
-                    fully_shard(layer)
-                inject(model, config)
-            initialize(model, cache=False)
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-            for _ in range(3):
-                loss = model(IDS, labels=IDS).loss
-                losses.append(loss.item())
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    finally:
-        torch.distributed.destroy_process_group()
+        initialize(model, cache=False)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        for _ in range(3):
+            loss = model(IDS, labels=IDS).loss
+            losses.append(loss.item())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert losses[:3] == losses[3:]
     assert losses[0] - losses[2] > 0.05
 

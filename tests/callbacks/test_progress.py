@@ -11,14 +11,13 @@ import pytest
 import torch
 from helpers.clock import Clock
 from helpers.models import quiet_trainer, tiny_model
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
 from milora_lightning.callbacks import progress
 from milora_lightning.callbacks.progress import RunProgress
 from milora_lightning.screen.state import RunState
-from milora_lightning.training.remaining import seconds_left
 
 
 def test_tokens_of_an_answer_are_counted_and_passes_of_monitors_after_it_are_not() -> None:
@@ -276,28 +275,6 @@ def test_one_display_is_opened_at_the_first_work_and_by_the_first_process_alone(
     assert calls == []
     assert not other.is_enabled
     assert capsys.readouterr().out == "said\n"
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_time_left_counts_the_evaluations_to_come(tmp_path: Path, accumulate: int) -> None:
-    left: list[float | None] = []
-    due: list[int] = []
-
-    class Watch(Callback):
-        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-            left.append(seconds_left(trainer, step=1.0, evaluation=100.0))
-            due.append(0)
-
-        def on_validation_start(self, *_: Any) -> None:
-            due[-1] += 1
-
-    limits = {"limit_train_batches": 8, "limit_val_batches": 1, "val_check_interval": 3, "max_epochs": 2}
-    options = {"accumulate_grad_batches": accumulate, "num_sanity_val_steps": 0}
-    quiet_trainer(tmp_path, callbacks=[Watch()], **limits, **options).fit(BoringModel())
-    # What fell due after each batch but the one that has just ended, whose evaluation is going to be shown by itself.
-    for batch, seconds in enumerate(left):
-        steps = 16 // accumulate - (batch + 1) // accumulate
-        assert seconds == steps + 100 * sum(due[batch + 1 :])
 
 
 def test_any_module_has_its_progress_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

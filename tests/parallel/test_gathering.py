@@ -47,14 +47,14 @@ def on_two_ranks() -> None:
     gathered(2)
 
 
-def test_shards_come_together_on_all_ranks_and_on_one(tmp_path: Path) -> None:
+def test_shards_come_together_on_all_ranks(tmp_path: Path) -> None:
     statuses = run_ranks(on_two_ranks, tmp_path, limit=120)
     assert statuses == [0, 0], [(tmp_path / f"output{rank}.txt").read_text()[-2000:] for rank in range(2)]
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        gathered(1)  # in this process, where one has the whole
-    finally:
-        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_shards_come_together_on_one_rank_which_has_the_whole() -> None:
+    gathered(1)
 
 
 def test_tensors_that_nobody_shares_stay_as_they_are() -> None:

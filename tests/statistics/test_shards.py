@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
 from helpers.models import tiny_model
 from helpers.starting import token_batches
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,13 +13,6 @@ from milora_lightning import LoRAConfig, collect_statistics, initialize, inject,
 from milora_lightning.models.sharding import shard
 from milora_lightning.parallel.dtensor import full_tensor
 from milora_lightning.parallel.gathering import free_gathered
-
-
-@pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers.distributed_runs import STEPS, OwnProject, fit
 from helpers.models import quiet_trainer, tiny_model
 from helpers.modules import data, module
@@ -20,14 +18,6 @@ from milora_lightning import MiLoRAInit, MiLoRAModelParallelStrategy
 from milora_lightning.checkpoint.io import KEY
 from milora_lightning.parallel.dtensor import full_tensor
 from milora_lightning.strategies.base import shard_model
-
-
-@pytest.fixture
-def one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("MASTER_PORT", "0")  # Lightning sets it; put back afterwards
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -76,3 +76,25 @@ def test_evaluations_that_have_been_take_no_more_time(accumulated: int) -> None:
     vars(trainer).update(val_check_batch=10 * accumulated, check_val_every_n_epoch=1, enable_validation=True)
     trainer.num_val_batches = [3]
     assert seconds_left(trainer, step=1.0, evaluation=100.0) == 16 + 200
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_time_left_counts_the_evaluations_to_come(tmp_path: Path, accumulate: int) -> None:
+    left: list[float | None] = []
+    due: list[int] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            left.append(seconds_left(trainer, step=1.0, evaluation=100.0))
+            due.append(0)
+
+        def on_validation_start(self, *_: Any) -> None:
+            due[-1] += 1
+
+    limits = {"limit_train_batches": 8, "limit_val_batches": 1, "val_check_interval": 3, "max_epochs": 2}
+    options = {"accumulate_grad_batches": accumulate, "num_sanity_val_steps": 0}
+    quiet_trainer(tmp_path, callbacks=[Watch()], **limits, **options).fit(BoringModel())
+    # What fell due after each batch but the one that has just ended, whose evaluation is going to be shown by itself.
+    for batch, seconds in enumerate(left):
+        steps = 16 // accumulate - (batch + 1) // accumulate
+        assert seconds == steps + 100 * sum(due[batch + 1 :])
