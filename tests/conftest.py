@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; a test
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models, several test processes: more threads wait for each other
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -59,9 +60,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
-def one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Connect this process as the only rank of a group."""
-    monkeypatch.setenv("MASTER_PORT", "0")  # Lightning sets it; put back afterwards
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """Connect this process as the only rank of a group.
+
+    Lightning leaves the rank in the environment, by which a later run would take itself for one that was launched, and
+    wait for the others.
+    """
+    with mock.patch.dict(os.environ):
+        os.environ["MASTER_PORT"] = "0"
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        yield
+        torch.distributed.destroy_process_group()

@@ -6,6 +6,7 @@ import signal
 import sys
 from typing import Any
 
+from lightning.pytorch.strategies.launchers import subprocess_script
 from torch.distributed.checkpoint import FileSystemWriter
 
 from milora_lightning.adapters import initialization
@@ -26,6 +27,8 @@ def die_at(call: int, function: Any) -> Any:
 
 
 if __name__ == "__main__":
+    # Lightning would look every 5 seconds, and kill the first process if it saw the death before that one did.
+    subprocess_script._launch_process_observer = lambda processes: None
     if os.environ.get("LOCAL_RANK") == "1":
         if sys.argv[1] == "surgery":
             initialization.cached_factors = die_at(3, initialization.cached_factors)

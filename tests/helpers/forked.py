@@ -101,6 +101,9 @@ def _child(function: Callable[[], object], folder: Path, output: str, environmen
 def the_end_of_the_process() -> Iterator[None]:
     """End a fork after what is done within, with the status and the words that a process of its own would end with."""
     status = 1
+    # What the parent has left to its collector is not the fork's to free: the end of gloo's process group would join
+    # threads that the fork does not have, which crashes it.
+    gc.freeze()
     try:
         yield
         status = 0
