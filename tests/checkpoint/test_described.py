@@ -1,0 +1,47 @@
+"""What a checkpoint says of its base and of its adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from helpers.forked import run_ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from milora_lightning import LoRAConfig, inject
+from milora_lightning.checkpoint.adapter import KEY, AdapterCheckpoint
+from milora_lightning.checkpoint.fingerprint import fingerprint
+
+
+def frozen() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1), nn.Linear(1, 4)).requires_grad_(False)
+
+
+def on_two_ranks() -> None:
+    dist.init_process_group("gloo")
+    model = fully_shard(frozen(), mesh=init_device_mesh("cpu", (2,)))
+    assert fingerprint(model) == fingerprint(frozen())
+
+
+def test_shards_have_the_fingerprint_of_the_whole(tmp_path: Path) -> None:
+    assert len(set(fingerprint(frozen()).values())) == 6
+    statuses = run_ranks(on_two_ranks, tmp_path, limit=120)
+    assert statuses == [0, 0], [(tmp_path / f"output{rank}.txt").read_text()[-2000:] for rank in range(2)]
+
+
+def test_what_trains_in_full_is_looked_for_in_the_part_that_is_adapted() -> None:
+    """A new head elsewhere, which trains or not as its owner wishes, is none of the adapters'."""
+    torch.manual_seed(0)
+    parts = {
+        name: nn.ModuleDict({"proj": nn.Linear(8, 8), name: nn.ModuleDict({"classifier": nn.Linear(8, 3)})})
+        for name in ("student", "teacher")
+    }
+    model = nn.ModuleDict(parts)
+    config = LoRAConfig(module="student", target_modules=["proj"], modules_to_save="auto", init="lora")
+    inject(model, config)
+    AdapterCheckpoint.attach(model, config)
+    assert model.state_dict()[KEY]["config"]["modules_to_save"] == ("student.classifier",)
