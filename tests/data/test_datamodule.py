@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -129,21 +130,44 @@ def test_stages_load_what_they_need_once():
     assert loads == ["validation", "train", "test"]
 
 
-def test_one_process_fills_the_cache_for_the_others(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fn", [TrainerFn.FITTING, None])
+def test_one_process_fills_the_cache_for_the_others(fn, tmp_path, monkeypatch):
+    """Before a stage, or in a script of the user's own before any."""
     isolate_cache(monkeypatch, tmp_path)
     path = tmp_path / "a.jsonl"
     path.write_text('{"instruction": "a", "output": "b"}\n')
 
-    def files_after(world_size: int, method: str, *args: str) -> set[str]:
+    def files_after(world_size: int, method: str, *args: str | None) -> set[str]:
         data = SFTDataModule(Files(train=str(path)), make_tokenizer())
-        data.trainer = SimpleNamespace(world_size=world_size, state=SimpleNamespace(fn=TrainerFn.FITTING))
+        data.trainer = SimpleNamespace(world_size=world_size, state=SimpleNamespace(fn=fn))
         getattr(data, method)(*args)
         return {file.name for file in tmp_path.rglob("*.arrow")}
 
     assert files_after(1, "prepare_data") == set()
     filled = files_after(2, "prepare_data")
     assert len(filled) == 2  # the rows, and the tokens
-    assert files_after(2, "setup", "fit") == filled
+    assert files_after(2, "setup", fn and fn.value) == filled
+
+
+def test_a_sample_is_of_the_training_examples_and_changes_nothing():
+    """What a start from data looks at: the same in any run, with little padding."""
+    data, other = make_data(), make_data(seed=5)
+    for each in (data, other):
+        each.setup("fit")
+    before = responses(data.train_dataloader())
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    batches = data.sample_batches(3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert responses(data.train_dataloader()) == before
+    assert [len(batch["input_ids"]) for batch in batches] == [4] * 3
+    sampled = responses(batches)
+    assert len(set(sampled)) == 12
+    assert set(sampled) < set(expected("train"))
+    assert responses(other.sample_batches(3)) == sampled
+    lengths = [batch["attention_mask"].sum(1) for batch in batches]
+    assert all(shorter.max() <= longer.min() for shorter, longer in pairwise(lengths))
+    assert sorted(responses(data.sample_batches(99))) == sorted(expected("train"))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

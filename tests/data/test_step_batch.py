@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelChec
 
 from milora_lightning import MiLoRAInit
 from milora_lightning.data import SFTDataModule
-from milora_lightning.data.batches.step_batch import share_out
+from milora_lightning.data.batches.step_batch import StepBatch, continue_with, share_out
 from milora_lightning.utils.errors import InvalidInputError
 
 pytestmark = [
@@ -237,6 +237,21 @@ def test_a_half_accumulated_step_of_a_stream_is_done_again(
     options = {"streaming": True, "max_steps": 3, "max_epochs": -1, "limit_val_batches": 0}
     whole = steps(fit(tmp_path, 1, 2, SavesAt(tmp_path / "a", batches), enable_checkpointing=False, **options))
     assert steps(fit(tmp_path, 1, batch_size, ckpt=tmp_path / "a", **options)) == whole[batches // 4 :]
+
+
+@pytest.mark.filterwarnings("ignore:The checkpoint was trained with")
+@pytest.mark.parametrize("now", [StepBatch(1, 2, 4), StepBatch(2, 4, 1), StepBatch(1, 4, 2), StepBatch(4, 3, 2)])
+def test_a_stream_has_had_the_batches_of_the_steps_that_were_done(now: StepBatch) -> None:
+    """Three steps of two batches of four, and half of a fourth, which is done again."""
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    counts = {"ready": 8, "started": 8, "processed": 7, "completed": 6}
+    progress = {"total": dict(counts), "current": dict(counts)}
+    loops = {"fit_loop": {"epoch_loop.batch_progress": progress}}
+    trainer._checkpoint_connector._loaded_checkpoint = {"loops": loops}
+    continue_with(trainer, {"examples": 8, "batch": 4, "undone": 1}, now, streaming=True)
+    done = 3 * now.accumulated
+    wanted = {"ready": done + 1, "started": done + 1, "processed": done, "completed": done - 1}
+    assert progress == {"total": wanted, "current": wanted}
 
 
 def test_the_next_run_of_a_trainer_counts_from_the_start(tmp_path: Path) -> None:

@@ -315,6 +315,13 @@ def test_broken_record_far_into_the_stream_is_named(where: str, workers: int, tm
     assert "\n" not in str(error.value)
 
 
+def test_files_in_a_list_follow_each_other(tmp_path: Path) -> None:
+    paths = [prompts(tmp_path, size, f"{size}.jsonl") for size in (7, 3)]
+    rows = Files(train=paths, validation_size=0).stream("train")
+    assert rows is not None
+    assert [row["response"] for row in rows] == [f"It is {i}." for size in (7, 3) for i in range(size)]
+
+
 def test_first_rows_are_held_out(tmp_path: Path) -> None:
     data = Data(Files(prompts(tmp_path, 60), validation_size=10), shuffle_buffer=25, batch_size=1)
     data.setup("fit")
