@@ -11,11 +11,14 @@ from helpers.fused import IDS, PARTS, adapted, by_projection, phi3, separate, tr
 from helpers.starting import token_batches
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import BloomConfig, BloomForCausalLM, FalconConfig, FalconForCausalLM, GPTNeoXConfig
 from transformers.pytorch_utils import Conv1D
 
 from milora_lightning import LoRAConfig, LoRALinear, adapters_merged, collect_statistics, initialize, inject
 from milora_lightning.adapters.autograd import lora_linear
+from milora_lightning.adapters.fused import block_diagonal
 from milora_lightning.adapters.injection import lora_layers
 from milora_lightning.analysis.spectra import updates_of, weights_of
 from milora_lightning.linalg.singular import singular_slice
@@ -280,3 +283,13 @@ def test_rows_that_alternate_by_head_are_refused() -> None:
             inject(whole, LoRAConfig(r=2, fused_parts={"query_key_value": [rows - 8, 8]}))
     multi_query = FalconForCausalLM(FalconConfig(**tiny, **falcon))  # queries, one key, one value
     assert inject(multi_query, LoRAConfig(r=2, fused_parts={"query_key_value": [16, 4, 4]}))
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_rows_of_shards_move_to_the_columns_of_their_part() -> None:
+    B = torch.randn(sum(ROWS), R)
+    mesh = init_device_mesh("cpu", (1,))
+    shared = block_diagonal(distribute_tensor(B, mesh, [Shard(0)]), ROWS)
+    assert isinstance(shared, DTensor)
+    assert shared.placements == (Shard(0),)
+    assert torch.equal(shared.full_tensor(), block_diagonal(B, ROWS))

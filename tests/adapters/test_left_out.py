@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, MixtralConfig, Qwen3MoeConfig
 
 from milora_lightning import LoRAConfig, MiLoRAInit, initialize, inject, lora_layers
-from milora_lightning.adapters.coverage import experts_adapted
+from milora_lightning.adapters.coverage import coverage, experts_adapted
 from milora_lightning.adapters.parts import TargetNotFoundError
 
 
@@ -169,6 +169,15 @@ def test_mixtures_of_experts_say_what_share_is_reached(
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert f"{attention + experts:.1%} of the weights; without: other weights" in shown
     assert f"backbone: {8 + number} matrices" in shown
+
+
+def test_what_has_no_adapter_is_listed_by_its_share() -> None:
+    """Of 64 + 32 + 128 weights, the smaller of two kinds that differ being the first of the alphabet."""
+    parts = {"proj": nn.Linear(8, 8), "conv": nn.Conv1d(4, 8, 1), "back": nn.ConvTranspose1d(8, 4, 4)}
+    model = nn.ModuleDict(parts)
+    config = LoRAConfig(r=2, target_modules=["proj"])
+    inject(model, config)
+    assert coverage(model, config) == "28.6% of the weights; without: transposed convolutions 57.1%, convolutions 14.3%"
 
 
 def test_convolutions_and_attention_that_no_adapter_fits_are_named() -> None:

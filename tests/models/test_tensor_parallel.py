@@ -1,16 +1,21 @@
-"""Which models cannot be split among ranks, and why: said before anything is split."""
+"""Two ranks compute what one does. Models that cannot be split are refused before anything is split."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from helpers.forked import run_ranks
 from helpers.models import tiny_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
-from milora_lightning import LoRAConfig, inject, lora_layers
+from milora_lightning import LoRAConfig, initialize, inject, lora_layers
 from milora_lightning.models.tensor_parallel import parallelize, planned
 
 
@@ -81,3 +86,47 @@ def test_layers_without_an_adapter_are_split_too() -> None:
     styles = planned(model)
     assert len(styles) == 14
     assert sum(isinstance(layer, nn.Linear) for layer in styles) == 12
+
+
+def trained(kind: str, **options: Any) -> PreTrainedModel:
+    """A model whose adapters have left their start, each by its own noise."""
+    model = adapted(kind, **options)
+    initialize(model, cache=False)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad or name.endswith("bias"):
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def split_in_two() -> None:
+    dist.init_process_group("gloo")
+    ids = torch.arange(12).view(2, 6)
+    some = {"target_modules": ("q_proj", "down_proj", "lm_head"), "init": "pissa"}
+    for kind, options in (("llama", some), ("qwen2", {"lora_dropout": 0.5})):  # the second has biases
+        whole, split = (trained(kind, **options) for _ in range(2))
+        parallelize(split, init_device_mesh("cpu", (2,)))
+        for enabled in (True, False):
+            for model in (whole, split):
+                for layer in lora_layers(model).values():
+                    layer.enabled = enabled
+            outputs = []
+            for model in (whole, split):
+                torch.manual_seed(0)  # the same entries are left out
+                outputs.append(model(ids).logits)
+            torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+            if enabled:
+                updated = outputs[0]
+                for logits in outputs:
+                    logits.square().mean().backward()
+        assert (updated - outputs[0]).abs().max() > 1e-2
+        for (name, layer), own in zip(lora_layers(whole).items(), lora_layers(split).values(), strict=True):
+            for factor in ("lora_A", "lora_B"):
+                wanted, found = (getattr(each, factor).grad for each in (layer, own))
+                torch.testing.assert_close(found.full_tensor(), wanted, rtol=1e-3, atol=1e-6, msg=f"{name}.{factor}")
+
+
+def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
+    statuses = run_ranks(split_in_two, tmp_path, limit=120)
+    assert statuses == [0, 0], (tmp_path / "output0.txt").read_text()[-3000:]
