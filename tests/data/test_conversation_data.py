@@ -65,10 +65,41 @@ def test_templates_of_prompts_write_several_turns(template: str, suffix: str) ->
     assert talk["spans"] == same["spans"]
 
 
-def test_templates_of_prompts_have_no_place_for_tools() -> None:
-    row = {"messages": with_calls({"a": 1}), "tools": [TOOL]}
-    with pytest.raises(ValueError, match=r"In row 2 of the train data, .* no place for a message of the role 'tool'"):
+@pytest.mark.parametrize(
+    ("messages", "what"),
+    [
+        (with_calls({"a": 1}), "a message of the role 'tool' there"),
+        ([*TALK[:3], TALK[0], *TALK[3:]], None),
+        ([*TALK, TALK[0]], "a message of the role 'system' there"),
+        ([TALK[0], *TALK[2:]], "a message of the role 'system' there"),
+        (TALK, "tools"),
+    ],
+)
+def test_templates_of_prompts_have_no_place_for_some_messages(messages: list[Any], what: str | None) -> None:
+    """For tools, and for a system message without a question after it."""
+    row = {"messages": messages, "tools": [TOOL] if what and "system" not in what else None}
+    if what is None:
+        assert len(tokenize_dataset([PAIR, row], make_tokenizer(), "alpaca")) == 2
+        return
+    with pytest.raises(ValueError, match=rf"In row 2 of the train data, .* no place for {what}\. Use template='chat'"):
         tokenize_dataset([PAIR, row], make_tokenizer(), "alpaca")
+
+
+def test_every_turn_of_a_conversation_begins_with_the_suffix_which_is_not_learned() -> None:
+    tokenizer = chat_tokenizer("qwen")
+    (example,) = tokenize_dataset([{"messages": TALK}], tokenizer, "chat", prompt_suffix="So: ")
+    begun = [{**m, "content": "So: " + m["content"]} if m["role"] == "assistant" else m for m in TALK]
+    assert example["input_ids"] == ids_of(tokenizer, begun)
+    assert learned(tokenizer, example) == "Hello!<|im_end|>It is 3.<|im_end|>"
+
+
+def test_questions_can_be_learned_without_any_answer() -> None:
+    """For a model that plays the user."""
+    tokenizer = chat_tokenizer(CHATML)
+    rows = [{"messages": [{**TALK[1], "train": True}]}, {"messages": TALK}]
+    example, _ = tokenize_dataset(rows, tokenizer)
+    assert learned(tokenizer, example) == "Hi<|im_end|>"
+    assert example["input_ids"] == ids_of(tokenizer, TALK[1:2])
 
 
 def test_a_jinja_file_is_a_template(tmp_path: Path) -> None:
