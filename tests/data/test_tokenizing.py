@@ -6,7 +6,7 @@ from helpers.data_fixtures import isolate_cache, make_tokenizer
 from transformers import AutoTokenizer
 
 from milora_lightning.data import TEMPLATES, tokenize_dataset
-from milora_lightning.data.encoding.templates import ALPACA, TOGETHER
+from milora_lightning.data.encoding.templates import ALPACA, TOGETHER, llm_adapters_asked
 from milora_lightning.data.sources import cached_dataset
 from milora_lightning.data.tokenizing import join
 
@@ -53,6 +53,13 @@ def test_alpaca_is_stanfords_prompt():
     assert text.startswith("Below is an instruction that describes a task. Write a response that appropriately ")
     assert text.endswith("\n\n### Instruction:\nSay {hello}.\n\n### Response:\n")
     assert "### Input:\n1 2\n\n" in TEMPLATES["alpaca"]("Add.", "1 2", make_tokenizer())
+
+
+@pytest.mark.parametrize("input", ["", "1 2"])
+def test_llm_adapters_prompts_are_stanfords_with_other_white_space(input):
+    texts = {write("Add.", input) for write in (TEMPLATES["llm-adapters"], llm_adapters_asked)}
+    assert len(texts) == 2
+    assert all(text.split() == TEMPLATES["alpaca"]("Add.", input).split() for text in texts)
 
 
 def test_chat_is_the_template_of_the_tokenizer():
