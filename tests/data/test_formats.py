@@ -15,6 +15,7 @@ from helpers.data_fixtures import isolate_cache
 
 from milora_lightning.data import Files
 from milora_lightning.data.columns import as_dataset
+from milora_lightning.data.reading.formats import PROMPTS
 from milora_lightning.data.reading.rows import checked_rows
 
 
@@ -99,6 +100,14 @@ def test_prompts_are_recognised(record: Any, tmp_path: Path) -> None:
     assert load(lines(tmp_path / "a.jsonl", [record])) == [
         {"prompt": "Hi", "response": "Hello!", "reference": "Hello!"}
     ]
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts_alone_can_be_answered(name: str, tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", [{name.title(): "Hi"}, {name.title(): "Bye"}])
+    assert Files(test=path).load("test")["prompt"][:] == ["Hi", "Bye"]
+    with pytest.raises(ValueError, match="There is no field"):
+        load(path)
 
 
 def test_texts_are_recognised(tmp_path: Path, said: list[str]) -> None:
@@ -203,6 +212,10 @@ def test_what_is_named_goes_before(record: Any, options: Any, row: Any, tmp_path
             r"role of message 2 .* 'bard', but has to be one of",
         ),
         ([{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}], r"has the part .*, which is no text"),
+        (
+            [{"messages": [{"role": "user", "content": {"a": 1}}]}],
+            r"the content of message 1 of 'messages' holds \{'a'",
+        ),
         ([{"messages": [SYSTEM, USER], "system": "Be long."}], r"there are two system messages, one in 'system'"),
         ([{"messages": TURNS, "tools": "["}], r"'tools' holds '\[', which is not valid JSON"),
         ([{"messages": TURNS, "tools": {"a": 1}}], r"'tools' holds .* has to be a list of tools"),

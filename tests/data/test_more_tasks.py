@@ -88,6 +88,7 @@ def test_follow_bench_is_answered_in_its_own_format(model: Path, tmp_path: Path)
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         assert [line["prompt"] for line in lines] == ["Do 1.", "Do 2."]
         assert lines[0]["choices"] == [{"message": {"content": "```python\n    return x + 2\n```"}}]
+    assert set(source.load("test")["response"]) == {""}  # its judges know no answer
     with pytest.raises(ValueError, match=r"\{task\} must stand where"):
         FollowBench("content_constraints.json")
     write(tmp_path / "data" / "mixed_constraints.json", {"instruction": "a"})

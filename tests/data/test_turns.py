@@ -136,6 +136,13 @@ def test_roles_and_fields_choose_turns(name: str, train_on: Any, messages: Messa
     assert parts(tokenizer, example)[1::2] == [text + "<|im_end|>" for text in learned]
 
 
+def test_questions_are_learned_where_roles_have_to_alternate() -> None:
+    tokenizer = chat_tokenizer("gemma")
+    messages = [user("a"), assistant("A"), user("b"), assistant("B"), user("c"), assistant("C")]
+    learned = parts(tokenizer, encoded(tokenizer, messages, ["user", "assistant"]))[1::2]
+    assert learned == [f"{text}<end_of_turn>" for text in "aAbBcC"]
+
+
 @pytest.mark.parametrize(
     ("message", "problem"),
     [
