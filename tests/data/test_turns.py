@@ -198,6 +198,7 @@ def test_a_conversation_may_begin_with_the_assistant(rest: Messages) -> None:
 
 WITHOUT_CALLS = QWEN25_TOOLS.replace("in m['tool_calls'] or []", "in []")
 WITHOUT_ARGUMENTS = QWEN25_TOOLS.replace("(call['function']['arguments'] | tojson)", "'{}'")
+THINKS_IF_ASKED = CHATML.replace("assistant\n'", "assistant\n' + '<think>\n' * ('/think' in messages[-1]['content'])")
 FIRST_CALL = QWEN25_TOOLS.replace("in m['tool_calls'] or []", "in (m['tool_calls'] or [])[:1]")
 
 
@@ -215,6 +216,8 @@ FIRST_CALL = QWEN25_TOOLS.replace("in m['tool_calls'] or []", "in (m['tool_calls
         ("gemma", [user(), user(), assistant()], "", "refuses a chat of the roles"),
         # asks with the beginning of thoughts, which an answer does not have: no prefix is a prompt
         (CHATML.replace("assistant\n'", "assistant\n<think>\n'"), TALK, "", "asks for an answer with"),
+        # and where a template that asks so for some questions alone meets one of them
+        (THINKS_IF_ASKED, [user(), assistant(), user("b /think"), assistant("B")], "", "asks for an answer with"),
         # marks one turn, whatever there are
         (MARKED.replace("m['role'] == 'assistant'", "loop.last"), TALK, "", "marks 1 passages as generated, of a conv"),
     ],
