@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from milora_lightning import LoRAConfig, initialize, inject, lora_layers, register_start
 from milora_lightning.adapters.factor_cache import cached_factors
 from milora_lightning.adapters.factors import initial_factors
-from milora_lightning.linalg.symmetric import extreme_eigenpairs
 from milora_lightning.starts import Statistics, find_start
 
 R, SCALE = 4, 1.5
@@ -218,20 +217,6 @@ def test_cached_factors_are_those_of_weight_and_statistics(
     assert all(torch.equal(x, y) for x, y in zip(other, plain, strict=True))
     cached_factors(2 * W.float(), R, 1.0, init, None, told_)
     assert len(list((tmp_path / "factors").iterdir())) == 3
-
-
-def test_eigenvectors_at_both_ends() -> None:
-    G = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
-    values, vectors = torch.linalg.eigh((G + G.T).double() / 2)
-    for end, index in (("largest", slice(-3, None)), ("smallest", slice(3))):
-        found, Q = extreme_eigenpairs(G, 3, end)
-        torch.testing.assert_close(found, values[index].flip(0))
-        close(projector(Q), projector(vectors[:, index]))
-    for r in (0, 13):
-        with pytest.raises(ValueError, match="set r from 1 to 12"):
-            extreme_eigenpairs(G, r, "largest")
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        extreme_eigenpairs(G * torch.inf, 1, "largest")
 
 
 def test_a_start_of_ones_own_takes_what_it_needs() -> None:
