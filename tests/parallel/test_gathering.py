@@ -36,6 +36,10 @@ def gathered(ranks: int) -> None:
             again = shard_like(whole, shared)
             assert isinstance(again, DTensor)
             assert torch.equal(full_tensor(again), whole)
+        for sides in ((1, ranks), (ranks, 1)):  # each rank a part, or a part of a part that is whole
+            both = distribute_tensor(whole, init_device_mesh("cpu", sides), [Shard(0), Shard(0)])
+            found = gather_to_rank(both, ranks - 1)
+            assert found is None if me != ranks - 1 else torch.equal(found, whole)
     everywhere = distribute_tensor(whole, mesh, [Replicate()])
     assert (gather_to_rank(everywhere, ranks - 1) is None) == (me != ranks - 1)
     with pytest.raises(ValueError, match="each rank holds a summand"):
