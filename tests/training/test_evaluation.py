@@ -13,7 +13,7 @@ from helpers.models import quiet_trainer
 from torch import Tensor, nn
 
 from milora_lightning import CausalLMModule
-from milora_lightning.metrics import AnswerAccuracy
+from milora_lightning.metrics import AnswerAccuracy, TaskAccuracy, right_answer
 from milora_lightning.training import evaluation
 from milora_lightning.training.evaluation import EvaluatedModule
 from milora_lightning.training.schedules import _steps, make_schedule, set_rate
@@ -128,6 +128,15 @@ def test_examples_that_only_fill_a_batch_do_not_count() -> None:
     module = Known()
     assert module.evaluate(batch)["val_accuracy"] == 1
     assert len(module.predict_step(batch, 0)) == 2
+
+
+def test_answers_to_several_tasks_are_counted_by_task() -> None:
+    batch = answered("The answer is: 1", "The answer is: 2", "The answer is: 1")
+    batch["task"] = ["first", "second", "second"]
+    module = Known()
+    module.metric = TaskAccuracy(dict.fromkeys(["first", "second"], right_answer))
+    logged = module.evaluate(batch)
+    assert (logged["val_accuracy/first"], logged["val_accuracy/second"], logged["val_accuracy"]) == (1, 0.5, 0.75)
 
 
 def test_an_evaluation_that_answers_nothing_has_no_accuracy() -> None:
