@@ -130,7 +130,11 @@ def test_a_run_ends_with_an_adapter_folder_from_the_first_rank(tmp_path: Path) -
     callback = AdapterExport(str(tmp_path / "adapter"))
     callback.on_fit_end(trainer(1, 2), module)
     assert not (tmp_path / "adapter").exists()
-    callback.on_fit_end(trainer(), module)
+    first = trainer()
+    first.callback_metrics = {name: torch.tensor(0.25) for name in ("train_loss", "val_loss", "test_accuracy")}
+    callback.on_fit_end(first, module)
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert all((name in card) == (name != "train_loss") for name in first.callback_metrics)
     opened = PeftModel.from_pretrained(tiny_model("gpt2"), str(tmp_path / "adapter")).eval()
     ids = torch.arange(5, 15)[None]
     with torch.no_grad():
