@@ -63,7 +63,5 @@ def test_a_checkpoint_that_one_rank_cannot_read_is_read_by_none(tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", [FSDPStrategy, ModelParallelStrategy, MiLoRAFSDPStrategy, MiLoRAModelParallelStrategy])
 def test_what_needs_whole_weights_is_refused_where_they_are_shared(kind: Any) -> None:
-    with pytest.raises(
-        InvalidInputError, match=rf"SubspaceMonitor needs whole weights, and {kind.__name__} shards them"
-    ):
+    with pytest.raises(InvalidInputError, match=rf"Monitor needs whole weights, and {kind.__name__} shards them"):
         check_whole(kind(), "Monitor")
