@@ -75,6 +75,11 @@ THEIRS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"experts.gate_up_proj": 3},
     },
     "rslora": {"target_parameters": ["experts.down_proj"], "target_modules": ["q_proj"], "use_rslora": True},
+    "beside a layer in full": {
+        "target_parameters": ["experts.down_proj"],
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["lm_head"],
+    },
     "a layer's weight": {
         "target_modules": ["q_proj"],
         "target_parameters": ["experts.down_proj", "v_proj.weight"],
