@@ -99,6 +99,8 @@ def test_the_rate_is_the_mean_of_what_passes() -> None:
     metric = PassRate()
     metric.update(["    return math.pi * r**2", "    return 3", "    return 1 / 0"], [PROBLEM.written()] * 3)
     assert metric.compute()["pass@1"] == pytest.approx(1 / 3)
+    metric.update(["    return math.pi * r**2"], [PROBLEM.written()])
+    assert metric.compute()["pass@1"] == pytest.approx(2 / 4)
     with pytest.raises(ValueError, match="1 generated texts but 2 references"):
         metric.update(["x"], ["y", "z"])
     with pytest.raises(ValueError, match=r"no problem of HumanEval's format.*num_generation_examples: 0"):
