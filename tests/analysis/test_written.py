@@ -28,9 +28,9 @@ def matrices() -> list[MatrixAnalysis]:
     planted = Planted()
     bottom, top = (planted.analyze(planted.U[:, some], planted.V[:, some]) for some in (slice(-6, None), slice(6)))
     return [
-        replace(bottom, layer="layers.0.q", effect=0.25, intruders=2),
-        replace(top, layer="layers.1.q"),
-        replace(bottom, layer="layers.0.up", effect=0.5),
+        replace(bottom, layer="layers.3.q", effect=0.25, intruders=2),
+        replace(top, layer="layers.5.q"),
+        replace(bottom, layer="layers.3.up", effect=0.5),
     ]
 
 
@@ -80,6 +80,7 @@ def test_panels_draw_what_was_measured(figures: dict[str, Figure], matrices: lis
     assert list(sizes["‖ΔW‖ / ‖W‖"][0]) == [first.relative_norm, second.relative_norm]
     assert list(sizes["ρ_k"][0]) == [first.interference, second.interference]
     np.testing.assert_array_equal(sizes["‖ΔWx‖ / ‖Wx‖"][0], [0.25, np.nan])
+    assert all(list(line.get_xdata()) == [3, 5] for line in panel.lines)  # the layers, which may be some of all
     assert all(line.get_marker() == "." for line in panel.lines)  # of a single layer, a line alone would not be seen
     counts = next(axes for axes in figures["sizes.png"].axes if axes.get_ylabel() == "intruders")
     assert [bar.get_height() for bar in counts.patches] == [2, second.intruders]
@@ -122,6 +123,10 @@ def test_the_printed_tables_say_what_they_are_of(matrices: list[MatrixAnalysis])
     said = " ".join(printed.split())
     assert f"the share ρ_k within the first k = {matrices[0].k}; means over layers" in said
     assert "How large ΔW is" in said
-    cells = [line.split()[:2] for line in printed.splitlines()]
-    rows = [each for each in cells if each and each[0] in ("q", "up", "all")]
-    assert rows == 2 * [["q", "2"], ["up", "1"], ["all", "3"]]
+    rows = [line.split() for line in printed.splitlines() if line.split()[:1] in (["q"], ["up"], ["all"])]
+    assert [row[:2] for row in rows] == 2 * [["q", "2"], ["up", "1"], ["all", "3"]]
+    for group, *found in zip((matrices[:2], matrices[2:], matrices), rows[:3], rows[3:], strict=True):
+        numbers = {cell for row in found for cell in row[2:]}
+        for name in ("relative_norm", "interference", "intruders"):
+            wanted = sum(getattr(each, name) for each in group) / len(group)
+            assert f"{wanted:.3g}" in numbers, name

@@ -9,8 +9,8 @@ import pytest
 from helpers.planted_runs import MARGINS, RATES, comparison
 
 from milora_lightning.comparison.curves import mean_lowest
-from milora_lightning.comparison.findings import at_equal, compare_values
-from milora_lightning.comparison.measures import JUDGED, KL, LOSS, SIZE
+from milora_lightning.comparison.findings import at_equal
+from milora_lightning.comparison.measures import KL, LOSS, SIZE
 from milora_lightning.comparison.report import make_report, markdown
 from milora_lightning.comparison.runs import Run
 from milora_lightning.comparison.sections import by_part, sweeps
@@ -66,23 +66,6 @@ def test_forgetting_is_listed_by_the_texts_that_all_runs_were_measured_on() -> N
     assert section is not None
     assert len(section.columns) == 3
     assert section.rows[0] == ("before training", "0.5", "0.25")
-
-
-def test_one_seed_has_an_interval_over_its_examples() -> None:
-    loss = JUDGED[0]
-    draws = np.linspace(0.9, 1.1, 200)
-    values = {"lora": {0: (1.0, np.ones(200))}, "other": {0: (1.5, draws + 0.5)}}
-    by_examples, without = (
-        compare_values(
-            loss,
-            {m: {s: (v, d if kept else None) for s, (v, d) in of.items()} for m, of in values.items()},
-            "lora",
-            MARGINS,
-            200,
-        ).estimates["other"]
-        for kept in (True, False)
-    )
-    assert by_examples != without
 
 
 def test_the_area_under_a_straight_line_is_exact() -> None:
