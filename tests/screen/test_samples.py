@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.clock import Clock
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from rich.console import Console
 from rich.spinner import SPINNERS
 
-from milora_lightning.screen.samples import log_samples, shorten, table
+from milora_lightning.screen.samples import LABELS, log_samples, shorten, table
 from milora_lightning.screen.state import RunState, Work
-from milora_lightning.screen.views import LiveView
+from milora_lightning.screen.views import LiveView, open_view
 
 SAMPLES = [
     {"prompt": "p1", "instruction": "1 + 1?", "reference": "2", "before": "11", "answer": "two"},
@@ -69,6 +71,32 @@ def test_loggers_get_answers_as_their_tables() -> None:
     assert "| 1 + 1? | 2 | two |" in text
 
 
+def test_a_folder_of_csv_files_gets_them_as_lines_of_json(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, "", "")
+    for step, stage in ((7, "val"), (9, "test")):
+        log_samples(logger, [{**SAMPLES[0], "answer": "zwölf"}, SAMPLES[1]], step, stage)
+    text = (Path(logger.log_dir) / "samples.jsonl").read_text(encoding="utf-8")
+    assert "zwölf" in text  # for people to read
+    assert [json.loads(line) for line in text.splitlines()] == [
+        {"step": step, "stage": stage, "instruction": question, "reference": right, "answer": answer}
+        for step, stage in ((7, "val"), (9, "test"))
+        for question, right, answer in (("1 + 1?", "2", "zwölf"), ("1 + 2?", "3", "[red]3"))
+    ]
+
+
+def test_what_is_no_terminal_gets_lines_now_and_then(
+    clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rich.get_console", lambda: Console(file=io.StringIO()))
+    state = RunState(training=Work("Training", 10, "steps", 3), loss=1.5)
+    view = open_view(state)
+    for seconds, printed in ((9.0, 0), (10.0, 1), (19.0, 0), (20.0, 1)):
+        clock(seconds)
+        view.tick()
+        assert capsys.readouterr().out == f"{state.line()}\n" * printed
+    view.stop()
+
+
 def test_a_logger_without_tables_gets_nothing() -> None:
     class Plain(Tables, Logger):  # type: ignore[misc]
         name = version = None  # type: ignore[assignment]
@@ -100,7 +128,7 @@ def test_the_last_answer_is_what_the_eye_falls_on() -> None:
     shown = console.file.getvalue()
     for bold in ("answers, step 7", "two", "[red]3"):
         assert f"\x1b[1m{bold}" in shown
-    for plain in ("11", "12", "1 + 1?"):
+    for plain in ("11", "12", "1 + 1?", *LABELS.values()):
         assert plain in shown
         assert f"\x1b[1m{plain}" not in shown
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from milora_lightning import LoRAConfig, collect_statistics, initialize, inject,
 from milora_lightning.starts import Statistics
 from milora_lightning.statistics import kept, ranks_by_variance
 from milora_lightning.statistics.collecting import grouped, size_of
-from milora_lightning.statistics.passes import Pass
+from milora_lightning.statistics.passes import Pass, _recomputed
 
 
 class Net(nn.Module):
@@ -287,3 +288,31 @@ def test_without_a_key_nothing_is_kept(cache: Path) -> None:
 
     assert len(list(kept.with_cache(None, ["layer0"], collect, 100))) == 2
     assert not cache.exists()
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_layer_that_is_recomputed_fills_no_cache_twice(keeps: bool) -> None:
+    """Some of transformers' layers take care of that themselves."""
+    given: list[dict[str, Any]] = []
+
+    def forward(x: Tensor, **kwargs: Any) -> Tensor:
+        given.append(kwargs)
+        return x.square()
+
+    layer: Any = SimpleNamespace(_can_checkpoint_with_cache=keeps)
+    x, cache = torch.ones(2, requires_grad=True), object()
+    _recomputed(layer, forward, x, use_cache=True, past_key_values=cache, other=3).sum().backward()
+    wanted = {"use_cache": False, "past_key_values": cache if keeps else None, "other": 3}
+    assert given == [wanted, wanted]
+    assert x.grad is not None
+    assert _recomputed(layer, forward, x.detach()).sum() == 2
+    assert given[-1] == {}
+
+
+def test_layers_whose_inputs_no_rank_sees_whole_are_refused() -> None:
+    model = adapted()
+    model.down.part = object()
+    with pytest.raises(
+        ValueError, match=r"'down' is split by tensor parallelism, where no rank sees all of its inputs"
+    ):
+        collect_statistics(model, data())
