@@ -11,10 +11,12 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from milora_lightning.adapters.candidates import base_of
 from milora_lightning.adapters.experts import AdaptedExperts
 from milora_lightning.adapters.layer import LoRALinear
-from milora_lightning.adapters.linear_layers import is_linear, linear_shape
+from milora_lightning.adapters.linear_layers import is_conv1d, is_linear, linear_shape
 from milora_lightning.adapters.packed import LoRAPacked
+from milora_lightning.adapters.quantization import is_quantized_linear
 from milora_lightning.utils.derived_class import Derived
 from milora_lightning.utils.names import WRAPPERS
 
@@ -39,12 +41,13 @@ def _skeleton(module: nn.Module, copies: dict[int, Any]) -> Any:
         return _skeleton(module.base_layer, copies)
     if isinstance(module, LoRALinear) and not is_linear(module.base_layer):
         return _skeleton(module.base_layer, copies)
-    if isinstance(module, LoRALinear):
-        out_features, in_features = linear_shape(module.base_layer)
+    base = base_of(module)
+    if isinstance(module, LoRALinear) or _holds_codes(base):  # whose state PEFT would read
+        out_features, in_features = linear_shape(base)
         with torch.device("meta"):
-            plain = Conv1D(out_features, in_features) if module.transposed else nn.Linear(in_features, out_features)
+            plain = Conv1D(out_features, in_features) if is_conv1d(base) else nn.Linear(in_features, out_features)
         plain.weight = nn.Parameter(_weightless(plain.weight), requires_grad=False)
-        plain.bias = None if module.bias is None else nn.Parameter(_weightless(plain.bias), requires_grad=False)
+        plain.bias = None if base.bias is None else nn.Parameter(_weightless(plain.bias), requires_grad=False)
         copies[id(module)] = plain
         return plain
     # fully_shard and adapters change a module's class to a subclass; take the original class
@@ -64,6 +67,10 @@ def _skeleton(module: nn.Module, copies: dict[int, Any]) -> Any:
             continue
         shell._modules[key] = None if child is None else _skeleton(child, copies)
     return shell
+
+
+def _holds_codes(module: nn.Module) -> bool:
+    return is_quantized_linear(module) or (isinstance(module, nn.Linear) and not module.weight.is_floating_point())
 
 
 def _weightless(tensor: Tensor) -> Tensor:
