@@ -180,6 +180,11 @@ class SFTDataModule(TrainingLoaders):
                 f"answer_by='likelihood' needs a source with choices, which {type(source).__name__} is not. Use "
                 "'generation', or give the source a method choices(prompt)."
             )
+        if answer_by == "likelihood" and self.shows_images:
+            raise InvalidInputError(
+                "answer_by='likelihood' compares texts, and the model would choose without seeing the images: use "
+                "'generation'."
+            )
 
     def prepare_data(self) -> None:
         """Fill the caches in one process per machine, before the other processes read them."""

@@ -218,6 +218,17 @@ def test_what_has_no_images_is_refused(folder: Path, llava: Path, tmp_path: Path
         visual_data(folder, llava, packing=True)
 
 
+def test_choices_without_a_look_at_the_image_are_refused(llava: Path, folder: Path) -> None:
+    class Choosing(VisualInstructions):
+        def choices(self, prompt: str) -> list[str]:
+            return list(COLOURS)
+
+    source = Choosing(str(folder / "train.json"), str(folder / "images"))
+    with pytest.raises(ValueError, match="would choose without seeing the images: use 'generation'"):
+        SFTDataModule(source, str(llava), answer_by="likelihood")
+    assert SFTDataModule(source, str(llava)).answer_by == "generation"
+
+
 def test_a_part_is_held_out(folder: Path) -> None:
     source = VisualInstructions(str(folder / "train.json"), str(folder / "images"), validation_size=1)
     train, validation = source.load("train"), source.load("validation")
