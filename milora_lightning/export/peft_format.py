@@ -190,8 +190,20 @@ def most_common(values: Mapping[str, Value]) -> Value:
 
 
 def deviations(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
-    """Return the values that differ from a default, long names first, because PEFT takes the first match."""
-    return {n: v for n, v in sorted(values.items(), key=lambda item: -len(item[0])) if v != default}
+    """Return the values that differ from a default, long names first, because PEFT takes the first match.
+
+    Names match the ends of others: a layer whose name ends in that of a layer with another value is listed, too.
+
+    >>> deviations({"fc": 2, "block.fc": 4, "block.up": 4}, 4)
+    {'block.fc': 4, 'fc': 2}
+    """
+    odd = {name for name, value in values.items() if value != default}
+    named = (name for name in values if name in odd or any(name[dot + 1 :] in odd for dot in _dots(name)))
+    return {name: values[name] for name in sorted(named, key=len, reverse=True)}
+
+
+def _dots(name: str) -> list[int]:
+    return [place for place, character in enumerate(name) if character == "."]
 
 
 def whole(value: float) -> float:

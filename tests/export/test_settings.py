@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.models import tiny_model
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from milora_lightning import LoRAConfig, initialize, inject
 from milora_lightning.export.merging import as_dtype, merged_state
 from milora_lightning.export.peft_folder import as_ours
 from milora_lightning.export.peft_format import PEFT_PREFIX, lora_config
+from milora_lightning.export.peft_import import peft_config
 
 
 def test_pefts_configuration_has_the_settings_of_training() -> None:
@@ -69,3 +72,19 @@ def test_models_are_written_in_any_floating_point_dtype(name: str) -> None:
     for wrong in ("int8", "fp32", "half precision", torch.int64):
         with pytest.raises(ValueError, match="must be float32, bfloat16 or float16"):
             as_dtype(wrong)
+
+
+def test_a_layer_whose_name_ends_in_anothers_keeps_its_own_rank(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+
+    def base() -> nn.ModuleDict:
+        block = nn.ModuleDict({"fc": nn.Linear(8, 8), "up": nn.Linear(8, 8)})
+        return nn.ModuleDict({"fc": nn.Linear(8, 8), "block": block})
+
+    peft = get_peft_model(base(), LoraConfig(r=4, lora_alpha=4, target_modules=["fc", "up"], rank_pattern={"^fc": 2}))
+    ranks = {name: layer.r["default"] for name, layer in peft.base_model.model.named_modules() if hasattr(layer, "r")}
+    assert ranks == {"fc": 2, "block.fc": 4, "block.up": 4}
+    peft.save_pretrained(tmp_path)
+    config = peft_config(tmp_path)
+    assert {name: config.rank(name) for name in ranks} == ranks
+    assert {config.scale(name) for name in ("block.fc", "block.up")} == {1.0}
