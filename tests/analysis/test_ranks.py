@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from helpers.fused import PARTS, phi3
 from helpers.models import save_tiny_model, write_examples
 from torch import nn
 
@@ -67,6 +69,25 @@ def test_the_pattern_gives_each_layer_its_rank() -> None:
     ranks = [config.rank(str(k)) for k in range(12)]
     assert ranks == list(pattern.values())  # '1' is not '11'
     assert ranks == sorted(ranks)  # the steeper, the more directions hold little
+
+
+def test_layers_of_fused_parts_keep_their_rank_and_the_others_share_what_they_have() -> None:
+    def ranks(**options: Any) -> dict[str, int]:
+        model = phi3()
+        inject(model, LoRAConfig(r=3, **options))
+        suggested.append(rank_pattern(model, 3))
+        return {name: layer.r for name, layer in lora_layers(model).items()}
+
+    suggested: list[dict[str, int]] = []
+    equal = ranks(fused_parts=PARTS)
+    fused = {name for name in equal if name.endswith(tuple(PARTS))}
+    assert len(fused) == 4
+    assert {name.replace("\\", "") for name in suggested[0]} == equal.keys() - fused
+    assert sum(suggested[0].values()) == 3 * len(suggested[0])
+    chosen = ranks(fused_parts=PARTS, rank_pattern=suggested[0])
+    assert {name for name in equal if chosen[name] != equal[name]}.isdisjoint(fused)
+    ranks()
+    assert len(suggested[-1]) == len(equal)  # without parts, all layers are chosen for
 
 
 def test_the_command_writes_an_overlay_that_fit_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

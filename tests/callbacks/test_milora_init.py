@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 import torch
 from helpers.callback_modules import LanguageModel, Regression
-from helpers.models import quiet_trainer
+from helpers.exports import IDS, logits, tuned
+from helpers.models import quiet_trainer, tiny_model
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, ModelPruning
 from lightning.pytorch.demos import transformer as demo
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from milora_lightning import LoRAConfig, MiLoRAInit, initialize, inject, lora_layers
+from milora_lightning import LoRAConfig, MiLoRAInit, export_peft, initialize, inject, lora_layers
 from milora_lightning.callbacks._display import _largest_change
 
 
@@ -214,3 +215,29 @@ def test_pruning_is_refused(first: bool, tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=callbacks if first else callbacks[::-1])
     with pytest.raises(ValueError, match="ModelPruning does not work with MiLoRAInit"):
         trainer.fit(BoringModel())
+
+
+class Taught(LightningModule):
+    """A student and its teacher, which are the same model at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher, self.student = tiny_model(), tiny_model()
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
+        return self.teacher(batch).logits, self.student(batch).logits
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(IDS, batch_size=len(IDS))  # type: ignore[arg-type]
+
+
+def test_one_part_of_a_module_continues_from_an_adapter(tmp_path: Path) -> None:
+    model = tuned(tmp_path / "base")
+    export_peft(model, tmp_path / "peft")
+    module, callback = Taught(), MiLoRAInit(start_from=str(tmp_path / "peft"), module="student")
+    ((teacher, student),) = quiet_trainer(tmp_path, callbacks=[callback]).predict(module)
+    torch.testing.assert_close(student, logits(model), rtol=0, atol=1e-5)
+    assert torch.equal(teacher, logits(tiny_model()))
+    assert not torch.allclose(student, teacher, atol=1e-2)
+    assert {name.partition(".")[0] for name in lora_layers(module)} == {"student"}
+    assert all(parameter.requires_grad for parameter in module.teacher.parameters())

@@ -50,6 +50,15 @@ def test_examples_count_only_where_every_run_has_kept_its_own() -> None:
         assert found.estimates["a"].drawn == pytest.approx(drawn)
 
 
+@pytest.mark.parametrize("measure", JUDGED, ids=[measure.name for measure in JUDGED])
+def test_answers_that_are_all_wrong_show_that_methods_are_equal_only_if_there_are_many(measure: Measure) -> None:
+    """Whatever examples are drawn, all are wrong. Losses that are alike in every draw are alike."""
+    alike = 0.0 if measure.is_share else 1.0
+    values = {method: {seed: (alike, np.full(50, alike)) for seed in range(3)} for method in ("a", "b")}
+    found = [compare_values(measure, values, "b", MARGINS, examples).judgements["a"] for examples in (20, 2000)]
+    assert [each.verdict for each in found] == ["undecided" if "accuracy" in measure.name else "equal", "equal"]
+
+
 @pytest.mark.parametrize(("factor", "verdict"), [(1.9, "equal"), (0.55, "equal"), (2.2, "worse"), (0.45, "better")])
 def test_a_margin_of_ratios_is_one_of_logarithms(factor: float, verdict: str) -> None:
     """A margin of 100 % allows from half to twice as much."""

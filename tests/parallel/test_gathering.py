@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers.forked import run_ranks
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+from milora_lightning.parallel import gathering
 from milora_lightning.parallel.dtensor import copy_into, full_tensor, gather_to_rank, local_slices, shard_like
+from milora_lightning.parallel.gathering import weights_gathered
 
 SHAPES = ((4, 3), (5, 3), (1, 6), (3,))
 """Of the second and third, one rank has less than the other, or nothing."""
@@ -66,3 +71,21 @@ def test_tensors_that_nobody_shares_stay_as_they_are() -> None:
     assert full_tensor(whole) is whole
     assert gather_to_rank(whole, 1) is whole
     assert shard_like(whole, whole) is whole
+
+
+def kept_gathered() -> None:
+    dist.init_process_group("gloo")
+    model = fully_shard(nn.Linear(8, 8), mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=True)
+    x = torch.ones(2, 8)
+    for enough in ((True, True), (True, False), (False, True), (False, False)):
+        memory = 2**20 if enough[dist.get_rank()] else 8
+        with patch.object(gathering, "available", lambda kind, memory=memory: memory), weights_gathered(model):
+            model(x)
+            assert isinstance(model.weight, DTensor) is not all(enough), enough
+        assert isinstance(model.weight, DTensor)
+
+
+def test_weights_stay_gathered_only_where_every_rank_has_the_memory(tmp_path: Path) -> None:
+    """Ranks that gather at different times would wait for each other."""
+    statuses = run_ranks(kept_gathered, tmp_path, limit=120)
+    assert statuses == [0, 0], [(tmp_path / f"output{rank}.txt").read_text()[-2000:] for rank in range(2)]

@@ -10,12 +10,14 @@ import pytest
 import torch
 from helpers.models import tiny_model
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, FSDPPrecision, Precision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, StrategyRegistry
 from torch import nn
 
 from milora_lightning import AdapterExport, LoRAConfig, MiLoRAFSDPStrategy, MiLoRAModelParallelStrategy, inject
 from milora_lightning.checkpoint.adapter import AdapterCheckpoint
+from milora_lightning.checkpoint.io import ClearCheckpointIO
 from milora_lightning.parallel.dtensor import copy_into, gather_to_rank, local_slices, shard_like
 from milora_lightning.strategies.base import finish, gradient_norm, needs_early_start, prepare
 from milora_lightning.strategies.fsdp import decoder_policy
@@ -151,3 +153,17 @@ def test_factors_are_computed_before_weights_are_sharded_or_quantized() -> None:
     ):
         trainer: Any = SimpleNamespace(strategy=strategy, precision_plugin=plugin)
         assert needs_early_start(trainer) is early
+
+
+def test_checkpoints_are_written_by_what_a_user_has_for_it() -> None:
+    """Lightning's own way is replaced by one with clear errors."""
+
+    class Compressed(TorchCheckpointIO):
+        pass
+
+    own = Compressed()
+    for given, kept in ((own, True), (TorchCheckpointIO(), False), (None, False)):
+        strategy = SingleDeviceStrategy(checkpoint_io=given)
+        prepare(trainer_with(strategy))
+        assert type(strategy.checkpoint_io) is (Compressed if kept else ClearCheckpointIO)
+        assert (strategy.checkpoint_io is own) is kept
