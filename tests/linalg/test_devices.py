@@ -96,3 +96,13 @@ def test_a_size_at_which_a_device_crawls_goes_to_the_cpu(rates, monkeypatch, sec
         in_best_way(lambda way: None, GPU, SHAPE, 64)
     assert best_way(GPU, SHAPE, 64) == (Way(CPU) if moves else Way(GPU))
     assert best_way(GPU, (4096, 4096), 64) == Way(GPU)
+
+
+@pytest.mark.parametrize("shape", [(1024, 4096), (4096, 1024)])
+def test_the_next_weights_of_a_slow_size_go_to_the_cpu_as_they_lie_and_transposed(rates, shape):
+    rates(67e12, 67e12)
+    devices._note_time(GPU, shape, 64, 0.5)
+    assert best_way(GPU, shape, 64) == Way(GPU)
+    devices._note_time(GPU, shape, 64, 300.0)
+    assert best_way(GPU, shape, 64) == best_way(GPU, shape[::-1], 64) == Way(CPU)
+    assert best_way(GPU, (4096, 4096), 64) == Way(GPU)

@@ -161,3 +161,22 @@ def test_the_setting_of_float32_products_is_left_as_it_was(taken):
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_the_setting_of_float32_products_is_left_as_it_was_by_a_solver_that_fails(monkeypatch):
+    within = []
+
+    def fail(G):
+        within.append(torch.get_float32_matmul_precision())
+        raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
+
+    monkeypatch.setattr(single, "eigenpairs", fail)
+    W = make_weight((96, 256), 1e3, torch.float64)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(torch.linalg.LinAlgError, match="failed to converge"):
+            single_eigenpairs(W, W.square().sum())
+        assert (within, torch.get_float32_matmul_precision()) == (["highest"], "high")
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -133,6 +133,17 @@ def test_layers_that_are_computed_again_have_the_same_gradients(use_cache: bool)
     assert all(map(torch.equal, *gradients))
 
 
+@pytest.mark.parametrize(("dropout", "differ"), [(0.5, True), (0.0, False)])
+def test_dropout_of_attention_is_applied_in_training_alone(dropout: float, differ: bool) -> None:
+    model = tiny_model("llama", attention_dropout=dropout)
+    model.set_attn_implementation(NAME)
+    ids = torch.randint(5, 120, (2, 20))
+    for training, changes in ((True, differ), (False, False)):
+        model.train(training)
+        one, other = (model(input_ids=ids).logits for _ in range(2))
+        assert torch.equal(one, other) != changes
+
+
 def test_models_that_cap_their_scores_are_refused() -> None:
     model = with_blocks("gemma2")
     with pytest.raises(ValueError, match="does not cap attention scores"):
