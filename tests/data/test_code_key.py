@@ -156,3 +156,13 @@ def test_package_works_from_compiled_files_alone(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("[")
+
+
+@pytest.mark.parametrize("source", ["{f}", "{f}\nhelper = convert\ndef convert(record): return helper(record)"])
+def test_defaults_of_parameters_by_keyword_alone_change_the_key(source: str) -> None:
+    def key(default: str) -> str:
+        function = f"def convert(record, *, sep={default!r}): return record['q'] + sep"
+        return code_key(defined(source.replace("{f}", function)))
+
+    assert key(" ") == key(" ")
+    assert key(" ") != key("-")

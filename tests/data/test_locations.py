@@ -276,3 +276,15 @@ def test_validation_split_of_the_hub_goes_before_holding_out(monkeypatch: pytest
         assert tuple(part and len(part) for part in loaded) == sizes
     with pytest.raises(ValueError, match=r"'org/none' cannot be loaded with split='validation': Unknown split"):
         Files(validation="org/none").load("validation")
+
+
+@pytest.mark.parametrize(("size", "held_out"), [(5, 5), (0.25, 12), (0, None), ("auto", 7)])
+def test_a_given_validation_size_goes_before_a_file_beside(size: Any, held_out: int | None, tmp_path: Path) -> None:
+    beside = [{"prompt": f"Beside {i}", "completion": "a"} for i in range(7)]
+    for name, rows in (("train", PAIRS), ("validation", beside)):
+        write(tmp_path / "folder" / f"{name}.jsonl", rows)
+    source = Files(train=str(tmp_path / "folder"), validation_size=size)
+    train, validation = (source.load(split) for split in ("train", "validation"))  # type: ignore[arg-type]
+    assert (validation and len(validation)) == held_out
+    prompts = [*train["prompt"][:], *(validation["prompt"][:] if validation else [])]  # type: ignore[index]
+    assert sorted(prompts) == sorted(row["prompt"] for row in [*PAIRS, *(beside if size == "auto" else [])])
