@@ -6,6 +6,7 @@ import copy
 import logging
 import pickle
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +41,13 @@ def test_what_is_kept_goes_where_the_user_says(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert cache_folder() == folder
+
+
+def test_warnings_of_others_keep_their_place_and_ours_have_none() -> None:
+    formatted = notices._WithoutPlace(warnings.formatwarning)
+    theirs = (UserWarning("a"), UserWarning, "/elsewhere/file.py", 12, "call()")
+    assert formatted(*theirs) == warnings.formatwarning(*theirs) == "/elsewhere/file.py:12: UserWarning: a\n  call()\n"
+    assert formatted(UserWarning("b"), UserWarning, notices.__file__, 12) == "warning: b\n"
 
 
 def test_listed_notices_are_left_out_and_no_others(caplog: pytest.LogCaptureFixture) -> None:
