@@ -102,6 +102,17 @@ def test_everything_that_matters_is_in_the_key(folder: Path, decomposed: list[ob
     assert len(decomposed) == len(calls)
 
 
+def test_torchs_own_seed_decides_on_random_factors_that_are_kept(folder: Path) -> None:
+    def seeded(seed: int, init: str) -> Tensor:
+        torch.manual_seed(seed)
+        return cached_factors(make_weight(), R, init=init)[0]
+
+    first, second, again = (seeded(seed, "random") for seed in (0, 1, 0))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, again)
+    assert torch.equal(seeded(0, "milora"), seeded(1, "milora"))
+
+
 def test_layout_does_not_matter(folder: Path, decomposed: list[object]) -> None:
     weight = make_weight()
     cached_factors(weight, R)

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from packaging import version
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from milora_lightning import LoRAConfig, MiLoRAInit, adapters_disabled, initialize, inject, load_adapter, lora_layers
 from milora_lightning.adapters.parts import TargetNotFoundError
@@ -70,6 +71,20 @@ def test_layers_frozen_one_by_one_and_parts_that_come_later(tmp_path: Path) -> N
             self.net = mlp()
 
     assert set(lora_layers(fit(Late(), tmp_path))) == {"net.0", "net.2"}
+
+
+def test_codes_that_cannot_train_are_not_taken_for_frozen_by_the_user() -> None:
+    def beside_a_norm(layer: nn.Module) -> nn.ModuleDict:
+        return nn.ModuleDict(
+            {"layer": layer.requires_grad_(False), "norm": nn.LayerNorm(16), "head": nn.Linear(16, 16)}
+        )
+
+    codes = beside_a_norm(FP8Linear(16, 16, block_size=(8, 8)))
+    assert codes["layer"].weight.dtype == torch.float8_e4m3fn
+    assert set(inject(codes, LoRAConfig(r=2, target_modules="all-linear"))) == {"layer", "head"}
+    for dtype in (torch.float32, torch.bfloat16):  # weights that could have trained
+        model = beside_a_norm(nn.Linear(16, 16, dtype=dtype))
+        assert set(inject(model, LoRAConfig(r=2, target_modules="all-linear"))) == {"head"}
 
 
 def test_nothing_left_says_why() -> None:

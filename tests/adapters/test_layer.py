@@ -223,6 +223,19 @@ def test_weight_is_that_of_the_function_and_trains() -> None:
         assert layer.lora_B.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("trained", ["initial_A", "initial_B"])
+def test_an_initial_factor_that_is_made_trainable_gets_its_gradient(trained: str) -> None:
+    layer = adapted()
+    x = torch.randn(TOKENS, IN)
+    factor = getattr(layer, trained).requires_grad_()
+    wanted_from = (factor, layer.lora_A, layer.lora_B)
+    got = torch.autograd.grad(layer(x).square().sum(), wanted_from)
+    want = torch.autograd.grad(plain(layer, x).square().sum(), wanted_from)
+    assert got[0].any()
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_base_layers_with_their_own_forward_are_called() -> None:
     """Hooks on the base layer and subclasses with another forward keep working."""
 

@@ -148,6 +148,27 @@ def test_whole_networks_compute_as_in_half_precision_and_learn_in_full() -> None
         assert model.head.classes.weight is model.head.classes._parameters["weight"]  # nothing to cast any more
 
 
+def test_buffers_of_what_trains_in_full_follow_a_cast_and_its_parameters_do_not() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    with torch.no_grad():
+        model(3 * torch.randn(16, 8) + 1)  # statistics that bfloat16 rounds
+    plain = copy.deepcopy(model).bfloat16().eval()
+    inject(model, LoRAConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    initialize(model)
+    model = model.to(torch.bfloat16)
+    norm, x = model[1], torch.randn(4, 8).bfloat16()
+    for name, buffer in plain[1].named_buffers():
+        assert norm.get_buffer(name).dtype == buffer.dtype, name
+        assert torch.equal(norm.get_buffer(name), buffer)
+    assert {p.dtype for p in norm.parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), plain(x))
+    model.train()(x).float().sum().backward()
+    assert norm.running_mean.dtype == torch.bfloat16
+    assert not torch.equal(norm.running_mean, plain[1].running_mean)
+
+
 @pytest.mark.usefixtures("one_rank")
 def test_fsdp2_shards_the_float32_weights() -> None:
     """One rank will do: FSDP2 exchanges the parameters in the same way, and its updates are those without it."""

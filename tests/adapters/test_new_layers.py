@@ -69,6 +69,12 @@ def test_layers_are_found_by_their_values_and_pretrained_ones_are_not() -> None:
     assert found(nn.ModuleDict({"body": body, "teacher": frozen})) == []
 
 
+def test_layers_beside_a_head_are_found_though_their_names_begin_as_its_name() -> None:
+    head = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 3))
+    model = nn.ModuleDict({"body": pretrained(16, 16, 16), "head": head, "head_aux": nn.Linear(16, 16)})
+    assert found(model) == ["head", "head_aux"]  # and of the head no layer beside it
+
+
 class Module(LightningModule):
     def __init__(self) -> None:
         super().__init__()
