@@ -138,3 +138,55 @@ def test_layers_that_an_older_version_left_out_are_named_to_be_excluded() -> Non
     with pytest.raises(CheckpointError, match=r"name these layers in exclude_modules: \['0.in_proj'\]"):
         attention().load_state_dict(copy.deepcopy(state))
     attention(exclude_modules=["0.in_proj"]).load_state_dict(state)
+
+
+def test_an_adapter_is_loaded_on_its_own_layer_and_on_none_with_a_longer_name() -> None:
+    def make() -> nn.ModuleDict:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"proj": nn.Linear(4, 4), "block": nn.ModuleDict({"proj": nn.Linear(4, 4)})})
+
+    model, config = make(), LoRAConfig(r=2, target_modules="proj")  # a regular expression
+    inject(model, config)
+    initialize(model, cache=False)
+    AdapterCheckpoint.attach(model, config)
+    with torch.no_grad():
+        model["proj"].lora_B.add_(0.1)
+    assert set(lora_layers(model)) == {"proj"}
+    fresh, state = make(), model.state_dict()
+    inject_as_in(fresh, state)
+    assert set(lora_layers(fresh)) == {"proj"}
+    fresh.load_state_dict(state)
+    x = torch.ones(2, 4)
+    assert torch.equal(fresh["proj"](x), model["proj"](x))
+    assert not torch.equal(make()["proj"](x), model["proj"](x))
+
+
+class Counting(nn.Linear):
+    """A layer with state that is neither parameter nor buffer."""
+
+    seen = 0
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.seen = state["seen"]
+
+
+def test_extra_states_of_frozen_layers_are_kept_without_their_weights() -> None:
+    def make() -> nn.ModuleDict:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"adapted": nn.Linear(4, 4), "frozen": Counting(4, 4)})
+
+    model, config = make(), LoRAConfig(r=2, target_modules=["adapted"])
+    inject(model, config)
+    initialize(model, cache=False)
+    AdapterCheckpoint.attach(model, config)
+    model["frozen"].seen = 3
+    state = model.state_dict()
+    assert {key for key in state if key.startswith("frozen")} == {"frozen._extra_state"}
+    fresh = make()
+    inject_as_in(fresh, state)
+    assert fresh["frozen"].seen == 0
+    fresh.load_state_dict(state)
+    assert fresh["frozen"].seen == 3

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.exports import logits, move
+from helpers.exports import logits, move, tuned
 from helpers.models import quiet_trainer, save_tiny_model, tiny_model
 from helpers.modules import data, module
 from lightning.pytorch import Trainer
@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, PreTrai
 
 from milora_lightning import CheckpointError, MiLoRAInit, export_peft, load_adapter, load_peft, lora_layers
 from milora_lightning.export.peft_import import peft_config
+from milora_lightning.models.pretrained import load_causal_lm
 
 
 def foreign(folder: Path, model: PreTrainedModel, **options: Any) -> PeftModel:
@@ -138,6 +139,24 @@ def test_what_does_not_fit_the_model_is_refused_before_it_is_changed(tmp_path: P
         load_peft(tiny_model(), tmp_path / "fewer")
     assert not lora_layers(model)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_quantized_base_is_taken_if_it_was_quantized_from_the_one_trained_on(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    export_peft(tuned(tmp_path / "base"), tmp_path / "peft")
+    model = load_causal_lm(str(tmp_path / "base"), quantization="int8")
+    load_peft(model, tmp_path / "peft")
+    assert lora_layers(model)
+    other = tiny_model()
+    with torch.no_grad():
+        other.model.layers[0].self_attn.q_proj.weight[0, 0] += 1
+    other.save_pretrained(tmp_path / "other")
+    model = load_causal_lm(str(tmp_path / "other"), quantization="int8")
+    with pytest.raises(
+        CheckpointError, match=r"another base model: 1 of \d+ .*'model.layers.0.self_attn.q_proj.weight'"
+    ):
+        load_peft(model, tmp_path / "peft")
+    assert not lora_layers(model)
 
 
 def test_a_compiled_part_takes_what_the_plain_model_does(tmp_path: Path) -> None:
