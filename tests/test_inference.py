@@ -13,7 +13,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers.chats import ids_of
-from helpers.models import tiny_tokenizer
+from helpers.checkpoints import train as train_briefly
+from helpers.models import tiny_model, tiny_tokenizer
+from helpers.modules import data
 from helpers.trained import fit, train
 from torch.distributed.checkpoint import FileSystemWriter
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -77,6 +79,27 @@ def test_a_checkpoint_of_full_training_is_taken_too(tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert torch.equal(logits(model, tokenizer), logits(module.model, tokenizer))
     assert not torch.allclose(logits(model, tokenizer), logits(base, tokenizer), atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:This processor has no instructions")
+@pytest.mark.parametrize(("dtype", "held"), [("bfloat16", torch.bfloat16), ("auto", torch.float32)])
+def test_a_processor_changes_only_dtypes_that_were_left_to_it(
+    dtype: Any, held: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    tiny_model(dtype=torch.bfloat16).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    path = train_briefly(tmp_path, CausalLMModule(str(base), dtype=dtype), data(tmp_path, base))
+
+    def dtypes() -> set[torch.dtype]:
+        model, _ = load_for_inference(path, device="cpu")
+        assert lora_layers(model)
+        return {layer.base_layer.weight.dtype for layer in lora_layers(model).values()} | {model.dtype}
+
+    monkeypatch.setattr("milora_lightning.models.processor.has_fast_products", lambda _: True)
+    assert dtypes() == {torch.bfloat16}
+    monkeypatch.setattr("milora_lightning.models.processor.has_fast_products", lambda dtype: dtype == torch.float32)
+    assert dtypes() == {held}
 
 
 def test_a_moved_base_is_named(trained: Path, tmp_path: Path) -> None:

@@ -97,6 +97,19 @@ def loss_of(model: Any, batch: dict[str, Any]) -> torch.Tensor:
         return model(**{k: batch[k] for k in ("input_ids", "attention_mask", "labels")}, **batch["images"]).loss
 
 
+@torch.no_grad()
+def test_logits_of_a_batch_are_those_for_its_images(llava: Path, folder: Path) -> None:
+    module = CausalLMModule(str(llava))
+    module.configure_model()
+    module.model.eval()
+    batch = only_batch(visual_data(folder, llava))
+    whole = module.model(**{k: batch[k] for k in ("input_ids", "attention_mask")}, **batch["images"]).logits
+    wanted = whole[:, :-1][batch["labels"][:, 1:] != IGNORE_INDEX]
+    torch.testing.assert_close(module(batch), wanted)
+    blind = module({k: v for k, v in batch.items() if k != "images"})
+    assert (blind - wanted).abs().max() > 0.1
+
+
 def test_training_starts_at_the_model_learns_from_images_and_is_exported(
     llava: Path, folder: Path, tmp_path: Path
 ) -> None:
