@@ -17,6 +17,7 @@ from typing import Any, Literal
 import xxhash
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from milora_lightning.cli.config_files import CONFIGS
@@ -160,9 +161,12 @@ class TaskSequence:
         """Train the task with this number, counted from 1, and merge its adapters."""
         cli = self.parse([*self.tasks][number - 1], number - 1)
         cli.begin()
-        cli.trainer.fit(cli.model, cli.datamodule)
-        if cli.trainer.interrupted:
-            raise KeyboardInterrupt
+        try:
+            cli.trainer.fit(cli.model, cli.datamodule)
+        except SystemExit as error:  # by which Lightning ends a run on Ctrl-C
+            if cli.trainer.interrupted and not isinstance(error, SIGTERMException):
+                raise KeyboardInterrupt from error
+            raise
         with new_folder(self.folder(number)) as folder:
             cli.trainer.save_checkpoint(folder / "last.ckpt", weights_only=True)
             # Without a chat template for the prompt format: the next task would take it for the model's chat template.
