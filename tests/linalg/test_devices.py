@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from milora_lightning.linalg import devices
-from milora_lightning.linalg.devices import CPU, Way, best_way, in_best_way, rate
+from milora_lightning.linalg.devices import CPU, Way, best_way, decomposing, in_best_way, rate
 
 GPU = torch.device("cuda")
 SHAPE = (4096, 11008)
@@ -70,6 +70,8 @@ def test_the_cpu_takes_over_where_a_device_fails_and_the_user_is_told(rates, fai
 
     with pytest.warns(UserWarning, match=r"cuda could not decompose a weight of 4096 x 11008 \(.*\): the CPU does it"):
         assert in_best_way(decompose, GPU, SHAPE, 64) == "decomposed"
+    with decomposing("layers.3.up"), pytest.warns(UserWarning, match=r"4096 x 11008, that of layer 'layers\.3\.up' \("):
+        in_best_way(decompose, GPU, SHAPE, 64)
 
 
 @pytest.mark.parametrize(
@@ -79,11 +81,16 @@ def test_the_cpu_takes_over_where_a_device_fails_and_the_user_is_told(rates, fai
 def test_other_errors_are_raised(rates, device, failure):
     rates(67e12, 67e12)
 
+    tried = []
+
     def decompose(way):
+        tried.append(way)
         raise failure
 
-    with pytest.raises(RuntimeError, match=str(failure)[:10]):
+    with warnings.catch_warnings(), pytest.raises(RuntimeError, match=str(failure)[:10]):
+        warnings.simplefilter("error")  # nothing is tried again, and no other way is promised
         in_best_way(decompose, device, SHAPE, 64)
+    assert len(tried) == 1
 
 
 @pytest.mark.parametrize(("seconds", "moves"), [(300.0, True), (0.5, False)])
