@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
 import pytest
+from helpers.clock import Clock
 from helpers.models import quiet_trainer, save_tiny_model, write_examples
 from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 
 from milora_lightning import CausalLMModule, EvaluationSummary, SFTDataModule
 from milora_lightning.callbacks import _patience
@@ -49,6 +52,46 @@ def test_answers_that_take_long_are_remarked_on_once(
     told = capsys.readouterr().err
     assert told.count("2 of 5 answers took 0:00:0") == 1
     assert told.count(_patience.REMEDY) == 1
+
+
+def test_what_one_validation_was_remarked_on_the_next_is_not(
+    clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_patience, "answers_ahead", lambda trainer: 5)
+    patience, trainer = _patience.Patience(), SimpleNamespace(sanity_checking=False)
+    for start in (0, 1000):
+        clock(start)
+        patience.begin(trainer, nn.Module())  # type: ignore[arg-type]
+        for number, seconds in ((2, 20), (3, 40), (4, 50)):
+            clock(start + seconds)
+            patience.answered(number)
+    told = capsys.readouterr().err
+    assert "3 of 5 answers took 0:00:40" in told
+    assert told.count(_patience.REMEDY) == 1
+
+
+def test_a_resumed_run_knows_what_was_answered_before_training() -> None:
+    trained, resumed = EvaluationSummary(), EvaluationSummary()
+    trained.before, trained.after = {"val_loss": 2.0}, {"val_loss": 1.0}
+    trained.shown = [{"prompt": "1 + 1?\n", "instruction": "1 + 1?", "reference": "2", "before": "3"}]
+    resumed.load_state_dict(trained.state_dict())
+    assert (resumed.before, resumed.after, resumed.shown) == (trained.before, trained.after, trained.shown)
+
+
+def test_each_test_shows_its_own_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of several with one callback, such as before and after training."""
+    run: dict[str, Any] = {"is_global_zero": True, "callback_metrics": {}, "loggers": []}
+    loop = SimpleNamespace(verbose=True)
+    trainer: Any = SimpleNamespace(**run, state=SimpleNamespace(fn="test"), test_loop=loop, validate_loop=loop)
+    summary, module = EvaluationSummary(samples=9), Any
+    for answer, other in (("three", "two"), ("two", "three")):
+        record = {"prompt": f"1 + 1? {answer}", "instruction": "1 + 1?", "reference": "2", "generation": answer}
+        summary.on_test_start(trainer, module)  # type: ignore[arg-type]
+        summary.on_test_batch_end(trainer, module, {"answers": [record]}, None, 0)  # type: ignore[arg-type]
+        summary.on_test_end(trainer, module)  # type: ignore[arg-type]
+        shown = capsys.readouterr().out
+        assert answer in shown
+        assert other not in shown
 
 
 def test_answers_are_logged_under_the_step_of_the_metrics_beside_them(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from helpers.models import tiny_model
 
-from milora_lightning import ChoiceMonitor, ForgettingMonitor
+from milora_lightning import ChoiceMonitor, ForgettingMonitor, SubspaceMonitor
 from milora_lightning.callbacks.interruption import SaveOnInterrupt
 from milora_lightning.data.tasks.questions import read_questions
 
@@ -124,6 +124,26 @@ def test_questions_are_asked_before_training_and_then_as_often_as_is_wished(
     assert resumed.logged == []
 
 
+@pytest.mark.parametrize("sanity", [True, False])
+def test_forgetting_before_training_is_that_of_the_run_which_begins(
+    sanity: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second run of a monitor may have another model, and no sanity check to measure it."""
+    monitor = ForgettingMonitor(str(tmp_path / "text.txt"))
+    numbers = iter(range(100))
+    monkeypatch.setattr(monitor, "measure", lambda *_: {"kl": float(next(numbers))})
+    for checks, value in ((True, 0.0), (sanity, 1.0)):
+        run = Run(tmp_path)
+        at: Any = (run.trainer, run.module)
+        monitor.on_fit_start(*at)
+        run.trainer.sanity_checking = True
+        if checks:
+            monitor.on_validation_epoch_end(*at)
+        run.trainer.sanity_checking = False
+        monitor.on_train_start(*at)
+        assert run.logged[-1] == (0, {"kl": value})
+
+
 def test_what_is_asked_and_read_is_what_the_options_say(tmp_path: Path) -> None:
     path, trainer = str(asked(tmp_path)), SimpleNamespace(strategy=None, callbacks=[])
     for number, seed in ((3, 0), (3, 1), (7, 1)):
@@ -136,3 +156,20 @@ def test_what_is_asked_and_read_is_what_the_options_say(tmp_path: Path) -> None:
     texts = ForgettingMonitor({"a": str(tmp_path / "text.jsonl")}, field="body")
     texts.setup(trainer, None, "fit")  # type: ignore[arg-type]
     assert texts._texts == {"a": ["yes"]}
+
+
+def test_what_was_measured_at_a_checkpoint_is_not_measured_again_when_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of several batches: before the first one to come, the step is still that of the checkpoint."""
+    run, monitor, measured = Run(tmp_path), SubspaceMonitor(every_n_steps=5), list[int]()
+    monkeypatch.setattr(monitor, "measure", lambda module: measured.append(run.trainer.global_step) or {})
+    vars(run.trainer).update(is_global_zero=True, loggers=[])
+    module: Any = SimpleNamespace(log_dict=lambda *_, **__: None, modules=lambda: iter(()))
+    module.named_modules = lambda: iter(())
+    run.trainer.global_step = 5
+    monitor.on_train_start(run.trainer, module)
+    for step in (5, 6, 9, 10, 10, 11):
+        run.trainer.global_step = step
+        monitor.on_train_batch_end(run.trainer, module, None, None, 0)
+    assert measured == [10]

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from rich.console import Console
 from rich.spinner import SPINNERS
 
-from milora_lightning.screen.samples import LABELS, log_samples, shorten, table
+from milora_lightning.screen.samples import LABELS, choose, log_samples, shorten, table
 from milora_lightning.screen.state import RunState, Work
 from milora_lightning.screen.views import LiveView, open_view
 
@@ -164,3 +164,9 @@ def test_what_goes_on_beside_training_alone_shows_that_it_is_alive(clock: Clock)
     assert both[-1].rstrip().endswith(" 0:00:00")
     assert len(both[-1].rstrip()) == 56  # times stand at the right without a bar, too
     assert len(alone) == len(both)
+
+
+def test_samples_are_chosen_across_the_alphabet() -> None:
+    """Prompts that begin alike are often of one kind."""
+    samples = [{"prompt": f"{kind} {number}"} for kind in ("Add", "Divide") for number in range(50)]
+    assert {sample["prompt"].split()[0] for sample in choose(samples, 10)} == {"Add", "Divide"}
