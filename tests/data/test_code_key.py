@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import compileall
+import functools
 import shutil
 import subprocess
 import sys
@@ -99,6 +100,14 @@ def test_modules_of_a_project_are_followed_and_libraries_are_not(monkeypatch: py
 
     assert key("return text") == key("return text")
     assert key("return text") != key("return text + 'x'")
+
+
+def test_what_a_partial_gives_its_function_changes_the_key() -> None:
+    convert = defined("def convert(record, before='', after=''): return before + record['q'] + after")
+    options: list[dict[str, str]] = [{}, {"before": "a"}, {"before": "b"}, {"after": "a"}]
+    made = [*(functools.partial(convert, **given) for given in options), functools.partial(convert, "a")]
+    assert len({code_key(each) for each in made}) == len(made)
+    assert code_key(made[1]) == code_key(functools.partial(convert, before="a"))
 
 
 def test_recursion_ends() -> None:

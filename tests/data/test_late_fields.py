@@ -47,3 +47,15 @@ def test_a_late_field_of_conversations_is_left_out_where_the_user_says_so(field:
     assert data["response"][:] == ["3"] * (BEGINNING + 1)
     with pytest.raises(ValueError, match=f"Set {field}_field: {field}, or null"):
         Files(train=path, validation_size=0).load("train")
+
+
+@pytest.mark.parametrize("field", ["system", "tools"])
+@pytest.mark.parametrize("empty", ["", None])
+def test_a_field_that_is_empty_at_first_is_as_late_as_one_that_is_missing(
+    field: str, empty: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [*[{**ROW, field: empty}] * BEGINNING, {**ROW, field: "1 and 2"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=rf"'{field}' in row {BEGINNING + 1} .* Set {field}_field: {field}, or null"):
+        Files(train=str(path), validation_size=0).load("train")
