@@ -74,6 +74,15 @@ def test_effect_is_the_mean_over_what_the_mask_leaves(dtype: torch.dtype, conv: 
         assert total / count == pytest.approx(kept.mean().item(), rel=1e-4 if dtype == torch.float32 else 0.02)
 
 
+def test_inputs_of_which_the_weight_makes_nothing_are_left_out() -> None:
+    """Such as padding that an embedding has set to zero: nothing is there that an update could be compared with."""
+    layer, x = adapted().eval(), torch.randn(4, IN)
+    x[1] = 0
+    total, count = relative_effect(layer, x, layer(x)).tolist()
+    others = relative_effects(layer, x[[0, 2, 3]])
+    assert (total / count, count) == (pytest.approx(others.mean().item(), rel=1e-4), 3)
+
+
 def test_effect_of_other_layers() -> None:
     conv, x = in_module(nn.Conv2d(4, 6, 3, padding=1)), torch.randn(2, 4, 5, 5)
     update = conv(x) - conv.base_layer(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -50,3 +51,12 @@ def test_gradients_are_the_same_whatever_is_recomputed(how: Recomputation, atten
     assert plain.attentions == 0
     assert counted.attentions == attentions
     assert counted.products > plain.products
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 8])
+def test_every_nth_layer_is_recomputed(every: int) -> None:
+    model = tiny_model("llama", num_hidden_layers=7)
+    checkpoint_layers(model, every)
+    places = [number for number, layer in enumerate(model.model.layers) if layer.gradient_checkpointing]
+    assert len(places) == -(-7 // every)
+    assert all(after - before == every for before, after in pairwise(places))

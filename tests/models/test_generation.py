@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from milora_lightning import LoRAConfig, initialize, inject
 from milora_lightning.adapters.contexts import adapters_merged
 from milora_lightning.models.attention import NAME
-from milora_lightning.models.generation import generate_greedily, greedy_config
+from milora_lightning.models.generation import Sampling, generate_greedily, greedy_config
 
 NEW = 12
 CONFIG = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=0)
@@ -79,3 +79,11 @@ def test_beams_find_a_likelier_answer_to_each_prompt_alone() -> None:
         scores = first.values[:, None] + torch.stack(second)
         best = divmod(int(scores.argmax()), scores.shape[1])
         assert answer.tolist() == [first.indices[best[0]].item(), best[1]]
+
+
+def test_sampling_leaves_the_config_that_it_is_applied_to_as_it_was() -> None:
+    config = GenerationConfig(max_new_tokens=NEW, do_sample=False)
+    sampled = Sampling(temperature=0.7, top_k=5).applied_to(config)
+    assert (sampled.do_sample, sampled.temperature, sampled.top_k, sampled.max_new_tokens) == (True, 0.7, 5, NEW)
+    assert not config.do_sample
+    assert (config.temperature, config.top_k) == (GenerationConfig().temperature, GenerationConfig().top_k)

@@ -61,8 +61,9 @@ def test_loss_and_gradients_equal_those_of_whole_logits(
 def test_losses_of_rows_are_those_of_each_row_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CPU_LOGITS", 128 * 5)
     monkeypatch.setattr(loss, "CPU_PROBABILITIES", 128 * 2)
-    model = tiny_model(kind).eval()
+    model = tiny_model(kind).eval().requires_grad_(False)
     input_ids, labels = batch()
+    labels[0, 0] = input_ids[0, 0]  # which nothing predicts
     labels[2] = -100  # a row that only pads the batch
     losses, counts = row_losses(model, input_ids, labels)
     with torch.autocast("cpu", torch.bfloat16):
@@ -87,6 +88,7 @@ def test_weighted_loss_and_gradients_are_those_of_the_examples_means(
     trained = [p for layer in adapters.values() for p in (layer.lora_A, layer.lora_B)]
     input_ids, labels = batch()
     labels[1] = -100  # an example without labels does not count
+    labels[0, 0], labels[0, 7:] = 5, -100  # a first label is never predicted; the others are fewer than those of row 2
     rows = [(i, j) for i, j in zip(input_ids, labels, strict=True)]
     means = [reference(model, i[None], j[None]) / (j[1:] != -100).sum() for i, j in rows if (j != -100).any()]
     positions = None

@@ -167,6 +167,14 @@ def test_the_loss_that_is_logged_is_that_of_all_ranks(llama: Path) -> None:
     assert lm.step_loss.mean.item() == pytest.approx((6.0 + 32.0) / 10)
 
 
+def test_a_run_begins_with_a_step_of_its_own_wherever_the_last_one_ended(llama: Path) -> None:
+    """Such as in the middle of a step, interrupted or out of time."""
+    lm = CausalLMModule(str(llama))
+    lm.step_loss.add(torch.tensor(90.0), torch.tensor(9))
+    lm.on_train_start()
+    assert lm.step_loss.add(torch.tensor(6.0), torch.tensor(2)) == 3
+
+
 def test_evaluation_is_by_token_however_training_averages(llama: Path) -> None:
     lm = CausalLMModule(str(llama), loss_agg_mode="seq-mean-token-mean")
     lm.configure_model()
