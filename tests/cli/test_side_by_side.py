@@ -48,6 +48,7 @@ def test_every_run_has_its_results_and_its_log(
     assert not (comparison.output / "logs").exists()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == [f"Sweep, {n} of 4" for n in (1, 2, 3, 4)]
+    assert {line.rpartition(": ")[2] for line in lines} == {"val_loss 1.0000, 1.0 minutes"}  # of 60 seconds
 
 
 def test_failures_name_their_runs_and_stop_no_others(comparison: Comparison) -> None:

@@ -51,3 +51,9 @@ def test_a_method_that_forgets_ten_times_less_has_its_envelope_lowered_by_as_muc
     assert bounds is not None
     gain = mean_lowest([kl], [loss], bounds) - mean_lowest([kl / 10], [loss], bounds)
     assert gain == pytest.approx(0.25, rel=1e-6)
+
+
+def test_courses_that_start_apart_are_compared_where_all_have_begun() -> None:
+    courses = [np.array([5.0, 3.0, 1.0]), np.array([2.0, 1.0, 0.5])]
+    for given in (courses, courses[::-1]):
+        assert common_levels(given, [0.0, 0.5, 1.0]).tolist() == [2.0, 1.5, 1.0]
