@@ -9,6 +9,7 @@ import fsspec
 import pytest
 from helpers.clock import Clock
 from helpers.models import quiet_trainer, save_tiny_model, write_examples
+from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
@@ -83,12 +84,12 @@ def test_each_test_shows_its_own_answers(capsys: pytest.CaptureFixture[str]) -> 
     run: dict[str, Any] = {"is_global_zero": True, "callback_metrics": {}, "loggers": []}
     loop = SimpleNamespace(verbose=True)
     trainer: Any = SimpleNamespace(**run, state=SimpleNamespace(fn="test"), test_loop=loop, validate_loop=loop)
-    summary, module = EvaluationSummary(samples=9), Any
+    summary, module = EvaluationSummary(samples=9), LightningModule()
     for answer, other in (("three", "two"), ("two", "three")):
         record = {"prompt": f"1 + 1? {answer}", "instruction": "1 + 1?", "reference": "2", "generation": answer}
-        summary.on_test_start(trainer, module)  # type: ignore[arg-type]
-        summary.on_test_batch_end(trainer, module, {"answers": [record]}, None, 0)  # type: ignore[arg-type]
-        summary.on_test_end(trainer, module)  # type: ignore[arg-type]
+        summary.on_test_start(trainer, module)
+        summary.on_test_batch_end(trainer, module, {"answers": [record]}, None, 0)
+        summary.on_test_end(trainer, module)
         shown = capsys.readouterr().out
         assert answer in shown
         assert other not in shown
