@@ -47,6 +47,7 @@ class SaveOnInterrupt(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Handle Ctrl-C during training."""
+        self._saved = None
         if stage == "fit" and self._before is None and threading.current_thread() is threading.main_thread():
             self._trainer = trainer
             self.interrupted = self._in_step = False

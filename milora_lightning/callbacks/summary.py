@@ -44,6 +44,11 @@ class EvaluationSummary(Callback):
         self._answered: list[Sample] = []
         self._patience = Patience()
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the results of an earlier run; those of a resumed one come from its checkpoint, after this."""
+        if stage == "fit":
+            self.before, self.after, self.shown = {}, {}, []
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Discard the answers of the last evaluation, and report how many will be generated before training."""
         self._answered = []
