@@ -197,13 +197,13 @@ def test_paths_tell_what_they_are(tmp_path: Path) -> None:
             device_named(absent)
 
 
-@pytest.mark.parametrize("padding", [None, 5])
+@pytest.mark.parametrize("padding", [None, 5, 0])
 def test_answers_end_as_in_training_and_are_padded_as_the_tokenizer_says(padding: int | None) -> None:
     tokenizer: Any = SimpleNamespace(
         eos_token_id=7, pad_token_id=padding, chat_template=None, convert_tokens_to_ids={"<end>": 9}.get
     )
-    for own in (None, 3):
+    for own in (None, 3, 0):
         model: Any = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=4, pad_token_id=own))
         _end_as_trained(model, tokenizer, SimpleNamespace(end_of_turn="<end>"))  # type: ignore[arg-type]
         assert model.generation_config.eos_token_id == [4, 7, 9]
-        assert model.generation_config.pad_token_id == (own or padding or 4)
+        assert model.generation_config.pad_token_id == next(token for token in (own, padding, 4) if token is not None)

@@ -42,6 +42,15 @@ def test_loss_is_that_of_the_whole_logits_at_supervised_positions(kind: str, tmp
     torch.testing.assert_close(total / tokens, expected)
 
 
+def test_a_batch_in_which_nothing_is_learned_adds_nothing_to_a_start_from_data(llama: Path) -> None:
+    lm = module(llama)
+    lm.configure_model()
+    ids = torch.arange(5, 17).view(2, 6)
+    assert lm.start_loss({"input_ids": ids, "labels": torch.full_like(ids, -100)}) == 0
+    total, tokens = lm.loss({"input_ids": ids, "labels": ids})
+    torch.testing.assert_close(lm.start_loss({"input_ids": ids, "labels": ids}), total / tokens)
+
+
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("kind", list(TINY_CONFIGS))
 def test_training_lowers_the_loss(kind: str, gradient_checkpointing: bool, tmp_path: Path) -> None:

@@ -143,6 +143,23 @@ def test_dropout_acts_on_the_input_and_on_the_product_alone() -> None:
     assert torch.equal(product.eval()(x), product.base_layer(x))
 
 
+@pytest.mark.parametrize("kind", ["1d, strided", "groups"])
+def test_dropout_on_the_product_spares_the_part_of_the_weight_that_the_factors_start_from(kind: str) -> None:
+    """(W − s B₀A₀) x + s B A drop(x)."""
+    layer, x = adapted(kind, lora_dropout=0.4, dropout_on="product")
+    torch.manual_seed(3)
+    got = layer.train()(x)
+    torch.manual_seed(3)
+    mask, keep = draw_mask(x, 0.4)
+    dropped = (x * mask / keep).double()
+    whole, base = changed(layer), copy.deepcopy(layer.base_layer).double()
+    with torch.no_grad():
+        layer.initial_A.zero_()
+    with_product = changed(layer)  # W + s B A
+    frozen = base(x.double()) + whole(x.double()) - with_product(x.double())
+    torch.testing.assert_close(got.double(), frozen + with_product(dropped) - base(dropped), rtol=1e-5, atol=1e-5)
+
+
 class Vision(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -52,6 +52,15 @@ def test_start_is_the_base_bit_for_bit_and_from_the_smallest_triplets(dtype: tor
 
 
 @pytest.mark.parametrize("init", ["milora", "lora"])
+def test_what_stands_for_padding_is_not_learned(init: str) -> None:
+    """As in the embedding itself, and in PEFT's adapter of it."""
+    layer = adapted(init=init).train()
+    layer(TOKENS).square().sum().backward()
+    learned = layer.lora_A.grad.any(dim=0)
+    assert learned.nonzero().flatten().tolist() == sorted({*TOKENS.flatten().tolist()} - {layer.padding_idx})
+
+
+@pytest.mark.parametrize("init", ["milora", "lora"])
 def test_output_gradients_and_merged_rows_are_those_of_the_plain_formula(init: str) -> None:
     layer = adapted(init=init)
     factors = [f.detach().double().requires_grad_() for f in layer.factors[:2]]

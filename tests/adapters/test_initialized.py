@@ -139,6 +139,17 @@ def test_older_checkpoints_are_read_by_what_their_factors_are(start: str) -> Non
     assert initialize(untold) == 2
 
 
+@pytest.mark.parametrize("start", list(STARTS))
+def test_a_state_dict_without_an_adapters_factors_says_nothing_of_its_start(start: str) -> None:
+    """Such as one of the base's weights alone, or of one of two layers."""
+    module = started(STARTS[start])
+    module.load_state_dict({"net.0.base_layer.bias": torch.ones(6)}, strict=False)
+    check_kept(started(STARTS[start]), module)
+    part = {key: value for key, value in adapted().state_dict().items() if key.startswith("net.1.")}
+    module.load_state_dict(part, strict=False)
+    assert [layer.initialized for layer in lora_layers(module).values()] == [True, False]
+
+
 def test_state_dict_has_no_other_entries_than_before() -> None:
     layer = LoRALinear(nn.Linear(4, 4), r=2)
     factors = {"lora_A", "lora_B", "initial_A", "initial_B"}
