@@ -73,6 +73,20 @@ def test_dropout_acts_on_what_the_update_sees() -> None:
         torch.einsum("eoi->o", LowRankSum(W, L, R, dropout=0.25))
 
 
+FROM_THE_SUM = {"einsum", "in a list", "a part of it", "a method that is not known"}
+
+
+@pytest.mark.parametrize("use", [use for use in USES if use not in FROM_THE_SUM])
+def test_no_product_leaves_dropout_out(use: str) -> None:
+    W, L, R = torch.zeros(E, M, N), made(E, M, K), made(E, K, N, seed=1)
+    torch.manual_seed(0)
+    first, other = (USES[use](LowRankSum(W, L, R, dropout=0.5)) for _ in range(2))
+    torch.manual_seed(0)
+    assert torch.equal(USES[use](LowRankSum(W, L, R, dropout=0.5)), first)
+    assert not torch.allclose(first, other)
+    assert not torch.allclose(first, USES[use](LowRankSum(W, L, R)))
+
+
 def test_shapes_and_kinds_are_those_of_the_weight() -> None:
     W = LowRankSum(made(E, M, N).bfloat16(), made(E, M, K).bfloat16(), made(E, K, N).bfloat16())
     assert (W.shape, W.dtype, W.device, W.ndim, W.size(0), len(W)) == (

@@ -127,3 +127,20 @@ def test_nothing_new_is_said() -> None:
         inject(pretrained(16, 16), LoRAConfig(r=2, modules_to_save="auto"))
     with pytest.raises(ValueError, match=r'takes a list of names: .*, or "auto"'):
         LoRAConfig(modules_to_save="head")
+
+
+class Filter(nn.Module):
+    """A filter of frequencies, as after a Fourier transform."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8, dtype=torch.complex64))
+        self.steps = nn.Parameter(torch.arange(3), requires_grad=False)
+
+
+def test_complex_weights_train_in_full_and_integers_stay() -> None:
+    model = nn.ModuleDict({"proj": nn.Linear(8, 8), "filter": Filter()})
+    inject(model, LoRAConfig(r=2, target_modules=["proj"], modules_to_save=("filter",)))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"proj.lora_A", "proj.lora_B", "filter.weight"}
+    assert model["filter"].weight.dtype == torch.complex64

@@ -45,3 +45,14 @@ def test_what_trains_in_full_is_looked_for_in_the_part_that_is_adapted() -> None
     inject(model, config)
     AdapterCheckpoint.attach(model, config)
     assert model.state_dict()[KEY]["config"]["modules_to_save"] == ("student.classifier",)
+
+
+def test_the_configuration_that_was_used_last_is_described() -> None:
+    """Which may name the same layers, with the same settings, in another way."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    for config in (LoRAConfig(r=2), LoRAConfig(r=4, target_modules=["0"], rank_pattern={"0": 2})):
+        inject(model, config)
+        attached = AdapterCheckpoint.attach(model, config)
+        assert AdapterCheckpoint.of(model) is attached
+        described = model.state_dict()[KEY]["config"]
+        assert (described["r"], described["rank_pattern"]) == (config.r, config.rank_pattern)

@@ -7,7 +7,7 @@ import torch
 from helpers.models import tiny_model
 
 from milora_lightning import LoRAConfig, initialize, inject, lora_layers
-from milora_lightning.export.merging import merged_state
+from milora_lightning.export.merging import merge_adapters, merged_state
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -53,3 +53,21 @@ def test_corrections_are_added_to_the_updates() -> None:
     )
     torch.testing.assert_close(corrected[f"{name}.weight"] - plain[f"{name}.weight"], left @ right, rtol=0, atol=1e-5)
     assert lost == 0  # nothing has moved yet
+
+
+def test_of_a_model_that_is_quantized_in_part_nothing_is_merged() -> None:
+    model = tiny_model("llama")
+    inject(model, LoRAConfig(r=2, init="lora"))
+    initialize(model)
+    layers = lora_layers(model)
+    for layer in layers.values():
+        torch.nn.init.ones_(layer.lora_B)
+    *_, last = layers.values()
+    last.base_layer.register_buffer("weight_scale", torch.ones(()))  # as quantizers keep it beside their codes
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="leave merge out"):
+        merge_adapters(model)
+    assert lora_layers(model) == layers
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())

@@ -13,9 +13,11 @@ from helpers.exports import tuned
 from helpers.models import tiny_tokenizer
 from peft import LoraConfig
 from safetensors import safe_open
+from transformers import GenerationConfig
 
 from milora_lightning import CheckpointError, export_merged, export_peft
 from milora_lightning.data.encoding.prompt_format import PromptFormat
+from milora_lightning.export.model_card import model_card
 from milora_lightning.export.peft_folder import as_ours
 from milora_lightning.utils.errors import InvalidInputError
 
@@ -68,3 +70,19 @@ def test_prompts_that_no_chat_template_writes_are_told(
     assert any(told) != known
     assert ("which no chat template writes" in card) != known
     assert ("The tokenizer's chat template writes it" in card) == known
+
+
+def test_an_export_adds_stop_tokens_to_its_own_configuration_alone(tmp_path: Path) -> None:
+    model, tokenizer = tuned(tmp_path / "base"), tiny_tokenizer()
+    prompts = replace(PromptFormat.of(tokenizer, "alpaca"), end_of_turn="<unk>")
+    before = model.generation_config.to_dict()
+    export_merged(model, tmp_path / "merged", tokenizer=tokenizer, prompt_format=prompts)
+    assert model.generation_config.to_dict() == before
+    written = GenerationConfig.from_pretrained(tmp_path / "merged")
+    assert tokenizer.convert_tokens_to_ids("<unk>") in written.eos_token_id
+
+
+def test_the_card_tells_the_range_of_settings_that_differ(tmp_path: Path) -> None:
+    model = tuned(tmp_path / "base", rank_pattern={"k_proj": 2, "v_proj": 8}, alpha_pattern={"up_proj": 1.5})
+    assert "r = 2 to 8, lora_alpha = 1.5 to 6, " in model_card(model, "adapters", "peft")
+    assert "r = 4, lora_alpha = 6, " in model_card(tuned(tmp_path / "base"), "adapters", "peft")
