@@ -18,6 +18,16 @@ def test_tied_weights_stay_tied_in_any_dtype(dtype: torch.dtype | None) -> None:
     assert apart["lm_head.weight"].data_ptr() != apart["model.embed_tokens.weight"].data_ptr()
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_tensors_that_begin_at_one_place_keep_their_own_shapes(dtype: torch.dtype | None) -> None:
+    model, table = tiny_model("llama"), torch.arange(12.0)
+    for name, value in (("table", table), ("row", table[:3]), ("none", table[:0]), ("square", table.view(3, 4).T)):
+        model.register_buffer(name, value)
+    state, _ = merged_state(model, dtype)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(state[name], value.to(dtype or value.dtype), rtol=0, atol=0)
+
+
 def test_what_trained_in_full_returns_to_the_dtype_of_the_model() -> None:
     model = tiny_model("llama", torch.bfloat16)
     inject(model, LoRAConfig(r=2, modules_to_save=("lm_head",)))
