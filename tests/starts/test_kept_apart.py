@@ -108,3 +108,12 @@ def test_both_factors_may_be_zero_where_their_product_is() -> None:
     model = nn.Sequential(nn.Linear(16, 24))
     inject(model, LoRAConfig(r=R, init="given"))
     assert initialize(model) == 1
+
+
+@pytest.mark.parametrize("init", ["milora", "gaussian x minor", "principal x minor", "gaussian x minor x 2"])
+def test_singular_values_that_are_zero_up_to_rounding_let_the_factors_train_as_in_lora(init: str) -> None:
+    """Wherever the directions come from: A has norm, B is zero."""
+    left, right = torch.randn(2, 16, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    A, B = initial_factors(left @ right.T, 4, 2.0, init, torch.Generator().manual_seed(1))
+    assert not B.any()
+    torch.testing.assert_close(A.norm(dim=1), torch.ones(4))
