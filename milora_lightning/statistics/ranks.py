@@ -21,7 +21,7 @@ def ranks_by_variance(statistics: Mapping[str, Statistics], r: int, rho: float =
     Args:
         statistics: Second moments of inputs by layer, from :func:`milora_lightning.collect_statistics`.
         r: Mean rank.
-        rho: No layer gets more than rank ρ r; with ρ = 1 each gets rank r.
+        rho: No layer gets more than rank ρ r, rounded; with ρ = 1 each gets rank r.
 
     Returns:
         A ``rank_pattern`` with an entry for each layer. Do not set ``lora_alpha`` with it: by default it equals the
@@ -43,7 +43,9 @@ def ranks_by_variance(statistics: Mapping[str, Statistics], r: int, rho: float =
             raise InvalidInputError(f"There are no statistics of the inputs of layer {name!r}: collect them for eva.")
         if (spectrum := spectra.get(id(each.inputs))) is None:
             values = torch.linalg.eigvalsh(covariance(each, each.inputs)).flip(0).clamp(min=0)
-            spectrum = spectra[id(each.inputs)] = values / values.sum()
+            total, inputs = values.sum(), each.inputs.diagonal().sum()
+            noise = torch.finfo(each.inputs.dtype).eps * len(values) * inputs  # of inputs that are always the same
+            spectrum = spectra[id(each.inputs)] = values / total if total > noise else torch.zeros_like(values)
         most = min(len(spectrum), round(r * rho))
         entries += [(float(share), name) for share in spectrum[1:most]]
     ranks = dict.fromkeys(statistics, 1)

@@ -94,8 +94,7 @@ def test_lora_null(shape: tuple[int, int]) -> None:
     A, B = initial_factors(W.float(), R, SCALE, "lora_null", None, told_)
     close((A @ A.T).diagonal(), (B.T @ B).diagonal())  # the singular values are shared out equally
     used = (X @ A.double().T).norm() / (X.norm() * A.norm())
-    random = torch.linalg.qr(torch.randn(shape[1], R, dtype=torch.float64)).Q
-    assert used < 0.3 * (X @ random).norm() / (X.norm() * R**0.5)
+    assert used < 0.3 * shape[1] ** -0.5  # of what random directions use, in the mean of squares
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -28,3 +28,15 @@ def test_of_layers_with_too_few_tokens_the_widest_is_named(tokens: int) -> None:
     inject(model, LoRAConfig(r=2, init="eva"))
     with pytest.warns(UserWarning, match=rf"of {tokens} tokens leave .* the 10 directions .* layer '1'"):
         collect_statistics(model, [torch.randn(tokens, 4)])
+
+
+@pytest.mark.parametrize("constant", [torch.zeros(6, 6), torch.full((6, 6), 4.0)])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_layer_whose_inputs_are_always_the_same_gets_the_least(constant: torch.Tensor, first: bool) -> None:
+    """Nothing of them is to be explained, wherever the layer stands."""
+    same = {"same": Statistics(constant, mean=constant[0].sqrt())}
+    others = {name: Statistics(torch.diag(torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 1.0]))) for name in ("a", "b")}
+    ranks = ranks_by_variance({**same, **others} if first else {**others, **same}, r=2)
+    assert ranks["same"] == 1
+    assert sum(ranks.values()) == 6
+    assert abs(ranks["a"] - ranks["b"]) <= 1
