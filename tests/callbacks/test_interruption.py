@@ -132,3 +132,13 @@ def test_the_newest_run_is_what_last_means_and_no_earlier_file_is_written_over(
     assert "which are kept" in line
     assert find_checkpoint(again, "last", "fit") != newest
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_steps_after_the_last_checkpoint_are_told(tmp_path: Path) -> None:
+    loader = torch.utils.data.DataLoader(torch.randn(8, 32))  # type: ignore[arg-type]
+    for steps, lost in ((5, "; the last 2 steps of the run are in no checkpoint"), (6, "")):
+        save = ModelCheckpoint(tmp_path / str(steps), "{step}", every_n_train_steps=3, save_top_k=-1, save_last=True)
+        trainer = quiet_trainer(tmp_path, callbacks=[save], max_steps=steps, enable_checkpointing=True)
+        trainer.fit(BoringModel(), loader)
+        (line,) = [line for line in ending(trainer) if line.startswith("Last checkpoint")]
+        assert f"(step {steps // 3 * 3}{lost})" in line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -405,6 +406,13 @@ def test_options_reach_what_they_are_for(tmp_path: Path, monkeypatch: pytest.Mon
 
     run([1e-3])
     assert set(parts) == {(3, None)}  # nothing is chosen
-    for wrong in ({"selection_size": 1.0}, {"margin": 0.0}, {"margin_ratio": 0.0}, {"extend": -1}, {"parallel": 0}):
+    for wrong in (
+        {"selection_size": 1.0},
+        {"margin": 0.0},
+        {"margin_ratio": 0.0},
+        {"margin_ratio": math.inf},
+        {"extend": -1},
+        {"parallel": 0},
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
             run([1e-3], **wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,6 +26,9 @@ def test_it_names_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str], mo
     for name in ("cpu", "cores", "memory", "cache", "OMP_NUM_THREADS"):
         assert f"\n  {name} " in text
     assert "hf_secret" not in text
+    found = re.search(r"memory +([\d.]+) GB \(([\d.]+) available\)", text)
+    assert found is not None
+    assert 0 < float(found[2]) <= float(found[1])
 
 
 def test_as_json_with_all_packages(capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,6 +130,11 @@ def test_mlflow_gets_the_figures_the_options_and_the_answers(project: Path) -> N
     assert steps == [measured.step for measured in histories["val_loss"]]
 
 
+def test_a_logger_without_a_name_of_ours_is_refused(project: Path) -> None:
+    with pytest.raises(SystemExit):
+        fit("tensorbored")
+
+
 def test_a_run_that_cannot_begin_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     class Unreachable(MLFlowLogger):
         def __init__(self) -> None: ...
