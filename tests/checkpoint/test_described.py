@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from helpers.forked import run_ranks
@@ -11,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from milora_lightning import LoRAConfig, inject
+from milora_lightning import CheckpointError, LoRAConfig, inject
 from milora_lightning.checkpoint.adapter import KEY, AdapterCheckpoint
 from milora_lightning.checkpoint.fingerprint import fingerprint
 
@@ -56,3 +57,19 @@ def test_the_configuration_that_was_used_last_is_described() -> None:
         assert AdapterCheckpoint.of(model) is attached
         described = model.state_dict()[KEY]["config"]
         assert (described["r"], described["rank_pattern"]) == (config.r, config.rank_pattern)
+
+
+def test_a_whole_state_dict_without_a_description_is_loaded_and_a_part_of_one_refused() -> None:
+    """As a module's own save of all its weights has it."""
+    model = nn.ModuleDict({"proj": nn.Linear(8, 8)})
+    config = LoRAConfig(r=2, target_modules=["proj"], init="lora")
+    inject(model, config)
+    whole = {
+        name: torch.full_like(value, 0.5) for name, value in model.state_dict().items() if value.is_floating_point()
+    }
+    AdapterCheckpoint.attach(model, config)
+    model.load_state_dict(dict(whole), strict=False)
+    assert all(bool((parameter == 0.5).all()) for parameter in model.parameters())
+    name, *_ = whole
+    with pytest.raises(CheckpointError, match="holds no adapters: it was saved without MiLoRAInit"):
+        model.load_state_dict({key: value for key, value in whole.items() if key != name}, strict=False)
