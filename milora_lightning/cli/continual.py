@@ -17,11 +17,11 @@ from typing import Any, Literal
 import xxhash
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from milora_lightning.cli.config_files import CONFIGS
 from milora_lightning.cli.continual_report import show, write_report
+from milora_lightning.cli.ending import by_ctrl_c
 from milora_lightning.cli.main import MiLoRACLI
 from milora_lightning.data import SFTDataModule
 from milora_lightning.export.folders import export_merged
@@ -163,8 +163,8 @@ class TaskSequence:
         cli.begin()
         try:
             cli.trainer.fit(cli.model, cli.datamodule)
-        except SystemExit as error:  # by which Lightning ends a run on Ctrl-C
-            if cli.trainer.interrupted and not isinstance(error, SIGTERMException):
+        except SystemExit as error:
+            if by_ctrl_c(cli.trainer, error):
                 raise KeyboardInterrupt from error
             raise
         with new_folder(self.folder(number)) as folder:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers import PretrainedConfig
 
 from milora_lightning.models.files import takes_images
@@ -35,6 +36,11 @@ def resumption(args: Sequence[str]) -> str:
         if not arg.startswith("--ckpt_path") and before != "--ckpt_path":
             kept.append(arg)
     return f"{program()} {shlex.join(kept)} --ckpt_path last"
+
+
+def by_ctrl_c(trainer: Trainer, error: SystemExit) -> bool:
+    """Return whether Lightning has ended a run because of Ctrl-C; SIGTERM is a regular end."""
+    return trainer.interrupted and not isinstance(error, SIGTERMException)
 
 
 def why_stopped(trainer: Trainer) -> list[str]:

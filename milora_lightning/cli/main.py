@@ -10,7 +10,6 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from milora_lightning.callbacks import EvaluationSummary, MiLoRAInit, PredictionWriter, RandomState, RunProgress
 from milora_lightning.checkpoint.io import CheckpointError
@@ -26,7 +25,7 @@ from milora_lightning.checkpoint.options import (
 from milora_lightning.cli.commands import COMMANDS, LIGHTNING
 from milora_lightning.cli.commands.running import run_command
 from milora_lightning.cli.config_files import CONFIGS, replaced_checkpoints, resolve_configs
-from milora_lightning.cli.ending import ending, resumption
+from milora_lightning.cli.ending import by_ctrl_c, ending, resumption
 from milora_lightning.cli.given_options import GivenOptimizerOptions
 from milora_lightning.cli.help import ALL, help_text
 from milora_lightning.cli.loggers import LoggerName, make_logger, no_logs_of_refused_runs, start
@@ -222,7 +221,7 @@ class MiLoRACLI(LightningCLI):
                     self.datamodule.ask_as(self._trained_with)
                 super()._run_subcommand(subcommand)
         except SystemExit as error:
-            if self.trainer.interrupted and not isinstance(error, SIGTERMException):  # SIGTERM is a regular end
+            if by_ctrl_c(self.trainer, error):
                 raise SystemExit(INTERRUPTED) from error
             raise
         finally:
